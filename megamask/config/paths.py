@@ -1,0 +1,45 @@
+"""Where each artefact of a run lives. Verbs hand over through these paths and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamask.config.tree import Config
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Paths below ``run_dir``, unless a setting points elsewhere."""
+
+    run_dir: Path
+    hf: Path  # Hugging Face folder
+    weights: Path  # Megatron weights, any TP
+    shards: Path  # token shards, one folder a domain
+    masks: Path  # one-shot masks: {method}.safetensors
+    learn: Path  # learning run: config, log, metrics, snapshots
+    export: Path  # masked Hugging Face folder
+    results: Path  # results.json
+
+    def mask(self, method: str) -> Path:
+        """The mask file of a method of this run (``learned`` is the learned one)."""
+        return self.masks / f"{method}.safetensors"
+
+    def updated_weights(self, method: str) -> Path:
+        """Megatron weights that a one-shot method changed."""
+        return self.run_dir / f"weights-{method}"
+
+
+def run_paths(config: Config) -> RunPaths:
+    """The paths of a configured run."""
+    run_dir = Path(config.run_dir)
+    return RunPaths(
+        run_dir=run_dir,
+        hf=Path(config.model.hf) if config.model.hf else run_dir / "hf",
+        weights=run_dir / "weights",
+        shards=run_dir / "shards",
+        masks=run_dir / "masks",
+        learn=run_dir / "learn",
+        export=Path(config.export.out) if config.export.out else run_dir / "export",
+        results=run_dir / "results.json",
+    )

@@ -1,0 +1,20 @@
+"""Named defaults. A preset sits below the recipe and the overrides: whatever they set wins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# MaskLLM, Table 7 (LLaMA-2 7B) and Appendix A: 2,000 steps, global batch 256, AdamW(5e-4, wd 0.1), kappa 1e2 -> 5e2,
+# tau 4 -> 0.05, SparseGPT prior with alpha 3, logits N(0, 0.01), weight-norm term 1e-5.
+MASKLLM: dict[str, Any] = {
+    "learn": {
+        "steps": 2000,
+        "global_batch": 256,
+        "sampling": {"mode": "soft", "kappa": [100.0, 500.0], "tau": [4.0, 0.05], "logit_std": 0.01, "initial_noise": True},
+        "prior": {"mask": "sparsegpt", "strength": 3.0},
+        "optimizer": {"lr": 5e-4, "weight_decay": 0.1, "schedule": "cosine"},
+        "weight_norm": {"coef": 1e-5, "decay": "none"},
+    }
+}
+
+PRESETS: dict[str, dict[str, Any]] = {"none": {}, "maskllm": MASKLLM}

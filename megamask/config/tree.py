@@ -1,0 +1,186 @@
+"""Every setting, its default and its range. Sections are frozen: nothing changes a setting after it was read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys are refused, values are checked, nothing can be reassigned."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """Which model, and which of its linears get a mask. Patterns are shell-style, over HF module names."""
+
+    hf: str | None = Field(None, description="Hugging Face folder: config.json, *.safetensors, tokenizer")
+    gguf: str | None = Field(None, description="GGUF file that the verb gguf unpacks into model.hf")
+    include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
+    exclude: list[str] = Field(default_factory=list, description="linears to keep dense")
+
+
+class ParallelSection(Section):
+    """How the job is laid out; data parallel = world size / tp."""
+
+    tp: Positive = 1
+    sequence_parallel: bool = False
+    recompute: bool = Field(False, description="recompute each layer's activations in the backward pass")
+    timeout_minutes: Positive = 30
+    threads: int | None = Field(None, gt=0, description="CPU threads a rank; None divides the cores among local ranks")
+
+
+class CorpusSection(Section):
+    """One text domain. ``kind`` says where the documents come from."""
+
+    kind: Literal["stdlib", "pydocs", "text", "jsonl", "parquet", "hf"]
+    path: str | None = Field(None, description="file, folder or glob (text, jsonl, parquet) or dataset name (hf)")
+    config: str | None = Field(None, description="dataset configuration (hf)")
+    split: str = Field("train", description="dataset split (hf)")
+    field: str = Field("text", description="column that holds the text (jsonl, parquet, hf)")
+    max_bytes: int | None = Field(None, gt=0, description="stop after this much text")
+    heldout: Share = Field(0.05, description="share of documents kept for evaluation")
+
+
+class DataSection(Section):
+    """Text domains, how they are tokenized and how they are blended for learning."""
+
+    tokenizer: str | None = Field(None, description="HF tokenizer folder or sentencepiece .model; None = model.hf")
+    domains: dict[str, CorpusSection] = Field(default_factory=dict)
+    blend: dict[str, float] = Field(default_factory=dict, description="domain -> weight; empty = equal weights")
+    seq_length: Positive = 256
+    append_eod: bool = True
+
+
+class CalibrationSection(Section):
+    """Samples for the one-shot criteria, drawn from the training blend with ``seed``."""
+
+    samples: Positive = 32
+    seq_length: Positive = 512
+    micro_batch: Positive = 4
+    seed: int = 0
+
+
+OneShotMethod = Literal["magnitude", "wanda", "sparsegpt", "sparsegpt_update"]
+
+
+class PruneSection(Section):
+    """One-shot masks. ``sparsegpt_update`` also writes updated weights, as a comparison."""
+
+    methods: list[OneShotMethod] = Field(default_factory=lambda: ["magnitude", "wanda", "sparsegpt", "sparsegpt_update"])
+    damp: Annotated[float, Field(gt=0)] = Field(0.01, description="SparseGPT: share of the mean diagonal added to the Hessian")
+    block: Positive = Field(128, description="SparseGPT: columns per lazy update block, a multiple of M")
+
+
+class SamplingSection(Section):
+    """The relaxed categorical over candidates (MaskLLM, Eq. 6-7). Pairs are first and last value, linear in progress."""
+
+    mode: Literal["soft", "hard"] = "soft"
+    kappa: tuple[NonNegative, NonNegative] = Field((100.0, 500.0), description="scale of the logits")
+    tau: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field((4.0, 0.05), description="temperature")
+    logit_std: Annotated[float, Field(gt=0)] = Field(0.01, description="std of the initial logits, and the prior's unit")
+    initial_noise: bool = Field(True, description="False starts from the prior alone")
+    backend: Literal["auto", "torch", "numba"] = "auto"
+
+
+class PriorSection(Section):
+    """The mask that initialises the logits (MaskLLM, Eq. 9-10)."""
+
+    mask: str | None = Field("sparsegpt", description="a one-shot method of this run, a mask file, or null")
+    strength: NonNegative = Field(3.0, description="alpha")
+
+
+class OptimizerSection(Section):
+    """AdamW on the mask logits."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    min_lr: NonNegative = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: NonNegative = 0.1
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip: NonNegative = Field(1.0, description="largest gradient norm; 0 switches clipping off")
+
+
+class WeightNormSection(Section):
+    """The term - coef * sum |W * M|^2 (MaskLLM, Eq. 8)."""
+
+    coef: NonNegative = 1e-5
+    decay: Literal["none", "linear"] = Field("none", description="linear: falls to 0 with progress")
+
+
+class SnapshotSection(Section):
+    """Resumable state."""
+
+    every: Positive = 50
+    keep: Positive = 2
+
+
+class MonitorSection(Section):
+    """Where metrics go and how often the winner mask is evaluated."""
+
+    evaluate_every: Annotated[int, Field(ge=0)] = Field(50, description="steps; 0 = only at the end")
+    evaluate_windows: Positive = Field(8, description="held-out windows per domain while learning")
+    patience: Annotated[int, Field(ge=0)] = Field(0, description="stop after this many evaluations without a better one; 0 = never")
+    tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "offline"
+    wandb_project: str = "megamask"
+
+
+class LearnSection(Section):
+    """A learning run: the step, its schedule and its bookkeeping."""
+
+    preset: Literal["none", "maskllm"] = Field("none", description="named defaults, applied below the other settings")
+    steps: Positive = 2000
+    micro_batch: Positive = 4
+    global_batch: Positive = 4
+    sampling: SamplingSection = SamplingSection()
+    prior: PriorSection = PriorSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    weight_norm: WeightNormSection = WeightNormSection()
+    snapshot: SnapshotSection = SnapshotSection()
+    monitor: MonitorSection = MonitorSection()
+    resume: bool = True
+
+
+class EvaluateSection(Section):
+    """Perplexity protocol: non-overlapping windows, window-1 targets each, tail dropped."""
+
+    window: Annotated[int, Field(gt=1)] = 512
+    max_tokens: int | None = Field(16384, gt=0, description="held-out tokens per domain; None = all")
+    micro_batch: Positive = 4
+    masks: dict[str, str] = Field(default_factory=dict, description="row name -> mask file; empty = every mask of this run")
+    bos: bool = Field(False, description="put one BOS before the held-out stream")
+
+
+class ExportSection(Section):
+    """A plain Hugging Face folder with the mask applied."""
+
+    mask: str | None = Field(None, description="mask file; None = the learned mask; 'dense' exports without a mask")
+    weights: str | None = Field(None, description="Megatron weights to write; None = those of model.hf")
+    out: str | None = Field(None, description="folder; None = {run_dir}/export")
+
+
+class Config(Section):
+    """The whole tree: a recipe file and command-line overrides fill it, every verb reads the sections it needs."""
+
+    run_dir: str = "runs/default"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    pattern: str = Field("2:4", description="keep N of every M consecutive inputs")
+    model: ModelSection = ModelSection()
+    parallel: ParallelSection = ParallelSection()
+    data: DataSection = DataSection()
+    calibration: CalibrationSection = CalibrationSection()
+    prune: PruneSection = PruneSection()
+    learn: LearnSection = LearnSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    export: ExportSection = ExportSection()

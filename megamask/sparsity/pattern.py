@@ -1,0 +1,123 @@
+"""N:M patterns: keep exactly n of every m consecutive inputs. The only place that knows candidate order.
+
+Shapes: O out_features, I in_features, G groups per row (I / m), C candidates, M group size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from megamask.errors import ConfigError
+
+MAX_CANDIDATES = 256
+CANDIDATE_ORDER = "itertools.combinations-v1"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Keep ``n`` of every ``m`` consecutive inputs."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ConfigError("pattern", str(self), "N:M with 0 < N < M", "Write, for example, pattern=2:4.")
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read ``"2:4"``.
+
+        Raises:
+            ConfigError: not N:M with 0 < N < M.
+        """
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
+        if not match:
+            raise ConfigError("pattern", text, "N:M, the number kept and the group size", "Write, for example, pattern=2:4.")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def density(self) -> float:
+        """Share of weights kept, n / m."""
+        return self.n / self.m
+
+    @property
+    def num_candidates(self) -> int:
+        """C = binomial(m, n)."""
+        return math.comb(self.m, self.n)
+
+    @cached_property
+    def _kept(self) -> list[tuple[int, ...]]:
+        if self.num_candidates > MAX_CANDIDATES:
+            raise ConfigError(
+                "pattern", str(self), f"at most {MAX_CANDIDATES} candidates a group, this one has {self.num_candidates}", "Use a smaller M."
+            )
+        return list(itertools.combinations(range(self.m), self.n))
+
+    def candidates(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The legal 0/1 vectors, (C, M), in ``itertools.combinations`` order of the kept positions.
+
+        Raises:
+            ConfigError: more than MAX_CANDIDATES candidates.
+        """
+        table_CM = torch.zeros(self.num_candidates, self.m, dtype=dtype, device=device)
+        for row, kept in enumerate(self._kept):
+            table_CM[row, list(kept)] = 1
+        return table_CM
+
+    def groups(self, in_features: int, what: str = "in_features", tp: int = 1) -> int:
+        """Groups in a row of ``in_features`` weights held by one rank.
+
+        Raises:
+            ConfigError: m does not divide the row.
+        """
+        if in_features % self.m:
+            raise ConfigError(
+                "pattern",
+                str(self),
+                f"M must divide {what}, here {in_features}" + (f" after splitting over parallel.tp={tp}" if tp > 1 else ""),
+                "Choose another pattern, a smaller parallel.tp, or keep that layer dense with model.exclude.",
+            )
+        return in_features // self.m
+
+    def is_valid(self, mask_OI: torch.Tensor) -> bool:
+        """Whether every group keeps exactly n (0/1 or bool mask, groups along the last axis)."""
+        if mask_OI.shape[-1] % self.m:
+            return False
+        as_int = mask_OI.to(torch.int32)
+        if not torch.equal(as_int.to(mask_OI.dtype), mask_OI) or bool(((as_int != 0) & (as_int != 1)).any()):
+            return False
+        return bool((as_int.unflatten(-1, (-1, self.m)).sum(-1) == self.n).all())
+
+    def index_of(self, mask_OI: torch.Tensor) -> torch.Tensor:
+        """Candidate index of every group, (..., G) int64, of a valid mask (..., I).
+
+        Raises:
+            ValueError: some group does not keep exactly n.
+        """
+        if not self.is_valid(mask_OI):
+            raise ValueError(f"the mask is not {self}")
+        powers_M = 2 ** torch.arange(self.m, device=mask_OI.device)
+        code = (mask_OI.to(torch.int64).unflatten(-1, (-1, self.m)) * powers_M).sum(-1)
+        codes_C = (self.candidates(torch.int64, mask_OI.device) * powers_M).sum(-1)
+        order = codes_C.argsort()
+        return order[torch.searchsorted(codes_C[order], code)]
+
+    def mask_of(self, index_OG: torch.Tensor, dtype: torch.dtype = torch.bool) -> torch.Tensor:
+        """Mask (..., I) of candidate indices (..., G)."""
+        return self.candidates(dtype, index_OG.device)[index_OG.long()].flatten(-2)
+
+    def best(self, score_OI: torch.Tensor) -> torch.Tensor:
+        """Bool mask that keeps the n largest scores of every group; ties go to the earlier position."""
+        groups = score_OI.unflatten(-1, (-1, self.m))
+        kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)

@@ -1,0 +1,112 @@
+"""Outputs are written under a temporary name and renamed, so that a path either holds a whole artefact or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megamask.errors import ArtifactError
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def require_writable(folder: Path, key: str = "run_dir") -> None:
+    """Make ``folder`` and prove that it can be written, before any long work.
+
+    Raises:
+        ArtifactError: naming ``key``, the setting that chose the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = _temporary_name(folder / "probe")
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ArtifactError(folder, f"cannot be written ({error.strerror})", f"Point {key} at a folder you can write.") from error
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it onto ``path`` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """Yield a new temporary folder; rename it to ``path`` (replacing what was there) when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        commit_dir(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_dir(temporary: Path, path: Path) -> None:
+    """Rename the finished folder ``temporary`` to ``path``, moving aside and deleting what was there."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    if path.exists():
+        old = _temporary_name(path)
+        os.rename(path, old)
+        os.rename(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(temporary, path)
+    _sync(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary names that a killed process left in ``folder``."""
+    for left in folder.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path, fix: str) -> Any:
+    """Read JSON; ``fix`` says what makes the file.
+
+    Raises:
+        ArtifactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArtifactError(path, "is missing", fix) from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ArtifactError(path, f"is not valid JSON ({error})", fix) from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
