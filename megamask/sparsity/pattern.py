@@ -56,7 +56,8 @@ class Pattern:
         return math.comb(self.m, self.n)
 
     @cached_property
-    def _kept(self) -> list[tuple[int, ...]]:
+    def kept_positions(self) -> list[tuple[int, ...]]:
+        """Kept positions of every candidate, in candidate order."""
         if self.num_candidates > MAX_CANDIDATES:
             raise ConfigError(
                 "pattern", str(self), f"at most {MAX_CANDIDATES} candidates a group, this one has {self.num_candidates}", "Use a smaller M."
@@ -70,7 +71,7 @@ class Pattern:
             ConfigError: more than MAX_CANDIDATES candidates.
         """
         table_CM = torch.zeros(self.num_candidates, self.m, dtype=dtype, device=device)
-        for row, kept in enumerate(self._kept):
+        for row, kept in enumerate(self.kept_positions):
             table_CM[row, list(kept)] = 1
         return table_CM
 

@@ -1,0 +1,68 @@
+"""The relaxed categorical over candidates (MaskLLM, Sec. 3.2) in plain PyTorch: the readable reference of every backend.
+
+Shapes: O out_features, I in_features, G groups per row, C candidates, M group size. mask_logits are (O, C, G): the
+weight's leading axis first and groups last, so that they shard where the weight shards and kernels read whole lines.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.philox import uniform, words
+
+
+def gumbel_noise(site: Site, draw: Draw, groups: int, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+    """Gumbel noise g = -log(-log u), (O, C, G) (Eq. 5)."""
+    word = words(draw.key, site.placement.group_ids(groups, device), site.pattern.num_candidates)  # (C, O, G)
+    return -torch.log(-torch.log(uniform(word).to(dtype))).transpose(0, 1)
+
+
+def soft_index(mask_logits: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
+    """y = softmax((kappa pi + g) / tau) over candidates, (O, C, G) (Eq. 6)."""
+    noise = gumbel_noise(site, draw, mask_logits.shape[-1], mask_logits.device, mask_logits.dtype)
+    return ((mask_logits * draw.kappa + noise) / draw.tau).softmax(dim=1)
+
+
+def mask_of_index(index_OCG: torch.Tensor, site: Site) -> torch.Tensor:
+    """Weighted average of the candidates, (O, I) (Eq. 7)."""
+    table_CM = site.pattern.candidates(index_OCG.dtype, index_OCG.device)
+    return torch.einsum("ocg,cm->ogm", index_OCG, table_CM).flatten(1)
+
+
+def sampled_mask(mask_logits: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
+    """The mask of one draw, (O, I): soft, or one-hot per group when ``draw.hard``."""
+    y = soft_index(mask_logits, site, draw)
+    return mask_of_index(_one_hot(y) if draw.hard else y, site)
+
+
+def _one_hot(y_OCG: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(y_OCG).scatter_(1, y_OCG.argmax(1, keepdim=True), 1)
+
+
+def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W * M in the weight's dtype, sum |W * M|^2 as a 0-d tensor)."""
+    masked = weight.to(mask_logits.dtype) * sampled_mask(mask_logits, site, draw)
+    return masked.to(weight.dtype), masked.square().sum(dtype=torch.float64)
+
+
+def backward(grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
+    """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; the noise is drawn again.
+
+    With y the soft index and S the candidate table: dM = dW * W - 2 norm_coef W^2 * M, dy = dM S^T and
+    dpi = kappa / tau * y * (dy - sum_c y dy).
+    """
+    y = soft_index(mask_logits, site, draw)
+    mask = mask_of_index(_one_hot(y) if draw.hard else y, site)
+    weight, grad = weight.to(mask_logits.dtype), grad.to(mask_logits.dtype)
+    dmask = grad * weight - 2 * draw.norm_coef * weight.square() * mask
+    table_CM = site.pattern.candidates(y.dtype, y.device)
+    dy = torch.einsum("ogm,cm->ocg", dmask.unflatten(1, (-1, site.pattern.m)), table_CM)
+    return draw.kappa / draw.tau * y * (dy - (y * dy).sum(1, keepdim=True))
+
+
+def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d). Draws no noise."""
+    top, winner = mask_logits.max(dim=1)
+    largest = 1 / ((mask_logits - top.unsqueeze(1)) * kappa).exp().sum(1)
+    return winner.to(torch.uint8), largest.sum(dtype=torch.float64)

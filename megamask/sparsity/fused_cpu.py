@@ -1,0 +1,75 @@
+"""The categorical operator on CPU tensors through the fused numba kernels; same meaning as categorical.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from megamask.sparsity import kernels_numba
+from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.philox import NoiseKey
+
+
+def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W * M in the weight's dtype, sum |W * M|^2 as a 0-d tensor)."""
+    _match_threads()
+    masked = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    norm_O = np.empty(weight.shape[0])
+    logits, bits, out = mask_logits.detach().numpy(), _bits(weight), _bits(masked)
+    for block in site.placement.blocks:
+        rows = slice(block.start, block.start + block.rows)
+        kernels_numba.forward(out[rows], norm_O[rows], logits[rows], bits[rows], *_arguments(site, draw, block.global_start))
+    return masked, torch.tensor(norm_O.sum())
+
+
+def backward(grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
+    """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M."""
+    _match_threads()
+    dlogits = torch.empty_like(mask_logits)
+    logits, bits, dbits, out = mask_logits.detach().numpy(), _bits(weight), _bits(grad.to(weight.dtype)), dlogits.numpy()
+    for block in site.placement.blocks:
+        rows = slice(block.start, block.start + block.rows)
+        arguments = _arguments(site, draw, block.global_start)
+        kernels_numba.backward(out[rows], dbits[rows], logits[rows], bits[rows], *arguments, np.float32(draw.norm_coef))
+    return dlogits
+
+
+def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d)."""
+    _match_threads()
+    rows, _, groups = mask_logits.shape
+    winner, largest_O = np.empty((rows, groups), np.uint8), np.empty(rows)
+    kernels_numba.survey(winner, largest_O, mask_logits.detach().numpy(), np.float32(kappa))
+    return torch.from_numpy(winner), torch.tensor(largest_O.sum())
+
+
+def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernels read these dtypes."""
+    return mask_logits.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float32)
+
+
+def _match_threads() -> None:
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    integer = torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32
+    return np.asarray(tensor.detach().contiguous().view(integer).numpy())
+
+
+def _kept(pattern: Pattern) -> np.ndarray[Any, Any]:
+    return np.array(pattern.kept_positions, dtype=np.int64)
+
+
+def _key(key: NoiseKey) -> tuple[np.uint64, ...]:
+    return (np.uint64(key.seed), np.uint64(key.step), np.uint64(key.micro_batch), np.uint64(key.parameter))
+
+
+def _arguments(site: Site, draw: Draw, global_row: int) -> tuple[Any, ...]:
+    place = (global_row, site.placement.first_group, site.placement.groups_in_row)
+    scale = (np.float32(draw.kappa), np.float32(1 / draw.tau))
+    return (_kept(site.pattern), site.pattern.m, place, _key(draw.key), *scale, draw.hard)
