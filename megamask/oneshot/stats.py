@@ -1,0 +1,81 @@
+"""Streaming statistics of a linear's inputs over the calibration tokens.
+
+Shapes: T tokens, I in_features.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamask.errors import ConfigError
+
+
+class InputStats:
+    """Sums over calibration tokens, in fp32 on ``device``.
+
+    The sums are public so that ranks that saw different tokens can add theirs together.
+
+    Args:
+        in_features: I, the whole input of the linear.
+        hessian: also accumulate the I x I matrix that SparseGPT needs; without it the memory is I floats.
+        device: where the sums live.
+    """
+
+    def __init__(self, in_features: int, hessian: bool, device: torch.device | str = "cpu") -> None:
+        self.in_features = in_features
+        self.tokens = 0
+        self.sum_square_I = torch.zeros(in_features, device=device)
+        self.sum_outer_II = torch.zeros(in_features, in_features, device=device) if hessian else None
+
+    @torch.no_grad()
+    def add(self, x_TI: torch.Tensor) -> None:
+        """Count the inputs of T more tokens, (..., I), any float dtype.
+
+        Raises:
+            ValueError: the last axis is not I.
+        """
+        if x_TI.shape[-1] != self.in_features:
+            raise ValueError(f"inputs of shape {tuple(x_TI.shape)} for a linear with {self.in_features} in_features")
+        x_TI = x_TI.reshape(-1, self.in_features).to(self.sum_square_I)
+        self.tokens += x_TI.shape[0]
+        if self.sum_outer_II is None:
+            self.sum_square_I += x_TI.square().sum(0)
+        else:
+            self.sum_outer_II.addmm_(x_TI.t(), x_TI)
+            self.sum_square_I.copy_(self.sum_outer_II.diagonal())
+
+    @property
+    def mean_square_I(self) -> torch.Tensor:
+        """Mean over tokens of x_j^2, (I,): Wanda's |X_j|_2^2 divided by the number of tokens.
+
+        Raises:
+            ConfigError: no tokens were added, or the inputs were not finite.
+        """
+        if self.tokens == 0:
+            raise ConfigError("calibration.samples", self.tokens, "at least one calibration token", "Give the calibration some text.")
+        mean_I = self.sum_square_I / self.tokens
+        broken = int((~mean_I.isfinite()).sum())
+        if broken:
+            raise ConfigError(
+                "calibration",
+                f"{broken} of {self.in_features} input features",
+                "activations must be finite on the calibration text, these overflow or are NaN",
+                "Check the model's weights for NaN or inf, or calibrate in model.dtype=float32.",
+            )
+        return mean_I
+
+    @property
+    def hessian_II(self) -> torch.Tensor:
+        """Mean over tokens of x x^T, (I, I), a fresh tensor.
+
+        The layer-wise squared error has twice this as its Hessian; the factor changes no mask and no updated weight,
+        because damping is relative to the diagonal.
+
+        Raises:
+            ConfigError: as ``mean_square_I``.
+            ValueError: made without ``hessian=True``.
+        """
+        if self.sum_outer_II is None:
+            raise ValueError("these statistics were collected without the Hessian")
+        _ = self.mean_square_I  # a value that is not finite shows on the diagonal
+        return self.sum_outer_II / self.tokens
