@@ -56,6 +56,7 @@ class DataSection(Section):
     blend: dict[str, float] = Field(default_factory=dict, description="domain -> weight; empty = equal weights")
     seq_length: Positive = 256
     append_eod: bool = True
+    eod_token: str | None = Field(None, description="token that ends a document; None = the tokenizer's EOS")
 
 
 class CalibrationSection(Section):
