@@ -23,7 +23,7 @@ from megamask.sparsity.pattern import Pattern
 log = logging.getLogger(__name__)
 
 DAMP_STEP = 10.0
-DAMP_ATTEMPTS = 5
+DAMP_LIMIT = 1.0  # as much again as the mean diagonal: what this cannot fix is not a sum of squares
 
 
 @torch.no_grad()
@@ -93,28 +93,32 @@ def inverse_factor(hessian_II: torch.Tensor, damp: float) -> tuple[torch.Tensor,
     Columns with a zero diagonal (no input) get the mean of the other diagonal entries; they touch no other column.
 
     Raises:
-        ConfigError: not positive definite even after DAMP_ATTEMPTS tries, each with DAMP_STEP times the damping.
+        ConfigError: not positive definite, with ``damp`` or with DAMP_STEP times more, and more, up to DAMP_LIMIT.
     """
     diagonal_I = hessian_II.diagonal()
     live_I = diagonal_I[diagonal_I > 0]
     mean = live_I.mean() if len(live_I) else diagonal_I.new_ones(())
     filled_I = torch.where(diagonal_I == 0, mean, diagonal_I)
-    for attempt in range(DAMP_ATTEMPTS):
-        used = damp * DAMP_STEP**attempt
-        damped_II = hessian_II.clone()
-        damped_II.diagonal().copy_(filled_I + used * mean)
-        reversed_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
-        if not failed:
-            if attempt:
-                log.warning("the Hessian was not positive definite with damping %g: used %g (more calibration tokens would help)", damp, used)
-            eye_II = torch.eye(len(filled_I), dtype=hessian_II.dtype, device=hessian_II.device)
-            return torch.linalg.solve_triangular(reversed_II.flip(0, 1), eye_II, upper=True), used
-    raise ConfigError(
-        "prune.damp",
-        damp,
-        f"the damped Hessian must be positive definite, and is not with damping up to {used:g}",
-        "Raise calibration.samples, or raise prune.damp.",
-    )
+    used = damp
+    while (factor_II := _factor_or_none(hessian_II, filled_I + used * mean)) is None:
+        if used >= DAMP_LIMIT:
+            allowed = f"the damped Hessian must be positive definite, and is not with damping up to {used:g}"
+            raise ConfigError("prune.damp", damp, allowed, "Raise calibration.samples, or raise prune.damp.")
+        used = min(used * DAMP_STEP, DAMP_LIMIT)
+    if used != damp:
+        log.warning("Hessian not positive definite with prune.damp=%g: used %g (more calibration tokens would help)", damp, used)
+    return factor_II, used
+
+
+def _factor_or_none(hessian_II: torch.Tensor, diagonal_I: torch.Tensor) -> torch.Tensor | None:
+    """The factor of ``inverse_factor`` for the Hessian with this diagonal, or None if that is not positive definite."""
+    damped_II = hessian_II.clone()
+    damped_II.diagonal().copy_(diagonal_I)
+    reversed_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+    if failed:
+        return None
+    eye_II = torch.eye(len(diagonal_I), dtype=hessian_II.dtype, device=hessian_II.device)
+    return torch.linalg.solve_triangular(reversed_II.flip(0, 1), eye_II, upper=True)
 
 
 def _prune_block(work_BO: torch.Tensor, keep_BO: torch.Tensor, factor_BB: torch.Tensor, pattern: Pattern) -> torch.Tensor:

@@ -60,7 +60,7 @@ class InputStats:
                 "calibration",
                 f"{broken} of {self.in_features} input features",
                 "activations must be finite on the calibration text, these overflow or are NaN",
-                "Check the model's weights for NaN or inf, or calibrate in model.dtype=float32.",
+                "Check the model's weights for NaN or inf.",
             )
         return mean_I
 

@@ -1,0 +1,64 @@
+"""Input statistics against sums in fp64, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megamask.errors import ConfigError
+from megamask.oneshot.stats import InputStats
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("hessian", [False, True])
+def test_streaming_equals_whole(dtype: torch.dtype, hessian: bool) -> None:
+    x_TI = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    stats = InputStats(24, hessian)
+    for part in x_TI.split(70):
+        stats.add(part)
+    exact_TI = x_TI.double()
+    assert stats.tokens == 300
+    # the inputs are exact in fp64; what is left is fp32 rounding over a sum of 300 terms (300 * 6e-8)
+    torch.testing.assert_close(stats.mean_square_I.double(), exact_TI.square().mean(0), rtol=2e-5, atol=0)
+    if hessian:
+        torch.testing.assert_close(stats.hessian_II.double(), exact_TI.T @ exact_TI / 300, rtol=2e-5, atol=2e-5)
+        assert not torch.allclose(stats.hessian_II.double(), torch.cov(exact_TI.T), rtol=2e-5, atol=2e-5)  # not centred
+
+
+def test_half_precision_inputs_accumulate_in_fp32() -> None:
+    stats = InputStats(1, hessian=False)
+    for _ in range(300):
+        stats.add(torch.ones(1, 1, dtype=torch.bfloat16))
+    assert stats.mean_square_I.item() == 1  # bf16 sums stop at 256
+    assert stats.sum_square_I.dtype == torch.float32
+
+
+def test_leading_axes_are_tokens() -> None:
+    x = torch.randn(5, 3, 8)
+    whole, flat = InputStats(8, True), InputStats(8, True)
+    whole.add(x)
+    flat.add(x.reshape(15, 8))
+    assert whole.tokens == 15
+    assert torch.equal(whole.hessian_II, flat.hessian_II)
+
+
+def test_hessian_memory_only_when_asked() -> None:
+    stats = InputStats(8, hessian=False)
+    assert stats.sum_outer_II is None
+    stats.add(torch.randn(3, 8))
+    with pytest.raises(ValueError, match="without the Hessian"):
+        _ = stats.hessian_II
+
+
+@pytest.mark.parametrize("hessian", [False, True])
+def test_refuses_nothing_and_nonsense(hessian: bool) -> None:
+    stats = InputStats(8, hessian)
+    with pytest.raises(ConfigError, match="calibration"):
+        _ = stats.mean_square_I
+    with pytest.raises(ValueError, match="8 in_features"):
+        stats.add(torch.randn(3, 9))
+    broken_TI = torch.ones(3, 8)
+    broken_TI[1, 2] = float("nan")
+    stats.add(broken_TI)
+    with pytest.raises(ConfigError, match="1 of 8 input features"):
+        _ = stats.mean_square_I
