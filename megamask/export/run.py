@@ -1,0 +1,92 @@
+"""The verb export: a Hugging Face folder and a mask file become a masked folder that plain transformers loads.
+
+Pruned places hold +0.0 and the config says nothing of sparsity: whatever loads the dense model loads this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamask.config import Config, run_paths
+from megamask.errors import ArtifactError, ConfigError
+from megamask.masks.apply import masked
+from megamask.masks.file import MaskSet
+from megamask.masks.inspect import configured_mask, verify
+from megamask.sparsity.pattern import Pattern
+from megamask.storage import require_writable
+from megamask.weights.architecture import read_architecture
+from megamask.weights.hf_files import HFReader, open_checked, write_hf
+
+
+def run(config: Config) -> None:
+    """Write paths.export from model.hf (or export.weights) and export.mask, and verify what was written.
+
+    Raises:
+        ConfigError, ArtifactError: a mask of another pattern or model, a folder that is incomplete or cannot be written.
+    """
+    paths, mask_file = run_paths(config), configured_mask(config)
+    if paths.export.resolve() == paths.hf.resolve():
+        raise ConfigError("export.out", str(paths.export), "a folder other than model.hf", "The base model must stay as it is.")
+    require_writable(paths.export.parent, "export.out")
+    reader = open_checked(paths.hf)
+    masks = verify(mask_file, paths.hf) if mask_file is not None else None
+    if masks is not None:
+        masks.check(pattern=Pattern.parse(config.pattern))
+    weights = Path(config.export.weights) if config.export.weights else None
+    export(paths.hf, paths.export, _weights(reader, paths.hf, weights), masks)
+
+
+def export(hf_dir: Path, out: Path, tensors: Iterator[tuple[str, Tensor]], masks: MaskSet | None) -> None:
+    """Stream ``tensors`` (HF names) through ``masks`` into ``out``; side files come from ``hf_dir``. Prints sizes.
+
+    Raises:
+        ArtifactError: what was written is not what was meant; ``out`` is left as it was.
+    """
+    if masks is None:
+        write_hf(out, tensors, hf_dir)
+        print(f"{out}: dense, {_size(out):,} bytes")
+        return
+    write_hf(out, _masked_tensors(tensors, masks), hf_dir, check=partial(check_export, masks=masks))
+    print(
+        f"{out}: {masks.method} {masks.pattern} on {len(masks)} linears, {_size(out):,} bytes, verified (mask file {_size(masks.path):,} bytes)"
+    )
+
+
+def check_export(folder: Path, masks: MaskSet) -> None:
+    """Check a written folder, reading it back: all tensors are there, and every pruned place of every masked linear is +0.0.
+
+    Raises:
+        ArtifactError: the first linear that fails.
+    """
+    with open_checked(folder) as reader:
+        for name, mask_OI in masks.items():
+            weight_OI = reader.tensor(f"{name}.weight")
+            kept = (weight_OI != 0).unflatten(1, (-1, masks.pattern.m)).sum(-1)
+            pruned = weight_OI[~mask_OI]
+            if int(kept.max()) > masks.pattern.n or bool(pruned.any()) or bool(torch.signbit(pruned).any()):
+                raise ArtifactError(folder, f"{name} does not hold +0.0 wherever its mask prunes", "Export again; report it if it stays.")
+
+
+def _masked_tensors(tensors: Iterator[tuple[str, Tensor]], masks: MaskSet) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        module, _, leaf = name.rpartition(".")
+        yield name, masked(tensor, masks[module]) if leaf == "weight" and module in masks else tensor
+
+
+def _weights(reader: HFReader, hf_dir: Path, megatron: Path | None) -> Iterator[tuple[str, Tensor]]:
+    if megatron is None:
+        return ((name, reader.tensor(name)) for name in reader.names())
+    if not megatron.is_dir():
+        raise ArtifactError(megatron, "is missing", "Point export.weights at Megatron weights that convert or prune made.")
+    from megamask.model.checkpoint import megatron_to_hf  # needs Megatron-Core, which an export of HF weights does not
+
+    return megatron_to_hf(megatron, read_architecture(hf_dir))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

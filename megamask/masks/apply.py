@@ -1,0 +1,46 @@
+"""Put masks on a transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from megamask.masks.file import MaskSet, load_masks
+from megamask.weights.fingerprint import fingerprint_model, model_linears
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply_masks(hf_model: Model, masks: MaskSet | Path | str, check_fingerprint: bool = True) -> Model:
+    """Set the pruned weights of a transformers model to +0.0, in place. Nothing is changed unless every check passes.
+
+    Args:
+        hf_model: the model that the masks were made for.
+        masks: a mask file, or what ``load_masks`` gave.
+        check_fingerprint: False also accepts changed weights (fine-tuned, updated by SparseGPT) of the same shapes.
+
+    Returns:
+        ``hf_model``.
+
+    Raises:
+        ArtifactError: a corrupt file, names or shapes that the model does not have, another base model.
+    """
+    mask_set = masks if isinstance(masks, MaskSet) else load_masks(masks)
+    linears = model_linears(hf_model)
+    mask_set.check(shapes={name: tuple(one.weight.shape) for name, one in linears.items()})
+    if check_fingerprint:
+        mask_set.check(fingerprint=fingerprint_model(hf_model))
+    mask_set.verify()
+    with torch.no_grad():
+        for name, mask_OI in mask_set.items():
+            weight_OI = linears[name].weight
+            weight_OI.copy_(masked(weight_OI, mask_OI))
+    return hf_model
+
+
+def masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
+    """The weight with +0.0 in pruned places. A product would leave -0.0, which some sparse kernels take for a kept value."""
+    return weight_OI.masked_fill(~mask_OI.to(weight_OI.device), 0.0)

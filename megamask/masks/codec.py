@@ -1,0 +1,55 @@
+"""Candidate indices <-> 64-bit words: as many base-C digits a word as fit, 0.667 bit per weight at 2:4.
+
+Little-endian digits: the first index is the least significant digit. Digits beyond the last index are zero.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint64]
+
+
+def digits_per_word(base: int) -> int:
+    """The largest d with base**d <= 2**64."""
+    digits = 1
+    while base ** (digits + 1) <= 2**64:
+        digits += 1
+    return digits
+
+
+def num_words(count: int, base: int) -> int:
+    """Words that ``count`` indices take."""
+    return -(-count // digits_per_word(base))
+
+
+def pack(index: npt.NDArray[np.integer], base: int) -> Words:
+    """Words of the indices (any shape, each in [0, base)), row-major."""
+    digits = digits_per_word(base)
+    padded = np.zeros((num_words(index.size, base), digits), dtype=np.uint8)
+    padded.reshape(-1)[: index.size] = index.reshape(-1)
+    words = np.zeros(len(padded), dtype=np.uint64)
+    for digit in reversed(range(digits)):
+        words *= np.uint64(base)
+        words += padded[:, digit]
+    return words
+
+
+def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.uint8]:
+    """The first ``count`` indices of ``words``, (count,).
+
+    Raises:
+        ValueError: the number of words is wrong, or a word holds a digit that ``pack`` never writes.
+    """
+    if words.shape != (num_words(count, base),):
+        raise ValueError(f"{words.size} words, expected {num_words(count, base)}")
+    digits = digits_per_word(base)
+    index = np.empty((len(words), digits), dtype=np.uint8)
+    left = words.astype(np.uint64)
+    for digit in range(digits):
+        left, index[:, digit] = np.divmod(left, np.uint64(base))
+    flat = index.reshape(-1)
+    if left.any() or flat[count:].any():
+        raise ValueError(f"digits out of range for {base} candidates")
+    return flat[:count]

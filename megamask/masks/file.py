@@ -1,0 +1,218 @@
+"""The mask file: a safetensors container with one packed tensor per HF linear and a JSON header.
+
+Header (metadata key ``megamask``): format_version, pattern, candidate_order, axis, fingerprint of the base model, method, data,
+evaluation, megamask (version that wrote it), tensors (name -> shape (O, I) of the mask, sha256 of the packed words).
+Shapes: O out_features, I in_features, G groups per row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from megamask import __version__
+from megamask.errors import ArtifactError, ConfigError
+from megamask.masks import codec
+from megamask.sparsity.pattern import CANDIDATE_ORDER, Pattern
+from megamask.storage import atomic_file
+
+FORMAT_VERSION = 1
+AXIS = "in_features"
+FIX = "Make the mask file again, or copy it again from where it came."
+FACTS: dict[str, type | tuple[type, ...]] = {"pattern": str, "fingerprint": str, "method": str, "tensors": dict, "megamask": str}
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """Masks of a file, by HF module name; each is decoded when it is asked for, as bool (O, I), True = keep.
+
+    Attributes:
+        path: the file.
+        pattern: N:M.
+        fingerprint: of the base model.
+        method: how the masks were made.
+        meta: the whole header.
+    """
+
+    def __init__(self, path: Path, handle: Any, meta: dict[str, Any]) -> None:
+        self.path, self.meta, self._handle = path, meta, handle
+        self.pattern = Pattern.parse(meta["pattern"])
+        self.fingerprint: str = meta["fingerprint"]
+        self.method: str = meta["method"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.pattern.mask_of(self.index(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.meta["tensors"])
+
+    def __len__(self) -> int:
+        return len(self.meta["tensors"])
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(O, I) of a mask, without decoding it."""
+        rows, columns = self.meta["tensors"][name]["shape"]
+        return rows, columns
+
+    def index(self, name: str) -> Tensor:
+        """Candidate index of every group, (O, G) int64.
+
+        Raises:
+            KeyError: no mask of that name.
+            ArtifactError: the packed data is corrupt.
+        """
+        rows, columns = self.shape(name)
+        groups = columns // self.pattern.m
+        words = self._handle.get_tensor(name)
+        try:
+            if hashlib.sha256(words.tobytes()).hexdigest() != self.meta["tensors"][name]["sha256"]:
+                raise ValueError("the checksum does not match")
+            index = codec.unpack(words, rows * groups, self.pattern.num_candidates)
+        except ValueError as error:
+            raise ArtifactError(self.path, f"mask of {name} is corrupt: {error}", FIX) from None
+        return torch.from_numpy(index.astype(np.int64)).view(rows, groups)
+
+    def verify(self) -> None:
+        """Decode every mask once.
+
+        Raises:
+            ArtifactError: the first that is corrupt.
+        """
+        for name in self:
+            self.index(name)
+
+    def check(
+        self, *, pattern: Pattern | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None, fingerprint: str | None = None
+    ) -> None:
+        """Check that the masks fit a run or a model; what is None is not looked at.
+
+        Args:
+            pattern: the pattern wanted.
+            shapes: HF module name -> (O, I) of the model's linears. Linears without a mask are dense.
+            fingerprint: of the model.
+
+        Raises:
+            ArtifactError: what does not fit.
+        """
+        if pattern is not None and pattern != self.pattern:
+            fix = f"Set pattern={self.pattern}, or use a mask made for {pattern}."
+            raise ArtifactError(self.path, f"holds {self.pattern} masks, wanted {pattern}", fix)
+        for name in self if shapes is not None else ():
+            self._check_shape(name, (shapes or {}).get(name))
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            problem = f"was made for another base model (fingerprint {self.fingerprint[:12]}, the model has {fingerprint[:12]})"
+            raise ArtifactError(self.path, problem, "Use the model that the mask was made for, with its weights unpruned and unchanged.")
+
+    def _check_shape(self, name: str, expected: tuple[int, ...] | None) -> None:
+        fix = "Use the model that the mask was made for."
+        if expected is None:
+            raise ArtifactError(self.path, f"has a mask of {name}, which is no linear of the model", fix)
+        if tuple(expected) != self.shape(name):
+            raise ArtifactError(self.path, f"mask of {name} has shape {self.shape(name)}, the model's linear {tuple(expected)}", fix)
+
+
+def save_masks(
+    path: Path | str,
+    masks: Mapping[str, Tensor],
+    pattern: Pattern,
+    *,
+    fingerprint: str,
+    method: str,
+    data: Any = None,
+    evaluation: Any = None,
+) -> None:
+    """Write a mask file, atomically.
+
+    Args:
+        path: the file.
+        masks: HF module name -> bool or 0/1 mask (O, I), 1 = keep, any device.
+        pattern: the pattern that every mask has.
+        fingerprint: of the base model.
+        method: how the masks were made.
+        data: what they were made from, JSON-able.
+        evaluation: how good they are, JSON-able.
+
+    Raises:
+        ValueError: a mask that is not (O, I) or does not keep exactly n of every m.
+    """
+    packed, tensors = {}, {}
+    for name, mask_OI in masks.items():
+        if mask_OI.dim() != 2:
+            raise ValueError(f"mask of {name} has shape {tuple(mask_OI.shape)}, not (O, I)")
+        packed[name] = codec.pack(pattern.index_of(mask_OI).cpu().numpy(), pattern.num_candidates)
+        tensors[name] = {"shape": list(mask_OI.shape), "sha256": hashlib.sha256(packed[name].tobytes()).hexdigest()}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "megamask": __version__,
+        "pattern": str(pattern),
+        "candidate_order": CANDIDATE_ORDER,
+        "axis": AXIS,
+        "fingerprint": fingerprint,
+        "method": method,
+        "data": data,
+        "evaluation": evaluation,
+        "tensors": tensors,
+    }
+    with atomic_file(Path(path)) as temporary:
+        save_file(packed, temporary, metadata={"megamask": json.dumps(header, default=str)})
+
+
+def load_masks(path: Path | str) -> MaskSet:
+    """Open a mask file and check its header; masks are decoded (and their checksums checked) when asked for.
+
+    Raises:
+        ArtifactError: missing, torn, not a mask file, another format version or candidate order, sizes that do not fit.
+    """
+    path = Path(path)
+    try:
+        handle = safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise ArtifactError(path, "is missing", "Check the path, or run the verb that makes the mask (prune or learn).") from None
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(path, f"is torn or not a mask file ({error})", FIX) from error
+    meta = _read_header(path, (handle.metadata() or {}).get("megamask"))
+    try:
+        masks = MaskSet(path, handle, meta)
+        _check_sizes(masks, handle)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(path, f"has a header that does not fit its data ({error})", FIX) from error
+    return masks
+
+
+def _read_header(path: Path, text: str | None) -> dict[str, Any]:
+    if text is None:
+        raise ArtifactError(path, "is a safetensors file but not a mask file", "Point at a file that megamask wrote.")
+    try:
+        meta = json.loads(text)
+        version = meta["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(path, f"has a broken header ({error!r})", FIX) from None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(path, f"has format version {version}, this megamask reads {FORMAT_VERSION}", "Install a newer megamask.")
+    for key, value in (("candidate_order", CANDIDATE_ORDER), ("axis", AXIS)):
+        if meta.get(key) != value:
+            raise ArtifactError(path, f"has {key} {meta.get(key)!r}, this megamask reads {value!r}", FIX)
+    wrong = [key for key, kind in FACTS.items() if not isinstance(meta.get(key), kind)]
+    if wrong:
+        raise ArtifactError(path, f"has a header without {', '.join(wrong)}", FIX)
+    return dict(meta)
+
+
+def _check_sizes(masks: MaskSet, handle: Any) -> None:
+    names = set(handle.keys())
+    if names != set(masks):
+        raise ValueError(f"tensors {sorted(names ^ set(masks))[:3]} are in the file or in the header, not in both")
+    for name in masks:
+        rows, columns = masks.shape(name)
+        stored = handle.get_slice(name)
+        words = codec.num_words(rows * (columns // masks.pattern.m), masks.pattern.num_candidates)
+        if columns % masks.pattern.m or stored.get_dtype() != "U64" or stored.get_shape() != [words]:
+            raise ValueError(f"{name}: {stored.get_dtype()} {stored.get_shape()} cannot hold a {masks.pattern} mask of {rows} x {columns}")
