@@ -1,0 +1,92 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: `megamask_env EXTRAS` makes .venv once, installs pinned versions, and puts it on PATH.
+#
+#   PYTHON   the Python to build on (default python3, at least 3.10)
+#   VENV     where the environment goes (default .venv in the repository)
+#
+# If $PYTHON already has a torch with CUDA (an NVIDIA container, a cluster module), that torch is kept and seen through
+# --system-site-packages. Without a GPU the CPU build is taken. Otherwise the index decides, which means a CUDA build on Linux.
+
+REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export REPO
+PYTHON="${PYTHON:-python3}"
+VENV="${VENV:-$REPO/.venv}"
+CPU_WHEELS="https://download.pytorch.org/whl/cpu"
+
+say() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+# retry N COMMAND...: package indexes fail now and then.
+retry() {
+    local attempts="$1" attempt; shift
+    for ((attempt = 1; attempt <= attempts; attempt++)); do
+        "$@" && return 0
+        ((attempt == attempts)) && break
+        say "attempt $attempt of $attempts failed: $1 ...; trying again in $((attempt * 5)) s"
+        sleep $((attempt * 5))
+    done
+    return 1
+}
+
+# threads_per_process N: the cores of this machine, divided among N processes (torchrun would give each one thread).
+threads_per_process() {
+    local cores; cores="$(getconf _NPROCESSORS_ONLN)"
+    echo $((cores / $1 > 0 ? cores / $1 : 1))
+}
+
+host_torch() { "$PYTHON" -c 'import torch; assert torch.version.cuda; print(torch.__version__)' 2>/dev/null; }
+
+# The constraints of this machine: all pins; or, with a torch of the host, that torch and the pins of what the host lacks.
+write_constraints() {
+    if [ -z "$2" ]; then cp "$REPO/constraints.txt" "$1"; return; fi
+    "$PYTHON" - "$REPO/constraints.txt" "$1" "$2" <<'PY'
+import importlib.metadata, re, sys
+pins, target, torch_version = sys.argv[1:]
+installed = {re.sub(r"[-_.]+", "-", d.metadata["Name"] or "").lower() for d in importlib.metadata.distributions()}
+def on_host(line):
+    name = re.match(r"[A-Za-z0-9._-]+", line)
+    return bool(name) and re.sub(r"[-_.]+", "-", name.group()).lower() in installed
+kept = [line for line in open(pins).read().splitlines() if not on_host(line)]
+open(target, "w").write("\n".join([f"torch=={torch_version}", *kept]) + "\n")
+PY
+}
+
+# Options that make pip take the CPU build of torch; none where a GPU is there, or where the wheel folder cannot be reached.
+cpu_wheel_options() {
+    if [ "$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then return; fi
+    if "$VENV/bin/python" -m pip --isolated index versions torch --index-url "$CPU_WHEELS" --timeout 5 --retries 0 >/dev/null 2>&1; then
+        printf -- '--extra-index-url %s' "$CPU_WHEELS"
+    fi
+}
+
+make_venv() {
+    local options=()
+    if [ -n "$1" ]; then options=(--system-site-packages); fi
+    "$PYTHON" -m venv --clear "${options[@]}" "$VENV" ||
+        die "$PYTHON -m venv failed. On Debian or Ubuntu install python3-venv, or name another Python with PYTHON=..."
+}
+
+ENV_SECONDS=0
+megamask_env() {
+    local extras="$1" stamp key torch_version options started=$SECONDS
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+        die "$PYTHON is missing or older than Python 3.10. Name another one with PYTHON=/path/to/python3."
+    key="$(cat "$REPO/setup.py" "$REPO/constraints.txt" <(printf '%s\n' "$extras" "$REPO" "$("$PYTHON" -VV)") | cksum | tr ' ' -)"
+    stamp="$VENV/.installed-$key"
+    if [ ! -e "$stamp" ] || [ ! -x "$VENV/bin/python" ]; then
+        torch_version="$(host_torch || true)"
+        if [ ! -x "$VENV/bin/python" ]; then
+            say "making $VENV with $("$PYTHON" -V)${torch_version:+, keeping torch $torch_version of the host}"
+            make_venv "$torch_version"
+        fi
+        write_constraints "$VENV/constraints.txt" "$torch_version"
+        read -r -a options <<<"$(if [ -z "$torch_version" ]; then cpu_wheel_options; fi)"
+        say "installing megamask[$extras] with pinned versions (once; a few minutes)"
+        retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${options[@]}" \
+            -c "$VENV/constraints.txt" -e "${REPO}[$extras]" || die "pip install failed three times; its messages are above."
+        touch "$stamp"
+        ENV_SECONDS=$((SECONDS - started))
+        say "environment ready in $ENV_SECONDS s"
+    fi
+    export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+}

@@ -1,0 +1,80 @@
+"""``python -m megamask VERB --config FILE key=value``: a table of verbs. Nothing heavy is imported until a verb runs."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megamask.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
+
+VERBS: dict[str, tuple[str, str]] = {  # verb: ("module:function", what it does)
+    "gguf": ("megamask.weights.gguf:run", "unpack a GGUF file into a Hugging Face folder"),
+    "convert": ("megamask.model.convert:run", "Hugging Face folder -> Megatron weights, for any tensor parallel size"),
+    "tokenize": ("megamask.data.tokenize:run", "text domains -> token shards, some documents held out for evaluation"),
+    "prune": ("megamask.oneshot.prune:run", "one-shot masks: magnitude, Wanda, SparseGPT"),
+    "learn": ("megamask.learn.run:run", "learn the mask of the frozen model; resumes from the last snapshot"),
+    "evaluate": ("megamask.evaluate.run:run", "held-out perplexity of the dense model and of every mask"),
+    "export": ("megamask.export.run:run", "Hugging Face folder + mask file -> masked Hugging Face folder"),
+    "report": ("megamask.report.run:run", "pictures and report.html of a run"),
+    "inspect": ("megamask.masks.inspect:run", "print a mask file and verify it strictly"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code (0 done, 2 user error, 75 interrupted after a snapshot, 130 Ctrl-C)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        print(_help())
+        return EXIT_OK if arguments else EXIT_USER_ERROR
+    try:
+        verb, recipe, overrides = parse(arguments)
+        from megamask.config import load_config  # pydantic and yaml: not needed for --help
+
+        config = load_config(recipe, overrides)
+        module, function = VERBS[verb][0].split(":")
+        return getattr(importlib.import_module(module), function)(config) or EXIT_OK
+    except MegamaskError as error:
+        who = "" if os.environ.get("RANK", "0") == "0" else f" (rank {os.environ['RANK']})"
+        print(f"megamask: error{who}: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("megamask: interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Path | None, list[str]]:
+    """Split the command line into verb, recipe and overrides.
+
+    Raises:
+        ConfigError: no such verb (with the nearest name), an option that does not exist, ``--config`` without a file.
+    """
+    verb, *rest = arguments
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+        raise ConfigError("verb", verb, f"one of {', '.join(VERBS)}", f"Did you mean {near[0]}?" if near else "Run megamask --help.")
+    recipe: Path | None = None
+    overrides: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        if word == "--config" or word.startswith("--config="):
+            if not (name := word.partition("=")[2] or (rest.pop(0) if rest else "")):
+                raise ConfigError("--config", name, "needs a recipe file", "Write --config configs/recipes/quickstart.yaml.")
+            recipe = Path(name)
+        elif word.startswith("-"):
+            raise ConfigError("option", word, "--config FILE, or key.sub=value without dashes", "Run megamask --help.")
+        else:
+            overrides.append(word)
+    return verb, recipe, overrides
+
+
+def _help() -> str:
+    lines = ["usage: megamask VERB [--config FILE] [key.sub=value ...]", "", *(f"  {verb:<9} {what}" for verb, (_, what) in VERBS.items())]
+    return "\n".join([*lines, "", "Settings and their defaults: megamask/config/tree.py. Recipes: configs/recipes/."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
