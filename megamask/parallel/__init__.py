@@ -1,0 +1,1 @@
+"""Process groups, the device, Megatron-Core without CUDA, and the masked parallel linears."""

@@ -1,0 +1,113 @@
+"""From an architecture to a frozen Megatron-Core GPTModel whose linears can carry masks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megamask.config import Config
+from megamask.model.rope import inverse_frequencies
+from megamask.model.spec import block_spec
+from megamask.parallel.linear import MaskedLinear, MaskSwitch
+from megamask.parallel.mesh import Mesh
+from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.philox import parameter_ids
+from megamask.sparsity.sample import choose_backend
+from megamask.weights.architecture import Architecture
+from megamask.weights.table import Rule, check_tp, prunable, rules
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def padded_vocab(arch: Architecture, tp: int) -> int:
+    """The vocabulary rounded up so that it splits over ``tp`` ranks."""
+    return -(-arch.vocab // tp) * tp
+
+
+def model_rules(arch: Architecture, tp: int) -> list[Rule]:
+    """The mapping table of the model that ``build_model`` makes at this TP."""
+    return rules(arch, padded_vocab(arch, tp))
+
+
+def transformer_config(config: Config, arch: Architecture, mesh: Mesh) -> TransformerConfig:
+    """Megatron's settings for a frozen model; fusions that need a weight's own gradient buffer stay off."""
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden,
+        ffn_hidden_size=arch.ffn,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        add_bias_linear=False,  # the spec sets each linear's own bias
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=DTYPES[config.dtype],
+        pipeline_dtype=DTYPES[config.dtype],
+        bf16=config.dtype == "bf16",
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=mesh.tp,
+        sequence_parallel=config.parallel.sequence_parallel,
+        use_cpu_initialization=mesh.device.type == "cpu",
+        perform_initialization=False,  # weights are loaded
+        gradient_accumulation_fusion=False,  # needs weight.main_grad, which a masked weight lacks
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        hetereogenous_dist_checkpoint=True,  # one checkpoint key a layer, so that layers may differ
+        **(recompute if config.parallel.recompute else {}),
+    )
+
+
+def build_model(config: Config, arch: Architecture, mesh: Mesh) -> GPTModel:
+    """A frozen GPTModel on ``mesh.device`` with uninitialised weights.
+
+    Raises:
+        ConfigError: the architecture does not split over this TP, or M does not divide a local row.
+    """
+    check_tp(arch, mesh.tp)
+    model = GPTModel(
+        config=transformer_config(config, arch, mesh),
+        transformer_layer_spec=block_spec(arch, mesh.device),
+        vocab_size=padded_vocab(arch, mesh.tp),
+        max_sequence_length=arch.max_positions,
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        rotary_base=int(arch.rope_theta),
+    ).to(mesh.device)
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(mesh.device)
+    model.requires_grad_(False)
+    return model
+
+
+def masked_linears(model: torch.nn.Module) -> dict[str, MaskedLinear]:
+    """The linears that can carry a mask, by Megatron name (``decoder.layers.3.mlp.linear_fc1``)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+
+
+def prunable_linears(model: torch.nn.Module, config: Config, arch: Architecture) -> dict[str, MaskedLinear]:
+    """The linears that ``model.include`` and ``model.exclude`` leave to prune, by Megatron name."""
+    chosen = set(prunable(arch, config.model.include, config.model.exclude))
+    names = {rule.megatron.removesuffix(".weight") for rule in rules(arch) if rule.is_linear and chosen.intersection(rule.modules)}
+    return {name: linear for name, linear in masked_linears(model).items() if name in names}
+
+
+def attach_logits(linears: dict[str, MaskedLinear], pattern: Pattern, backend: str, device: torch.device) -> MaskSwitch:
+    """Give every linear zero mask logits and one common switch.
+
+    Raises:
+        ConfigError: M does not divide a local row; the pattern has too many candidates; the backend cannot run here.
+    """
+    switch, chosen, ids = MaskSwitch(), choose_backend(backend, device), parameter_ids(linears)
+    sites = {name: linear.make_site(pattern, name) for name, linear in linears.items()}
+    for name, linear in linears.items():
+        linear.attach_logits(sites[name], ids[name], switch, chosen)
+    return switch

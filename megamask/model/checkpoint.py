@@ -1,0 +1,97 @@
+"""Megatron weights on disk (dist_checkpointing: any TP can read what any TP wrote) and the streams to and from HF."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.models.gpt import GPTModel
+
+from megamask import storage
+from megamask.errors import ArtifactError
+from megamask.model.build import model_rules
+from megamask.parallel.mesh import Mesh
+from megamask.weights.architecture import Architecture
+from megamask.weights.hf_files import HFReader
+from megamask.weights.table import rules
+
+NOTE = "megamask.json"
+logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
+    """The model's sharded state dict, tensors only."""
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)
+    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
+def save_sharded(state: dict[str, Any], path: Path, mesh: Mesh, note: dict[str, Any]) -> None:
+    """Save a sharded state and a JSON note as the folder ``path``: under a temporary name, renamed by the main rank."""
+    temporary = path.with_name(f".{path.name}.writing.tmp")
+    if mesh.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    mesh.barrier()
+    dist_checkpointing.save(state, str(temporary), validate_access_integrity=True)
+    mesh.barrier()
+    if mesh.is_main:
+        storage.write_json(temporary / NOTE, note)
+        storage.commit_dir(temporary, path)
+    mesh.barrier()
+
+
+def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
+    """Load the tensors that ``state`` describes from the folder ``path``.
+
+    Raises:
+        ArtifactError: missing, torn, or of another shape; ``fix`` says what to do.
+    """
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), validate_access_integrity=True)
+    except Exception as error:  # the library raises many kinds
+        raise ArtifactError(path, f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})", fix) from error
+    return loaded
+
+
+def fill_from_hf(model: GPTModel, arch: Architecture, mesh: Mesh, reader: HFReader) -> None:
+    """Copy this rank's shard of every tensor from HF files, reading only the slices it needs."""
+    parameters = dict(model.named_parameters())
+    table = model_rules(arch, mesh.tp)
+    assert {rule.megatron for rule in table} == set(parameters), "the mapping table does not fit the model"
+    for rule in table:
+        with torch.no_grad():
+            parameters[rule.megatron].copy_(rule.shard(reader.read, mesh.tp_rank, mesh.tp))
+
+
+def load_weights(model: GPTModel, path: Path) -> dict[str, Any]:
+    """Fill ``model`` with the Megatron weights in ``path`` and return their note.
+
+    Raises:
+        ArtifactError: missing, torn, or another architecture.
+    """
+    fix = "Run the verb convert again."
+    note: dict[str, Any] = storage.read_json(path / NOTE, fix)
+    loaded = load_sharded(sharded_state(model), path, fix)
+    model.load_state_dict(loaded, strict=True)
+    return note
+
+
+def megatron_to_hf(path: Path, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stream Megatron weights as (HF name, tensor), one Megatron tensor at a time, in the dtype they were saved in.
+
+    Needs an initialised process group of one process.
+    """
+    note = storage.read_json(path / NOTE, "Run the verb convert again.")
+    dtype = getattr(torch, note["dtype"])
+    for rule in rules(arch, note["padded_vocab"]):
+        whole = torch.empty(rule.shape(), dtype=dtype)
+        state = {rule.megatron: ShardedTensor.from_rank_offsets(rule.megatron, whole, replica_id=0)}
+        loaded = load_sharded(state, path, "Run the verb convert again.")
+        yield from rule.to_hf(loaded[rule.megatron]).items()

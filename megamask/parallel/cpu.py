@@ -1,0 +1,41 @@
+"""Everything that makes Megatron-Core run without CUDA, in one place.
+
+Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls and synchronises streams. On a
+machine without CUDA these three are redirected to the CPU while ``megatron_on_cpu`` is open; with CUDA it does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _FactoriesOnCpu(TorchFunctionMode):
+    """Turn a ``cuda`` device argument of any torch call into ``cpu``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+
+
+@contextmanager
+def megatron_on_cpu(active: bool) -> Iterator[None]:
+    """Redirect CUDA requests to the CPU inside the block, when ``active``."""
+    if not active:
+        yield
+        return
+    replacements = {"current_device": lambda: torch.device("cpu"), "synchronize": lambda device=None: None}
+    with patch.multiple(torch.cuda, **replacements), _FactoriesOnCpu():
+        yield

@@ -1,0 +1,159 @@
+"""From the launcher's environment to process groups and a device."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megamask.config import Config
+from megamask.errors import ConfigError
+from megamask.parallel.cpu import megatron_on_cpu
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place: TP ranks hold shards of a layer, DP ranks hold copies that see different data."""
+
+    device: torch.device
+    rank: int
+    world: int
+    tp: int
+    tp_rank: int
+    dp: int
+    dp_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes shared files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """The processes that hold the shards of one copy of the model."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """The processes that hold the same shard."""
+        return parallel_state.get_data_parallel_group()
+
+    def sum_over_tp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of ``tensor`` over the shards, in place."""
+        if self.tp > 1:
+            dist.all_reduce(tensor, group=self.tp_group)
+        return tensor
+
+    def mean_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean of ``tensor`` over the copies, in place."""
+        if self.dp > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+            tensor /= self.dp
+        return tensor
+
+    def gather_over_tp(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The equally shaped tensors of all shards, in rank order."""
+        if self.tp == 1:
+            return [tensor]
+        shards = [torch.empty_like(tensor) for _ in range(self.tp)]
+        dist.all_gather(shards, tensor.contiguous(), group=self.tp_group)
+        return shards
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; all processes get the same answer."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes CUDA when there is one.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", name, "cuda needs a CUDA device, none is visible", "Use device=auto or device=cpu.")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def world_size() -> int:
+    """Processes in the job, from the launcher's environment."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_layout(config: Config) -> None:
+    """Check the layout against the launcher's world size.
+
+    Raises:
+        ConfigError: the world is not a multiple of TP, or sequence parallel without TP.
+    """
+    tp, world = config.parallel.tp, world_size()
+    if world % tp:
+        fix = f"Start {tp} processes (torchrun --nproc-per-node {tp}) or a multiple, or set parallel.tp to a divisor of {world}."
+        raise ConfigError("parallel.tp", tp, f"must divide the number of processes, here {world}", fix)
+    if config.parallel.sequence_parallel and tp == 1:
+        raise ConfigError("parallel.sequence_parallel", True, "needs parallel.tp > 1", "Switch it off or raise parallel.tp.")
+
+
+@contextmanager
+def start(config: Config) -> Iterator[Mesh]:
+    """Initialise process groups and Megatron-Core's parallel state; take them down at the end.
+
+    Raises:
+        ConfigError: the layout or the device cannot work here.
+    """
+    check_layout(config)
+    device, tp, world = choose_device(config.device), config.parallel.tp, world_size()
+    _limit_threads(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with megatron_on_cpu(active=device.type == "cpu"):
+        _join(device, world, config.parallel.timeout_minutes)
+        try:
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=device.type == "cuda")
+            if device.type == "cuda":
+                tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+            yield Mesh(
+                device=device,
+                rank=dist.get_rank(),
+                world=world,
+                tp=tp,
+                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+                dp=world // tp,
+                dp_rank=parallel_state.get_data_parallel_rank(),
+            )
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _join(device: torch.device, world: int, timeout_minutes: int) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def _limit_threads(config: Config) -> None:
+    """torchrun sets one OpenMP thread a process; share out the cores instead."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.parallel.threads or max(1, available // local))
