@@ -1,0 +1,107 @@
+"""``report.html``: one file that opens offline, pictures and all."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from megamask.config import Config
+from megamask.report.reading import RunData, mask_provenance
+from megamask.report.table import (
+    domains_of,
+    format_bytes,
+    format_protocol,
+    format_stages,
+    method_label,
+    methods_in_order,
+    table_cells,
+)
+from megamask.report.template import PAGE
+
+ONE_SHOT_MASKS = ("magnitude", "wanda", "sparsegpt")  # on the unchanged weights, as the learned mask is
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the report, or what makes it if it is not there yet (``path`` None)."""
+
+    section: str
+    title: str
+    caption: str
+    missing: str
+    path: Path | None
+
+
+def render_report(config: Config, data: RunData, pictures: Sequence[Picture]) -> str:
+    """The page, as HTML that refers to nothing outside itself.
+
+    Raises:
+        ArtifactError: a mask file that is none.
+    """
+    header, rows = table_cells(data.results)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
+    return page.render(
+        title=f"megamask: {Path(config.run_dir).resolve().name}",
+        subtitle=_subtitle(config, data),
+        findings=findings(data.results),
+        header=header,
+        rows=list(zip(methods_in_order(data.results), rows, strict=True)),
+        protocol=format_protocol(data.results.get("protocol", {})),
+        stages=format_stages(data.results),
+        sections=_sections(pictures),
+        masks=[_mask_entry(method, path) for method, path in data.masks.items()],
+        versions=data.versions,
+        seeds=data.seeds,
+        settings=data.settings,
+    )
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """What the table says about the learned mask, a sentence a domain."""
+    perplexity = results.get("perplexity", {})
+    sentences = []
+    for domain in domains_of(results):
+        learned, dense = perplexity.get("learned", {}).get(domain), perplexity.get("dense", {}).get(domain)
+        if not learned or not dense:
+            continue
+        sentence = f"{domain}: the learned mask has perplexity {learned:,.2f}, {learned / dense:.2f} times the dense model's {dense:,.2f}"
+        values = {method: value for method in ONE_SHOT_MASKS if (value := perplexity.get(method, {}).get(domain))}
+        if values:
+            best = min(values, key=lambda method: values[method])
+            change = learned / values[best] - 1
+            word = "below" if change < 0 else "above"
+            sentence += f" and {abs(change):.0%} {word} the best one-shot mask's {values[best]:,.2f} ({method_label(best)})"
+        sentences.append(sentence + ".")
+    return sentences
+
+
+def _subtitle(config: Config, data: RunData) -> str:
+    parts = [f"pattern {config.pattern}", f"base model {config.model.hf or config.model.gguf or 'of the run directory'}"]
+    if data.train:
+        last = data.train[-1]
+        parts.append(f"learned for {last['step']:,} steps, {last['tokens']:,} tokens, {last['seconds'] / 60:,.1f} minutes")
+    return " · ".join(parts)
+
+
+def _sections(pictures: Sequence[Picture]) -> list[tuple[str, list[dict[str, str]]]]:
+    by_section: dict[str, list[dict[str, str]]] = {}
+    for picture in pictures:
+        data = base64.b64encode(picture.path.read_bytes()).decode() if picture.path else ""
+        entry = {"title": picture.title, "caption": picture.caption, "missing": picture.missing, "data": data}
+        by_section.setdefault(picture.section, []).append(entry)
+    return list(by_section.items())
+
+
+def _mask_entry(method: str, path: Path) -> dict[str, Any]:
+    return {
+        "method": method,
+        "label": method_label(method),
+        "file": f"{path.parent.name}/{path.name}",
+        "size": format_bytes(path.stat().st_size),
+        "provenance": mask_provenance(path),
+    }

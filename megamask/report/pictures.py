@@ -1,0 +1,244 @@
+"""The pictures of a run. Colours are Okabe and Ito's, which colour-blind readers can tell apart, and lines carry their names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from megamask.report.layers import LayerTable
+from megamask.report.reading import Record
+from megamask.report.table import domains_of, method_label, methods_in_order
+from megamask.storage import atomic_file
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.labelcolor": "#333333",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "figure.dpi": 144,
+    "savefig.facecolor": "white",
+}
+METHOD_COLORS = {
+    "dense": "#000000",
+    "magnitude": "#7f7f7f",
+    "wanda": "#cc79a7",
+    "sparsegpt": "#0072b2",
+    "sparsegpt_update": "#009e73",
+    "learned": "#d55e00",
+}
+INK = METHOD_COLORS["learned"]
+OTHER_COLOR = "#b58900"
+PANEL = (4.1, 3.3)  # inches
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as PNG, atomically."""
+    with atomic_file(path) as temporary, matplotlib.rc_context(STYLE):
+        figure.savefig(temporary, format="png")
+
+
+def loss_picture(train: Sequence[Record]) -> Figure:
+    """LM loss, weight-norm term and gradient norm against tokens seen: every step faint, their running median strong."""
+    titles = {
+        "lm_loss": "LM loss (nats per token)",
+        "weight_norm_term": "Weight-norm term",
+        "grad_norm": "Gradient norm of the logits",
+    }
+    return _metric_panels(train, titles)
+
+
+def mask_picture(train: Sequence[Record]) -> Figure:
+    """Max-prob, flip rate and difference from the prior mask against tokens seen."""
+    titles = {
+        "max_prob": "Max-prob: mean probability of the\nlikeliest candidate",
+        "flip_rate": "Flip rate: groups whose winner\nchanged in the step",
+        "prior_difference": "Difference from the prior:\ngroups with another winner",
+    }
+    figure = _metric_panels(train, titles)
+    for axes, name in zip(figure.axes, titles, strict=True):
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}") if name == "max_prob" else PercentFormatter(1.0))
+    return figure
+
+
+def perplexity_picture(evaluations: Sequence[Record], results: dict[str, Any]) -> Figure:
+    """Held-out perplexity of the winner mask against tokens seen, a panel per domain; other methods of ``results`` as level lines."""
+    domains = list(dict.fromkeys(domain for record in evaluations for domain in record["perplexity"]))
+    figure, panels = _panels(len(domains), "tokens seen", width=5.2, height=3.8)
+    for axes, domain in zip(panels, domains, strict=True):
+        tokens, values = _tokens(evaluations), _numbers(record["perplexity"].get(domain) for record in evaluations)
+        axes.plot(tokens, values, color=INK, marker="o", markersize=4, linewidth=2, clip_on=False, zorder=3)
+        levels = {method: results["perplexity"][method].get(domain) for method in methods_in_order(results) if method != "learned"}
+        known = {method: float(value) for method, value in levels.items() if value is not None and math.isfinite(value)}
+        for method, value in known.items():
+            axes.axhline(value, color=_color(method), linewidth=1.3, linestyle="--" if method == "dense" else "-", zorder=2)
+        _log_scale(axes.yaxis, [*known.values(), *values[np.isfinite(values)]])
+        axes.set_title(f"Held-out perplexity: {domain}")
+        labels = [(value, f"{method_label(method)} {_short(value)}", _color(method)) for method, value in known.items()]
+        if np.isfinite(values).any():
+            last = float(values[np.isfinite(values)][-1])
+            labels.append((last, f"learned {_short(last)}", INK))
+        _label_right(axes, labels)
+    return figure
+
+
+def methods_picture(results: dict[str, Any]) -> Figure:
+    """Perplexity by method, a panel per domain. Bars start at the dense value: their length is what pruning costs."""
+    domains, methods = domains_of(results), methods_in_order(results)
+    figure, panels = _panels(len(domains), "perplexity", width=5.2, height=0.8 + 0.42 * len(methods), sharey=True)
+    rows = np.arange(len(methods))
+    for axes, domain in zip(panels, domains, strict=True):
+        values = _numbers(results["perplexity"][method].get(domain) for method in methods)
+        finite = values[np.isfinite(values)]
+        dense = _number(results["perplexity"].get("dense", {}).get(domain))
+        if finite.size and finite.max() > 8 * finite.min():
+            _log_scale(axes.xaxis, finite, room=0.22)
+            start = dense if math.isfinite(dense) else axes.get_xlim()[0]
+        else:
+            start = dense if math.isfinite(dense) else 0.0
+            axes.set_xlim(min([start, *finite]) * 0.95, max([start, *finite]) * 1.15)
+        axes.barh(rows, np.nan_to_num(values - start), left=start, height=0.62, color=[_color(method) for method in methods])
+        if math.isfinite(dense):
+            axes.axvline(dense, color="#000000", linewidth=1.2)
+        for row, value in zip(rows, values, strict=True):
+            text = _short(value) if math.isfinite(value) else "not known"
+            place = max(value, start) if math.isfinite(value) else start
+            axes.annotate(text, (place, row), xytext=(5, 0), textcoords="offset points", va="center", color="#222222")
+        axes.set_title(domain)
+        axes.grid(visible=False, axis="y")
+    panels[0].set_yticks(rows, [method_label(method) for method in methods])
+    panels[0].invert_yaxis()
+    return figure
+
+
+def layers_picture(table: LayerTable) -> Figure:
+    """Density per layer, and below it the share of groups that differ from the prior mask, linear kinds x layers."""
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        compared = table.difference_KL is not None
+        width = 3.2 + 0.24 * max(12, table.layers)
+        figure = Figure(figsize=(width, 1.9 + 0.36 * len(table.kinds) if compared else 1.9), layout="constrained")
+        grid = figure.add_gridspec(2 if compared else 1, 1, height_ratios=[1.1, 0.36 * len(table.kinds)] if compared else None)
+        above = figure.add_subplot(grid[0])
+        above.bar(range(table.layers), table.density_L, color="#0072b2", width=0.75)
+        above.set_ylim(0, 1)
+        above.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        above.set_title(f"Density of the layer's linears ({_range(table.density_L)})")
+        lowest = above
+        if table.difference_KL is not None:
+            lowest = figure.add_subplot(grid[1], sharex=above)
+            above.tick_params(labelbottom=False)
+            _heat_map(figure, lowest, table.kinds, table.difference_KL)
+        step = max(1, table.layers // 16)
+        lowest.set_xticks(range(0, table.layers, step))
+        lowest.set_xlim(-0.5, table.layers - 0.5)
+        lowest.set_xlabel("layer")
+    return figure
+
+
+def _heat_map(figure: Figure, axes: Axes, kinds: list[str], difference_KL: list[list[float]]) -> None:
+    shares = np.ma.masked_invalid(np.array(difference_KL))
+    axes.set_facecolor("#dddddd")
+    image = axes.imshow(shares, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_title("Groups that differ from the prior mask" + (" (grey: not compared)" if shares.mask.any() else ""))
+    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, format=PercentFormatter(1.0))
+    bar.outline.set_visible(False)
+
+
+def _metric_panels(train: Sequence[Record], titles: dict[str, str]) -> Figure:
+    figure, panels = _panels(len(titles), "tokens seen")
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        tokens, values = _tokens(train), _numbers(record.get(name) for record in train)
+        axes.plot(tokens, values, color="#56b4e9", linewidth=0.8, alpha=0.7, marker="o" if len(tokens) == 1 else "")
+        axes.plot(tokens, running_median(values), color="#0072b2", linewidth=2)
+        axes.set_title(title)
+        if not np.isfinite(values).any():
+            axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color="#777777")
+    return figure
+
+
+def _panels(count: int, xlabel: str, width: float = PANEL[0], height: float = PANEL[1], sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    with matplotlib.rc_context(STYLE):
+        columns = min(count, 3)
+        rows = math.ceil(count / columns)
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)  # type: ignore[union-attr, call-arg]
+        panels = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
+        for spare in panels[count:]:
+            spare.remove()
+        for axes in panels[:count]:
+            axes.set_xlabel(xlabel)
+            if xlabel == "tokens seen":
+                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+                axes.xaxis.set_major_locator(MaxNLocator(5))
+    return figure, panels[:count]
+
+
+def running_median(values: np.ndarray, share: float = 0.04) -> np.ndarray:
+    """Median over a centred window of ``share`` of the points, at least 5, fewer at the ends; what is not finite is left out."""
+    half = max(2, int(len(values) * share) // 2)
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return np.array([np.median(finite) if (finite := window[np.isfinite(window)]).size else np.nan for window in windows])
+
+
+def _tokens(records: Sequence[Record]) -> np.ndarray:
+    return np.array([float(record["tokens"]) for record in records])
+
+
+def _numbers(values: Iterable[Any]) -> np.ndarray:
+    return np.array([_number(value) for value in values])
+
+
+def _log_scale(axis: Any, values: Sequence[float] | np.ndarray, room: float = 0.06) -> None:
+    """Log scale over ``values`` with a little room, and ticks written as plain numbers."""
+    low, high = math.log(min(values)), math.log(max(values))
+    span = max(high - low, 0.1)
+    axis._set_axes_scale("log")
+    axis.axes.set(**{f"{axis.axis_name}lim": (math.exp(low - 0.06 * span), math.exp(high + room * span))})
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 5 else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 0.065) -> None:
+    """Names beside the right edge at their values' heights, moved apart where they would overlap."""
+    low, high = (math.log(limit) for limit in axes.get_ylim())
+    place = -math.inf
+    for value, text, color in sorted(labels):
+        place = max((math.log(value) - low) / (high - low), place + gap)
+        axes.text(1.02, place, text, transform=axes.transAxes, va="center", color=color, fontsize=9)
+
+
+def _color(method: str) -> str:
+    return METHOD_COLORS.get(method, OTHER_COLOR)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _range(shares: Sequence[float]) -> str:
+    low, high = f"{min(shares):.1%}", f"{max(shares):.1%}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,116 @@
+"""What a run directory holds that can be reported. A part that is not there yet is empty, not an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megamask.config import Config, run_paths
+from megamask.errors import ArtifactError
+from megamask.masks.file import load_masks
+from megamask.storage import read_json
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The artefacts of one run, read.
+
+    Attributes:
+        train, evaluations: records of ``metrics.jsonl``, one a step, in order of steps.
+        results: ``results.json`` ({} if not there).
+        masks: method -> mask file.
+        prior: the mask file learning started from, if it is known and there.
+        settings: the resolved settings, as YAML.
+        versions: what the learning run was made with ({} if it did not say).
+        seeds: the seeds of the settings.
+    """
+
+    train: list[Record] = field(default_factory=list)
+    evaluations: list[Record] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    masks: dict[str, Path] = field(default_factory=dict)
+    prior: Path | None = None
+    settings: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+
+
+def read_run(config: Config) -> RunData:
+    """Read what ``config.run_dir`` holds.
+
+    Raises:
+        ArtifactError: there is nothing to report, or a file is not what it should be.
+    """
+    paths = run_paths(config)
+    records = read_metrics(paths.learn / "metrics.jsonl")
+    masks = {path.stem: path for path in sorted(paths.masks.glob("*.safetensors"))}
+    results = read_json(paths.results, "Run the verb evaluate again.") if paths.results.exists() else {}
+    if not records and not masks and not results:
+        raise ArtifactError(
+            paths.run_dir, "holds no metrics, results or masks", "Run the verb prune, learn or evaluate first, or correct run_dir."
+        )
+    versions = paths.learn / "versions.json"
+    written = paths.learn / "config.yaml"
+    return RunData(
+        train=[record for record in records if record["kind"] == "train"],
+        evaluations=[record for record in records if record["kind"] == "evaluation"],
+        results=results,
+        masks=masks,
+        prior=_prior_path(config, masks),
+        settings=written.read_text() if written.exists() else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        versions=read_json(versions, "Run the verb learn again.") if versions.exists() else {},
+        seeds={"seed": config.seed, "calibration.seed": config.calibration.seed},
+    )
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Records of a ``metrics.jsonl`` by step, the last one of each kind and step. A torn line, as a killed run leaves it, is skipped."""
+    if not path.exists():
+        return []
+    by_step: dict[tuple[int, str], Record] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            by_step[(int(record["step"]), str(record["kind"]))] = record
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [by_step[key] for key in sorted(by_step)]
+
+
+def mask_provenance(path: Path) -> dict[str, str]:
+    """What a mask file says about itself, flattened to dotted keys.
+
+    Raises:
+        ArtifactError: not a mask file.
+    """
+    masks = load_masks(path)
+    flat: dict[str, str] = {}
+    for key, value in masks.meta.items():
+        if key != "tensors":
+            _flatten(key, value, flat)
+    weights = sum(math.prod(masks.shape(name)) for name in masks)
+    return flat | {"linears": f"{len(masks):,}", "weights": f"{weights:,}"}
+
+
+def _flatten(key: str, value: Any, flat: dict[str, str]) -> None:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            _flatten(f"{key}.{name}", inner, flat)
+    elif value not in (None, "", [], {}):
+        flat[key] = value if isinstance(value, str) else json.dumps(value)
+
+
+def _prior_path(config: Config, masks: dict[str, Path]) -> Path | None:
+    name = config.learn.prior.mask
+    if name is None:
+        return None
+    if name in masks:
+        return masks[name]
+    return Path(name) if Path(name).is_file() else None
