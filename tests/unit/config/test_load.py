@@ -1,0 +1,156 @@
+"""Settings: layering, YAML scalars, presets, and errors that name the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from megamask.config import load_config, run_paths
+from megamask.config.load import leaf_keys
+from megamask.config.tree import Config
+from megamask.errors import ConfigError
+
+
+def recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults() -> None:
+    config = load_config()
+    assert (config.pattern, config.dtype, config.learn.steps, config.learn.optimizer.lr) == ("2:4", "bf16", 2000, 1e-3)
+
+
+def test_a_later_layer_wins(tmp_path: Path) -> None:
+    """Defaults < preset < recipe < override, each for the keys it names and no others."""
+    path = recipe(tmp_path, "learn: {preset: maskllm, global_batch: 64, optimizer: {weight_decay: 0.2}}")
+    config = load_config(path, ["learn.global_batch=32", "learn.sampling.mode=hard"])
+    assert config.learn.optimizer.lr == 5e-4  # preset over default
+    assert config.learn.optimizer.weight_decay == 0.2  # recipe over preset
+    assert config.learn.global_batch == 32  # override over recipe
+    assert config.learn.sampling.mode == "hard"  # override over preset
+    assert config.learn.optimizer.min_lr == 1e-4  # default
+    assert load_config(path).learn.global_batch == 64
+
+
+def test_a_preset_from_the_command_line_stays_below_the_recipe(tmp_path: Path) -> None:
+    config = load_config(recipe(tmp_path, "learn: {global_batch: 64}"), ["learn.preset=maskllm"])
+    assert (config.learn.global_batch, config.learn.optimizer.lr) == (64, 5e-4)
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert load_config(None, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_preset_maskllm_holds_the_values_of_the_paper() -> None:
+    """MaskLLM, Table 7 (LLaMA-2 7B) and appendix A, copied by hand from the paper."""
+    learn = load_config(None, ["learn.preset=maskllm"]).learn
+    assert learn.steps == 2000
+    assert learn.global_batch == 256
+    assert (learn.optimizer.lr, learn.optimizer.weight_decay) == (0.0005, 0.1)
+    assert learn.sampling.logit_std == 0.01 and learn.sampling.initial_noise
+    assert learn.sampling.kappa == (100, 500)
+    assert learn.sampling.tau == (4, 0.05)
+    assert (learn.prior.mask, learn.prior.strength) == ("sparsegpt", 3)
+    assert learn.weight_norm.coef == 0.00001
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "12:30"])
+def test_a_pattern_stays_text(tmp_path: Path, text: str) -> None:
+    """YAML 1.1 reads 12:30 as 750, in base 60."""
+    assert load_config(recipe(tmp_path, f"pattern: {text}")).pattern == text
+    assert load_config(None, [f"pattern={text}"]).pattern == text
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1E-3", 1e-3), ("2e-4", 2e-4), ("0.5", 0.5), (".5", 0.5), ("1", 1.0)])
+def test_a_number_is_a_number(tmp_path: Path, text: str, value: float) -> None:
+    """YAML 1.1 reads 1e-3 as text."""
+    assert load_config(recipe(tmp_path, f"learn: {{optimizer: {{lr: {text}}}}}")).learn.optimizer.lr == value
+    assert load_config(None, [f"learn.optimizer.lr={text}"]).learn.optimizer.lr == value
+
+
+def test_overrides_are_yaml_values() -> None:
+    config = load_config(
+        None,
+        [
+            "learn.sampling.tau=[2, 0.1]",
+            "learn.prior.mask=null",
+            "model.exclude=['*.down_proj']",
+            "data.domains.code.kind=stdlib",
+            "device=cpu",
+        ],
+    )
+    assert config.learn.sampling.tau == (2, 0.1) and config.learn.prior.mask is None
+    assert config.model.exclude == ["*.down_proj"] and config.data.domains["code"].kind == "stdlib"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "fix"),
+    [
+        ("learn.stepz=3", "learn.stepz", "Did you mean learn.steps?"),
+        ("patern=2:4", "patern", "Did you mean pattern?"),
+        ("steps=3", "steps", "Did you mean learn.steps?"),
+        ("learn.optimizer.learning_rates=3", "learn.optimizer.learning_rates", "learn.optimizer has: lr,"),
+        ("learn.steps=0", "learn.steps", "greater than 0"),
+        ("learn.steps=many", "learn.steps", "integer"),
+        ("dtype=fp16", "dtype", "'bf16' or 'fp32'"),
+        ("learn.preset=maskllmm", "learn.preset", "'maskllm'"),
+        ("learn.sampling.tau=[4, 0]", "learn.sampling.tau.1", "greater than 0"),
+        ("data.domains.code.kind=wikipedia", "data.domains.code.kind", "'stdlib'"),
+        ("learn=3", "learn", "LearnSection"),
+        ("learn.steps", "learn.steps", "key.sub=value"),
+        ("=3", "=3", "key.sub=value"),
+        ("seed=[1", "seed", "YAML"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_fix(override: str, key: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert caught.value.key == key and fix in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "learn: [1", "just words"])
+def test_a_recipe_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="--config"):
+        load_config(recipe(tmp_path, text))
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing.yaml"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_an_empty_recipe_and_an_empty_section_are_the_defaults(tmp_path: Path) -> None:
+    assert load_config(recipe(tmp_path, "")) == Config()
+
+
+def test_settings_are_frozen() -> None:
+    config = load_config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.learn.steps = 3  # type: ignore[misc]
+
+
+def test_presets_are_not_changed_by_reading() -> None:
+    load_config(None, ["learn.preset=maskllm", "learn.optimizer.lr=1.0", "learn.sampling.tau=[1, 1]"])
+    assert load_config(None, ["learn.preset=maskllm"]).learn.optimizer.lr == 5e-4
+
+
+def test_the_resolved_settings_can_be_read_back() -> None:
+    config = load_config(None, ["learn.preset=maskllm", "data.domains.code.kind=stdlib"])
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_leaf_keys_are_dotted() -> None:
+    keys = leaf_keys(Config)
+    assert {"seed", "learn.steps", "learn.optimizer.lr"} <= set(keys) and len(keys) == len(set(keys))
+
+
+def test_paths_follow_the_run_directory_unless_set(tmp_path: Path) -> None:
+    paths = run_paths(load_config(None, [f"run_dir={tmp_path}"]))
+    assert paths.hf == tmp_path / "hf" and paths.mask("learned") == tmp_path / "masks" / "learned.safetensors"
+    assert paths.updated_weights("sparsegpt_update").parent == tmp_path
+    elsewhere = run_paths(load_config(None, ["model.hf=/models/a", "export.out=/out/b"]))
+    assert (elsewhere.hf, elsewhere.export) == (Path("/models/a"), Path("/out/b"))
