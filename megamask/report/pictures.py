@@ -80,24 +80,36 @@ def mask_picture(train: Sequence[Record]) -> Figure:
 
 
 def perplexity_picture(evaluations: Sequence[Record], results: dict[str, Any]) -> Figure:
-    """Held-out perplexity of the winner mask against tokens seen, a panel per domain; other methods of ``results`` as level lines."""
+    """Held-out perplexity of the winner mask against tokens seen, a panel per domain; other methods of ``results`` as level lines.
+
+    A level far above all that matters is named at the upper edge instead of squeezing the rest.
+    """
     domains = list(dict.fromkeys(domain for record in evaluations for domain in record["perplexity"]))
-    figure, panels = _panels(len(domains), "tokens seen", width=5.2, height=3.8)
+    figure, panels = _panels(len(domains), "tokens seen", width=5.6, height=3.8)
     for axes, domain in zip(panels, domains, strict=True):
-        tokens, values = _tokens(evaluations), _numbers(record["perplexity"].get(domain) for record in evaluations)
-        axes.plot(tokens, values, color=INK, marker="o", markersize=4, linewidth=2, clip_on=False, zorder=3)
-        levels = {method: results["perplexity"][method].get(domain) for method in methods_in_order(results) if method != "learned"}
-        known = {method: float(value) for method, value in levels.items() if value is not None and math.isfinite(value)}
-        for method, value in known.items():
-            axes.axhline(value, color=_color(method), linewidth=1.3, linestyle="--" if method == "dense" else "-", zorder=2)
-        _log_scale(axes.yaxis, [*known.values(), *values[np.isfinite(values)]])
-        axes.set_title(f"Held-out perplexity: {domain}")
-        labels = [(value, f"{method_label(method)} {_short(value)}", _color(method)) for method, value in known.items()]
-        if np.isfinite(values).any():
-            last = float(values[np.isfinite(values)][-1])
-            labels.append((last, f"learned {_short(last)}", INK))
-        _label_right(axes, labels)
+        values = _numbers(record["perplexity"].get(domain) for record in evaluations)
+        levels = {method: _number(results["perplexity"][method].get(domain)) for method in methods_in_order(results) if method != "learned"}
+        axes.plot(_tokens(evaluations), values, color=INK, marker="o", markersize=4, linewidth=2, clip_on=False, zorder=3)
+        axes.set_xlim(left=0)
+        axes.set_title(f"Held-out perplexity: {domain}", loc="left")
+        _draw_levels(axes, values[np.isfinite(values)], {method: value for method, value in levels.items() if math.isfinite(value)})
     return figure
+
+
+def _draw_levels(axes: Axes, curve: np.ndarray, levels: dict[str, float]) -> None:
+    """Level lines and the names of all lines, on a log scale that ends where levels are ten times the lower ones."""
+    lower = sorted([*curve, *levels.values()])
+    top = 10 * max([lower[len(lower) // 2], *curve]) if lower else 1.0
+    labels = [(float(curve[-1]), f"learned {_short(curve[-1])}", INK)] if curve.size else []
+    shown = {method: value for method, value in levels.items() if value <= top}
+    _log_scale(axes.yaxis, [*curve, *shown.values()])
+    for method, value in levels.items():
+        if value <= top:
+            axes.axhline(value, color=_color(method), linewidth=1.3, linestyle="--" if method == "dense" else "-", zorder=2)
+            labels.append((value, f"{method_label(method)} {_short(value)}", _color(method)))
+        else:
+            labels.append((value, f"{method_label(method)} {_short(value)}, above ↑", _color(method)))
+    _label_right(axes, labels)
 
 
 def methods_picture(results: dict[str, Any]) -> Figure:
@@ -122,8 +134,9 @@ def methods_picture(results: dict[str, Any]) -> Figure:
             text = _short(value) if math.isfinite(value) else "not known"
             place = max(value, start) if math.isfinite(value) else start
             axes.annotate(text, (place, row), xytext=(5, 0), textcoords="offset points", va="center", color="#222222")
-        axes.set_title(domain)
+        axes.set_title(domain, loc="left")
         axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", left=False)
     panels[0].set_yticks(rows, [method_label(method) for method in methods])
     panels[0].invert_yaxis()
     return figure
@@ -140,7 +153,7 @@ def layers_picture(table: LayerTable) -> Figure:
         above.bar(range(table.layers), table.density_L, color="#0072b2", width=0.75)
         above.set_ylim(0, 1)
         above.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        above.set_title(f"Density of the layer's linears ({_range(table.density_L)})")
+        above.set_title(f"Density of the layer's linears ({_range(table.density_L)})", loc="left")
         lowest = above
         if table.difference_KL is not None:
             lowest = figure.add_subplot(grid[1], sharex=above)
@@ -158,7 +171,7 @@ def _heat_map(figure: Figure, axes: Axes, kinds: list[str], difference_KL: list[
     axes.set_facecolor("#dddddd")
     image = axes.imshow(shares, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0)
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_title("Groups that differ from the prior mask" + (" (grey: not compared)" if shares.mask.any() else ""))
+    axes.set_title("Groups that differ from the prior mask" + (" (grey: not compared)" if shares.mask.any() else ""), loc="left")
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, format=PercentFormatter(1.0))
     bar.outline.set_visible(False)
 
@@ -169,7 +182,7 @@ def _metric_panels(train: Sequence[Record], titles: dict[str, str]) -> Figure:
         tokens, values = _tokens(train), _numbers(record.get(name) for record in train)
         axes.plot(tokens, values, color="#56b4e9", linewidth=0.8, alpha=0.7, marker="o" if len(tokens) == 1 else "")
         axes.plot(tokens, running_median(values), color="#0072b2", linewidth=2)
-        axes.set_title(title)
+        axes.set_title(title, loc="left")
         if not np.isfinite(values).any():
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color="#777777")
     return figure
@@ -209,11 +222,11 @@ def _numbers(values: Iterable[Any]) -> np.ndarray:
 
 def _log_scale(axis: Any, values: Sequence[float] | np.ndarray, room: float = 0.06) -> None:
     """Log scale over ``values`` with a little room, and ticks written as plain numbers."""
-    low, high = math.log(min(values)), math.log(max(values))
+    low, high = (math.log(min(values)), math.log(max(values))) if len(values) else (0.0, 1.0)
     span = max(high - low, 0.1)
     axis._set_axes_scale("log")
     axis.axes.set(**{f"{axis.axis_name}lim": (math.exp(low - 0.06 * span), math.exp(high + room * span))})
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 5 else (1.0,)))
+    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 2.5 else (1.0, 2.0, 5.0) if span < 3.5 else (1.0,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -221,10 +234,22 @@ def _log_scale(axis: Any, values: Sequence[float] | np.ndarray, room: float = 0.
 def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 0.065) -> None:
     """Names beside the right edge at their values' heights, moved apart where they would overlap."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
-    place = -math.inf
-    for value, text, color in sorted(labels):
-        place = max((math.log(value) - low) / (high - low), place + gap)
+    ordered = sorted(labels)
+    places = spread([min((math.log(value) - low) / (high - low), 1.0) for value, _, _ in ordered], gap)
+    for place, (_, text, color) in zip(places, ordered, strict=True):
         axes.text(1.02, place, text, transform=axes.transAxes, va="center", color=color, fontsize=9)
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights, moved up until they are ``gap`` apart, then down again where they left the top (1)."""
+    apart: list[float] = []
+    for place in places:
+        apart.append(max(place, apart[-1] + gap) if apart else place)
+    ceiling = 1.0
+    for i in reversed(range(len(apart))):
+        apart[i] = min(apart[i], ceiling)
+        ceiling = apart[i] - gap
+    return apart
 
 
 def _color(method: str) -> str:

@@ -45,8 +45,8 @@ PAGE = """<!DOCTYPE html>
 {% endfor %}</tbody>
 </table></div>
 <p class="quiet">Lower is better; <em>x dense</em> is the ratio to the dense model's perplexity on the same text.
-{% if protocol %}Protocol: {{ protocol }}.{% else %}The protocol was not recorded.{% endif %}
-{% if stages %}Seconds by stage: {{ stages }}.{% endif %}</p>
+{% if protocol %}Protocol: {{ protocol }}.{% else %}The protocol was not recorded.{% endif %}</p>
+{% if stages %}<p class="quiet">Seconds by stage: {{ stages }}.</p>{% endif %}
 {% else %}<p class="missing">Not there yet: the verb evaluate writes it.</p>{% endif %}
 
 {% for section, pictures in sections %}<h2>{{ section }}</h2>

@@ -1,0 +1,158 @@
+"""Reports of small real run directories: real mask files, real metrics, pictures that are read back."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+
+from megamask.config import Config, build_config
+from megamask.errors import ArtifactError
+from megamask.masks.file import save_masks
+from megamask.report.html import findings
+from megamask.report.reading import mask_provenance, read_metrics
+from megamask.report.run import run
+from megamask.sparsity.pattern import Pattern
+
+RESULTS: dict[str, Any] = {
+    "perplexity": {
+        "learned": {"english": 30.8, "code": 12.3},
+        "magnitude": {"english": 2575.0, "code": 1800.0},
+        "dense": {"english": 27.4, "code": 8.7},
+        "sparsegpt": {"english": 113.0, "code": None},
+    },
+    "protocol": {"window": 512, "tail": "dropped", "bos": False, "tokens": {"english": 16384}},
+    "seconds": {"learned": 620.0, "convert": 9.0},
+}
+PICTURES = {"methods", "perplexity", "loss", "mask", "layers"}
+
+
+def config_of(folder: Path) -> Config:
+    return build_config({"run_dir": str(folder)})
+
+
+def write_metrics(folder: Path, steps: int) -> None:
+    lines = []
+    for step in range(1, steps + 1):
+        lines.append({"kind": "train", "step": step, "tokens": step * 64, "seconds": step, "lm_loss": 4.0 - step / steps, "max_prob": 0.5})
+        if step % 2 == 0:
+            lines.append({"kind": "evaluation", "step": step, "tokens": step * 64, "seconds": step, "perplexity": {"english": 90.0 / step}})
+    (folder / "learn").mkdir(parents=True)
+    (folder / "learn/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_masks(folder: Path) -> None:
+    pattern = Pattern(2, 4)
+    index_OG = torch.zeros(4, 2, dtype=torch.int64)
+    names = [f"model.layers.{layer}.mlp.{kind}_proj" for layer in (0, 1) for kind in ("up", "down")]
+    prior = {name: pattern.mask_of(index_OG) for name in names}
+    changed = index_OG.clone()
+    changed[0, 0] = 3
+    learned = prior | {names[3]: pattern.mask_of(changed)}
+    del learned[names[0]]
+    for method, masks in (("sparsegpt", prior), ("learned", learned)):
+        save_masks(
+            folder / f"masks/{method}.safetensors", masks, pattern, fingerprint="abc", method=method, data={"samples": {"english": 3}}
+        )
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to and what it says."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text())
+
+
+def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_metrics(tmp_path, 12)
+    write_masks(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "learn/versions.json").write_text('{"torch": "9.9"}')
+    run(config_of(tmp_path))
+    pictures = {path.stem: matplotlib.image.imread(path) for path in (tmp_path / "pictures").iterdir()}
+    assert set(pictures) == PICTURES
+    assert all(picture.shape[0] > 200 and picture.std() > 0.01 for picture in pictures.values())  # something is drawn
+    page = page_of(tmp_path)
+    assert len(page.links) == len(PICTURES) and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "http" not in re.sub(r'"data:[^"]*"', "", (tmp_path / "report.html").read_text())
+    for text in ("113.00", "1.12", "window 512", "convert 9", "620 s", "seed = 1234", "torch", "9.9", "kappa", "data.samples.english"):
+        assert text in page.text, text
+    assert "not there yet" not in page.text
+    printed = capsys.readouterr().out
+    assert "learned mask" in printed and "report.html" in printed
+
+
+@pytest.mark.parametrize("part", ["metrics", "masks", "results"])
+def test_missing_parts_are_said(tmp_path: Path, part: str) -> None:
+    if part == "metrics":
+        write_metrics(tmp_path, 1)  # one step, no evaluation yet
+    elif part == "masks":
+        write_masks(tmp_path)
+    else:
+        (tmp_path / "results.json").write_text(json.dumps({"perplexity": {"wanda": {"english": 3.0}}}))
+    run(config_of(tmp_path))
+    expected = {"metrics": {"loss", "mask"}, "masks": {"layers"}, "results": {"methods"}}[part]
+    assert {path.stem for path in (tmp_path / "pictures").iterdir()} == expected
+    assert page_of(tmp_path).text.count("not there yet") >= len(PICTURES - expected)
+
+
+def test_nothing_to_report_names_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="Run the verb prune, learn or evaluate first"):
+        run(config_of(tmp_path / "typo"))
+    assert not (tmp_path / "typo").exists()
+
+
+def test_broken_results_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"perplexity": ')
+    with pytest.raises(ArtifactError, match=r"results\.json.*Run the verb evaluate again"):
+        run(config_of(tmp_path))
+
+
+def test_what_the_run_says_cannot_become_markup(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"perplexity": {"<script>x</script>": {"<b>": 3.0}}}))
+    run(config_of(tmp_path))
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text and "<b>" not in text and "&lt;script&gt;" in text
+
+
+def test_metrics_of_a_killed_and_resumed_run_come_once(tmp_path: Path) -> None:
+    lines = ['{"kind": "train", "step": 2, "x": 1}', '{"kind": "train", "step": 1}', '{"kind": "train", "step": 2, "x": 2}', '{"kind": "tr']
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    assert read_metrics(tmp_path / "m.jsonl") == [{"kind": "train", "step": 1}, {"kind": "train", "step": 2, "x": 2}]
+
+
+def test_mask_provenance_is_flat(tmp_path: Path) -> None:
+    write_masks(tmp_path)
+    found = mask_provenance(tmp_path / "masks/learned.safetensors")
+    assert found["method"] == "learned" and found["pattern"] == "2:4" and found["data.samples.english"] == "3"
+    assert found["linears"] == "3" and found["weights"] == "96"
+    (tmp_path / "masks/learned.safetensors").write_bytes(b"torn")
+    with pytest.raises(ArtifactError, match="not a mask file"):
+        mask_provenance(tmp_path / "masks/learned.safetensors")
+
+
+def test_findings_compare_with_dense_and_the_best_oneshot_mask() -> None:
+    english, code = findings(RESULTS)
+    assert english == (
+        "english: the learned mask has perplexity 30.80, 1.12 times the dense model's 27.40 "
+        "and 73% below the best one-shot mask's 113.00 (SparseGPT mask)."
+    )
+    assert "magnitude" in code  # SparseGPT has no value there
+    assert findings({}) == []
