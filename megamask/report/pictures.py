@@ -224,7 +224,7 @@ def _log_scale(axis: Any, values: Sequence[float] | np.ndarray, room: float = 0.
     """Log scale over ``values`` with a little room, and ticks written as plain numbers."""
     low, high = (math.log(min(values)), math.log(max(values))) if len(values) else (0.0, 1.0)
     span = max(high - low, 0.1)
-    axis._set_axes_scale("log")
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.axes.set(**{f"{axis.axis_name}lim": (math.exp(low - 0.06 * span), math.exp(high + room * span))})
     axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 2.5 else (1.0, 2.0, 5.0) if span < 3.5 else (1.0,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
