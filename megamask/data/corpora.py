@@ -137,7 +137,9 @@ def _lines(name: str, file: Path) -> Iterator[str]:
         with opener(file, "rt", encoding="utf-8") as stream:
             yield from stream
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ArtifactError(file, f"cannot be read to its end ({error})", f"Restore the file or change data.domains.{name}.path.") from error
+        raise ArtifactError(
+            file, f"cannot be read to its end ({error})", f"Restore the file or change data.domains.{name}.path."
+        ) from error
 
 
 def _parse(name: str, file: Path, number: int, line: str) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def _parse(name: str, file: Path, number: int, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(file, f"line {number} is not JSON ({error})", f"Correct it or change data.domains.{name}.path.") from error
     if not isinstance(record, dict):
-        raise ArtifactError(file, f"line {number} is not a JSON object", f"Write one object a line, with {name}'s text in a field.")
+        raise ArtifactError(file, f"line {number} is not a JSON object", f"Correct it or change data.domains.{name}.path.")
     return record
 
 

@@ -87,7 +87,9 @@ def _fast_encoder(backend: Any) -> Encode:
 
 
 def _slow_encoder(tokenizer: Any) -> Encode:
-    return lambda texts: [tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"] for text in texts]
+    return lambda texts: [
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"] for text in texts
+    ]
 
 
 def _hash_fast(serialized: str) -> str:

@@ -1,0 +1,63 @@
+"""Which samples a data-parallel replica reads at a step. Shapes: B micro-batch, S sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamask.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The micro-batches of a step in data order, dealt to the replicas in turn.
+
+    Step s covers samples [s * global_batch, (s + 1) * global_batch). Its micro-batch j covers ``micro_batch`` of them, and is
+    accumulation j // replicas of replica j % replicas: the split into replicas and accumulations changes neither the batch nor a
+    micro-batch's number, which keys its noise.
+
+    Raises:
+        ConfigError: global_batch is not a multiple of micro_batch x replicas.
+    """
+
+    dataset: Any
+    global_batch: int
+    micro_batch: int
+    replicas: int
+    replica: int
+
+    def __post_init__(self) -> None:
+        check_batch(self.global_batch, self.micro_batch, self.replicas)
+        assert 0 <= self.replica < self.replicas
+
+    @property
+    def accumulations(self) -> int:
+        """Micro-batches a replica runs per step."""
+        return self.global_batch // (self.micro_batch * self.replicas)
+
+    def micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (micro-batch number j within the step, tokens_BS, labels_BS), both int64, for this replica."""
+        for accumulation in range(self.accumulations):
+            number = accumulation * self.replicas + self.replica
+            first = step * self.global_batch + number * self.micro_batch
+            samples = [self.dataset[first + row] for row in range(self.micro_batch)]
+            yield number, torch.stack([sample["tokens"] for sample in samples]), torch.stack([sample["labels"] for sample in samples])
+
+
+def check_batch(global_batch: int, micro_batch: int, replicas: int) -> None:
+    """Check that a global batch can be dealt out evenly.
+
+    Raises:
+        ConfigError: naming the nearest global batches that can.
+    """
+    unit = micro_batch * replicas
+    if global_batch % unit == 0:
+        return
+    below = global_batch // unit * unit
+    nearest = f"{below} or {below + unit}" if below else f"{unit}"
+    allowed = f"a multiple of learn.micro_batch x data-parallel replicas = {micro_batch} x {replicas} = {unit}"
+    raise ConfigError("learn.global_batch", global_batch, allowed, f"Set learn.global_batch to {nearest}, or change learn.micro_batch.")

@@ -1,0 +1,94 @@
+"""Token shards on disk: one folder a domain with {train,heldout}.bin/.idx (Megatron's indexed dataset) and meta.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamask.config import Config, run_paths
+from megamask.data.split import HELDOUT, TRAIN
+from megamask.data.tokenizer import TextTokenizer
+from megamask.errors import ArtifactError, ConfigError
+from megamask.storage import read_json
+
+FORMAT = 1
+SPLITS = (TRAIN, HELDOUT)
+SUFFIXES = (".bin", ".idx")
+TOKENIZE = "Run the verb tokenize."
+TOKENIZE_AGAIN = "Delete the folder and run the verb tokenize again."
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The verified shards of one domain; ``meta`` is its meta.json."""
+
+    folder: Path
+    meta: dict[str, Any]
+
+    def tokens(self, split: str) -> int:
+        """How many tokens a split holds."""
+        return int(self.meta["splits"][split]["tokens"])
+
+    def prefix(self, split: str) -> str:
+        """The path of a split without its suffix, as Megatron names an indexed dataset."""
+        return str(self.folder / split)
+
+    def digests(self, split: str) -> list[str]:
+        """SHA-256 of the split's files."""
+        return [self.meta["splits"][split]["files"][split + suffix]["sha256"] for suffix in SUFFIXES]
+
+    def stream(self, split: str) -> NDArray[Any]:
+        """All tokens of a split in stored order, one-dimensional, mapped from disk."""
+        return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
+
+
+def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenizer) -> Shards:
+    """Open a domain's shards for reading ``split``.
+
+    Raises:
+        ConfigError: ``domain`` is not in data.domains.
+        ArtifactError: missing or torn shards, shards of another tokenizer, or no token in ``split``.
+    """
+    if domain not in config.data.domains:
+        raise ConfigError("data.domains", domain, f"one of {', '.join(config.data.domains) or 'nothing yet'}", "Add it to data.domains.")
+    shards = read_shards(run_paths(config).shards / domain)
+    made_by = shards.meta["tokenizer"]
+    if made_by["fingerprint"] != tokenizer.fingerprint:
+        problem = f"was made with the tokenizer {made_by['name']}, which differs from {tokenizer.name}"
+        raise ArtifactError(shards.folder, problem, "Set data.tokenizer to the first, or run the verb tokenize.")
+    if shards.tokens(split) == 0:
+        raise ArtifactError(shards.folder, f"has no {split} text", _more_text(domain, split))
+    return shards
+
+
+def read_shards(folder: Path) -> Shards:
+    """Read and check a shard folder, whatever tokenizer made it.
+
+    Raises:
+        ArtifactError: a file is missing, has another size than was written, or is of another format.
+    """
+    meta = read_json(folder / "meta.json", TOKENIZE)
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ArtifactError(folder / "meta.json", f"is not of shard format {FORMAT}", TOKENIZE_AGAIN)
+    for split in SPLITS:
+        for name, written in meta["splits"][split]["files"].items():
+            _check_size(folder / name, written["size"])
+    return Shards(folder, meta)
+
+
+def _check_size(file: Path, size: int) -> None:
+    if not file.is_file():
+        raise ArtifactError(file, "is missing", TOKENIZE)
+    found = file.stat().st_size
+    if found != size:
+        state = "truncated" if found < size else "overwritten"
+        raise ArtifactError(file, f"is {state}: {found} bytes, {size} were written", TOKENIZE_AGAIN)
+
+
+def _more_text(domain: str, split: str) -> str:
+    direction = "Raise" if split == HELDOUT else "Lower"
+    return f"{direction} data.domains.{domain}.heldout, or give the domain two documents or more, and run the verb tokenize."

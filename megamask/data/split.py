@@ -1,0 +1,50 @@
+"""Which documents are held out: decided by a hash, so that a document stays on its side whatever else joins the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+from megamask.data.corpora import Document
+
+TRAIN, HELDOUT = "train", "heldout"
+_HASH_KEY = b"megamask held-out documents v1"
+
+
+def unit_hash(key: str) -> float:
+    """A keyed hash of ``key``, uniform in [0, 1)."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8, key=_HASH_KEY).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def split_documents(documents: Iterable[Document], share: float) -> Iterator[tuple[str, Document]]:
+    """Yield (side, document), side ``heldout`` where the hash of the document's key is below ``share``.
+
+    Equal keys land on one side. Where the hash would leave one side empty, the key nearest to the threshold goes there, so two
+    different documents are enough for both sides; the others do not move. Only the documents of that one key are kept in memory.
+    """
+    first_side = ""
+    both = share in (0.0, 1.0)  # one side is meant to be empty
+    others = False  # documents of the first side beside the nearest
+    nearest: list[Document] = []
+    nearest_distance = 0.0
+    for document in documents:
+        unit = unit_hash(document.key)
+        side, distance = (HELDOUT if unit < share else TRAIN), abs(unit - share)
+        first_side = first_side or side
+        if both or side != first_side:
+            both = True
+            yield from ((first_side, waiting) for waiting in nearest)
+            nearest = []
+            yield side, document
+        elif not nearest or distance < nearest_distance:
+            others = others or bool(nearest)
+            yield from ((first_side, waiting) for waiting in nearest)
+            nearest, nearest_distance = [document], distance
+        elif document.key == nearest[0].key:
+            nearest.append(document)
+        else:
+            others = True
+            yield first_side, document
+    moved = HELDOUT if first_side == TRAIN else TRAIN
+    yield from ((moved if others else TRAIN, waiting) for waiting in nearest)
