@@ -6,21 +6,23 @@ Pruned places hold +0.0 and the config says nothing of sparsity: whatever loads 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megamask import __version__
 from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.apply import masked
 from megamask.masks.file import MaskSet
 from megamask.masks.inspect import configured_mask, verify
 from megamask.sparsity.pattern import Pattern
-from megamask.storage import require_writable
+from megamask.storage import require_writable, write_json
 from megamask.weights.architecture import read_architecture
-from megamask.weights.hf_files import HFReader, open_checked, write_hf
+from megamask.weights.hf_files import HFReader, open_checked, require_own, write_hf
+
+STAMP = "megamask_export.json"  # in the folder that is written: which mask it holds
 
 
 def run(config: Config) -> None:
@@ -32,6 +34,7 @@ def run(config: Config) -> None:
     paths, mask_file = run_paths(config), configured_mask(config)
     if paths.export.resolve() == paths.hf.resolve():
         raise ConfigError("export.out", str(paths.export), "a folder other than model.hf", "The base model must stay as it is.")
+    require_own(paths.export, STAMP, "export.out")
     require_writable(paths.export.parent, "export.out")
     reader = open_checked(paths.hf)
     masks = verify(mask_file, paths.hf) if mask_file is not None else None
@@ -47,23 +50,26 @@ def export(hf_dir: Path, out: Path, tensors: Iterator[tuple[str, Tensor]], masks
     Raises:
         ArtifactError: what was written is not what was meant; ``out`` is left as it was.
     """
-    if masks is None:
-        write_hf(out, tensors, hf_dir)
-        print(f"{out}: dense, {_size(out):,} bytes")
-        return
-    write_hf(out, _masked_tensors(tensors, masks), hf_dir, check=partial(check_export, masks=masks))
-    print(
-        f"{out}: {masks.method} {masks.pattern} on {len(masks)} linears, {_size(out):,} bytes, verified (mask file {_size(masks.path):,} bytes)"
-    )
+
+    def finish(folder: Path) -> None:
+        check_export(folder, masks)
+        about = None if masks is None else {key: value for key, value in masks.meta.items() if key != "tensors"}
+        write_json(folder / STAMP, {"megamask": __version__, "mask": about})
+
+    write_hf(out, tensors if masks is None else _masked_tensors(tensors, masks), hf_dir, finish=finish)
+    what = "dense" if masks is None else f"{masks.method} {masks.pattern} on {len(masks)} linears, mask file {_size(masks.path):,} bytes"
+    print(f"{out}: {what}; {_size(out):,} bytes written and verified")
 
 
-def check_export(folder: Path, masks: MaskSet) -> None:
+def check_export(folder: Path, masks: MaskSet | None) -> None:
     """Check a written folder, reading it back: all tensors are there, and every pruned place of every masked linear is +0.0.
 
     Raises:
         ArtifactError: the first linear that fails.
     """
     with open_checked(folder) as reader:
+        if masks is None:
+            return
         for name, mask_OI in masks.items():
             weight_OI = reader.tensor(f"{name}.weight")
             kept = (weight_OI != 0).unflatten(1, (-1, masks.pattern.m)).sum(-1)

@@ -1,7 +1,8 @@
 """The mask file: a safetensors container with one packed tensor per HF linear and a JSON header.
 
 Header (metadata key ``megamask``): format_version, pattern, candidate_order, axis, fingerprint of the base model, method, data,
-evaluation, megamask (version that wrote it), tensors (name -> shape (O, I) of the mask, sha256 of the packed words).
+evaluation, megamask (version that wrote it), tensors (name -> shape (O, I) of the mask, sha256 of the packed words), sha256 of the
+rest of the header (the same words mean other masks under another pattern, so the header is as precious as the words).
 Shapes: O out_features, I in_features, G groups per row.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from megamask import __version__
@@ -149,7 +150,7 @@ def save_masks(
             raise ValueError(f"mask of {name} has shape {tuple(mask_OI.shape)}, not (O, I)")
         packed[name] = codec.pack(pattern.index_of(mask_OI).cpu().numpy(), pattern.num_candidates)
         tensors[name] = {"shape": list(mask_OI.shape), "sha256": hashlib.sha256(packed[name].tobytes()).hexdigest()}
-    header = {
+    header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "megamask": __version__,
         "pattern": str(pattern),
@@ -157,12 +158,13 @@ def save_masks(
         "axis": AXIS,
         "fingerprint": fingerprint,
         "method": method,
-        "data": data,
-        "evaluation": evaluation,
+        "data": _plain(data),
+        "evaluation": _plain(evaluation),
         "tensors": tensors,
     }
+    header["sha256"] = _header_digest(header)
     with atomic_file(Path(path)) as temporary:
-        save_file(packed, temporary, metadata={"megamask": json.dumps(header, default=str)})
+        temporary.write_bytes(save(packed, metadata={"megamask": json.dumps(header)}))
 
 
 def load_masks(path: Path | str) -> MaskSet:
@@ -203,7 +205,19 @@ def _read_header(path: Path, text: str | None) -> dict[str, Any]:
     wrong = [key for key, kind in FACTS.items() if not isinstance(meta.get(key), kind)]
     if wrong:
         raise ArtifactError(path, f"has a header without {', '.join(wrong)}", FIX)
+    if meta.get("sha256") != _header_digest(meta):
+        raise ArtifactError(path, "has a corrupt header: the checksum does not match", FIX)
     return dict(meta)
+
+
+def _header_digest(header: dict[str, Any]) -> str:
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON gives back, so that the header that is hashed is the header that is read."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _check_sizes(masks: MaskSet, handle: Any) -> None:

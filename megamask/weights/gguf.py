@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.storage import atomic_dir, read_json, require_writable, write_json
+from megamask.weights.hf_files import require_own, share
 
 STAMP = "megamask_gguf.json"  # in the folder that is made: which file it came from
 # The settings of a Llama that a GGUF file can carry; the loaded config also holds what only its loader needs.
@@ -42,18 +43,16 @@ def unpack(source: Path, out: Path) -> None:
         ArtifactError: the file is missing or not a GGUF of a Llama, or ``out`` holds something else.
     """
     stamp = _stamp(source)
-    if out.exists() and any(out.iterdir()):
-        fix = "Remove the folder, or point model.hf elsewhere."
-        if not (out / STAMP).exists():
-            raise ArtifactError(out, "holds files that the verb gguf did not make", fix)
-        if read_json(out / STAMP, fix) == stamp:
-            print(f"{out}: already unpacked from {source.name}")
-            return
+    require_own(out, STAMP, "model.hf")
+    if (out / STAMP).exists() and read_json(out / STAMP, f"Remove {out}.") == stamp:
+        print(f"{out}: already unpacked from {source.name}")
+        return
     require_writable(out.parent, "model.hf")
     model, tokenizer = _load(source)
     with atomic_dir(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        share(folder)
         write_json(folder / STAMP, stamp)
     print(f"{out}: {sum(one.numel() for one in model.parameters()):,} weights in bf16 from {source.name}")
 
@@ -74,7 +73,7 @@ def _load(source: Path) -> tuple[LlamaForCausalLM, Any]:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
-    except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # the loaders raise many kinds, bare Exception among them
         raise ArtifactError(source, f"cannot be loaded as a GGUF model ({error})", "Use a GGUF file of a Llama model.") from error
     if loaded.config.model_type != "llama":
         raise ArtifactError(source, f"holds a {loaded.config.model_type} model", "Use a GGUF file of a Llama model.")

@@ -132,7 +132,7 @@ def write_hf(
     tensors: Iterable[tuple[str, Tensor]],
     source_dir: Path,
     max_shard_bytes: int = 5 * 10**9,
-    check: Callable[[Path], None] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an HF folder tensor by tensor; config, generation config, tokenizer and licence come from ``source_dir``.
 
@@ -141,7 +141,7 @@ def write_hf(
         tensors: name and tensor, any device; one shard of them is held in memory.
         source_dir: folder that the side files are copied from.
         max_shard_bytes: a new file is begun before this size.
-        check: run on the finished folder before it takes its name; an error leaves ``out_dir`` as it was.
+        finish: run on the whole folder before it takes its name, to check it or add to it; an error leaves ``out_dir`` as it was.
     """
     with atomic_dir(out_dir) as folder:
         shards = _write_shards(folder, tensors, max_shard_bytes)
@@ -150,8 +150,25 @@ def write_hf(
             for file in source_dir.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
-        if check is not None:
-            check(folder)
+        share(folder)
+        if finish is not None:
+            finish(folder)
+
+
+def require_own(out_dir: Path, stamp: str, key: str) -> None:
+    """Check that ``out_dir`` may be replaced: it is not there, empty, or holds the file ``stamp`` that an earlier run wrote.
+
+    Raises:
+        ArtifactError: naming ``key``, the setting that chose the folder.
+    """
+    if out_dir.exists() and not (out_dir.is_dir() and ((out_dir / stamp).exists() or not any(out_dir.iterdir()))):
+        raise ArtifactError(out_dir, "holds files that this verb did not make, and would replace", f"Remove it, or point {key} elsewhere.")
+
+
+def share(folder: Path) -> None:
+    """Give weight files the mode of an ordinary new file (safetensors lets only the owner read them)."""
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> list[dict[str, int]]:

@@ -1,0 +1,52 @@
+"""Packing: exact for every number of candidates, and as dense as promised."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from megamask.masks.codec import digits_per_word, num_words, pack, unpack
+from megamask.sparsity.pattern import MAX_CANDIDATES
+
+PATTERNS = [(n, m) for m in range(2, 17) for n in range(1, m) if math.comb(m, n) <= MAX_CANDIDATES]
+BASES = sorted({math.comb(m, n) for n, m in PATTERNS} | {2, 255, 256})
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_round_trip(base):
+    rng = np.random.default_rng(base)
+    digits = digits_per_word(base)
+    for count in (1, digits - 1, digits, digits + 1, 10 * digits + 3):
+        for index in (rng.integers(base, size=count), np.full(count, base - 1), np.zeros(count, dtype=int)):
+            words = pack(index, base)
+            assert words.dtype == np.uint64 and words.shape == (num_words(count, base),)
+            assert np.array_equal(unpack(words, count, base), index)
+
+
+@pytest.mark.parametrize("base", [2, 6, 70, 256])
+def test_words_are_those_of_plain_arithmetic(base):
+    """Independent reference: Python integers, first digit least significant."""
+    index = np.random.default_rng(0).integers(base, size=100)
+    digits = digits_per_word(base)
+    assert base**digits <= 2**64 < base ** (digits + 1)
+    expected = [sum(int(one) * base**place for place, one in enumerate(index[at : at + digits])) for at in range(0, 100, digits)]
+    assert [int(word) for word in pack(index, base)] == expected
+
+
+def test_bits_per_weight_at_2_4():
+    assert digits_per_word(6) == 24 and abs(64 / 24 / 4 - 2 / 3) < 1e-12
+
+
+def test_words_that_pack_never_writes_are_refused():
+    words = pack(np.zeros(30, dtype=int), 6)
+    with pytest.raises(ValueError, match="words"):
+        unpack(words[:1], 30, 6)
+    too_large, tail = words.copy(), words.copy()
+    too_large[0] = np.uint64(6**24)  # a 25th digit
+    tail[1] = np.uint64(6**6)  # a 31st index
+    for broken in (too_large, tail):
+        with pytest.raises(ValueError, match="out of range"):
+            unpack(broken, 30, 6)
+    assert np.array_equal(unpack(words, 30, 6), np.zeros(30))

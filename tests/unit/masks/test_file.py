@@ -1,0 +1,185 @@
+"""Mask files: round trip, and one clear error for everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import megamask
+from megamask.errors import ArtifactError
+from megamask.masks.compare import disagreement
+from megamask.masks.file import _header_digest, load_masks, save_masks
+from megamask.sparsity.pattern import Pattern
+
+P24 = Pattern(2, 4)
+SHAPES = {"model.layers.0.mlp.up_proj": (6, 16), "model.layers.0.mlp.down_proj": (3, 32)}
+
+
+def random_masks(pattern, seed=0, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: pattern.best(torch.rand(shape, generator=generator)) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def path(tmp_path):
+    save_masks(tmp_path / "m.safetensors", random_masks(P24), P24, fingerprint="f" * 64, method="magnitude", data={"seed": 1})
+    return tmp_path / "m.safetensors"
+
+
+def rewrite(path, header=None, tensors=None, sign=True):
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as handle:
+        meta = json.loads(handle.metadata()["megamask"])
+    data = load_file(path)
+    (header or (lambda _: None))(meta)
+    (tensors or (lambda _: None))(data)
+    meta["sha256"] = _header_digest(meta) if sign else meta["sha256"]
+    save_file(data, path, metadata={"megamask": json.dumps(meta)})
+
+
+@pytest.mark.parametrize(
+    "pattern", [Pattern(1, 2), P24, Pattern(1, 4), Pattern(3, 4), Pattern(4, 8), Pattern(1, 16), Pattern(2, 16)], ids=str
+)
+def test_round_trip(tmp_path, pattern):
+    masks = random_masks(pattern)
+    save_masks(tmp_path / "sub" / "m.safetensors", masks, pattern, fingerprint="ab", method="wanda", data=[1], evaluation={"ppl": 2.5})
+    back = load_masks(tmp_path / "sub" / "m.safetensors")
+    assert set(back) == set(masks) and len(back) == 2 and back.pattern == pattern
+    assert (back.fingerprint, back.method, back.meta["data"], back.meta["evaluation"]) == ("ab", "wanda", [1], {"ppl": 2.5})
+    for name, mask in masks.items():
+        assert back[name].dtype == torch.bool and torch.equal(back[name], mask) and back.shape(name) == tuple(mask.shape)
+        assert torch.equal(back.index(name), pattern.index_of(mask))
+    back.verify()
+
+
+def test_the_public_names_are_lazy(path):
+    import subprocess
+    import sys
+
+    code = "import sys, megamask; assert 'torch' not in sys.modules and megamask.__version__; megamask.load_masks"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert megamask.verify(path).method == "magnitude"
+    assert set(megamask.__all__) <= set(dir(megamask)) and megamask.save_masks is save_masks
+    with pytest.raises(AttributeError, match="nothing_such"):
+        megamask.nothing_such  # noqa: B018
+
+
+def test_masks_that_break_the_pattern_are_not_saved(tmp_path):
+    masks = random_masks(P24)
+    masks["model.layers.0.mlp.up_proj"][0, :4] = True
+    with pytest.raises(ValueError, match="2:4"):
+        save_masks(tmp_path / "m.safetensors", masks, P24, fingerprint="", method="x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("cut", [4, 100, -8, -1])
+def test_truncated_files_are_torn(path, cut):
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ArtifactError, match="is torn"):
+        load_masks(path)
+
+
+def test_missing_or_other_files_are_named(tmp_path):
+    with pytest.raises(ArtifactError, match="is missing"):
+        load_masks(tmp_path / "none.safetensors")
+    save_file({"a": np.zeros(3)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ArtifactError, match="not a mask file"):
+        load_masks(tmp_path / "weights.safetensors")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ArtifactError, match="is torn or not a mask file"):
+        load_masks(tmp_path / "folder")
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (lambda meta: meta.update(format_version=2), "format version 2"),
+        (lambda meta: meta.pop("format_version"), "broken header"),
+        (lambda meta: meta.update(candidate_order="sorted"), "candidate_order 'sorted'"),
+        (lambda meta: meta.update(axis="out_features"), "axis 'out_features'"),
+        (lambda meta: meta.pop("fingerprint"), "without fingerprint"),
+        (lambda meta: meta.update(pattern="4:2"), "header that does not fit"),
+        (lambda meta: meta.update(pattern="1:32"), "does not fit"),
+        (lambda meta: meta["tensors"][UP].update(shape=[6]), "does not fit"),
+        (lambda meta: meta["tensors"][UP].update(shape=[60, 16]), f"{UP}: U64"),
+        (lambda meta: meta["tensors"][UP].update(shape=[6, 15]), f"{UP}: U64"),
+        (lambda meta: meta["tensors"][UP].pop("shape"), "does not fit"),
+        (lambda meta: meta["tensors"].pop(UP), UP),
+    ],
+)
+def test_headers_that_do_not_fit_are_refused(path, header, message):
+    rewrite(path, header)
+    with pytest.raises(ArtifactError, match=message):
+        load_masks(path)
+
+
+def test_a_changed_pattern_is_found_even_where_the_sizes_agree(path):
+    rewrite(path, lambda meta: meta.update(pattern="3:4"), sign=False)  # 1 word either way
+    with pytest.raises(ArtifactError, match="corrupt header"):
+        load_masks(path)
+
+
+def test_extra_and_wrongly_typed_tensors_are_refused(path):
+    original = path.read_bytes()
+    rewrite(path, tensors=lambda data: data.update(extra=np.zeros(1, dtype=np.uint64)))
+    with pytest.raises(ArtifactError, match="extra"):
+        load_masks(path)
+    path.write_bytes(original)
+    rewrite(path, tensors=lambda data: data.update({UP: data[UP].astype(np.int64)}))
+    with pytest.raises(ArtifactError, match="I64"):
+        load_masks(path)
+
+
+def test_a_flipped_bit_is_found(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+    masks = load_masks(path)
+    with pytest.raises(ArtifactError, match="corrupt.*checksum"):
+        masks.verify()
+
+
+def test_digits_out_of_range_are_found_even_with_a_matching_checksum(path):
+    import hashlib
+
+    broken = load_file(path)[UP]
+    broken[-1] = np.uint64(2**64 - 1)
+    digest = hashlib.sha256(broken.tobytes()).hexdigest()
+    rewrite(path, lambda meta: meta["tensors"][UP].update(sha256=digest), lambda data: data.update({UP: broken}))
+    with pytest.raises(ArtifactError, match="digits out of range"):
+        load_masks(path).verify()
+
+
+def test_check_names_what_does_not_fit(path):
+    masks = load_masks(path)
+    masks.check(pattern=P24, shapes={**SHAPES, "another": (1, 4)}, fingerprint="f" * 64)
+    for arguments, message in [
+        ({"pattern": Pattern(1, 4)}, "holds 2:4 masks, wanted 1:4.*Set pattern=2:4"),
+        ({"shapes": {UP: (6, 16)}}, "down_proj, which is no linear"),
+        ({"shapes": {**SHAPES, UP: (6, 32)}}, r"\(6, 16\), the model's linear \(6, 32\)"),
+        ({"fingerprint": "0" * 64}, "another base model"),
+    ]:
+        with pytest.raises(ArtifactError, match=message):
+            masks.check(**arguments)
+
+
+def test_disagreement_is_the_share_of_groups(path, tmp_path):
+    masks = random_masks(P24)
+    changed = {name: mask.clone() for name, mask in masks.items()}
+    changed[UP][0] = ~changed[UP][0]  # the complement of a 2:4 group is another 2:4 group: 4 of 24 groups
+    save_masks(tmp_path / "b.safetensors", changed, P24, fingerprint="f" * 64, method="b")
+    a, b = load_masks(path), load_masks(tmp_path / "b.safetensors")
+    assert disagreement(a, b) == {UP: pytest.approx(4 / 24), "model.layers.0.mlp.down_proj": 0.0}
+    save_masks(tmp_path / "c.safetensors", {UP: masks[UP]}, P24, fingerprint="f" * 64, method="c")
+    save_masks(tmp_path / "d.safetensors", masks, P24, fingerprint="0", method="d")
+    for other in ("c", "d"):
+        with pytest.raises(ArtifactError):
+            disagreement(a, load_masks(tmp_path / f"{other}.safetensors"))

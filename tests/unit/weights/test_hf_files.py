@@ -1,0 +1,142 @@
+"""HF folders: streamed reading and writing, and what is said when files are missing, torn or of another model."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megamask.errors import ArtifactError
+from megamask.weights.architecture import read_architecture
+from megamask.weights.fingerprint import fingerprint_hf, fingerprint_model
+from megamask.weights.hf_files import HFReader, open_checked, write_hf
+from megamask.weights.table import expected_tensors, linear_shapes
+
+
+def tiny_model(tied=False, seed=0):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=tied, attention_bias=True, **sizes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    return tmp_path / "hf"
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_table_names_every_tensor_of_a_real_llama(tmp_path, tied):
+    model = tiny_model(tied)
+    model.save_pretrained(tmp_path)
+    arch = read_architecture(tmp_path)
+    open_checked(tmp_path)
+    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    assert expected_tensors(arch) == state
+
+
+@pytest.mark.parametrize("limit", [10**9, 20_000])
+def test_write_and_read_back(folder, tmp_path, limit):
+    with open_checked(folder) as source:
+        write_hf(tmp_path / "out", ((name, source.tensor(name)) for name in source.names()), folder, max_shard_bytes=limit)
+        with open_checked(tmp_path / "out") as back:
+            assert set(back.names()) == set(source.names())
+            assert all(torch.equal(back.tensor(name), source.tensor(name)) for name in source.names())
+            name = "model.layers.0.self_attn.q_proj.weight"
+            assert torch.equal(back.read(name, slice(3, 7), slice(8, 16)), source.tensor(name)[3:7, 8:16])
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    assert (len(shards) == 1) == (limit == 10**9) and (tmp_path / "out" / "tokenizer.json").exists()
+    assert all(os.stat(shard).st_mode & 0o777 == os.stat(tmp_path / "out" / "config.json").st_mode & 0o777 for shard in shards)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), tiny_model().state_dict().values(), strict=True))
+
+
+def test_views_of_one_tensor_can_be_written(folder, tmp_path):
+    whole = torch.arange(12.0).view(6, 2)
+    write_hf(tmp_path / "out", [("a", whole[:3]), ("b", whole[3:]), ("c", whole.t())], folder)
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(back["b"], whole[3:]) and torch.equal(back["c"], whole.t())
+
+
+def test_an_error_while_writing_leaves_the_old_folder(folder, tmp_path):
+    def torn():
+        yield "a", torch.zeros(2)
+        raise RuntimeError("killed")
+
+    write_hf(tmp_path / "out", [("old", torch.ones(1))], folder)
+    with pytest.raises(RuntimeError):
+        write_hf(tmp_path / "out", torn(), folder)
+    assert list(load_file(tmp_path / "out" / "model.safetensors")) == ["old"]
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(NORM), rf"misses tensors: {NORM}"),
+        (lambda tensors: tensors.update({"model.layers.0.router": torch.zeros(2)}), r"unknown tensors: model\.layers\.0\.router"),
+        (lambda tensors: tensors.update({NORM: torch.zeros(3)}), rf"wrongly shaped tensors: {NORM} \(3,\), expected \(32,\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(folder, change, message):
+    rewrite(folder, change)
+    with pytest.raises(ArtifactError, match=message):
+        open_checked(folder)
+
+
+def test_leftovers_of_old_checkpoints_are_accepted(tmp_path):
+    tiny_model(tied=True).save_pretrained(tmp_path)
+    key = "lm_head.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    rewrite(tmp_path, lambda tensors: tensors.update({key: tensors["model.embed_tokens.weight"].clone()}))
+    open_checked(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({key: tensors[key] + 1}))
+    with pytest.raises(ArtifactError, match=key):
+        open_checked(tmp_path)
+
+
+def test_missing_and_torn_files_are_named(folder, tmp_path):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: is torn"):
+        HFReader(folder)
+    file.unlink()
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: is missing"):
+        HFReader(folder)
+
+
+def test_an_index_that_disagrees_is_refused(folder, tmp_path):
+    with open_checked(folder) as source:
+        write_hf(tmp_path / "out", ((name, source.tensor(name)) for name in source.names()), folder, max_shard_bytes=20_000)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    first = next(iter(listed["weight_map"]))
+    listed["weight_map"]["ghost"] = listed["weight_map"][first]
+    index.write_text(json.dumps(listed))
+    with pytest.raises(ArtifactError, match="ghost"):
+        HFReader(tmp_path / "out")
+
+
+def test_fingerprint_does_not_depend_on_where_the_weights_are(tmp_path):
+    model = tiny_model().to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    digest = fingerprint_hf(tmp_path)
+    assert digest == fingerprint_model(model) == fingerprint_model(model.float())
+    assert digest != fingerprint_model(tiny_model(seed=1).to(torch.bfloat16))
+    linear = model.get_submodule(next(iter(linear_shapes(read_architecture(tmp_path)))))
+    linear.weight.data[0, 0] += 1  # one sampled element is enough
+    assert digest != fingerprint_model(model)
