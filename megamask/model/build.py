@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.config import Config
+from megamask.model.loss import LanguageModel
 from megamask.model.rope import inverse_frequencies
 from megamask.model.spec import block_spec
 from megamask.parallel.linear import MaskedLinear, MaskSwitch
@@ -31,7 +31,7 @@ def model_rules(arch: Architecture, tp: int) -> list[Rule]:
     return rules(arch, padded_vocab(arch, tp))
 
 
-def transformer_config(config: Config, arch: Architecture, mesh: Mesh) -> TransformerConfig:
+def transformer_config(config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's settings for a frozen model; fusions that need a weight's own gradient buffer stay off."""
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
@@ -48,9 +48,10 @@ def transformer_config(config: Config, arch: Architecture, mesh: Mesh) -> Transf
         gated_linear_unit=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        params_dtype=DTYPES[config.dtype],
-        pipeline_dtype=DTYPES[config.dtype],
-        bf16=config.dtype == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=mesh.tp,
         sequence_parallel=config.parallel.sequence_parallel,
@@ -66,15 +67,15 @@ def transformer_config(config: Config, arch: Architecture, mesh: Mesh) -> Transf
     )
 
 
-def build_model(config: Config, arch: Architecture, mesh: Mesh) -> GPTModel:
-    """A frozen GPTModel on ``mesh.device`` with uninitialised weights.
+def build_model(config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype | None = None) -> LanguageModel:
+    """A frozen GPTModel on ``mesh.device`` with uninitialised weights, in ``dtype`` (None = config.dtype).
 
     Raises:
         ConfigError: the architecture does not split over this TP, or M does not divide a local row.
     """
     check_tp(arch, mesh.tp)
-    model = GPTModel(
-        config=transformer_config(config, arch, mesh),
+    model = LanguageModel(
+        config=transformer_config(config, arch, mesh, dtype or DTYPES[config.dtype]),
         transformer_layer_spec=block_spec(arch, mesh.device),
         vocab_size=padded_vocab(arch, mesh.tp),
         max_sequence_length=arch.max_positions,
@@ -84,6 +85,8 @@ def build_model(config: Config, arch: Architecture, mesh: Mesh) -> GPTModel:
         rotary_base=int(arch.rope_theta),
     ).to(mesh.device)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(mesh.device)
+    rows = padded_vocab(arch, mesh.tp) // mesh.tp
+    model.real_vocab = min(max(arch.vocab - mesh.tp_rank * rows, 0), rows)
     model.requires_grad_(False)
     return model
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.models.gpt import GPTModel
 
 from megamask import storage
 from megamask.errors import ArtifactError
 from megamask.model.build import model_rules
+from megamask.model.loss import LanguageModel
 from megamask.parallel.mesh import Mesh
 from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import HFReader
@@ -32,8 +32,8 @@ def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 
-def save_sharded(state: dict[str, Any], path: Path, mesh: Mesh, note: dict[str, Any]) -> None:
-    """Save a sharded state and a JSON note as the folder ``path``: under a temporary name, renamed by the main rank."""
+def save_sharded(state: dict[str, Any], path: Path, mesh: Mesh, note: dict[str, Any], files: Sequence[Path] = ()) -> None:
+    """Save a sharded state, a JSON note and copies of ``files`` as the folder ``path``: under a temporary name, then renamed."""
     temporary = path.with_name(f".{path.name}.writing.tmp")
     if mesh.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -43,6 +43,8 @@ def save_sharded(state: dict[str, Any], path: Path, mesh: Mesh, note: dict[str, 
     mesh.barrier()
     if mesh.is_main:
         storage.write_json(temporary / NOTE, note)
+        for file in files:
+            shutil.copy(file, temporary)
         storage.commit_dir(temporary, path)
     mesh.barrier()
 
@@ -60,7 +62,7 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
     return loaded
 
 
-def fill_from_hf(model: GPTModel, arch: Architecture, mesh: Mesh, reader: HFReader) -> None:
+def fill_from_hf(model: LanguageModel, arch: Architecture, mesh: Mesh, reader: HFReader) -> None:
     """Copy this rank's shard of every tensor from HF files, reading only the slices it needs."""
     parameters = dict(model.named_parameters())
     table = model_rules(arch, mesh.tp)
@@ -70,7 +72,7 @@ def fill_from_hf(model: GPTModel, arch: Architecture, mesh: Mesh, reader: HFRead
             parameters[rule.megatron].copy_(rule.shard(reader.read, mesh.tp_rank, mesh.tp))
 
 
-def load_weights(model: GPTModel, path: Path) -> dict[str, Any]:
+def load_weights(model: LanguageModel, path: Path) -> dict[str, Any]:
     """Fill ``model`` with the Megatron weights in ``path`` and return their note.
 
     Raises:

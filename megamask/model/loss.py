@@ -1,37 +1,44 @@
-"""Language-model loss of a vocabulary-parallel GPTModel."""
+"""A GPTModel whose vocabulary may be padded, and its language-model loss."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
-
-from megamask.parallel.mesh import Mesh
-from megamask.weights.architecture import Architecture
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 
-def vocab_parallel_logits(model: Any, arch: Architecture, mesh: Mesh, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """This rank's part of the logits, (B, S, V / tp); columns that only pad the vocabulary hold -inf."""
-    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    logits_BSV = model(input_ids=tokens_BS, position_ids=positions, attention_mask=None)
-    local = logits_BSV.shape[-1]
-    real = min(max(arch.vocab - mesh.tp_rank * local, 0), local)
-    if real < local:
-        padding = torch.arange(local, device=logits_BSV.device) >= real
-        logits_BSV = logits_BSV.masked_fill(padding, float("-inf"))
-    return logits_BSV
+class LanguageModel(GPTModel):  # type: ignore[misc]
+    """GPTModel that knows how many of this rank's vocabulary rows are real; the others never take part in a softmax."""
+
+    real_vocab: int  # of this rank's rows
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Vocabulary-parallel cross entropy, (B, S) fp32, of labels (B, S) and logits (S, B, V / tp)."""
+        losses: torch.Tensor = super().compute_language_model_loss(labels, self._without_padding(logits))
+        return losses
+
+    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.real_vocab == logits.shape[-1]:
+            return logits
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= self.real_vocab
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min)
 
 
-def token_losses(model: Any, arch: Architecture, mesh: Mesh, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of every target, (B, S) fp32 nats, equal on all TP ranks."""
-    logits = vocab_parallel_logits(model, arch, mesh, tokens_BS)
-    losses: torch.Tensor = vocab_parallel_cross_entropy(logits.transpose(0, 1).contiguous(), labels_BS.transpose(0, 1).contiguous())
-    return losses.transpose(0, 1)
+def token_losses(model: Any, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of every target, (B, S) fp32 nats, equal on all TP ranks. ``model`` may be wrapped for DDP."""
+    losses: torch.Tensor = model(input_ids=tokens_BS, position_ids=positions(tokens_BS), attention_mask=None, labels=labels_BS)
+    return losses
 
 
-def full_logits(model: Any, arch: Architecture, mesh: Mesh, tokens_BS: torch.Tensor) -> torch.Tensor:
+def full_logits(model: LanguageModel, tokens_BS: torch.Tensor, vocab: int) -> torch.Tensor:
     """All logits on every rank, (B, S, V): for comparisons, not for learning."""
-    logits = vocab_parallel_logits(model, arch, mesh, tokens_BS)
-    whole: torch.Tensor = gather_from_tensor_model_parallel_region(logits)
-    return whole[..., : arch.vocab]
+    local = model(input_ids=tokens_BS, position_ids=positions(tokens_BS), attention_mask=None)
+    whole: torch.Tensor = gather_from_tensor_model_parallel_region(local)
+    return whole[..., :vocab]
+
+
+def positions(tokens_BS: torch.Tensor) -> torch.Tensor:
+    """0 .. S - 1 in every row, (B, S)."""
+    return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)

@@ -43,9 +43,7 @@ class SdpaCoreAttention(MegatronModule):
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any) -> None:
         super().__init__(config=config)
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **_: Any
-    ) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **_: Any) -> torch.Tensor:
         """(S, B, heads, D) queries and (S, B, kv heads, D) keys and values -> (S, B, heads * D)."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

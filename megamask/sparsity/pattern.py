@@ -99,6 +99,12 @@ class Pattern:
             return False
         return bool((as_int.unflatten(-1, (-1, self.m)).sum(-1) == self.n).all())
 
+    def already_fits(self, weight_OI: torch.Tensor) -> bool:
+        """Whether the weight is pruned already: every group holds at least m - n exact zeros."""
+        if weight_OI.shape[-1] % self.m:
+            return False
+        return bool(((weight_OI == 0).unflatten(-1, (-1, self.m)).sum(-1) >= self.m - self.n).all())
+
     def index_of(self, mask_OI: torch.Tensor) -> torch.Tensor:
         """Candidate index of every group, (..., G) int64, of a valid mask (..., I).
 

@@ -1,0 +1,43 @@
+"""Held-out perplexity of the winner mask while learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from megamask.config import Config
+from megamask.data.heldout import heldout_windows
+from megamask.learn.setup import Subject
+from megamask.model.perplexity import perplexity
+from megamask.parallel.mesh import Mesh
+
+
+def monitor_windows(config: Config) -> dict[str, torch.Tensor]:
+    """The first held-out windows of every domain, (N, S) tokens.
+
+    Raises:
+        ArtifactError: a domain without enough held-out text.
+    """
+    window = config.evaluate.window
+    tokens = config.learn.monitor.evaluate_windows * window
+    return {domain: heldout_windows(config, domain, window, tokens) for domain in config.data.domains}
+
+
+@torch.no_grad()
+def winner_perplexity(subject: Subject, mesh: Mesh, windows: Mapping[str, torch.Tensor], micro_batch: int) -> dict[str, float]:
+    """Perplexity per domain of the model under its winner mask, which is folded into the weights once."""
+    for linear in subject.linears.values():
+        linear.fold(linear.winner_mask())
+    try:
+        subject.model.eval()
+        return {domain: perplexity(subject.model, mesh, tokens, micro_batch) for domain, tokens in windows.items()}
+    finally:
+        for linear in subject.linears.values():
+            linear.fold(None)
+
+
+def mean_log_perplexity(by_domain: Mapping[str, float]) -> float:
+    """One number to compare evaluations by: the mean over domains of log perplexity, so that no domain outweighs another."""
+    return sum(math.log(value) for value in by_domain.values()) / len(by_domain)

@@ -1,0 +1,157 @@
+"""The verb learn: the driver of a learning run, under plain python or torchrun, at any TP x DP."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from megamask import storage
+from megamask.config import Config, RunPaths, run_paths
+from megamask.data.batches import BatchPlan, check_batch
+from megamask.data.blend import blend_weights, train_dataset
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError
+from megamask.learn.evaluation import mean_log_perplexity, monitor_windows, winner_perplexity
+from megamask.learn.monitor import Monitor
+from megamask.learn.provenance import write_provenance
+from megamask.learn.setup import Subject, build_subject
+from megamask.learn.signals import StopRequest, stop_on_signal
+from megamask.learn.snapshot import Progress, Snapshots
+from megamask.learn.step import Learner
+from megamask.learn.survey import Survey
+from megamask.masks.file import save_masks
+from megamask.model.masks import gather_masks
+from megamask.model.spec import has_transformer_engine
+from megamask.parallel.mesh import Mesh, check_layout, start, world_size
+from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.sample import backend_name
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int:
+    """Learn masks and write them to ``run_paths(config).mask("learned")``; resumes by default.
+
+    Returns:
+        EXIT_OK, or EXIT_INTERRUPTED when a signal asked to save and leave.
+
+    Raises:
+        MegamaskError: anything the user can mend, before the first step where possible.
+    """
+    paths = run_paths(config)
+    check_early(config, paths)
+    with start(config) as mesh, stop_on_signal() as stop:
+        return Run(config, mesh, paths).learn(stop)
+
+
+def check_early(config: Config, paths: RunPaths) -> None:
+    """Everything that can be refused before the model is loaded.
+
+    Raises:
+        MegamaskError: a setting or an output folder that cannot work.
+    """
+    check_layout(config)
+    check_batch(config.learn.global_batch, config.learn.micro_batch, world_size() // config.parallel.tp)
+    Pattern.parse(config.pattern).candidates()
+    blend_weights(config)
+    tau = config.learn.sampling.tau
+    if tau[1] > tau[0]:
+        raise ConfigError("learn.sampling.tau", list(tau), "a temperature that falls", "Write the larger one first.")
+    storage.require_writable(paths.run_dir)
+
+
+class Run:
+    """A learning run: what it stands on, and the loop."""
+
+    def __init__(self, config: Config, mesh: Mesh, paths: RunPaths) -> None:
+        self.config, self.mesh, self.paths = config, mesh, paths
+        learn = config.learn
+        self.windows = monitor_windows(config)
+        dataset = train_dataset(config, learn.steps * learn.global_batch, config.data.seq_length, config.seed)
+        self.plan = BatchPlan(dataset, learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)
+        self.subject = build_subject(config, mesh)
+        self.survey = Survey(self.subject, mesh)
+        self.learner = Learner(config, mesh, self.subject)
+        self.snapshots = Snapshots(paths.learn / "snapshots", config, mesh, self.subject, self.learner)
+        self.progress = self.snapshots.restore()
+        tokens = learn.global_batch * config.data.seq_length
+        self.monitor = Monitor(paths.learn, config, learn.steps, tokens, mesh.is_main, self.progress.step)
+        self._announce()
+
+    def learn(self, stop: StopRequest) -> int:
+        """Steps, evaluations and snapshots until the last step, an early stop or a signal."""
+        learn, progress = self.config.learn, self.progress
+        try:
+            if progress.step == 0:
+                self._evaluate()
+            while progress.step < learn.steps and not self._is_patience_over():
+                result = self.learner.step(progress.step, self.plan)
+                progress.step += 1
+                self.monitor.train(progress.step, {**asdict(result), **asdict(self.survey(result.kappa))})
+                if learn.monitor.evaluate_every and progress.step % learn.monitor.evaluate_every == 0 and progress.step < learn.steps:
+                    self._evaluate()
+                if self.mesh.any(bool(stop)):
+                    return self._leave(stop)
+                if progress.step % learn.snapshot.every == 0:
+                    self.snapshots.save(progress)
+            self._finish()
+            return EXIT_OK
+        finally:
+            self.monitor.close()
+
+    def _evaluate(self) -> dict[str, float]:
+        progress, micro_batch = self.progress, self.config.evaluate.micro_batch
+        by_domain = winner_perplexity(self.subject, self.mesh, self.windows, micro_batch)
+        score = mean_log_perplexity(by_domain)
+        if progress.best_score is None or score < progress.best_score:
+            progress.best_score, progress.best_step, progress.evaluations_without_gain = score, progress.step, 0
+            if progress.step:
+                self._save_mask(self.paths.mask("learned-best"), by_domain)
+        else:
+            progress.evaluations_without_gain += 1
+        self.monitor.evaluation(progress.step, by_domain)
+        return by_domain
+
+    def _is_patience_over(self) -> bool:
+        patience = self.config.learn.monitor.patience
+        return patience > 0 and self.progress.evaluations_without_gain >= patience
+
+    def _leave(self, stop: StopRequest) -> int:
+        self.snapshots.save(self.progress)
+        self.monitor.note(f"{stop.received or 'another process'}: saved at step {self.progress.step}; start again to go on")
+        return EXIT_INTERRUPTED
+
+    def _finish(self) -> None:
+        by_domain = self._evaluate()
+        self._save_mask(self.paths.mask("learned"), by_domain)
+        if self.progress.step not in self.snapshots.steps():
+            self.snapshots.save(self.progress)
+        self.monitor.note(f"wrote {self.paths.mask('learned')}; best held-out step {self.progress.best_step}")
+
+    def _save_mask(self, path: Path, by_domain: dict[str, float]) -> None:
+        local = {name: linear.winner_mask() for name, linear in self.subject.linears.items()}
+        masks = gather_masks(local, self.subject.arch, self.mesh)
+        if self.mesh.is_main:
+            save_masks(
+                path,
+                masks,
+                self.subject.pattern,
+                fingerprint=self.subject.fingerprint,
+                method="learned",
+                data={"blend": blend_weights(self.config), "seq_length": self.config.data.seq_length, "prior": self.subject.prior_method},
+                evaluation={"step": self.progress.step, "window": self.config.evaluate.window, "perplexity": by_domain},
+            )
+        self.mesh.barrier()
+
+    def _announce(self) -> None:
+        subject, mesh = self.subject, self.mesh
+        if not mesh.is_main:
+            return
+        write_provenance(self.paths.learn, self.config)
+        backend = backend_name(next(iter(subject.linears.values())).backend)
+        weights = sum(linear.weight.numel() for linear in subject.linears.values()) * mesh.tp / 1e6
+        engine = "Transformer Engine" if has_transformer_engine(mesh.device) else "PyTorch"
+        self.monitor.note(
+            f"{subject.pattern} masks for {len(subject.linears)} linears, {weights:.0f} M weights; prior {subject.prior_method}; "
+            f"{mesh.device}, TP {mesh.tp} x DP {mesh.dp}; sampling by {backend}, norm and attention by {engine}"
+        )

@@ -1,0 +1,110 @@
+"""What a learning run stands on: the frozen model under mask logits that start from the prior."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from megamask.config import Config, run_paths
+from megamask.errors import ArtifactError
+from megamask.masks.file import MaskSet, load_masks
+from megamask.model.build import attach_logits, build_model, prunable_linears
+from megamask.model.checkpoint import load_weights
+from megamask.model.loss import LanguageModel
+from megamask.model.masks import linear_rules, local_mask
+from megamask.parallel.linear import MaskedLinear, MaskSwitch
+from megamask.parallel.mesh import Mesh
+from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.prior import initial_noise, prior_bonus
+from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.table import linear_shapes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Subject:
+    """The frozen model and the masks that are learned on it."""
+
+    arch: Architecture
+    pattern: Pattern
+    fingerprint: str
+    model: LanguageModel
+    linears: dict[str, MaskedLinear]
+    switch: MaskSwitch
+    prior_method: str | None
+
+    @property
+    def mask_logits(self) -> list[torch.nn.Parameter]:
+        """The only trained parameters."""
+        return [linear.mask_logits for linear in self.linears.values() if linear.mask_logits is not None]
+
+
+def build_subject(config: Config, mesh: Mesh) -> Subject:
+    """Load the model and initialise its mask logits.
+
+    Raises:
+        MegamaskError: a setting or an artefact that does not fit.
+    """
+    weights = run_paths(config).weights
+    arch, pattern = read_architecture(weights), Pattern.parse(config.pattern)
+    model = build_model(config, arch, mesh)
+    fingerprint: str = load_weights(model, weights)["fingerprint"]
+    linears = prunable_linears(model, config, arch)
+    _refuse_sparse_weights(linears, pattern, mesh)
+    prior = load_prior(config, pattern, arch, fingerprint, linears)
+    switch = attach_logits(linears, pattern, config.learn.sampling.backend, mesh.device)
+    for name, linear in linears.items():
+        _initialise(linear, config, mesh, None if prior is None else local_mask(prior, linear_rules(arch)[name], mesh))
+    return Subject(arch, pattern, fingerprint, model, linears, switch, prior.method if prior else None)
+
+
+def load_prior(config: Config, pattern: Pattern, arch: Architecture, fingerprint: str, linears: Iterable[str]) -> MaskSet | None:
+    """The prior mask file, checked against pattern, model and the linears to prune; None when ``learn.prior.mask`` is null.
+
+    Raises:
+        ArtifactError: missing, or made for another pattern, model or set of linears.
+    """
+    name = config.learn.prior.mask
+    if name is None:
+        return None
+    is_file = "/" in name or name.endswith(".safetensors")
+    masks = load_masks(name if is_file else run_paths(config).mask(name))
+    masks.check(pattern=pattern, shapes=linear_shapes(arch), fingerprint=fingerprint)
+    table = linear_rules(arch)
+    missing = [module for linear in linears for module in table[linear].modules if module not in masks]
+    if missing:
+        problem = f"has no mask for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        raise ArtifactError(masks.path, problem, "Prune with the same model.include and model.exclude.")
+    return masks
+
+
+@torch.no_grad()
+def _initialise(linear: MaskedLinear, config: Config, mesh: Mesh, prior_mask_OI: torch.Tensor | None) -> None:
+    """pi = noise + std(pi) * sim * alpha (MaskLLM, Eq. 10)."""
+    sampling, logits, std = config.learn.sampling, linear.mask_logits, config.learn.sampling.logit_std
+    assert logits is not None
+    if sampling.initial_noise:
+        logits.copy_(initial_noise(linear.site, logits.shape[-1], std, config.seed, linear.parameter_id))
+        std = _layer_std(logits, mesh)
+    if prior_mask_OI is not None:
+        logits += prior_bonus(prior_mask_OI.to(logits.device), linear.site, config.learn.prior.strength, std)
+
+
+def _layer_std(logits: torch.Tensor, mesh: Mesh) -> float:
+    """Standard deviation over the whole layer. The fp64 sums are rounded to fp32, so that the split does not show."""
+    wide = logits.double()
+    count = torch.tensor(float(wide.numel()), dtype=torch.float64, device=wide.device)
+    total, squares, count = mesh.sum_over_tp(torch.stack([wide.sum(), wide.square().sum(), count])).tolist()
+    return float(torch.tensor((squares / count - (total / count) ** 2) ** 0.5, dtype=torch.float32))
+
+
+def _refuse_sparse_weights(linears: dict[str, MaskedLinear], pattern: Pattern, mesh: Mesh) -> None:
+    """A mask cannot be learned on weights that are already zero where another mask pruned them."""
+    for name, linear in linears.items():
+        if mesh.any(pattern.already_fits(linear.weight)):
+            problem = f"hold a model that is already pruned: {name} is {pattern} sparse"
+            raise ArtifactError("the weights", problem, "Convert the dense model, and name the mask as learn.prior.mask instead.")

@@ -1,0 +1,105 @@
+"""Resumable learning state: mask logits, optimizer moments, progress. TP-independent, atomic, the last k kept."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megamask import storage
+from megamask.config import Config
+from megamask.errors import ArtifactError, ConfigError
+from megamask.learn.setup import Subject
+from megamask.learn.step import Learner
+from megamask.model.checkpoint import NOTE, load_sharded, save_sharded, sharded_state
+from megamask.parallel.mesh import Mesh
+
+_NAME = re.compile(r"step-(\d{8})$")
+# Settings that decide what is learned: a snapshot made under others is not continued.
+DECIDING = ("seed", "dtype", "pattern", "model", "data", "learn")
+FREE = {"learn": ("snapshot", "monitor", "resume", "micro_batch"), "data": ("domains",)}
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what cannot be read off the logits."""
+
+    step: int = 0
+    best_score: float | None = None
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    initial_perplexity: dict[str, float] = field(default_factory=dict)
+
+
+class Snapshots:
+    """The snapshots of one run, in ``folder``/step-NNNNNNNN."""
+
+    def __init__(self, folder: Path, config: Config, mesh: Mesh, subject: Subject, learner: Learner) -> None:
+        self.folder, self.config, self.mesh, self.subject, self.learner = folder, config, mesh, subject, learner
+        if mesh.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            storage.remove_leftovers(folder)
+        mesh.barrier()
+
+    def save(self, progress: Progress) -> None:
+        """Write a snapshot, then delete all but the last ``learn.snapshot.keep``."""
+        note = {"progress": asdict(progress), "settings": deciding_settings(self.config), "fingerprint": self.subject.fingerprint}
+        save_sharded(self._state(), self.folder / f"step-{progress.step:08d}", self.mesh, note)
+        if self.mesh.is_main:
+            for old in self.steps()[: -self.config.learn.snapshot.keep]:
+                shutil.rmtree(self.folder / f"step-{old:08d}")
+        self.mesh.barrier()
+
+    def restore(self) -> Progress:
+        """Load the newest snapshot into logits and optimizer; a fresh Progress when there is none or resume is off.
+
+        Raises:
+            ConfigError: the snapshot was made under other settings.
+            ArtifactError: it is torn, or belongs to another model.
+        """
+        steps = self.steps() if self.config.learn.resume else []
+        if not steps:
+            return Progress()
+        path = self.folder / f"step-{steps[-1]:08d}"
+        fix = f"Delete {path} to resume from the one before, or all of {self.folder} to start over."
+        note = storage.read_json(path / NOTE, fix)
+        self._check(note, path)
+        loaded = load_sharded(self._state(is_loading=True), path, fix)
+        self.subject.model.load_state_dict({key: value for key, value in loaded.items() if key != "optimizer"}, strict=False)
+        self.learner.optimizer.load_state_dict(loaded["optimizer"])
+        return Progress(**note["progress"])
+
+    def steps(self) -> list[int]:
+        """Steps of the finished snapshots, ascending."""
+        return sorted(int(match[1]) for path in self.folder.glob("step-*") if (match := _NAME.search(path.name)))
+
+    def _state(self, is_loading: bool = False) -> dict[str, Any]:
+        logits = {key: value for key, value in sharded_state(self.subject.model).items() if key.endswith(".mask_logits")}
+        return {**logits, "optimizer": self.learner.optimizer.sharded_state_dict(logits, is_loading=is_loading)}
+
+    def _check(self, note: dict[str, Any], path: Path) -> None:
+        if note["fingerprint"] != self.subject.fingerprint:
+            raise ArtifactError(path, "was made for another base model", "Use another run_dir, or convert the model that it was made for.")
+        here, there = _flatten(deciding_settings(self.config)), _flatten(note["settings"])
+        for key in sorted(here.keys() | there.keys()):
+            if here.get(key) != there.get(key):
+                fix = "Set it back, use another run_dir, or start over with learn.resume=false."
+                raise ConfigError(key, here.get(key), f"the run in {path.parent} was started with {there.get(key)!r}", fix)
+
+
+def deciding_settings(config: Config) -> dict[str, Any]:
+    """The settings that must not change between snapshot and resume."""
+    whole = config.model_dump(mode="json")
+    kept = {name: whole[name] for name in DECIDING}
+    for section, free in FREE.items():
+        kept[section] = {key: value for key, value in kept[section].items() if key not in free}
+    kept["learn"]["sampling"].pop("backend")
+    return kept
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name, inner in value.items() for key, leaf in _flatten(inner, f"{prefix}.{name}".strip(".")).items()}

@@ -1,0 +1,124 @@
+"""One learning step: micro-batches through the masked model, gradients of the logits alone, one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megamask.config import Config
+from megamask.data.batches import BatchPlan
+from megamask.errors import LearningError
+from megamask.learn.optimizer import build_optimizer, build_scheduler, clip_gradients, set_learning_rate
+from megamask.learn.setup import Subject
+from megamask.model.loss import token_losses
+from megamask.parallel.mesh import Mesh
+from megamask.sparsity.draw import Draw
+from megamask.sparsity.philox import NoiseKey
+from megamask.sparsity.schedules import linear, weight_norm_coef
+
+MicroBatch = tuple[int, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, means over the global batch, the norm summed over all layers and shards."""
+
+    lm_loss: float
+    weight_norm: float  # sum |W * M|^2
+    weight_norm_term: float  # coef * weight_norm, subtracted from the loss
+    loss: float
+    grad_norm: float
+    lr: float
+    kappa: float
+    tau: float
+
+
+class Learner:
+    """The Gumbel-softmax learner (MaskLLM, Alg. 1) on Megatron's schedule, DDP, optimizer and scheduler.
+
+    Raises:
+        ConfigError: an optimizer schedule that cannot work.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, subject: Subject) -> None:
+        self.config, self.mesh, self.subject = config, mesh, subject
+        learn = config.learn
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False)
+        model_config = subject.model.config
+        self.ddp = DistributedDataParallel(config=model_config, ddp_config=settings, module=subject.model)
+        model_config.no_sync_func = self.ddp.no_sync
+        model_config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = build_optimizer(learn.optimizer, subject.mask_logits)
+        self.scheduler = build_scheduler(learn.optimizer, learn.steps, self.optimizer)
+
+    def step(self, step: int, plan: BatchPlan) -> StepResult:
+        """Learn from the global batch of ``step`` (counted from 0).
+
+        Raises:
+            LearningError: the loss or the gradient is not finite; the logits are unchanged.
+        """
+        draw = self._draw(step, plan.accumulations)
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        measured = self._forward_backward(draw, plan.micro_batches(step), plan)
+        lm_loss, weight_norm = self.mesh.mean_over_dp(torch.stack(measured).mean(0)).tolist()
+        grads = [logits.main_grad for logits in self.subject.mask_logits]  # type: ignore[attr-defined]
+        grad_norm = float(clip_gradients(grads, self.config.learn.optimizer.clip, self.mesh))
+        term = draw.norm_coef * plan.accumulations * weight_norm
+        self._refuse_nan(step, lm_loss, grad_norm)
+        rate = set_learning_rate(self.scheduler, step)
+        self.optimizer.step()
+        return StepResult(lm_loss, weight_norm, term, lm_loss - term, grad_norm, rate, draw.kappa, draw.tau)
+
+    def _draw(self, step: int, accumulations: int) -> Draw:
+        learn = self.config.learn
+        progress = step / learn.steps
+        coef = weight_norm_coef(learn.weight_norm.coef, learn.weight_norm.decay, progress)
+        return Draw(
+            key=NoiseKey(self.config.seed, step),
+            kappa=linear(learn.sampling.kappa, progress),
+            tau=linear(learn.sampling.tau, progress),
+            hard=learn.sampling.mode == "hard",
+            norm_coef=coef / accumulations,  # the schedule divides the LM loss by the same number
+        )
+
+    def _forward_backward(self, draw: Draw, micro_batches: Iterator[MicroBatch], plan: BatchPlan) -> list[torch.Tensor]:
+        """(LM loss, weight norm) of every micro-batch of this replica; gradients end in ``main_grad``."""
+        try:
+            return get_forward_backward_func()(
+                forward_step_func=partial(self._forward, draw),
+                data_iterator=micro_batches,
+                model=[self.ddp],
+                num_microbatches=plan.accumulations,
+                seq_length=self.config.data.seq_length,
+                micro_batch_size=plan.micro_batch,
+                forward_only=False,
+            )
+        finally:
+            self.subject.switch.draw = None
+
+    def _forward(self, draw: Draw, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+        number, tokens, labels = next(micro_batches)
+        switch, device = self.subject.switch, self.mesh.device
+        key = NoiseKey(draw.key.seed, draw.key.step, number)
+        switch.draw = Draw(key, draw.kappa, draw.tau, draw.hard, draw.norm_coef)
+        losses = token_losses(model, tokens.to(device), labels.to(device))
+        norm = self.mesh.sum_over_tp(torch.stack([one.to(device) for one in switch.norms.values()]).sum())
+
+        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            mean = output.mean()
+            return mean, torch.stack([mean.detach().double(), norm])
+
+        return losses, loss
+
+    def _refuse_nan(self, step: int, lm_loss: float, grad_norm: float) -> None:
+        if lm_loss != lm_loss or grad_norm != grad_norm or float("inf") in (lm_loss, grad_norm):
+            fix = "Lower learn.optimizer.lr or the scale learn.sampling.kappa; start again to go on from the last snapshot."
+            raise LearningError(f"step {step + 1}: the loss is {lm_loss} and the gradient norm {grad_norm}, not finite. {fix}")
