@@ -10,8 +10,18 @@ from megamask.config import Config, RunPaths, load_config, run_paths
 from megamask.errors import EXIT_USER_ERROR, ConfigError, MegamaskError
 from megamask.storage import read_json, write_json
 
-# Settings that may change between two runs of one folder: none of them changes an artefact that is reused.
-FREE = ("run_dir", "device", "parallel", "evaluate", "export.out", "learn.resume", "learn.snapshot", "learn.monitor")
+# The settings each stage reads itself, and those below them that may change without changing what it makes.
+READS = {
+    "gguf": ("model.gguf",),
+    "convert": ("model.hf",),
+    "tokenize": ("data.tokenizer", "data.domains", "data.append_eod"),
+    "prune": ("pattern", "dtype", "model.include", "model.exclude", "data.blend", "data.seq_length", "calibration", "prune"),
+    "learn": ("pattern", "dtype", "seed", "model.include", "model.exclude", "data.blend", "data.seq_length", "learn"),
+    "export": ("export",),
+    "evaluate": ("dtype", "evaluate"),
+}
+FREE = ("learn.resume", "learn.snapshot", "learn.monitor", "calibration.micro_batch", "evaluate.micro_batch")
+REMADE = ("export", "evaluate")  # cheap: made again where the others would be refused
 
 
 def artefacts(stage: str, config: Config, paths: RunPaths) -> list[Path]:
@@ -28,41 +38,58 @@ def artefacts(stage: str, config: Config, paths: RunPaths) -> list[Path]:
 
 
 def is_done(stage: str, config: Config, paths: RunPaths) -> bool:
-    """Whether every artefact is there, and not older than the learned mask where it was made from it."""
+    """Whether every artefact is there and, for those made from the learned mask, made from this one in this way."""
     found = artefacts(stage, config, paths)
     if not found or not all(path.exists() for path in found):
         return False
     learned = paths.mask("learned")
-    made_from_mask = stage in ("export", "evaluate")
-    return not (made_from_mask and learned.exists() and learned.stat().st_mtime > found[0].stat().st_mtime)
+    newer_mask = learned.exists() and learned.stat().st_mtime > found[0].stat().st_mtime
+    return stage not in REMADE or not (newer_mask or changes(stage, config, paths))
 
 
 def check(config: Config, paths: RunPaths) -> None:
-    """Refuse a folder that was made with other settings; evaluate again if only the protocol changed.
+    """Refuse to reuse what was made with other settings.
 
     Raises:
         ConfigError: naming the first setting that differs.
     """
-    file = paths.run_dir / "quickstart.json"
-    now = _flat(config.model_dump(mode="json"), paths.run_dir)
-    before = read_json(file, "Delete it.") if file.exists() else now
-    changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
-    for key in changed:
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE):
-            made_with = f"{paths.run_dir} was made with {before.get(key)!r}"
-            raise ConfigError(key, now.get(key), made_with, "Start afresh in another folder: RUN_DIR=runs/other ./launch/quickstart.sh ...")
-    if paths.results.exists() and any(key.startswith("evaluate.") for key in changed):
-        paths.results.replace(paths.results.with_name("results.previous.json"))
-    write_json(file, now)
+    for stage in READS:
+        if stage not in REMADE and is_done(stage, config, paths):
+            for key, (before, now) in changes(stage, config, paths).items():
+                fix = "Start afresh in another folder: RUN_DIR=runs/other ./launch/quickstart.sh ..."
+                raise ConfigError(key, now, f"{stage} in {paths.run_dir} was made with {before!r}", fix)
 
 
-def record(stage: str, seconds: float, code: int, paths: RunPaths) -> None:
-    """Put the seconds of a stage beside those of the others in stages.json; interrupted attempts count towards the one that ends."""
+def changes(stage: str, config: Config, paths: RunPaths) -> dict[str, tuple[Any, Any]]:
+    """key -> (value the finished stage was made with, value now), where they differ."""
+    now = settings_of(stage, config, paths)
+    before = _read(paths.run_dir / "quickstart.json").get(stage, now)
+    return {key: (before.get(key), now.get(key)) for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)}
+
+
+def settings_of(stage: str, config: Config, paths: RunPaths) -> dict[str, Any]:
+    """Dotted settings that decide what a stage makes."""
+    flat = _flat(config.model_dump(mode="json"), paths.run_dir)
+
+    def below(key: str, sections: tuple[str, ...]) -> bool:
+        return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+    return {key: value for key, value in flat.items() if below(key, READS.get(stage, ())) and not below(key, FREE)}
+
+
+def record(stage: str, seconds: float, code: int, config: Config, paths: RunPaths) -> None:
+    """Put the seconds of a stage beside those of the others in stages.json, and its settings beside theirs.
+
+    Interrupted attempts count towards the one that ends.
+    """
     file = paths.run_dir / "stages.json"
-    known: dict[str, float] = read_json(file, "Delete it.") if file.exists() else {}
+    known = _read(file)
     unfinished = f"{stage} (unfinished)"
     total = known.pop(unfinished, 0) + seconds
     write_json(file, {**known, (unfinished if code else stage): total})
+    if not code and stage in READS:
+        settings = paths.run_dir / "quickstart.json"
+        write_json(settings, {**_read(settings), stage: settings_of(stage, config, paths)})
 
 
 def print_outputs(paths: RunPaths) -> None:
@@ -71,6 +98,11 @@ def print_outputs(paths: RunPaths) -> None:
     reports = sorted(paths.run_dir.rglob("report.html"))
     for name, path in {**named, **({"report": reports[0]} if reports else {})}.items():
         print(f"{name:<13} {path}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(path, "Delete it.") if path.exists() else {}
+    return found
 
 
 def _flat(tree: dict[str, Any], run_dir: Path, prefix: str = "") -> dict[str, Any]:
@@ -96,7 +128,7 @@ def main() -> int:
         if command == "check":
             check(config, paths)
         elif command == "record":
-            record(rest[0], float(rest[1]), int(rest[2]), paths)
+            record(rest[0], float(rest[1]), int(rest[2]), config, paths)
         else:
             print_outputs(paths)
     except MegamaskError as error:

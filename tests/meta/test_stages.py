@@ -42,26 +42,37 @@ def test_results_older_than_the_learned_mask_are_made_again(tmp_path: Path) -> N
     assert ask(tmp_path, "is-done", "evaluate").returncode == 0
 
 
-def test_a_folder_made_with_other_settings_is_refused(tmp_path: Path) -> None:
-    assert ask(tmp_path, "check", settings=("learn.steps=5",)).returncode == 0
-    refused = ask(tmp_path, "check", settings=("learn.steps=6",))
+def test_what_was_made_with_other_settings_is_not_reused(tmp_path: Path) -> None:
+    five, six = ("learn.steps=5",), ("learn.steps=6",)
+    assert ask(tmp_path, "record", "learn", "1", "0", settings=five).returncode == 0
+    assert ask(tmp_path, "check", settings=six).returncode == 0  # there is no learned mask to be mistaken for another
+    touch(tmp_path / "masks" / "learned.safetensors")
+    refused = ask(tmp_path, "check", settings=six)
     assert refused.returncode == 2 and "learn.steps = 6" in refused.stderr and "RUN_DIR=" in refused.stderr
-    assert ask(tmp_path, "check", settings=("learn.steps=5", "parallel.tp=3", "device=cpu")).returncode == 0  # the same artefacts
+    assert ask(tmp_path, "check", settings=(*five, "parallel.tp=3", "device=cpu", "evaluate.window=64")).returncode == 0  # the same mask
 
 
-def test_another_protocol_keeps_the_masks_and_evaluates_again(tmp_path: Path) -> None:
-    assert ask(tmp_path, "check").returncode == 0
+def test_a_stage_that_failed_holds_no_settings(tmp_path: Path) -> None:
+    """A wrong setting can be corrected and the script run again."""
+    assert ask(tmp_path, "record", "prune", "1", "2", settings=("pattern=2:5",)).returncode == 0
+    touch(tmp_path / "masks" / "magnitude.safetensors")
+    assert ask(tmp_path, "check", settings=("prune.methods=[magnitude]",)).returncode == 0
+
+
+def test_another_protocol_evaluates_again(tmp_path: Path) -> None:
     touch(tmp_path / "results.json")
-    assert ask(tmp_path, "check").returncode == 0 and (tmp_path / "results.json").exists()
-    assert ask(tmp_path, "check", settings=("evaluate.window=256",)).returncode == 0
-    assert not (tmp_path / "results.json").exists() and (tmp_path / "results.previous.json").exists()
+    assert ask(tmp_path, "record", "evaluate", "1", "0").returncode == 0
+    assert ask(tmp_path, "is-done", "evaluate").returncode == 0
+    assert ask(tmp_path, "is-done", "evaluate", settings=("evaluate.window=256",)).returncode == 1
 
 
 def test_a_moved_folder_is_the_same_run(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
-    assert ask(old, "check", settings=(f"model.gguf={old}/cache/a.gguf",)).returncode == 0
+    (old / "hf").mkdir(parents=True)
+    assert ask(old, "record", "gguf", "1", "0", settings=(f"model.gguf={old}/cache/a.gguf",)).returncode == 0
     old.rename(new)
     assert ask(new, "check", settings=(f"model.gguf={new}/cache/a.gguf",)).returncode == 0
+    assert ask(new, "check", settings=("model.gguf=other.gguf",)).returncode == 2
 
 
 def test_seconds_are_merged_and_interrupted_attempts_count(tmp_path: Path) -> None:
@@ -82,4 +93,6 @@ def test_the_stages_are_verbs() -> None:
     script = (REPO / "launch" / "quickstart.sh").read_text()
     named = [line.split()[1] for line in script.splitlines() if line.startswith("stage ")]
     assert named == ["gguf", "convert", "tokenize", "prune", "learn", "export", "evaluate", "report"] and set(named) <= set(VERBS)
+    assert set(stages.READS) == set(named) - {"report"}
+    assert all(stages.settings_of(stage, config, run_paths(config)) for stage in stages.READS)
     assert all(stages.artefacts(stage, config, run_paths(config)) for stage in named if stage != "report")
