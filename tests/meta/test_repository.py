@@ -85,6 +85,7 @@ def test_a_missing_command_is_seen() -> None:
 @pytest.mark.parametrize("script", sorted((REPO / "launch").glob("*.s*")), ids=lambda path: path.name)
 def test_a_script_parses_and_carries_no_settings(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.name == "env.sh" or os.access(script, os.X_OK), "env.sh is sourced, the others are run"
     assert not re.search(r"\b(learn|optimizer|sampling|prune|calibration)\.[a-z_]+=\d", re.sub(r"(?m)^\s*#.*$", "", script.read_text()))
 
 
