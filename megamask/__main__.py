@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megamask.config import load_config  # pydantic and yaml: not needed for --help
 
         config = load_config(recipe, overrides)
+        _talk()
         module, function = VERBS[verb][0].split(":")
         return getattr(importlib.import_module(module), function)(config) or EXIT_OK
     except MegamaskError as error:
@@ -69,6 +72,16 @@ def parse(arguments: Sequence[str]) -> tuple[str, Path | None, list[str]]:
         else:
             overrides.append(word)
     return verb, recipe, overrides
+
+
+def _talk() -> None:
+    """What verbs log goes to the terminal, from the main process; Megatron's remarks on optional packages do not."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    if os.environ.get("RANK", "0") == "0":
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logging.getLogger("megamask").addHandler(handler)
+    logging.getLogger("megamask").setLevel(logging.INFO)
 
 
 def _help() -> str:

@@ -17,13 +17,14 @@ from megamask.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: ``2:4`` is text (YAML 1.1 reads 124) and ``1e-3`` is a number (YAML 1.1 reads text)."""
+    """YAML 1.2 scalars: ``2:4`` and ``off`` are text (YAML 1.1 reads 124 and False), ``1e-3`` is a number (YAML 1.1 reads text)."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "bool")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

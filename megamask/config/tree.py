@@ -74,7 +74,7 @@ OneShotMethod = Literal["magnitude", "wanda", "sparsegpt", "sparsegpt_update"]
 class PruneSection(Section):
     """One-shot masks. ``sparsegpt_update`` also writes updated weights, as a comparison."""
 
-    methods: list[OneShotMethod] = Field(default_factory=lambda: ["magnitude", "wanda", "sparsegpt", "sparsegpt_update"])
+    methods: list[OneShotMethod] = ["magnitude", "wanda", "sparsegpt", "sparsegpt_update"]
     damp: Annotated[float, Field(gt=0)] = Field(0.01, description="SparseGPT: share of the mean diagonal added to the Hessian")
     block: Positive = Field(128, description="SparseGPT: columns per lazy update block, a multiple of M")
 

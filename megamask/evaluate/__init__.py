@@ -1,0 +1,1 @@
+"""Perplexity of dense and masked models."""

@@ -14,9 +14,9 @@ from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError
 from megamask.learn.evaluation import mean_log_perplexity, monitor_windows, winner_perplexity
 from megamask.learn.monitor import Monitor
 from megamask.learn.provenance import write_provenance
-from megamask.learn.setup import Subject, build_subject
+from megamask.learn.setup import build_subject
 from megamask.learn.signals import StopRequest, stop_on_signal
-from megamask.learn.snapshot import Progress, Snapshots
+from megamask.learn.snapshot import Snapshots
 from megamask.learn.step import Learner
 from megamask.learn.survey import Survey
 from megamask.masks.file import save_masks

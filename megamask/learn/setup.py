@@ -91,7 +91,7 @@ def _initialise(linear: MaskedLinear, config: Config, mesh: Mesh, prior_mask_OI:
         logits.copy_(initial_noise(linear.site, logits.shape[-1], std, config.seed, linear.parameter_id))
         std = _layer_std(logits, mesh)
     if prior_mask_OI is not None:
-        logits += prior_bonus(prior_mask_OI.to(logits.device), linear.site, config.learn.prior.strength, std)
+        logits.add_(prior_bonus(prior_mask_OI.to(logits.device), linear.site, config.learn.prior.strength, std))
 
 
 def _layer_std(logits: torch.Tensor, mesh: Mesh) -> float:

@@ -28,7 +28,7 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)
 def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
     """The model's sharded state dict, tensors only."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)
+    state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
     return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 
@@ -82,6 +82,7 @@ def load_weights(model: LanguageModel, path: Path) -> dict[str, Any]:
     note: dict[str, Any] = storage.read_json(path / NOTE, fix)
     loaded = load_sharded(sharded_state(model), path, fix)
     model.load_state_dict(loaded, strict=True)
+    model.clear_padding()
     return note
 
 

@@ -19,6 +19,13 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         losses: torch.Tensor = super().compute_language_model_loss(labels, self._without_padding(logits))
         return losses
 
+    @torch.no_grad()
+    def clear_padding(self) -> None:
+        """Zero the rows that only pad the vocabulary: uninitialised memory may hold NaN, and 0 * NaN is NaN in a backward pass."""
+        for layer in (self.embedding.word_embeddings, self.output_layer):
+            if layer.weight is not None:
+                layer.weight[self.real_vocab :] = 0
+
     def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
         if self.real_vocab == logits.shape[-1]:
             return logits

@@ -36,6 +36,7 @@ def megatron_on_cpu(active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    replacements = {"current_device": lambda: torch.device("cpu"), "synchronize": lambda device=None: None}
-    with patch.multiple(torch.cuda, **replacements), _FactoriesOnCpu():
+    current_device = patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    synchronize = patch.object(torch.cuda, "synchronize", lambda device=None: None)
+    with current_device, synchronize, _FactoriesOnCpu():
         yield
