@@ -1,0 +1,144 @@
+"""Run a function in every rank of a small job of real processes.
+
+``from tests.parallel.ranks import run_ranks`` works in tests and in the processes. A job is one fresh interpreter that imports the
+function's module and forks the ranks, so the imports are paid once a job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib.util
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class RanksError(AssertionError):
+    """A rank raised, died or hung; the message holds what the ranks printed."""
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """``function(rank, *args)`` in ``world_size`` processes with the environment torchrun gives and one thread each.
+
+    Args:
+        function: top-level function of any module.
+        world_size: number of processes.
+        args: picklable.
+        timeout: seconds for the whole job, imports included; then everything is killed.
+
+    Returns:
+        The results in rank order.
+
+    Raises:
+        RanksError: with the first failing rank's traceback, or where every rank hung.
+    """
+    code = function.__code__  # type: ignore[attr-defined]
+    job = (code.co_filename, function.__module__, function.__qualname__, world_size, pickle.dumps(args))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "job").write_bytes(pickle.dumps(job))
+        _run_job(folder, f"{function.__qualname__} on {world_size} ranks", timeout)
+        return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _run_job(folder: Path, what: str, timeout: float) -> None:
+    log = folder / "log"
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, str(folder)]
+    with log.open("wb") as output:
+        job = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        status = job.wait(timeout)
+    except subprocess.TimeoutExpired:
+        _signal(job, signal.SIGABRT)  # faulthandler writes where every rank stands
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(2)
+        raise RanksError(f"{what}: not done after {timeout:.0f} s\n{_tail(log)}") from None
+    finally:
+        _signal(job, signal.SIGKILL)
+        job.wait()
+    if status:
+        raise RanksError(f"{what}: failed\n{_tail(log)}")
+
+
+def _signal(job: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, number)
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-8000:]
+
+
+def _lead(folder: Path) -> int:
+    """Fork the ranks and wait; the first that fails ends the job."""
+    file, module_name, qualified_name, world_size, packed = pickle.loads((folder / "job").read_bytes())
+    function: Any = _load(module_name, file)
+    for part in qualified_name.split("."):
+        function = getattr(function, part)
+    args, port = pickle.loads(packed), _free_port()
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(folder, function, rank, world_size, port, args)) for rank in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    waiting = {rank.sentinel: rank for rank in ranks}
+    while waiting:
+        for sentinel in multiprocessing.connection.wait(list(waiting)):
+            rank = waiting.pop(sentinel)  # type: ignore[call-overload]
+            rank.join()
+            if rank.exitcode:
+                print(f"rank {ranks.index(rank)} of {world_size} ended with exit code {rank.exitcode}", flush=True)
+                for other in ranks:
+                    other.kill()
+                return 1
+    return 0
+
+
+def _rank(folder: Path, function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...]) -> None:
+    import torch
+
+    here, whole = str(rank), str(world_size)
+    os.environ.update(RANK=here, LOCAL_RANK=here, WORLD_SIZE=whole, LOCAL_WORLD_SIZE=whole, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    try:
+        result = function(rank, *args)
+    except BaseException:
+        print(f"rank {rank} of {world_size}:\n{traceback.format_exc()}", flush=True)
+        os._exit(1)
+    (folder / f"result{rank}").write_bytes(pickle.dumps(result))
+
+
+def _load(name: str, file: str) -> Any:
+    """The module under the name that it has in the test process, so that its classes pickle."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    sys.exit(_lead(Path(sys.argv[1])))
