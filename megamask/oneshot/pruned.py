@@ -1,4 +1,4 @@
-"""What every one-shot criterion returns, and the check that a weight has not been pruned before.
+"""What every one-shot criterion returns.
 
 Shapes: O out_features, I in_features.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
-from megamask.sparsity.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -25,14 +23,3 @@ class Pruned:
     mask_OI: torch.Tensor
     weight_OI: torch.Tensor | None = None
     damp: float | None = None
-
-
-def already_sparse(weight_OI: torch.Tensor, pattern: Pattern) -> bool:
-    """Whether every group has at least m - n zeros already, so that choosing what to prune would find nothing to learn.
-
-    Raises:
-        ConfigError: m does not divide in_features.
-    """
-    pattern.groups(weight_OI.shape[-1])
-    zeros_OG = (weight_OI == 0).unflatten(-1, (-1, pattern.m)).sum(-1)
-    return bool((zeros_OG >= pattern.m - pattern.n).all())

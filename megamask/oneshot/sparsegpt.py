@@ -11,16 +11,12 @@ Shapes: O out_features, I in_features, B columns of a block, M columns of a grou
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from megamask.errors import ConfigError
 from megamask.oneshot.pruned import Pruned
 from megamask.oneshot.stats import InputStats
 from megamask.sparsity.pattern import Pattern
-
-log = logging.getLogger(__name__)
 
 DAMP_STEP = 10.0
 DAMP_LIMIT = 1.0  # as much again as the mean diagonal: what this cannot fix is not a sum of squares
@@ -105,8 +101,6 @@ def inverse_factor(hessian_II: torch.Tensor, damp: float) -> tuple[torch.Tensor,
             allowed = f"the damped Hessian must be positive definite, and is not with damping up to {used:g}"
             raise ConfigError("prune.damp", damp, allowed, "Raise calibration.samples, or raise prune.damp.")
         used = min(used * DAMP_STEP, DAMP_LIMIT)
-    if used != damp:
-        log.warning("Hessian not positive definite with prune.damp=%g: used %g (more calibration tokens would help)", damp, used)
     return factor_II, used
 
 

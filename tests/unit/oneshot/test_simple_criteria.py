@@ -1,4 +1,4 @@
-"""Magnitude, Wanda, the table and the already-sparse check against plain loops."""
+"""Magnitude, Wanda and the table against plain loops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from megamask.config.tree import OneShotMethod, PruneSection
 from megamask.errors import ConfigError
 from megamask.oneshot.criteria import CRITERIA
 from megamask.oneshot.magnitude import magnitude
-from megamask.oneshot.pruned import already_sparse
 from megamask.oneshot.stats import InputStats
 from megamask.oneshot.wanda import wanda
 from megamask.sparsity.pattern import Pattern
@@ -95,18 +94,3 @@ def test_refuses_a_row_that_m_does_not_divide(name: str) -> None:
     stats.add(torch.randn(20, 10))
     with pytest.raises(ConfigError, match="must divide in_features, here 10"):
         CRITERIA[name].prune(torch.ones(3, 10), stats, Pattern(2, 4), PruneSection())
-
-
-def test_already_sparse() -> None:
-    weight_OI, _, _ = example()
-    pattern = Pattern(2, 4)
-    pruned_OI = weight_OI * magnitude(weight_OI, pattern).mask_OI  # holds -0.0 too: a zero all the same
-    assert not already_sparse(weight_OI, pattern)
-    assert already_sparse(pruned_OI, pattern)
-    assert already_sparse(pruned_OI.bfloat16(), pattern)
-    assert not already_sparse(pruned_OI, Pattern(1, 4))  # 2 zeros a group are not the 3 that 1:4 removes
-    assert already_sparse(weight_OI * magnitude(weight_OI, Pattern(1, 4)).mask_OI, pattern)  # sparser than asked for
-    pruned_OI[3, 4:8] = 1.0  # one dense group
-    assert not already_sparse(pruned_OI, pattern)
-    with pytest.raises(ConfigError, match="must divide"):
-        already_sparse(weight_OI, Pattern(2, 5))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import pytest
@@ -215,12 +214,10 @@ def test_pruned_places_are_plus_zero_in_the_dtype_of_the_weight() -> None:
     assert pruned.weight_OI.is_contiguous() and pruned.mask_OI.is_contiguous()
 
 
-def test_fewer_tokens_than_columns_raise_the_damping(caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_tokens_than_columns_raise_the_damping() -> None:
     weight_OI, _, stats = example(tokens=5)
-    with caplog.at_level(logging.WARNING):
-        pruned = sparsegpt(weight_OI, stats, Pattern(2, 4), damp=1e-12)
+    pruned = sparsegpt(weight_OI, stats, Pattern(2, 4), damp=1e-12)
     assert pruned.damp is not None and pruned.damp > 1e-12
-    assert "not positive definite" in caplog.text
     assert pruned.weight_OI is not None and pruned.weight_OI.isfinite().all()
     assert sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP).damp == DAMP  # the usual damping is enough as it is
 
