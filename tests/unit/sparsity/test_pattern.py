@@ -1,0 +1,82 @@
+"""Patterns against brute force over all 0/1 words."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from megamask.errors import ConfigError
+from megamask.sparsity.pattern import Pattern
+from tests.unit.sparsity.reference import candidate_table
+
+PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 5)]
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_candidates_are_all_words_with_n_ones_in_order(n: int, m: int) -> None:
+    pattern = Pattern(n, m)
+    assert torch.equal(pattern.candidates(torch.float64), candidate_table(n, m))
+    assert pattern.num_candidates == len(candidate_table(n, m))
+    assert pattern.kept_positions == [tuple(row.nonzero().flatten().tolist()) for row in candidate_table(n, m)]
+
+
+def test_the_order_of_2_4_is_the_one_that_mask_files_hold() -> None:
+    words = ["".join(str(int(bit)) for bit in row) for row in Pattern(2, 4).candidates()]
+    assert words == ["1100", "1010", "1001", "0110", "0101", "0011"]
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_index_and_mask_undo_each_other(n: int, m: int) -> None:
+    pattern = Pattern(n, m)
+    index = torch.arange(pattern.num_candidates).repeat(2, 1)
+    mask = pattern.mask_of(index)
+    assert mask.dtype == torch.bool
+    assert pattern.is_valid(mask)
+    assert torch.equal(pattern.index_of(mask), index)
+    assert not torch.equal(pattern.mask_of(index.flip(-1)), mask)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (2, 5)])
+def test_a_group_is_valid_when_it_keeps_n(n: int, m: int) -> None:
+    pattern = Pattern(n, m)
+    for bits in itertools.product((0, 1), repeat=m):
+        assert pattern.is_valid(torch.tensor([bits])) == (sum(bits) == n)
+
+
+def test_what_is_not_a_mask_is_not_valid() -> None:
+    pattern = Pattern(2, 4)
+    assert not pattern.is_valid(torch.tensor([[1.0, 1.0, 0.5, 0.0]]))  # not 0 or 1, although it rounds to a mask
+    assert not pattern.is_valid(torch.tensor([[2, 0, 0, 0]]))
+    assert not pattern.is_valid(torch.tensor([[1, 1, 0, 0, 1, 1]]))  # no whole number of groups
+    with pytest.raises(ValueError, match="2:4"):
+        pattern.index_of(torch.tensor([[1, 1, 1, 0]]))
+
+
+def test_best_keeps_the_n_largest_and_the_earlier_of_equals() -> None:
+    pattern, scores = Pattern(2, 4), torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    best, table = pattern.best(scores), candidate_table(2, 4)
+    totals = torch.einsum("ogm,cm->ogc", scores.double().unflatten(1, (-1, 4)), table)
+    assert torch.equal(pattern.index_of(best), totals.argmax(-1))
+    assert pattern.best(torch.ones(1, 4)).tolist() == [[True, True, False, False]]
+
+
+@pytest.mark.parametrize("text", ["4:4", "0:4", "5:4", "2-4", "", "a:b", "124"])
+def test_text_that_is_no_pattern_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="pattern"):
+        Pattern.parse(text)
+
+
+def test_parse_and_print() -> None:
+    assert Pattern.parse(" 2 : 4 ") == Pattern(2, 4)
+    assert str(Pattern(4, 8)) == "4:8"
+    assert Pattern(1, 4).density == 0.25
+
+
+def test_rows_that_m_does_not_divide_and_patterns_with_too_many_candidates_are_refused() -> None:
+    assert Pattern(2, 4).groups(12) == 3
+    with pytest.raises(ConfigError, match=r"in_features of x, here 6 after splitting over parallel.tp=2"):
+        Pattern(2, 4).groups(6, "in_features of x", tp=2)
+    with pytest.raises(ConfigError, match="12870"):
+        Pattern(8, 16).candidates()
