@@ -13,10 +13,14 @@ from megamask.config.tree import OptimizerSection
 from megamask.errors import ConfigError
 from megamask.parallel.mesh import Mesh
 
+# What Megatron recognises the one parameter group by when it loads optimizer state.
+_GROUP_NAME = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+
 
 def build_optimizer(section: OptimizerSection, logits: Sequence[torch.nn.Parameter]) -> FP32Optimizer:
     """PyTorch's fused AdamW in Megatron's FP32Optimizer, which knows how to shard its state. Clipping is done by the step."""
-    adamw = torch.optim.AdamW(logits, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay, fused=True)
+    group = {"params": list(logits), **_GROUP_NAME}
+    adamw = torch.optim.AdamW([group], lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay, fused=True)
     settings = OptimizerConfig(optimizer="adam", lr=section.lr, weight_decay=section.weight_decay, clip_grad=0.0, bf16=False)
     return FP32Optimizer(adamw, settings, _make_state)
 
@@ -28,7 +32,7 @@ def _make_state(optimizer: torch.optim.Optimizer, _settings: object = None) -> N
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+                optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
 
 def build_scheduler(section: OptimizerSection, steps: int, optimizer: FP32Optimizer) -> OptimizerParamScheduler:
