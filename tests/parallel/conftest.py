@@ -1,0 +1,21 @@
+"""Compile the fused kernels once, before jobs of many processes would each do it: they are cached on disk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megamask.sparsity import fused_cpu
+from megamask.sparsity.draw import Draw, Placement, Site
+from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.philox import NoiseKey
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_kernels() -> None:
+    site, logits, draw = Site(Pattern(2, 4), Placement.whole(1, 1)), torch.zeros(1, 6, 1), Draw(NoiseKey(0, 0), 1.0, 1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.zeros(1, 4, dtype=dtype)
+        fused_cpu.forward(logits, weight, site, draw)
+        fused_cpu.backward(weight, logits, weight, site, draw)
+    fused_cpu.survey(logits, 1.0)
