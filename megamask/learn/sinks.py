@@ -35,15 +35,22 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, flushed line by line, so that a killed process loses at most the line it was writing."""
+    """``metrics.jsonl``: one JSON object a line, flushed line by line, so that a killed process loses at most the line it was writing.
+
+    A step has one record of a kind: the last evaluation, which a resumed run does again, is not written again.
+    """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = trim_metrics(path, resume_step)
         self.seconds = float(kept[-1].get("seconds") or 0.0) if kept else 0.0
+        self._known = {(record.get("kind"), record.get("step")) for record in kept}
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Append a line; numbers that are not finite become null, because JSON has no word for them."""
+        if (key := (record["kind"], record["step"])) in self._known:
+            return
+        self._known.add(key)
         self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
