@@ -1,0 +1,174 @@
+"""A learner on a model of a given shape, without files: random weights made on the device, random tokens through the real data path."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megamask.config import Config, load_config
+from megamask.data.batches import BatchPlan
+from megamask.learn.setup import Subject
+from megamask.learn.step import Learner
+from megamask.model.build import attach_logits, build_model, prunable_linears
+from megamask.model.checkpoint import fill_from_hf
+from megamask.model.loss import LanguageModel
+from megamask.parallel.mesh import Mesh, start
+from megamask.sparsity.pattern import Pattern
+from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.hf_files import open_checked
+
+_7B = Architecture("llama", num_layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, max_positions=4096,
+                   tied=False, norm_eps=1e-5, rope_theta=1e4)  # fmt: skip
+MODELS = {
+    "toy": replace(_7B, num_layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, head_dim=8, vocab=512),
+    "smollm2-135m": replace(_7B, num_layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, tied=True,
+                            rope_theta=1e5),
+    "llama2-7b": _7B,
+    "llama3-8b": replace(_7B, ffn=14336, kv_heads=8, vocab=128256, rope_theta=5e5),
+}  # fmt: skip
+LOGIT_STD = 0.01  # the paper's initial logits
+
+
+@dataclass
+class Lab:
+    """A built learner and the batches it reads."""
+
+    config: Config
+    mesh: Mesh
+    subject: Subject
+    learner: Learner | None
+    plan: BatchPlan
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one global batch."""
+        return self.plan.global_batch * self.config.data.seq_length
+
+
+def add_model_options(options: argparse.ArgumentParser) -> None:
+    """The options that choose model and batch."""
+    options.add_argument("--model", choices=sorted(MODELS), default="smollm2-135m", help="shape of a model with random weights")
+    options.add_argument("--hf", type=Path, metavar="FOLDER", help="a real model instead")
+    options.add_argument("--layers", type=int, help="only so many layers of the shape")
+    options.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    options.add_argument("--micro", type=int, default=4, help="sequences of a micro-batch")
+    options.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
+    options.add_argument("--seq", type=int, default=256, help="tokens of a sequence")
+    options.add_argument("settings", nargs="*", metavar="key=value", help="megamask settings, as for its verbs")
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The learner's settings that the options ask for."""
+    chosen = {
+        "device": options.device,
+        "dtype": options.dtype,
+        "data.seq_length": options.seq,
+        "learn.micro_batch": options.micro,
+        "learn.global_batch": options.micro * options.accumulate,
+    }
+    if options.threads:
+        chosen["parallel.threads"] = options.threads
+    return load_config(None, [*(f"{key}={value}" for key, value in chosen.items()), *options.settings])
+
+
+@contextmanager
+def open_lab(options: argparse.Namespace, steps: int, with_learner: bool = True) -> Iterator[Lab]:
+    """Build everything on one process; ``with_learner=False`` builds the dense model alone.
+
+    Args:
+        options: of ``parser`` and ``add_model_options``.
+        steps: how many steps there is data for.
+        with_learner: whether to add mask logits, gradient buffers and optimizer.
+    """
+    config = read_config(options)
+    with start(config) as mesh, tempfile.TemporaryDirectory() as folder:
+        subject = random_subject(config, mesh, options, with_learner)
+        dataset = random_tokens(Path(folder), subject.arch.vocab, steps * config.learn.global_batch, options.seq, config.seed)
+        plan = BatchPlan(dataset, config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank)
+        yield Lab(config, mesh, subject, Learner(config, mesh, subject) if with_learner else None, plan)
+
+
+def random_subject(config: Config, mesh: Mesh, options: argparse.Namespace, with_logits: bool = True) -> Subject:
+    """The model under mask logits N(0, 0.01)."""
+    arch, pattern = architecture(options), Pattern.parse(config.pattern)
+    model = build_model(config, arch, mesh)
+    if options.hf:
+        with open_checked(options.hf) as reader:
+            fill_from_hf(model, arch, mesh, reader)
+    else:
+        fill_random(model, config.seed)
+    linears = prunable_linears(model, config, arch)
+    switch: Any = None
+    if with_logits:
+        switch = attach_logits(linears, pattern, config.learn.sampling.backend, mesh.device)
+    subject = Subject(arch, pattern, "", model, linears, switch, None)
+    for logits in subject.mask_logits:
+        torch.nn.init.normal_(logits, std=LOGIT_STD)
+    return subject
+
+
+def architecture(options: argparse.Namespace) -> Architecture:
+    """Of ``--hf`` or ``--model``, cut to ``--layers``."""
+    arch = read_architecture(options.hf) if options.hf else MODELS[options.model]
+    return arch if options.layers is None or options.hf else replace(arch, num_layers=options.layers)
+
+
+@torch.no_grad()
+def fill_random(model: LanguageModel, seed: int) -> None:
+    """Matrices N(0, 0.02), drawn where they lie; norms 1."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.02)
+        else:
+            parameter.fill_(1)
+    model.clear_padding()
+
+
+@dataclass(frozen=True)
+class _NoTokenizer:
+    """What GPTDataset asks of a tokenizer."""
+
+    vocab_size: int
+    pad: int = -1
+    eod: int = -2
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        """Part of GPTDataset's cache key."""
+        return {"name": "random"}
+
+
+def random_tokens(folder: Path, vocab: int, samples: int, seq_length: int, seed: int) -> Any:
+    """Megatron's GPTDataset over uniform random tokens in ``folder``, read through the memory map as in a learning run."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from megatron.core.datasets.utils import Split
+
+    prefix = str(folder / "random")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    tokens = np.random.default_rng(seed).integers(vocab, size=(samples + 1) * seq_length, dtype=np.int32)
+    for document in np.array_split(tokens, 8):
+        builder.add_document(torch.from_numpy(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    settings = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend_per_split=[([prefix], None), None, None],
+        tokenizer=_NoTokenizer(vocab),
+        path_to_cache=str(folder / "cache"),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    indexed = GPTDataset.build_low_level_dataset(prefix, settings)
+    return GPTDataset(indexed, prefix, np.arange(8, dtype=np.int32), samples, Split.train, settings)

@@ -1,0 +1,115 @@
+"""Bytes of state per prunable weight, counted from the tensors that a built learner really holds after a step.
+
+python -m benchmarks.memory --model smollm2-135m --json memory.json
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.common import parser, report, table
+from benchmarks.lab import Lab, add_model_options, open_lab
+from megamask.learn.survey import Survey
+
+KEPT = "masked weights kept for the backward pass"
+OTHER = "all other tensors"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Count, print, write."""
+    known = parser(__doc__ or "")
+    add_model_options(known)
+    options = known.parse_args(argv)
+    with open_lab(options, steps=2) as lab:
+        kept = kept_for_backward(lab)
+        survey = Survey(lab.subject, lab.mesh)
+        assert lab.learner is not None
+        lab.learner.step(1, lab.plan)
+        survey(1.0)
+        state = count(lab, survey)
+        weights = sum(linear.weight.numel() for linear in lab.subject.linears.values())
+        on_device = torch.cuda.memory_allocated() if lab.mesh.device.type == "cuda" else None
+        device = lab.mesh.device
+    parts = {**state, KEPT: kept}
+    per_weight = {part: size / weights for part, size in parts.items() if part != OTHER}
+    model = options.hf.name if options.hf else options.model
+    rows = [[part, size / 2**20, per_weight.get(part)] for part, size in parts.items()]
+    total = sum(per_weight.values())
+    table(f"{model}: {weights / 1e6:.1f} M prunable weights", ["what", "MiB", "bytes a weight"], [*rows, ["sum of the state", None, total]])
+    if on_device is not None:
+        print(f"\nheld by the CUDA allocator: {on_device / 2**20:,.0f} MiB; counted: {sum(state.values()) / 2**20:,.0f} MiB")
+    figures = {"weights": weights, "bytes": parts, "bytes_per_weight": per_weight, "sum_per_weight": total, "cuda_allocated": on_device}
+    report("memory", options, figures, device)
+    return 0
+
+
+def count(lab: Lab, survey: Survey) -> dict[str, int]:
+    """Bytes of the storages behind each kind of state; a storage counts once, for the first kind that holds it."""
+    assert lab.learner is not None
+    linears, logits = lab.subject.linears.values(), lab.subject.mask_logits
+    moments = [one for state in lab.learner.optimizer.optimizer.state.values() for one in state.values() if torch.is_tensor(one)]
+    kinds: dict[str, Iterable[Any]] = {
+        "frozen weights": [linear.weight for linear in linears],
+        "mask logits": logits,
+        "gradients": [tensor for one in logits for tensor in (getattr(one, "main_grad", None), one.grad)],
+        "optimizer moments": moments,
+        "winners of the survey": [*survey.initial.values(), *survey.latest.values()],
+        OTHER: live_tensors(lab.mesh.device),
+    }
+    seen: set[int] = set()
+    return {kind: sum(new_bytes(tensor, seen) for tensor in tensors if tensor is not None) for kind, tensors in kinds.items()}
+
+
+def live_tensors(device: torch.device) -> list[torch.Tensor]:
+    """Every tensor of the device that Python knows of: embeddings, norms, rotary tables, buffers nobody accounted for."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at an object may deprecate it
+        return [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == device.type]
+
+
+def new_bytes(tensor: torch.Tensor, seen: set[int]) -> int:
+    """Bytes of the tensor's storage, 0 if it was seen before."""
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() in seen:
+        return 0
+    seen.add(storage.data_ptr())
+    return storage.nbytes()
+
+
+def kept_for_backward(lab: Lab) -> int:
+    """Bytes of masked weights that autograd saves in the first step's forward pass."""
+    assert lab.learner is not None
+    backend = next(iter(lab.subject.linears.values())).backend
+    made: set[int] = set()
+    saved: dict[int, int] = {}
+    forward = backend.forward
+
+    def recording_forward(*args: Any) -> Any:
+        masked, *rest = forward(*args)
+        made.add(masked.untyped_storage().data_ptr())
+        return masked, *rest
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in made:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(backend, "forward", recording_forward))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        lab.learner.step(0, lab.plan)
+    return sum(saved.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Where a step's time goes: timers around the functions that do the work, in steps that are not otherwise timed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import megamask.learn.step as step_module
+from benchmarks.common import now
+from benchmarks.lab import Lab
+from megamask.data.batches import BatchPlan
+
+REST = "rest of the model"
+TOTAL = "total"
+ORDER = (
+    "data", "sampling forward", "sampling backward", REST, "vocabulary forward", "vocabulary backward", "gradient buffers", "clipping",
+    "optimizer", TOTAL,
+)  # fmt: skip
+
+
+class Parts:
+    """Seconds by part, one record a step. What no timer caught is the rest of the model: matmuls, attention, norms."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.steps: list[dict[str, float]] = []
+
+    def add(self, name: str, begin: float) -> None:
+        """Count the time since ``begin``."""
+        self.steps[-1][name] = self.steps[-1].get(name, 0.0) + now(self.device) - begin
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, timed."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            begin = now(self.device)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.add(name, begin)
+
+        return run
+
+    def medians(self) -> dict[str, float]:
+        """Milliseconds by part, medians over the steps."""
+        names = {name for step in self.steps for name in step}
+        return {name: 1000 * statistics.median(step.get(name, 0.0) for step in self.steps) for name in ORDER if name in names}
+
+
+@contextmanager
+def time_parts(lab: Lab, parts: Parts) -> Iterator[None]:
+    """Time one step of either side inside the block."""
+    parts.steps.append({})
+    begin = now(parts.device)
+    with ExitStack() as stack:
+        for owner, attribute, name in _functions(lab):
+            stack.enter_context(patch.object(owner, attribute, parts.timed(name, getattr(owner, attribute))))
+        stack.enter_context(patch.object(BatchPlan, "micro_batches", _timed_batches(parts)))
+        stack.callback(_time_vocabulary(lab.subject.model, parts))
+        yield
+    seconds = parts.steps[-1]
+    total = now(parts.device) - begin
+    seconds |= {REST: total - sum(seconds.values()), TOTAL: total}
+
+
+def _functions(lab: Lab) -> list[tuple[Any, str, str]]:
+    learner = lab.learner
+    assert learner is not None
+    backend = next(iter(lab.subject.linears.values())).backend
+    return [
+        (backend, "forward", "sampling forward"),
+        (backend, "backward", "sampling backward"),
+        (step_module, "clip_gradients", "clipping"),
+        (learner.optimizer, "step", "optimizer"),
+        (learner.ddp, "zero_grad_buffer", "gradient buffers"),
+        (learner.ddp, "finish_grad_sync", "gradient buffers"),
+    ]
+
+
+def _timed_batches(parts: Parts) -> Callable[..., Any]:
+    original = BatchPlan.micro_batches
+
+    def micro_batches(plan: BatchPlan, step: int) -> Iterator[Any]:
+        iterator = original(plan, step)
+        fetch = parts.timed("data", lambda: next(iterator, None))
+        while (batch := fetch()) is not None:
+            yield batch
+
+    return micro_batches
+
+
+def _time_vocabulary(model: Any, parts: Parts) -> Callable[[], None]:
+    """Time what lies after the last layer, forward and backward, through hooks on its input and output. Returns how to stop."""
+    mark: dict[str, float] = {}
+
+    def start_backward(_: torch.Tensor) -> None:
+        mark["backward"] = now(parts.device)
+
+    def end_backward(_: torch.Tensor) -> None:
+        parts.add("vocabulary backward", mark["backward"])
+
+    def after_layers(_module: Any, _inputs: Any, hidden: torch.Tensor) -> None:
+        hidden.register_hook(end_backward)
+        mark["forward"] = now(parts.device)
+
+    def after_model(_module: Any, _inputs: Any, losses: torch.Tensor) -> None:
+        parts.add("vocabulary forward", mark["forward"])
+        losses.register_hook(start_backward)
+
+    handles = [model.decoder.register_forward_hook(after_layers), model.register_forward_hook(after_model)]
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return stop
