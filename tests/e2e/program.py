@@ -1,0 +1,138 @@
+"""Runs the program as a user does: real processes, with a time limit after which the whole process group is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamask.errors import EXIT_USER_ERROR
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "configs" / "recipes" / "debug.yaml"
+TIMEOUT = 120.0  # a verb on the debug model takes about ten seconds, most of it imports; the rest is room for a busy machine
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a process left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+class Program:
+    """A running ``megamask VERB`` in its own process group; leaving the ``with`` block kills whatever is left of it.
+
+    Args:
+        verb: what to run, with the debug recipe.
+        overrides: ``key=value`` words.
+        launch: number of processes under torchrun; None = plain python.
+    """
+
+    def __init__(self, verb: str, *overrides: str, launch: int | None = None) -> None:
+        module = ["-m", "megamask", verb, "--config", str(RECIPE), *overrides]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(launch)]
+        self.what = " ".join(["megamask", verb, *overrides])
+        self._files = [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]
+        self._begin = time.monotonic()
+        stdout, stderr = self._files
+        command = [sys.executable, *(torchrun if launch else []), *module]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+        self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, cwd=ROOT, start_new_session=True)
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def wait(self, timeout: float = TIMEOUT) -> Finished:
+        """Wait for the end.
+
+        Raises:
+            AssertionError: it did not end in time.
+        """
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{self.what}: not done after {timeout:.0f} s\n{self._text(1)[-4000:]}") from None
+        return Finished(code, self._text(0), self._text(1), time.monotonic() - self._begin)
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = TIMEOUT, interval: float = 0.002) -> None:
+        """Poll ``condition`` while the program runs.
+
+        Raises:
+            AssertionError: the program ended, or the time was over, before the condition held.
+        """
+        end = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                state = "running" if self.process.poll() is None else f"ended with {self.process.poll()}"
+                self.kill()
+                raise AssertionError(f"{self.what}: {state}, and what was waited for did not come\n{self._text(1)[-4000:]}")
+            time.sleep(interval)
+
+    def _text(self, index: int) -> str:
+        self._files[index].seek(0)
+        return self._files[index].read()
+
+
+def megamask(verb: str, *overrides: str, launch: int | None = None, check: bool = True, timeout: float = TIMEOUT) -> Finished:
+    """Run a verb to its end; ``check`` asserts that it succeeded."""
+    with Program(verb, *overrides, launch=launch) as program:
+        finished = program.wait(timeout)
+    assert not check or finished.code == 0, f"{program.what}: exit code {finished.code}\n{finished.stdout}\n{finished.stderr[-4000:]}"
+    return finished
+
+
+def in_process(verb: str, *overrides: str) -> Finished:
+    """Run a verb inside the test process: no start-up cost, for what does not depend on the process (refusals, second runs)."""
+    from megamask.__main__ import main
+
+    logger = logging.getLogger("megamask")
+    before, level, begin = list(logger.handlers), logger.level, time.monotonic()
+    stdout, stderr = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), warnings.catch_warnings():
+            code = main([verb, "--config", str(RECIPE), *overrides])
+    finally:
+        logger.handlers = before
+        logger.setLevel(level)
+    return Finished(code, stdout.getvalue(), stderr.getvalue(), time.monotonic() - begin)
+
+
+def refusal(finished: Finished) -> str:
+    """The one message of a verb that refused to work; everything a user error must be, but for its words."""
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("megamask: error")]
+    assert finished.code == EXIT_USER_ERROR, f"exit code {finished.code}\n{finished.stderr}"
+    assert len(lines) == 1, finished.stderr
+    assert "Traceback" not in finished.stderr, finished.stderr
+    assert lines[0].endswith("."), f"the last sentence is the fix: {lines[0]}"
+    return lines[0]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file below ``folder``."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
