@@ -27,6 +27,7 @@ from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 
 log = logging.getLogger(__name__)
+LOG_LINES = 10  # of progress, about
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,8 @@ def prune_layerwise(subject: Subject, criterion: Criterion, tokens_NS: torch.Ten
 def _prune_on_samples(subject: Subject, criterion: Criterion, tokens_NS: torch.Tensor) -> dict[str, Pruned]:
     config, mesh = subject.config, subject.mesh
     states = HiddenStates(subject.model, tokens_NS, config.calibration.micro_batch, mesh)
-    layers, pruned = list(subject.layers()), {}
+    layers, pruned, begin = list(subject.layers()), {}, time.perf_counter()
     for number, (layer, own) in enumerate(layers, start=1):
-        begin = time.perf_counter()
         with input_stats(own, criterion.needs_hessian, mesh, config.parallel.sequence_parallel) as stats:
             if own:
                 states.feed(layer)
@@ -94,7 +94,7 @@ def _prune_on_samples(subject: Subject, criterion: Criterion, tokens_NS: torch.T
             _use(linear, pruned[name])
         if number < len(layers):
             states.advance(layer)
-        if mesh.is_main:
+        if mesh.is_main and (number % -(-len(layers) // LOG_LINES) == 0 or number == len(layers)):
             log.info("  layer %d/%d  %.1f s", number, len(layers), time.perf_counter() - begin)
     return pruned
 

@@ -33,6 +33,19 @@ def test_half_precision_inputs_accumulate_in_fp32() -> None:
     assert stats.sum_square_I.dtype == torch.float32
 
 
+def test_fast_bf16_products_are_exact_and_leave_no_trace() -> None:
+    x_TI = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    precision = torch.get_float32_matmul_precision()
+    stats = InputStats(256, hessian=True)
+    stats.add(x_TI)
+    assert torch.get_float32_matmul_precision() == precision
+    exact_II = x_TI.double().T @ x_TI.double() / 4096
+    scale = exact_II.diagonal().mean()
+    # fp32 sums of 4096 exact products: a few 1e-7 of the diagonal; sums or products rounded to bf16 would be off by 2e-3
+    assert (stats.hessian_II - exact_II).abs().max() < 5e-6 * scale
+    assert (x_TI.T @ x_TI / 4096 - exact_II).abs().max() > 5e-6 * scale
+
+
 def test_leading_axes_are_tokens() -> None:
     x = torch.randn(5, 3, 8)
     whole, flat = InputStats(8, True), InputStats(8, True)
