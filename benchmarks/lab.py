@@ -123,11 +123,11 @@ def architecture(options: argparse.Namespace) -> Architecture:
 
 @torch.no_grad()
 def fill_random(model: LanguageModel, seed: int) -> None:
-    """Matrices N(0, 0.02), drawn where they lie; norms 1."""
+    """Matrices N(0, 1 / in_features), drawn where they lie; norms 1."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.normal_(std=0.02)
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
         else:
             parameter.fill_(1)
     model.clear_padding()
