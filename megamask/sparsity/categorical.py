@@ -6,6 +6,8 @@ weight's leading axis first and groups last, so that they shard where the weight
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 
 from megamask.sparsity.draw import Draw, Site
@@ -21,7 +23,14 @@ def gumbel_noise(site: Site, draw: Draw, groups: int, device: torch.device | str
 def soft_index(mask_logits: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
     """y = softmax((kappa pi + g) / tau) over candidates, (O, C, G) (Eq. 6)."""
     noise = gumbel_noise(site, draw, mask_logits.shape[-1], mask_logits.device, mask_logits.dtype)
-    return ((mask_logits * draw.kappa + noise) / draw.tau).softmax(dim=1)
+    score = (mask_logits * draw.kappa + noise) / draw.tau
+    y = (score - score.amax(1, keepdim=True)).exp()
+    return y / _sum_over_candidates(y)
+
+
+def _sum_over_candidates(terms_OCG: torch.Tensor) -> torch.Tensor:
+    """Sum over axis 1, (O, 1, G), in candidate order. ``sum`` and ``softmax`` pick their order by shape: shards would differ in bits."""
+    return reduce(torch.add, terms_OCG.unbind(1)).unsqueeze(1)
 
 
 def mask_of_index(index_OCG: torch.Tensor, site: Site) -> torch.Tensor:
@@ -58,7 +67,7 @@ def backward(grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor
     dmask = grad * weight - 2 * draw.norm_coef * weight.square() * mask
     table_CM = site.pattern.candidates(y.dtype, y.device)
     dy = torch.einsum("ogm,cm->ocg", dmask.unflatten(1, (-1, site.pattern.m)), table_CM)
-    return draw.kappa / draw.tau * y * (dy - (y * dy).sum(1, keepdim=True))
+    return draw.kappa / draw.tau * y * (dy - _sum_over_candidates(y * dy))
 
 
 def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,8 @@
-"""Compile the fused kernels once, before jobs of many processes would each do it: they are cached on disk."""
+"""What the jobs of this folder share."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +11,21 @@ from megamask.sparsity import fused_cpu
 from megamask.sparsity.draw import Draw, Placement, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
+from tests.parallel.tiny import make_run
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_kernels() -> None:
+    """Compile the fused kernels once, before jobs of many processes would each do it: they are cached on disk."""
     site, logits, draw = Site(Pattern(2, 4), Placement.whole(1, 1)), torch.zeros(1, 6, 1), Draw(NoiseKey(0, 0), 1.0, 1.0)
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.zeros(1, 4, dtype=dtype)
         fused_cpu.forward(logits, weight, site, draw)
         fused_cpu.backward(weight, logits, weight, site, draw)
     fused_cpu.survey(logits, 1.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with Megatron weights of a tiny Llama and its magnitude masks. Read it, do not write into it."""
+    return make_run(tmp_path_factory.mktemp("tiny"))

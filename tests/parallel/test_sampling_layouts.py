@@ -1,0 +1,179 @@
+"""Sampled masks and initial logits are bit-identical in every layout, and after resharding.
+
+Shapes: O out_features, I in_features, G groups per row, C candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megamask.config import Config
+from megamask.data.batches import BatchPlan
+from megamask.learn.setup import Subject, build_subject
+from megamask.learn.step import Learner
+from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
+from megamask.parallel.mesh import Mesh, start
+from megamask.sparsity.draw import Draw, Placement
+from megamask.sparsity.philox import NoiseKey
+from megamask.sparsity.sample import choose_backend
+from tests.parallel.ranks import run_ranks
+from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
+
+Tensors = dict[str, torch.Tensor]
+DRAWS = {
+    "soft": Draw(NoiseKey(1234, 7, 3), kappa=100.0, tau=4.0, norm_coef=1e-3),
+    "cold": Draw(NoiseKey(1234, 7, 3), kappa=500.0, tau=0.05),
+    "hard": Draw(NoiseKey(1234, 7, 3), kappa=300.0, tau=1.0, hard=True),
+}
+SAVED_AT = 2
+
+
+# --- one job a TP size: everything that is compared
+
+
+def look(rank: int, config: Config, folder: Path) -> dict[str, Tensors]:
+    """Initial logits, masks and gradients of all draws by both backends, logits through a checkpoint written at TP 2."""
+    with start(config) as mesh:
+        subject = build_subject(config, mesh)
+        found = {"initial": gather_logits(subject, mesh)}
+        for backend in ("torch", "numba"):
+            for linear in subject.linears.values():
+                linear.backend = choose_backend(backend, mesh.device)
+            for name, draw in DRAWS.items():
+                subject.switch.draw = draw
+                found[f"{backend} {name} masks"], found[f"{backend} {name} gradients"] = sample(subject, mesh)
+        if mesh.tp == SAVED_AT:
+            found["misplaced"] = sample_misplaced(subject, mesh)
+        subject.switch.draw = DRAWS["soft"]
+        through_checkpoint(subject, mesh, folder)
+        found["reloaded"], (found["reloaded masks"], _) = gather_logits(subject, mesh), sample(subject, mesh)
+        return found if rank == 0 else {}
+
+
+def sample(subject: Subject, mesh: Mesh) -> tuple[Tensors, Tensors]:
+    """Masks (O, I) and gradients at the logits (O, C, G) of the draw that is set, whole, by HF module name."""
+    masks, gradients = {}, {}
+    for name, linear in subject.linears.items():
+        masks[name] = linear.masked_weight(torch.ones_like(linear.weight)).detach()
+        linear.mask_logits.grad = None
+        linear.masked_weight(linear.weight).backward(linear.weight + 1)
+        gradients[name] = linear.mask_logits.grad
+    return gather_hf(masks, subject, mesh), gather_hf(gradients, subject, mesh)
+
+
+def sample_misplaced(subject: Subject, mesh: Mesh) -> Tensors:
+    """Masks when a rank takes its local group numbers for global ones: what the comparison must notice."""
+    right = {name: linear.site for name, linear in subject.linears.items()}
+    for linear in subject.linears.values():
+        linear.site = replace(linear.site, placement=Placement.whole(linear.weight.shape[0], linear.mask_logits.shape[-1]))
+    masks, _ = sample(subject, mesh)
+    for name, linear in subject.linears.items():
+        linear.site = right[name]
+    return masks
+
+
+def through_checkpoint(subject: Subject, mesh: Mesh, folder: Path) -> None:
+    """Put recognisable logits into a checkpoint at TP 2, read them at any TP."""
+    logits = {key: value for key, value in sharded_state(subject.model).items() if key.endswith(".mask_logits")}
+    if mesh.tp == SAVED_AT:
+        with torch.no_grad():
+            for number, linear in enumerate(subject.linears.values()):
+                linear.mask_logits.mul_(1.25 + number)
+        save_sharded(logits, folder, mesh, {})
+    else:
+        for linear in subject.linears.values():
+            linear.mask_logits.data.fill_(torch.nan)
+        subject.model.load_state_dict(load_sharded(logits, folder, ""), strict=False)
+
+
+@pytest.fixture(scope="module")
+def by_tp(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Tensors]]:
+    folder = tmp_path_factory.mktemp("logits") / "saved"
+    return {tp: run_ranks(look, tp, config_of(tiny_run, tp), folder)[0] for tp in (SAVED_AT, 1, 4, 8)}
+
+
+def assert_same_bits(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different, different
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_masks_and_gradients_have_the_same_bits_at_every_tp(by_tp: dict[int, dict[str, Tensors]], tp: int) -> None:
+    for what in (key for key in by_tp[1] if key.startswith(("torch", "numba"))):
+        assert_same_bits(by_tp[tp][what], by_tp[1][what])
+
+
+def test_local_group_numbers_would_be_seen(by_tp: dict[int, dict[str, Tensors]]) -> None:
+    right, wrong = by_tp[1]["numba hard masks"], by_tp[SAVED_AT]["misplaced"]
+    assert not any(torch.equal(wrong[name], right[name]) for name in right)
+
+
+def test_the_draws_are_not_trivially_equal(by_tp: dict[int, dict[str, Tensors]]) -> None:
+    masks, linear = by_tp[1], "model.layers.0.mlp.gate_proj"
+    assert not torch.equal(masks["numba soft masks"][linear], masks["numba cold masks"][linear])
+    up = linear.replace("gate", "up")  # rows of the gate and up rows draw different noise
+    assert not torch.equal(masks["numba hard masks"][linear], masks["numba hard masks"][up])
+    other_layer = linear.replace("layers.0", "layers.1")
+    assert not torch.equal(masks["numba hard masks"][linear], masks["numba hard masks"][other_layer])
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_initial_logits_have_the_same_bits_at_every_tp(by_tp: dict[int, dict[str, Tensors]], tp: int) -> None:
+    assert_same_bits(by_tp[tp]["initial"], by_tp[1]["initial"])
+
+
+@pytest.mark.parametrize("tp", [1, 4, 8])
+def test_logits_saved_at_tp_2_are_the_same_at_every_tp(by_tp: dict[int, dict[str, Tensors]], tp: int) -> None:
+    assert_same_bits(by_tp[tp]["reloaded"], by_tp[SAVED_AT]["reloaded"])
+    assert_same_bits(by_tp[tp]["reloaded masks"], by_tp[SAVED_AT]["reloaded masks"])
+    assert not torch.equal(*(by_tp[tp][what]["model.layers.0.mlp.gate_proj"] for what in ("initial", "reloaded")))
+
+
+# --- splits of the same global batch into replicas and accumulations
+
+
+def draws_of_a_step(rank: int, config: Config) -> dict[int, dict[str, Any]]:
+    """Every micro-batch of step 3 that this replica runs: its tokens and the masks sampled for it, on TP rank 0."""
+    with start(config) as mesh:
+        subject = build_subject(config, mesh)
+        learner, seen = Learner(config, mesh, subject), {}
+        learn = config.learn
+        plan = BatchPlan(Chains(), learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)
+        subject.model.register_forward_pre_hook(lambda module, args, kwargs: record(seen, subject, mesh, kwargs), with_kwargs=True)
+        learner.step(3, plan)
+        return seen if mesh.tp_rank == 0 else {}
+
+
+def record(seen: dict[int, dict[str, Any]], subject: Subject, mesh: Mesh, inputs: dict[str, Any]) -> None:
+    draw = subject.switch.draw
+    assert draw is not None
+    masks = {name: linear.masked_weight(torch.ones_like(linear.weight)).detach() for name, linear in subject.linears.items()}
+    seen[draw.key.micro_batch] = {"tokens": inputs["input_ids"].clone(), **gather_hf(masks, subject, mesh)}
+
+
+def merge(ranks: list[dict[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
+    merged: dict[int, dict[str, Any]] = {}
+    for one in ranks:
+        assert not merged.keys() & one.keys(), "two replicas ran the same micro-batch"
+        merged.update(one)
+    return merged
+
+
+def test_splits_of_a_global_batch_draw_the_same_masks(tiny_run: Path) -> None:
+    def job(world: int, tp: int) -> dict[int, dict[str, Any]]:
+        return merge(run_ranks(draws_of_a_step, world, config_of(tiny_run, tp)))
+
+    one = job(1, 1)  # 1 replica x 4 accumulations
+    assert sorted(one) == [0, 1, 2, 3]
+    assert not torch.equal(one[0]["model.layers.0.mlp.up_proj"], one[1]["model.layers.0.mlp.up_proj"])
+    for world, tp in ((4, 1), (4, 2)):  # replicas x accumulations: 4 x 1, and 2 x 2 at TP 2
+        split = job(world, tp)
+        assert sorted(split) == sorted(one)
+        for number, expected in one.items():
+            assert_same_bits(split[number], expected)

@@ -1,0 +1,103 @@
+"""A tiny Llama and what learning on it needs, for jobs of several ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from megamask.config import Config
+from megamask.config.load import build_config
+from megamask.learn.setup import Subject
+from megamask.masks.file import save_masks
+from megamask.model import convert
+from megamask.model.masks import linear_rules
+from megamask.parallel.mesh import Mesh
+from megamask.sparsity.pattern import Pattern
+from megamask.weights.architecture import read_architecture
+from megamask.weights.fingerprint import fingerprint_hf
+from megamask.weights.table import linear_shapes
+from tests.parallel.ranks import ROOT, run_ranks
+
+GQA = {"num_attention_heads": 16, "head_dim": 4}  # with the file's 8 KV heads: two queries a KV head, and TP up to 8
+
+
+def make_hf(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+    """A random Llama in the shape of configs/models/tiny-llama.json, saved by transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = json.loads((ROOT / "configs" / "models" / "tiny-llama.json").read_text()) | overrides
+    shape.pop("torch_dtype")
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases would be ones and zeros
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def convert_rank(rank: int, config: Config) -> None:
+    """The verb convert."""
+    convert.run(config)
+
+
+def make_run(folder: Path) -> Path:
+    """A run directory with Megatron weights of a tiny fp32 Llama and its magnitude masks."""
+    hf = make_hf(folder / "hf", **GQA)
+    run_ranks(convert_rank, 1, config_of(folder))
+    weights, pattern = load_file(hf / "model.safetensors"), Pattern(2, 4)
+    masks = {name: pattern.best(weights[f"{name}.weight"].abs()) for name in linear_shapes(read_architecture(hf))}
+    save_masks(folder / "masks" / "magnitude.safetensors", masks, pattern, fingerprint=fingerprint_hf(hf), method="magnitude")
+    return folder
+
+
+def config_of(run_dir: Path, tp: int = 1, learn: Mapping[str, Any] | None = None, **parallel: Any) -> Config:
+    """Settings of a short fp32 run on such a folder; the global batch is 8 samples in micro-batches of 2."""
+    section = {"steps": 20, "micro_batch": 2, "global_batch": 8, "prior": {"mask": "magnitude"}}
+    return build_config(
+        {
+            "run_dir": str(run_dir),
+            "dtype": "fp32",
+            "device": "cpu",
+            "parallel": {"tp": tp, "threads": 1, "timeout_minutes": 2, **parallel},
+            "data": {"seq_length": 32},
+            "learn": {**section, **(learn or {})},
+        }
+    )
+
+
+class Chains:
+    """Samples that can be learned from: each token follows from the last by one fixed rule, now and then at random."""
+
+    def __init__(self, vocab: int = 512, length: int = 32, seed: int = 0) -> None:
+        self.vocab, self.length, self.seed = vocab, length, seed
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        fresh = torch.randint(self.vocab, (self.length + 1,), generator=generator)
+        keep = torch.rand(self.length + 1, generator=generator) < 0.8
+        tokens = fresh.tolist()
+        for place in range(1, self.length + 1):
+            if keep[place]:
+                tokens[place] = (5 * tokens[place - 1] + 17) % 64
+        return {"tokens": torch.tensor(tokens[:-1]), "labels": torch.tensor(tokens[1:])}
+
+
+def gather_hf(local: Mapping[str, torch.Tensor], subject: Subject, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Whole tensors by HF module name from every rank's shards by Megatron name: masks (O, I) or logits (O, C, G)."""
+    table, whole = linear_rules(subject.arch), {}
+    for name, tensor in local.items():
+        rule = table[name]
+        parts = rule.to_hf(rule.join(mesh.gather_over_tp(tensor.detach())))
+        whole.update({hf.removesuffix(".weight"): part.clone() for hf, part in parts.items()})
+    return whole
+
+
+def gather_logits(subject: Subject, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """The mask logits of the whole model by HF module name."""
+    return gather_hf({name: linear.mask_logits for name, linear in subject.linears.items()}, subject, mesh)
