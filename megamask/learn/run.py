@@ -74,6 +74,7 @@ class Run:
         self.learner = Learner(config, mesh, self.subject)
         self.snapshots = Snapshots(paths.learn / "snapshots", config, mesh, self.subject, self.learner)
         self.progress = self.snapshots.restore()
+        self.survey.catch_up()
         tokens = learn.global_batch * config.data.seq_length
         self.monitor = Monitor(paths.learn, config, learn.steps, tokens, mesh.is_main, self.progress.step)
         self._announce()

@@ -67,6 +67,7 @@ class Learner:
         draw = self._draw(step, plan.accumulations)
         self.ddp.train()
         self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()  # the last step left main_grad as grad: backward would add to it twice
         measured = self._forward_backward(draw, plan.micro_batches(step), plan)
         lm_loss, weight_norm = self.mesh.mean_over_dp(torch.stack(measured).mean(0)).tolist()
         grads = [logits.main_grad for logits in self.subject.mask_logits]  # type: ignore[attr-defined]

@@ -33,6 +33,10 @@ class Survey:
         self.initial = {name: winner for name, (winner, _) in self._look(1.0).items()}
         self.latest = self.initial
 
+    def catch_up(self) -> None:
+        """Take the winners of now as those of the last look: after a resume, flips count from the snapshot."""
+        self.latest = {name: winner for name, (winner, _) in self._look(1.0).items()}
+
     def __call__(self, kappa: float) -> Movement:
         """Compare with the last call and with the start."""
         now = self._look(kappa)
