@@ -63,6 +63,10 @@ def prune_layerwise(subject: Subject, criterion: Criterion, tokens_NS: torch.Ten
     Each layer runs twice on all samples: dense, to collect the statistics of its linears' inputs, and pruned, to make the inputs
     of the next layer. The linears end as they began: dense.
 
+    Masks do not depend on the layout, but for near-ties that rounding decides. SparseGPT passes such a difference on, along the row
+    and into the layers above, so that on a deep model another TP, or only another ``calibration.micro_batch``, gives masks that are
+    as good but not the same.
+
     Args:
         subject: what to prune.
         criterion: how.

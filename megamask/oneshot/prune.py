@@ -68,7 +68,7 @@ def check_early(config: Config) -> None:
 
 
 def recipe(config: Config, method: str, fingerprint: str) -> dict[str, Any]:
-    """Everything that decides the masks of ``method``, JSON-able: equal recipes give equal masks.
+    """Everything that decides the masks of ``method``, JSON-able; layout and micro-batch only round differently.
 
     Raises:
         MegamaskError: ``model.include`` and ``model.exclude`` do not fit the model, or the calibration text is not there.
