@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+PORTS = 8  # rendezvous of one job
 
 
 class RanksError(AssertionError):
     """A rank raised, died or hung; the message holds what the ranks printed."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
     """``function(rank, *args)`` in ``world_size`` processes with the environment torchrun gives and one thread each.
 
     Args:
@@ -52,6 +53,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         (folder / "job").write_bytes(pickle.dumps(job))
         _run_job(folder, f"{function.__qualname__} on {world_size} ranks", timeout)
         return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def meet_again() -> None:
+    """Prepare for another rendezvous in the same job. On the old port, a rank that is early would still find the old store."""
+    first, *rest = os.environ["NEXT_PORTS"].split(",")
+    os.environ.update(MASTER_PORT=first, NEXT_PORTS=",".join(rest))
 
 
 def _run_job(folder: Path, what: str, timeout: float) -> None:
@@ -90,9 +97,9 @@ def _lead(folder: Path) -> int:
     function: Any = _load(module_name, file)
     for part in qualified_name.split("."):
         function = getattr(function, part)
-    args, port = pickle.loads(packed), _free_port()
+    args, ports = pickle.loads(packed), _free_ports()
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(folder, function, rank, world_size, port, args)) for rank in range(world_size)]
+    ranks = [context.Process(target=_rank, args=(folder, function, rank, world_size, ports, args)) for rank in range(world_size)]
     for rank in ranks:
         rank.start()
     waiting = {rank.sentinel: rank for rank in ranks}
@@ -108,11 +115,13 @@ def _lead(folder: Path) -> int:
     return 0
 
 
-def _rank(folder: Path, function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...]) -> None:
+def _rank(folder: Path, function: Callable[..., Any], rank: int, world_size: int, ports: list[str], args: tuple[Any, ...]) -> None:
     import torch
 
     here, whole = str(rank), str(world_size)
-    os.environ.update(RANK=here, LOCAL_RANK=here, WORLD_SIZE=whole, LOCAL_WORLD_SIZE=whole, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=here, LOCAL_RANK=here, WORLD_SIZE=whole, LOCAL_WORLD_SIZE=whole)
+    os.environ.update(MASTER_ADDR="127.0.0.1", NEXT_PORTS=",".join(ports))
+    meet_again()
     torch.set_num_threads(1)
     try:
         result = function(rank, *args)
@@ -132,11 +141,12 @@ def _load(name: str, file: str) -> Any:
     return module
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _free_ports() -> list[str]:
+    with contextlib.ExitStack() as stack:  # all open at once, so that they differ
+        probes = [stack.enter_context(socket.socket()) for _ in range(PORTS)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
 
 
 if __name__ == "__main__":

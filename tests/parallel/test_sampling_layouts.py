@@ -21,7 +21,7 @@ from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.draw import Draw, Placement
 from megamask.sparsity.philox import NoiseKey
 from megamask.sparsity.sample import choose_backend
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
 
 Tensors = dict[str, torch.Tensor]
@@ -138,8 +138,16 @@ def test_logits_saved_at_tp_2_are_the_same_at_every_tp(by_tp: dict[int, dict[str
 # --- splits of the same global batch into replicas and accumulations
 
 
-def draws_of_a_step(rank: int, config: Config) -> dict[int, dict[str, Any]]:
-    """Every micro-batch of step 3 that this replica runs: its tokens and the masks sampled for it, on TP rank 0."""
+def draws_of_a_step(rank: int, configs: list[Config]) -> list[dict[int, dict[str, Any]]]:
+    """Every micro-batch of step 3 that this replica runs in each layout: its tokens and the masks sampled for it, on TP rank 0."""
+    found = []
+    for config in configs:
+        found.append(draws_of_one(config))
+        meet_again()
+    return found
+
+
+def draws_of_one(config: Config) -> dict[int, dict[str, Any]]:
     with start(config) as mesh:
         subject = build_subject(config, mesh)
         learner, seen = Learner(config, mesh, subject), {}
@@ -157,7 +165,7 @@ def record(seen: dict[int, dict[str, Any]], subject: Subject, mesh: Mesh, inputs
     seen[draw.key.micro_batch] = {"tokens": inputs["input_ids"].clone(), **gather_hf(masks, subject, mesh)}
 
 
-def merge(ranks: list[dict[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
+def merge(ranks: tuple[dict[int, dict[str, Any]], ...]) -> dict[int, dict[str, Any]]:
     merged: dict[int, dict[str, Any]] = {}
     for one in ranks:
         assert not merged.keys() & one.keys(), "two replicas ran the same micro-batch"
@@ -166,14 +174,14 @@ def merge(ranks: list[dict[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
 
 
 def test_splits_of_a_global_batch_draw_the_same_masks(tiny_run: Path) -> None:
-    def job(world: int, tp: int) -> dict[int, dict[str, Any]]:
-        return merge(run_ranks(draws_of_a_step, world, config_of(tiny_run, tp)))
+    def job(world: int, *tps: int) -> list[dict[int, dict[str, Any]]]:
+        by_rank = run_ranks(draws_of_a_step, world, [config_of(tiny_run, tp) for tp in tps])
+        return [merge(layout) for layout in zip(*by_rank, strict=True)]
 
-    one = job(1, 1)  # 1 replica x 4 accumulations
+    (one,) = job(1, 1)  # 1 replica x 4 accumulations
     assert sorted(one) == [0, 1, 2, 3]
     assert not torch.equal(one[0]["model.layers.0.mlp.up_proj"], one[1]["model.layers.0.mlp.up_proj"])
-    for world, tp in ((4, 1), (4, 2)):  # replicas x accumulations: 4 x 1, and 2 x 2 at TP 2
-        split = job(world, tp)
+    for split in job(4, 1, 2):  # replicas x accumulations: 4 x 1, and 2 x 2 at TP 2
         assert sorted(split) == sorted(one)
         for number, expected in one.items():
             assert_same_bits(split[number], expected)
