@@ -90,7 +90,9 @@ class Rows:
             self.loaded = weights
         fold_masks(self.linears, masks, self.arch, self.mesh)
         begin = time.perf_counter()
-        row = {domain: perplexity(self.model, self.mesh, tokens, self.config.evaluate.micro_batch) for domain, tokens in self.windows.items()}
+        row = {
+            domain: perplexity(self.model, self.mesh, tokens, self.config.evaluate.micro_batch) for domain, tokens in self.windows.items()
+        }
         if self.mesh.is_main:
             values = "  ".join(f"{domain} {value:.2f}" for domain, value in row.items())
             log.info("%-18s %s  (%.1f s)", method, values, time.perf_counter() - begin)

@@ -1,17 +1,19 @@
 """Everything that makes Megatron-Core run without CUDA, in one place.
 
-Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls and synchronises streams. On a
-machine without CUDA these three are redirected to the CPU while ``megatron_on_cpu`` is open; with CUDA it does nothing.
+Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls, synchronises streams and forks CUDA's
+random state around dropout (a frozen model has none). On a machine without CUDA these four are redirected while
+``megatron_on_cpu`` is open; with CUDA it does nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch.overrides import TorchFunctionMode
 
 
@@ -38,5 +40,6 @@ def megatron_on_cpu(active: bool) -> Iterator[None]:
         return
     current_device = patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
     synchronize = patch.object(torch.cuda, "synchronize", lambda device=None: None)
-    with current_device, synchronize, _FactoriesOnCpu():
+    random_state = patch.object(CudaRNGStatesTracker, "fork", lambda *_: nullcontext())
+    with current_device, synchronize, random_state, _FactoriesOnCpu():
         yield

@@ -18,11 +18,22 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
 # The OpenMP layer kills a process that forks, and checkpoint writers fork.
 numba.config.THREADING_LAYER = "workqueue"
+
+
+def _wide_vectors() -> None:
+    """LLVM uses half of AVX-512's width unless told otherwise; these kernels are arithmetic enough to want all of it."""
+    features = get_host_cpu_features()
+    if features.get("avx512f") and not numba.config.CPU_FEATURES:
+        numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
+
+
+_wide_vectors()
 
 _F = np.float32
 _ONE, _HALF, _ZERO = _F(1), _F(0.5), _F(0)
@@ -48,7 +59,7 @@ def _bits_of(typing_context: Any, value: Any) -> Any:
 def _log(x):  # type: ignore[no-untyped-def]
     """Natural log of a positive normal fp32 (Cephes logf: 1 ulp-ish, relative near 1)."""
     bits = _bits_of(_F(x))
-    exponent = _F(np.int32(bits >> np.uint32(23)) - np.int32(126))
+    exponent = _F(np.int32(bits >> np.uint32(23))) - _F(126)
     m = _float_of(np.uint32((bits & np.uint32(0x7FFFFF)) | np.uint32(0x3F000000)))
     small = m < _F(0.707106781186547524)
     exponent = exponent - _ONE if small else exponent
@@ -73,7 +84,8 @@ def _log(x):  # type: ignore[no-untyped-def]
 def _exp(x):  # type: ignore[no-untyped-def]
     """exp of a non-positive fp32, 0 below -86 (Cephes expf)."""
     clipped = max(x, _F(-86))
-    n = _F(np.int32(clipped * _F(1.44269504088896341) - _HALF))
+    power = np.int32(clipped * _F(1.44269504088896341) - _HALF)
+    n = _F(power)
     r = clipped - n * _F(0.693359375)
     r = r - n * _F(-2.12194440e-4)
     y = _F(1.9875691500e-4)
@@ -83,7 +95,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
     y = y * r + _F(1.6666665459e-1)
     y = y * r + _F(5.0000001201e-1)
     y = y * (r * r) + r + _ONE
-    scaled = y * _float_of(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+    scaled = y * _float_of(np.uint32(np.uint32(power + np.int32(127)) << np.uint32(23)))
     return scaled if x > _F(-86) else _ZERO
 
 
@@ -107,7 +119,7 @@ def _mix(g, high, block, parameter, micro_batch, seed, step):  # type: ignore[no
 
 
 @njit(inline="always")
-def _probabilities(y, logits, word, first, groups, candidates, kappa, inverse_tau, key):  # type: ignore[no-untyped-def]
+def _probabilities(y, top, logits, word, first, groups, candidates, kappa, inverse_tau, key):  # type: ignore[no-untyped-def]
     """Fill ``y`` (C, G) with the relaxed sample of one row whose first group has global id ``first``."""
     seed, step, micro_batch, parameter = key
     for block in range((candidates + 3) // 4):
@@ -122,13 +134,12 @@ def _probabilities(y, logits, word, first, groups, candidates, kappa, inverse_ta
         for g in range(groups):
             u = (_F(np.int32(word[c, g] >> np.uint32(9))) + _HALF) * _F(2.0**-23)
             y[c, g] = (logits[c, g] * kappa - _log(-_log(u))) * inverse_tau
-    _softmax(y, groups, candidates)
+    _softmax(y, top, groups, candidates)
 
 
 @njit(inline="always")
-def _softmax(y, groups, candidates):  # type: ignore[no-untyped-def]
-    """Softmax over the first axis of (C, G), in place; the row after the last is scratch."""
-    top = y[candidates]
+def _softmax(y, top, groups, candidates):  # type: ignore[no-untyped-def]
+    """Softmax over the first axis of (C, G), in place; ``top`` (G,) is scratch."""
     for g in range(groups):
         top[g] = y[0, g]
     for c in range(1, candidates):
@@ -142,9 +153,11 @@ def _softmax(y, groups, candidates):  # type: ignore[no-untyped-def]
     for c in range(1, candidates):
         for g in range(groups):
             top[g] += y[c, g]
+    for g in range(groups):
+        top[g] = _ONE / top[g]
     for c in range(candidates):
         for g in range(groups):
-            y[c, g] = y[c, g] / top[g]
+            y[c, g] *= top[g]
 
 
 @njit(inline="always")
@@ -185,11 +198,11 @@ def forward(out, norm, logits, weight, kept, m, place, key, kappa, inverse_tau, 
     members = kept.shape[1]
     wide = weight.itemsize == 4
     for o in prange(rows):
-        y = np.empty((candidates + 1, groups), np.float32)
+        y, top = np.empty((candidates, groups), np.float32), np.empty(groups, np.float32)
         word = np.empty((4 * ((candidates + 3) // 4), groups), np.uint32)
         mask = np.empty((m, groups), np.float32)
         first = np.uint64(place[0] + o) * np.uint64(place[2]) + np.uint64(place[1])
-        _probabilities(y, logits[o], word, first, groups, candidates, kappa, inverse_tau, key)
+        _probabilities(y, top, logits[o], word, first, groups, candidates, kappa, inverse_tau, key)
         _mix_masks(mask, y, kept, groups, candidates, members, m, hard)
         total = 0.0
         for g in range(groups):
@@ -211,12 +224,12 @@ def backward(dlogits, grad, logits, weight, kept, m, place, key, kappa, inverse_
     members = kept.shape[1]
     wide = weight.itemsize == 4
     for o in prange(rows):
-        y = np.empty((candidates + 1, groups), np.float32)
+        y, top = np.empty((candidates, groups), np.float32), np.empty(groups, np.float32)
         word = np.empty((4 * ((candidates + 3) // 4), groups), np.uint32)
         mask = np.empty((m, groups), np.float32)
         mean = np.empty(groups, np.float32)
         first = np.uint64(place[0] + o) * np.uint64(place[2]) + np.uint64(place[1])
-        _probabilities(y, logits[o], word, first, groups, candidates, kappa, inverse_tau, key)
+        _probabilities(y, top, logits[o], word, first, groups, candidates, kappa, inverse_tau, key)
         _mix_masks(mask, y, kept, groups, candidates, members, m, hard)
         for g in range(groups):
             for j in range(m):
