@@ -93,6 +93,11 @@ class Monitor:
         self.note(f"step {step}  held-out perplexity  " + "  ".join(f"{domain} {value:.2f}" for domain, value in by_domain.items()))
         self._pace.restart()
 
+    @property
+    def seconds(self) -> float:
+        """Seconds the run has taken so far, interruptions left out; 0 on other ranks."""
+        return time.monotonic() - self._start if self._is_open else 0.0
+
     def note(self, text: str) -> None:
         """Say something, in the log and above the live line."""
         if self._is_open:

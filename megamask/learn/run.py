@@ -139,10 +139,15 @@ class Run:
                 self.subject.pattern,
                 fingerprint=self.subject.fingerprint,
                 method="learned",
-                data={"blend": blend_weights(self.config), "seq_length": self.config.data.seq_length, "prior": self.subject.prior_method},
+                data=self._mask_data(),
                 evaluation={"step": self.progress.step, "window": self.config.evaluate.window, "perplexity": by_domain},
             )
         self.mesh.barrier()
+
+    def _mask_data(self) -> dict[str, object]:
+        tokens = self.progress.step * self.config.learn.global_batch * self.config.data.seq_length
+        learnt = {"tokens": tokens, "seconds": round(self.monitor.seconds, 1), "prior": self.subject.prior_method}
+        return {"blend": blend_weights(self.config), "seq_length": self.config.data.seq_length, **learnt}
 
     def _announce(self) -> None:
         subject, mesh = self.subject, self.mesh
