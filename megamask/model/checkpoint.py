@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint import CheckpointException
 
 from megamask import storage
 from megamask.errors import ArtifactError
@@ -57,9 +58,16 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
     """
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), validate_access_integrity=True)
-    except Exception as error:  # the library raises many kinds
-        raise ArtifactError(path, f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})", fix) from error
+    except (Exception, CheckpointException) as error:  # the library raises many kinds, this one beside Exception
+        raise ArtifactError(path, f"cannot be read ({_reason(error)})", fix) from error
     return loaded
+
+
+def _reason(error: BaseException) -> str:
+    """One line. A CheckpointException only wraps what happened on the ranks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def fill_from_hf(model: LanguageModel, arch: Architecture, mesh: Mesh, reader: HFReader) -> None:
