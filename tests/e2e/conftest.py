@@ -14,7 +14,8 @@ import torch
 from tests.e2e.program import ROOT, megamask
 
 VERBS = ("convert", "tokenize", "prune")
-WORDS = "the mask keeps two of every four weights in a row and learns which ones matter for the text that it reads".split()
+SENTENCE = "the mask keeps two of every four weights in a row and learns which ones matter for the text that it reads"
+WORDS = SENTENCE.split()
 
 
 def prose(number: int) -> str:

@@ -47,7 +47,7 @@ class Program:
         module = ["-m", "megamask", verb, "--config", str(RECIPE), *overrides]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(launch)]
         self.what = " ".join(["megamask", verb, *overrides])
-        self._files = [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - they live as long as the process
         self._begin = time.monotonic()
         stdout, stderr = self._files
         command = [sys.executable, *(torchrun if launch else []), *module]
@@ -136,3 +136,9 @@ def contents(folder: Path) -> dict[str, str]:
     """Relative path -> SHA-256 of every file below ``folder``."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def assert_untouched(folder: Path, before: dict[str, str]) -> None:
+    """Everything that ``contents`` saw before is as it was; something new (an index of the shards) may have been added."""
+    after = contents(folder)
+    assert {name: after.get(name) for name in before} == before
