@@ -88,6 +88,8 @@ def build_model(config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dty
     rows = padded_vocab(arch, mesh.tp) // mesh.tp
     model.real_vocab = min(max(arch.vocab - mesh.tp_rank * rows, 0), rows)
     model.requires_grad_(False)
+    if config.parallel.recompute:  # a recomputed layer passes gradients on only if its input wants one, which a frozen embedding's does not
+        model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
     return model
 
 

@@ -1,8 +1,8 @@
 """Everything that makes Megatron-Core run without CUDA, in one place.
 
-Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls, synchronises streams and forks CUDA's
-random state around dropout (a frozen model has none). On a machine without CUDA these four are redirected while
-``megatron_on_cpu`` is open; with CUDA it does nothing.
+Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls, synchronises streams, and forks, saves and
+restores CUDA's random state around dropout and recomputation (a frozen model draws nothing from it). On a machine without CUDA all
+that is redirected while ``megatron_on_cpu`` is open; with CUDA it does nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.tensor_parallel import random
 from torch.overrides import TorchFunctionMode
 
 
@@ -40,6 +40,7 @@ def megatron_on_cpu(active: bool) -> Iterator[None]:
         return
     current_device = patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
     synchronize = patch.object(torch.cuda, "synchronize", lambda device=None: None)
-    random_state = patch.object(CudaRNGStatesTracker, "fork", lambda *_: nullcontext())
-    with current_device, synchronize, random_state, _FactoriesOnCpu():
+    fork = patch.object(random.CudaRNGStatesTracker, "fork", lambda *_: nullcontext())
+    state = patch.multiple(random, _get_cuda_rng_state=lambda **_: None, _set_cuda_rng_state=lambda *_, **__: None)
+    with current_device, synchronize, fork, state, _FactoriesOnCpu():
         yield
