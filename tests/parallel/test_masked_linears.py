@@ -166,7 +166,7 @@ def worst(found: dict[str, torch.Tensor], kind: str, bias: bool, **wrong: float)
 TOLERANCE = 2.0**-24 * (64 + 2 * 8 * 21)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
 def test_masked_linears_equal_the_unsharded_reference(tp: int) -> None:
     cases = [case for case in CASES if tp > 1 or not case.sequence_parallel]
     per_rank = run_ranks(run_linears, tp, tp, cases)

@@ -16,6 +16,7 @@ from megamask.weights.architecture import read_architecture
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import GQA, config_of, make_hf
 
+pytestmark = pytest.mark.slow
 PLAIN = {**GQA, "vocab_size": 512}
 # 509 is prime: at TP 2, 4 and 8 the vocabulary is padded, to 510, 512 and 512 rows.
 BIASED = {**GQA, "vocab_size": 509, "attention_bias": True, "mlp_bias": True}

@@ -24,6 +24,7 @@ from megamask.sparsity.sample import choose_backend
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
 
+pytestmark = pytest.mark.slow
 Tensors = dict[str, torch.Tensor]
 DRAWS = {
     "soft": Draw(NoiseKey(1234, 7, 3), kappa=100.0, tau=4.0, norm_coef=1e-3),

@@ -1,0 +1,67 @@
+"""Layouts that cannot work are refused before anything starts; what runs on a CPU leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megamask.config import Config
+from megamask.errors import ConfigError
+from megamask.parallel.cpu import megatron_on_cpu
+from megamask.parallel.mesh import check_layout, choose_device, start
+
+
+def config(**parallel: object) -> Config:
+    return Config.model_validate({"device": "cpu", "parallel": {"threads": 1, **parallel}})
+
+
+def test_one_process_is_its_own_group() -> None:
+    before = torch.cuda.current_device
+    with start(config()) as mesh:
+        assert (mesh.world, mesh.tp, mesh.dp, mesh.rank, mesh.is_main) == (1, 1, 1, 0, True)
+        ones = torch.ones(3)
+        assert mesh.gather_over_tp(ones)[0] is ones
+        assert torch.equal(mesh.sum_over_tp(ones.clone()), ones)
+        assert torch.equal(mesh.mean_over_dp(ones.clone()), ones)
+        assert [mesh.any(flag) for flag in (True, False)] == [True, False]
+        mesh.barrier()
+    assert not torch.distributed.is_initialized()
+    assert torch.cuda.current_device is before
+    with start(config()):  # and again
+        pass
+
+
+def test_an_error_inside_takes_the_groups_down() -> None:
+    with pytest.raises(RuntimeError, match="inside"), start(config()):
+        raise RuntimeError("inside")
+    assert not torch.distributed.is_initialized()
+
+
+def test_layouts_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.tp.*--nproc-per-node 3"):
+        check_layout(config(tp=3))
+    with pytest.raises(ConfigError, match="sequence_parallel"):
+        check_layout(config(sequence_parallel=True))
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    check_layout(config(tp=3, sequence_parallel=True))
+    with pytest.raises(ConfigError, match="number of processes, here 6"):
+        check_layout(config(tp=4))
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="device"):
+        choose_device("cuda")
+
+
+def test_cuda_requests_land_on_the_cpu_only_inside() -> None:
+    with megatron_on_cpu(active=True):
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.empty(2, device=torch.device("cuda", 3)).device.type == "cpu"
+        assert torch.ones(2).cuda().device.type == "cpu"
+        assert torch.cuda.current_device() == torch.device("cpu")
+        torch.cuda.synchronize()
+    if not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError)):
+            torch.zeros(2, device="cuda")
