@@ -32,15 +32,17 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 
 if [ "$DEVICE" = cuda ]; then
+    parity=()
     sampling=(--shapes llama2-7b --rounds 7 --copy-mib 2048)
     step=(--model llama2-7b --layers 4 --micro 1 --seq 4096 --rounds 7)
     accumulated=(--model llama2-7b --layers 4 --micro 1 --seq 4096 --accumulate 4 --rounds 3 --no-memory)
     memory=(--model llama2-7b --layers 4 --micro 1 --seq 1024)
 else
-    sampling=(--shapes toy --rounds 2 --copy-mib 4 --only qkv)
-    step=(--model toy --micro 1 --seq 64 --rounds 2)
-    accumulated=(--model toy --micro 1 --seq 64 --accumulate 2 --rounds 1 --no-memory)
-    memory=(--model toy --micro 1 --seq 64)
+    parity=(--threads 1)
+    sampling=(--threads 1 --shapes toy --rounds 2 --copy-mib 4 --only qkv)
+    step=(--threads 1 --model toy --micro 1 --seq 64 --rounds 2)
+    accumulated=(--threads 1 --model toy --micro 1 --seq 64 --accumulate 2 --rounds 1 --no-memory)
+    memory=(--threads 1 --model toy --micro 1 --seq 64)
 fi
 
 SUMMARY="$OUT/summary.md"
@@ -61,19 +63,30 @@ part() {
 
 benchmark() { local name="$1" module="$2"; shift 2; part "$name" "$PYTHON" -m "benchmarks.$module" --device "$DEVICE" --json "$OUT/$name.json" "$@"; }
 
-# A whole run of the verbs, learning under torchrun; a real model, the text that comes with Python.
+# Verbs one after the other in one process: verbs "convert prune" SETTING...
+verbs() {
+    "$PYTHON" -c '
+import sys
+from megamask.__main__ import main
+sys.exit(next((code for verb in sys.argv[1].split() if (code := main([verb, *sys.argv[2:]]))), 0))
+' "$@" >&2
+}
+
+# A whole run, learning under torchrun; a real model, the text that comes with Python.
 learning_run() {
     set -e
-    local settings=(--config "${RECIPE:-configs/recipes/quickstart.yaml}" "run_dir=$WORK/run" "device=$DEVICE" "learn.steps=${STEPS:-100}")
+    local settings first="convert tokenize prune"
+    settings=(--config "${RECIPE:-configs/recipes/quickstart.yaml}" "run_dir=$WORK/run" "device=$DEVICE" "learn.steps=${STEPS:-100}")
     settings+=(learn.monitor.tensorboard=false learn.monitor.wandb=off "prune.methods=[sparsegpt]")
     if [ -n "${GGUF:-}" ]; then
-        "$PYTHON" -m megamask gguf "${settings[@]}" "model.gguf=$GGUF" >&2
+        settings+=("model.gguf=$GGUF")
+        first="gguf $first"
     else
         settings+=("model.hf=$HF")
     fi
-    for verb in convert tokenize prune; do "$PYTHON" -m megamask "$verb" "${settings[@]}" >&2; done
+    verbs "$first" "${settings[@]}"
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 -m megamask learn "${settings[@]}" >&2
-    "$PYTHON" -m megamask evaluate "${settings[@]}" >&2
+    verbs evaluate "${settings[@]}"
     cp "$WORK/run/results.json" "$OUT/learn-results.json"
     cp "$WORK/run/learn/metrics.jsonl" "$OUT/learn-metrics.jsonl"
     "$PYTHON" - "$OUT" <<'PY'
@@ -99,13 +112,13 @@ PY
     fi
 } | tee "$SUMMARY"
 
-benchmark parity parity
+benchmark parity parity "${parity[@]}"
 benchmark sampling sampling "${sampling[@]}"
 benchmark step step "${step[@]}"
 benchmark step-accumulated step "${accumulated[@]}"
 benchmark memory memory "${memory[@]}"
 if [ -n "${HF:-}${GGUF:-}" ]; then
-    export -f learning_run
+    export -f learning_run verbs
     export PYTHON DEVICE WORK OUT HF GGUF RECIPE STEPS
     part "learning run" bash -c learning_run
 else
