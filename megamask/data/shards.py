@@ -80,6 +80,20 @@ def read_shards(folder: Path) -> Shards:
     return Shards(folder, meta)
 
 
+def check_vocabulary(config: Config, vocab: int) -> None:
+    """Check that the shards of every domain hold only tokens below ``vocab``, the size of the model's vocabulary.
+
+    Raises:
+        ArtifactError: they do not, or they are missing or torn.
+    """
+    for domain in config.data.domains:
+        shards = read_shards(run_paths(config).shards / domain)
+        largest = max(split.get("largest_id", -1) for split in shards.meta["splits"].values())
+        if largest >= vocab:
+            problem = f"holds the token id {largest}, the model knows {vocab} ids"
+            raise ArtifactError(shards.folder, problem, "Set data.tokenizer to the tokenizer of the model and run the verb tokenize.")
+
+
 def _check_size(file: Path, size: int) -> None:
     if not file.is_file():
         raise ArtifactError(file, "is missing", TOKENIZE)

@@ -120,7 +120,7 @@ def _write_tokens(
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builders: dict[str, Any] = {split: IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=dtype.type) for split in SPLITS}
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "largest_id": -1} for split in SPLITS}
     started = time.monotonic()
     for batch in _batches(sided):
         for (split, document), ids in zip(batch, tokenizer.encode_batch([document.text for _, document in batch]), strict=True):
@@ -130,6 +130,7 @@ def _write_tokens(
             builders[split].add_document(ids, [len(ids)])
             for key, more in (("documents", 1), ("tokens", len(ids)), ("bytes", len(document.text.encode()))):
                 counts[split][key] += more
+            counts[split]["largest_id"] = max(counts[split]["largest_id"], *ids)
         _say_progress(name, counts, time.monotonic() - started)
     for split, builder in builders.items():
         builder.finalize(str(folder / f"{split}.idx"))

@@ -12,10 +12,11 @@ import torch
 from megamask import storage
 from megamask.config import Config, RunPaths, run_paths
 from megamask.data.heldout import heldout_windows
+from megamask.data.shards import check_vocabulary
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet, load_masks
 from megamask.model.build import build_model, masked_linears
-from megamask.model.checkpoint import load_weights
+from megamask.model.checkpoint import load_weights, read_note
 from megamask.model.masks import fold_masks
 from megamask.model.perplexity import perplexity
 from megamask.parallel.mesh import Mesh, check_layout, start
@@ -35,8 +36,10 @@ def run(config: Config) -> None:
     paths = run_paths(config)
     check_layout(config)
     storage.require_writable(paths.run_dir)
+    fingerprint: str = read_note(paths.weights)["fingerprint"]
     arch = read_architecture(paths.weights)
-    masks = find_masks(config, paths, arch)
+    check_vocabulary(config, arch.vocab)
+    masks = find_masks(config, paths, arch, fingerprint)
     section = config.evaluate
     windows = {domain: heldout_windows(config, domain, section.window, section.max_tokens) for domain in config.data.domains}
     with start(config) as mesh:
@@ -48,7 +51,7 @@ def run(config: Config) -> None:
             log.info("wrote %s", paths.results)
 
 
-def find_masks(config: Config, paths: RunPaths, arch: Architecture) -> dict[str, MaskSet]:
+def find_masks(config: Config, paths: RunPaths, arch: Architecture, fingerprint: str) -> dict[str, MaskSet]:
     """The mask files to evaluate, by row name, each checked against the model.
 
     Raises:
@@ -57,7 +60,6 @@ def find_masks(config: Config, paths: RunPaths, arch: Architecture) -> dict[str,
     named = {name: Path(path) for name, path in config.evaluate.masks.items()}
     known = [*config.prune.methods, "learned"]
     files = named or {method: paths.mask(method) for method in known if paths.mask(method).exists()}
-    fingerprint = storage.read_json(paths.weights / "megamask.json", "Run the verb convert.")["fingerprint"]
     masks = {name: load_masks(path) for name, path in files.items()}
     for found in masks.values():
         found.check(shapes=linear_shapes(arch), fingerprint=fingerprint)

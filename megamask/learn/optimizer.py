@@ -35,8 +35,8 @@ def _make_state(optimizer: torch.optim.Optimizer, _settings: object = None) -> N
                 optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
 
-def build_scheduler(section: OptimizerSection, steps: int, optimizer: FP32Optimizer) -> OptimizerParamScheduler:
-    """Megatron's warm-up and decay of the learning rate; weight decay stays constant.
+def check_schedule(section: OptimizerSection, steps: int) -> None:
+    """Check that the learning rate can rise over the warm-up and then fall.
 
     Raises:
         ConfigError: the warm-up is not shorter than the run, or the rate would rise.
@@ -45,6 +45,11 @@ def build_scheduler(section: OptimizerSection, steps: int, optimizer: FP32Optimi
         raise ConfigError("learn.optimizer.warmup_steps", section.warmup_steps, f"below learn.steps, here {steps}", "Lower it.")
     if section.min_lr > section.lr:
         raise ConfigError("learn.optimizer.min_lr", section.min_lr, f"at most learn.optimizer.lr, here {section.lr}", "Lower it.")
+
+
+def build_scheduler(section: OptimizerSection, steps: int, optimizer: FP32Optimizer) -> OptimizerParamScheduler:
+    """Megatron's warm-up and decay of the learning rate; weight decay stays constant. Raises as ``check_schedule``."""
+    check_schedule(section, steps)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

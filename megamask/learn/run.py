@@ -13,6 +13,7 @@ from megamask.data.blend import blend_weights, train_dataset
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError
 from megamask.learn.evaluation import mean_log_perplexity, monitor_windows, winner_perplexity
 from megamask.learn.monitor import Monitor
+from megamask.learn.optimizer import check_schedule
 from megamask.learn.provenance import write_provenance
 from megamask.learn.setup import build_subject
 from megamask.learn.signals import StopRequest, stop_on_signal
@@ -54,6 +55,7 @@ def check_early(config: Config, paths: RunPaths) -> None:
     check_batch(config.learn.global_batch, config.learn.micro_batch, world_size() // config.parallel.tp)
     Pattern.parse(config.pattern).candidates()
     blend_weights(config)
+    check_schedule(config.learn.optimizer, config.learn.steps)
     tau = config.learn.sampling.tau
     if tau[1] > tau[0]:
         raise ConfigError("learn.sampling.tau", list(tau), "a temperature that falls", "Write the larger one first.")

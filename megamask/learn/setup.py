@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from megamask.config import Config, run_paths
+from megamask.data.shards import check_vocabulary
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet, load_masks
 from megamask.model.build import attach_logits, build_model, prunable_linears
-from megamask.model.checkpoint import load_weights
+from megamask.model.checkpoint import load_weights, read_note
 from megamask.model.loss import LanguageModel
 from megamask.model.masks import linear_rules, local_mask
 from megamask.parallel.linear import MaskedLinear, MaskSwitch
@@ -50,12 +52,16 @@ def build_subject(config: Config, mesh: Mesh) -> Subject:
         MegamaskError: a setting or an artefact that does not fit.
     """
     weights = run_paths(config).weights
+    fingerprint: str = read_note(weights)["fingerprint"]
     arch, pattern = read_architecture(weights), Pattern.parse(config.pattern)
+    check_vocabulary(config, arch.vocab)
     model = build_model(config, arch, mesh)
-    fingerprint: str = load_weights(model, weights)["fingerprint"]
     linears = prunable_linears(model, config, arch)
-    _refuse_sparse_weights(linears, pattern, mesh)
+    for name, linear in linears.items():
+        linear.make_site(pattern, name)
     prior = load_prior(config, pattern, arch, fingerprint, linears)
+    load_weights(model, weights)
+    _refuse_sparse_weights(linears, pattern, arch, weights, mesh)
     switch = attach_logits(linears, pattern, config.learn.sampling.backend, mesh.device)
     for name, linear in linears.items():
         _initialise(linear, config, mesh, None if prior is None else local_mask(prior, linear_rules(arch)[name], mesh))
@@ -102,9 +108,9 @@ def _layer_std(logits: torch.Tensor, mesh: Mesh) -> float:
     return float(torch.tensor((squares / count - (total / count) ** 2) ** 0.5, dtype=torch.float32))
 
 
-def _refuse_sparse_weights(linears: dict[str, MaskedLinear], pattern: Pattern, mesh: Mesh) -> None:
+def _refuse_sparse_weights(linears: dict[str, MaskedLinear], pattern: Pattern, arch: Architecture, weights: Path, mesh: Mesh) -> None:
     """A mask cannot be learned on weights that are already zero where another mask pruned them."""
     for name, linear in linears.items():
         if mesh.any(pattern.already_fits(linear.weight)):
-            problem = f"hold a model that is already pruned: {name} is {pattern} sparse"
-            raise ArtifactError("the weights", problem, "Convert the dense model, and name the mask as learn.prior.mask instead.")
+            problem = f"hold a model that is pruned already: {', '.join(linear_rules(arch)[name].modules)} is {pattern} sparse"
+            raise ArtifactError(weights, problem, "Convert the dense model, and name the mask as learn.prior.mask instead.")

@@ -80,15 +80,24 @@ def fill_from_hf(model: LanguageModel, arch: Architecture, mesh: Mesh, reader: H
             parameters[rule.megatron].copy_(rule.shard(reader.read, mesh.tp_rank, mesh.tp))
 
 
+def read_note(path: Path) -> dict[str, Any]:
+    """What convert wrote beside the Megatron weights in ``path``: fingerprint, dtype, padded_vocab, source.
+
+    Raises:
+        ArtifactError: there are no weights.
+    """
+    note: dict[str, Any] = storage.read_json(path / NOTE, "Run the verb convert.")
+    return note
+
+
 def load_weights(model: LanguageModel, path: Path) -> dict[str, Any]:
     """Fill ``model`` with the Megatron weights in ``path`` and return their note.
 
     Raises:
         ArtifactError: missing, torn, or another architecture.
     """
-    fix = "Run the verb convert again."
-    note: dict[str, Any] = storage.read_json(path / NOTE, fix)
-    loaded = load_sharded(sharded_state(model), path, fix)
+    note = read_note(path)
+    loaded = load_sharded(sharded_state(model), path, "Run the verb convert again.")
     model.load_state_dict(loaded, strict=True)
     model.clear_padding()
     return note
@@ -99,7 +108,7 @@ def megatron_to_hf(path: Path, arch: Architecture) -> Iterator[tuple[str, torch.
 
     Needs an initialised process group of one process.
     """
-    note = storage.read_json(path / NOTE, "Run the verb convert again.")
+    note = read_note(path)
     dtype = getattr(torch, note["dtype"])
     for rule in rules(arch, note["padded_vocab"]):
         whole = torch.empty(rule.shape(), dtype=dtype)

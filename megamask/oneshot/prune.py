@@ -14,6 +14,7 @@ import torch
 from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.data.heldout import calibration_description, calibration_tokens
+from megamask.data.shards import check_vocabulary
 from megamask.errors import ArtifactError, ConfigError, MegamaskError
 from megamask.masks.file import load_masks, save_masks
 from megamask.model.build import build_model, masked_linears, padded_vocab, prunable_linears
@@ -111,6 +112,7 @@ def load_subject(config: Config, mesh: Mesh) -> Subject:
     """
     weights, pattern = run_paths(config).weights, Pattern.parse(config.pattern)
     arch = read_architecture(weights)
+    check_vocabulary(config, arch.vocab)
     model = build_model(config, arch, mesh).eval()
     linears = prunable_linears(model, config, arch)
     for name, linear in linears.items():
