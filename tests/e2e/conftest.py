@@ -50,15 +50,15 @@ def make_model(folder: Path, seed: int) -> Path:
     return folder
 
 
-def save_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Train a byte-level BPE tokenizer on the corpus and put it beside the weights."""
+def save_tokenizer(folder: Path, vocab_size: int, reserved: int = 0) -> None:
+    """Train a byte-level BPE tokenizer on the corpus and put it beside the weights; ``reserved`` ids come before those of text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = ["<pad>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    special, alphabet = ["<pad>", "<s>", "</s>", *(f"<{number}>" for number in range(reserved))], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([make(number) for make in (prose, code) for number in range(40)], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)

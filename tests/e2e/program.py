@@ -128,7 +128,7 @@ def refusal(finished: Finished) -> str:
     assert finished.code == EXIT_USER_ERROR, f"exit code {finished.code}\n{finished.stderr}"
     assert len(lines) == 1, finished.stderr
     assert "Traceback" not in finished.stderr, finished.stderr
-    assert lines[0].endswith("."), f"the last sentence is the fix: {lines[0]}"
+    assert lines[0].endswith((".", "?")), f"the last sentence is the fix: {lines[0]}"
     return lines[0]
 
 
