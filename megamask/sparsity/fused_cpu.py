@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from megamask.sparsity import kernels_numba
-from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.draw import Draw, RowBlock, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
 
 
 def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     """(W * M in the weight's dtype, sum |W * M|^2 as a 0-d tensor)."""
-    _match_threads()
     masked = torch.empty_like(weight, memory_format=torch.contiguous_format)
     norm_O = np.empty(weight.shape[0])
     logits, bits, out = mask_logits.detach().numpy(), _bits(weight), _bits(masked)
-    for block in site.placement.blocks:
-        rows = slice(block.start, block.start + block.rows)
-        kernels_numba.forward(out[rows], norm_O[rows], logits[rows], bits[rows], *_arguments(site, draw, block.global_start))
+
+    def work(rows: slice, global_row: int) -> None:
+        kernels_numba.forward(out[rows], norm_O[rows], logits[rows], bits[rows], *_arguments(site, draw, global_row))
+
+    _on_all_threads(site.placement.blocks, work)
     return masked, torch.tensor(norm_O.sum())
 
 
 def backward(grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
     """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M."""
-    _match_threads()
     dlogits = torch.empty_like(mask_logits)
     logits, bits, dbits, out = mask_logits.detach().numpy(), _bits(weight), _bits(grad.to(weight.dtype)), dlogits.numpy()
-    for block in site.placement.blocks:
-        rows = slice(block.start, block.start + block.rows)
-        arguments = _arguments(site, draw, block.global_start)
+
+    def work(rows: slice, global_row: int) -> None:
+        arguments = _arguments(site, draw, global_row)
         kernels_numba.backward(out[rows], dbits[rows], logits[rows], bits[rows], *arguments, np.float32(draw.norm_coef))
+
+    _on_all_threads(site.placement.blocks, work)
     return dlogits
 
 
 def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d)."""
-    _match_threads()
     rows, _, groups = mask_logits.shape
-    winner, largest_O = np.empty((rows, groups), np.uint8), np.empty(rows)
-    kernels_numba.survey(winner, largest_O, mask_logits.detach().numpy(), np.float32(kappa))
+    winner, largest_O, logits = np.empty((rows, groups), np.uint8), np.empty(rows), mask_logits.detach().numpy()
+
+    def work(part: slice, _global_row: int) -> None:
+        kernels_numba.survey(winner[part], largest_O[part], logits[part], np.float32(kappa))
+
+    _on_all_threads([RowBlock(0, rows, 0)], work)
     return torch.from_numpy(winner), torch.tensor(largest_O.sum())
 
 
@@ -52,8 +59,25 @@ def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:
     return mask_logits.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float32)
 
 
-def _match_threads() -> None:
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+def _on_all_threads(blocks: Iterable[RowBlock], work: Callable[[slice, int], None]) -> None:
+    """Call ``work(local rows, global id of the first)`` on slices of the blocks, one a thread; rows are independent."""
+    threads = torch.get_num_threads()
+    calls = []
+    for block in blocks:
+        step = -(-block.rows // threads)
+        for first in range(0, block.rows, step):
+            rows = slice(block.start + first, block.start + min(first + step, block.rows))
+            calls.append((rows, block.global_start + first))
+    if threads == 1:
+        for rows, global_row in calls:
+            work(rows, global_row)
+    else:
+        list(_pool(threads).map(lambda call: work(*call), calls))
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="megamask-sampling")
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

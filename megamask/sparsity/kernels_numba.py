@@ -2,7 +2,8 @@
 
 Every float operation is a plain IEEE multiply, add or divide in a fixed order (no fast-math, no library log or exp), so a
 group's mask does not depend on where the group lies: ranks, threads and vector lanes all give the same bits.
-Needs numba only, no C compiler.
+Needs numba only, no C compiler. A kernel runs on one thread without the GIL; fused_cpu.py gives each thread a slice of the rows. (Of
+numba's own thread layers, OpenMP kills a process that forks, as checkpoint writers do, and the work queue scaled poorly.)
 
 Shapes: O rows, G groups per row, C candidates, M group size, I = G * M. Weights travel as raw bits: uint16 for bf16,
 uint32 for fp32.
@@ -19,11 +20,8 @@ import numba
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import intrinsic
-
-# The OpenMP layer kills a process that forks, and checkpoint writers fork.
-numba.config.THREADING_LAYER = "workqueue"
 
 
 def _wide_vectors() -> None:
@@ -188,7 +186,7 @@ def _round_bf16(value):  # type: ignore[no-untyped-def]
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit(parallel=True, cache=True)
+@njit(nogil=True, cache=True)
 def forward(out, norm, logits, weight, kept, m, place, key, kappa, inverse_tau, hard):  # type: ignore[no-untyped-def]
     """out (O, I) = weight * sampled mask; norm (O,) fp64 = sum of its squares per row.
 
@@ -197,7 +195,7 @@ def forward(out, norm, logits, weight, kept, m, place, key, kappa, inverse_tau, 
     rows, candidates, groups = logits.shape
     members = kept.shape[1]
     wide = weight.itemsize == 4
-    for o in prange(rows):
+    for o in range(rows):
         y, top = np.empty((candidates, groups), np.float32), np.empty(groups, np.float32)
         word = np.empty((4 * ((candidates + 3) // 4), groups), np.uint32)
         mask = np.empty((m, groups), np.float32)
@@ -217,13 +215,13 @@ def forward(out, norm, logits, weight, kept, m, place, key, kappa, inverse_tau, 
         norm[o] = total
 
 
-@njit(parallel=True, cache=True)
+@njit(nogil=True, cache=True)
 def backward(dlogits, grad, logits, weight, kept, m, place, key, kappa, inverse_tau, hard, norm_coef):  # type: ignore[no-untyped-def]
     """dlogits (O, C, G) of grad (O, I), the gradient at the masked weight, minus norm_coef * |W * M|^2; the noise is drawn again."""
     rows, candidates, groups = logits.shape
     members = kept.shape[1]
     wide = weight.itemsize == 4
-    for o in prange(rows):
+    for o in range(rows):
         y, top = np.empty((candidates, groups), np.float32), np.empty(groups, np.float32)
         word = np.empty((4 * ((candidates + 3) // 4), groups), np.uint32)
         mask = np.empty((m, groups), np.float32)
@@ -259,11 +257,11 @@ def backward(dlogits, grad, logits, weight, kept, m, place, key, kappa, inverse_
                 score[g] = slope * y[c, g] * (score[g] - mean[g])
 
 
-@njit(parallel=True, cache=True)
+@njit(nogil=True, cache=True)
 def survey(winner, max_prob, logits, kappa):  # type: ignore[no-untyped-def]
     """winner (O, G) uint8 = argmax over candidates; max_prob (O,) fp64 = row sums of the largest probability, no noise."""
     rows, candidates, groups = logits.shape
-    for o in prange(rows):
+    for o in range(rows):
         top = np.empty(groups, np.float32)
         total_exp = np.zeros(groups, np.float32)
         best = np.zeros(groups, np.int32)
