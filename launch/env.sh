@@ -3,15 +3,18 @@
 #
 #   PYTHON   the Python to build on (default python3, at least 3.10)
 #   VENV     where the environment goes (default .venv in the repository)
+#   PIP_OPTIONS   more options for pip install, for example --extra-index-url with PyTorch's index of CPU builds
 #
 # If $PYTHON already has a torch with CUDA (an NVIDIA container, a cluster module), that torch is kept and seen through
-# --system-site-packages. Without a GPU the CPU build is taken. Otherwise the index decides, which means a CUDA build on Linux.
+# --system-site-packages. Otherwise the index decides: PyPI's torch for Linux brings CUDA libraries of several GB, also without a GPU.
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export REPO
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-$REPO/.venv}"
-CPU_WHEELS="https://download.pytorch.org/whl/cpu"
+
+# PyTorch's threads would spin while the sampling kernels want the cores.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 say() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -51,14 +54,6 @@ open(target, "w").write("\n".join([f"torch=={torch_version}", *kept]) + "\n")
 PY
 }
 
-# Options that make pip take the CPU build of torch; none where a GPU is there, or where the wheel folder cannot be reached.
-cpu_wheel_options() {
-    if [ "$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then return; fi
-    if "$VENV/bin/python" -m pip --isolated index versions torch --index-url "$CPU_WHEELS" --timeout 5 --retries 0 >/dev/null 2>&1; then
-        printf -- '--extra-index-url %s' "$CPU_WHEELS"
-    fi
-}
-
 make_venv() {
     local options=()
     if [ -n "$1" ]; then options=(--system-site-packages); fi
@@ -80,7 +75,7 @@ megamask_env() {
             make_venv "$torch_version"
         fi
         write_constraints "$VENV/constraints.txt" "$torch_version"
-        read -r -a options <<<"$(if [ -z "$torch_version" ]; then cpu_wheel_options; fi)"
+        read -r -a options <<<"${PIP_OPTIONS:-}"
         say "installing megamask[$extras] with pinned versions (once; a few minutes)"
         retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${options[@]}" \
             -c "$VENV/constraints.txt" -e "${REPO}[$extras]" || die "pip install failed three times; its messages are above."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must be green: lint, format, types, all tests. Arguments go to pytest: ./launch/test.sh -m 'not slow' -k masks
-#   TEST_TIMEOUT   seconds for the whole pytest run (default 1440)
+#   TEST_TIMEOUT   seconds for the whole pytest run (default 3600)
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -22,5 +22,5 @@ fi
 guard=(timeout --kill-after=30)
 if [ -t 0 ]; then guard+=(--foreground); fi
 say pytest "$@"
-"${guard[@]}" "${TEST_TIMEOUT:-1440}" python -m pytest "$@" </dev/null || { code=$?; [ "$code" -ne 124 ] || say "the tests did not end in time"; exit "$code"; }
+"${guard[@]}" "${TEST_TIMEOUT:-3600}" python -m pytest "$@" </dev/null || { code=$?; [ "$code" -ne 124 ] || say "the tests did not end in time"; exit "$code"; }
 exit "$failed"
