@@ -80,8 +80,8 @@ def _log(x):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def _exp(x):  # type: ignore[no-untyped-def]
-    """exp of a non-positive fp32, 0 below -86 (Cephes expf)."""
-    clipped = max(x, _F(-86))
+    """exp of a non-positive fp32, 0 below -86, NaN of NaN (Cephes expf)."""
+    clipped = _F(-86) if x < _F(-86) else x
     power = np.int32(clipped * _F(1.44269504088896341) - _HALF)
     n = _F(power)
     r = clipped - n * _F(0.693359375)
@@ -94,7 +94,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
     y = y * r + _F(5.0000001201e-1)
     y = y * (r * r) + r + _ONE
     scaled = y * _float_of(np.uint32(np.uint32(power + np.int32(127)) << np.uint32(23)))
-    return scaled if x > _F(-86) else _ZERO
+    return _ZERO if x < _F(-86) else scaled
 
 
 @njit(inline="always")
@@ -186,7 +186,7 @@ def _round_bf16(value):  # type: ignore[no-untyped-def]
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception: the step refuses it by name
 def forward(out, norm, logits, weight, kept, m, place, key, kappa, inverse_tau, hard):  # type: ignore[no-untyped-def]
     """out (O, I) = weight * sampled mask; norm (O,) fp64 = sum of its squares per row.
 
@@ -215,7 +215,7 @@ def forward(out, norm, logits, weight, kept, m, place, key, kappa, inverse_tau, 
         norm[o] = total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception: the step refuses it by name
 def backward(dlogits, grad, logits, weight, kept, m, place, key, kappa, inverse_tau, hard, norm_coef):  # type: ignore[no-untyped-def]
     """dlogits (O, C, G) of grad (O, I), the gradient at the masked weight, minus norm_coef * |W * M|^2; the noise is drawn again."""
     rows, candidates, groups = logits.shape
@@ -257,7 +257,7 @@ def backward(dlogits, grad, logits, weight, kept, m, place, key, kappa, inverse_
                 score[g] = slope * y[c, g] * (score[g] - mean[g])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception: the step refuses it by name
 def survey(winner, max_prob, logits, kappa):  # type: ignore[no-untyped-def]
     """winner (O, G) uint8 = argmax over candidates; max_prob (O,) fp64 = row sums of the largest probability, no noise."""
     rows, candidates, groups = logits.shape
