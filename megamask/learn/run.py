@@ -10,7 +10,7 @@ from megamask import storage
 from megamask.config import Config, RunPaths, run_paths
 from megamask.data.batches import BatchPlan, check_batch
 from megamask.data.blend import blend_weights, train_dataset
-from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, MegamaskError
 from megamask.learn.evaluation import mean_log_perplexity, monitor_windows, winner_perplexity
 from megamask.learn.monitor import Monitor
 from megamask.learn.optimizer import check_schedule
@@ -20,7 +20,7 @@ from megamask.learn.signals import StopRequest, stop_on_signal
 from megamask.learn.snapshot import Snapshots
 from megamask.learn.step import Learner
 from megamask.learn.survey import Survey
-from megamask.masks.file import save_masks
+from megamask.masks.file import load_masks, save_masks
 from megamask.model.masks import gather_masks
 from megamask.model.spec import has_transformer_engine
 from megamask.parallel.mesh import Mesh, check_layout, start, world_size
@@ -85,6 +85,9 @@ class Run:
         """Steps, evaluations and snapshots until the last step, an early stop or a signal."""
         learn, progress = self.config.learn, self.progress
         try:
+            if self.mesh.any(self.mesh.is_main and self._is_done()):
+                self.monitor.note(f"{self.paths.mask('learned')} is there already, learned in {progress.step} steps")
+                return EXIT_OK
             if progress.step == 0:
                 self._evaluate()
             while progress.step < learn.steps and not self._is_patience_over():
@@ -114,6 +117,14 @@ class Run:
             progress.evaluations_without_gain += 1
         self.monitor.evaluation(progress.step, by_domain)
         return by_domain
+
+    def _is_done(self) -> bool:
+        if self.progress.step < self.config.learn.steps and not self._is_patience_over():
+            return False
+        try:
+            return bool(load_masks(self.paths.mask("learned")).meta["evaluation"]["step"] == self.progress.step)
+        except MegamaskError:
+            return False
 
     def _is_patience_over(self) -> bool:
         patience = self.config.learn.monitor.patience
