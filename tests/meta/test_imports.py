@@ -18,6 +18,7 @@ LEVELS = [
     *([room] for room in FOUNDATIONS),
     ["data", "parallel", "weights", "masks"],
     ["model"],
+    ["plan"],
     ["oneshot", "learn", "evaluate", "export", "report"],
     ["__main__"],
 ]
