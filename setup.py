@@ -28,8 +28,9 @@ EXTRAS = {
     "data": ["datasets>=2.19", "pyarrow>=15"],
     "wandb": ["wandb>=0.17"],
     "eval": ["lm-eval>=0.4.5"],
+    "eight-bit": ["torchao>=0.9"],  # learn.optimizer.kind=adamw8bit
     "cuda": ["transformer-engine[pytorch]>=1.13; platform_system == 'Linux'"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML>=6.0.12", "pre-commit>=3.5"],
+    "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML>=6.0.12", "pre-commit>=3.5", "torchao>=0.9"],
 }
 
 setup(
