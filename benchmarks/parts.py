@@ -14,6 +14,7 @@ import megamask.learn.step as step_module
 from benchmarks.common import now
 from benchmarks.lab import Lab
 from megamask.data.batches import BatchPlan
+from megamask.sparsity.backends import backend_by_name
 
 REST = "rest of the model"
 TOTAL = "total"
@@ -71,11 +72,11 @@ def time_parts(lab: Lab, parts: Parts) -> Iterator[None]:
 def _functions(lab: Lab) -> list[tuple[Any, str, str]]:
     learner = lab.learner
     assert learner is not None
-    backend = next(iter(lab.subject.linears.values())).backend
+    backend = backend_by_name(next(iter(lab.subject.linears.values())).backend)
     return [
         (backend, "forward", "sampling forward"),
         (backend, "backward", "sampling backward"),
-        (step_module, "clip_gradients", "clipping"),
+        (step_module, "gradient_norm", "clipping"),
         (learner.optimizer, "step", "optimizer"),
         (learner.ddp, "zero_grad_buffer", "gradient buffers"),
         (learner.ddp, "finish_grad_sync", "gradient buffers"),

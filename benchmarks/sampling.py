@@ -20,10 +20,10 @@ from benchmarks.lab import LOGIT_STD, MODELS
 from megamask.config.tree import SamplingSection
 from megamask.errors import ConfigError
 from megamask.parallel.mesh import choose_device
+from megamask.sparsity.backends import backend_by_name, choose_backend
 from megamask.sparsity.draw import Draw, Placement, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
-from megamask.sparsity.sample import choose_backend
 from megamask.weights.architecture import Architecture
 
 OPERATIONS = ("forward", "backward", "survey")
@@ -66,7 +66,7 @@ def available_backends(device: torch.device) -> dict[str, ModuleType]:
     found = {}
     for name in get_args(SamplingSection.model_fields["backend"].annotation):
         try:
-            found[name] = choose_backend(name, device)
+            found[name] = backend_by_name(choose_backend(name, device))
         except ConfigError:
             continue
     del found["auto"]

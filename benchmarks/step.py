@@ -122,7 +122,7 @@ def measure(lab: Lab, rounds: int) -> tuple[Timings, dict[str, dict[str, float]]
     sides: dict[str, Work] = {
         MASKED: partial(_next_step, lab.learner.step, numbers[MASKED], lab),
         DENSE: lambda: dense.step(next(numbers[DENSE])),
-        SURVEY: lambda: survey(1.0),
+        SURVEY: lambda: survey(),
     }
     timings = interleave(sides, rounds, device, warmup=2)
     counted: dict[str, Parts] = {MASKED: Parts(device), DENSE: Parts(device)}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megamask.config.presets import PRESETS
+from megamask.config.presets import FOOTPRINTS, PRESETS
 from megamask.config.tree import Config
 from megamask.errors import ConfigError
 
@@ -45,9 +45,11 @@ def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Co
         if not sign or not key:
             raise ConfigError(override, override, "an override has the form key.sub=value", "Write it as, for example, learn.steps=100.")
         _merge(given, _nest(key.strip().split("."), _parse_scalar(key, text)))
-    preset = (given.get("learn") or {}).get("preset", "none") if isinstance(given.get("learn") or {}, dict) else "none"
     layered: dict[str, Any] = {}
-    _merge(layered, PRESETS.get(preset, {}) if isinstance(preset, str) else {})
+    learn = given.get("learn")
+    for key, named in (("preset", PRESETS), ("footprint", FOOTPRINTS)):
+        name = learn.get(key) if isinstance(learn, dict) else None
+        _merge(layered, named.get(name, {}) if isinstance(name, str) else {})
     _merge(layered, given)
     return build_config(layered)
 

@@ -83,11 +83,12 @@ class SamplingSection(Section):
     """The relaxed categorical over candidates (MaskLLM, Eq. 6-7). Pairs are first and last value, linear in progress."""
 
     mode: Literal["soft", "hard"] = "soft"
+    draws: Literal["micro_batch", "step"] = Field("micro_batch", description="a fresh mask per micro-batch, or one mask for the whole step")
     kappa: tuple[NonNegative, NonNegative] = Field((100.0, 500.0), description="scale of the logits")
     tau: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field((4.0, 0.05), description="temperature")
     logit_std: Annotated[float, Field(gt=0)] = Field(0.01, description="std of the initial logits, and the prior's unit")
     initial_noise: bool = Field(True, description="False starts from the prior alone")
-    backend: Literal["auto", "torch", "numba"] = "auto"
+    backend: Literal["auto", "torch", "numba", "triton"] = "auto"
 
 
 class PriorSection(Section):
@@ -97,9 +98,19 @@ class PriorSection(Section):
     strength: NonNegative = Field(3.0, description="alpha")
 
 
-class OptimizerSection(Section):
-    """AdamW on the mask logits."""
+class StateSection(Section):
+    """What a learner keeps between passes. The footprints ``lean`` and ``leanest`` choose together with learn.optimizer.kind."""
 
+    logits: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is updated with stochastic rounding: plain bf16 loses small steps")
+    grads: Literal["fp32", "bf16"] = Field("fp32", description="the buffer in which micro-batches add up their gradients")
+    masked_weight: Literal["keep", "regenerate"] = Field("keep", description="for the backward pass: kept from the forward, or drawn again")
+    movement: bool = Field(True, description="keep winners to report flips and the difference to the prior")
+
+
+class OptimizerSection(Section):
+    """The optimizer of the mask logits."""
+
+    kind: Literal["adamw", "adamw8bit", "lion", "lion8bit"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     min_lr: NonNegative = 1e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -139,11 +150,13 @@ class LearnSection(Section):
     """A learning run: the step, its schedule and its bookkeeping."""
 
     preset: Literal["none", "maskllm"] = Field("none", description="named defaults, applied below the other settings")
+    footprint: Literal["default", "lean", "leanest"] = Field("default", description="named choices of state and optimizer, likewise")
     steps: Positive = 2000
     micro_batch: Positive = 4
     global_batch: Positive = 4
     sampling: SamplingSection = SamplingSection()
     prior: PriorSection = PriorSection()
+    state: StateSection = StateSection()
     optimizer: OptimizerSection = OptimizerSection()
     weight_norm: WeightNormSection = WeightNormSection()
     snapshot: SnapshotSection = SnapshotSection()
@@ -169,6 +182,15 @@ class ExportSection(Section):
     out: str | None = Field(None, description="folder; None = {run_dir}/export")
 
 
+class PlanSection(Section):
+    """What the verb plan is asked. Its flags stand for these settings and a few others: --model, --dp, --gpu, --json."""
+
+    model: str | None = Field(None, description="a known shape (llama2-7b, ...), a Hugging Face folder or a config.json; None = the run's model")
+    dp: Positive = Field(1, description="replicas: number of devices / parallel.tp")
+    gpu: Literal["a100-40", "a100", "h100", "h200", "cpu"] | None = Field(None, description="device that must hold it; None = any GPU")
+    out: str | None = Field(None, description="JSON file for the figures")
+
+
 class Config(Section):
     """The whole tree: a recipe file and command-line overrides fill it, every verb reads the sections it needs."""
 
@@ -185,3 +207,4 @@ class Config(Section):
     learn: LearnSection = LearnSection()
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
+    plan: PlanSection = PlanSection()

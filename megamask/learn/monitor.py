@@ -62,14 +62,14 @@ class Monitor:
             f"{'resumed after' if resume_step else 'starting at'} step {resume_step} of {total_steps}, {tokens_per_step} tokens a step"
         )
 
-    def train(self, step: int, values: Mapping[str, float]) -> None:
-        """Record a finished step (counted from 1). A value given here wins over one the monitor measures itself."""
+    def train(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Record a finished step (counted from 1); a value of None is left out. A value given here wins over one measured here."""
         if not self._is_open:
             return
         seconds_per_step = self._pace.step_done(step)
         record = {
             **self._stamp("train", step),
-            **{name: float(value) for name, value in values.items()},
+            **{name: float(value) for name, value in values.items() if value is not None},
         }
         record.setdefault("tokens_per_second", self._tokens_per_step / seconds_per_step)
         record.setdefault("memory_gib", peak_memory_gib(self._on_cuda))

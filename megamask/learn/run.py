@@ -13,7 +13,7 @@ from megamask.data.blend import blend_weights, train_dataset
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, MegamaskError
 from megamask.learn.evaluation import mean_log_perplexity, monitor_windows, winner_perplexity
 from megamask.learn.monitor import Monitor
-from megamask.learn.optimizer import check_schedule
+from megamask.learn.optimizer import check_optimizer
 from megamask.learn.provenance import write_provenance
 from megamask.learn.setup import build_subject
 from megamask.learn.signals import StopRequest, stop_on_signal
@@ -25,7 +25,6 @@ from megamask.model.masks import gather_masks
 from megamask.model.spec import has_transformer_engine
 from megamask.parallel.mesh import Mesh, check_layout, start, world_size
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.sample import backend_name
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def check_early(config: Config, paths: RunPaths) -> None:
     check_batch(config.learn.global_batch, config.learn.micro_batch, world_size() // config.parallel.tp)
     Pattern.parse(config.pattern).candidates()
     blend_weights(config)
-    check_schedule(config.learn.optimizer, config.learn.steps)
+    check_optimizer(config)
     tau = config.learn.sampling.tau
     if tau[1] > tau[0]:
         raise ConfigError("learn.sampling.tau", list(tau), "a temperature that falls", "Write the larger one first.")
@@ -72,11 +71,12 @@ class Run:
         dataset = train_dataset(config, learn.steps * learn.global_batch, config.data.seq_length, config.seed)
         self.plan = BatchPlan(dataset, learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)
         self.subject = build_subject(config, mesh)
-        self.survey = Survey(self.subject, mesh)
+        self.survey = Survey(self.subject, mesh, learn.state.movement)
         self.learner = Learner(config, mesh, self.subject)
         self.snapshots = Snapshots(paths.learn / "snapshots", config, mesh, self.subject, self.learner)
         self.progress = self.snapshots.restore()
-        self.survey.catch_up()
+        if self.progress.step:
+            self.survey.forget_latest()
         tokens = learn.global_batch * config.data.seq_length
         self.monitor = Monitor(paths.learn, config, learn.steps, tokens, mesh.is_main, self.progress.step)
         self._announce()
@@ -93,7 +93,7 @@ class Run:
             while progress.step < learn.steps and not self._is_patience_over():
                 result = self.learner.step(progress.step, self.plan)
                 progress.step += 1
-                self.monitor.train(progress.step, {**asdict(result), **asdict(self.survey(result.kappa))})
+                self.monitor.train(progress.step, {**asdict(result), **asdict(self.survey())})
                 if learn.monitor.evaluate_every and progress.step % learn.monitor.evaluate_every == 0 and progress.step < learn.steps:
                     self._evaluate()
                 if self.mesh.any(bool(stop)):
@@ -167,7 +167,7 @@ class Run:
         if not mesh.is_main:
             return
         write_provenance(self.paths.learn, self.config)
-        backend = backend_name(next(iter(subject.linears.values())).backend)
+        backend = next(iter(subject.linears.values())).backend
         weights = sum(linear.weight.numel() for linear in subject.linears.values()) * mesh.tp / 1e6
         engine = "Transformer Engine" if has_transformer_engine(mesh.device) else "PyTorch"
         self.monitor.note(

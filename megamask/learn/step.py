@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
-from megamask.learn.optimizer import build_optimizer, build_scheduler, clip_gradients, set_learning_rate
+from megamask.learn.optimizer import build_optimizer, build_scheduler, clip_factor, gradient_norm, set_learning_rate
 from megamask.learn.setup import Subject
 from megamask.model.loss import token_losses
 from megamask.parallel.mesh import Mesh
@@ -50,12 +50,15 @@ class Learner:
     def __init__(self, config: Config, mesh: Mesh, subject: Subject) -> None:
         self.config, self.mesh, self.subject = config, mesh, subject
         learn = config.learn
-        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False)
+        in_fp32 = learn.state.grads == "fp32"  # else in the dtype of the logits
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=False, use_distributed_optimizer=False)
         model_config = subject.model.config
         self.ddp = DistributedDataParallel(config=model_config, ddp_config=settings, module=subject.model)
         model_config.no_sync_func = self.ddp.no_sync
-        model_config.finalize_model_grads_func = finalize_model_grads
-        self.optimizer = build_optimizer(learn.optimizer, subject.mask_logits)
+        model_config.finalize_model_grads_func = self._finalize
+        subject.switch.regenerate = learn.state.masked_weight == "regenerate"
+        self.draws_once = learn.sampling.draws == "step"
+        self.optimizer = build_optimizer(config, list(subject.linears.values()))
         self.scheduler = build_scheduler(learn.optimizer, learn.steps, self.optimizer)
 
     def step(self, step: int, plan: BatchPlan) -> StepResult:
@@ -67,15 +70,15 @@ class Learner:
         draw = self._draw(step, plan.accumulations)
         self.ddp.train()
         self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()  # the last step left main_grad as grad: backward would add to it twice
         measured = self._forward_backward(draw, plan.micro_batches(step), plan)
         lm_loss, weight_norm = self.mesh.mean_over_dp(torch.stack(measured).mean(0)).tolist()
         grads = [logits.main_grad for logits in self.subject.mask_logits]  # type: ignore[attr-defined]
-        grad_norm = float(clip_gradients(grads, self.config.learn.optimizer.clip, self.mesh))
+        norm = gradient_norm(grads, self.mesh)
+        grad_norm = float(norm)
         term = draw.norm_coef * plan.accumulations * weight_norm
         self._refuse_nan(step, lm_loss, grad_norm)
         rate = set_learning_rate(self.scheduler, step)
-        self.optimizer.step()
+        self.optimizer.step(step, rate, clip_factor(norm, self.config.learn.optimizer.clip))
         return StepResult(lm_loss, weight_norm, term, lm_loss - term, grad_norm, rate, draw.kappa, draw.tau)
 
     def _draw(self, step: int, accumulations: int) -> Draw:
@@ -93,8 +96,10 @@ class Learner:
     def _forward_backward(self, draw: Draw, micro_batches: Iterator[MicroBatch], plan: BatchPlan) -> list[torch.Tensor]:
         """(LM loss, weight norm) of every micro-batch of this replica; gradients end in ``main_grad``."""
         try:
+            if self.draws_once:
+                self._draw_for_step(draw, plan.accumulations)
             return get_forward_backward_func()(
-                forward_step_func=partial(self._forward, draw),
+                forward_step_func=partial(self._forward, draw, plan.replica),
                 data_iterator=micro_batches,
                 model=[self.ddp],
                 num_microbatches=plan.accumulations,
@@ -104,12 +109,27 @@ class Learner:
             )
         finally:
             self.subject.switch.draw = None
+            for masked in self.subject.linears.values():
+                masked.drop_draw()
 
-    def _forward(self, draw: Draw, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+    def _draw_for_step(self, draw: Draw, accumulations: int) -> None:
+        once = replace(draw, norm_coef=draw.norm_coef * accumulations, watch=True)
+        in_fp32 = accumulations > 1 and self.config.learn.state.grads == "fp32"
+        for masked in self.subject.linears.values():
+            masked.begin_step(once, in_fp32)
+
+    def _finalize(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
+        """All micro-batches are done: turn summed weight gradients into logit gradients, then reduce over replicas."""
+        if self.draws_once:
+            for masked in self.subject.linears.values():
+                masked.end_step()
+        finalize_model_grads(models, *args, **kwargs)
+
+    def _forward(self, draw: Draw, first: int, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         number, tokens, labels = next(micro_batches)
         switch, device = self.subject.switch, self.mesh.device
-        key = NoiseKey(draw.key.seed, draw.key.step, number)
-        switch.draw = Draw(key, draw.kappa, draw.tau, draw.hard, draw.norm_coef)
+        if not self.draws_once:
+            switch.draw = replace(draw, key=replace(draw.key, micro_batch=number), watch=number == first)
         losses = token_losses(model, tokens.to(device), labels.to(device))
         norm = self.mesh.sum_over_tp(torch.stack([one.to(device) for one in switch.norms.values()]).sum())
 

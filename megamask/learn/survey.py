@@ -1,7 +1,8 @@
-"""How the mask distribution moves: winner masks, their confidence, flips. Reads logits only; draws no noise."""
+"""How the mask distribution moves: winner masks, their confidence, flips. Draws no noise."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,44 +13,52 @@ from megamask.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Movement:
-    """Shares of all groups of the model.
+    """Shares of all groups of the model, of the logits that a step started from.
 
     Attributes:
         max_prob: mean over groups of the largest probability softmax(kappa pi).
-        flip_rate: share of groups whose winner changed since the last survey.
-        prior_difference: share of groups whose winner is not that of the initial logits.
+        flip_rate: share of groups whose winner changed in the step before; None right after a resume and without ``learn.state.movement``.
+        prior_difference: share of groups whose winner is not that of the initial logits; None without ``learn.state.movement``.
     """
 
     max_prob: float
-    flip_rate: float
-    prior_difference: float
+    flip_rate: float | None = None
+    prior_difference: float | None = None
 
 
 class Survey:
-    """Keeps the winners of the start and of the last look, (O, G) uint8 a linear."""
+    """Reads what the first draw of a step saw in passing, and compares its winners with those of the step before and of the start.
 
-    def __init__(self, subject: Subject, mesh: Mesh) -> None:
+    Args:
+        subject: the model; its logits are still the initial ones.
+        mesh: the processes.
+        movement: keep winners, 2 x (O, G) uint8 a linear, to count flips.
+    """
+
+    def __init__(self, subject: Subject, mesh: Mesh, movement: bool = True) -> None:
         self.subject, self.mesh = subject, mesh
-        self.initial = {name: winner for name, (winner, _) in self._look(1.0).items()}
+        self.initial = {linear.parameter_id: linear.survey(1.0)[0] for linear in subject.linears.values()} if movement else {}
         self.latest = self.initial
+        self._groups = self._sum([torch.tensor(float(linear.mask_logits[:, 0].numel())) for linear in subject.linears.values()])  # type: ignore[index]
 
-    def catch_up(self) -> None:
-        """Take the winners of now as those of the last look: after a resume, flips count from the snapshot."""
-        self.latest = {name: winner for name, (winner, _) in self._look(1.0).items()}
+    def forget_latest(self) -> None:
+        """The next call cannot know what flipped: the winners of the step before were not kept over a resume."""
+        self.latest = {}
 
-    def __call__(self, kappa: float) -> Movement:
-        """Compare with the last call and with the start."""
-        now = self._look(kappa)
-        counts = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
-        for name, (winner, largest) in now.items():
-            flips, moved = (winner != self.latest[name]).sum(), (winner != self.initial[name]).sum()
-            counts += torch.stack([largest.double(), flips.double(), moved.double(), torch.tensor(float(winner.numel())).double()]).to(
-                counts
-            )
-        self.latest = {name: winner for name, (winner, _) in now.items()}
-        largest, flips, moved, groups = self.mesh.sum_over_tp(counts).tolist()
-        return Movement(largest / groups, flips / groups, moved / groups)
+    def __call__(self) -> Movement:
+        """What the last step saw."""
+        watched = self.subject.switch.watched
+        largest = self._sum(total for _, total in watched.values())
+        flips, moved = self._differing(self.latest), self._differing(self.initial)
+        if self.initial:
+            self.latest = {key: winner for key, (winner, _) in watched.items()}
+        return Movement(largest / self._groups, flips, moved)
 
-    def _look(self, kappa: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        linears = self.subject.linears.items()
-        return {name: linear.backend.survey(linear.mask_logits, kappa) for name, linear in linears}
+    def _differing(self, winners: dict[int, torch.Tensor]) -> float | None:
+        """Share of groups whose winner is another now; None when ``winners`` were not kept."""
+        watched = self.subject.switch.watched
+        return self._sum((watched[key][0] != old).sum() for key, old in winners.items()) / self._groups if winners else None
+
+    def _sum(self, terms: Iterable[torch.Tensor]) -> float:
+        total = torch.stack([term.to(self.mesh.device, torch.float64) for term in terms]).sum()
+        return float(self.mesh.sum_over_tp(total))

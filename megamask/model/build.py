@@ -12,9 +12,9 @@ from megamask.model.rope import inverse_frequencies
 from megamask.model.spec import block_spec
 from megamask.parallel.linear import MaskedLinear, MaskSwitch
 from megamask.parallel.mesh import Mesh
+from megamask.sparsity.backends import choose_backend
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import parameter_ids
-from megamask.sparsity.sample import choose_backend
 from megamask.weights.architecture import Architecture
 from megamask.weights.table import Rule, check_tp, prunable, rules
 
@@ -105,8 +105,8 @@ def prunable_linears(model: torch.nn.Module, config: Config, arch: Architecture)
     return {name: linear for name, linear in masked_linears(model).items() if name in names}
 
 
-def attach_logits(linears: dict[str, MaskedLinear], pattern: Pattern, backend: str, device: torch.device) -> MaskSwitch:
-    """Give every linear zero mask logits and one common switch.
+def attach_logits(linears: dict[str, MaskedLinear], pattern: Pattern, backend: str, device: torch.device, dtype: str = "fp32") -> MaskSwitch:
+    """Give every linear zero mask logits, ``fp32`` or ``bf16``, and one common switch.
 
     Raises:
         ConfigError: M does not divide a local row; the pattern has too many candidates; the backend cannot run here.
@@ -114,5 +114,5 @@ def attach_logits(linears: dict[str, MaskedLinear], pattern: Pattern, backend: s
     switch, chosen, ids = MaskSwitch(), choose_backend(backend, device), parameter_ids(linears)
     sites = {name: linear.make_site(pattern, name) for name, linear in linears.items()}
     for name, linear in linears.items():
-        linear.attach_logits(sites[name], ids[name], switch, chosen)
+        linear.attach_logits(sites[name], ids[name], switch, chosen, DTYPES[dtype])
     return switch

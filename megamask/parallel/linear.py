@@ -9,7 +9,6 @@ Shapes: O local out_features, I local in_features, G local groups per row, C can
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megamask.sparsity.draw import Draw, Placement, Site
+from megamask.sparsity.backends import backend_by_name
+from megamask.sparsity.draw import Draw, Placement, Sampled, Site
+from megamask.sparsity.operator import sample_mask
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.sample import SampleMask
 
 
 @dataclass
@@ -27,12 +27,47 @@ class MaskSwitch:
     """What the masked linears of one model do now. One object per model, set by the step, read by the linears.
 
     Attributes:
-        draw: the draw of the running micro-batch; None outside learning.
+        draw: the draw of the running micro-batch; None outside learning, and when one draw serves a whole step.
+        regenerate: do not keep masked weights for the backward pass; draw them again there.
         norms: sum |W * M|^2 of the latest draw, by parameter id (local shards).
+        watched: (winners, sum of the largest probabilities) of the latest draw that watched, likewise.
     """
 
     draw: Draw | None = None
+    regenerate: bool = False
     norms: dict[int, torch.Tensor] = field(default_factory=dict)
+    watched: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def note(self, parameter_id: int, sampled: Sampled, watched: bool) -> None:
+        """Keep what a draw measured, not the masked weight."""
+        self.norms[parameter_id] = sampled.sums[0]
+        if watched:
+            self.watched[parameter_id] = (sampled.winner, sampled.sums[1])
+
+
+@dataclass
+class StepDraw:
+    """One draw that serves all micro-batches of a step: dlogits is linear in dW, so dW is summed and the mask backward runs once.
+
+    Attributes:
+        draw: the draw.
+        masked: W * M, (O, I), a leaf.
+        weight_grad: (O, I) fp32 sum of dW over the micro-batches; None leaves the sum to ``masked.grad`` in the weight's dtype.
+    """
+
+    draw: Draw
+    masked: torch.Tensor
+    weight_grad: torch.Tensor | None
+    is_empty: bool = True
+
+    def add(self, masked: torch.Tensor) -> None:
+        """Move ``masked.grad`` into the sum (a hook that runs when the gradient of a micro-batch is there)."""
+        assert self.weight_grad is not None and masked.grad is not None
+        if self.is_empty:
+            self.weight_grad.copy_(masked.grad)
+        else:
+            self.weight_grad.add_(masked.grad)
+        self.is_empty, masked.grad = False, None
 
 
 class MaskedLinear:
@@ -43,11 +78,13 @@ class MaskedLinear:
     shard_axis: int  # of the weight: 0 column parallel, 1 row parallel
     stride: int = 1  # stacked parts, each split over the ranks (2 for [gate; up])
     switch: MaskSwitch | None = None
-    backend: ModuleType
+    backend: str
     site: Site
     parameter_id: int
     mask_logits: torch.nn.Parameter | None
     folded_weight: torch.Tensor | None
+    step_draw: StepDraw | None = None
+    weight_grad: torch.Tensor | None = None
 
     def make_site(self, pattern: Pattern, name: str) -> Site:
         """The place of this shard in the whole layer.
@@ -60,10 +97,10 @@ class MaskedLinear:
         placement = Placement.shard(self.weight.shape[0], groups, axis=self.shard_axis, rank=rank, size=size, stride=self.stride)
         return Site(pattern, placement)
 
-    def attach_logits(self, site: Site, parameter_id: int, switch: MaskSwitch, backend: ModuleType) -> None:
-        """Add zero mask logits (O, C, G) fp32, sharded as the weight is."""
+    def attach_logits(self, site: Site, parameter_id: int, switch: MaskSwitch, backend: str, dtype: torch.dtype = torch.float32) -> None:
+        """Add zero mask logits (O, C, G) in ``dtype``, sharded as the weight is."""
         shape = (self.weight.shape[0], site.pattern.num_candidates, self.weight.shape[1] // site.pattern.m)
-        logits = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self.weight.device))
+        logits = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device))
         set_tensor_model_parallel_attributes(logits, True, self.logits_axis, self.stride)
         logits.allreduce = True  # type: ignore[attr-defined]  # Megatron DDP: not an expert parameter
         self.site, self.parameter_id, self.switch, self.backend = site, parameter_id, switch, backend
@@ -76,14 +113,51 @@ class MaskedLinear:
 
     def masked_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight the matrix multiply sees: sampled while a draw is set, else folded, else dense."""
-        draw = self.switch.draw if self.switch else None
+        if self.step_draw is not None:
+            return self.step_draw.masked
+        draw = self._own_draw()
         if draw is not None and self.mask_logits is not None:
-            assert self.switch is not None
-            own = replace(draw, key=draw.key.of(self.parameter_id))
-            masked, norm = SampleMask.apply(self.mask_logits, weight, self.site, own, self.backend)
-            self.switch.norms[self.parameter_id] = norm
-            return masked
+            into = getattr(self.mask_logits, "main_grad", None) if torch.is_grad_enabled() else None
+            sampled = sample_mask(self.mask_logits, weight, self.site, draw, self.backend, into)
+            self.switch.note(self.parameter_id, sampled, draw.watch)  # type: ignore[union-attr]
+            return sampled.masked
         return weight if self.folded_weight is None else self.folded_weight
+
+    def _own_draw(self) -> Draw | None:
+        draw = self.switch.draw if self.switch else None
+        return None if draw is None else replace(draw, key=draw.key.of(self.parameter_id))
+
+    @torch.no_grad()
+    def begin_step(self, draw: Draw, sums_in_fp32: bool) -> None:
+        """Draw one mask for all micro-batches of a step.
+
+        Args:
+            draw: the draw; its ``norm_coef`` counts once for the step.
+            sums_in_fp32: sum dW over micro-batches in an fp32 buffer (kept for the next step), else in the weight's dtype.
+        """
+        assert self.mask_logits is not None and self.switch is not None
+        own = replace(draw, key=draw.key.of(self.parameter_id))
+        sampled = backend_by_name(self.backend).forward(self.mask_logits.detach(), self.weight.detach(), self.site, own)
+        self.switch.note(self.parameter_id, sampled, draw.watch)
+        if sums_in_fp32 and self.weight_grad is None:
+            self.weight_grad = torch.empty_like(self.weight, dtype=torch.float32, requires_grad=False)
+        self.step_draw = StepDraw(own, sampled.masked.requires_grad_(), self.weight_grad if sums_in_fp32 else None)
+        if sums_in_fp32:
+            self.step_draw.masked.register_post_accumulate_grad_hook(self.step_draw.add)
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Turn the summed dW into the gradient of the logits, added to ``main_grad``."""
+        step_draw, logits = self.step_draw, self.mask_logits
+        assert step_draw is not None and logits is not None
+        grad = step_draw.masked.grad if step_draw.weight_grad is None else step_draw.weight_grad
+        if grad is not None:
+            main_grad = logits.main_grad  # type: ignore[attr-defined]
+            backend_by_name(self.backend).backward(grad, logits.detach(), self.weight.detach(), self.site, step_draw.draw, main_grad)
+
+    def drop_draw(self) -> None:
+        """Forget the step's draw."""
+        self.step_draw = None
 
     def fold(self, mask_OI: torch.Tensor | None) -> None:
         """Use W with exact zeros where ``mask_OI`` is False from now on; None goes back to the plain weight."""
@@ -92,11 +166,39 @@ class MaskedLinear:
     def winner_mask(self) -> torch.Tensor:
         """The mask of the largest logit of every group, (O, I) bool; draws no noise."""
         assert self.mask_logits is not None
-        winner, _ = self.backend.survey(self.mask_logits, 1.0)
+        winner, _ = self.survey(1.0)
         return self.site.pattern.mask_of(winner)
 
+    def survey(self, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(winner candidate of every group, (O, G) uint8; sum over groups of the largest probability, 0-d); draws no noise."""
+        assert self.mask_logits is not None
+        winner, largest = backend_by_name(self.backend).survey(self.mask_logits.detach(), kappa)
+        return winner, largest
+
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super()._forward_impl(input, self.masked_weight(weight), *args, **kwargs)  # type: ignore[misc]
+        masked = self.masked_weight(weight)
+        draw = self._own_draw()
+        if draw is None or not draw_again(self.switch, masked, weight):
+            return super()._forward_impl(input, masked, *args, **kwargs)  # type: ignore[misc]
+        with torch.autograd.graph.saved_tensors_hooks(*self._regeneration(masked, draw)):
+            return super()._forward_impl(input, masked, *args, **kwargs)  # type: ignore[misc]
+
+    def _regeneration(self, masked: torch.Tensor, draw: Draw) -> tuple[Any, Any]:
+        """Hooks under which autograd keeps the draw instead of the masked weight."""
+        address, again = masked.data_ptr(), replace(draw, watch=False)
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | None:
+            return None if tensor.data_ptr() == address else tensor
+
+        @torch.no_grad()
+        def unpack(kept: torch.Tensor | None) -> torch.Tensor:
+            if kept is not None:
+                return kept
+            assert self.mask_logits is not None
+            redrawn: Sampled = backend_by_name(self.backend).forward(self.mask_logits.detach(), self.weight.detach(), self.site, again)
+            return redrawn.masked
+
+        return pack, unpack
 
     def _sharded(self, prefix: str, offsets: tuple[Any, ...], metadata: dict[str, Any], axes: dict[str, int]) -> dict[str, Any]:
         """Sharded tensors of weight, bias and logits. MLP splits the weight of [gate; up]; the logits are split here."""
@@ -108,6 +210,11 @@ class MaskedLinear:
         if self.stride == 2 and key in sharded:
             sharded[key] = apply_swiglu_sharded_factory(sharded[key], offsets)
         return sharded
+
+
+def draw_again(switch: MaskSwitch | None, masked: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the backward pass draws ``masked`` again: it was sampled, and the model is told not to keep it."""
+    return switch is not None and switch.regenerate and masked is not weight and torch.is_grad_enabled()
 
 
 def _prepare(linear: Any, shard_axis: int, stride: int) -> None:

@@ -10,7 +10,7 @@ from functools import reduce
 
 import torch
 
-from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.draw import Draw, Sampled, Site
 from megamask.sparsity.philox import uniform, words
 
 
@@ -49,29 +49,47 @@ def _one_hot(y_OCG: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(y_OCG).scatter_(1, y_OCG.argmax(1, keepdim=True), 1)
 
 
-def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W * M in the weight's dtype, sum |W * M|^2 as a 0-d tensor)."""
-    masked = weight.to(mask_logits.dtype) * sampled_mask(mask_logits, site, draw)
-    return masked.to(weight.dtype), masked.square().sum(dtype=torch.float64)
+def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> Sampled:
+    """Sample a mask and apply it to the weight."""
+    wide = computing_dtype(mask_logits)
+    masked = weight.to(wide) * sampled_mask(mask_logits.to(wide), site, draw)
+    norm, nothing = masked.square().sum(dtype=torch.float64), torch.zeros((), dtype=torch.float64, device=masked.device)
+    winner, largest = survey(mask_logits, draw.kappa) if draw.watch else (nothing.new_empty(0, dtype=torch.uint8), nothing)
+    return Sampled(masked.to(weight.dtype), torch.stack([norm, largest]), winner)
 
 
-def backward(grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
+def backward(
+    grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw, into: torch.Tensor | None = None
+) -> torch.Tensor:
     """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; the noise is drawn again.
 
     With y the soft index and S the candidate table: dM = dW * W - 2 norm_coef W^2 * M, dy = dM S^T and
-    dpi = kappa / tau * y * (dy - sum_c y dy).
+    dpi = kappa / tau * y * (dy - sum_c y dy). Added to ``into`` (fp32 or bf16) when that is given, which is then returned.
     """
-    y = soft_index(mask_logits, site, draw)
+    wide = computing_dtype(mask_logits)
+    y = soft_index(mask_logits.to(wide), site, draw)
     mask = mask_of_index(_one_hot(y) if draw.hard else y, site)
-    weight, grad = weight.to(mask_logits.dtype), grad.to(mask_logits.dtype)
+    weight, grad = weight.to(wide), grad.to(wide)
     dmask = grad * weight - 2 * draw.norm_coef * weight.square() * mask
     table_CM = site.pattern.candidates(y.dtype, y.device)
     dy = torch.einsum("ogm,cm->ocg", dmask.unflatten(1, (-1, site.pattern.m)), table_CM)
-    return draw.kappa / draw.tau * y * (dy - _sum_over_candidates(y * dy))
+    dlogits = draw.kappa / draw.tau * y * (dy - _sum_over_candidates(y * dy))
+    return dlogits.to(mask_logits.dtype) if into is None else into.copy_(into.to(wide) + dlogits)
+
+
+def computing_dtype(mask_logits: torch.Tensor) -> torch.dtype:
+    """fp32, or wider if the logits are."""
+    return torch.promote_types(mask_logits.dtype, torch.float32)
 
 
 def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d). Draws no noise."""
+    mask_logits = mask_logits.to(computing_dtype(mask_logits))
     top, winner = mask_logits.max(dim=1)
     largest = 1 / ((mask_logits - top.unsqueeze(1)) * kappa).exp().sum(1)
     return winner.to(torch.uint8), largest.sum(dtype=torch.float64)
+
+
+def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Any floating dtypes."""
+    return mask_logits.is_floating_point() and weight.is_floating_point()

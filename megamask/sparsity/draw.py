@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,7 @@ class Draw:
         hard: one-hot masks, with the gradient of the soft ones (straight-through).
         norm_coef: the gradient of ``- norm_coef * sum |W * M|^2`` is added in the backward pass. It is already divided
             by the number of micro-batches, as the LM loss is.
+        watch: also look at the logits without noise: winner of every group, largest probabilities.
     """
 
     key: NoiseKey
@@ -28,6 +30,21 @@ class Draw:
     tau: float
     hard: bool = False
     norm_coef: float = 0.0
+    watch: bool = False
+
+
+class Sampled(NamedTuple):
+    """What one sampling of one layer gives.
+
+    Attributes:
+        masked: W * M, (O, I) in the weight's dtype.
+        sums: (2,) fp64: sum |W * M|^2, and the sum over groups of the largest probability softmax(kappa pi) (0 unless watched).
+        winner: candidate of the largest logit of every group, (O, G) uint8; (0,) unless watched.
+    """
+
+    masked: torch.Tensor
+    sums: torch.Tensor
+    winner: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -11,55 +11,60 @@ import numpy as np
 import torch
 
 from megamask.sparsity import kernels_numba
-from megamask.sparsity.draw import Draw, RowBlock, Site
+from megamask.sparsity.draw import Draw, RowBlock, Sampled, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
 
 
-def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W * M in the weight's dtype, sum |W * M|^2 as a 0-d tensor)."""
+def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> Sampled:
+    """Sample a mask and apply it to the weight."""
     masked = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    norm_O = np.empty(weight.shape[0])
-    logits, bits, out = mask_logits.detach().numpy(), _bits(weight), _bits(masked)
+    rows, _, groups = mask_logits.shape
+    winner = torch.empty((rows, groups) if draw.watch else (rows, 0), dtype=torch.uint8)
+    sums, looked = np.empty((rows, 2)), winner.numpy()
+    logits, bits, out = raw_bits(mask_logits), raw_bits(weight), raw_bits(masked)
 
-    def work(rows: slice, global_row: int) -> None:
-        kernels_numba.forward(out[rows], norm_O[rows], logits[rows], bits[rows], *_arguments(site, draw, global_row))
+    def work(part: slice, global_row: int) -> None:
+        kernels_numba.forward(out[part], sums[part], looked[part], logits[part], bits[part], *_arguments(site, draw, global_row))
 
-    _on_all_threads(site.placement.blocks, work)
-    return masked, torch.tensor(norm_O.sum())
+    on_all_threads(site.placement.blocks, work)
+    return Sampled(masked, torch.from_numpy(sums.sum(0)), winner if draw.watch else winner.flatten())
 
 
-def backward(grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
-    """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M."""
-    dlogits = torch.empty_like(mask_logits)
-    logits, bits, dbits, out = mask_logits.detach().numpy(), _bits(weight), _bits(grad.to(weight.dtype)), dlogits.numpy()
+def backward(
+    grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; added to ``into`` when that is given."""
+    is_sum = into is not None
+    dlogits = torch.empty_like(mask_logits) if into is None else into
+    logits, bits, dbits, out = raw_bits(mask_logits), raw_bits(weight), raw_bits(grad), raw_bits(dlogits)
 
-    def work(rows: slice, global_row: int) -> None:
+    def work(part: slice, global_row: int) -> None:
         arguments = _arguments(site, draw, global_row)
-        kernels_numba.backward(out[rows], dbits[rows], logits[rows], bits[rows], *arguments, np.float32(draw.norm_coef))
+        kernels_numba.backward(out[part], is_sum, dbits[part], logits[part], bits[part], *arguments, np.float32(draw.norm_coef))
 
-    _on_all_threads(site.placement.blocks, work)
+    on_all_threads(site.placement.blocks, work)
     return dlogits
 
 
 def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d)."""
     rows, _, groups = mask_logits.shape
-    winner, largest_O, logits = np.empty((rows, groups), np.uint8), np.empty(rows), mask_logits.detach().numpy()
+    winner, largest_O, logits = np.empty((rows, groups), np.uint8), np.empty(rows), raw_bits(mask_logits)
 
     def work(part: slice, _global_row: int) -> None:
         kernels_numba.survey(winner[part], largest_O[part], logits[part], np.float32(kappa))
 
-    _on_all_threads([RowBlock(0, rows, 0)], work)
+    on_all_threads([RowBlock(0, rows, 0)], work)
     return torch.from_numpy(winner), torch.tensor(largest_O.sum())
 
 
 def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernels read these dtypes."""
-    return mask_logits.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float32)
+    return all(tensor.dtype in (torch.bfloat16, torch.float32) for tensor in (mask_logits, weight))
 
 
-def _on_all_threads(blocks: Iterable[RowBlock], work: Callable[[slice, int], None]) -> None:
+def on_all_threads(blocks: Iterable[RowBlock], work: Callable[[slice, int], None]) -> None:
     """Call ``work(local rows, global id of the first)`` on slices of the blocks, one a thread; rows are independent."""
     threads = torch.get_num_threads()
     calls = []
@@ -75,16 +80,18 @@ def _on_all_threads(blocks: Iterable[RowBlock], work: Callable[[slice, int], Non
         list(_pool(threads).map(lambda call: work(*call), calls))
 
 
+def raw_bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The tensor's memory as uint16 (bf16) or uint32 (fp32); a copy only if it is not contiguous."""
+    integer = torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32
+    return np.asarray(tensor.detach().contiguous().view(integer).numpy())
+
+
 @functools.lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="megamask-sampling")
 
 
-def _bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    integer = torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32
-    return np.asarray(tensor.detach().contiguous().view(integer).numpy())
-
-
+@functools.lru_cache
 def _kept(pattern: Pattern) -> np.ndarray[Any, Any]:
     return np.array(pattern.kept_positions, dtype=np.int64)
 

@@ -1,12 +1,13 @@
 """Fused sampling of the relaxed categorical on CPUs: one pass over logits and weights, noise made in registers.
 
-Every float operation is a plain IEEE multiply, add or divide in a fixed order (no fast-math, no library log or exp), so a
-group's mask does not depend on where the group lies: ranks, threads and vector lanes all give the same bits.
 Needs numba only, no C compiler. A kernel runs on one thread without the GIL; fused_cpu.py gives each thread a slice of the rows. (Of
-numba's own thread layers, OpenMP kills a process that forks, as checkpoint writers do, and the work queue scaled poorly.)
+numba's own thread layers, OpenMP kills a process that forks, as checkpoint writers do, and the work queue scaled poorly.) A row is worked
+on in tiles whose scratch stays in the first-level cache.
 
-Shapes: O rows, G groups per row, C candidates, M group size, I = G * M. Weights travel as raw bits: uint16 for bf16,
-uint32 for fp32.
+The score of a candidate is taken in base 2, (kappa log2(e) pi - log2(-log2 u)) / tau: the softmax over candidates is that of Eq. 6, because
+the constant by which the two Gumbels differ cancels.
+
+Shapes: O rows, G groups per row, C candidates, M group size, I = G * M. Storage travels as raw bits: uint16 for bf16, uint32 for fp32.
 """
 
 # numba's decorators carry no types
@@ -14,130 +15,44 @@ uint32 for fp32.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
 import numpy as np
-from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
+from megamask.sparsity.numba_math import U32, U64, F, bits_of, exp2, fill_words, float_of, fma, log2, log2_short, round_bf16, uniform
 
-def _wide_vectors() -> None:
-    """LLVM uses half of AVX-512's width unless told otherwise; these kernels are arithmetic enough to want all of it."""
-    features = get_host_cpu_features()
-    if features.get("avx512f") and not numba.config.CPU_FEATURES:
-        numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
-
-
-_wide_vectors()
-
-_F = np.float32
-_ONE, _HALF, _ZERO = _F(1), _F(0.5), _F(0)
-
-
-@intrinsic
-def _float_of(typing_context: Any, bits: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), build
-
-
-@intrinsic
-def _bits_of(typing_context: Any, value: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.uint32(types.float32), build
+TILE = 256  # groups
+_HIGH = U32(0xFFFF0000)
+_LOG2_E = F(1.4426950408889634)
 
 
 @njit(inline="always")
-def _log(x):  # type: ignore[no-untyped-def]
-    """Natural log of a positive normal fp32 (Cephes logf: 1 ulp-ish, relative near 1)."""
-    bits = _bits_of(_F(x))
-    exponent = _F(np.int32(bits >> np.uint32(23))) - _F(126)
-    m = _float_of(np.uint32((bits & np.uint32(0x7FFFFF)) | np.uint32(0x3F000000)))
-    small = m < _F(0.707106781186547524)
-    exponent = exponent - _ONE if small else exponent
-    x = m + m - _ONE if small else m - _ONE
-    z = x * x
-    y = _F(7.0376836292e-2)
-    y = y * x - _F(1.1514610310e-1)
-    y = y * x + _F(1.1676998740e-1)
-    y = y * x - _F(1.2420140846e-1)
-    y = y * x + _F(1.4249322787e-1)
-    y = y * x - _F(1.6668057665e-1)
-    y = y * x + _F(2.0000714765e-1)
-    y = y * x - _F(2.4999993993e-1)
-    y = y * x + _F(3.3333331174e-1)
-    y = y * x * z
-    y = y + exponent * _F(-2.12194440e-4)
-    y = y - _HALF * z
-    return x + y + exponent * _F(0.693359375)
+def load(line, i):  # type: ignore[no-untyped-def]
+    """Element ``i`` of a line of raw bits as fp32."""
+    return float_of(U32(line[i]) << U32(16)) if line.itemsize == 2 else float_of(U32(line[i]))
 
 
 @njit(inline="always")
-def _exp(x):  # type: ignore[no-untyped-def]
-    """exp of a non-positive fp32, 0 below -86, NaN of NaN (Cephes expf)."""
-    clipped = _F(-86) if x < _F(-86) else x
-    power = np.int32(clipped * _F(1.44269504088896341) - _HALF)
-    n = _F(power)
-    r = clipped - n * _F(0.693359375)
-    r = r - n * _F(-2.12194440e-4)
-    y = _F(1.9875691500e-4)
-    y = y * r + _F(1.3981999507e-3)
-    y = y * r + _F(8.3334519073e-3)
-    y = y * r + _F(4.1665795894e-2)
-    y = y * r + _F(1.6666665459e-1)
-    y = y * r + _F(5.0000001201e-1)
-    y = y * (r * r) + r + _ONE
-    scaled = y * _float_of(np.uint32(np.uint32(power + np.int32(127)) << np.uint32(23)))
-    return _ZERO if x < _F(-86) else scaled
+def store(line, i, value):  # type: ignore[no-untyped-def]
+    """Write ``value`` at ``i`` of a line of raw bits."""
+    line[i] = round_bf16(value) >> U32(16) if line.itemsize == 2 else bits_of(value)
 
 
 @njit(inline="always")
-def _mix(g, high, block, parameter, micro_batch, seed, step):  # type: ignore[no-untyped-def]
-    """Philox4x32-10; the layout of the counter is the one in philox.py."""
-    low32 = np.uint64(0xFFFFFFFF)
-    c0, c1 = g & low32, (high << np.uint64(8)) | block
-    c2, c3 = parameter, micro_batch
-    k0, k1 = seed, step
-    for _ in range(10):
-        p0 = c0 * np.uint64(0xD2511F53)
-        p1 = c2 * np.uint64(0xCD9E8D57)
-        c0 = (p1 >> np.uint64(32)) ^ c1 ^ k0
-        c1 = p1 & low32
-        c2 = (p0 >> np.uint64(32)) ^ c3 ^ k1
-        c3 = p0 & low32
-        k0 = (k0 + np.uint64(0x9E3779B9)) & low32
-        k1 = (k1 + np.uint64(0xBB67AE85)) & low32
-    return c0, c1, c2, c3
-
-
-@njit(inline="always")
-def _probabilities(y, top, logits, word, first, groups, candidates, kappa, inverse_tau, key):  # type: ignore[no-untyped-def]
-    """Fill ``y`` (C, G) with the relaxed sample of one row whose first group has global id ``first``."""
-    seed, step, micro_batch, parameter = key
-    for block in range((candidates + 3) // 4):
-        for g in range(groups):
-            group = first + np.uint64(g)
-            w0, w1, w2, w3 = _mix(group, group >> np.uint64(32), np.uint64(block), parameter, micro_batch, seed, step)
-            word[4 * block, g] = np.uint32(w0)
-            word[4 * block + 1, g] = np.uint32(w1)
-            word[4 * block + 2, g] = np.uint32(w2)
-            word[4 * block + 3, g] = np.uint32(w3)
+def _probabilities(y, top, word, logits, start, groups, first, key, kappa, inverse_tau):  # type: ignore[no-untyped-def]
+    """Fill ``y`` (C, G) with the relaxed sample of ``groups`` groups from ``start`` of a row, which have global ids from ``first``."""
+    candidates = logits.shape[0]
+    fill_words(word, first, groups, key)
+    scale = kappa * _LOG2_E
     for c in range(candidates):
+        line = logits[c, start : start + groups]
         for g in range(groups):
-            u = (_F(np.int32(word[c, g] >> np.uint32(9))) + _HALF) * _F(2.0**-23)
-            y[c, g] = (logits[c, g] * kappa - _log(-_log(u))) * inverse_tau
+            y[c, g] = fma(scale, load(line, g), -log2_short(-log2(uniform(word[c, g])))) * inverse_tau
     _softmax(y, top, groups, candidates)
 
 
 @njit(inline="always")
 def _softmax(y, top, groups, candidates):  # type: ignore[no-untyped-def]
-    """Softmax over the first axis of (C, G), in place; ``top`` (G,) is scratch."""
+    """2^y over its sum along the first axis of (C, G), in place; ``top`` (G,) is scratch."""
     for g in range(groups):
         top[g] = y[0, g]
     for c in range(1, candidates):
@@ -145,25 +60,26 @@ def _softmax(y, top, groups, candidates):  # type: ignore[no-untyped-def]
             top[g] = max(top[g], y[c, g])
     for c in range(candidates):
         for g in range(groups):
-            y[c, g] = _exp(y[c, g] - top[g])
+            y[c, g] = exp2(y[c, g] - top[g])
     for g in range(groups):
         top[g] = y[0, g]
     for c in range(1, candidates):
         for g in range(groups):
             top[g] += y[c, g]
     for g in range(groups):
-        top[g] = _ONE / top[g]
+        top[g] = F(1) / top[g]
     for c in range(candidates):
         for g in range(groups):
             y[c, g] *= top[g]
 
 
 @njit(inline="always")
-def _mix_masks(mask, y, kept, groups, candidates, members, m, hard):  # type: ignore[no-untyped-def]
+def _mix_masks(mask, y, kept, groups, hard):  # type: ignore[no-untyped-def]
     """mask (M, G) = y (C, G) through the candidate table (MaskLLM, Eq. 7); hard takes the largest y alone."""
-    for j in range(m):
+    candidates, members = kept.shape
+    for j in range(mask.shape[0]):
         for g in range(groups):
-            mask[j, g] = _ZERO
+            mask[j, g] = F(0)
     if hard:
         for g in range(groups):
             winner = 0
@@ -171,7 +87,7 @@ def _mix_masks(mask, y, kept, groups, candidates, members, m, hard):  # type: ig
                 if y[c, g] > y[winner, g]:
                     winner = c
             for k in range(members):
-                mask[kept[winner, k], g] = _ONE
+                mask[kept[winner, k], g] = F(1)
     else:
         for c in range(candidates):
             for k in range(members):
@@ -181,102 +97,167 @@ def _mix_masks(mask, y, kept, groups, candidates, members, m, hard):  # type: ig
 
 
 @njit(inline="always")
-def _round_bf16(value):  # type: ignore[no-untyped-def]
-    bits = _bits_of(value)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+def _apply(out, square, weight, mask, groups):  # type: ignore[no-untyped-def]
+    """out = weight * mask for lines of ``groups`` groups; square (G,) = the sum of squares of each group."""
+    m = mask.shape[0]
+    if weight.itemsize == 2 and m == 4:
+        _apply_pairs(out.view(np.uint32), square, weight.view(np.uint32), mask, groups)
+        return
+    for g in range(groups):
+        total = F(0)
+        for j in range(m):
+            masked = load(weight, g * m + j) * mask[j, g]
+            store(out, g * m + j, masked)
+            total = fma(masked, masked, total)
+        square[g] = total
+
+
+@njit(inline="always")
+def _apply_pairs(out, square, weight, mask, groups):  # type: ignore[no-untyped-def]
+    """The same for four bf16 in two 32-bit words, which vectorises."""
+    for g in range(groups):
+        low, high = weight[2 * g], weight[2 * g + 1]
+        a, b = float_of(low << U32(16)) * mask[0, g], float_of(low & _HIGH) * mask[1, g]
+        c, d = float_of(high << U32(16)) * mask[2, g], float_of(high & _HIGH) * mask[3, g]
+        out[2 * g] = (round_bf16(b) & _HIGH) | (round_bf16(a) >> U32(16))
+        out[2 * g + 1] = (round_bf16(d) & _HIGH) | (round_bf16(c) >> U32(16))
+        square[g] = fma(d, d, fma(c, c, fma(b, b, a * a)))
+
+
+@njit(inline="always")
+def _gradient_at_mask(mask, grad, weight, groups, norm_coef):  # type: ignore[no-untyped-def]
+    """mask (M, G) becomes dM = dW * W - 2 norm_coef W^2 * M."""
+    m = mask.shape[0]
+    coef = F(2) * norm_coef
+    if weight.itemsize == 2 and grad.itemsize == 2 and m == 4:
+        pairs, dpairs = weight.view(np.uint32), grad.view(np.uint32)
+        for g in range(groups):
+            for half in range(2):
+                w, d = pairs[2 * g + half], dpairs[2 * g + half]
+                mask[2 * half, g] = _slope(float_of(d << U32(16)), float_of(w << U32(16)), mask[2 * half, g], coef)
+                mask[2 * half + 1, g] = _slope(float_of(d & _HIGH), float_of(w & _HIGH), mask[2 * half + 1, g], coef)
+        return
+    for g in range(groups):
+        for j in range(m):
+            mask[j, g] = _slope(load(grad, g * m + j), load(weight, g * m + j), mask[j, g], coef)
+
+
+@njit(inline="always")
+def _slope(d, w, mask, coef):  # type: ignore[no-untyped-def]
+    return w * fma(-coef * w, mask, d)
+
+
+@njit(inline="always")
+def _scores(score, mean, dmask, y, kept, groups):  # type: ignore[no-untyped-def]
+    """score (C, G) = dM through the candidate table, mean (G,) = sum_c y score."""
+    candidates, members = kept.shape
+    for g in range(groups):
+        mean[g] = F(0)
+    for c in range(candidates):
+        for g in range(groups):
+            score[c, g] = dmask[kept[c, 0], g]
+        for k in range(1, members):
+            j = kept[c, k]
+            for g in range(groups):
+                score[c, g] += dmask[j, g]
+        for g in range(groups):
+            mean[g] += y[c, g] * score[c, g]
+
+
+@njit(inline="always")
+def _winners(winner, top, total, logits, start, groups, kappa):  # type: ignore[no-untyped-def]
+    """winner (G,) uint8 = argmax over candidates; total (G,) = the largest probability. Draws no noise; ``top`` is scratch."""
+    candidates = logits.shape[0]
+    line = logits[0, start : start + groups]
+    for g in range(groups):
+        top[g], winner[g], total[g] = load(line, g), 0, F(0)
+    for c in range(1, candidates):
+        line, number = logits[c, start : start + groups], np.uint8(c)
+        for g in range(groups):
+            value = load(line, g)
+            winner[g] = number if value > top[g] else winner[g]
+            top[g] = max(top[g], value)
+    scale = kappa * _LOG2_E
+    for c in range(candidates):
+        line = logits[c, start : start + groups]
+        for g in range(groups):
+            total[g] += exp2((load(line, g) - top[g]) * scale)
+    for g in range(groups):
+        total[g] = F(1) / total[g]
+
+
+@njit(inline="always")
+def _sum(line, groups):  # type: ignore[no-untyped-def]
+    """fp64 sum in eight interleaved parts, which vectorises."""
+    parts = np.zeros(8)
+    whole = groups // 8 * 8
+    for start in range(0, whole, 8):
+        for lane in range(8):
+            parts[lane] += line[start + lane]
+    total = parts.sum()
+    for g in range(whole, groups):
+        total += line[g]
+    return total
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception: the step refuses it by name
-def forward(out, norm, logits, weight, kept, m, place, key, kappa, inverse_tau, hard):  # type: ignore[no-untyped-def]
-    """out (O, I) = weight * sampled mask; norm (O,) fp64 = sum of its squares per row.
+def forward(out, sums, winner, logits, weight, kept, m, place, key, kappa, inverse_tau, hard):  # type: ignore[no-untyped-def]
+    """out (O, I) = weight * sampled mask; sums (O, 2) fp64 = its squares and the largest probabilities per row.
 
+    winner (O, G) uint8 is filled, and the second sum, unless winner is empty.
     place = (global id of the first row, global id of the first column group, groups in a whole row).
     """
     rows, candidates, groups = logits.shape
-    members = kept.shape[1]
-    wide = weight.itemsize == 4
+    tile = min(groups, TILE)
+    y, top, square = np.empty((candidates, tile), np.float32), np.empty(tile, np.float32), np.empty(tile, np.float32)
+    word, mask = np.empty((4 * ((candidates + 3) // 4), tile), np.uint32), np.empty((m, tile), np.float32)
     for o in range(rows):
-        y, top = np.empty((candidates, groups), np.float32), np.empty(groups, np.float32)
-        word = np.empty((4 * ((candidates + 3) // 4), groups), np.uint32)
-        mask = np.empty((m, groups), np.float32)
-        first = np.uint64(place[0] + o) * np.uint64(place[2]) + np.uint64(place[1])
-        _probabilities(y, top, logits[o], word, first, groups, candidates, kappa, inverse_tau, key)
-        _mix_masks(mask, y, kept, groups, candidates, members, m, hard)
-        total = 0.0
-        for g in range(groups):
-            for j in range(m):
-                if wide:
-                    masked = _float_of(np.uint32(weight[o, g * m + j])) * mask[j, g]
-                    out[o, g * m + j] = _bits_of(masked)
-                else:
-                    masked = _float_of(np.uint32(weight[o, g * m + j]) << np.uint32(16)) * mask[j, g]
-                    out[o, g * m + j] = _round_bf16(masked)
-                total += masked * masked
-        norm[o] = total
+        first = U64(place[0] + o) * U64(place[2]) + U64(place[1])
+        norm, largest = 0.0, 0.0
+        for start in range(0, groups, tile):
+            n = min(tile, groups - start)
+            _probabilities(y, top, word, logits[o], start, n, first + U64(start), key, kappa, inverse_tau)
+            _mix_masks(mask, y, kept, n, hard)
+            _apply(out[o, start * m : (start + n) * m], square, weight[o, start * m : (start + n) * m], mask, n)
+            norm += _sum(square, n)
+            if winner.size:
+                _winners(winner[o, start : start + n], top, square, logits[o], start, n, kappa)
+                largest += _sum(square, n)
+        sums[o, 0], sums[o, 1] = norm, largest
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception: the step refuses it by name
-def backward(dlogits, grad, logits, weight, kept, m, place, key, kappa, inverse_tau, hard, norm_coef):  # type: ignore[no-untyped-def]
-    """dlogits (O, C, G) of grad (O, I), the gradient at the masked weight, minus norm_coef * |W * M|^2; the noise is drawn again."""
+def backward(into, is_sum, grad, logits, weight, kept, m, place, key, kappa, inverse_tau, hard, norm_coef):  # type: ignore[no-untyped-def]
+    """into (O, C, G) = or += dlogits of grad (O, I), the gradient at W * M, minus norm_coef * |W * M|^2; the noise is drawn again."""
     rows, candidates, groups = logits.shape
-    members = kept.shape[1]
-    wide = weight.itemsize == 4
+    tile = min(groups, TILE)
+    y, top, mean = np.empty((candidates, tile), np.float32), np.empty(tile, np.float32), np.empty(tile, np.float32)
+    word, mask = np.empty((4 * ((candidates + 3) // 4), tile), np.uint32), np.empty((m, tile), np.float32)
+    score = np.empty((candidates, tile), np.float32)
+    slope = kappa * inverse_tau
     for o in range(rows):
-        y, top = np.empty((candidates, groups), np.float32), np.empty(groups, np.float32)
-        word = np.empty((4 * ((candidates + 3) // 4), groups), np.uint32)
-        mask = np.empty((m, groups), np.float32)
-        mean = np.empty(groups, np.float32)
-        first = np.uint64(place[0] + o) * np.uint64(place[2]) + np.uint64(place[1])
-        _probabilities(y, top, logits[o], word, first, groups, candidates, kappa, inverse_tau, key)
-        _mix_masks(mask, y, kept, groups, candidates, members, m, hard)
-        for g in range(groups):
-            for j in range(m):
-                if wide:
-                    w = _float_of(np.uint32(weight[o, g * m + j]))
-                    d = _float_of(np.uint32(grad[o, g * m + j]))
+        first = U64(place[0] + o) * U64(place[2]) + U64(place[1])
+        for start in range(0, groups, tile):
+            n = min(tile, groups - start)
+            _probabilities(y, top, word, logits[o], start, n, first + U64(start), key, kappa, inverse_tau)
+            _mix_masks(mask, y, kept, n, hard)
+            _gradient_at_mask(mask, grad[o, start * m : (start + n) * m], weight[o, start * m : (start + n) * m], n, norm_coef)
+            _scores(score, mean, mask, y, kept, n)
+            for c in range(candidates):
+                line = into[o, c, start : start + n]
+                if is_sum:
+                    for g in range(n):
+                        store(line, g, load(line, g) + slope * y[c, g] * (score[c, g] - mean[g]))
                 else:
-                    w = _float_of(np.uint32(weight[o, g * m + j]) << np.uint32(16))
-                    d = _float_of(np.uint32(grad[o, g * m + j]) << np.uint32(16))
-                mask[j, g] = d * w - _F(2) * norm_coef * w * w * mask[j, g]
-        for g in range(groups):
-            mean[g] = _ZERO
-        for c in range(candidates):
-            score = dlogits[o, c]
-            for g in range(groups):
-                score[g] = mask[kept[c, 0], g]
-            for k in range(1, members):
-                j = kept[c, k]
-                for g in range(groups):
-                    score[g] += mask[j, g]
-            for g in range(groups):
-                mean[g] += y[c, g] * score[g]
-        slope = kappa * inverse_tau
-        for c in range(candidates):
-            score = dlogits[o, c]
-            for g in range(groups):
-                score[g] = slope * y[c, g] * (score[g] - mean[g])
+                    for g in range(n):
+                        store(line, g, slope * y[c, g] * (score[c, g] - mean[g]))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception: the step refuses it by name
-def survey(winner, max_prob, logits, kappa):  # type: ignore[no-untyped-def]
-    """winner (O, G) uint8 = argmax over candidates; max_prob (O,) fp64 = row sums of the largest probability, no noise."""
-    rows, candidates, groups = logits.shape
+def survey(winner, largest, logits, kappa):  # type: ignore[no-untyped-def]
+    """winner (O, G) uint8 = argmax over candidates; largest (O,) fp64 = row sums of the largest probability, no noise."""
+    rows, _, groups = logits.shape
+    top, total = np.empty(groups, np.float32), np.empty(groups, np.float32)
     for o in range(rows):
-        top = np.empty(groups, np.float32)
-        total_exp = np.zeros(groups, np.float32)
-        best = np.zeros(groups, np.int32)
-        for g in range(groups):
-            top[g] = logits[o, 0, g]
-        for c in range(1, candidates):
-            for g in range(groups):
-                better = logits[o, c, g] > top[g]
-                best[g] = np.int32(c) if better else best[g]
-                top[g] = max(top[g], logits[o, c, g])
-        for c in range(candidates):
-            for g in range(groups):
-                total_exp[g] += _exp((logits[o, c, g] - top[g]) * kappa)
-        total = 0.0
-        for g in range(groups):
-            winner[o, g] = np.uint8(best[g])
-            total += _ONE / total_exp[g]
-        max_prob[o] = total
+        _winners(winner[o], top, total, logits[o], 0, groups, kappa)
+        largest[o] = _sum(total, groups)

@@ -17,10 +17,10 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megamask.config import Config
 from megamask.parallel.linear import MaskedColumnParallelLinear, MaskedRowParallelLinear, MaskSwitch
 from megamask.parallel.mesh import Mesh, start
+from megamask.sparsity.backends import choose_backend
 from megamask.sparsity.draw import Draw
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
-from megamask.sparsity.sample import choose_backend
 from tests.parallel.ranks import run_ranks
 from tests.unit.sparsity import reference
 

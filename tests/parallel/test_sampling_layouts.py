@@ -18,9 +18,9 @@ from megamask.learn.setup import Subject, build_subject
 from megamask.learn.step import Learner
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh, start
+from megamask.sparsity.backends import choose_backend
 from megamask.sparsity.draw import Draw, Placement
 from megamask.sparsity.philox import NoiseKey
-from megamask.sparsity.sample import choose_backend
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
 

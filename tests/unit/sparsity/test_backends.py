@@ -5,6 +5,7 @@ Shapes: O out_features, I in_features, G groups per row, C candidates.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 
 from megamask.errors import ConfigError
 from megamask.sparsity import categorical, fused_cpu
+from megamask.sparsity.backends import backend_by_name, choose_backend
 from megamask.sparsity.draw import Draw, Placement, Site
+from megamask.sparsity.operator import sample_mask
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
-from megamask.sparsity.sample import SampleMask, backend_name, choose_backend
 
 ROWS, GROUPS = 12, 37  # GROUPS is no multiple of a vector's lanes
 KEY = NoiseKey(seed=2**32 - 1, step=2**31, micro_batch=5, parameter=2**32 - 7)
@@ -54,8 +56,8 @@ def index_error(logits: torch.Tensor, draw: Draw) -> float:
 def test_the_fused_kernels_equal_the_plain_backend(n: int, m: int, draw: Draw, dtype: torch.dtype) -> None:
     site, logits, weight, grad = problem(n, m, dtype)
     error, candidates = index_error(logits, draw), site.pattern.num_candidates
-    expected, expected_norm = categorical.forward(logits, weight, site, draw)
-    masked, norm = fused_cpu.forward(logits, weight, site, draw)
+    expected, (expected_norm, _), _ = categorical.forward(logits, weight, site, draw)
+    masked, (norm, _), _ = fused_cpu.forward(logits, weight, site, draw)
     assert masked.dtype == dtype
     # A mask entry sums at most C index entries that err together (they sum to 1): twice the index error, times |W| < 5; a result
     # in bf16 (8 bits, so neighbours up to 2^-7 apart) may also round to the neighbour.
@@ -126,7 +128,7 @@ def test_extreme_logits_stay_finite() -> None:
     site, logits, weight, grad = problem(2, 4, torch.float32)
     draw = Draw(KEY, kappa=500.0, tau=0.05, norm_coef=0.1)
     for scale in (1.0, 100.0, 1e4):
-        masked, norm = fused_cpu.forward(scale * logits, weight, site, draw)
+        masked, (norm, _), _ = fused_cpu.forward(scale * logits, weight, site, draw)
         dlogits = fused_cpu.backward(grad, scale * logits, weight, site, draw)
         assert all(bool(torch.isfinite(one).all()) for one in (masked, norm, dlogits))
 
@@ -134,14 +136,25 @@ def test_extreme_logits_stay_finite() -> None:
 def test_gradients_that_are_not_contiguous() -> None:
     site, logits, weight, grad = problem(2, 4, torch.float32)
     leaf = logits.clone().requires_grad_()
-    masked, _ = SampleMask.apply(leaf, weight, site, DRAWS[0], fused_cpu)
+    masked = sample_mask(leaf, weight, site, DRAWS[0], "numba").masked
     masked.backward(grad.T.contiguous().T)
     assert torch.equal(leaf.grad, fused_cpu.backward(grad, logits, weight, site, DRAWS[0]))
 
 
 def test_choosing_a_backend() -> None:
     cpu = torch.device("cpu")
-    assert [backend_name(choose_backend(name, cpu)) for name in ("torch", "numba", "auto")] == ["torch", "numba", "numba"]
-    assert choose_backend("auto", torch.device("cuda")) is categorical
+    assert [choose_backend(name, cpu) for name in ("torch", "numba", "auto")] == ["torch", "numba", "numba"]
+    assert backend_by_name("torch") is categorical and backend_by_name("numba") is fused_cpu
     with pytest.raises(ConfigError, match="learn.sampling.backend"):
         choose_backend("numba", torch.device("cuda"))
+    with pytest.raises(ConfigError, match="learn.sampling.backend"):
+        choose_backend("triton", cpu)
+
+
+def test_without_its_package_auto_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "numba" else object())
+    with caplog.at_level(logging.WARNING):
+        assert choose_backend("auto", torch.device("cpu")) == "torch"
+    assert "numba is not installed" in caplog.text
+    with pytest.raises(ConfigError, match="pip install numba"):
+        choose_backend("numba", torch.device("cpu"))

@@ -12,9 +12,9 @@ import torch
 
 from megamask.sparsity import categorical
 from megamask.sparsity.draw import Draw, Placement, Site
+from megamask.sparsity.operator import sample_mask
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
-from megamask.sparsity.sample import SampleMask
 from tests.unit.sparsity import reference
 
 ROWS, GROUPS = 6, 5
@@ -56,7 +56,7 @@ def reference_gradient(
 def test_forward_and_backward_equal_the_reference(n: int, m: int, draw: Draw) -> None:
     site, logits, weight, grad = problem(n, m)
     expected, expected_dlogits = reference_gradient(site, logits, weight, grad, draw)
-    masked, norm = categorical.forward(logits, weight, site, draw)
+    masked, (norm, _), _ = categorical.forward(logits, weight, site, draw)
     dlogits = categorical.backward(grad, logits, weight, site, draw)
     torch.testing.assert_close(masked, expected, **FP64)
     torch.testing.assert_close(norm, expected.square().sum(), **FP64)
@@ -81,7 +81,7 @@ def test_gradient_by_finite_differences(n: int, m: int, coef: float) -> None:
     draw = Draw(KEY, kappa=50.0, tau=2.0, norm_coef=coef)
 
     def loss(at: torch.Tensor) -> torch.Tensor:
-        masked, norm = categorical.forward(at, weight, site, draw)
+        masked, (norm, _), _ = categorical.forward(at, weight, site, draw)
         return (grad * masked).sum() - coef * norm
 
     dlogits, step = categorical.backward(grad, logits, weight, site, draw), 1e-5
@@ -101,7 +101,7 @@ def test_autograd_sees_the_same_gradient_and_none_for_the_weight() -> None:
     draw = replace(DRAWS[1], key=KEY)
     logits.requires_grad_()
     weight.requires_grad_()
-    masked, norm = SampleMask.apply(logits, weight, site, draw, categorical)
+    masked, (norm, _), _ = sample_mask(logits, weight, site, draw, "torch")
     assert not norm.requires_grad
     (grad * masked).sum().backward()
     assert torch.equal(logits.grad, categorical.backward(grad, logits.detach(), weight.detach(), site, draw))
@@ -118,7 +118,7 @@ def test_weight_norm_gradient_is_that_of_minus_coef_times_the_norm() -> None:
     dlogits = categorical.backward(torch.zeros_like(grad), logits, weight, site, draw)
     torch.testing.assert_close(dlogits, -0.2 * slope, **FP64)
     # Descent must make kept weights larger: the opposite sign is far outside the tolerance.
-    stepped, _ = categorical.forward(logits - 1e-5 * dlogits, weight, site, draw)
+    stepped, *_ = categorical.forward(logits - 1e-5 * dlogits, weight, site, draw)
     assert float(stepped.square().sum()) > float(norm.detach())
 
 
@@ -147,7 +147,7 @@ def test_the_end_of_the_schedules_is_finite(dtype: torch.dtype) -> None:
     site, logits, weight, grad = (one.to(dtype) if isinstance(one, torch.Tensor) else one for one in problem(2, 4))
     draw = Draw(KEY, kappa=500.0, tau=0.05, norm_coef=0.1)
     for scale in (1.0, 100.0, 1e4):  # logits of std 0.01, 1, 100
-        masked, norm = categorical.forward(scale * logits, weight, site, draw)
+        masked, (norm, _), _ = categorical.forward(scale * logits, weight, site, draw)
         dlogits = categorical.backward(grad, scale * logits, weight, site, draw)
         assert all(bool(torch.isfinite(one).all()) for one in (masked, norm, dlogits))
 

@@ -29,7 +29,7 @@ def sample(backend: ModuleType, kappa: float = KAPPA, tau: float = TAU, hard: bo
     """Sampled masks, (N, 4)."""
     site, logits = Site(Pattern(2, 4), Placement.whole(1, N)), sign * LOGITS[None, :, None].repeat(1, 1, N)
     draw = Draw(NoiseKey(seed=99, step=1), kappa, tau, hard)
-    masked, _ = backend.forward(logits, torch.ones(1, 4 * N), site, draw)
+    masked, *_ = backend.forward(logits, torch.ones(1, 4 * N), site, draw)
     return masked.view(N, 4).double().numpy()
 
 

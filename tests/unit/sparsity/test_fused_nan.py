@@ -19,7 +19,7 @@ def test_a_bad_logit_spoils_its_group_and_no_other(backend: ModuleType, bad: flo
     site = Site(Pattern(2, 4), Placement.whole(8, 4))
     logits, weight = torch.zeros(8, 6, 4), torch.ones(8, 16)
     logits[3, 2, 1] = bad
-    masked, norm = backend.forward(logits, weight, site, Draw(NoiseKey(1, 2), kappa=100.0, tau=1.0))
+    masked, (norm, _), _ = backend.forward(logits, weight, site, Draw(NoiseKey(1, 2), kappa=100.0, tau=1.0))
     spoiled = torch.zeros(8, 16, dtype=torch.bool)
     spoiled[3, 4:8] = True
     assert torch.equal(masked.isnan(), spoiled)

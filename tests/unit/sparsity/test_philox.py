@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megamask.sparsity import kernels_numba
+from megamask.sparsity import numba_math
 from megamask.sparsity.philox import NoiseKey, parameter_ids, philox, uniform, words
 from tests.unit.sparsity.reference import group_words, philox4x32
 
@@ -25,7 +25,7 @@ KNOWN_ANSWERS = [  # counter, key, words
 
 @numba.njit  # type: ignore[misc, untyped-decorator]
 def _kernel_words(counter, key):  # type: ignore[no-untyped-def]
-    return kernels_numba._mix(counter[0], np.uint64(0), counter[1], counter[2], counter[3], key[0], key[1])
+    return numba_math.mix(counter[0], np.uint64(0), counter[1], counter[2], counter[3], key[0], key[1])
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)

@@ -1,0 +1,138 @@
+"""The sampling operator as PyTorch custom ops: (mask logits, frozen weight, draw) -> masked weight, differentiable in the logits.
+
+As ``torch.library`` ops with fake tensors and a backward, they work under ``torch.compile``, activation recompute and DDP. The backward
+keeps nothing but the inputs: the noise is drawn again from its key. Settings travel as plain numbers, all that an op's schema knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from megamask.sparsity.backends import backend_by_name
+from megamask.sparsity.draw import Draw, Placement, RowBlock, Sampled, Site
+from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.philox import NoiseKey
+
+
+def sample_mask(
+    mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw, backend: str, into: torch.Tensor | None = None
+) -> Sampled:
+    """Sample a mask and apply it to the weight.
+
+    Args:
+        mask_logits: (O, C, G) fp32 or bf16.
+        weight: (O, I), frozen.
+        site: pattern and place of the shard.
+        draw: the draw.
+        backend: name of a backend (``backends.choose_backend``).
+        into: where the backward adds the gradient of the logits, fp32 or bf16; None returns it to autograd.
+    """
+    masked, sums, winner = torch.ops.megamask.sample_mask(mask_logits, weight, into, *_numbers(site, draw), backend)
+    return Sampled(masked, sums.detach(), winner)
+
+
+@torch.library.custom_op("megamask::sample_mask", mutates_args=())
+def _sample(
+    mask_logits: torch.Tensor,
+    weight: torch.Tensor,
+    into: torch.Tensor | None,
+    site: Sequence[int],
+    key: Sequence[int],
+    scale: Sequence[float],
+    hard: bool,
+    watch: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(backend_by_name(backend).forward(mask_logits.detach(), weight.detach(), *_objects(site, key, scale, hard, watch)))
+
+
+@_sample.register_fake
+def _(mask_logits, weight, into, site, key, scale, hard, watch, backend):  # type: ignore[no-untyped-def]
+    rows, _, groups = mask_logits.shape
+    sums = weight.new_empty(2, dtype=torch.float64)
+    winner = weight.new_empty((rows, groups) if watch else (0,), dtype=torch.uint8)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format), sums, winner
+
+
+@torch.library.custom_op("megamask::sample_mask_backward", mutates_args=())
+def _gradient(
+    grad: torch.Tensor,
+    mask_logits: torch.Tensor,
+    weight: torch.Tensor,
+    site: Sequence[int],
+    key: Sequence[int],
+    scale: Sequence[float],
+    hard: bool,
+    backend: str,
+) -> torch.Tensor:
+    return backend_by_name(backend).backward(grad, mask_logits, weight, *_objects(site, key, scale, hard))
+
+
+@_gradient.register_fake
+def _(grad, mask_logits, weight, site, key, scale, hard, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(mask_logits)
+
+
+@torch.library.custom_op("megamask::sample_mask_backward_", mutates_args=("into",))
+def add_gradient(
+    into: torch.Tensor,
+    grad: torch.Tensor,
+    mask_logits: torch.Tensor,
+    weight: torch.Tensor,
+    site: Sequence[int],
+    key: Sequence[int],
+    scale: Sequence[float],
+    hard: bool,
+    backend: str,
+) -> None:
+    """Add the gradient at the logits to ``into``."""
+    backend_by_name(backend).backward(grad, mask_logits, weight, *_objects(site, key, scale, hard), into)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    mask_logits, weight, ctx.into, ctx.site, ctx.key, ctx.scale, ctx.hard, _, ctx.backend = inputs
+    ctx.save_for_backward(mask_logits, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    """Gradient at the logits alone: the weight is frozen, sums and winners are for looking at."""
+    dlogits = None
+    if grad is not None and ctx.needs_input_grad[0]:
+        arguments = (grad, *ctx.saved_tensors, ctx.site, ctx.key, ctx.scale, ctx.hard, ctx.backend)
+        if ctx.into is None:
+            dlogits = torch.ops.megamask.sample_mask_backward(*arguments)
+        else:
+            torch.ops.megamask.sample_mask_backward_(ctx.into, *arguments)
+    return dlogits, *[None] * 8
+
+
+_sample.register_autograd(_backward, setup_context=_keep_inputs)
+
+
+def _numbers(site: Site, draw: Draw) -> tuple[list[int], list[int], list[float], bool, bool]:
+    place = site.placement
+    blocks = [number for block in place.blocks for number in (block.start, block.rows, block.global_start)]
+    key = draw.key
+    return (
+        [site.pattern.n, site.pattern.m, place.first_group, place.groups_in_row, *blocks],
+        [key.seed, key.step, key.micro_batch, key.parameter],
+        [draw.kappa, draw.tau, draw.norm_coef],
+        draw.hard,
+        draw.watch,
+    )
+
+
+def _objects(site: Sequence[int], key: Sequence[int], scale: Sequence[float], hard: bool, watch: bool = False) -> tuple[Site, Draw]:
+    return _site(tuple(site)), Draw(NoiseKey(*key), scale[0], scale[1], hard, scale[2], watch)
+
+
+@lru_cache(maxsize=4096)
+def _site(numbers: tuple[int, ...]) -> Site:
+    n, m, first_group, groups_in_row, *blocks = numbers
+    triples = zip(blocks[::3], blocks[1::3], blocks[2::3], strict=True)
+    return Site(Pattern(n, m), Placement(tuple(RowBlock(*triple) for triple in triples), first_group, groups_in_row))
