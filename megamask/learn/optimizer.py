@@ -1,38 +1,68 @@
-"""AdamW on the mask logits behind Megatron's optimizer and scheduler, and the gradient norm over all shards."""
+"""From the settings to an optimizer of the mask logits, Megatron's schedule of its rate, and the gradient norm over all shards."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
-from megatron.core.optimizer.optimizer import FP32Optimizer
-from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megamask.config.tree import OptimizerSection
+from megamask.config import Config
+from megamask.config.tree import LearnSection, OptimizerSection
 from megamask.errors import ConfigError
+from megamask.learn import eight_bit
+from megamask.learn.adamw import AdamW
+from megamask.learn.lion import Lion, Lion8bit
+from megamask.learn.mask_optimizer import MaskOptimizer
+from megamask.parallel.linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 
-# What Megatron recognises the one parameter group by when it loads optimizer state.
-_GROUP_NAME = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+
+def check_optimizer(config: Config) -> None:
+    """Everything about optimizer and state that can be refused before the model is loaded.
+
+    Raises:
+        ConfigError: a combination that does not exist, a missing package or compiler, a schedule that cannot work.
+    """
+    learn = config.learn
+    check_schedule(learn.optimizer, learn.steps)
+    check_state(learn)
+    if learn.optimizer.kind == eight_bit.NAME:
+        is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        eight_bit.check_available("cuda" if is_cuda else "cpu")
 
 
-def build_optimizer(section: OptimizerSection, logits: Sequence[torch.nn.Parameter]) -> FP32Optimizer:
-    """PyTorch's fused AdamW in Megatron's FP32Optimizer, which knows how to shard its state. Clipping is done by the step."""
-    group = {"params": list(logits), **_GROUP_NAME}
-    adamw = torch.optim.AdamW([group], lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay, fused=True)
-    settings = OptimizerConfig(optimizer="adam", lr=section.lr, weight_decay=section.weight_decay, clip_grad=0.0, bf16=False)
-    return FP32Optimizer(adamw, settings, _make_state)
+def check_state(learn: LearnSection) -> None:
+    """Check that the optimizer can update such logits from such gradients.
+
+    Raises:
+        ConfigError: bf16 logits under plain AdamW, bf16 gradients of fp32 logits.
+    """
+    state, kind = learn.state, learn.optimizer.kind
+    if state.logits == "bf16" and kind == "adamw":
+        fix = "Use learn.optimizer.kind=lion, lion8bit or adamw8bit, or learn.state.logits=fp32."
+        raise ConfigError("learn.state.logits", "bf16", "fp32 with learn.optimizer.kind=adamw, which rounds to nearest and loses steps", fix)
+    if state.grads == "bf16" and state.logits == "fp32":
+        fix = "Use learn.state.logits=bf16 too, or learn.state.grads=fp32."
+        raise ConfigError("learn.state.grads", "bf16", "fp32 while learn.state.logits=fp32", fix)
 
 
-@torch.no_grad()
-def _make_state(optimizer: torch.optim.Optimizer, _settings: object = None) -> None:
-    """Zero moments, so that a snapshot has somewhere to be loaded."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.state[parameter]:
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+def build_optimizer(config: Config, linears: Sequence[MaskedLinear]) -> MaskOptimizer:
+    """The optimizer ``learn.optimizer.kind`` of the logits of ``linears``.
+
+    Raises:
+        ConfigError: as ``check_optimizer``.
+    """
+    check_optimizer(config)
+    section = config.learn.optimizer
+    if section.kind == "adamw":
+        return AdamW(section, linears, config.seed)
+    if section.kind == "adamw8bit":
+        return eight_bit.AdamW8bit(section, linears, config.seed)
+    on_cpu = all(linear.weight.device.type == "cpu" for linear in linears)
+    use_numba = on_cpu and config.learn.sampling.backend != "torch" and importlib.util.find_spec("numba") is not None
+    return (Lion if section.kind == "lion" else Lion8bit)(section, linears, config.seed, use_numba)
 
 
 def check_schedule(section: OptimizerSection, steps: int) -> None:
@@ -47,7 +77,7 @@ def check_schedule(section: OptimizerSection, steps: int) -> None:
         raise ConfigError("learn.optimizer.min_lr", section.min_lr, f"at most learn.optimizer.lr, here {section.lr}", "Lower it.")
 
 
-def build_scheduler(section: OptimizerSection, steps: int, optimizer: FP32Optimizer) -> OptimizerParamScheduler:
+def build_scheduler(section: OptimizerSection, steps: int, optimizer: MaskOptimizer) -> OptimizerParamScheduler:
     """Megatron's warm-up and decay of the learning rate; weight decay stays constant. Raises as ``check_schedule``."""
     check_schedule(section, steps)
     return OptimizerParamScheduler(
@@ -74,10 +104,12 @@ def set_learning_rate(scheduler: OptimizerParamScheduler, step: int) -> float:
 
 
 @torch.no_grad()
-def clip_gradients(grads: Sequence[torch.Tensor], largest: float, mesh: Mesh) -> torch.Tensor:
-    """Scale ``grads`` in place to a norm of at most ``largest`` (0: leave them) and return the norm over all shards, 0-d."""
-    squares = torch.stack(torch._foreach_norm(list(grads))).double().square().sum()
-    norm = mesh.sum_over_tp(squares).sqrt()
-    if largest > 0:
-        torch._foreach_mul_(list(grads), (largest / norm.clamp(min=largest)).float())
-    return norm
+def gradient_norm(grads: Sequence[torch.Tensor], mesh: Mesh) -> torch.Tensor:
+    """The norm over all shards, 0-d fp64."""
+    squares = torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32)).double().square().sum()
+    return mesh.sum_over_tp(squares).sqrt()
+
+
+def clip_factor(norm: torch.Tensor, largest: float) -> torch.Tensor:
+    """What the gradients are multiplied by so that their norm is at most ``largest`` (0: any), 0-d fp32."""
+    return (largest / norm.clamp(min=largest)).float() if largest > 0 else torch.ones_like(norm, dtype=torch.float32)

@@ -62,7 +62,7 @@ def build_subject(config: Config, mesh: Mesh) -> Subject:
     prior = load_prior(config, pattern, arch, fingerprint, linears)
     load_weights(model, weights)
     _refuse_sparse_weights(linears, pattern, arch, weights, mesh)
-    switch = attach_logits(linears, pattern, config.learn.sampling.backend, mesh.device)
+    switch = attach_logits(linears, pattern, config.learn.sampling.backend, mesh.device, config.learn.state.logits)
     for name, linear in linears.items():
         _initialise(linear, config, mesh, None if prior is None else local_mask(prior, linear_rules(arch)[name], mesh))
     return Subject(arch, pattern, fingerprint, model, linears, switch, prior.method if prior else None)
@@ -90,14 +90,16 @@ def load_prior(config: Config, pattern: Pattern, arch: Architecture, fingerprint
 
 @torch.no_grad()
 def _initialise(linear: MaskedLinear, config: Config, mesh: Mesh, prior_mask_OI: torch.Tensor | None) -> None:
-    """pi = noise + std(pi) * sim * alpha (MaskLLM, Eq. 10)."""
+    """pi = noise + std(pi) * sim * alpha (MaskLLM, Eq. 10); computed in fp32, then rounded to the dtype of the logits."""
     sampling, logits, std = config.learn.sampling, linear.mask_logits, config.learn.sampling.logit_std
     assert logits is not None
+    start = torch.zeros_like(logits, dtype=torch.float32)
     if sampling.initial_noise:
-        logits.copy_(initial_noise(linear.site, logits.shape[-1], std, config.seed, linear.parameter_id))
-        std = _layer_std(logits, mesh)
+        start.copy_(initial_noise(linear.site, logits.shape[-1], std, config.seed, linear.parameter_id))
+        std = _layer_std(start, mesh)
     if prior_mask_OI is not None:
-        logits.add_(prior_bonus(prior_mask_OI.to(logits.device), linear.site, config.learn.prior.strength, std))
+        start.add_(prior_bonus(prior_mask_OI.to(logits.device), linear.site, config.learn.prior.strength, std))
+    logits.copy_(start)
 
 
 def _layer_std(logits: torch.Tensor, mesh: Mesh) -> float:

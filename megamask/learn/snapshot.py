@@ -19,7 +19,7 @@ from megamask.parallel.mesh import Mesh
 _NAME = re.compile(r"step-(\d{8})$")
 # Settings that decide what is learned: a snapshot made under others is not continued.
 DECIDING = ("seed", "dtype", "pattern", "model", "data", "learn")
-FREE = {"learn": ("snapshot", "monitor", "resume", "micro_batch"), "data": ("domains",)}
+FREE = {"learn": ("snapshot", "monitor", "resume", "micro_batch", "footprint", "preset"), "data": ("domains",)}
 
 
 @dataclass
@@ -96,6 +96,8 @@ def deciding_settings(config: Config) -> dict[str, Any]:
     for section, free in FREE.items():
         kept[section] = {key: value for key, value in kept[section].items() if key not in free}
     kept["learn"]["sampling"].pop("backend")
+    for name in ("masked_weight", "movement"):  # the same bits either way
+        kept["learn"]["state"].pop(name)
     return kept
 
 
