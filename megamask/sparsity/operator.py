@@ -1,7 +1,8 @@
 """The sampling operator as PyTorch custom ops: (mask logits, frozen weight, draw) -> masked weight, differentiable in the logits.
 
 As ``torch.library`` ops with fake tensors and a backward, they work under ``torch.compile``, activation recompute and DDP. The backward
-keeps nothing but the inputs: the noise is drawn again from its key. Settings travel as plain numbers, all that an op's schema knows.
+keeps nothing but the inputs: the noise is drawn again from its key. Settings travel as integers and one small CPU tensor: plain floats
+would be baked into compiled graphs, and each step has others.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _sample(
     into: torch.Tensor | None,
     site: Sequence[int],
     key: Sequence[int],
-    scale: Sequence[float],
+    scale: torch.Tensor,
     hard: bool,
     watch: bool,
     backend: str,
@@ -65,7 +66,7 @@ def _gradient(
     weight: torch.Tensor,
     site: Sequence[int],
     key: Sequence[int],
-    scale: Sequence[float],
+    scale: torch.Tensor,
     hard: bool,
     backend: str,
 ) -> torch.Tensor:
@@ -85,7 +86,7 @@ def add_gradient(
     weight: torch.Tensor,
     site: Sequence[int],
     key: Sequence[int],
-    scale: Sequence[float],
+    scale: torch.Tensor,
     hard: bool,
     backend: str,
 ) -> None:
@@ -94,8 +95,8 @@ def add_gradient(
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    mask_logits, weight, ctx.into, ctx.site, ctx.key, ctx.scale, ctx.hard, _, ctx.backend = inputs
-    ctx.save_for_backward(mask_logits, weight)
+    mask_logits, weight, ctx.into, ctx.site, ctx.key, scale, ctx.hard, _, ctx.backend = inputs
+    ctx.save_for_backward(mask_logits, weight, scale)
     ctx.set_materialize_grads(False)
 
 
@@ -103,7 +104,8 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tenso
     """Gradient at the logits alone: the weight is frozen, sums and winners are for looking at."""
     dlogits = None
     if grad is not None and ctx.needs_input_grad[0]:
-        arguments = (grad, *ctx.saved_tensors, ctx.site, ctx.key, ctx.scale, ctx.hard, ctx.backend)
+        mask_logits, weight, scale = ctx.saved_tensors
+        arguments = (grad, mask_logits, weight, ctx.site, ctx.key, scale, ctx.hard, ctx.backend)
         if ctx.into is None:
             dlogits = torch.ops.megamask.sample_mask_backward(*arguments)
         else:
@@ -114,21 +116,22 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tenso
 _sample.register_autograd(_backward, setup_context=_keep_inputs)
 
 
-def _numbers(site: Site, draw: Draw) -> tuple[list[int], list[int], list[float], bool, bool]:
+def _numbers(site: Site, draw: Draw) -> tuple[list[int], list[int], torch.Tensor, bool, bool]:
     place = site.placement
     blocks = [number for block in place.blocks for number in (block.start, block.rows, block.global_start)]
     key = draw.key
     return (
         [site.pattern.n, site.pattern.m, place.first_group, place.groups_in_row, *blocks],
         [key.seed, key.step, key.micro_batch, key.parameter],
-        [draw.kappa, draw.tau, draw.norm_coef],
+        torch.tensor([draw.kappa, draw.tau, draw.norm_coef], dtype=torch.float64),
         draw.hard,
         draw.watch,
     )
 
 
-def _objects(site: Sequence[int], key: Sequence[int], scale: Sequence[float], hard: bool, watch: bool = False) -> tuple[Site, Draw]:
-    return _site(tuple(site)), Draw(NoiseKey(*key), scale[0], scale[1], hard, scale[2], watch)
+def _objects(site: Sequence[int], key: Sequence[int], scale: torch.Tensor, hard: bool, watch: bool = False) -> tuple[Site, Draw]:
+    kappa, tau, norm_coef = scale.tolist()
+    return _site(tuple(site)), Draw(NoiseKey(*key), kappa, tau, hard, norm_coef, watch)
 
 
 @lru_cache(maxsize=4096)
