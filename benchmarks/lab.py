@@ -22,18 +22,10 @@ from megamask.model.checkpoint import fill_from_hf
 from megamask.model.loss import LanguageModel
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.pattern import Pattern
-from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import open_checked
+from megamask.weights.shapes import SHAPES, read_shape
 
-_7B = Architecture("llama", num_layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, max_positions=4096,
-                   tied=False, norm_eps=1e-5, rope_theta=1e4)  # fmt: skip
-MODELS = {
-    "toy": replace(_7B, num_layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, head_dim=8, vocab=512),
-    "smollm2-135m": replace(_7B, num_layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, tied=True,
-                            rope_theta=1e5),
-    "llama2-7b": _7B,
-    "llama3-8b": replace(_7B, ffn=14336, kv_heads=8, vocab=128256, rope_theta=5e5),
-}  # fmt: skip
 LOGIT_STD = 0.01  # the paper's initial logits
 
 
@@ -55,7 +47,7 @@ class Lab:
 
 def add_model_options(options: argparse.ArgumentParser) -> None:
     """The options that choose model and batch."""
-    options.add_argument("--model", choices=sorted(MODELS), default="smollm2-135m", help="shape of a model with random weights")
+    options.add_argument("--model", default="smollm2-135m", help=f"random weights of this shape: {', '.join(SHAPES)} or a config.json")
     options.add_argument("--hf", type=Path, metavar="FOLDER", help="a real model instead")
     options.add_argument("--layers", type=int, help="only so many layers of the shape")
     options.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -108,7 +100,7 @@ def random_subject(config: Config, mesh: Mesh, options: argparse.Namespace, with
     linears = prunable_linears(model, config, arch)
     switch: Any = None
     if with_logits:
-        switch = attach_logits(linears, pattern, config.learn.sampling.backend, mesh.device)
+        switch = attach_logits(linears, pattern, config.learn.sampling.backend, mesh.device, config.learn.state.logits)
     subject = Subject(arch, pattern, "", model, linears, switch, None)
     for logits in subject.mask_logits:
         torch.nn.init.normal_(logits, std=LOGIT_STD)
@@ -117,7 +109,7 @@ def random_subject(config: Config, mesh: Mesh, options: argparse.Namespace, with
 
 def architecture(options: argparse.Namespace) -> Architecture:
     """Of ``--hf`` or ``--model``, cut to ``--layers``."""
-    arch = read_architecture(options.hf) if options.hf else MODELS[options.model]
+    arch = read_shape(str(options.hf or options.model), "--hf" if options.hf else "--model")
     return arch if options.layers is None or options.hf else replace(arch, num_layers=options.layers)
 
 

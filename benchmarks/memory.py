@@ -18,9 +18,11 @@ import torch
 from benchmarks.common import parser, report, table
 from benchmarks.lab import Lab, add_model_options, open_lab
 from megamask.learn.survey import Survey
+from megamask.sparsity.backends import backend_by_name
 
 KEPT = "masked weights kept for the backward pass"
 OTHER = "all other tensors"
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # what torch.compile leaves behind and 8-bit states have no storage of their own
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     options = known.parse_args(argv)
     with open_lab(options, steps=2) as lab:
         kept = kept_for_backward(lab)
-        survey = Survey(lab.subject, lab.mesh)
+        survey = Survey(lab.subject, lab.mesh, lab.config.learn.state.movement)
         assert lab.learner is not None
         lab.learner.step(1, lab.plan)
-        survey(1.0)
+        survey()
         state = count(lab, survey)
         weights = sum(linear.weight.numel() for linear in lab.subject.linears.values())
         on_device = torch.cuda.memory_allocated() if lab.mesh.device.type == "cuda" else None
@@ -55,12 +57,11 @@ def count(lab: Lab, survey: Survey) -> dict[str, int]:
     """Bytes of the storages behind each kind of state; a storage counts once, for the first kind that holds it."""
     assert lab.learner is not None
     linears, logits = lab.subject.linears.values(), lab.subject.mask_logits
-    moments = [one for state in lab.learner.optimizer.optimizer.state.values() for one in state.values() if torch.is_tensor(one)]
     kinds: dict[str, Iterable[Any]] = {
         "frozen weights": [linear.weight for linear in linears],
         "mask logits": logits,
         "gradients": [tensor for one in logits for tensor in (getattr(one, "main_grad", None), one.grad)],
-        "optimizer moments": moments,
+        "optimizer moments": lab.learner.optimizer.state_tensors(),
         "winners of the survey": [*survey.initial.values(), *survey.latest.values()],
         OTHER: live_tensors(lab.mesh.device),
     }
@@ -73,7 +74,7 @@ def live_tensors(device: torch.device) -> list[torch.Tensor]:
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # looking at an object may deprecate it
-        return [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == device.type]
+        return [one for one in gc.get_objects() if type(one) in _PLAIN and one.device.type == device.type]
 
 
 def new_bytes(tensor: torch.Tensor, seen: set[int]) -> int:
@@ -86,17 +87,18 @@ def new_bytes(tensor: torch.Tensor, seen: set[int]) -> int:
 
 
 def kept_for_backward(lab: Lab) -> int:
-    """Bytes of masked weights that autograd saves in the first step's forward pass."""
+    """Bytes of masked weights that autograd saves in the forward pass of the first micro-batch."""
     assert lab.learner is not None
-    backend = next(iter(lab.subject.linears.values())).backend
-    made: set[int] = set()
+    backend = backend_by_name(next(iter(lab.subject.linears.values())).backend)
+    made: dict[int, Any] = {}  # holds the storages, so that no other tensor gets their address
     saved: dict[int, int] = {}
     forward = backend.forward
 
     def recording_forward(*args: Any) -> Any:
-        masked, *rest = forward(*args)
-        made.add(masked.untyped_storage().data_ptr())
-        return masked, *rest
+        sampled = forward(*args)
+        if len(made) < len(lab.subject.linears):
+            made[sampled.masked.untyped_storage().data_ptr()] = sampled.masked.untyped_storage()
+        return sampled
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
