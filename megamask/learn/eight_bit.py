@@ -32,7 +32,8 @@ def check_available(device: str) -> None:
         ConfigError: torchao or the compiler that it needs is missing.
     """
     if importlib.util.find_spec("torchao") is None:
-        raise ConfigError(KEY, NAME, "an optimizer that is installed", "Install torchao: pip install 'megamask[eight-bit]'. Or use lion8bit.")
+        fix = "Install torchao: pip install 'megamask[eight-bit]'. Or use lion8bit."
+        raise ConfigError(KEY, NAME, "an optimizer that is installed", fix)
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         raise ConfigError(KEY, NAME, "an optimizer that can be compiled", "Install triton. Or use lion8bit, which needs no compiler.")
     compiler = os.environ.get("CXX", "g++")
@@ -42,7 +43,7 @@ def check_available(device: str) -> None:
 
 
 class AdamW8bit(MaskOptimizer):
-    """1 byte a moment and 1/64 byte of scales; a layer whose logits do not fill blocks of 256, or are few, keeps moments in its own dtype."""
+    """1 byte a moment and 1/64 byte of scales. A layer of few logits, or not a multiple of 256, keeps them in the dtype of its logits."""
 
     def __init__(self, section: OptimizerSection, linears: Sequence[MaskedLinear], seed: int) -> None:
         super().__init__(section, linears, seed)

@@ -85,7 +85,7 @@ class Lion(MaskOptimizer):
         on_all_threads(place.blocks, work)
 
     def _on_device(self, linear: MaskedLinear, logits: torch.Tensor, state: Any, key: tuple[int, ...], numbers: torch.Tensor) -> None:
-        update = lion_update if len(state) == 1 else lion8bit_update
+        update: Callable[..., None] = lion_update if len(state) == 1 else lion8bit_update
         ids_OG = linear.site.placement.group_ids(logits.shape[2], logits.device)
         key_words = torch.tensor(key).to(logits.device, non_blocking=True)
         tensors = (logits, logits_grad(linear), *state, ids_OG)

@@ -42,7 +42,8 @@ def check_state(learn: LearnSection) -> None:
     state, kind = learn.state, learn.optimizer.kind
     if state.logits == "bf16" and kind == "adamw":
         fix = "Use learn.optimizer.kind=lion, lion8bit or adamw8bit, or learn.state.logits=fp32."
-        raise ConfigError("learn.state.logits", "bf16", "fp32 with learn.optimizer.kind=adamw, which rounds to nearest and loses steps", fix)
+        allowed = "fp32 with learn.optimizer.kind=adamw, which rounds to nearest and so loses steps"
+        raise ConfigError("learn.state.logits", "bf16", allowed, fix)
     if state.grads == "bf16" and state.logits == "fp32":
         fix = "Use learn.state.logits=bf16 too, or learn.state.grads=fp32."
         raise ConfigError("learn.state.grads", "bf16", "fp32 while learn.state.logits=fp32", fix)
