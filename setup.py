@@ -43,7 +43,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megamask", "megamask.*"]),
-    package_data={"megamask": ["py.typed", "report/*.html"]},
+    package_data={"megamask": ["py.typed", "report/*.html", "weights/known/*.json"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megamask = megamask.__main__:main"]},

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.common import Timings, copy_bandwidth, interleave, parser, report, table
-from benchmarks.lab import LOGIT_STD, MODELS
+from benchmarks.lab import LOGIT_STD
 from megamask.config.tree import SamplingSection
 from megamask.errors import ConfigError
 from megamask.parallel.mesh import choose_device
@@ -25,6 +25,7 @@ from megamask.sparsity.draw import Draw, Placement, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
 from megamask.weights.architecture import Architecture
+from megamask.weights.shapes import SHAPES, read_shape
 
 OPERATIONS = ("forward", "backward", "survey")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def read_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     options = parser(__doc__ or "")
-    options.add_argument("--shapes", choices=sorted(MODELS), default="smollm2-135m", help="the linears of one layer of this model")
+    options.add_argument("--shapes", choices=SHAPES, default="smollm2-135m", help="the linears of one layer of this model")
     options.add_argument("--only", nargs="*", metavar="LINEAR", help="of qkv, proj, fc1, fc2: these")
     options.add_argument("--pattern", default="2:4")
     options.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of weight and gradient")
@@ -75,7 +76,7 @@ def available_backends(device: torch.device) -> dict[str, ModuleType]:
 
 def shapes(options: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """(O, I) of the fused Megatron linears of one layer."""
-    return {name: shape for name, shape in layer_shapes(MODELS[options.shapes]).items() if not options.only or name in options.only}
+    return {name: shape for name, shape in layer_shapes(read_shape(options.shapes)).items() if not options.only or name in options.only}
 
 
 def layer_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:

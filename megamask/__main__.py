@@ -18,12 +18,21 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: ("module:function", what it does)
     "convert": ("megamask.model.convert:run", "Hugging Face folder -> Megatron weights, for any tensor parallel size"),
     "tokenize": ("megamask.data.tokenize:run", "text domains -> token shards, some documents held out for evaluation"),
     "prune": ("megamask.oneshot.prune:run", "one-shot masks: magnitude, Wanda, SparseGPT"),
+    "plan": ("megamask.plan.run:run", "memory, time and GPU-hours of a learning run, before anything is launched"),
     "learn": ("megamask.learn.run:run", "learn the mask of the frozen model; resumes from the last snapshot"),
     "evaluate": ("megamask.evaluate.run:run", "held-out perplexity of the dense model and of every mask"),
     "export": ("megamask.export.run:run", "Hugging Face folder + mask file -> masked Hugging Face folder"),
     "report": ("megamask.report.run:run", "pictures and report.html of a run"),
     "inspect": ("megamask.masks.inspect:run", "print a mask file and verify it strictly"),
 }
+
+FLAGS: dict[str, dict[str, str]] = {  # verb: {flag: the setting it stands for}
+    "plan": {
+        "--model": "plan.model", "--pattern": "pattern", "--tp": "parallel.tp", "--dp": "plan.dp", "--gpu": "plan.gpu",
+        "--micro": "learn.micro_batch", "--global-batch": "learn.global_batch", "--seq": "data.seq_length", "--steps": "learn.steps",
+        "--footprint": "learn.footprint", "--json": "plan.out",
+    }
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Path | None, list[str]]:
-    """Split the command line into verb, recipe and overrides.
+    """Split the command line into verb, recipe and overrides; flags become overrides.
 
     Raises:
         ConfigError: no such verb (with the nearest name), an option that does not exist, ``--config`` without a file.
@@ -61,14 +70,21 @@ def parse(arguments: Sequence[str]) -> tuple[str, Path | None, list[str]]:
         raise ConfigError("verb", verb, f"one of {', '.join(VERBS)}", f"Did you mean {near[0]}?" if near else "Run megamask --help.")
     recipe: Path | None = None
     overrides: list[str] = []
+    flags = FLAGS.get(verb, {})
     while rest:
         word = rest.pop(0)
         if word == "--config" or word.startswith("--config="):
             if not (name := word.partition("=")[2] or (rest.pop(0) if rest else "")):
                 raise ConfigError("--config", name, "needs a recipe file", "Write --config configs/recipes/quickstart.yaml.")
             recipe = Path(name)
+        elif word.partition("=")[0] in flags:
+            flag, given, value = word.partition("=")
+            if not given and not rest:
+                raise ConfigError(flag, "", "needs a value", "Write it after the flag.")
+            overrides.append(f"{flags[flag]}={value if given else rest.pop(0)}")
         elif word.startswith("-"):
-            raise ConfigError("option", word, "--config FILE, or key.sub=value without dashes", "Run megamask --help.")
+            allowed = "--config FILE, or key.sub=value without dashes" + (f"; {verb} also has {', '.join(flags)}" if flags else "")
+            raise ConfigError("option", word, allowed, "Run megamask --help.")
         else:
             overrides.append(word)
     return verb, recipe, overrides
@@ -86,6 +102,7 @@ def _talk() -> None:
 
 def _help() -> str:
     lines = ["usage: megamask VERB [--config FILE] [key.sub=value ...]", "", *(f"  {verb:<9} {what}" for verb, (_, what) in VERBS.items())]
+    lines += ["", *(f"megamask {verb} also takes {' '.join(flags)}" for verb, flags in FLAGS.items())]
     return "\n".join([*lines, "", "Settings and their defaults: megamask/config/tree.py. Recipes: configs/recipes/."])
 
 

@@ -185,7 +185,7 @@ class ExportSection(Section):
 class PlanSection(Section):
     """What the verb plan is asked. Its flags stand for these settings and a few others: --model, --dp, --gpu, --json."""
 
-    model: str | None = Field(None, description="a known shape (llama2-7b, ...), a Hugging Face folder or a config.json; None = the run's model")
+    model: str | None = Field(None, description="a shape such as llama2-7b, a Hugging Face folder or config.json; None = the run's model")
     dp: Positive = Field(1, description="replicas: number of devices / parallel.tp")
     gpu: Literal["a100-40", "a100", "h100", "h200", "cpu"] | None = Field(None, description="device that must hold it; None = any GPU")
     out: str | None = Field(None, description="JSON file for the figures")

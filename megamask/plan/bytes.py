@@ -6,7 +6,8 @@ from megamask.config.tree import OptimizerSection, SamplingSection, StateSection
 from megamask.sparsity.pattern import Pattern
 
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes a number
-SCALE_BLOCK = 256  # 8-bit optimizer state: one fp32 scale for so many numbers (torchao's block size)
+ADAM_BLOCK = 256  # 8-bit AdamW: one fp32 scale for so many logits
+LION_BLOCK = 8  # 8-bit Lion: one byte of scale for all candidates of so many groups
 
 WEIGHTS = "frozen weights"
 LOGITS = "mask logits"
@@ -25,6 +26,7 @@ def state_bytes(
     sampling: SamplingSection,
     accumulations: int = 1,
     dtype: str = "bf16",
+    recompute: bool = False,
 ) -> dict[str, float]:
     """Bytes per prunable weight of everything whose size grows with the weights, by part (``PARTS``, in this order; 0 where unused).
 
@@ -35,11 +37,12 @@ def state_bytes(
     - gradients: the buffer in which micro-batches add up, 4 r or 2 r. The gradient of one layer that exists for a moment on top
       of it is no state.
     - optimizer moments: adamw 8 r (two, fp32), adamw8bit 2 r and two fp32 scales per 256 logits, lion 2 r (one, bf16), lion8bit
-      r and one scale per 256 logits. Tables of 256 entries and step counters are left out: they do not grow with the weights.
+      r and one byte per 8 groups. Tables of 256 entries and step counters are left out: they do not grow with the weights.
     - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.movement`` is off.
     - masked weights: one width of the weight when every layer's is held between forward and backward: with masked_weight=keep, or
-      with draws=step, where they live for the whole step. 0 with regenerate and a draw per micro-batch.
-    - gradients at the masked weights: draws=step alone. 4 (fp32) when several micro-batches are added up, else the width of the weight.
+      with draws=step, where they live for the whole step. 0 with regenerate or recompute and a draw per micro-batch.
+    - gradients at the masked weights: draws=step alone. 4 (fp32) when several micro-batches are added up and ``state.grads`` is
+      fp32, else the width of the weight.
 
     The total is what a lean footprint is judged by: at 2:4 in bf16 default 26.5 (26 without winners), lean 14.5, leanest 9.5.
 
@@ -50,6 +53,7 @@ def state_bytes(
         sampling: ``learn.sampling``.
         accumulations: micro-batches of a step on one replica.
         dtype: of the frozen weights, ``bf16`` or ``fp32``.
+        recompute: ``parallel.recompute``, under which a layer's masked weights are made again with its activations.
     """
     logits, weight = pattern.num_candidates / pattern.m, WIDTH[dtype]
     one_draw = sampling.draws == "step"
@@ -57,14 +61,14 @@ def state_bytes(
         WEIGHTS: weight,
         LOGITS: WIDTH[state.logits] * logits,
         GRADIENTS: WIDTH[state.grads] * logits,
-        MOMENTS: moment_bytes(optimizer.kind) * logits,
+        MOMENTS: moment_bytes(optimizer.kind, pattern) * logits,
         WINNERS: 2 / pattern.m if state.movement else 0.0,
-        KEPT: weight if one_draw or state.masked_weight == "keep" else 0.0,
-        STEP_GRADIENTS: (WIDTH["fp32"] if accumulations > 1 else weight) if one_draw else 0.0,
+        KEPT: weight if one_draw or (state.masked_weight == "keep" and not recompute) else 0.0,
+        STEP_GRADIENTS: (WIDTH["fp32"] if accumulations > 1 and state.grads == "fp32" else weight) if one_draw else 0.0,
     }
 
 
-def moment_bytes(kind: str) -> float:
-    """Bytes of optimizer state per trained number."""
-    scale = WIDTH["fp32"] / SCALE_BLOCK
-    return {"adamw": 8.0, "adamw8bit": 2 * (1 + scale), "lion": 2.0, "lion8bit": 1 + scale}[kind]
+def moment_bytes(kind: str, pattern: Pattern) -> float:
+    """Bytes of optimizer state per mask logit."""
+    adam_scale, lion_scale = 4 / ADAM_BLOCK, 1 / (LION_BLOCK * pattern.num_candidates)
+    return {"adamw": 8.0, "adamw8bit": 2 * (1 + adam_scale), "lion": 2.0, "lion8bit": 1 + lion_scale}[kind]

@@ -25,7 +25,7 @@ def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
         ([], 2 + 6 + 6 + 12 + 0.5 + 2),
         (["learn.state.masked_weight=regenerate", "learn.state.movement=false"], 26.0),  # AdamW in fp32
         (["learn.footprint=lean"], 2 + 3 + 6 + 3 + 0.5),
-        (["learn.footprint=leanest"], 2 + 3 + 3 + 1.5 * (1 + 4 / 256)),
+        (["learn.footprint=leanest"], 2 + 3 + 3 + 1.5 * (1 + 1 / 48)),
         (["dtype=fp32"], 4 + 6 + 6 + 12 + 0.5 + 4),
         (["pattern=1:4"], 2 + 4 + 4 + 8 + 0.5 + 2),  # one candidate a weight
         (["pattern=4:8"], 2 + 8.75 * 16 + 0.25 + 2),  # 70 candidates of 8 weights
@@ -47,9 +47,10 @@ def test_one_draw_a_step_keeps_masked_weights_and_their_gradients() -> None:
     step = "learn.sampling.draws=step"
     assert parts(step)[STEP_GRADIENTS] == 2 and parts(step, accumulations=4)[STEP_GRADIENTS] == 4
     assert parts(step, "learn.state.masked_weight=regenerate")[KEPT] == 2
+    assert parts(step, "learn.state.grads=bf16", accumulations=4)[STEP_GRADIENTS] == 2
     assert parts("learn.state.masked_weight=regenerate")[KEPT] == 0 == parts()[STEP_GRADIENTS]
 
 
-@pytest.mark.parametrize(("kind", "bytes_each"), [("adamw", 8), ("adamw8bit", 2 + 8 / 256), ("lion", 2), ("lion8bit", 1 + 4 / 256)])
+@pytest.mark.parametrize(("kind", "bytes_each"), [("adamw", 8), ("adamw8bit", 2 + 8 / 256), ("lion", 2), ("lion8bit", 1 + 1 / 48)])
 def test_moments(kind: str, bytes_each: float) -> None:
     assert parts(f"learn.optimizer.kind={kind}")[MOMENTS] == pytest.approx(1.5 * bytes_each)

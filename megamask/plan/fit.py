@@ -1,0 +1,128 @@
+"""Whether a run fits a device, and the nearest settings that do when it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megamask.config import Config
+from megamask.config.presets import FOOTPRINTS
+from megamask.errors import ConfigError
+from megamask.plan.hardware import GIB, GPUS, Device
+from megamask.plan.memory import memory_of
+from megamask.plan.workload import Workload
+from megamask.weights.architecture import Architecture
+
+Settings = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Other settings and the device they are for; ``names`` as on the command line."""
+
+    names: tuple[str, ...]
+    work: Workload
+    device: Device
+
+    @property
+    def total(self) -> float:
+        """Bytes of a rank."""
+        return memory_of(self.work, self.device).total
+
+    @property
+    def fits(self) -> bool:
+        """Whether the settings can work and the device holds that."""
+        try:
+            self.work.check()
+        except ConfigError:
+            return False
+        return self.total <= self.device.capacity
+
+
+def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) -> None:
+    """Check that a rank's peak memory fits ``device``.
+
+    Args:
+        config: a learning run's settings.
+        arch: the model.
+        device: where; ``dataclasses.replace(device, capacity=...)`` says how much is free on a real one.
+        dp: replicas.
+
+    Raises:
+        ConfigError: it does not fit; the message names the nearest settings that do. Also what ``Workload.check`` raises.
+    """
+    work = Workload(config, arch, dp).check()
+    total = memory_of(work, device).total
+    if total <= device.capacity:
+        return
+    allowed = f"more than the {device.capacity / GIB:.1f} GiB of {device.title}"
+    raise ConfigError("memory of a rank", f"{total / GIB:.1f} GiB", allowed, advice(work, device))
+
+
+def advice(work: Workload, device: Device) -> str:
+    """The first remedy that fits, as a sentence."""
+    remedy = next((one for one in remedies(work, device) if one.fits), None)
+    if remedy is None:
+        return "Nothing in reach fits: plan a smaller model, or keep layers dense with model.exclude."
+    return f"The nearest that fits: {' '.join(remedy.names)} ({remedy.total / GIB:.1f} GiB on {remedy.device.title})."
+
+
+def remedies(work: Workload, device: Device) -> Iterator[Remedy]:
+    """Changes from the cheapest to the dearest, whether or not they fit: settings, more GPUs a layer, a larger GPU, both with settings."""
+    yield from (_remedy(work, device, settings) for settings in ladder(work.config))
+    if not device.is_cpu:
+        for tp in (2, 4, 8):
+            world = max(work.tp * work.dp, tp)
+            if tp > work.tp and world % tp == 0:
+                for settings in [{}, *ladder(work.config)]:
+                    yield _remedy(work, device, {"parallel.tp": tp, **settings}, dp=world // tp)
+        for name, larger in GPUS.items():
+            if larger.capacity > device.capacity:
+                for settings in [{}, *ladder(work.config)]:
+                    yield _remedy(work, larger, settings, device_name=name)
+
+
+def ladder(config: Config) -> Iterator[Settings]:
+    """Settings to change on the same devices, from the cheapest to the dearest.
+
+    First what costs nothing or one more pass, then recomputation, then another optimizer with leaner state, then smaller micro-batches.
+    """
+    once = config.learn.sampling.draws == "step"
+    if not config.parallel.sequence_parallel:
+        yield {"parallel.sequence_parallel": True}
+    if config.learn.state.masked_weight == "keep" and not once:
+        yield {"learn.state.masked_weight": "regenerate"}
+    recompute: Settings = {} if config.parallel.recompute else {"parallel.recompute": True}
+    if recompute:
+        yield recompute
+    leaner: list[Settings] = [{"learn.footprint": name} for name in ("lean", "leanest") if footprint_applies(config, name)]
+    yield from leaner
+    if recompute:
+        yield from ({**recompute, **lean} for lean in leaner)
+    micro = config.learn.micro_batch
+    while micro % 2 == 0:
+        micro //= 2
+        smaller: Settings = {"learn.micro_batch": micro}
+        yield from ({**smaller, **more} for more in [{}, recompute, *({**recompute, **lean} for lean in leaner)])
+
+
+def _remedy(work: Workload, device: Device, settings: Settings, dp: int | None = None, device_name: str = "") -> Remedy:
+    names = [f"{key}={str(value).lower()}" for key, value in settings.items()]
+    names += [f"plan.dp={dp}"] if dp not in (None, work.dp) else []
+    names += [f"plan.gpu={device_name}"] if device_name else []
+    return Remedy(tuple(names), work.changed(settings, dp), device)
+
+
+def footprint_applies(config: Config, name: str) -> bool:
+    """Whether naming the footprint would change the state: a recipe's own settings of learn.state and optimizer.kind win over it."""
+    given = _choices(config.model_dump(exclude_unset=True).get("learn", {}))
+    present, wanted = _choices(FOOTPRINTS[config.learn.footprint].get("learn", {})), _choices(FOOTPRINTS[name]["learn"])
+    own = {key: value for key, value in given.items() if present.get(key) != value}
+    return name != config.learn.footprint and all(wanted.get(key, value) == value for key, value in own.items())
+
+
+def _choices(learn: dict[str, Any]) -> dict[str, Any]:
+    """The part of ``learn`` that sets bytes a weight."""
+    optimizer = learn.get("optimizer", {})
+    return {**learn.get("state", {}), **({"kind": optimizer["kind"]} if "kind" in optimizer else {})}

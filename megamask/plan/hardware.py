@@ -1,0 +1,79 @@
+"""The devices a plan is made for. Peaks are the makers' data sheets (dense, no sparsity); shares of them are this model's assumptions."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import psutil
+
+GIB = 2.0**30
+CONTEXT_BYTES = 1.5 * GIB  # CUDA context, cuBLAS workspaces, NCCL buffers
+FRAGMENTATION = 0.05  # of the memory that comes and goes: what the allocator cannot use
+GPUS_A_NODE = 8
+LAUNCH_SECONDS = 1e-3  # the host's work on one layer of one micro-batch, forward and backward; the device waits when it is faster
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device.
+
+    Attributes:
+        title: as it is printed.
+        capacity: bytes that a process can get.
+        flops: peak of a dense bf16 matmul, per second.
+        bandwidth: of its memory, bytes per second.
+        node_link: to a neighbour in the node, bytes per second each way.
+        fabric: to another node, bytes per second each way and device.
+        matmul: share of ``flops`` that the matmuls of a training step reach.
+        attention: share of ``flops`` that attention reaches.
+        copy: share of ``bandwidth`` that elementwise kernels and optimizers reach.
+        link: share of a link that a collective reaches.
+        group_seconds: (forward, backward) arithmetic of the sampling, seconds per candidate of a group; 0 where memory is the limit.
+    """
+
+    title: str
+    capacity: float
+    flops: float
+    bandwidth: float
+    node_link: float
+    fabric: float
+    matmul: float
+    attention: float
+    copy: float = 0.8
+    link: float = 0.75
+    group_seconds: tuple[float, float] = (0.0, 0.0)
+    is_cpu: bool = False
+
+    def allowance(self, working: float) -> float:
+        """Bytes that are neither tensors of the model nor of the step, given the bytes that come and go."""
+        return 0.0 if self.is_cpu else CONTEXT_BYTES + FRAGMENTATION * working
+
+
+GPUS = {
+    "a100-40": Device("A100 40GB", 39.4 * GIB, 312e12, 1.555e12, 300e9, 25e9, matmul=0.70, attention=0.45),
+    "a100": Device("A100 80GB", 79.2 * GIB, 312e12, 2.039e12, 300e9, 25e9, matmul=0.70, attention=0.45),
+    "h100": Device("H100 80GB", 79.2 * GIB, 989e12, 3.35e12, 450e9, 50e9, matmul=0.55, attention=0.35),
+    "h200": Device("H200 141GB", 139.8 * GIB, 989e12, 4.8e12, 450e9, 50e9, matmul=0.55, attention=0.35),
+}
+
+
+def device_named(name: str) -> Device:
+    """A GPU of the table, or ``cpu``: this machine, with the rates of a core with AVX-512 and AMX as measured in docs/log.md."""
+    return GPUS[name] if name in GPUS else _this_cpu()
+
+
+def _this_cpu() -> Device:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Device(
+        title=f"CPU, {cores} cores",
+        capacity=float(psutil.virtual_memory().total),
+        flops=0.29e12 * cores,
+        bandwidth=30e9,
+        node_link=5e9,
+        fabric=1e9,
+        matmul=0.75,
+        attention=0.3,
+        group_seconds=(32e-9 / 6 / cores, 42e-9 / 6 / cores),  # 2:4 has 6 candidates a group
+        is_cpu=True,
+    )

@@ -1,0 +1,117 @@
+"""Peak memory of one rank by part: state, saved activations, and what the busiest moment of a step needs on top of them.
+
+The model is counted from what the code saves for the backward pass with PyTorch's own norm, activation and attention (Transformer
+Engine's need less); a test compares it with what PyTorch's allocator reports. Attention makes no S x S matrix. Legend: T tokens of a
+micro-batch, H hidden, Q and K the widths of this rank's queries and keys, F of its feed-forward, V its rows of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megamask.model.vocabulary import block_size, chunk_size
+from megamask.plan.bytes import KEPT, WINNERS
+from megamask.plan.hardware import Device
+from megamask.plan.workload import Workload
+
+OTHER_WEIGHTS = "embedding, head, norms, dense linears"
+ONE_LAYER = "masked weights of one layer or linear"
+ACTIVATIONS = "activations"
+LOSS = "working memory of the vocabulary loss"
+LAYER = "working memory of a layer's backward"
+ALLOWANCE = "allowance: CUDA context, NCCL, fragmentation"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the busiest moment.
+
+    Attributes:
+        state: what lives from step to step, by part.
+        step: what lives within a step, by part: the parts that are there at the busiest moment.
+        allowance: stated, not counted.
+    """
+
+    state: dict[str, float]
+    step: dict[str, float]
+    allowance: float
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """All parts."""
+        return {**self.state, **self.step, ALLOWANCE: self.allowance}
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+def memory_of(work: Workload, device: Device) -> Memory:
+    """Peak bytes of one rank of ``work`` on ``device``."""
+    weights, per_weight = work.masked_weights, work.state
+    state = {part: size * weights for part, size in per_weight.items() if part != KEPT}
+    state[OTHER_WEIGHTS] = float(work.other_weights * work.width)
+    moments = [_at_loss(work, device), _in_layer(work)]
+    step = max(moments, key=lambda moment: sum(moment.values()))
+    step = {KEPT: per_weight[KEPT] * weights, **step, WINNERS + ", new": weights / work.pattern.m}
+    return Memory(state, step, device.allowance(sum(step.values())))
+
+
+def layer_activations(work: Workload) -> float:
+    """Bytes that one layer saves for its backward pass.
+
+    Per token: two norms' fp32 inputs (4 H each), inputs of the four linears (H, Q, H, F), fused q/k/v before and q, k after the
+    rotation, attention's log-sums (4 a head), and of the gated activation the two halves together (2 F), SiLU's output and the other half.
+    """
+    arch, tp = work.arch, work.tp
+    hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
+    q, k, f = arch.heads * arch.head_dim / tp, arch.kv_heads * arch.head_dim / tp, arch.ffn / tp
+    numbers = 2 * hidden + (q + f) + (q + 2 * k) + (q + k) + 4 * f
+    rotary = 4 * work.config.data.seq_length * arch.head_dim * work.width
+    return work.tokens * (work.width * numbers + 8 * hidden + 4 * arch.heads / tp) + rotary
+
+
+def stream(work: Workload) -> float:
+    """Bytes of the hidden states between two layers."""
+    return work.tokens * work.arch.hidden / (work.tp if work.config.parallel.sequence_parallel else 1) * work.width
+
+
+def saved_activations(work: Workload) -> float:
+    """Bytes of activations when the forward pass of the layers is over. The first layer's norm saves nothing: the embedding is frozen."""
+    layers = work.arch.num_layers
+    fp32_stream = stream(work) * 4 / work.width
+    if work.config.parallel.recompute:
+        return layers * stream(work) + fp32_stream
+    return layers * layer_activations(work)
+
+
+def _at_loss(work: Workload, device: Device) -> dict[str, float]:
+    """Chunks of logits, an fp32 block of them, hidden states and their gradient, both whole on each rank."""
+    where, row = torch.device("cpu" if device.is_cpu else "cuda"), work.vocab_rows
+    rows, block = min(work.tokens, chunk_size(row, where)), min(work.tokens, block_size(row, where))
+    hidden = work.tokens * work.arch.hidden * work.width
+    return {ACTIVATIONS: saved_activations(work), LOSS: row * (rows * work.width + block * 4) + 2 * hidden}
+
+
+def _in_layer(work: Workload) -> dict[str, float]:
+    """The last layer's backward pass: gradients of two streams, then the busiest of second linear, activation, first linear.
+
+    A linear's weight gradient exists for a moment, and so does its masked weight where it is drawn again.
+    """
+    config, arch = work.config, work.arch
+    once = config.learn.sampling.draws == "step"
+    redrawn = config.learn.state.masked_weight == "regenerate" and not once
+    layer = [linear.weights for linear in work.linears if linear.is_masked and linear.layer == work.linears[-1].layer] or [0]
+    largest = max(layer)
+    made: dict[str, float] = {}
+    if not once and (redrawn or config.parallel.recompute):
+        made = {ONE_LAYER: float(work.width * (largest if redrawn else sum(layer)))}
+    wide = work.tokens * arch.ffn / work.tp * work.width
+    weight_grad = 0.0 if once and work.accumulations == 1 else float(largest * work.width)
+    whole_input = work.tokens * arch.hidden * work.width  # gradient of a column-parallel linear's input, whole on each rank
+    busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - 3 * wide)
+    activations = saved_activations(work) + (layer_activations(work) if config.parallel.recompute else 0.0)
+    return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest}

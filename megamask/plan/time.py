@@ -1,0 +1,168 @@
+"""Seconds of a step by part, from FLOPs and bytes and the shares of a device's peaks that ``hardware`` states.
+
+Nothing overlaps: communication, optimizer and sampling are added up, so a run that hides some of it is faster than its plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamask.plan.bytes import GRADIENTS, LOGITS, MOMENTS
+from megamask.plan.hardware import GPUS_A_NODE, LAUNCH_SECONDS, Device
+from megamask.plan.workload import Workload
+
+MATMULS = "matmuls of the layers"
+ATTENTION = "attention"
+HEAD = "vocabulary head and loss"
+ELEMENTWISE = "norms, rotary, activation, residuals"
+RECOMPUTE = "recomputed forward"
+SAMPLING_FORWARD = "sampling, forward"
+SAMPLING_BACKWARD = "sampling, backward"
+OPTIMIZER = "optimizer, clipping, clearing"
+TP_LINKS = "tensor parallel communication"
+DP_LINKS = "data parallel gradients"
+LAUNCHES = "waiting for the host"
+
+
+@dataclass(frozen=True)
+class Time:
+    """What a step takes.
+
+    Attributes:
+        parts: seconds by part.
+        tokens: of a global batch.
+        gpus: devices of the run.
+        model_flops: of a step, by the whole run; recomputation is none.
+        peak: FLOP/s of one device.
+    """
+
+    parts: dict[str, float]
+    tokens: int
+    gpus: int
+    model_flops: float
+    peak: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole run."""
+        return self.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs per second over the peak of all devices."""
+        return self.model_flops / (self.seconds * self.gpus * self.peak)
+
+    def gpu_hours(self, steps: int) -> float:
+        """Of a run of so many steps, without evaluation and start-up."""
+        return self.seconds * steps * self.gpus / 3600
+
+
+def flops_per_token(work: Workload) -> dict[str, float]:
+    """Model FLOPs per token, forward and backward, of the whole model: 2 a weight and pass.
+
+    A masked linear has a forward, a gradient at its input and one at its weight: 6 a weight. A frozen one (the head, linears kept
+    dense) has no weight gradient: 4. The embedding is a look-up: 0. Causal attention sees S / 2 keys on average: 2 S Q a layer
+    forward, twice that backward.
+    """
+    arch = work.arch
+    dense = sum(linear.whole for linear in work.linears if not linear.is_masked)
+    return {
+        MATMULS: 6.0 * work.all_masked_weights + 4.0 * dense,
+        ATTENTION: 6.0 * arch.num_layers * work.config.data.seq_length * arch.heads * arch.head_dim,
+        HEAD: 4.0 * arch.vocab * arch.hidden,
+    }
+
+
+def time_of(work: Workload, device: Device) -> Time:
+    """Seconds of a step of ``work`` on ``device``."""
+    micro = work.accumulations
+    compute = {part: seconds * micro for part, seconds in _compute(work, device).items()}
+    sampling, links = _sampling(work, device), {TP_LINKS: micro * _tp_seconds(work, device), DP_LINKS: _dp_seconds(work, device)}
+    parts = {**compute, **sampling, OPTIMIZER: _optimizer(work, device), **links}
+    forced = LAUNCH_SECONDS * micro * work.arch.num_layers * (4 / 3 if work.config.parallel.recompute else 1)
+    parts[LAUNCHES] = 0.0 if device.is_cpu else max(0.0, forced - sum(compute.values()) - sum(sampling.values()))
+    model_flops = sum(flops_per_token(work).values()) * work.tokens_a_step
+    return Time(parts, work.tokens_a_step, work.tp * work.dp, model_flops, device.flops)
+
+
+def _compute(work: Workload, device: Device) -> dict[str, float]:
+    """Seconds of arithmetic of one micro-batch."""
+    share = work.tokens / work.tp
+    flops = flops_per_token(work)
+    matmuls = flops[MATMULS] * share / (device.flops * device.matmul)
+    attention = flops[ATTENTION] * share / (device.flops * device.attention)
+    head = flops[HEAD] * share / (device.flops * device.matmul)
+    elementwise = _elementwise_bytes(work) * work.tokens * work.arch.num_layers / (device.bandwidth * device.copy)
+    loss = 24 * work.vocab_rows * work.tokens / (device.bandwidth * device.copy)  # passes over a logit: about six of 4 bytes
+    again = (matmuls + attention + elementwise) / 3 if work.config.parallel.recompute else 0.0
+    return {MATMULS: matmuls, ATTENTION: attention, HEAD: head + loss, ELEMENTWISE: elementwise, RECOMPUTE: again}
+
+
+def _elementwise_bytes(work: Workload) -> float:
+    """Bytes per token and layer that unfused PyTorch moves between matmuls, forward, times three for the backward pass.
+
+    In bf16: 36 H for a norm with fp32 inside and 6 H for a residual, twice; 24 (Q + K) for the rotation; 14 F for the gated activation.
+    """
+    arch, tp = work.arch, work.tp
+    hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
+    rotated, gated = (arch.heads + arch.kv_heads) * arch.head_dim / tp, arch.ffn / tp
+    return 3 * (84 * hidden + 24 * rotated + 14 * gated) * work.width / 2
+
+
+def _sampling(work: Workload, device: Device) -> dict[str, float]:
+    """Seconds of drawing masks in a step, forward and backward.
+
+    A forward reads logits and weight and writes the masked weight; a backward reads them with dW, and reads and writes the gradients.
+    A draw per micro-batch does both each time, and a forward again under recompute and again to regenerate; a draw per step does both
+    once, and adds up dW between micro-batches.
+    """
+    config, weights, width, micro = work.config, work.masked_weights, work.width, work.accumulations
+    logits, grads, once = work.state[LOGITS], work.state[GRADIENTS], config.learn.sampling.draws == "step"
+    rate, candidates = device.bandwidth * device.copy, weights / work.pattern.m * work.pattern.num_candidates
+    forward = max(weights * (logits + 2 * width) / rate, candidates * device.group_seconds[0])
+    backward = max(weights * (logits + 2 * width + 2 * grads) / rate, candidates * device.group_seconds[1])
+    if once:
+        adding = weights * (width + 8) / rate * micro if micro > 1 else 0.0
+        return {SAMPLING_FORWARD: forward, SAMPLING_BACKWARD: backward + adding}
+    again = int(config.parallel.recompute) + int(config.learn.state.masked_weight == "regenerate")
+    return {SAMPLING_FORWARD: micro * forward * (1 + again), SAMPLING_BACKWARD: micro * backward}
+
+
+def _optimizer(work: Workload, device: Device) -> float:
+    """Logits and moments are read and written; gradients are read for the norm, read again for the update, and cleared."""
+    state = work.state
+    moved = 2 * state[LOGITS] + 2 * state[MOMENTS] + 3 * state[GRADIENTS]
+    return work.masked_weights * moved / (device.bandwidth * device.copy)
+
+
+def _tp_seconds(work: Workload, device: Device) -> float:
+    """All-reduces (or gathers and scatters) of hidden states in one micro-batch: two a layer and pass, one more for the loss.
+
+    Sequence parallel gathers the input of the column-parallel linears once more for their weight gradients.
+    """
+    tp, config = work.tp, work.config
+    if tp == 1:
+        return 0.0
+    passes = 4 + 2 * int(config.parallel.recompute) + int(config.parallel.sequence_parallel)
+    hidden = work.tokens * work.arch.hidden * work.width
+    return (passes * work.arch.num_layers + 1) * hidden * _ring(tp) / (_link(tp, device) * device.link)
+
+
+def _dp_seconds(work: Workload, device: Device) -> float:
+    """One all-reduce of the gradients of the logits in a step."""
+    if work.dp == 1:
+        return 0.0
+    return work.masked_weights * work.state[GRADIENTS] * _ring(work.dp) / (_link(work.tp * work.dp, device) * device.link)
+
+
+def _ring(ranks: int) -> float:
+    return 2 * (ranks - 1) / ranks
+
+
+def _link(ranks: int, device: Device) -> float:
+    return device.node_link if ranks <= GPUS_A_NODE else device.fabric

@@ -1,0 +1,143 @@
+"""What one rank holds and computes: the sizes that memory and time are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from megamask.config import Config
+from megamask.config.presets import FOOTPRINTS
+from megamask.data.batches import check_batch
+from megamask.errors import ConfigError
+from megamask.plan.bytes import WIDTH, state_bytes
+from megamask.sparsity.pattern import Pattern
+from megamask.weights.architecture import Architecture
+from megamask.weights.table import check_tp, prunable, rules
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A Megatron linear of one rank: ``weights`` of its shard, ``whole`` of the model, and whether it gets a mask."""
+
+    layer: int
+    weights: int
+    whole: int
+    is_row: bool
+    is_masked: bool
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A learning run on ``dp`` replicas of ``parallel.tp`` ranks.
+
+    Raises:
+        ConfigError: from :meth:`check`, a layout or batch that cannot work.
+    """
+
+    config: Config
+    arch: Architecture
+    dp: int = 1
+
+    def check(self) -> Workload:
+        """Refuse what no memory can mend; return self.
+
+        Raises:
+            ConfigError: heads or rows that do not split over parallel.tp, a batch that cannot be dealt out, sequence parallel alone.
+        """
+        learn, tp = self.config.learn, self.tp
+        check_tp(self.arch, tp)
+        check_batch(learn.global_batch, learn.micro_batch, self.dp)
+        if self.config.parallel.sequence_parallel and tp == 1:
+            raise ConfigError("parallel.sequence_parallel", True, "needs parallel.tp > 1", "Switch it off or raise parallel.tp.")
+        for rule in rules(self.arch):
+            if rule.is_linear:
+                self.pattern.groups(rule.shape(tp)[-1], f"in_features of {rule.modules[0]}", tp if rule.kind == "row" else 1)
+        return self
+
+    @property
+    def pattern(self) -> Pattern:
+        """N:M."""
+        return Pattern.parse(self.config.pattern)
+
+    @property
+    def tp(self) -> int:
+        """Ranks that share a layer."""
+        return self.config.parallel.tp
+
+    @property
+    def accumulations(self) -> int:
+        """Micro-batches of a step on one replica."""
+        return self.config.learn.global_batch // (self.config.learn.micro_batch * self.dp)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.config.learn.micro_batch * self.config.data.seq_length
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.config.learn.global_batch * self.config.data.seq_length
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight or activation."""
+        return WIDTH[self.config.dtype]
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the padded vocabulary on one rank."""
+        return math.ceil(self.arch.vocab / self.tp)
+
+    @cached_property
+    def linears(self) -> list[Linear]:
+        """All linears of one rank, in model order."""
+        chosen = set(prunable(self.arch, self.config.model.include, self.config.model.exclude))
+        return [
+            Linear(
+                int(rule.megatron.split(".")[2]),
+                math.prod(rule.shape(self.tp)),
+                math.prod(rule.shape(1)),
+                rule.kind == "row",
+                not chosen.isdisjoint(rule.modules),
+            )
+            for rule in rules(self.arch)
+            if rule.is_linear
+        ]
+
+    @cached_property
+    def masked_weights(self) -> int:
+        """Prunable weights of one rank."""
+        return sum(linear.weights for linear in self.linears if linear.is_masked)
+
+    @cached_property
+    def all_masked_weights(self) -> int:
+        """Prunable weights of the model."""
+        return sum(linear.whole for linear in self.linears if linear.is_masked)
+
+    @cached_property
+    def other_weights(self) -> int:
+        """Frozen weights of one rank without a mask: embedding, head, norms, biases, linears kept dense."""
+        padded = rules(self.arch, self.vocab_rows * self.tp)
+        return sum(math.prod(rule.shape(self.tp)) for rule in padded) - self.masked_weights
+
+    @property
+    def state(self) -> dict[str, float]:
+        """``state_bytes`` of these settings."""
+        learn, recompute = self.config.learn, self.config.parallel.recompute
+        return state_bytes(self.pattern, learn.state, learn.optimizer, learn.sampling, self.accumulations, self.config.dtype, recompute)
+
+    def changed(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
+        """A copy with other settings, by dotted key; ``learn.footprint`` brings what it stands for."""
+        values = self.config.model_dump(exclude_unset=True)  # so that what was given stays distinguishable from defaults
+        footprint = FOOTPRINTS[str(settings.get("learn.footprint", "default"))].get("learn", {})
+        named = {f"learn.{section}.{key}": value for section, inner in footprint.items() for key, value in inner.items()}
+        for path, value in {**named, **settings}.items():
+            *sections, key = path.split(".")
+            place = values
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[key] = value
+        return replace(self, config=Config.model_validate(values), dp=self.dp if dp is None else dp)

@@ -1,0 +1,29 @@
+"""Architectures of well-known models, without weights: to plan a run and to benchmark one before anything is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megamask.errors import ConfigError
+from megamask.weights.architecture import Architecture, read_architecture
+
+FOLDER = Path(__file__).with_name("known")
+SHAPES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+
+
+def read_shape(name: str, key: str = "--model") -> Architecture:
+    """The architecture of a named shape, or of a Hugging Face folder or config.json.
+
+    Args:
+        name: one of ``SHAPES``, or a path.
+        key: the setting that asked, for messages.
+
+    Raises:
+        ConfigError: neither a shape nor a path.
+        ArtifactError: a folder without config.json.
+    """
+    if name in SHAPES:
+        return read_architecture(FOLDER / f"{name}.json")
+    if not Path(name).exists():
+        raise ConfigError(key, name, f"one of {', '.join(SHAPES)}, or a Hugging Face folder", "Correct the name or the path.")
+    return read_architecture(Path(name))
