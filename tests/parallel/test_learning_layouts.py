@@ -22,6 +22,9 @@ STEPS, SAVED_AT = 20, 10
 SETTINGS: dict[str, Any] = {"steps": STEPS, "optimizer": {"lr": 2e-3}, "weight_norm": {"coef": 1e-4}}
 
 
+ONE_DRAW: dict[str, Any] = {"sampling": {"draws": "step"}}
+
+
 @dataclass(frozen=True)
 class Job:
     """One run: its layout, where it saves or resumes."""
@@ -50,10 +53,13 @@ JOBS: dict[int, dict[str, Job]] = {
         "tp2-sp": Job(tp=2, parallel={"sequence_parallel": True}),
         "tp2-resumed": Job(tp=2, resume_from="tp2"),
     },
-    4: {"tp4": Job(tp=4), "tp2-dp2": Job(tp=2, save_to="tp2-dp2")},
+    4: {"tp4": Job(tp=4), "tp2-dp2": Job(tp=2, save_to="tp2-dp2"), "tp2-dp2-step": Job(tp=2, learn=ONE_DRAW)},
     1: {
         "one": Job(save_to="one"),
         "one-recompute": Job(parallel={"recompute": True}),
+        "one-regenerate": Job(learn={"state": {"masked_weight": "regenerate"}}),
+        "one-step": Job(learn=ONE_DRAW),
+        "one-step-recompute": Job(learn=ONE_DRAW, parallel={"recompute": True}),
         "one-resumed": Job(resume_from="one"),
         "one-from-tp2": Job(resume_from="tp2"),
         "one-from-tp2-dp2": Job(resume_from="tp2-dp2"),
@@ -154,8 +160,18 @@ def test_learning_happens(outcomes: dict[str, Outcome]) -> None:
     assert outcomes["one"].results[0].loss == pytest.approx(losses[0] - outcomes["one"].results[0].weight_norm_term)
 
 
-def test_recomputation_changes_no_bit(outcomes: dict[str, Outcome]) -> None:
-    assert same_bits(outcomes["one-recompute"], outcomes["one"])
+@pytest.mark.parametrize("choice", ["one-recompute", "one-regenerate"])
+def test_what_is_kept_for_the_backward_changes_no_bit(outcomes: dict[str, Outcome], choice: str) -> None:
+    assert same_bits(outcomes[choice], outcomes["one"])
+
+
+def test_one_draw_per_step_is_the_same_in_every_layout_and_differs_from_fresh_draws(outcomes: dict[str, Outcome]) -> None:
+    once = outcomes["one-step"]
+    assert same_bits(outcomes["one-step-recompute"], once)
+    assert same_curve(outcomes["tp2-dp2-step"], once), curve_error(outcomes["tp2-dp2-step"], once)
+    assert_same_masks(outcomes["tp2-dp2-step"], once)
+    assert not same_curve(once, outcomes["one"])
+    assert sum(result.lm_loss for result in once.results[-3:]) < 0.95 * sum(result.lm_loss for result in once.results[:3])
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2"])
