@@ -1,0 +1,145 @@
+"""The categorical operator through the fused Triton kernels, for CUDA tensors; same meaning as categorical.py.
+
+Under TRITON_INTERPRET=1, set before triton is first imported, the same kernels run on CPU tensors: slowly, for tests.
+Nothing here waits for the device, and no number that changes from step to step makes Triton compile again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from megamask.sparsity import kernels_triton
+from megamask.sparsity.draw import Draw, RowBlock, Sampled, Site
+from megamask.sparsity.pattern import Pattern
+
+WARPS = 4
+TILE = 32 * WARPS  # one group a thread: all tensors of a program then have one layout, and nothing moves between threads
+TILES = 4  # a program's: they share its fixed costs
+UNROLLED = 32  # candidates that kernels hold in registers at once
+WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> Sampled:
+    """Sample a mask and apply it to the weight."""
+    logits, words = mask_logits.detach().contiguous(), _words(weight, site)
+    masked = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    out = _words(masked, site)
+    rows, _, groups = logits.shape
+    winner = logits.new_empty((rows, groups) if draw.watch else 0, dtype=torch.uint8)
+    cut = Cut.of(groups)
+    sums = logits.new_empty((2, sum(cut.programs(block.rows) for block in site.placement.blocks)), dtype=torch.float32)
+    first = 0
+    for block, here in _blocks(site):
+        programs = cut.programs(block.rows)
+        _launch(
+            "forward", programs, logits,
+            out[here], winner[here], sums[:, first:], logits[here], words[here], block.rows, sums.shape[1],
+            *_place(block, site), *_noise(draw), draw.kappa,
+            **_pattern(site.pattern), BITS=_bits(weight), HARD=draw.hard, WATCH=draw.watch, **cut.constants,
+        )  # fmt: skip
+        first += programs
+    return Sampled(masked, sums.sum(1, dtype=torch.float64), winner)
+
+
+def backward(
+    grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; added to ``into`` where that is given."""
+    logits, words, grads = mask_logits.detach().contiguous(), _words(weight, site), _words(grad, site)
+    dlogits = torch.empty_like(logits) if into is None else into.contiguous()
+    cut = Cut.of(logits.shape[-1])
+    for block, here in _blocks(site):
+        _launch(
+            "backward", cut.programs(block.rows), logits,
+            dlogits[here], grads[here], logits[here], words[here], block.rows,
+            *_place(block, site), *_noise(draw), draw.norm_coef,
+            **_pattern(site.pattern), BITS=_bits(weight), GRAD_BITS=_bits(grad), HARD=draw.hard, ADD=into is not None, **cut.constants,
+        )  # fmt: skip
+    return dlogits if into is None or dlogits is into else into.copy_(dlogits)
+
+
+def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d)."""
+    logits = mask_logits.detach().contiguous()
+    rows, candidates, groups = logits.shape
+    cut = Cut.of(groups)
+    winner = logits.new_empty((rows, groups), dtype=torch.uint8)
+    sums = logits.new_empty(cut.programs(rows), dtype=torch.float32)
+    _launch("survey", len(sums), logits, winner, sums, logits, rows, kappa, C=candidates, **cut.constants)
+    return winner, sums.sum(dtype=torch.float64)
+
+
+def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernels read these dtypes."""
+    return mask_logits.dtype in DTYPES and weight.dtype in DTYPES and mask_logits.shape[1] <= UNROLLED
+
+
+class Cut(NamedTuple):
+    """How (O, G) groups are cut into tiles of ``rows`` x ``cols``, a few tiles a program."""
+
+    groups: int
+    rows: int
+    cols: int
+
+    @classmethod
+    def of(cls, groups: int) -> Cut:
+        """The width that leaves the fewest threads idle at the end of a row; not below 32, so that lines are read whole."""
+        cols = min((128, 64, 32), key=lambda width: -(-groups // width) * width)
+        return cls(groups, TILE // cols, cols)
+
+    def programs(self, rows: int) -> int:
+        """How many programs cover ``rows`` rows."""
+        tiles = math.ceil(rows / self.rows) * math.ceil(self.groups / self.cols)
+        return math.ceil(tiles / TILES)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Arguments of the kernels."""
+        return {"GROUPS": self.groups, "ROWS": self.rows, "COLS": self.cols, "TILES": TILES}
+
+
+def _launch(kernel: str, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+        getattr(kernels_triton, kernel)[(programs,)](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
+
+
+def _blocks(site: Site) -> Iterator[tuple[RowBlock, slice]]:
+    """Row blocks with the local rows that they cover."""
+    for block in site.placement.blocks:
+        yield block, slice(block.start, block.start + block.rows)
+
+
+def _words(tensor_OI: torch.Tensor, site: Site) -> torch.Tensor:
+    """The tensor as (O, words) integers as wide as divide a group: a 2:4 group in bf16 is one 64-bit word."""
+    size = math.gcd(8, site.pattern.m * tensor_OI.element_size())
+    whole = tensor_OI.detach().contiguous()
+    if whole.data_ptr() % size:
+        whole = whole.clone()
+    return whole.view(WORDS[size])
+
+
+def _bits(tensor: torch.Tensor) -> int:
+    return 8 * tensor.element_size()
+
+
+@functools.cache
+def _pattern(pattern: Pattern) -> dict[str, int]:
+    """Candidates, members, and the table of kernels_triton.py."""
+    table = sum(1 << (c * pattern.m + j) for c, kept in enumerate(pattern.kept_positions) for j in kept)
+    return {"C": pattern.num_candidates, "M": pattern.m, "TABLE": table}
+
+
+def _place(block: RowBlock, site: Site) -> tuple[int, int, int]:
+    return block.global_start, site.placement.first_group, site.placement.groups_in_row
+
+
+def _noise(draw: Draw) -> tuple[int, int, int, int, float, float]:
+    key = draw.key
+    return key.seed, key.step, key.parameter, key.micro_batch, draw.kappa / draw.tau, 1 / draw.tau
