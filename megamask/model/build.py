@@ -10,6 +10,7 @@ from megamask.config import Config
 from megamask.model.loss import LanguageModel
 from megamask.model.rope import inverse_frequencies
 from megamask.model.spec import block_spec
+from megamask.model.vocabulary import VocabularyShard
 from megamask.parallel.linear import MaskedLinear, MaskSwitch
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.backends import choose_backend
@@ -86,7 +87,8 @@ def build_model(config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dty
     ).to(mesh.device)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(mesh.device)
     rows = padded_vocab(arch, mesh.tp) // mesh.tp
-    model.real_vocab = min(max(arch.vocab - mesh.tp_rank * rows, 0), rows)
+    first = mesh.tp_rank * rows
+    model.shard = VocabularyShard(first, min(max(arch.vocab - first, 0), rows), rows, mesh.tp_group)
     model.requires_grad_(False)
     if config.parallel.recompute:  # a recomputed layer passes gradients on only if its input wants one, which a frozen embedding's does not
         model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
