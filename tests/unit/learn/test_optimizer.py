@@ -1,0 +1,124 @@
+"""Settings that are refused, the norm and clipping, AdamW with the clip factor inside its update, the schedule's way into an optimizer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megamask.config.load import build_config, load_config
+from megamask.errors import ConfigError
+from megamask.learn import eight_bit
+from megamask.learn.adamw import AdamW
+from megamask.learn.lion import Lion
+from megamask.learn.optimizer import build_scheduler, check_optimizer, clip_factor, gradient_norm, set_learning_rate
+from tests.unit.learn.lean import SEED, linear, random_grad, random_logits, section, take_step
+
+ONE_RANK: Any = SimpleNamespace(sum_over_tp=lambda one: one)
+
+
+@pytest.mark.parametrize(
+    ("kind", "logits", "grads", "key", "fix"),
+    [
+        ("adamw", "bf16", "fp32", "learn.state.logits", "Use learn.optimizer.kind=lion, lion8bit or adamw8bit"),
+        ("adamw", "fp32", "bf16", "learn.state.grads", "Use learn.state.logits=bf16 too"),
+        ("lion8bit", "fp32", "bf16", "learn.state.grads", "Use learn.state.logits=bf16 too"),
+        ("lion", "bf16", "fp32", None, ""),
+        ("lion", "fp32", "fp32", None, ""),
+        ("lion8bit", "bf16", "bf16", None, ""),
+        ("adamw", "fp32", "fp32", None, ""),
+    ],
+)
+def test_combinations(kind: str, logits: str, grads: str, key: str | None, fix: str) -> None:
+    config = build_config({"learn": {"state": {"logits": logits, "grads": grads}, "optimizer": {"kind": kind}}})
+    if key is None:
+        check_optimizer(config)
+    else:
+        with pytest.raises(ConfigError, match=f"(?s){key} = .*{fix}"):
+            check_optimizer(config)
+
+
+@pytest.mark.parametrize("footprint", ["default", "lean", "leanest"])
+def test_footprints_are_allowed(footprint: str) -> None:
+    check_optimizer(load_config(None, [f"learn.footprint={footprint}"]))
+
+
+def no_module(*missing: str) -> Callable[[str], Any]:
+    found = importlib.util.find_spec
+    return lambda name, *rest: None if name in missing else found(name, *rest)
+
+
+def test_what_8_bit_adamw_needs_is_asked_for_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_config({"device": "cpu", "learn": {"optimizer": {"kind": "adamw8bit"}}})
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", no_module("torchao"))
+        with pytest.raises(ConfigError, match=r"(?s)learn.optimizer.kind.*pip install 'megamask\[eight-bit\]'"):
+            check_optimizer(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", no_module("triton"))
+        with pytest.raises(ConfigError, match="Install triton"):
+            eight_bit.check_available("cuda")
+    pytest.importorskip("torchao")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"(?s)g\+\+ is not there.*CXX"):
+        check_optimizer(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_factor(dtype: torch.dtype) -> None:
+    grads = [random_grad(step, random_logits(), dtype) for step in range(3)]
+    expected = torch.cat([grad.double().flatten() for grad in grads]).norm()
+    norm = gradient_norm(grads, ONE_RANK)
+    assert float(norm) == pytest.approx(float(expected), rel=1e-5)  # fp32 sums over 5,760 squares each; bf16 sums would be off by 1e-3
+    assert float(clip_factor(norm, 0.1)) == pytest.approx(0.1 / float(expected), rel=1e-5)
+    assert float(clip_factor(norm, 1e3)) == 1.0
+    assert float(clip_factor(norm, 0.0)) == 1.0
+    assert clip_factor(norm, 0.1).dtype == torch.float32
+
+
+def clipped_by_hand(start: torch.Tensor, steps: int, clip: float) -> torch.Tensor:
+    """PyTorch's plain AdamW on gradients that were multiplied before."""
+    logits = torch.nn.Parameter(start.double())
+    adamw = torch.optim.AdamW([logits], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=False, foreach=False)
+    for step in range(steps):
+        logits.grad = random_grad(step, start).double() * clip
+        adamw.step()
+    return logits.detach()
+
+
+def test_adamw_clips_inside_its_update() -> None:
+    start = random_logits()
+    ours = AdamW(section("adamw"), [linear(start)], SEED)
+    for step in range(5):
+        take_step(ours, step, [random_grad(step, start)], rate=1e-3, clip=0.01)
+    # Ratios of fp32 moments to 1e-6 or so, times five steps of 1e-3.
+    assert float((ours.logits[0].detach() - clipped_by_hand(start, 5, 0.01)).abs().max()) < 5e-8
+    assert float((ours.logits[0].detach() - clipped_by_hand(start, 5, 1.0)).abs().max()) > 1e-7  # eps is all that is not scale free
+    assert float(ours.moments()["exp_avg"][0].abs().max()) < 0.01 * 0.01 * 5
+    assert ours.logits[0].grad is None
+    assert ours.steps_done() == 5
+
+
+def test_adamw_goes_on_exactly() -> None:
+    start = random_logits()
+    ours = AdamW(section("adamw"), [linear(start)], SEED)
+    for step in range(3):
+        take_step(ours, step, [random_grad(step, start)])
+    again = AdamW(section("adamw"), [linear(ours.logits[0].detach())], SEED)
+    again.load_moments({name: [one.clone() for one in ones] for name, ones in ours.moments().items()}, ours.steps_done())
+    for one in (ours, again):
+        take_step(one, 3, [random_grad(3, start)])
+    assert torch.equal(ours.logits[0], again.logits[0])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion"])
+def test_the_scheduler_reaches_every_kind(kind: str) -> None:
+    chosen = section(kind, lr=1e-3, min_lr=1e-4, warmup_steps=2, schedule="linear")
+    linears = [linear(random_logits(2, 8))]
+    optimizer = AdamW(chosen, linears, SEED) if kind == "adamw" else Lion(chosen, linears, SEED, False)
+    scheduler = build_scheduler(chosen, 10, optimizer)
+    assert [set_learning_rate(scheduler, step) for step in (0, 1, 2, 6, 10)] == pytest.approx([0, 5e-4, 1e-3, 5.5e-4, 1e-4])
