@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from megamask.model.vocabulary import block_size, chunk_size
-from megamask.plan.bytes import KEPT, WINNERS
+from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size
+from megamask.plan.bytes import KEPT, STEP_GRADIENTS
 from megamask.plan.hardware import Device
 from megamask.plan.workload import Workload
 
 OTHER_WEIGHTS = "embedding, head, norms, dense linears"
 ONE_LAYER = "masked weights of one layer or linear"
 ACTIVATIONS = "activations"
+NEW_WINNERS = "winners of this step"
 LOSS = "working memory of the vocabulary loss"
 LAYER = "working memory of a layer's backward"
 ALLOWANCE = "allowance: CUDA context, NCCL, fragmentation"
@@ -51,12 +52,16 @@ class Memory:
 
 def memory_of(work: Workload, device: Device) -> Memory:
     """Peak bytes of one rank of ``work`` on ``device``."""
-    weights, per_weight = work.masked_weights, work.state
-    state = {part: size * weights for part, size in per_weight.items() if part != KEPT}
-    state[OTHER_WEIGHTS] = float(work.other_weights * work.width)
-    moments = [_at_loss(work, device), _in_layer(work)]
-    step = max(moments, key=lambda moment: sum(moment.values()))
-    step = {KEPT: per_weight[KEPT] * weights, **step, WINNERS + ", new": weights / work.pattern.m}
+    weights = work.masked_weights
+    whole = {part: size * weights for part, size in work.state.items()}
+    kept, gradients = {KEPT: whole.pop(KEPT)}, {STEP_GRADIENTS: whole.pop(STEP_GRADIENTS)}
+    state = {**whole, OTHER_WEIGHTS: float(work.other_weights * work.width)}
+    if work.accumulations > 1 and work.config.learn.state.grads == "fp32":
+        state |= gradients  # a buffer that stays
+    before = {} if STEP_GRADIENTS in state or work.accumulations == 1 else gradients  # of the micro-batches so far
+    after = {} if STEP_GRADIENTS in state else gradients
+    moments = [{**before, **_at_loss(work, device)}, {**before, **_in_layer(work)}, {**after, ACTIVATIONS: 0.0}]
+    step = {**kept, **max(moments, key=lambda moment: sum(moment.values())), NEW_WINNERS: weights / work.pattern.m}
     return Memory(state, step, device.allowance(sum(step.values())))
 
 
@@ -91,7 +96,9 @@ def saved_activations(work: Workload) -> float:
 def _at_loss(work: Workload, device: Device) -> dict[str, float]:
     """Chunks of logits, an fp32 block of them, hidden states and their gradient, both whole on each rank."""
     where, row = torch.device("cpu" if device.is_cpu else "cuda"), work.vocab_rows
-    rows, block = min(work.tokens, chunk_size(row, where)), min(work.tokens, block_size(row, where))
+    shard = VocabularyShard(first=0, real=row, rows=row)
+    rows = min(work.tokens, chunk_size(shard, where))
+    block = min(rows, block_size(shard, where))
     hidden = work.tokens * work.arch.hidden * work.width
     return {ACTIVATIONS: saved_activations(work), LOSS: row * (rows * work.width + block * 4) + 2 * hidden}
 
