@@ -1,4 +1,4 @@
-"""A masked learning step against the dense forward and backward (dX and dW) of the same Megatron model, in one run.
+"""A masked learning step, the report of its flips included, against the dense forward and backward (dX and dW) of the same Megatron model.
 
 python -m benchmarks.step --model smollm2-135m --json step.json
 """
@@ -20,13 +20,14 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from benchmarks.common import Timings, Work, interleave, parser, report, table
+from benchmarks.eager import EagerSide
 from benchmarks.lab import Lab, add_model_options, open_lab
 from benchmarks.parts import Parts, time_parts
 from megamask.learn.monitor import peak_memory_gib
 from megamask.learn.survey import Survey
 from megamask.model.loss import token_losses
 
-MASKED, DENSE, SURVEY = "masked", "dense", "survey"
+MASKED, DENSE, EAGER = "masked", "dense", "eager"
 PART_ROUNDS = 3
 
 
@@ -85,15 +86,15 @@ def main(argv: list[str] | None = None) -> int:
     # Before anything large is held here: Linux starts a child's peak at its parent's memory.
     peaks = {} if options.no_memory else {side: peak_memory(arguments, side) for side in (MASKED, DENSE)}
     with open_lab(options, steps=2 + options.rounds + PART_ROUNDS) as lab:
-        timings, parts = measure(lab, options.rounds)
-        seconds = {side: timings.median(side) for side in (MASKED, DENSE, SURVEY)}
+        timings, parts = measure(lab, options.rounds, options.eager)
+        seconds = {side: timings.median(side) for side in timings.seconds}
         device, tokens = lab.mesh.device, lab.tokens_per_step
     ratio = timings.ratio(MASKED, DENSE)
     figures = {
         "ratio": ratio,
-        "ratio_with_survey": (seconds[MASKED] + seconds[SURVEY]) / seconds[DENSE],
+        "eager_over_masked": timings.ratio(EAGER, MASKED) if options.eager else None,
         "seconds": seconds,
-        "tokens_per_second": {side: tokens / seconds[side] for side in (MASKED, DENSE)},
+        "tokens_per_second": {side: tokens / seconds[side] for side in seconds},
         "peak_memory_gib": peaks,
         "milliseconds_by_part": parts,
         "rounds": timings.seconds,
@@ -109,21 +110,24 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_model_options(options)
     options.add_argument("--steps", type=int, dest="rounds", help="the same as --rounds")
     options.add_argument("--limit", type=float, help="fail when masked / dense is above it")
+    options.add_argument("--eager", action="store_true", help="also time the paper's method in plain eager PyTorch (benchmarks/eager.py)")
     options.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes a process of its own for each side")
     options.add_argument("--only", choices=(MASKED, DENSE), help="run two steps of one side and write its peak memory")
     return options.parse_args(arguments)
 
 
-def measure(lab: Lab, rounds: int) -> tuple[Timings, dict[str, dict[str, float]]]:
+def measure(lab: Lab, rounds: int, with_eager: bool) -> tuple[Timings, dict[str, dict[str, float]]]:
     """(times of whole steps, milliseconds by part from steps of their own that carry timers)."""
     assert lab.learner is not None
-    numbers = {side: iter(range(10**9)) for side in (MASKED, DENSE)}
+    numbers = {side: iter(range(10**9)) for side in (MASKED, DENSE, EAGER)}
     dense, survey, device = DenseSide(lab), Survey(lab.subject, lab.mesh), lab.mesh.device
     sides: dict[str, Work] = {
-        MASKED: partial(_next_step, lab.learner.step, numbers[MASKED], lab),
+        MASKED: partial(_learn, lab, survey, numbers[MASKED]),
         DENSE: lambda: dense.step(next(numbers[DENSE])),
-        SURVEY: lambda: survey(),
     }
+    if with_eager:
+        eager = EagerSide(lab)
+        sides[EAGER] = lambda: eager.step(next(numbers[EAGER]))
     timings = interleave(sides, rounds, device, warmup=2)
     counted: dict[str, Parts] = {MASKED: Parts(device), DENSE: Parts(device)}
     for _ in range(PART_ROUNDS):
@@ -133,8 +137,11 @@ def measure(lab: Lab, rounds: int) -> tuple[Timings, dict[str, dict[str, float]]
     return timings, {side: parts.medians() for side, parts in counted.items()}
 
 
-def _next_step(step: Any, numbers: Iterator[int], lab: Lab) -> None:
-    step(next(numbers), lab.plan)
+def _learn(lab: Lab, survey: Survey, numbers: Iterator[int]) -> None:
+    """A step as a run does it: with the flips and confidences that it reports."""
+    assert lab.learner is not None
+    lab.learner.step(next(numbers), lab.plan)
+    survey()
 
 
 def run_one_side(options: argparse.Namespace) -> int:
@@ -164,16 +171,18 @@ def show(figures: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the tables and the ratio."""
     ratio, seconds, peaks = figures["ratio"], figures["seconds"], figures["peak_memory_gib"]
     model = options.hf.name if options.hf else options.model
-    rows = [[side, seconds[side] * 1000, figures["tokens_per_second"][side], peaks.get(side)] for side in (MASKED, DENSE)]
+    rows = [[side, seconds[side] * 1000, figures["tokens_per_second"][side], peaks.get(side)] for side in seconds]
     layers = f", {options.layers} layers" if options.layers else ""
     batch = f"{options.accumulate} x {options.micro} x {options.seq} tokens"
     table(f"{model}{layers}, {options.dtype}, {batch}", ["side", "ms a step", "tokens/s", "peak GiB"], rows)
-    print(f"\nmasked / dense: {ratio['median']:.2f} (quartiles {ratio['low']:.2f} to {ratio['high']:.2f}), ", end="")
-    print(f"with the survey of every step {figures['ratio_with_survey']:.2f}" + (f"; at most {options.limit}" if options.limit else ""))
+    limit = f"; at most {options.limit}" if options.limit else ""
+    print(f"\nmasked / dense: {ratio['median']:.2f} (quartiles {ratio['low']:.2f} to {ratio['high']:.2f}){limit}")
+    if options.eager:
+        eager = figures["eager_over_masked"]
+        print(f"eager / masked: {eager['median']:.2f} (quartiles {eager['low']:.2f} to {eager['high']:.2f})")
     by_part = figures["milliseconds_by_part"]
     names = list(dict.fromkeys([*by_part[MASKED], *by_part[DENSE]]))
     table("milliseconds by part", ["part", *by_part], [[name, *(by_part[side].get(name) for side in by_part)] for name in names])
-    print(f"\nOutside the step: survey {seconds[SURVEY] * 1000:.1f} ms.")
 
 
 if __name__ == "__main__":
