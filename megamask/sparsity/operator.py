@@ -32,8 +32,34 @@ def sample_mask(
         backend: name of a backend (``backends.choose_backend``).
         into: where the backward adds the gradient of the logits, fp32 or bf16; None returns it to autograd.
     """
-    masked, sums, winner = torch.ops.megamask.sample_mask(mask_logits, weight, into, *_numbers(site, draw), backend)
-    return Sampled(masked, sums.detach(), winner)
+    if torch.compiler.is_compiling():
+        masked, sums, winner = torch.ops.megamask.sample_mask(mask_logits, weight, into, *_numbers(site, draw), backend)
+        return Sampled(masked, sums.detach(), winner)
+    return Sampled(*_Eager.apply(mask_logits, weight, into, site, draw, backend))  # type: ignore[no-untyped-call]
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the op's dispatch, which costs 160 microseconds a layer forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mask_logits: torch.Tensor, weight: torch.Tensor, into: torch.Tensor | None, site: Site, draw: Draw, backend: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(mask_logits, weight)
+        ctx.into, ctx.site, ctx.draw, ctx.backend = into, site, draw, backend
+        ctx.set_materialize_grads(False)
+        masked, sums, winner = backend_by_name(backend).forward(mask_logits, weight, site, draw)
+        ctx.mark_non_differentiable(sums, winner)
+        return masked, sums, winner
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        """Gradient at the logits alone: the weight is frozen, sums and winners are for looking at."""
+        mask_logits, weight = ctx.saved_tensors
+        dlogits = None
+        if grad is not None and ctx.needs_input_grad[0]:
+            dlogits = backend_by_name(ctx.backend).backward(grad, mask_logits, weight, ctx.site, ctx.draw, ctx.into)
+        return (dlogits if ctx.into is None else None), *[None] * 5
 
 
 @torch.library.custom_op("megamask::sample_mask", mutates_args=())
@@ -101,7 +127,6 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    """Gradient at the logits alone: the weight is frozen, sums and winners are for looking at."""
     dlogits = None
     if grad is not None and ctx.needs_input_grad[0]:
         mask_logits, weight, scale = ctx.saved_tensors

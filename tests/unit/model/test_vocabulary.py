@@ -16,7 +16,7 @@ from megamask.model import vocabulary
 from megamask.model.vocabulary import CrossEntropy, VocabularyShard, fused_loss
 
 VOCAB, HIDDEN = 301, 24
-# One rounding of fp32 is 6e-8; a logit is a sum over 24 products of size up to 10, a gradient one over 301. Seen: 5e-7 and 1e-6.
+# One rounding of fp32 is 6e-8; a logit is a sum over 24 products of size up to 10, a gradient one over 301. Seen: 8e-8 and 4e-7.
 FP32 = 5e-6
 Answer = tuple[torch.Tensor, torch.Tensor]  # losses (T,), gradient at the hidden states (T, H)
 
@@ -94,14 +94,17 @@ def test_the_comparison_sees_a_wrong_label_and_a_forgotten_weight_of_a_token() -
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 30.0])  # flat, ordinary and one-sided distributions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_it_is_at_least_as_exact_as_separate_logits(dtype: torch.dtype, scale: float) -> None:
-    """In the mean over 512 tokens. In bf16 it makes the same roundings but one: the token's weight comes after the matmul, not before.
+def test_it_is_as_exact_as_separate_logits(dtype: torch.dtype, scale: float) -> None:
+    """Over 512 tokens. It makes the same roundings, in fp32 in another order of sums; seen: 4 %, of errors below 1e-6.
 
-    The allowance is for that order, and in fp32 for the order of sums.
+    The weight of a token multiplies the finished gradient instead of the one at the logits: in bf16 one more rounding unless it is a
+    power of two, which shows where the others are small; seen: 10 %.
     """
-    given = inputs(512, dtype, scale)
-    for new, old, expected in zip(fused(*given), separate(*given), reference(*given), strict=True):
-        assert error(new, expected) < 1.1 * error(old, expected) + 1e-7
+    hidden_TH, weight_VH, labels_T, upstream_T = inputs(512, dtype, scale)
+    for weights_T, allowed in ((torch.full_like(upstream_T, 1 / 512), 1.06), (upstream_T, 1.2)):
+        given = hidden_TH, weight_VH, labels_T, weights_T
+        for new, old, expected in zip(fused(*given), separate(*given), reference(*given), strict=True):
+            assert error(new, expected) < allowed * error(old, expected)
 
 
 def test_logits_far_apart_neither_overflow_nor_vanish() -> None:

@@ -13,7 +13,6 @@ from megamask.config import Config
 from megamask.errors import ConfigError
 from megamask.parallel.linear import MaskedColumnParallelLinear, MaskedRowParallelLinear, MaskSwitch
 from megamask.parallel.mesh import start
-from megamask.sparsity import categorical
 from megamask.sparsity.draw import Draw
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
@@ -35,7 +34,7 @@ def linear(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def attach(linear: Any) -> MaskSwitch:
     switch = MaskSwitch()
-    linear.attach_logits(linear.make_site(PATTERN, "x"), 7, switch, categorical)
+    linear.attach_logits(linear.make_site(PATTERN, "x"), 7, switch, "torch")
     linear.mask_logits.data.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
     return switch
 
