@@ -100,7 +100,7 @@ def _at_loss(work: Workload, device: Device) -> dict[str, float]:
     rows = min(work.tokens, chunk_size(shard, where))
     block = min(rows, block_size(shard, where))
     hidden = work.tokens * work.arch.hidden * work.width
-    return {ACTIVATIONS: saved_activations(work), LOSS: row * (rows * work.width + block * 4) + 2 * hidden}
+    return {ACTIVATIONS: saved_activations(work), LOSS: row * (rows * work.width + block * 4) + 2 * hidden + gathered(work)}
 
 
 def _in_layer(work: Workload) -> dict[str, float]:
@@ -121,4 +121,9 @@ def _in_layer(work: Workload) -> dict[str, float]:
     whole_input = work.tokens * arch.hidden * work.width  # gradient of a column-parallel linear's input, whole on each rank
     busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - 3 * wide)
     activations = saved_activations(work) + (layer_activations(work) if config.parallel.recompute else 0.0)
-    return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest}
+    return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest + gathered(work)}
+
+
+def gathered(work: Workload) -> float:
+    """Bytes of Megatron's buffer for the inputs that sequence parallel gathers."""
+    return work.tokens * work.arch.hidden * work.width if work.config.parallel.sequence_parallel else 0.0

@@ -1,0 +1,180 @@
+"""The planner's arithmetic, against sums done by hand for LLaMA-2-7B: 32 layers, H = 4096, F = 11008, 32 heads of 128, 32,000 words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megamask.config import load_config
+from megamask.errors import ConfigError
+from megamask.plan import bytes as state
+from megamask.plan.fit import advice, check_fits, footprint_applies, remedies
+from megamask.plan.hardware import GIB, GPUS
+from megamask.plan.memory import ACTIVATIONS, ALLOWANCE, LOSS, OTHER_WEIGHTS, layer_activations, memory_of
+from megamask.plan.time import ATTENTION, DP_LINKS, HEAD, MATMULS, OPTIMIZER, SAMPLING_BACKWARD, TP_LINKS, flops_per_token, time_of
+from megamask.plan.workload import Workload
+from megamask.weights.shapes import SHAPES, read_shape
+
+PAPER = ("learn.preset=maskllm", "learn.micro_batch=1", "data.seq_length=4096")
+WEIGHTS_7B = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+
+
+def plan(*settings: str, model: str = "llama2-7b", dp: int = 1) -> Workload:
+    return Workload(load_config(None, [*PAPER, *settings]), read_shape(model), dp).check()
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [
+        ("llama2-7b", 6.476),
+        ("llama2-13b", 12.688),
+        ("llama2-70b", 68.451),
+        ("llama3-8b", 6.979),
+        ("llama3-70b", 68.451),
+        ("smollm2-135m", 0.1062),
+    ],
+)
+def test_prunable_weights(model: str, billions: float) -> None:
+    """The published sizes without embedding, head (twice the vocabulary but for SmolLM2) and norms."""
+    assert plan("parallel.tp=1", model=model).all_masked_weights == pytest.approx(billions * 1e9, rel=5e-4)
+
+
+def test_every_shape_is_read() -> None:
+    assert {"llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "llama3-70b", "smollm2-135m", "toy"} == set(SHAPES)
+    with pytest.raises(ConfigError, match="llama2-7b"):
+        read_shape("llama9")
+
+
+def test_flops_of_a_token() -> None:
+    flops = flops_per_token(plan())
+    assert flops[MATMULS] == 6 * 6_476_005_376
+    assert flops[HEAD] == 4 * 32000 * 4096  # forward and gradient at the hidden states: the head is frozen
+    assert flops[ATTENTION] == 6 * 32 * 4096 * 4096
+    assert sum(flops.values()) == pytest.approx(42.6e9, rel=1e-3)
+
+
+def test_a_linear_kept_dense_has_no_weight_gradient() -> None:
+    layer = WEIGHTS_7B / 32
+    assert flops_per_token(plan("model.exclude=[model.layers.31.*]"))[MATMULS] == 31 * 6 * layer + 4 * layer
+
+
+def test_the_paper_s_run() -> None:
+    """2,000 steps x 256 x 4,096 tokens took 1,280 A100 hours: 6 % of the peak. Every A100 plan of the same run is several times shorter."""
+    work = plan("parallel.tp=8", dp=8)
+    assert work.config.learn.steps * work.tokens_a_step == 2_097_152_000
+    floor = 2_097_152_000 * sum(flops_per_token(work).values()) / 312e12 / 3600
+    assert floor == pytest.approx(79.5, rel=5e-3) and floor / 1280 == pytest.approx(0.062, abs=1e-3)
+    hours = time_of(work, GPUS["a100"]).gpu_hours(2000)
+    assert floor < hours < 1280 / 3
+    assert time_of(work, GPUS["a100"]).mfu == pytest.approx(floor / hours)
+
+
+def test_seconds_by_hand() -> None:
+    work, gpu = plan("parallel.tp=8", dp=8), GPUS["h100"]
+    parts = time_of(work, gpu).parts
+    local, micro_batches = WEIGHTS_7B / 8, 256 / 8
+    assert parts[MATMULS] == pytest.approx(micro_batches * 6 * local * 4096 / (989e12 * 0.55))
+    rate = 3.35e12 * 0.8
+    assert parts[SAMPLING_BACKWARD] == pytest.approx(
+        micro_batches * local * (6 + 2 + 2 + 6 + 6) / rate
+    )  # logits, W, dW, gradients both ways
+    assert parts[OPTIMIZER] == pytest.approx(local * (2 * 6 + 2 * 12 + 3 * 6) / rate)
+    hidden = 4096 * 4096 * 2
+    assert parts[TP_LINKS] == pytest.approx(micro_batches * (4 * 32 + 1) * hidden * 2 * 7 / 8 / (450e9 * 0.75))
+    assert parts[DP_LINKS] == pytest.approx(local * 6 * 2 * 7 / 8 / (50e9 * 0.75))  # 64 GPUs: between nodes
+
+
+def test_one_draw_a_step_takes_the_sampling_out_of_the_micro_batches() -> None:
+    often, once = time_of(plan(), GPUS["h200"]), time_of(plan("learn.sampling.draws=step"), GPUS["h200"])
+    assert once.parts[SAMPLING_BACKWARD] < often.parts[SAMPLING_BACKWARD] / 2 and once.seconds < often.seconds
+
+
+def test_a_gpu_that_is_faster_than_its_host_waits() -> None:
+    small = Workload(load_config(None, ["data.seq_length=256"]), read_shape("smollm2-135m")).check()
+    assert time_of(small, GPUS["h100"]).seconds > 30 * 1e-3  # 30 layers
+
+
+def test_activations_by_hand() -> None:
+    """Per token, H = Q = K: two norms in fp32, and bf16 of H + Q + H + F linear inputs, 3 H fused q/k/v, 2 H rotated, 4 F of the gate."""
+    numbers = 2 * 4096 + 4096 + 11008 + 3 * 4096 + 2 * 4096 + 4 * 11008
+    rotary = 4 * 4096 * 128 * 2
+    assert layer_activations(plan()) == 4096 * (2 * numbers + 8 * 4096 + 4 * 32) + rotary
+    shared = layer_activations(plan("parallel.tp=8", "parallel.sequence_parallel=true")) - rotary
+    assert shared == pytest.approx((layer_activations(plan()) - rotary) / 8)  # nothing is held twice
+
+
+def test_memory_by_hand() -> None:
+    memory = memory_of(plan("parallel.tp=8", dp=8), GPUS["a100"])
+    local = WEIGHTS_7B / 8
+    assert memory.state[state.WEIGHTS] == 2 * local and memory.state[state.LOGITS] == 6 * local
+    assert memory.state[state.MOMENTS] == 12 * local and memory.state[state.WINNERS] == local / 2
+    assert memory.state[OTHER_WEIGHTS] == 2 * (2 * 32000 * 4096 / 8 + 65 * 4096)
+    assert memory.step[state.KEPT] == 2 * local
+    assert memory.total == sum(memory.parts.values()) and memory.parts[ALLOWANCE] > 1.5 * GIB
+
+
+def test_recomputation_holds_one_layer() -> None:
+    plain, thrifty = memory_of(plan(), GPUS["h200"]), memory_of(plan("parallel.recompute=true"), GPUS["h200"])
+    assert thrifty.step[ACTIVATIONS] < plain.step[ACTIVATIONS] / 8
+    assert thrifty.step[state.KEPT] == 0 < plain.step[state.KEPT]
+
+
+def test_the_vocabulary_loss_never_holds_all_logits() -> None:
+    memory = memory_of(plan(model="llama3-8b"), GPUS["h200"])
+    assert 0 < memory.step[LOSS] < 4096 * 128256 * 4 / 3
+
+
+def test_what_fits_is_not_refused() -> None:
+    check_fits(load_config(None, [*PAPER, "parallel.tp=8"]), read_shape("llama2-7b"), GPUS["a100"], dp=8)
+
+
+def test_what_does_not_fit_is_refused_with_what_does() -> None:
+    config = load_config(None, [*PAPER, "parallel.tp=1"])
+    with pytest.raises(ConfigError, match=r"memory of a rank = '\d+\.\d GiB': more than the 79.2 GiB of H100 80GB") as refused:
+        check_fits(config, read_shape("llama2-7b"), GPUS["h100"])
+    assert "parallel.recompute=true learn.footprint=leanest (" in str(refused.value)
+    named = Workload(load_config(None, [*PAPER, "parallel.recompute=true", "learn.footprint=leanest"]), read_shape("llama2-7b"))
+    assert memory_of(named, GPUS["h100"]).total <= GPUS["h100"].capacity
+
+
+def test_less_memory_asks_for_more() -> None:
+    """From settings, to more GPUs a layer, to a larger GPU, to nothing."""
+    work = plan()
+
+    def fix(gib: float) -> str:
+        return advice(work, replace(GPUS["a100-40"], capacity=gib * GIB))
+
+    assert "learn.state.masked_weight=regenerate (" in fix(198)
+    assert "parallel.recompute=true (" in fix(180)
+    assert "parallel.tp=2" in fix(39) and "leanest" in fix(39)
+    assert "plan.gpu=a100 " in fix(5)
+    assert "Nothing in reach" in advice(plan("pattern=4:8", model="llama3-70b"), GPUS["h200"])  # 8.75 logits a weight
+
+
+def test_remedies_only_name_what_can_work() -> None:
+    """9 heads and 3 KV heads never split over 2, 4 or 8."""
+    work = Workload(load_config(None, ["data.seq_length=256"]), read_shape("smollm2-135m")).check()
+    assert all(not one.fits for one in remedies(work, GPUS["a100"]) if one.work.tp > 1)
+
+
+def test_a_footprint_that_the_recipe_overrules_is_not_proposed() -> None:
+    assert footprint_applies(load_config(None, []), "lean")
+    assert not footprint_applies(load_config(None, ["learn.footprint=lean"]), "lean")
+    assert footprint_applies(load_config(None, ["learn.footprint=lean"]), "leanest")
+    assert not footprint_applies(load_config(None, ["learn.optimizer.kind=adamw"]), "lean")
+    assert footprint_applies(load_config(None, ["learn.optimizer.lr=1e-3"]), "lean")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["parallel.tp=3"], "parallel.tp = 3"),
+        (["parallel.sequence_parallel=true"], "needs parallel.tp > 1"),
+        (["learn.global_batch=7", "learn.micro_batch=2"], "learn.global_batch"),
+        (["pattern=2:3"], "pattern = '2:3'"),
+    ],
+)
+def test_what_no_memory_mends(settings: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        plan(*settings)
