@@ -62,6 +62,7 @@ def count(lab: Lab, survey: Survey) -> dict[str, int]:
         "mask logits": logits,
         "gradients": [tensor for one in logits for tensor in (getattr(one, "main_grad", None), one.grad)],
         "optimizer moments": lab.learner.optimizer.state_tensors(),
+        "gradients at the masked weights of a step": [linear.weight_grad for linear in linears],
         "winners of the survey": [*survey.initial.values(), *survey.latest.values()],
         OTHER: live_tensors(lab.mesh.device),
     }

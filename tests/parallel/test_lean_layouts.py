@@ -1,0 +1,160 @@
+"""Learning with bf16 logits under Lion and 8-bit Lion: the same bits in other layouts given the same gradients, and after a resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megamask.data.batches import BatchPlan
+from megamask.learn.lion import Lion
+from megamask.learn.setup import Subject, build_subject
+from megamask.learn.snapshot import Progress, Snapshots
+from megamask.learn.step import Learner, StepResult
+from megamask.parallel.mesh import Mesh, start
+from megamask.sparsity.philox import NoiseKey, uniform, words
+from tests.parallel.ranks import meet_again, run_ranks
+from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
+
+pytestmark = pytest.mark.slow
+STEPS, SAVED_AT, KEYED = 12, 6, 3
+FOOTPRINTS = {"lion": "fp32", "lion8bit": "bf16"}  # the dtype of the gradients
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of ``kind``: learn from text (or from keyed gradients), save or resume in the snapshots' folder of that name."""
+
+    kind: str
+    tp: int = 1
+    save_to: str | None = None
+    resume_from: str | None = None
+    keyed: bool = False
+    forgets: bool = False  # its momentum at the resume
+
+
+@dataclass
+class Outcome:
+    """Logits and momentum of the whole model by HF module name, at the start (after a resume) and at the end."""
+
+    results: list[StepResult] = field(default_factory=list)
+    first: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    saved: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    last: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
+def jobs_of(kind: str) -> dict[int, dict[str, Job]]:
+    """By world size, in the order in which they run."""
+    return {
+        1: {
+            "one": Job(kind, save_to=kind),
+            "one-resumed": Job(kind, resume_from=kind),
+            "one-forgetful": Job(kind, resume_from=kind, forgets=True),
+            "one-keyed": Job(kind, keyed=True),
+        },
+        2: {
+            "tp2-from-one": Job(kind, tp=2, resume_from=kind),
+            "tp2-keyed": Job(kind, tp=2, keyed=True),
+        },
+    }
+
+
+def run_all(rank: int, run_dir: Path, folder: Path, jobs: list[Job]) -> list[Outcome]:
+    outcomes = []
+    for job in jobs:
+        outcomes.append(run_one(run_dir, folder, job))
+        meet_again()
+    return outcomes
+
+
+def run_one(run_dir: Path, folder: Path, job: Job) -> Outcome:
+    state = {"logits": "bf16", "grads": FOOTPRINTS[job.kind], "masked_weight": "regenerate"}
+    optimizer = {"kind": job.kind, "lr": 1e-3, "min_lr": 1e-4, "betas": (0.9, 0.99)}
+    config = config_of(run_dir, job.tp, {"steps": STEPS, "state": state, "optimizer": optimizer})
+    outcome = Outcome()
+    with start(config) as mesh:
+        subject = build_subject(config, mesh)
+        learner = Learner(config, mesh, subject)
+        snapshots = Snapshots(folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner)
+        first = snapshots.restore().step if job.resume_from else 0
+        if job.forgets:
+            for tensor in learner.optimizer.state_tensors():
+                tensor.zero_()
+        outcome.first = everything(subject, learner, mesh)
+        plan = BatchPlan(Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank)
+        for step in range(first, KEYED if job.keyed else STEPS):
+            if job.keyed:
+                keyed_step(subject, learner, step)
+            else:
+                outcome.results.append(learner.step(step, plan))
+            if job.save_to and step + 1 == SAVED_AT:
+                snapshots.save(Progress(step=SAVED_AT))
+                outcome.saved = everything(subject, learner, mesh)
+        outcome.last = everything(subject, learner, mesh)
+    return outcome
+
+
+def everything(subject: Subject, learner: Learner, mesh: Mesh) -> dict[str, dict[str, torch.Tensor]]:
+    assert isinstance(learner.optimizer, Lion)
+    momentum = dict(zip(subject.linears, learner.optimizer.moments()["momentum"], strict=True))
+    return {"logits": gather_logits(subject, mesh), "momentum": gather_hf(momentum, subject, mesh)}
+
+
+def keyed_step(subject: Subject, learner: Learner, step: int) -> None:
+    """An update from gradients that are a function of the global group alone, hence the same in every layout."""
+    for linear in subject.linears.values():
+        logits: Any = linear.mask_logits
+        noise = words(NoiseKey(77, step).of(linear.parameter_id), linear.site.placement.group_ids(logits.shape[2]), logits.shape[1])
+        logits.main_grad.copy_(0.01 * (uniform(noise).movedim(0, 1) - 0.5))
+    learner.optimizer.step(step, 1e-3, torch.tensor(0.5))
+
+
+@pytest.fixture(scope="module", params=list(FOOTPRINTS))
+def outcomes(request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    folder, found = tmp_path_factory.mktemp("snapshots"), {}
+    for world, jobs in jobs_of(request.param).items():
+        by_rank = run_ranks(run_all, world, tiny_run, folder, list(jobs.values()))
+        found.update(zip(jobs, by_rank[0], strict=True))
+    return found
+
+
+def same_bits(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> bool:
+    assert one.keys() == other.keys() and all(one[what].keys() == other[what].keys() for what in one)
+    return all(torch.equal(one[what][name], tensor) for what, tensors in other.items() for name, tensor in tensors.items())
+
+
+def test_the_same_gradients_give_the_same_bits_at_tp_2(outcomes: dict[str, Outcome]) -> None:
+    assert same_bits(outcomes["tp2-keyed"].first, outcomes["one-keyed"].first)
+    assert same_bits(outcomes["tp2-keyed"].last, outcomes["one-keyed"].last)
+    assert not same_bits(outcomes["one-keyed"].first, outcomes["one-keyed"].last)
+
+
+def test_a_resume_changes_no_bit(outcomes: dict[str, Outcome]) -> None:
+    whole, resumed = outcomes["one"], outcomes["one-resumed"]
+    assert resumed.results == whole.results[SAVED_AT:]
+    assert same_bits(resumed.last, whole.last)
+    assert not same_bits(resumed.first, whole.first)
+
+
+def test_tp_2_goes_on_from_a_snapshot_of_tp_1(outcomes: dict[str, Outcome]) -> None:
+    """It starts from the same bits. Then sums round differently, and Lion takes the sign of updates that are near zero."""
+    whole, resumed = outcomes["one"], outcomes["tp2-from-one"]
+    assert same_bits(resumed.first, whole.saved)
+    errors = [abs(a.lm_loss / b.lm_loss - 1) for a, b in zip(resumed.results, whole.results[SAVED_AT:], strict=True)]
+    assert max(errors) < 1e-6  # fp32 roundings, as in test_learning_layouts
+    assert share_that_differs(resumed, whole) < 1e-3  # seen: none
+    assert share_that_differs(outcomes["one-forgetful"], whole) > 0.1
+
+
+def share_that_differs(one: Outcome, other: Outcome) -> float:
+    pairs = [(one.last["logits"][name], logits) for name, logits in other.last["logits"].items()]
+    return sum(int((a != b).sum()) for a, b in pairs) / sum(b.numel() for _, b in pairs)
+
+
+def test_learning_happens(outcomes: dict[str, Outcome]) -> None:
+    losses = [result.lm_loss for result in outcomes["one"].results]
+    assert sum(losses[-3:]) < 0.98 * sum(losses[:3])
+    assert all(tensor.dtype == torch.bfloat16 for tensors in outcomes["one"].last.values() for tensor in tensors.values())
