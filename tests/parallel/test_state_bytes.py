@@ -42,7 +42,9 @@ TARGETS = {"default": 26.0, "lean": 15.0, "leanest": 11.0}
 
 
 def config_for(run_dir: Path, name: str) -> Config:
-    return config_of(run_dir, learn={"global_batch": 4, "micro_batch": 2, "steps": 4, **RUNS[name].get("learn", {}), "prior": {"mask": None}})
+    return config_of(
+        run_dir, learn={"global_batch": 4, "micro_batch": 2, "steps": 4, **RUNS[name].get("learn", {}), "prior": {"mask": None}}
+    )
 
 
 def count_all(rank: int, run_dir: Path, names: list[str]) -> dict[str, dict[str, float]]:
