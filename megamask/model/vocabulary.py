@@ -19,7 +19,7 @@ import torch.distributed as dist
 Objective = Callable[[torch.Tensor, slice, bool], torch.Tensor]
 
 CHUNK_BYTES = 256 << 20  # of fp32 logits of one chunk
-CPU_CHUNK = 512  # tokens; a CPU's matmuls gain nothing from more (docs/log.md)
+CPU_CHUNK = 512  # tokens; a CPU's matmuls gain nothing from more, and lose from less
 CPU_BLOCK_BYTES = 16 << 20  # of fp32 logits: what stays in a CPU's cache from one pass over them to the next
 
 
