@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megamask.config import Config
 from megamask.config.presets import FOOTPRINTS
 from megamask.errors import ConfigError
-from megamask.plan.hardware import GIB, GPUS, Device
+from megamask.plan.hardware import CONTEXT_BYTES, GIB, GPUS, Device
 from megamask.plan.memory import memory_of
 from megamask.plan.workload import Workload
 from megamask.weights.architecture import Architecture
@@ -46,7 +46,7 @@ def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) 
     Args:
         config: a learning run's settings.
         arch: the model.
-        device: where; ``dataclasses.replace(device, capacity=...)`` says how much is free on a real one.
+        device: where.
         dp: replicas.
 
     Raises:
@@ -58,6 +58,12 @@ def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) 
         return
     allowed = f"more than the {device.capacity / GIB:.1f} GiB of {device.title}"
     raise ConfigError("memory of a rank", f"{total / GIB:.1f} GiB", allowed, advice(work, device))
+
+
+def check_free(config: Config, arch: Architecture, dp: int, free_bytes: float, title: str) -> None:
+    """Check before loading that a run fits the ``torch.cuda.mem_get_info()[0]`` bytes of a CUDA device. Raises as ``check_fits``."""
+    device = replace(GPUS["h100"], title=f"{title} (free now)", capacity=free_bytes + CONTEXT_BYTES)  # the context is there already
+    check_fits(config, arch, device, dp)
 
 
 def advice(work: Workload, device: Device) -> str:

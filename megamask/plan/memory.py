@@ -24,6 +24,8 @@ LOSS = "working memory of the vocabulary loss"
 LAYER = "working memory of a layer's backward"
 ALLOWANCE = "allowance: CUDA context, NCCL, fragmentation"
 
+EAGER_BYTES = 32  # per logit of a layer, while plain PyTorch samples it; fused backends need none
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -119,6 +121,8 @@ def _in_layer(work: Workload) -> dict[str, float]:
     wide = work.tokens * arch.ffn / work.tp * work.width
     weight_grad = 0.0 if once and work.accumulations == 1 else float(largest * work.width)
     whole_input = work.tokens * arch.hidden * work.width  # gradient of a column-parallel linear's input, whole on each rank
+    if config.learn.sampling.backend == "torch" and not once:
+        weight_grad += EAGER_BYTES * largest * work.pattern.num_candidates / work.pattern.m
     busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - 3 * wide)
     activations = saved_activations(work) + (layer_activations(work) if config.parallel.recompute else 0.0)
     return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest + gathered(work)}

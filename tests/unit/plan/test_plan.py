@@ -9,7 +9,7 @@ import pytest
 from megamask.config import load_config
 from megamask.errors import ConfigError
 from megamask.plan import bytes as state
-from megamask.plan.fit import advice, check_fits, footprint_applies, remedies
+from megamask.plan.fit import advice, check_fits, check_free, footprint_applies, remedies
 from megamask.plan.hardware import GIB, GPUS
 from megamask.plan.memory import ACTIVATIONS, ALLOWANCE, LOSS, OTHER_WEIGHTS, layer_activations, memory_of
 from megamask.plan.time import ATTENTION, DP_LINKS, HEAD, MATMULS, OPTIMIZER, SAMPLING_BACKWARD, TP_LINKS, flops_per_token, time_of
@@ -90,6 +90,13 @@ def test_one_draw_a_step_takes_the_sampling_out_of_the_micro_batches() -> None:
     assert once.parts[SAMPLING_BACKWARD] < often.parts[SAMPLING_BACKWARD] / 2 and once.seconds < often.seconds
 
 
+def test_plain_pytorch_samples_slower_and_in_more_memory() -> None:
+    fused, eager = plan("learn.sampling.backend=triton"), plan("learn.sampling.backend=torch")
+    assert time_of(eager, GPUS["h100"]).parts[SAMPLING_BACKWARD] == 5 * time_of(fused, GPUS["h100"]).parts[SAMPLING_BACKWARD]
+    more = memory_of(eager, GPUS["h100"]).total - memory_of(fused, GPUS["h100"]).total
+    assert more == pytest.approx(32 * 1.5 * 2 * 4096 * 11008, rel=0.1)  # of the largest linear, gate and up together
+
+
 def test_a_gpu_that_is_faster_than_its_host_waits() -> None:
     small = Workload(load_config(None, ["data.seq_length=256"]), read_shape("smollm2-135m")).check()
     assert time_of(small, GPUS["h100"]).seconds > 30 * 1e-3  # 30 layers
@@ -136,6 +143,13 @@ def test_what_does_not_fit_is_refused_with_what_does() -> None:
     assert "parallel.recompute=true learn.footprint=leanest (" in str(refused.value)
     named = Workload(load_config(None, [*PAPER, "parallel.recompute=true", "learn.footprint=leanest"]), read_shape("llama2-7b"))
     assert memory_of(named, GPUS["h100"]).total <= GPUS["h100"].capacity
+
+
+def test_a_device_that_is_half_full_is_refused_before_loading() -> None:
+    config, arch = load_config(None, [*PAPER, "parallel.tp=8"]), read_shape("llama2-7b")
+    check_free(config, arch, 8, 40 * GIB, "NVIDIA X")
+    with pytest.raises(ConfigError, match="of NVIDIA X .free now.*parallel.sequence_parallel=true"):
+        check_free(config, arch, 8, 29 * GIB, "NVIDIA X")
 
 
 def test_less_memory_asks_for_more() -> None:
