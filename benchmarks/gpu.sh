@@ -34,15 +34,17 @@ fi
 if [ "$DEVICE" = cuda ]; then
     parity=()
     sampling=(--shapes llama2-7b --rounds 7 --copy-mib 2048)
-    step=(--model llama2-7b --layers 4 --micro 1 --seq 4096 --rounds 7)
-    accumulated=(--model llama2-7b --layers 4 --micro 1 --seq 4096 --accumulate 4 --rounds 3 --no-memory)
+    step=(--model llama2-7b --layers 4 --micro 1 --seq 4096 --rounds 7 --eager)
+    once=(--model llama2-7b --layers 4 --micro 1 --seq 4096 --accumulate 4 --rounds 5 --no-memory)
     memory=(--model llama2-7b --layers 4 --micro 1 --seq 1024)
+    whole=(--model llama2-7b --micro 1 --seq 4096 --accumulate 2 --rounds 3 --no-memory)
 else
     parity=(--threads 1)
     sampling=(--threads 1 --shapes toy --rounds 2 --copy-mib 4 --only qkv)
-    step=(--threads 1 --model toy --micro 1 --seq 64 --rounds 2)
-    accumulated=(--threads 1 --model toy --micro 1 --seq 64 --accumulate 2 --rounds 1 --no-memory)
+    step=(--threads 1 --model toy --micro 1 --seq 64 --rounds 2 --eager)
+    once=(--threads 1 --model toy --micro 1 --seq 64 --accumulate 2 --rounds 1 --no-memory)
     memory=(--threads 1 --model toy --micro 1 --seq 64)
+    whole=(--threads 1 --model toy --micro 1 --seq 64 --rounds 1 --no-memory)
 fi
 
 SUMMARY="$OUT/summary.md"
@@ -115,8 +117,11 @@ PY
 benchmark parity parity "${parity[@]}"
 benchmark sampling sampling "${sampling[@]}"
 benchmark step step "${step[@]}"
-benchmark step-accumulated step "${accumulated[@]}"
-benchmark memory memory "${memory[@]}"
+benchmark step-one-draw step "${once[@]}" learn.sampling.draws=step
+benchmark step-whole-model step "${whole[@]}" learn.footprint=leanest learn.sampling.draws=step
+for footprint in default lean leanest; do
+    benchmark "memory-$footprint" memory "${memory[@]}" "learn.footprint=$footprint"
+done
 if [ -n "${HF:-}${GGUF:-}" ]; then
     export -f learning_run verbs
     export PYTHON DEVICE WORK OUT HF GGUF RECIPE STEPS

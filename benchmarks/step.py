@@ -26,6 +26,9 @@ from benchmarks.parts import Parts, time_parts
 from megamask.learn.monitor import peak_memory_gib
 from megamask.learn.survey import Survey
 from megamask.model.loss import token_losses
+from megamask.plan.hardware import GPUS
+from megamask.plan.time import flops_per_token
+from megamask.plan.workload import Workload
 
 MASKED, DENSE, EAGER = "masked", "dense", "eager"
 PART_ROUNDS = 3
@@ -89,12 +92,15 @@ def main(argv: list[str] | None = None) -> int:
         timings, parts = measure(lab, options.rounds, options.eager)
         seconds = {side: timings.median(side) for side in timings.seconds}
         device, tokens = lab.mesh.device, lab.tokens_per_step
+        flops = sum(flops_per_token(Workload(lab.config, lab.subject.arch)).values()) * tokens
     ratio = timings.ratio(MASKED, DENSE)
     figures = {
         "ratio": ratio,
         "eager_over_masked": timings.ratio(EAGER, MASKED) if options.eager else None,
         "seconds": seconds,
         "tokens_per_second": {side: tokens / seconds[side] for side in seconds},
+        "model_flops": flops,
+        "utilisation": {side: used / seconds[side] for side in seconds} if (used := flops_share(flops, device)) else None,
         "peak_memory_gib": peaks,
         "milliseconds_by_part": parts,
         "rounds": timings.seconds,
@@ -135,6 +141,14 @@ def measure(lab: Lab, rounds: int, with_eager: bool) -> tuple[Timings, dict[str,
             with time_parts(lab, parts):
                 sides[side]()
     return timings, {side: parts.medians() for side, parts in counted.items()}
+
+
+def flops_share(flops: float, device: torch.device) -> float | None:
+    """Seconds that the model's FLOPs take at the device's dense bf16 peak; None for a device whose peak is not in ``plan.hardware``."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    return next((flops / gpu.flops for key, gpu in GPUS.items() if key.partition("-")[0] in name), None)
 
 
 def _learn(lab: Lab, survey: Survey, numbers: Iterator[int]) -> None:
@@ -180,6 +194,8 @@ def show(figures: dict[str, Any], options: argparse.Namespace) -> None:
     if options.eager:
         eager = figures["eager_over_masked"]
         print(f"eager / masked: {eager['median']:.2f} (quartiles {eager['low']:.2f} to {eager['high']:.2f})")
+    if figures["utilisation"]:
+        print("model FLOP utilisation: " + ", ".join(f"{side} {share:.1%}" for side, share in figures["utilisation"].items()))
     by_part = figures["milliseconds_by_part"]
     names = list(dict.fromkeys([*by_part[MASKED], *by_part[DENSE]]))
     table("milliseconds by part", ["part", *by_part], [[name, *(by_part[side].get(name) for side in by_part)] for name in names])

@@ -14,7 +14,9 @@ import torch
 
 from tests.e2e.program import RECIPE, ROOT
 
-PARTS = ("parity", "sampling", "step", "step-accumulated", "memory")
+PARTS = (
+    "parity", "sampling", "step", "step-one-draw", "step-whole-model", "memory-default", "memory-lean", "memory-leanest",
+)  # fmt: skip
 
 
 def run_script(**environment: str) -> subprocess.CompletedProcess[str]:
