@@ -1,7 +1,8 @@
-"""Learning with bf16 logits under Lion and 8-bit Lion: the same bits in other layouts given the same gradients, and after a resume."""
+"""Learning with bf16 logits under Lion and the 8-bit optimizers: the same bits after a resume, Lion's also in other layouts."""
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from megamask.data.batches import BatchPlan
-from megamask.learn.lion import Lion
 from megamask.learn.setup import Subject, build_subject
 from megamask.learn.snapshot import Progress, Snapshots
 from megamask.learn.step import Learner, StepResult
@@ -21,7 +21,7 @@ from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED_AT, KEYED = 12, 6, 3
-FOOTPRINTS = {"lion": "fp32", "lion8bit": "bf16"}  # the dtype of the gradients
+GRADS = {"lion": "fp32", "lion8bit": "bf16", "adamw8bit": "fp32"}  # the dtype of the gradients
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """Logits and momentum of the whole model by HF module name, at the start (after a resume) and at the end."""
+    """Logits and moments of the whole model by HF module name, at the start (after a resume) and at the end."""
 
     results: list[StepResult] = field(default_factory=list)
     first: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ def run_all(rank: int, run_dir: Path, folder: Path, jobs: list[Job]) -> list[Out
 
 
 def run_one(run_dir: Path, folder: Path, job: Job) -> Outcome:
-    state = {"logits": "bf16", "grads": FOOTPRINTS[job.kind], "masked_weight": "regenerate"}
+    state = {"logits": "bf16", "grads": GRADS[job.kind], "masked_weight": "regenerate"}
     optimizer = {"kind": job.kind, "lr": 1e-3, "min_lr": 1e-4, "betas": (0.9, 0.99)}
     config = config_of(run_dir, job.tp, {"steps": STEPS, "state": state, "optimizer": optimizer})
     outcome = Outcome()
@@ -98,9 +98,8 @@ def run_one(run_dir: Path, folder: Path, job: Job) -> Outcome:
 
 
 def everything(subject: Subject, learner: Learner, mesh: Mesh) -> dict[str, dict[str, torch.Tensor]]:
-    assert isinstance(learner.optimizer, Lion)
-    momentum = dict(zip(subject.linears, learner.optimizer.moments()["momentum"], strict=True))
-    return {"logits": gather_logits(subject, mesh), "momentum": gather_hf(momentum, subject, mesh)}
+    moments = {name: dict(zip(subject.linears, ones, strict=True)) for name, ones in learner.optimizer.moments().items()}
+    return {"logits": gather_logits(subject, mesh), **{name: gather_hf(ones, subject, mesh) for name, ones in moments.items()}}
 
 
 def keyed_step(subject: Subject, learner: Learner, step: int) -> None:
@@ -112,7 +111,7 @@ def keyed_step(subject: Subject, learner: Learner, step: int) -> None:
     learner.optimizer.step(step, 1e-3, torch.tensor(0.5))
 
 
-@pytest.fixture(scope="module", params=list(FOOTPRINTS))
+@pytest.fixture(scope="module", params=["lion", "lion8bit"])
 def outcomes(request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     folder, found = tmp_path_factory.mktemp("snapshots"), {}
     for world, jobs in jobs_of(request.param).items():
@@ -158,3 +157,12 @@ def test_learning_happens(outcomes: dict[str, Outcome]) -> None:
     losses = [result.lm_loss for result in outcomes["one"].results]
     assert sum(losses[-3:]) < 0.98 * sum(losses[:3])
     assert all(tensor.dtype == torch.bfloat16 for tensors in outcomes["one"].last.values() for tensor in tensors.values())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_8_bit_adamw_resumes_exactly(tiny_run: Path, tmp_path: Path) -> None:
+    jobs = [Job("adamw8bit", save_to="it"), Job("adamw8bit", resume_from="it"), Job("adamw8bit", resume_from="it", forgets=True)]
+    whole, resumed, forgetful = run_ranks(run_all, 1, tiny_run, tmp_path, jobs)[0]
+    assert resumed.results == whole.results[SAVED_AT:]
+    assert same_bits(resumed.last, whole.last)
+    assert not same_bits(forgetful.last, whole.last)
