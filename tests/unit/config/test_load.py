@@ -93,7 +93,7 @@ def test_overrides_are_yaml_values() -> None:
         ("learn.stepz=3", "learn.stepz", "Did you mean learn.steps?"),
         ("patern=2:4", "patern", "Did you mean pattern?"),
         ("steps=3", "steps", "Did you mean learn.steps?"),
-        ("learn.optimizer.learning_rates=3", "learn.optimizer.learning_rates", "learn.optimizer has: lr,"),
+        ("learn.optimizer.learning_rates=3", "learn.optimizer.learning_rates", "learn.optimizer has: kind,"),
         ("learn.steps=0", "learn.steps", "greater than 0"),
         ("learn.steps=many", "learn.steps", "integer"),
         ("dtype=fp16", "dtype", "'bf16' or 'fp32'"),
