@@ -37,6 +37,7 @@ if [ "$DEVICE" = cuda ]; then
     step=(--model llama2-7b --layers 4 --micro 1 --seq 4096 --rounds 7 --eager)
     once=(--model llama2-7b --layers 4 --micro 1 --seq 4096 --accumulate 4 --rounds 5 --no-memory)
     memory=(--model llama2-7b --layers 4 --micro 1 --seq 1024)
+    plan=(--model llama2-7b --layers 4 --micro 1 --seq 4096)
     whole=(--model llama2-7b --micro 1 --seq 4096 --accumulate 2 --rounds 3 --no-memory)
 else
     parity=(--threads 1)
@@ -44,6 +45,7 @@ else
     step=(--threads 1 --model toy --micro 1 --seq 64 --rounds 2 --eager)
     once=(--threads 1 --model toy --micro 1 --seq 64 --accumulate 2 --rounds 1 --no-memory)
     memory=(--threads 1 --model toy --micro 1 --seq 64)
+    plan=(--threads 1 --model toy --micro 1 --seq 64)
     whole=(--threads 1 --model toy --micro 1 --seq 64 --rounds 1 --no-memory)
 fi
 
@@ -119,6 +121,7 @@ benchmark sampling sampling "${sampling[@]}"
 benchmark step step "${step[@]}"
 benchmark step-one-draw step "${once[@]}" learn.sampling.draws=step
 benchmark step-whole-model step "${whole[@]}" learn.footprint=leanest learn.sampling.draws=step
+benchmark plan plan "${plan[@]}"
 for footprint in default lean leanest; do
     benchmark "memory-$footprint" memory "${memory[@]}" "learn.footprint=$footprint"
 done

@@ -6,6 +6,8 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from megamask import storage
 from megamask.config import Config, RunPaths, run_paths
 from megamask.data.batches import BatchPlan, check_batch
@@ -24,7 +26,9 @@ from megamask.masks.file import load_masks, save_masks
 from megamask.model.masks import gather_masks
 from megamask.model.spec import has_transformer_engine
 from megamask.parallel.mesh import Mesh, check_layout, start, world_size
+from megamask.plan.fit import check_free
 from megamask.sparsity.pattern import Pattern
+from megamask.weights.architecture import read_architecture
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +74,9 @@ class Run:
         self.windows = monitor_windows(config)
         dataset = train_dataset(config, learn.steps * learn.global_batch, config.data.seq_length, config.seed)
         self.plan = BatchPlan(dataset, learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)
+        if mesh.device.type == "cuda":
+            free, name = torch.cuda.mem_get_info(mesh.device)[0], torch.cuda.get_device_name(mesh.device)
+            check_free(config, read_architecture(paths.weights), mesh.dp, free, name)
         self.subject = build_subject(config, mesh)
         self.survey = Survey(self.subject, mesh, learn.state.movement)
         self.learner = Learner(config, mesh, self.subject)

@@ -52,6 +52,7 @@ class Survey:
         flips, moved = self._differing(self.latest), self._differing(self.initial)
         if self.initial:
             self.latest = {key: winner for key, (winner, _) in watched.items()}
+        watched.clear()
         return Movement(largest / self._groups, flips, moved)
 
     def _differing(self, winners: dict[int, torch.Tensor]) -> float | None:

@@ -23,7 +23,7 @@ from megamask.weights.architecture import Architecture
 
 
 class FrozenRMSNorm(torch.nn.Module):
-    """RMSNorm in fp32 with a frozen weight. Frozen weights need no gradient sum under sequence parallel."""
+    """PyTorch's RMSNorm (one fused kernel on CUDA) with a frozen weight, which needs no gradient sum under sequence parallel."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -32,9 +32,8 @@ class FrozenRMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """weight * x / rms(x), rounded to x's dtype before the weight as in transformers."""
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        """weight * x / rms(x), computed in fp32."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class SdpaCoreAttention(MegatronModule):

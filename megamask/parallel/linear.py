@@ -59,6 +59,11 @@ class StepDraw:
     masked: torch.Tensor
     weight_grad: torch.Tensor | None
     is_empty: bool = True
+    hook: Any = None
+
+    def __post_init__(self) -> None:
+        if self.weight_grad is not None:
+            self.hook = self.masked.register_post_accumulate_grad_hook(self.add)
 
     def add(self, masked: torch.Tensor) -> None:
         """Move ``masked.grad`` into the sum (a hook that runs when the gradient of a micro-batch is there)."""
@@ -142,8 +147,6 @@ class MaskedLinear:
         if sums_in_fp32 and self.weight_grad is None:
             self.weight_grad = torch.empty_like(self.weight, dtype=torch.float32, requires_grad=False)
         self.step_draw = StepDraw(own, sampled.masked.requires_grad_(), self.weight_grad if sums_in_fp32 else None)
-        if sums_in_fp32:
-            self.step_draw.masked.register_post_accumulate_grad_hook(self.step_draw.add)
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -156,7 +159,9 @@ class MaskedLinear:
             backend_by_name(self.backend).backward(grad, logits.detach(), self.weight.detach(), self.site, step_draw.draw, main_grad)
 
     def drop_draw(self) -> None:
-        """Forget the step's draw."""
+        """Forget the step's draw. Its hook would keep it alive: the garbage collector does not see through tensors."""
+        if self.step_draw is not None and self.step_draw.hook is not None:
+            self.step_draw.hook.remove()
         self.step_draw = None
 
     def fold(self, mask_OI: torch.Tensor | None) -> None:

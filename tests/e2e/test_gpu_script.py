@@ -15,7 +15,7 @@ import torch
 from tests.e2e.program import RECIPE, ROOT
 
 PARTS = (
-    "parity", "sampling", "step", "step-one-draw", "step-whole-model", "memory-default", "memory-lean", "memory-leanest",
+    "parity", "sampling", "step", "step-one-draw", "step-whole-model", "plan", "memory-default", "memory-lean", "memory-leanest",
 )  # fmt: skip
 
 
