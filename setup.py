@@ -30,7 +30,10 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.5"],
     "eight-bit": ["torchao>=0.9"],  # learn.optimizer.kind=adamw8bit
     "cuda": ["transformer-engine[pytorch]>=1.13; platform_system == 'Linux'"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML>=6.0.12", "pre-commit>=3.5", "torchao>=0.9"],
+    "dev": [
+        *("pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML>=6.0.12", "pre-commit>=3.5", "torchao>=0.9"),
+        "triton>=3.6; platform_system == 'Linux'",  # its interpreter runs the CUDA kernels; a CUDA build of torch brings its own
+    ],
 }
 
 setup(

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megamask.sparsity import kernels_triton
+from megamask.sparsity import kernels_triton, kernels_triton_many
 from megamask.sparsity.draw import Draw, RowBlock, Sampled, Site
-from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern import MAX_CANDIDATES, Pattern
 
 WARPS = 4
 TILE = 32 * WARPS  # one group a thread: all tensors of a program then have one layout, and nothing moves between threads
-TILES = 4  # a program's: they share its fixed costs
-UNROLLED = 32  # candidates that kernels hold in registers at once
+TILES = 4  # a program's in a big layer: they share its fixed costs
+MANY_TILES = 1 << 15  # a layer with fewer (4 million weights at 2:4) gives each its own program, to occupy the device
+UNROLLED = 32  # up to so many candidates, kernels hold all of a group in registers; compiling them takes quadratic time
+MAX_MEMBERS = 32
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -33,7 +35,7 @@ def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: D
     out = _words(masked, site)
     rows, _, groups = logits.shape
     winner = logits.new_empty((rows, groups) if draw.watch else 0, dtype=torch.uint8)
-    cut = Cut.of(groups)
+    cut = Cut.of(rows, groups)
     sums = logits.new_empty((2, sum(cut.programs(block.rows) for block in site.placement.blocks)), dtype=torch.float32)
     first = 0
     for block, here in _blocks(site):
@@ -41,8 +43,8 @@ def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: D
         _launch(
             "forward", programs, logits,
             out[here], winner[here], sums[:, first:], logits[here], words[here], block.rows, sums.shape[1],
-            *_place(block, site), *_noise(draw), draw.kappa,
-            **_pattern(site.pattern), BITS=_bits(weight), HARD=draw.hard, WATCH=draw.watch, **cut.constants,
+            *_place(block, site), *_noise(draw), float(draw.kappa),
+            **_candidates(site.pattern, logits.device), BITS=_bits(weight), HARD=draw.hard, WATCH=draw.watch, **cut.constants,
         )  # fmt: skip
         first += programs
     return Sampled(masked, sums.sum(1, dtype=torch.float64), winner)
@@ -54,13 +56,14 @@ def backward(
     """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; added to ``into`` where that is given."""
     logits, words, grads = mask_logits.detach().contiguous(), _words(weight, site), _words(grad, site)
     dlogits = torch.empty_like(logits) if into is None else into.contiguous()
-    cut = Cut.of(logits.shape[-1])
+    cut = Cut.of(logits.shape[0], logits.shape[-1])
     for block, here in _blocks(site):
         _launch(
             "backward", cut.programs(block.rows), logits,
             dlogits[here], grads[here], logits[here], words[here], block.rows,
-            *_place(block, site), *_noise(draw), draw.norm_coef,
-            **_pattern(site.pattern), BITS=_bits(weight), GRAD_BITS=_bits(grad), HARD=draw.hard, ADD=into is not None, **cut.constants,
+            *_place(block, site), *_noise(draw), float(draw.norm_coef),
+            **_candidates(site.pattern, logits.device), BITS=_bits(weight), GRAD_BITS=_bits(grad), HARD=draw.hard,
+            ADD=into is not None, **cut.constants,
         )  # fmt: skip
     return dlogits if into is None or dlogits is into else into.copy_(dlogits)
 
@@ -69,45 +72,49 @@ def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch
     """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d)."""
     logits = mask_logits.detach().contiguous()
     rows, candidates, groups = logits.shape
-    cut = Cut.of(groups)
+    cut = Cut.of(rows, groups)
     winner = logits.new_empty((rows, groups), dtype=torch.uint8)
     sums = logits.new_empty(cut.programs(rows), dtype=torch.float32)
-    _launch("survey", len(sums), logits, winner, sums, logits, rows, kappa, C=candidates, **cut.constants)
+    _launch("survey", len(sums), logits, winner, sums, logits, rows, float(kappa), C=candidates, **cut.constants)
     return winner, sums.sum(dtype=torch.float64)
 
 
 def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernels read these dtypes."""
-    return mask_logits.dtype in DTYPES and weight.dtype in DTYPES and mask_logits.shape[1] <= UNROLLED
+    """Whether the kernels read these dtypes, and have room for the pattern."""
+    _, candidates, groups = mask_logits.shape
+    fits = candidates <= MAX_CANDIDATES and weight.shape[1] <= MAX_MEMBERS * groups
+    return fits and mask_logits.dtype in DTYPES and weight.dtype in DTYPES
 
 
 class Cut(NamedTuple):
-    """How (O, G) groups are cut into tiles of ``rows`` x ``cols``, a few tiles a program."""
+    """How (O, G) groups are cut into tiles of ``rows`` x ``cols``, ``tiles`` tiles a program."""
 
     groups: int
     rows: int
     cols: int
+    tiles: int
 
     @classmethod
-    def of(cls, groups: int) -> Cut:
+    def of(cls, rows: int, groups: int) -> Cut:
         """The width that leaves the fewest threads idle at the end of a row; not below 32, so that lines are read whole."""
         cols = min((128, 64, 32), key=lambda width: -(-groups // width) * width)
-        return cls(groups, TILE // cols, cols)
+        return cls(groups, TILE // cols, cols, TILES if rows * groups >= MANY_TILES * TILE else 1)
 
     def programs(self, rows: int) -> int:
         """How many programs cover ``rows`` rows."""
         tiles = math.ceil(rows / self.rows) * math.ceil(self.groups / self.cols)
-        return math.ceil(tiles / TILES)
+        return math.ceil(tiles / self.tiles)
 
     @property
     def constants(self) -> dict[str, int]:
         """Arguments of the kernels."""
-        return {"GROUPS": self.groups, "ROWS": self.rows, "COLS": self.cols, "TILES": TILES}
+        return {"GROUPS": self.groups, "ROWS": self.rows, "COLS": self.cols, "TILES": self.tiles}
 
 
 def _launch(kernel: str, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+    kernels = kernels_triton if constants["C"] <= UNROLLED else kernels_triton_many
     with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
-        getattr(kernels_triton, kernel)[(programs,)](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
+        getattr(kernels, kernel)[(programs,)](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
 
 
 def _blocks(site: Site) -> Iterator[tuple[RowBlock, slice]]:
@@ -130,10 +137,13 @@ def _bits(tensor: torch.Tensor) -> int:
 
 
 @functools.cache
-def _pattern(pattern: Pattern) -> dict[str, int]:
-    """Candidates, members, and the table of kernels_triton.py."""
-    table = sum(1 << (c * pattern.m + j) for c, kept in enumerate(pattern.kept_positions) for j in kept)
-    return {"C": pattern.num_candidates, "M": pattern.m, "TABLE": table}
+def _candidates(pattern: Pattern, device: torch.device) -> dict[str, Any]:
+    """Candidates, members, and the table as the kernels want it."""
+    shape = {"C": pattern.num_candidates, "M": pattern.m}
+    codes = [sum(1 << j for j in kept) for kept in pattern.kept_positions]
+    if pattern.num_candidates <= UNROLLED:
+        return {**shape, "TABLE": sum(code << (c * pattern.m) for c, code in enumerate(codes))}
+    return {**shape, "codes": torch.tensor([*codes, 0, 0, 0], device=device)}
 
 
 def _place(block: RowBlock, site: Site) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 # Arguments that must not make Triton compile again when they change.
-_CHANGING = ("rows", "global_row", "first_group", "groups_in_row", "seed", "step", "parameter", "micro_batch", "slope", "inverse_tau")
+CHANGING = ("rows", "global_row", "first_group", "groups_in_row", "seed", "step", "parameter", "micro_batch", "slope", "inverse_tau")
 
 # The hardware's own log2 and exp, approximate to 2^-22, where there is hardware.
 _HARDWARE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
@@ -29,12 +29,22 @@ def _log2(x):
 
 
 @triton.jit
-def _exp(x):
+def exp(x):
     return libdevice.fast_expf(x) if _HARDWARE else tl.exp(x)
 
 
 @triton.jit
-def _tile(index, rows, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def rounded(value, dtype: tl.constexpr):
+    """fp32 to fp32 or bf16, to nearest even. The interpreter of Triton 3.6 to 3.9 cuts digits off instead."""
+    if _HARDWARE or dtype == tl.float32:
+        return value.to(dtype)
+    else:
+        bits = value.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def tile(index, rows, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Rows (ROWS, 1) int64 and groups (1, COLS) of a tile, and which of them exist."""
     across: tl.constexpr = (GROUPS + COLS - 1) // COLS
     o = (index // across) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -86,21 +96,23 @@ def _write_members(words, members, o, g, inside, GROUPS: tl.constexpr, M: tl.con
 @triton.jit
 def _bits(value, BITS: tl.constexpr):
     if BITS == 16:
-        return value.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+        return rounded(value, tl.bfloat16).to(tl.uint16, bitcast=True)
     else:
         return value.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def noise_words(group, seed, step, parameter, micro_batch, COUNT: tl.constexpr):
-    """COUNT or a few more 32-bit words for each int64 group id; philox.py has the layout of the counter."""
+def counter(group, parameter, micro_batch, seed, step):
+    """What names the words of each int64 group id but the word block, as uint32: philox.py has the layout."""
     low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32) << 8
-    parameter, micro_batch = parameter.to(tl.uint32), micro_batch.to(tl.uint32)
-    seed, step = seed.to(tl.uint32), step.to(tl.uint32)
-    words = ()
-    for block in tl.static_range((COUNT + 3) // 4):
-        words = words + _philox(low, high | block, parameter, micro_batch, seed, step)
-    return words
+    return low, high, parameter.to(tl.uint32), micro_batch.to(tl.uint32), seed.to(tl.uint32), step.to(tl.uint32)
+
+
+@triton.jit
+def word_block(named, block):
+    """Words 4 block .. 4 block + 3."""
+    low, high, parameter, micro_batch, seed, step = named
+    return _philox(low, high | block, parameter, micro_batch, seed, step)
 
 
 @triton.jit
@@ -119,23 +131,27 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def log2_exponential(word):
-    """log2(-log u) of the uniform u of a word: a Gumbel variable is -log 2 times it.
+def score_of(pi, word, slope, inverse_tau):
+    """(kappa pi + g) / tau of one candidate, with g = -log(-log u) of the uniform u of the word.
 
     The hardware's log2 errs by up to 2^-22 absolute near 1, where log u itself is that small: there the series of log(1 - v) takes over.
     """
     u = ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - (1 - 2.0**-24)  # (23 high bits + 1/2) / 2^23, exact
     v = 1 - u  # exact
     series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5)))))  # the next term is 2^-20 / 6 of it at most
-    return _log2(tl.where(v < 0.0625, series, _log2(u) * -0.6931471805599453))
+    waiting = tl.where(v < 0.0625, series, _log2(u) * -0.6931471805599453)
+    return pi * slope - _log2(waiting) * (inverse_tau * 0.6931471805599453)
 
 
 @triton.jit
-def _scores(pis, words, slope, inverse_tau, C: tl.constexpr):
+def _scores(pis, named, slope, inverse_tau, C: tl.constexpr):
     """(kappa pi + g) / tau with slope = kappa / tau, and the largest of each group."""
+    words = ()
+    for block in tl.static_range((C + 3) // 4):
+        words = words + word_block(named, block)
     scores = ()
     for c in tl.static_range(C):
-        scores = scores + (pis[c] * slope - log2_exponential(words[c]) * (inverse_tau * 0.6931471805599453),)
+        scores = scores + (score_of(pis[c], words[c], slope, inverse_tau),)
     return scores, _largest(scores, C)
 
 
@@ -152,7 +168,7 @@ def _softmax(scores, top, C: tl.constexpr):
     """exp(score - top) over its sum; the sum in candidate order."""
     powers = ()
     for c in tl.static_range(C):
-        powers = powers + (_exp(scores[c] - top),)
+        powers = powers + (exp(scores[c] - top),)
     total = powers[0]
     for c in tl.static_range(1, C):
         total = total + powers[c]
@@ -196,6 +212,31 @@ def _member_masks(y, C: tl.constexpr, M: tl.constexpr, TABLE: tl.constexpr):
 
 
 @triton.jit
+def mask_members(masked, weight, masks, o, g, inside, GROUPS: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr):
+    """Write weight * mask; return the sum of its squares over the members of each group."""
+    members = _read_members(weight, o, g, inside, GROUPS, M, BITS)
+    results, squares = (), tl.zeros(inside.shape, tl.float32)
+    for j in tl.static_range(M):
+        results = results + (members[j] * masks[j],)
+        squares += results[j] * results[j]
+    _write_members(masked, results, o, g, inside, GROUPS, M, BITS)
+    return squares
+
+
+@triton.jit
+def mask_gradients(
+    grad, weight, masks, norm_coef, o, g, inside, GROUPS: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, GRAD_BITS: tl.constexpr
+):
+    """M tensors: the gradient at the mask entries."""
+    members = _read_members(weight, o, g, inside, GROUPS, M, BITS)
+    grads = _read_members(grad, o, g, inside, GROUPS, M, GRAD_BITS)
+    dmasks = ()
+    for j in tl.static_range(M):
+        dmasks = dmasks + (grads[j] * members[j] - 2 * norm_coef * members[j] * members[j] * masks[j],)
+    return dmasks
+
+
+@triton.jit
 def _candidate_sum(values, c: tl.constexpr, M: tl.constexpr, TABLE: tl.constexpr):
     """Sum of a group's values over the members that candidate c keeps."""
     total = tl.zeros_like(values[0])
@@ -209,13 +250,13 @@ def _candidate_sum(values, c: tl.constexpr, M: tl.constexpr, TABLE: tl.constexpr
 def _largest_probability(pis, kappa, C: tl.constexpr):
     """max softmax(kappa pi)."""
     top = _largest(pis, C)
-    total = _exp((pis[0] - top) * kappa)
+    total = exp((pis[0] - top) * kappa)
     for c in tl.static_range(1, C):
-        total = total + _exp((pis[c] - top) * kappa)
+        total = total + exp((pis[c] - top) * kappa)
     return 1.0 / total
 
 
-@triton.jit(do_not_specialize=_CHANGING + ("programs", "kappa"))
+@triton.jit(do_not_specialize=CHANGING + ("programs", "kappa"))
 def forward(
     masked, winner, sums, logits, weight, rows: tl.int32, programs: tl.int32,
     global_row: tl.int64, first_group: tl.int64, groups_in_row: tl.int64,
@@ -227,18 +268,13 @@ def forward(
     squares = tl.zeros((ROWS, COLS), tl.float32)
     largest = tl.zeros((ROWS, COLS), tl.float32)
     for t in range(TILES):
-        o, g, inside = _tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
+        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
         pis = _read_logits(logits, o, g, inside, GROUPS, C)
-        members = _read_members(weight, o, g, inside, GROUPS, M, BITS)
-        words = noise_words((global_row + o) * groups_in_row + first_group + g, seed, step, parameter, micro_batch, C)
-        scores, top = _scores(pis, words, slope, inverse_tau, C)
+        named = counter((global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step)
+        scores, top = _scores(pis, named, slope, inverse_tau, C)
         y = _one_hot(scores, top, C) if HARD else _softmax(scores, top, C)
         masks = _member_masks(y, C, M, TABLE)
-        results = ()
-        for j in tl.static_range(M):
-            results = results + (members[j] * masks[j],)
-            squares += results[j] * results[j]
-        _write_members(masked, results, o, g, inside, GROUPS, M, BITS)
+        squares += mask_members(masked, weight, masks, o, g, inside, GROUPS, M, BITS)
         if WATCH:
             tl.store(winner + o * GROUPS + g, _winner(pis, C).to(tl.uint8), mask=inside)
             largest += tl.where(inside, _largest_probability(pis, kappa, C), 0.0)
@@ -246,7 +282,7 @@ def forward(
     tl.store(sums + programs + tl.program_id(0), tl.sum(largest))
 
 
-@triton.jit(do_not_specialize=_CHANGING + ("norm_coef",))
+@triton.jit(do_not_specialize=CHANGING + ("norm_coef",))
 def backward(
     dlogits, grad, logits, weight, rows: tl.int32,
     global_row: tl.int64, first_group: tl.int64, groups_in_row: tl.int64,
@@ -256,17 +292,13 @@ def backward(
 ):  # fmt: skip
     """dlogits (+)= the gradient at the logits of grad, the gradient at weight * mask, minus norm_coef * |weight * mask|^2."""
     for t in range(TILES):
-        o, g, inside = _tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
+        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
         pis = _read_logits(logits, o, g, inside, GROUPS, C)
-        members = _read_members(weight, o, g, inside, GROUPS, M, BITS)
-        grads = _read_members(grad, o, g, inside, GROUPS, M, GRAD_BITS)
-        words = noise_words((global_row + o) * groups_in_row + first_group + g, seed, step, parameter, micro_batch, C)
-        scores, top = _scores(pis, words, slope, inverse_tau, C)
+        named = counter((global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step)
+        scores, top = _scores(pis, named, slope, inverse_tau, C)
         y = _softmax(scores, top, C)
         masks = _member_masks(_one_hot(scores, top, C) if HARD else y, C, M, TABLE)
-        dmasks = ()
-        for j in tl.static_range(M):
-            dmasks = dmasks + (grads[j] * members[j] - 2 * norm_coef * members[j] * members[j] * masks[j],)
+        dmasks = mask_gradients(grad, weight, masks, norm_coef, o, g, inside, GROUPS, M, BITS, GRAD_BITS)
         mean = tl.zeros_like(top)
         for c in tl.static_range(C):
             mean += y[c] * _candidate_sum(dmasks, c, M, TABLE)
@@ -275,7 +307,7 @@ def backward(
             result = slope * y[c] * (_candidate_sum(dmasks, c, M, TABLE) - mean)
             if ADD:
                 result += tl.load(line + c * GROUPS, mask=inside, other=0.0).to(tl.float32)
-            tl.store(line + c * GROUPS, result.to(dlogits.dtype.element_ty), mask=inside)
+            tl.store(line + c * GROUPS, rounded(result, dlogits.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows", "kappa"))
@@ -286,7 +318,7 @@ def survey(
     """winner = argmax over candidates; sums (programs,) of the largest probabilities without noise."""
     largest = tl.zeros((ROWS, COLS), tl.float32)
     for t in range(TILES):
-        o, g, inside = _tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
+        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
         pis = _read_logits(logits, o, g, inside, GROUPS, C)
         tl.store(winner + o * GROUPS + g, _winner(pis, C).to(tl.uint8), mask=inside)
         largest += tl.where(inside, _largest_probability(pis, kappa, C), 0.0)
