@@ -119,6 +119,7 @@ class OptimizerSection(Section):
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip: NonNegative = Field(1.0, description="largest gradient norm; 0 switches clipping off")
+    distributed: bool = Field(False, description="each replica updates some layers and keeps optimizer state for those alone (ZeRO-1)")
 
 
 class WeightNormSection(Section):

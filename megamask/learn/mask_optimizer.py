@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ class MaskOptimizer(ABC):
         linears: whose logits it updates.
         logits: those logits, in the same order.
         param_groups: one group, in which Megatron's scheduler sets the learning rate.
+        is_sole_owner: whether no other replica has these logits in its optimizer.
     """
+
+    is_sole_owner = False
 
     def __init__(self, section: OptimizerSection, linears: Sequence[MaskedLinear], seed: int) -> None:
         self.section, self.linears, self.seed = section, list(linears), seed
@@ -59,6 +63,8 @@ class MaskOptimizer(ABC):
     def sharded_state_dict(self, logits: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         """Megatron's sharded state, split as ``logits``, the model's sharded state, is."""
         by_number = get_param_id_to_sharded_param_map(logits, self.logits)
+        if self.is_sole_owner:  # else the first replica writes what all of them have
+            by_number = {number: replace(one, replica_id=0) for number, one in by_number.items()}
         state = {
             name: {
                 number: make_sharded_optimizer_tensor(by_number[number], one, f"optimizer.state.{name}") for number, one in enumerate(ones)

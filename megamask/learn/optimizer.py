@@ -15,6 +15,7 @@ from megamask.learn import eight_bit
 from megamask.learn.adamw import AdamW
 from megamask.learn.lion import Lion, Lion8bit
 from megamask.learn.mask_optimizer import MaskOptimizer
+from megamask.learn.replicas import Replicas
 from megamask.parallel.linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 
@@ -49,13 +50,19 @@ def check_state(learn: LearnSection) -> None:
         raise ConfigError("learn.state.grads", "bf16", "fp32 while learn.state.logits=fp32", fix)
 
 
-def build_optimizer(config: Config, linears: Sequence[MaskedLinear]) -> MaskOptimizer:
-    """The optimizer ``learn.optimizer.kind`` of the logits of ``linears``.
+def build_optimizer(config: Config, linears: Sequence[MaskedLinear], replicas: Replicas | None = None) -> MaskOptimizer:
+    """The optimizer ``learn.optimizer.kind`` of the logits of ``linears``, of those alone that ``replicas`` leaves to this one.
 
     Raises:
         ConfigError: as ``check_optimizer``.
     """
     check_optimizer(config)
+    optimizer = _build(config, [linears[number] for number in replicas.mine] if replicas else linears)
+    optimizer.is_sole_owner = replicas is not None
+    return optimizer
+
+
+def _build(config: Config, linears: Sequence[MaskedLinear]) -> MaskOptimizer:
     section = config.learn.optimizer
     if section.kind == "adamw":
         return AdamW(section, linears, config.seed)
@@ -105,10 +112,10 @@ def set_learning_rate(scheduler: OptimizerParamScheduler, step: int) -> float:
 
 
 @torch.no_grad()
-def gradient_norm(grads: Sequence[torch.Tensor], mesh: Mesh) -> torch.Tensor:
-    """The norm over all shards, 0-d fp64."""
-    squares = torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32)).double().square().sum()
-    return mesh.sum_over_tp(squares).sqrt()
+def gradient_norm(grads: Sequence[torch.Tensor], mesh: Mesh, replicas: Replicas | None = None) -> torch.Tensor:
+    """The norm over all shards, 0-d fp64. ``grads`` are all of this rank, or those that ``replicas`` leaves to it."""
+    squares = torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32)).double().square()
+    return mesh.sum_over_tp((replicas.from_all(squares) if replicas else squares).sum()).sqrt()
 
 
 def clip_factor(norm: torch.Tensor, largest: float) -> torch.Tensor:

@@ -96,6 +96,7 @@ def deciding_settings(config: Config) -> dict[str, Any]:
     for section, free in FREE.items():
         kept[section] = {key: value for key, value in kept[section].items() if key not in free}
     kept["learn"]["sampling"].pop("backend")
+    kept["learn"]["optimizer"].pop("distributed")
     for name in ("masked_weight", "movement"):  # the same bits either way
         kept["learn"]["state"].pop(name)
     return kept

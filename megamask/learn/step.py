@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
 from megamask.learn.optimizer import build_optimizer, build_scheduler, clip_factor, gradient_norm, set_learning_rate
+from megamask.learn.replicas import Replicas
 from megamask.learn.setup import Subject
 from megamask.model.loss import token_losses
 from megamask.parallel.mesh import Mesh
@@ -23,6 +25,7 @@ from megamask.sparsity.draw import Draw
 from megamask.sparsity.philox import NoiseKey
 from megamask.sparsity.schedules import linear, weight_norm_coef
 
+log = logging.getLogger(__name__)
 MicroBatch = tuple[int, torch.Tensor, torch.Tensor]
 
 
@@ -44,7 +47,7 @@ class Learner:
     """The Gumbel-softmax learner (MaskLLM, Alg. 1) on Megatron's schedule, DDP, optimizer and scheduler.
 
     Raises:
-        ConfigError: an optimizer schedule that cannot work.
+        ConfigError: an optimizer schedule that cannot work, more replicas than a distributed optimizer has layers for.
     """
 
     def __init__(self, config: Config, mesh: Mesh, subject: Subject) -> None:
@@ -54,11 +57,12 @@ class Learner:
         settings = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=False, use_distributed_optimizer=False)
         model_config = subject.model.config
         self.ddp = DistributedDataParallel(config=model_config, ddp_config=settings, module=subject.model)
-        model_config.no_sync_func = self.ddp.no_sync
+        self.replicas = self._divide()
+        model_config.no_sync_func = self.replicas.no_sync if self.replicas else self.ddp.no_sync
         model_config.finalize_model_grads_func = self._finalize
         subject.switch.regenerate = learn.state.masked_weight == "regenerate"
         self.draws_once = learn.sampling.draws == "step"
-        self.optimizer = build_optimizer(config, list(subject.linears.values()))
+        self.optimizer = build_optimizer(config, list(subject.linears.values()), self.replicas)
         self.scheduler = build_scheduler(learn.optimizer, learn.steps, self.optimizer)
 
     def step(self, step: int, plan: BatchPlan) -> StepResult:
@@ -72,14 +76,24 @@ class Learner:
         self.ddp.zero_grad_buffer()
         measured = self._forward_backward(draw, plan.micro_batches(step), plan)
         lm_loss, weight_norm = self.mesh.mean_over_dp(torch.stack(measured).mean(0)).tolist()
-        grads = [logits.main_grad for logits in self.subject.mask_logits]  # type: ignore[attr-defined]
-        norm = gradient_norm(grads, self.mesh)
+        grads = [logits.main_grad for logits in self.optimizer.logits]  # type: ignore[attr-defined]
+        norm = gradient_norm(grads, self.mesh, self.replicas)
         grad_norm = float(norm)
         term = draw.norm_coef * plan.accumulations * weight_norm
         self._refuse_nan(step, lm_loss, grad_norm)
         rate = set_learning_rate(self.scheduler, step)
         self.optimizer.step(step, rate, clip_factor(norm, self.config.learn.optimizer.clip))
+        if self.replicas:
+            self.replicas.share_logits()
         return StepResult(lm_loss, weight_norm, term, lm_loss - term, grad_norm, rate, draw.kappa, draw.tau)
+
+    def _divide(self) -> Replicas | None:
+        if not self.config.learn.optimizer.distributed:
+            return None
+        if self.mesh.dp == 1:
+            log.warning("learn.optimizer.distributed has no effect: there is one replica")
+            return None
+        return Replicas(self.subject.mask_logits, self.mesh)
 
     def _draw(self, step: int, accumulations: int) -> Draw:
         learn = self.config.learn
@@ -121,9 +135,14 @@ class Learner:
     def _finalize(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
         """All micro-batches are done: turn summed weight gradients into logit gradients, then reduce over replicas."""
         if self.draws_once:
-            for masked in self.subject.linears.values():
+            for number, masked in enumerate(self.subject.linears.values()):
                 masked.end_step()
-        finalize_model_grads(models, *args, **kwargs)
+                if self.replicas:
+                    self.replicas.start_sum(number)
+        if self.replicas:
+            self.replicas.finish_sums()
+        else:
+            finalize_model_grads(models, *args, **kwargs)
 
     def _forward(self, draw: Draw, first: int, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         number, tokens, labels = next(micro_batches)

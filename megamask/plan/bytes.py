@@ -27,6 +27,7 @@ def state_bytes(
     accumulations: int = 1,
     dtype: str = "bf16",
     recompute: bool = False,
+    moments_share: float = 1.0,
 ) -> dict[str, float]:
     """Bytes per prunable weight of everything whose size grows with the weights, by part (``PARTS``, in this order; 0 where unused).
 
@@ -38,6 +39,7 @@ def state_bytes(
       of it is no state.
     - optimizer moments: adamw 8 r (two, fp32), adamw8bit 2 r and two fp32 scales per 256 logits, lion 2 r (one, bf16), lion8bit
       r and one byte per 8 groups. Tables of 256 entries and step counters are left out: they do not grow with the weights.
+      With optimizer.distributed a replica keeps ``moments_share`` of them.
     - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.movement`` is off.
     - masked weights: one width of the weight when every layer's is held between forward and backward: with masked_weight=keep, or
       with draws=step, where they live for the whole step. 0 with regenerate or recompute and a draw per micro-batch.
@@ -54,6 +56,7 @@ def state_bytes(
         accumulations: micro-batches of a step on one replica.
         dtype: of the frozen weights, ``bf16`` or ``fp32``.
         recompute: ``parallel.recompute``, under which a layer's masked weights are made again with its activations.
+        moments_share: the share of the layers that one replica updates, 1 / replicas when they divide evenly.
     """
     logits, weight = pattern.num_candidates / pattern.m, WIDTH[dtype]
     one_draw = sampling.draws == "step"
@@ -61,7 +64,7 @@ def state_bytes(
         WEIGHTS: weight,
         LOGITS: WIDTH[state.logits] * logits,
         GRADIENTS: WIDTH[state.grads] * logits,
-        MOMENTS: moment_bytes(optimizer.kind, pattern) * logits,
+        MOMENTS: moment_bytes(optimizer.kind, pattern) * logits * (moments_share if optimizer.distributed else 1.0),
         WINNERS: 2 / pattern.m if state.movement else 0.0,
         KEPT: weight if one_draw or (state.masked_weight == "keep" and not recompute) else 0.0,
         STEP_GRADIENTS: (WIDTH["fp32"] if accumulations > 1 and state.grads == "fp32" else weight) if one_draw else 0.0,

@@ -76,7 +76,11 @@ def advice(work: Workload, device: Device) -> str:
 
 def remedies(work: Workload, device: Device) -> Iterator[Remedy]:
     """Changes from the cheapest to the dearest, whether or not they fit: settings, more GPUs a layer, a larger GPU, both with settings."""
-    yield from (_remedy(work, device, settings) for settings in ladder(work.config))
+    steps = list(ladder(work.config))
+    if work.dp > 1 and not work.config.learn.optimizer.distributed:
+        alone: Settings = {"learn.optimizer.distributed": True}
+        steps = [alone, *steps, *({**alone, **settings} for settings in steps)]
+    yield from (_remedy(work, device, settings) for settings in steps)
     if not device.is_cpu:
         for tp in (2, 4, 8):
             world = max(work.tp * work.dp, tp)

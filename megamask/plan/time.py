@@ -138,8 +138,8 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
 
 def _optimizer(work: Workload, device: Device) -> float:
     """Logits and moments are read and written; gradients are read for the norm, read again for the update, and cleared."""
-    state = work.state
-    moved = 2 * state[LOGITS] + 2 * state[MOMENTS] + 3 * state[GRADIENTS]
+    state = work.state  # the moments of this replica
+    moved = work.updated_share * (2 * state[LOGITS] + 2 * state[GRADIENTS]) + 2 * state[MOMENTS] + state[GRADIENTS]
     return work.masked_weights * moved / (device.bandwidth * device.copy)
 
 
@@ -157,10 +157,12 @@ def _tp_seconds(work: Workload, device: Device) -> float:
 
 
 def _dp_seconds(work: Workload, device: Device) -> float:
-    """One all-reduce of the gradients of the logits in a step."""
+    """One all-reduce of the gradients of the logits in a step; distributed, half of one, and half of one of the logits."""
     if work.dp == 1:
         return 0.0
-    return work.masked_weights * work.state[GRADIENTS] * _ring(work.dp) / (_link(work.tp * work.dp, device) * device.link)
+    state, distributed = work.state, work.config.learn.optimizer.distributed
+    size = (state[GRADIENTS] + state[LOGITS]) / 2 if distributed else state[GRADIENTS]
+    return work.masked_weights * size * _ring(work.dp) / (_link(work.tp * work.dp, device) * device.link)
 
 
 def _ring(ranks: int) -> float:

@@ -11,6 +11,7 @@ from megamask.config import Config
 from megamask.config.presets import FOOTPRINTS
 from megamask.data.batches import check_batch
 from megamask.errors import ConfigError
+from megamask.parallel.partition import largest_share, owners
 from megamask.plan.bytes import WIDTH, state_bytes
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
@@ -44,7 +45,8 @@ class Workload:
         """Refuse what no memory can mend; return self.
 
         Raises:
-            ConfigError: heads or rows that do not split over parallel.tp, a batch that cannot be dealt out, sequence parallel alone.
+            ConfigError: heads or rows that do not split over parallel.tp, a batch that cannot be dealt out, sequence parallel alone, more
+                replicas than a distributed optimizer has layers for.
         """
         learn, tp = self.config.learn, self.tp
         check_tp(self.arch, tp)
@@ -54,6 +56,8 @@ class Workload:
         for rule in rules(self.arch):
             if rule.is_linear:
                 self.pattern.groups(rule.shape(tp)[-1], f"in_features of {rule.modules[0]}", tp if rule.kind == "row" else 1)
+        if learn.optimizer.distributed:
+            owners(self.masked_sizes, self.dp)
         return self
 
     @property
@@ -110,7 +114,12 @@ class Workload:
     @cached_property
     def masked_weights(self) -> int:
         """Prunable weights of one rank."""
-        return sum(linear.weights for linear in self.linears if linear.is_masked)
+        return sum(self.masked_sizes)
+
+    @cached_property
+    def masked_sizes(self) -> list[int]:
+        """Those of each linear."""
+        return [linear.weights for linear in self.linears if linear.is_masked]
 
     @cached_property
     def all_masked_weights(self) -> int:
@@ -123,11 +132,18 @@ class Workload:
         padded = rules(self.arch, self.vocab_rows * self.tp)
         return sum(math.prod(rule.shape(self.tp)) for rule in padded) - self.masked_weights
 
+    @cached_property
+    def updated_share(self) -> float:
+        """The share of the masked weights whose logits the busiest replica updates."""
+        return largest_share(self.masked_sizes, self.dp) if self.config.learn.optimizer.distributed else 1.0
+
     @property
     def state(self) -> dict[str, float]:
         """``state_bytes`` of these settings."""
-        learn, recompute = self.config.learn, self.config.parallel.recompute
-        return state_bytes(self.pattern, learn.state, learn.optimizer, learn.sampling, self.accumulations, self.config.dtype, recompute)
+        learn, micro, dtype, recompute = self.config.learn, self.accumulations, self.config.dtype, self.config.parallel.recompute
+        return state_bytes(
+            self.pattern, learn.state, learn.optimizer, learn.sampling, micro, dtype, recompute, moments_share=self.updated_share
+        )
 
     def changed(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
         """A copy with other settings, by dotted key; ``learn.footprint`` brings what it stands for."""

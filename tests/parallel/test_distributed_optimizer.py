@@ -1,0 +1,147 @@
+"""A distributed optimizer learns the same bits as one that every replica keeps whole, and their snapshots are the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megamask.config.presets import FOOTPRINTS
+from megamask.data.batches import BatchPlan
+from megamask.learn.replicas import Replicas
+from megamask.learn.setup import build_subject
+from megamask.learn.snapshot import Progress, Snapshots
+from megamask.learn.step import Learner, StepResult
+from megamask.parallel.mesh import start
+from tests.parallel.ranks import meet_again, run_ranks
+from tests.parallel.tiny import Chains, config_of, gather_logits
+
+pytestmark = pytest.mark.slow
+STEPS, SAVED_AT = 4, 2
+KINDS: dict[str, Any] = {
+    "adamw": {"weight_norm": {"coef": 1e-4}},
+    "once": {"sampling": {"draws": "step"}},  # sums start when the mask backward of a layer is done, not in the backward pass
+    "lion": FOOTPRINTS["lean"]["learn"],
+    "leanest": FOOTPRINTS["leanest"]["learn"],
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of ``kind``: its layout, where it saves or resumes, what is broken."""
+
+    kind: str
+    distributed: bool = True
+    tp: int = 1
+    save_to: str | None = None
+    resume_from: str | None = None
+    forgets_to_share: bool = False
+
+
+@dataclass
+class Outcome:
+    """What every step measured, the last logits by HF module name, and bytes of moments on this rank."""
+
+    results: list[StepResult] = field(default_factory=list)
+    logits: dict[str, torch.Tensor] = field(default_factory=dict)
+    moment_bytes: int = 0
+
+
+JOBS: dict[int, dict[str, Job]] = {
+    2: {
+        **{f"{kind}-whole": Job(kind, distributed=False) for kind in ("once", "leanest")},
+        **{kind: Job(kind) for kind in ("once", "leanest")},
+        "adamw-whole": Job("adamw", distributed=False, save_to="whole"),
+        "adamw": Job("adamw", save_to="parts"),
+        "adamw-from-whole": Job("adamw", resume_from="whole"),
+        "adamw-from-parts": Job("adamw", resume_from="parts"),
+    },
+    4: {
+        "adamw-tp2-whole": Job("adamw", distributed=False, tp=2),
+        "adamw-tp2": Job("adamw", tp=2),
+        "lion-tp2-whole": Job("lion", distributed=False, tp=2),
+        "lion-tp2": Job("lion", tp=2),
+        "adamw-tp2-wrong": Job("adamw", tp=2, forgets_to_share=True),
+    },
+    1: {
+        "adamw-one-from-whole": Job("adamw", distributed=False, resume_from="whole"),
+        "adamw-one-from-parts": Job("adamw", distributed=False, resume_from="parts"),
+    },
+}
+
+
+def learn_all(rank: int, run_dir: Path, folder: Path, jobs: list[Job]) -> list[Outcome]:
+    share, outcomes = Replicas.share_logits, []
+    for job in jobs:
+        Replicas.share_logits = (lambda self: None) if job.forgets_to_share else share  # type: ignore[assignment, method-assign]
+        outcomes.append(learn(run_dir, folder, job))
+        meet_again()
+    return outcomes
+
+
+def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
+    section = KINDS[job.kind]
+    optimizer = {**section.get("optimizer", {}), "distributed": job.distributed}
+    config = config_of(run_dir, job.tp, {**section, "steps": STEPS, "optimizer": optimizer})
+    with start(config) as mesh:
+        subject = build_subject(config, mesh)
+        learner = Learner(config, mesh, subject)
+        plan = BatchPlan(Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank)
+        snapshots = Snapshots(folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner)
+        outcome = Outcome()
+        for step in range(snapshots.restore().step if job.resume_from else 0, STEPS):
+            outcome.results.append(learner.step(step, plan))
+            if job.save_to and step + 1 == SAVED_AT:
+                snapshots.save(Progress(step=SAVED_AT))
+        outcome.logits = gather_logits(subject, mesh)
+        outcome.moment_bytes = sum(one.nbytes for one in learner.optimizer.state_tensors())
+        return outcome
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    """Of every rank, by job."""
+    folder, found = tmp_path_factory.mktemp("snapshots"), {}
+    for world, jobs in JOBS.items():
+        by_rank = run_ranks(learn_all, world, tiny_run, folder, list(jobs.values()))
+        found.update({name: [outcomes[number] for outcomes in by_rank] for number, name in enumerate(jobs)})
+    return found
+
+
+def same_bits(found: Outcome, expected: Outcome) -> bool:
+    equal = all(torch.equal(found.logits[name], logits) for name, logits in expected.logits.items())
+    return equal and found.results == expected.results[-len(found.results) :]
+
+
+# The sum of two gradients has one order: no tolerance. More replicas may add up in another order.
+@pytest.mark.parametrize("kind", ["adamw", "once", "leanest", "adamw-tp2", "lion-tp2"])
+def test_it_learns_the_same_bits_on_every_rank(outcomes: dict[str, list[Outcome]], kind: str) -> None:
+    for found, expected in zip(outcomes[kind], outcomes[f"{kind}-whole"], strict=True):
+        assert len(found.results) == STEPS
+        assert same_bits(found, expected)
+
+
+def test_the_comparison_sees_logits_that_are_not_shared(outcomes: dict[str, list[Outcome]]) -> None:
+    assert not same_bits(outcomes["adamw-tp2-wrong"][0], outcomes["adamw-tp2-whole"][0])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "once", "leanest", "adamw-tp2", "lion-tp2"])
+def test_moments_are_divided(outcomes: dict[str, list[Outcome]], kind: str) -> None:
+    parts, whole = [one.moment_bytes for one in outcomes[kind]], [one.moment_bytes for one in outcomes[f"{kind}-whole"]]
+    assert sum(parts) == sum(whole) // 2
+    assert max(parts) < 0.55 * whole[0]  # eight layers of four sizes
+
+
+@pytest.mark.parametrize("resumed", ["adamw-from-whole", "adamw-from-parts"])
+def test_it_resumes_from_either_snapshot(outcomes: dict[str, list[Outcome]], resumed: str) -> None:
+    for found, expected in zip(outcomes[resumed], outcomes["adamw-whole"], strict=True):
+        assert len(found.results) == STEPS - SAVED_AT
+        assert same_bits(found, expected)
+
+
+def test_one_process_reads_the_same_from_either_snapshot(outcomes: dict[str, list[Outcome]]) -> None:
+    assert len(outcomes["adamw-one-from-parts"][0].results) == STEPS - SAVED_AT
+    assert same_bits(outcomes["adamw-one-from-parts"][0], outcomes["adamw-one-from-whole"][0])
