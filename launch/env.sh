@@ -15,6 +15,8 @@ VENV="${VENV:-$REPO/.venv}"
 
 # PyTorch's threads would spin while the sampling kernels want the cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+# Kernels start in the order they are called, so that Megatron's tensor parallel communication runs beside the weight gradients.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
 say() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }

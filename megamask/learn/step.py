@@ -91,7 +91,8 @@ class Learner:
         if not self.config.learn.optimizer.distributed:
             return None
         if self.mesh.dp == 1:
-            log.warning("learn.optimizer.distributed has no effect: there is one replica")
+            if self.mesh.is_main:
+                log.warning("learn.optimizer.distributed has no effect: there is one replica")
             return None
         return Replicas(self.subject.mask_logits, self.mesh)
 

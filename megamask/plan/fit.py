@@ -79,7 +79,7 @@ def remedies(work: Workload, device: Device) -> Iterator[Remedy]:
     steps = list(ladder(work.config))
     if work.dp > 1 and not work.config.learn.optimizer.distributed:
         alone: Settings = {"learn.optimizer.distributed": True}
-        steps = [alone, *steps, *({**alone, **settings} for settings in steps)]
+        steps = [alone, *({**alone, **settings} for settings in steps)]  # it costs nothing
     yield from (_remedy(work, device, settings) for settings in steps)
     if not device.is_cpu:
         for tp in (2, 4, 8):
@@ -103,18 +103,18 @@ def ladder(config: Config) -> Iterator[Settings]:
         yield {"parallel.sequence_parallel": True}
     if config.learn.state.masked_weight == "keep" and not once:
         yield {"learn.state.masked_weight": "regenerate"}
-    recompute: Settings = {} if config.parallel.recompute else {"parallel.recompute": True}
-    if recompute:
-        yield recompute
+    policies = (False, "mlp", True)
+    recompute: list[Settings] = [{"parallel.recompute": more} for more in policies[policies.index(config.parallel.recompute) + 1 :]]
+    yield from recompute
     leaner: list[Settings] = [{"learn.footprint": name} for name in ("lean", "leanest") if footprint_applies(config, name)]
     yield from leaner
-    if recompute:
-        yield from ({**recompute, **lean} for lean in leaner)
+    both = [{**again, **lean} for again in recompute for lean in leaner]
+    yield from both
     micro = config.learn.micro_batch
     while micro % 2 == 0:
         micro //= 2
         smaller: Settings = {"learn.micro_batch": micro}
-        yield from ({**smaller, **more} for more in [{}, recompute, *({**recompute, **lean} for lean in leaner)])
+        yield from ({**smaller, **more} for more in [{}, *recompute, *both])
 
 
 def _remedy(work: Workload, device: Device, settings: Settings, dp: int | None = None, device_name: str = "") -> Remedy:

@@ -43,11 +43,12 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What every step measured, the last logits by HF module name, and bytes of moments on this rank."""
+    """What every step measured, the last logits by HF module name, bytes of moments on this rank, layers summed before the end."""
 
     results: list[StepResult] = field(default_factory=list)
     logits: dict[str, torch.Tensor] = field(default_factory=dict)
     moment_bytes: int = 0
+    early: set[int] = field(default_factory=set)
 
 
 JOBS: dict[int, dict[str, Job]] = {
@@ -68,7 +69,7 @@ JOBS: dict[int, dict[str, Job]] = {
     },
     1: {
         "adamw-one-from-whole": Job("adamw", distributed=False, resume_from="whole"),
-        "adamw-one-from-parts": Job("adamw", distributed=False, resume_from="parts"),
+        "adamw-one-from-parts": Job("adamw", resume_from="parts"),  # distributed over itself alone: no effect
     },
 }
 
@@ -92,6 +93,8 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
         plan = BatchPlan(Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank)
         snapshots = Snapshots(folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner)
         outcome = Outcome()
+        if learner.replicas:
+            watch_sums(learner.replicas, outcome)
         for step in range(snapshots.restore().step if job.resume_from else 0, STEPS):
             outcome.results.append(learner.step(step, plan))
             if job.save_to and step + 1 == SAVED_AT:
@@ -99,6 +102,16 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
         outcome.logits = gather_logits(subject, mesh)
         outcome.moment_bytes = sum(one.nbytes for one in learner.optimizer.state_tensors())
         return outcome
+
+
+def watch_sums(replicas: Replicas, outcome: Outcome) -> None:
+    finish = replicas.finish_sums
+
+    def watched() -> None:
+        outcome.early |= set(replicas._sums)
+        finish()
+
+    replicas.finish_sums = watched  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +146,11 @@ def test_moments_are_divided(outcomes: dict[str, list[Outcome]], kind: str) -> N
     parts, whole = [one.moment_bytes for one in outcomes[kind]], [one.moment_bytes for one in outcomes[f"{kind}-whole"]]
     assert sum(parts) == sum(whole) // 2
     assert max(parts) < 0.55 * whole[0]  # eight layers of four sizes
+
+
+@pytest.mark.parametrize("kind", ["adamw", "once"])
+def test_sums_start_before_the_backward_pass_is_over(outcomes: dict[str, list[Outcome]], kind: str) -> None:
+    assert all(one.early == set(range(8)) for one in outcomes[kind])
 
 
 @pytest.mark.parametrize("resumed", ["adamw-from-whole", "adamw-from-parts"])

@@ -20,7 +20,9 @@ from megamask.learn.step import Learner
 from megamask.learn.survey import Survey
 from megamask.parallel.mesh import start
 from megamask.plan.bytes import state_bytes
+from megamask.plan.workload import Workload
 from megamask.sparsity.pattern import Pattern
+from megamask.weights.architecture import read_architecture
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import Chains, config_of
 
@@ -36,21 +38,22 @@ RUNS: dict[str, Mapping[str, Any]] = {
     "lion8bit-fp32": {"learn": {"optimizer": {"kind": "lion8bit"}}},
     "adamw8bit": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "adamw8bit"}}},
 }
+DISTRIBUTED: dict[str, Mapping[str, Any]] = {  # on two replicas
+    kind: {"learn": {"global_batch": 8, "optimizer": {"kind": kind, "distributed": True}}} for kind in ("adamw", "lion8bit")
+}
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 # bytes a weight in bf16, the masked weight kept for the backward pass and the winners apart
 TARGETS = {"default": 26.0, "lean": 15.0, "leanest": 11.0}
 
 
-def config_for(run_dir: Path, name: str) -> Config:
-    return config_of(
-        run_dir, learn={"global_batch": 4, "micro_batch": 2, "steps": 4, **RUNS[name].get("learn", {}), "prior": {"mask": None}}
-    )
+def config_for(run_dir: Path, run: Mapping[str, Any]) -> Config:
+    return config_of(run_dir, learn={"global_batch": 4, "micro_batch": 2, "steps": 4, **run.get("learn", {}), "prior": {"mask": None}})
 
 
-def count_all(rank: int, run_dir: Path, names: list[str]) -> dict[str, dict[str, float]]:
+def count_all(rank: int, run_dir: Path, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     found = {}
-    for name in names:
-        config = config_for(run_dir, name)
+    for name, run in runs.items():
+        config = config_for(run_dir, run)
         with start(config) as mesh:
             subject = build_subject(config, mesh)
             plan = BatchPlan(Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank)
@@ -66,20 +69,30 @@ def count_all(rank: int, run_dir: Path, names: list[str]) -> dict[str, dict[str,
 
 @pytest.fixture(scope="module")
 def counted(tiny_run: Path) -> dict[str, dict[str, float]]:
-    names = [name for name in RUNS if name != "adamw8bit" or HAS_TORCHAO]
-    return run_ranks(count_all, 1, tiny_run, names)[0]
+    runs = {name: run for name, run in RUNS.items() if name != "adamw8bit" or HAS_TORCHAO}
+    return run_ranks(count_all, 1, tiny_run, runs)[0]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_counted_is_allocated(counted: dict[str, dict[str, float]], tiny_run: Path, name: str) -> None:
     if name not in counted:
         pytest.skip("torchao is not installed")
-    learn = config_for(tiny_run, name).learn
+    learn = config_for(tiny_run, RUNS[name]).learn
     expected = state_bytes(Pattern(2, 4), learn.state, learn.optimizer, learn.sampling, ACCUMULATIONS, "fp32")
     for part, size in expected.items():
         # Step counters and code tables do not grow with the weights: 2 KiB at most for each layer of 4,096 weights or more here.
         fixed = 0.51 if name == "adamw8bit" and part == "optimizer moments" else 0.002
         assert size <= counted[name].get(part, 0.0) <= size + fixed, part
+
+
+def test_a_distributed_optimizer_divides_its_moments(tiny_run: Path) -> None:
+    """By halves, nearly. The rest is on both replicas."""
+    by_rank = run_ranks(count_all, 2, tiny_run, DISTRIBUTED)
+    for name, run in DISTRIBUTED.items():
+        work = Workload(config_for(tiny_run, run), read_architecture(tiny_run / "hf"), dp=2).check()
+        assert work.updated_share == pytest.approx(0.5, abs=0.05)
+        for part, size in work.state.items():
+            assert size <= max(counted[name].get(part, 0.0) for counted in by_rank) <= size + 0.002, part
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -9,6 +9,7 @@ import pytest
 from megamask.config import load_config
 from megamask.errors import ConfigError
 from megamask.plan import bytes as state
+from megamask.plan.bytes import MOMENTS
 from megamask.plan.fit import advice, check_fits, check_free, footprint_applies, remedies
 from megamask.plan.hardware import GIB, GPUS
 from megamask.plan.memory import ACTIVATIONS, ALLOWANCE, LOSS, OTHER_WEIGHTS, layer_activations, memory_of
@@ -148,8 +149,21 @@ def test_what_does_not_fit_is_refused_with_what_does() -> None:
 def test_a_device_that_is_half_full_is_refused_before_loading() -> None:
     config, arch = load_config(None, [*PAPER, "parallel.tp=8"]), read_shape("llama2-7b")
     check_free(config, arch, 8, 40 * GIB, "NVIDIA X")
-    with pytest.raises(ConfigError, match="of NVIDIA X .free now.*parallel.sequence_parallel=true"):
+    with pytest.raises(ConfigError, match="of NVIDIA X .free now.*learn.optimizer.distributed=true [(]"):
         check_free(config, arch, 8, 29 * GIB, "NVIDIA X")
+
+
+def test_a_distributed_optimizer_divides_moments_and_their_update() -> None:
+    """128 linears of four sizes on 8 replicas come out even."""
+    one, gpu = plan("parallel.tp=8", dp=8), GPUS["h100"]
+    parts = plan("parallel.tp=8", "learn.optimizer.distributed=true", dp=8)
+    assert one.updated_share == 1 and parts.updated_share == pytest.approx(1 / 8, rel=0.01)
+    assert parts.state[MOMENTS] == one.state[MOMENTS] * parts.updated_share
+    assert time_of(parts, gpu).parts[OPTIMIZER] < 0.3 * time_of(one, gpu).parts[OPTIMIZER]  # all gradients are cleared on each replica
+    assert time_of(parts, gpu).parts[DP_LINKS] == pytest.approx(time_of(one, gpu).parts[DP_LINKS])  # fp32 logits and gradients
+    assert memory_of(parts, gpu).total < memory_of(one, gpu).total - 7 / 8 * 12 * one.masked_weights + 2**20
+    with pytest.raises(ConfigError, match="learn.optimizer.distributed = True: .* here 256 and 128"):
+        plan("learn.optimizer.distributed=true", dp=256)
 
 
 def test_less_memory_asks_for_more() -> None:
