@@ -31,7 +31,9 @@ class ParallelSection(Section):
 
     tp: Positive = 1
     sequence_parallel: bool = False
-    recompute: bool = Field(False, description="recompute each layer's activations in the backward pass")
+    recompute: Literal[False, True, "mlp"] = Field(
+        False, description="make activations again in the backward pass: true, each layer's; mlp, its feed-forward part's"
+    )
     timeout_minutes: Positive = 30
     threads: int | None = Field(None, gt=0, description="CPU threads a rank; None divides the cores among local ranks")
 

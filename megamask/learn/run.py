@@ -25,6 +25,7 @@ from megamask.learn.survey import Survey
 from megamask.masks.file import load_masks, save_masks
 from megamask.model.masks import gather_masks
 from megamask.model.spec import has_transformer_engine
+from megamask.parallel.cpu import emulates_bf16
 from megamask.parallel.mesh import Mesh, check_layout, start, world_size
 from megamask.plan.fit import check_free
 from megamask.sparsity.pattern import Pattern
@@ -181,3 +182,5 @@ class Run:
             f"{subject.pattern} masks for {len(subject.linears)} linears, {weights:.0f} M weights; prior {subject.prior_method}; "
             f"{mesh.device}, TP {mesh.tp} x DP {mesh.dp}; sampling by {backend}, norm and attention by {engine}"
         )
+        if self.config.dtype == "bf16" and mesh.device.type == "cpu" and emulates_bf16():
+            self.monitor.note("bf16 is emulated on this CPU: dtype=fp32 is faster")

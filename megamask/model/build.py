@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,6 +22,11 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.table import Rule, check_tp, prunable, rules
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+RECOMPUTE: dict[bool | str, dict[str, Any]] = {  # parallel.recompute in Megatron's words
+    False: {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    True: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def padded_vocab(arch: Architecture, tp: int) -> int:
@@ -34,7 +41,6 @@ def model_rules(arch: Architecture, tp: int) -> list[Rule]:
 
 def transformer_config(config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's settings for a frozen model; fusions that need a weight's own gradient buffer stay off."""
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden,
@@ -64,7 +70,7 @@ def transformer_config(config: Config, arch: Architecture, mesh: Mesh, dtype: to
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         hetereogenous_dist_checkpoint=True,  # one checkpoint key a layer, so that layers may differ
-        **(recompute if config.parallel.recompute else {}),
+        **RECOMPUTE[config.parallel.recompute],
     )
 
 
@@ -90,7 +96,7 @@ def build_model(config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dty
     first = mesh.tp_rank * rows
     model.shard = VocabularyShard(first, min(max(arch.vocab - first, 0), rows), rows, mesh.tp_group)
     model.requires_grad_(False)
-    if config.parallel.recompute:  # a recomputed layer passes gradients on only if its input wants one, which a frozen embedding's does not
+    if config.parallel.recompute:  # what is recomputed passes gradients on only if its input wants one, which a frozen embedding's does not
         model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
     return model
 

@@ -44,3 +44,13 @@ def megatron_on_cpu(active: bool) -> Iterator[None]:
     state = patch.multiple(random, _get_cuda_rng_state=lambda **_: None, _set_cuda_rng_state=lambda *_, **__: None)
     with current_device, synchronize, fork, state, _FactoriesOnCpu():
         yield
+
+
+def emulates_bf16() -> bool:
+    """Whether this CPU is known to lack bf16 matmuls, which oneDNN then makes at about a fifth of its fp32 speed.
+
+    False where PyTorch is too old to tell (``torch.cpu.get_capabilities`` is missing).
+    """
+    read = getattr(torch.cpu, "get_capabilities", dict)
+    has = [present for name, present in read().items() if name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")]  # x86, ARM
+    return bool(has) and not any(has)

@@ -26,7 +26,7 @@ def state_bytes(
     sampling: SamplingSection,
     accumulations: int = 1,
     dtype: str = "bf16",
-    recompute: bool = False,
+    redrawn_share: float = 0.0,
     moments_share: float = 1.0,
 ) -> dict[str, float]:
     """Bytes per prunable weight of everything whose size grows with the weights, by part (``PARTS``, in this order; 0 where unused).
@@ -42,7 +42,8 @@ def state_bytes(
       With optimizer.distributed a replica keeps ``moments_share`` of them.
     - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.movement`` is off.
     - masked weights: one width of the weight when every layer's is held between forward and backward: with masked_weight=keep, or
-      with draws=step, where they live for the whole step. 0 with regenerate or recompute and a draw per micro-batch.
+      with draws=step, where they live for the whole step. With a draw per micro-batch 0 with regenerate, and recompute drops
+      ``redrawn_share`` of them.
     - gradients at the masked weights: draws=step alone. 4 (fp32) when several micro-batches are added up and ``state.grads`` is
       fp32, else the width of the weight.
 
@@ -55,7 +56,7 @@ def state_bytes(
         sampling: ``learn.sampling``.
         accumulations: micro-batches of a step on one replica.
         dtype: of the frozen weights, ``bf16`` or ``fp32``.
-        recompute: ``parallel.recompute``, under which a layer's masked weights are made again with its activations.
+        redrawn_share: the share of the weights whose masked weights ``parallel.recompute`` makes again with the activations.
         moments_share: the share of the layers that one replica updates, 1 / replicas when they divide evenly.
     """
     logits, weight = pattern.num_candidates / pattern.m, WIDTH[dtype]
@@ -66,7 +67,7 @@ def state_bytes(
         GRADIENTS: WIDTH[state.grads] * logits,
         MOMENTS: moment_bytes(optimizer.kind, pattern) * logits * (moments_share if optimizer.distributed else 1.0),
         WINNERS: 2 / pattern.m if state.movement else 0.0,
-        KEPT: weight if one_draw or (state.masked_weight == "keep" and not recompute) else 0.0,
+        KEPT: weight if one_draw else weight * (1.0 - redrawn_share) if state.masked_weight == "keep" else 0.0,
         STEP_GRADIENTS: (WIDTH["fp32"] if accumulations > 1 and state.grads == "fp32" else weight) if one_draw else 0.0,
     }
 

@@ -108,7 +108,7 @@ def ladder(config: Config) -> Iterator[Settings]:
     yield from recompute
     leaner: list[Settings] = [{"learn.footprint": name} for name in ("lean", "leanest") if footprint_applies(config, name)]
     yield from leaner
-    both = [{**again, **lean} for again in recompute for lean in leaner]
+    both = [{**again, **lean} for lean in leaner for again in recompute]
     yield from both
     micro = config.learn.micro_batch
     while micro % 2 == 0:

@@ -81,6 +81,13 @@ def layer_activations(work: Workload) -> float:
     return work.tokens * (work.width * numbers + 8 * hidden + 4 * arch.heads / tp) + rotary
 
 
+def recomputed_activations(work: Workload) -> float:
+    """Bytes of ``layer_activations`` that ``parallel.recompute`` makes again: all, or the feed-forward part's but for its input (5 F)."""
+    if work.config.parallel.recompute == "mlp":
+        return work.tokens * work.width * 5 * work.arch.ffn / work.tp
+    return layer_activations(work) if work.config.parallel.recompute else 0.0
+
+
 def stream(work: Workload) -> float:
     """Bytes of the hidden states between two layers."""
     return work.tokens * work.arch.hidden / (work.tp if work.config.parallel.sequence_parallel else 1) * work.width
@@ -90,9 +97,9 @@ def saved_activations(work: Workload) -> float:
     """Bytes of activations when the forward pass of the layers is over. The first layer's norm saves nothing: the embedding is frozen."""
     layers = work.arch.num_layers
     fp32_stream = stream(work) * 4 / work.width
-    if work.config.parallel.recompute:
+    if work.config.parallel.recompute is True:
         return layers * stream(work) + fp32_stream
-    return layers * layer_activations(work)
+    return layers * (layer_activations(work) - recomputed_activations(work))
 
 
 def _at_loss(work: Workload, device: Device) -> dict[str, float]:
@@ -113,18 +120,18 @@ def _in_layer(work: Workload) -> dict[str, float]:
     config, arch = work.config, work.arch
     once = config.learn.sampling.draws == "step"
     redrawn = config.learn.state.masked_weight == "regenerate" and not once
-    layer = [linear.weights for linear in work.linears if linear.is_masked and linear.layer == work.linears[-1].layer] or [0]
-    largest = max(layer)
+    layer = [linear for linear in work.linears if linear.is_masked and linear.layer == work.linears[-1].layer]
+    largest = max((linear.weights for linear in layer), default=0)
     made: dict[str, float] = {}
     if not once and (redrawn or config.parallel.recompute):
-        made = {ONE_LAYER: float(work.width * (largest if redrawn else sum(layer)))}
+        made = {ONE_LAYER: float(work.width * (largest if redrawn else sum(linear.weights for linear in layer if linear.is_recomputed)))}
     wide = work.tokens * arch.ffn / work.tp * work.width
     weight_grad = 0.0 if once and work.accumulations == 1 else float(largest * work.width)
     whole_input = work.tokens * arch.hidden * work.width  # gradient of a column-parallel linear's input, whole on each rank
     if config.learn.sampling.backend == "torch" and not once:
         weight_grad += EAGER_BYTES * largest * work.pattern.num_candidates / work.pattern.m
     busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - 3 * wide)
-    activations = saved_activations(work) + (layer_activations(work) if config.parallel.recompute else 0.0)
+    activations = saved_activations(work) + recomputed_activations(work)
     return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest + gathered(work)}
 
 

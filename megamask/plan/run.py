@@ -76,7 +76,8 @@ def headline(work: Workload) -> str:
     config, learn = work.config, work.config.learn
     flops = sum(flops_per_token(work).values())
     options = [f"footprint {learn.footprint}", f"a draw per {learn.sampling.draws.replace('_', '-')}"]
-    options += [name for name in ("recompute", "sequence_parallel") if getattr(config.parallel, name)]
+    options += {False: [], "mlp": ["recompute of the mlp"], True: ["recompute"]}[config.parallel.recompute]
+    options += ["sequence_parallel"] if config.parallel.sequence_parallel else []
     return (
         f"{config.plan.model or config.model.hf or config.run_dir}, {work.pattern}: "
         f"{work.all_masked_weights / 1e9:,.3f} B prunable weights, {flops / 1e9:,.2f} GFLOP a token\n"

@@ -23,6 +23,7 @@ TP_LINKS = "tensor parallel communication"
 DP_LINKS = "data parallel gradients"
 LAUNCHES = "waiting for the host"
 
+TWICE: dict[bool | str, float] = {False: 0.0, "mlp": 1 / 3, True: 1.0}  # the share of a forward pass's launches that recompute repeats
 EAGER = 5.0  # bytes that plain PyTorch moves to sample, over those of one fused pass: about 154 a weight against 32 at 2:4
 
 
@@ -86,7 +87,7 @@ def time_of(work: Workload, device: Device) -> Time:
     compute = {part: seconds * micro for part, seconds in _compute(work, device).items()}
     sampling, links = _sampling(work, device), {TP_LINKS: micro * _tp_seconds(work, device), DP_LINKS: _dp_seconds(work, device)}
     parts = {**compute, **sampling, OPTIMIZER: _optimizer(work, device), **links}
-    forced = LAUNCH_SECONDS * micro * work.arch.num_layers * (4 / 3 if work.config.parallel.recompute else 1)
+    forced = LAUNCH_SECONDS * micro * work.arch.num_layers * (1 + TWICE[work.config.parallel.recompute] / 3)
     parts[LAUNCHES] = 0.0 if device.is_cpu else max(0.0, forced - sum(compute.values()) - sum(sampling.values()))
     model_flops = sum(flops_per_token(work).values()) * work.tokens_a_step
     return Time(parts, work.tokens_a_step, work.tp * work.dp, model_flops, device.flops)
@@ -99,29 +100,37 @@ def _compute(work: Workload, device: Device) -> dict[str, float]:
     matmuls = flops[MATMULS] * share / (device.flops * device.matmul)
     attention = flops[ATTENTION] * share / (device.flops * device.attention)
     head = flops[HEAD] * share / (device.flops * device.matmul)
-    elementwise = _elementwise_bytes(work) * work.tokens * work.arch.num_layers / (device.bandwidth * device.copy)
+    numbers = work.tokens * work.arch.num_layers / (device.bandwidth * device.copy)
+    gated = _gated_bytes(work) * numbers
+    elementwise = _elementwise_bytes(work) * numbers + gated
     loss = 24 * work.vocab_rows * work.tokens / (device.bandwidth * device.copy)  # passes over a logit: about six of 4 bytes
-    again = (matmuls + attention + elementwise) / 3 if work.config.parallel.recompute else 0.0
+    again = 2.0 * work.recomputed_weights * share / (device.flops * device.matmul)
+    again += {False: 0.0, "mlp": gated, True: attention + elementwise}[work.config.parallel.recompute] / 3
     return {MATMULS: matmuls, ATTENTION: attention, HEAD: head + loss, ELEMENTWISE: elementwise, RECOMPUTE: again}
 
 
 def _elementwise_bytes(work: Workload) -> float:
     """Bytes per token and layer that unfused PyTorch moves between matmuls, forward, times three for the backward pass.
 
-    In bf16: 36 H for a norm with fp32 inside and 6 H for a residual, twice; 24 (Q + K) for the rotation; 14 F for the gated activation.
+    In bf16: 36 H for a norm with fp32 inside and 6 H for a residual, twice; 24 (Q + K) for the rotation; ``_gated_bytes`` come on top.
     """
     arch, tp = work.arch, work.tp
     hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
-    rotated, gated = (arch.heads + arch.kv_heads) * arch.head_dim / tp, arch.ffn / tp
-    return 3 * (84 * hidden + 24 * rotated + 14 * gated) * work.width / 2
+    rotated = (arch.heads + arch.kv_heads) * arch.head_dim / tp
+    return 3 * (84 * hidden + 24 * rotated) * work.width / 2
+
+
+def _gated_bytes(work: Workload) -> float:
+    """The same of the gated activation: 14 F."""
+    return 3 * 14 * work.arch.ffn / work.tp * work.width / 2
 
 
 def _sampling(work: Workload, device: Device) -> dict[str, float]:
     """Seconds of drawing masks in a step, forward and backward.
 
     A forward reads logits and weight and writes the masked weight; a backward reads them with dW, and reads and writes the gradients.
-    A draw per micro-batch does both each time, and a forward again under recompute and again to regenerate; a draw per step does both
-    once, and adds up dW between micro-batches.
+    A draw per micro-batch does both each time, and a forward again of what is recomputed and again to regenerate; a draw per step does
+    both once, and adds up dW between micro-batches.
     """
     config, weights, width, micro = work.config, work.masked_weights, work.width, work.accumulations
     logits, grads, once = work.state[LOGITS], work.state[GRADIENTS], config.learn.sampling.draws == "step"
@@ -132,7 +141,7 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
     if once:
         adding = weights * (width + 8) / rate * micro if micro > 1 else 0.0
         return {SAMPLING_FORWARD: forward, SAMPLING_BACKWARD: backward + adding}
-    again = int(config.parallel.recompute) + int(config.learn.state.masked_weight == "regenerate")
+    again = work.recomputed_share + int(config.learn.state.masked_weight == "regenerate")
     return {SAMPLING_FORWARD: micro * forward * (1 + again), SAMPLING_BACKWARD: micro * backward}
 
 
@@ -146,12 +155,14 @@ def _optimizer(work: Workload, device: Device) -> float:
 def _tp_seconds(work: Workload, device: Device) -> float:
     """All-reduces (or gathers and scatters) of hidden states in one micro-batch: two a layer and pass, one more for the loss.
 
-    Sequence parallel gathers the input of the column-parallel linears once more for their weight gradients.
+    Recomputation repeats both of a forward pass, that of the feed-forward part one. Sequence parallel gathers the input of the
+    column-parallel linears once more for their weight gradients.
     """
     tp, config = work.tp, work.config
     if tp == 1:
         return 0.0
-    passes = 4 + 2 * int(config.parallel.recompute) + int(config.parallel.sequence_parallel)
+    again = {False: 0, "mlp": 1, True: 2}[config.parallel.recompute]
+    passes = 4 + again + int(config.parallel.sequence_parallel)
     hidden = work.tokens * work.arch.hidden * work.width
     return (passes * work.arch.num_layers + 1) * hidden * _ring(tp) / (_link(tp, device) * device.link)
 

@@ -20,13 +20,13 @@ from megamask.weights.table import check_tp, prunable, rules
 
 @dataclass(frozen=True)
 class Linear:
-    """A Megatron linear of one rank: ``weights`` of its shard, ``whole`` of the model, and whether it gets a mask."""
+    """A Megatron linear of one rank: ``weights`` of its shard, ``whole`` of the model, and whether it gets a mask or is computed twice."""
 
     layer: int
     weights: int
     whole: int
-    is_row: bool
     is_masked: bool
+    is_recomputed: bool
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,15 @@ class Workload:
     @cached_property
     def linears(self) -> list[Linear]:
         """All linears of one rank, in model order."""
+        recompute = self.config.parallel.recompute
         chosen = set(prunable(self.arch, self.config.model.include, self.config.model.exclude))
         return [
             Linear(
                 int(rule.megatron.split(".")[2]),
                 math.prod(rule.shape(self.tp)),
                 math.prod(rule.shape(1)),
-                rule.kind == "row",
                 not chosen.isdisjoint(rule.modules),
+                recompute is True or (recompute == "mlp" and ".mlp." in rule.megatron),
             )
             for rule in rules(self.arch)
             if rule.is_linear
@@ -127,6 +128,11 @@ class Workload:
         return sum(linear.whole for linear in self.linears if linear.is_masked)
 
     @cached_property
+    def recomputed_weights(self) -> int:
+        """Weights of the model's linears that ``parallel.recompute`` computes with twice, masked or not."""
+        return sum(linear.whole for linear in self.linears if linear.is_recomputed)
+
+    @cached_property
     def other_weights(self) -> int:
         """Frozen weights of one rank without a mask: embedding, head, norms, biases, linears kept dense."""
         padded = rules(self.arch, self.vocab_rows * self.tp)
@@ -137,13 +143,16 @@ class Workload:
         """The share of the masked weights whose logits the busiest replica updates."""
         return largest_share(self.masked_sizes, self.dp) if self.config.learn.optimizer.distributed else 1.0
 
+    @cached_property
+    def recomputed_share(self) -> float:
+        """The share of the masked weights that ``parallel.recompute`` computes with twice."""
+        return sum(linear.weights for linear in self.linears if linear.is_masked and linear.is_recomputed) / max(self.masked_weights, 1)
+
     @property
     def state(self) -> dict[str, float]:
         """``state_bytes`` of these settings."""
-        learn, micro, dtype, recompute = self.config.learn, self.accumulations, self.config.dtype, self.config.parallel.recompute
-        return state_bytes(
-            self.pattern, learn.state, learn.optimizer, learn.sampling, micro, dtype, recompute, moments_share=self.updated_share
-        )
+        learn, shares = self.config.learn, (self.recomputed_share, self.updated_share)
+        return state_bytes(self.pattern, learn.state, learn.optimizer, learn.sampling, self.accumulations, self.config.dtype, *shares)
 
     def changed(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
         """A copy with other settings, by dotted key; ``learn.footprint`` brings what it stands for."""

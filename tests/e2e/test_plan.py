@@ -125,6 +125,8 @@ CASES = {
     "default": [],
     "regenerate": ["learn.state.masked_weight=regenerate"],
     "recompute": ["parallel.recompute=true", "learn.footprint=leanest"],
+    "mlp": ["parallel.recompute=mlp"],
+    "mlp, regenerate": ["parallel.recompute=mlp", "learn.footprint=leanest"],
     "one draw": ["learn.sampling.draws=step", "dtype=fp32"],
 }
 

@@ -57,9 +57,11 @@ JOBS: dict[int, dict[str, Job]] = {
     1: {
         "one": Job(save_to="one"),
         "one-recompute": Job(parallel={"recompute": True}),
+        "one-mlp-recompute": Job(parallel={"recompute": "mlp"}),
         "one-regenerate": Job(learn={"state": {"masked_weight": "regenerate"}}),
         "one-step": Job(learn=ONE_DRAW),
         "one-step-recompute": Job(learn=ONE_DRAW, parallel={"recompute": True}),
+        "one-step-mlp-recompute": Job(learn=ONE_DRAW, parallel={"recompute": "mlp"}),
         "one-resumed": Job(resume_from="one"),
         "one-from-tp2": Job(resume_from="tp2"),
         "one-from-tp2-dp2": Job(resume_from="tp2-dp2"),
@@ -160,14 +162,14 @@ def test_learning_happens(outcomes: dict[str, Outcome]) -> None:
     assert outcomes["one"].results[0].loss == pytest.approx(losses[0] - outcomes["one"].results[0].weight_norm_term)
 
 
-@pytest.mark.parametrize("choice", ["one-recompute", "one-regenerate"])
+@pytest.mark.parametrize("choice", ["one-recompute", "one-mlp-recompute", "one-regenerate"])
 def test_what_is_kept_for_the_backward_changes_no_bit(outcomes: dict[str, Outcome], choice: str) -> None:
     assert same_bits(outcomes[choice], outcomes["one"])
 
 
 def test_one_draw_per_step_is_the_same_in_every_layout_and_differs_from_fresh_draws(outcomes: dict[str, Outcome]) -> None:
     once = outcomes["one-step"]
-    assert same_bits(outcomes["one-step-recompute"], once)
+    assert same_bits(outcomes["one-step-recompute"], once) and same_bits(outcomes["one-step-mlp-recompute"], once)
     assert same_curve(outcomes["tp2-dp2-step"], once), curve_error(outcomes["tp2-dp2-step"], once)
     assert_same_masks(outcomes["tp2-dp2-step"], once)
     assert not same_curve(once, outcomes["one"])

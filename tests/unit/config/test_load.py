@@ -41,6 +41,13 @@ def test_a_preset_from_the_command_line_stays_below_the_recipe(tmp_path: Path) -
     assert (config.learn.global_batch, config.learn.optimizer.lr) == (64, 5e-4)
 
 
+def test_recompute_is_a_switch_or_a_part() -> None:
+    found = [load_config(None, [f"parallel.recompute={text}"]).parallel.recompute for text in ("true", "false", "mlp")]
+    assert found == [True, False, "mlp"]
+    with pytest.raises(ConfigError, match="parallel.recompute = 'attention': Input should be False, True or 'mlp'"):
+        load_config(None, ["parallel.recompute=attention"])
+
+
 def test_the_last_of_two_overrides_wins() -> None:
     assert load_config(None, ["seed=1", "seed=2"]).seed == 2
 

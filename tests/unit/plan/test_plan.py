@@ -12,8 +12,20 @@ from megamask.plan import bytes as state
 from megamask.plan.bytes import MOMENTS
 from megamask.plan.fit import advice, check_fits, check_free, footprint_applies, remedies
 from megamask.plan.hardware import GIB, GPUS
-from megamask.plan.memory import ACTIVATIONS, ALLOWANCE, LOSS, OTHER_WEIGHTS, layer_activations, memory_of
-from megamask.plan.time import ATTENTION, DP_LINKS, HEAD, MATMULS, OPTIMIZER, SAMPLING_BACKWARD, TP_LINKS, flops_per_token, time_of
+from megamask.plan.memory import ACTIVATIONS, ALLOWANCE, LOSS, ONE_LAYER, OTHER_WEIGHTS, layer_activations, memory_of
+from megamask.plan.time import (
+    ATTENTION,
+    DP_LINKS,
+    HEAD,
+    MATMULS,
+    OPTIMIZER,
+    RECOMPUTE,
+    SAMPLING_BACKWARD,
+    SAMPLING_FORWARD,
+    TP_LINKS,
+    flops_per_token,
+    time_of,
+)
 from megamask.plan.workload import Workload
 from megamask.weights.shapes import SHAPES, read_shape
 
@@ -128,6 +140,35 @@ def test_recomputation_holds_one_layer() -> None:
     assert thrifty.step[state.KEPT] == 0 < plain.step[state.KEPT]
 
 
+def test_recomputation_of_the_mlp_by_hand() -> None:
+    """All layers keep what they keep but 5 F a token, and their four attention matrices; one MLP is there at the busiest moment."""
+    work, gpu = plan("parallel.recompute=mlp"), GPUS["h100"]
+    wide, mlp = 4096 * 2 * 5 * 11008, 3 * 4096 * 11008
+    memory = memory_of(work, gpu)
+    assert memory.step[ACTIVATIONS] == 32 * (layer_activations(work) - wide) + wide
+    assert memory.step[state.KEPT] == pytest.approx(2 * 32 * 4 * 4096 * 4096) and memory.step[ONE_LAYER] == 2 * mlp
+    assert 0.45 < memory.step[ACTIVATIONS] / memory_of(plan(), gpu).step[ACTIVATIONS] < 0.55
+    plain, some, whole = (time_of(plan(*more), gpu).parts for more in ([], ["parallel.recompute=mlp"], ["parallel.recompute=true"]))
+    rate = 3.35e12 * 0.8
+    assert some[RECOMPUTE] == pytest.approx(256 * 32 * 4096 * (2 * mlp / (989e12 * 0.55) + 14 * 11008 / rate))
+    assert 0.45 < some[RECOMPUTE] / whole[RECOMPUTE] < 0.55
+    share = mlp / (mlp + 4 * 4096 * 4096)
+    assert some[SAMPLING_FORWARD] == pytest.approx(plain[SAMPLING_FORWARD] * (1 + share))
+    assert whole[SAMPLING_FORWARD] == pytest.approx(plain[SAMPLING_FORWARD] * 2)
+
+
+def test_recomputation_repeats_all_reduces() -> None:
+    policies = ("false", "mlp", "true")
+    once, some, whole = (time_of(plan("parallel.tp=8", f"parallel.recompute={one}"), GPUS["h100"]).parts[TP_LINKS] for one in policies)
+    assert some / once == pytest.approx((5 * 32 + 1) / (4 * 32 + 1)) and whole / once == pytest.approx((6 * 32 + 1) / (4 * 32 + 1))
+
+
+def test_a_recomputed_linear_without_a_mask_is_not_drawn_again() -> None:
+    work = plan("parallel.recompute=mlp", "model.exclude=['*.mlp.*']")
+    assert work.recomputed_share == 0 and work.recomputed_weights == 32 * 3 * 4096 * 11008
+    assert memory_of(work, GPUS["h200"]).step[state.KEPT] == 2 * work.masked_weights
+
+
 def test_the_vocabulary_loss_never_holds_all_logits() -> None:
     memory = memory_of(plan(model="llama3-8b"), GPUS["h200"])
     assert 0 < memory.step[LOSS] < 4096 * 128256 * 4 / 3
@@ -141,8 +182,8 @@ def test_what_does_not_fit_is_refused_with_what_does() -> None:
     config = load_config(None, [*PAPER, "parallel.tp=1"])
     with pytest.raises(ConfigError, match=r"memory of a rank = '\d+\.\d GiB': more than the 79.2 GiB of H100 80GB") as refused:
         check_fits(config, read_shape("llama2-7b"), GPUS["h100"])
-    assert "parallel.recompute=true learn.footprint=leanest (" in str(refused.value)
-    named = Workload(load_config(None, [*PAPER, "parallel.recompute=true", "learn.footprint=leanest"]), read_shape("llama2-7b"))
+    assert "parallel.recompute=mlp learn.footprint=leanest (" in str(refused.value)
+    named = Workload(load_config(None, [*PAPER, "parallel.recompute=mlp", "learn.footprint=leanest"]), read_shape("llama2-7b"))
     assert memory_of(named, GPUS["h100"]).total <= GPUS["h100"].capacity
 
 
@@ -174,7 +215,7 @@ def test_less_memory_asks_for_more() -> None:
         return advice(work, replace(GPUS["a100-40"], capacity=gib * GIB))
 
     assert "learn.state.masked_weight=regenerate (" in fix(198)
-    assert "parallel.recompute=true (" in fix(180)
+    assert "parallel.recompute=mlp (" in fix(190) and "parallel.recompute=true (" in fix(175)
     assert "parallel.tp=2" in fix(39) and "leanest" in fix(39)
     assert "plan.gpu=a100 " in fix(5)
     assert "Nothing in reach" in advice(plan("pattern=4:8", model="llama3-70b"), GPUS["h200"])  # 8.75 logits a weight
