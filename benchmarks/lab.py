@@ -100,7 +100,9 @@ def random_subject(config: Config, mesh: Mesh, options: argparse.Namespace, with
     linears = prunable_linears(model, config, arch)
     switch: Any = None
     if with_logits:
-        switch = attach_logits(linears, pattern, config.learn.sampling.backend, mesh.device, config.learn.state.logits)
+        switch = attach_logits(
+            linears, pattern, config.learn.sampling.backend, mesh.device, config.learn.state.logits, config.learn.distribution
+        )
     subject = Subject(arch, pattern, "", model, linears, switch, None)
     for logits in subject.mask_logits:
         torch.nn.init.normal_(logits, std=LOGIT_STD)

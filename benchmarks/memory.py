@@ -90,7 +90,8 @@ def new_bytes(tensor: torch.Tensor, seen: set[int]) -> int:
 def kept_for_backward(lab: Lab) -> int:
     """Bytes of masked weights that autograd saves in the forward pass of the first micro-batch."""
     assert lab.learner is not None
-    backend = backend_by_name(next(iter(lab.subject.linears.values())).backend)
+    linear = next(iter(lab.subject.linears.values()))
+    backend = backend_by_name(linear.backend, linear.site.distribution)
     made: dict[int, Any] = {}  # holds the storages, so that no other tensor gets their address
     saved: dict[int, int] = {}
     forward = backend.forward

@@ -105,7 +105,7 @@ def check_operator(name: str, backend: ModuleType, pattern: Pattern, device: tor
     ones = torch.ones(ROWS, GROUPS * pattern.m)
     changed = backend.forward(here[1], ones.to(device), site, hard)[0].cpu() != categorical.forward(logits, ones, site, hard)[0]
     groups = changed.unflatten(1, (-1, pattern.m)).any(-1)
-    (winner, largest), (found_winner, found_largest) = categorical.survey(logits, 300.0), backend.survey(here[1], 300.0)
+    (winner, largest), (found_winner, found_largest) = categorical.survey(logits, site, 300.0), backend.survey(here[1], site, 300.0)
     return [
         *checks,
         Check(f"{name} {pattern}: groups with another hard mask", float(groups.double().mean()), NEAR_TIES),

@@ -72,7 +72,8 @@ def time_parts(lab: Lab, parts: Parts) -> Iterator[None]:
 def _functions(lab: Lab) -> list[tuple[Any, str, str]]:
     learner = lab.learner
     assert learner is not None
-    backend = backend_by_name(next(iter(lab.subject.linears.values())).backend)
+    linear = next(iter(lab.subject.linears.values()))
+    backend = backend_by_name(linear.backend, linear.site.distribution)
     return [
         (backend, "forward", "sampling forward"),
         (backend, "backward", "sampling backward"),

@@ -106,7 +106,7 @@ class Layer:
             return partial(backend.forward, self.logits, self.weight, self.site, self.draw)
         if operation == "backward":
             return partial(backend.backward, self.grad, self.logits, self.weight, self.site, self.draw)
-        return partial(backend.survey, self.logits, self.draw.kappa)
+        return partial(backend.survey, self.logits, self.site, self.draw.kappa)
 
     def traffic(self, operation: str) -> int:
         """Bytes that a pass must read and write at least, caches apart: every operand once."""

@@ -82,7 +82,7 @@ class PruneSection(Section):
 
 
 class SamplingSection(Section):
-    """The relaxed categorical over candidates (MaskLLM, Eq. 6-7). Pairs are first and last value, linear in progress."""
+    """The relaxed draws of masks (MaskLLM, Eq. 6-7, or the linear counterpart). Pairs are first and last value, linear in progress."""
 
     mode: Literal["soft", "hard"] = "soft"
     draws: Literal["micro_batch", "step"] = Field("micro_batch", description="a fresh mask per micro-batch, or one mask for the whole step")
@@ -154,6 +154,9 @@ class LearnSection(Section):
 
     preset: Literal["none", "maskllm"] = Field("none", description="named defaults, applied below the other settings")
     footprint: Literal["default", "lean", "leanest"] = Field("default", description="named choices of state and optimizer, likewise")
+    distribution: Literal["categorical", "linear"] = Field(
+        "categorical", description="one logit per candidate mask of a group, or one per weight (any N:M with M <= 32)"
+    )
     steps: Positive = 2000
     micro_batch: Positive = 4
     global_batch: Positive = 4

@@ -28,6 +28,7 @@ from megamask.model.spec import has_transformer_engine
 from megamask.parallel.cpu import emulates_bf16
 from megamask.parallel.mesh import Mesh, check_layout, start, world_size
 from megamask.plan.fit import check_free
+from megamask.sparsity.draw import logits_per_group
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 
@@ -57,7 +58,7 @@ def check_early(config: Config, paths: RunPaths) -> None:
     """
     check_layout(config)
     check_batch(config.learn.global_batch, config.learn.micro_batch, world_size() // config.parallel.tp)
-    Pattern.parse(config.pattern).candidates()
+    logits_per_group(Pattern.parse(config.pattern), config.learn.distribution)
     blend_weights(config)
     check_optimizer(config)
     tau = config.learn.sampling.tau

@@ -20,7 +20,7 @@ from megamask.model.masks import linear_rules, local_mask
 from megamask.parallel.linear import MaskedLinear, MaskSwitch
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.prior import initial_noise, prior_bonus
+from megamask.sparsity.prior import initial_noise, prior_bonus, unit
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.table import linear_shapes
 
@@ -58,11 +58,13 @@ def build_subject(config: Config, mesh: Mesh) -> Subject:
     model = build_model(config, arch, mesh)
     linears = prunable_linears(model, config, arch)
     for name, linear in linears.items():
-        linear.make_site(pattern, name)
+        linear.groups(pattern, name)
     prior = load_prior(config, pattern, arch, fingerprint, linears)
     load_weights(model, weights)
     _refuse_sparse_weights(linears, pattern, arch, weights, mesh)
-    switch = attach_logits(linears, pattern, config.learn.sampling.backend, mesh.device, config.learn.state.logits)
+    switch = attach_logits(
+        linears, pattern, config.learn.sampling.backend, mesh.device, config.learn.state.logits, config.learn.distribution
+    )
     for name, linear in linears.items():
         _initialise(linear, config, mesh, None if prior is None else local_mask(prior, linear_rules(arch)[name], mesh))
     return Subject(arch, pattern, fingerprint, model, linears, switch, prior.method if prior else None)
@@ -91,14 +93,14 @@ def load_prior(config: Config, pattern: Pattern, arch: Architecture, fingerprint
 @torch.no_grad()
 def _initialise(linear: MaskedLinear, config: Config, mesh: Mesh, prior_mask_OI: torch.Tensor | None) -> None:
     """pi = noise + std(pi) * sim * alpha (MaskLLM, Eq. 10); computed in fp32, then rounded to the dtype of the logits."""
-    sampling, logits, std = config.learn.sampling, linear.mask_logits, config.learn.sampling.logit_std
+    sampling, logits, std, spread = config.learn.sampling, linear.mask_logits, config.learn.sampling.logit_std, 0.0
     assert logits is not None
     start = torch.zeros_like(logits, dtype=torch.float32)
     if sampling.initial_noise:
         start.copy_(initial_noise(linear.site, logits.shape[-1], std, config.seed, linear.parameter_id))
-        std = _layer_std(start, mesh)
+        std, spread = _layer_std(start, mesh) / unit(linear.site), sampling.kappa[0] * std
     if prior_mask_OI is not None:
-        start.add_(prior_bonus(prior_mask_OI.to(logits.device), linear.site, config.learn.prior.strength, std))
+        start.add_(prior_bonus(prior_mask_OI.to(logits.device), linear.site, config.learn.prior.strength, std, spread))
     logits.copy_(start)
 
 

@@ -16,6 +16,7 @@ from megamask.model.vocabulary import VocabularyShard
 from megamask.parallel.linear import MaskedLinear, MaskSwitch
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.backends import choose_backend
+from megamask.sparsity.draw import Distribution
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import parameter_ids
 from megamask.weights.architecture import Architecture
@@ -113,14 +114,21 @@ def prunable_linears(model: torch.nn.Module, config: Config, arch: Architecture)
     return {name: linear for name, linear in masked_linears(model).items() if name in names}
 
 
-def attach_logits(linears: dict[str, MaskedLinear], pattern: Pattern, backend: str, device: torch.device, dtype: str = "fp32") -> MaskSwitch:
+def attach_logits(
+    linears: dict[str, MaskedLinear],
+    pattern: Pattern,
+    backend: str,
+    device: torch.device,
+    dtype: str = "fp32",
+    distribution: Distribution = "categorical",
+) -> MaskSwitch:
     """Give every linear zero mask logits, ``fp32`` or ``bf16``, and one common switch.
 
     Raises:
-        ConfigError: M does not divide a local row; the pattern has too many candidates; the backend cannot run here.
+        ConfigError: M does not divide a local row; the pattern is too large for the distribution; the backend cannot run here.
     """
-    switch, chosen, ids = MaskSwitch(), choose_backend(backend, device), parameter_ids(linears)
-    sites = {name: linear.make_site(pattern, name) for name, linear in linears.items()}
+    switch, chosen, ids = MaskSwitch(), choose_backend(backend, device, distribution), parameter_ids(linears)
+    sites = {name: linear.make_site(pattern, name, distribution) for name, linear in linears.items()}
     for name, linear in linears.items():
         linear.attach_logits(sites[name], ids[name], switch, chosen, DTYPES[dtype])
     return switch

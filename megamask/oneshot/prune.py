@@ -116,7 +116,7 @@ def load_subject(config: Config, mesh: Mesh) -> Subject:
     model = build_model(config, arch, mesh).eval()
     linears = prunable_linears(model, config, arch)
     for name, linear in linears.items():
-        linear.make_site(pattern, name)
+        linear.groups(pattern, name)
     load_weights(model, weights)
     subject = Subject(config, mesh, arch, pattern, model, linears)
     for name, linear in linears.items():

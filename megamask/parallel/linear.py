@@ -3,12 +3,13 @@
 Both Megatron classes call the overridable ``_forward_impl(input, weight, ...)``; the mixin hands it the masked weight and
 inherits bias, sequence parallel, all-reduce and gather. The linears enter a model through the layer spec.
 
-Shapes: O local out_features, I local in_features, G local groups per row, C candidates.
+Shapes: O local out_features, I local in_features, G local groups per row, L logits a group (C candidates or M members).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megamask.sparsity.backends import backend_by_name
-from megamask.sparsity.draw import Draw, Placement, Sampled, Site
+from megamask.sparsity.draw import Distribution, Draw, Placement, Sampled, Site
 from megamask.sparsity.operator import sample_mask
 from megamask.sparsity.pattern import Pattern
 
@@ -91,20 +92,27 @@ class MaskedLinear:
     step_draw: StepDraw | None = None
     weight_grad: torch.Tensor | None = None
 
-    def make_site(self, pattern: Pattern, name: str) -> Site:
-        """The place of this shard in the whole layer.
+    def groups(self, pattern: Pattern, name: str) -> int:
+        """Local groups per row.
 
         Raises:
             ConfigError: M does not divide the local in_features.
         """
-        rank, size = self.tp_group.rank(), self.tp_group.size()
-        groups = pattern.groups(self.weight.shape[1], f"in_features of {name}", size if self.shard_axis == 1 else 1)
+        return pattern.groups(self.weight.shape[1], f"in_features of {name}", self.tp_group.size() if self.shard_axis == 1 else 1)
+
+    def make_site(self, pattern: Pattern, name: str, distribution: Distribution = "categorical") -> Site:
+        """The place of this shard in the whole layer.
+
+        Raises:
+            ConfigError: M does not divide the local in_features, or is too large for the distribution.
+        """
+        rank, size, groups = self.tp_group.rank(), self.tp_group.size(), self.groups(pattern, name)
         placement = Placement.shard(self.weight.shape[0], groups, axis=self.shard_axis, rank=rank, size=size, stride=self.stride)
-        return Site(pattern, placement)
+        return Site(pattern, placement, distribution)
 
     def attach_logits(self, site: Site, parameter_id: int, switch: MaskSwitch, backend: str, dtype: torch.dtype = torch.float32) -> None:
-        """Add zero mask logits (O, C, G) in ``dtype``, sharded as the weight is."""
-        shape = (self.weight.shape[0], site.pattern.num_candidates, self.weight.shape[1] // site.pattern.m)
+        """Add zero mask logits (O, L, G) in ``dtype``, sharded as the weight is."""
+        shape = (self.weight.shape[0], site.logits_per_group, self.weight.shape[1] // site.pattern.m)
         logits = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device))
         set_tensor_model_parallel_attributes(logits, True, self.logits_axis, self.stride)
         logits.allreduce = True  # type: ignore[attr-defined]  # Megatron DDP: not an expert parameter
@@ -142,7 +150,7 @@ class MaskedLinear:
         """
         assert self.mask_logits is not None and self.switch is not None
         own = replace(draw, key=draw.key.of(self.parameter_id))
-        sampled = backend_by_name(self.backend).forward(self.mask_logits.detach(), self.weight.detach(), self.site, own)
+        sampled = self._sampler.forward(self.mask_logits.detach(), self.weight.detach(), self.site, own)
         self.switch.note(self.parameter_id, sampled, draw.watch)
         if sums_in_fp32 and self.weight_grad is None:
             self.weight_grad = torch.empty_like(self.weight, dtype=torch.float32, requires_grad=False)
@@ -156,7 +164,7 @@ class MaskedLinear:
         grad = step_draw.masked.grad if step_draw.weight_grad is None else step_draw.weight_grad
         if grad is not None:
             main_grad = logits.main_grad  # type: ignore[attr-defined]
-            backend_by_name(self.backend).backward(grad, logits.detach(), self.weight.detach(), self.site, step_draw.draw, main_grad)
+            self._sampler.backward(grad, logits.detach(), self.weight.detach(), self.site, step_draw.draw, main_grad)
 
     def drop_draw(self) -> None:
         """Forget the step's draw. Its hook would keep it alive: the garbage collector does not see through tensors."""
@@ -172,13 +180,17 @@ class MaskedLinear:
         """The mask of the largest logit of every group, (O, I) bool; draws no noise."""
         assert self.mask_logits is not None
         winner, _ = self.survey(1.0)
-        return self.site.pattern.mask_of(winner)
+        return self.site.mask_of(winner)
 
     def survey(self, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(winner candidate of every group, (O, G) uint8; sum over groups of the largest probability, 0-d); draws no noise."""
+        """(winner of every group, (O, G) as ``Site.mask_of`` reads it; sum over groups of the largest probability, 0-d); draws no noise."""
         assert self.mask_logits is not None
-        winner, largest = backend_by_name(self.backend).survey(self.mask_logits.detach(), kappa)
+        winner, largest = self._sampler.survey(self.mask_logits.detach(), self.site, kappa)
         return winner, largest
+
+    @property
+    def _sampler(self) -> ModuleType:
+        return backend_by_name(self.backend, self.site.distribution)
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         masked = self.masked_weight(weight)
@@ -200,7 +212,7 @@ class MaskedLinear:
             if kept is not None:
                 return kept
             assert self.mask_logits is not None
-            redrawn: Sampled = backend_by_name(self.backend).forward(self.mask_logits.detach(), self.weight.detach(), self.site, again)
+            redrawn: Sampled = self._sampler.forward(self.mask_logits.detach(), self.weight.detach(), self.site, again)
             return redrawn.masked
 
         return pack, unpack

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
@@ -14,39 +15,59 @@ from megamask.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# name: (module, package it needs, device it runs on)
-BACKENDS: dict[str, tuple[str, str, str | None]] = {
-    "torch": ("megamask.sparsity.categorical", "torch", None),
-    "numba": ("megamask.sparsity.fused_cpu", "numba", "cpu"),
-    "triton": ("megamask.sparsity.fused_cuda", "triton", "cuda"),
+
+@dataclass(frozen=True)
+class Backend:
+    """The package that a backend needs, the device type it runs on (None: any), and the module of every distribution it can draw."""
+
+    package: str
+    device: str | None
+    modules: dict[str, str]
+
+
+BACKENDS = {
+    "torch": Backend("torch", None, {"categorical": "categorical", "linear": "linear_distribution"}),
+    "numba": Backend("numba", "cpu", {"categorical": "fused_cpu"}),
+    "triton": Backend("triton", "cuda", {"categorical": "fused_cuda"}),
 }
 
 
-def choose_backend(name: str, device: torch.device) -> str:
+def choose_backend(name: str, device: torch.device, distribution: str = "categorical") -> str:
     """The name of the backend to use: the one asked for, or with ``auto`` the fused one of the device, else plain PyTorch.
 
     Raises:
-        ConfigError: the backend cannot run on this device or is not installed.
+        ConfigError: the backend cannot run on this device, cannot draw from this distribution or is not installed.
     """
     if name == "auto":
-        fused = next((other for other, (_, _, runs_on) in BACKENDS.items() if runs_on == device.type), "torch")
-        if _is_installed(fused):
-            return fused
-        log.warning("sampling in plain PyTorch, several times slower: %s is not installed", BACKENDS[fused][1])
-        return "torch"
-    _, package, runs_on = BACKENDS[name]
-    if runs_on not in (None, device.type) or not _is_installed(name):
-        allowed = f"auto, torch, numba on a CPU, triton on CUDA, each with its package installed (this device is {device.type})"
-        problem = "Use auto." if _is_installed(name) else f"Use auto, or pip install {package}."
-        raise ConfigError("learn.sampling.backend", name, allowed, problem)
+        fused = next((other for other, backend in BACKENDS.items() if backend.device == device.type), "torch")
+        lack = _lack(fused, device, distribution)
+        if lack:
+            log.warning("sampling in plain PyTorch, several times slower: %s", lack)
+        return "torch" if lack else fused
+    lack = _lack(name, device, distribution)
+    if lack:
+        allowed = f"auto, torch, numba on a CPU, triton on CUDA, each with its package installed ({lack})"
+        package = BACKENDS[name].package
+        fix = "Use auto." if _is_installed(package) else f"Use auto, or pip install {package}."
+        raise ConfigError("learn.sampling.backend", name, allowed, fix)
     return name
 
 
 @lru_cache
-def backend_by_name(name: str) -> ModuleType:
+def backend_by_name(name: str, distribution: str = "categorical") -> ModuleType:
     """The module with ``forward``, ``backward`` and ``survey``."""
-    return importlib.import_module(BACKENDS[name][0])
+    return importlib.import_module(f"megamask.sparsity.{BACKENDS[name].modules[distribution]}")
 
 
-def _is_installed(name: str) -> bool:
-    return importlib.util.find_spec(BACKENDS[name][1]) is not None
+def _lack(name: str, device: torch.device, distribution: str) -> str | None:
+    """Why a backend cannot be used; None when it can."""
+    backend = BACKENDS[name]
+    if backend.device not in (None, device.type):
+        return f"this device is {device.type}"
+    if not _is_installed(backend.package):
+        return f"{backend.package} is not installed"
+    return None if distribution in backend.modules else f"{name} cannot draw learn.distribution={distribution}"
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -15,8 +15,8 @@ from megamask.sparsity.philox import uniform, words
 
 
 def gumbel_noise(site: Site, draw: Draw, groups: int, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-    """Gumbel noise g = -log(-log u), (O, C, G) (Eq. 5)."""
-    word = words(draw.key, site.placement.group_ids(groups, device), site.pattern.num_candidates)  # (C, O, G)
+    """Gumbel noise g = -log(-log u), (O, C, G) (Eq. 5), one for every logit."""
+    word = words(draw.key, site.placement.group_ids(groups, device), site.logits_per_group)  # (C, O, G)
     return -torch.log(-torch.log(uniform(word).to(dtype))).transpose(0, 1)
 
 
@@ -54,7 +54,7 @@ def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: D
     wide = computing_dtype(mask_logits)
     masked = weight.to(wide) * sampled_mask(mask_logits.to(wide), site, draw)
     norm, nothing = masked.square().sum(dtype=torch.float64), torch.zeros((), dtype=torch.float64, device=masked.device)
-    winner, largest = survey(mask_logits, draw.kappa) if draw.watch else (nothing.new_empty(0, dtype=torch.uint8), nothing)
+    winner, largest = survey(mask_logits, site, draw.kappa) if draw.watch else (nothing.new_empty(0, dtype=site.winner_dtype), nothing)
     return Sampled(masked.to(weight.dtype), torch.stack([norm, largest]), winner)
 
 
@@ -82,12 +82,12 @@ def computing_dtype(mask_logits: torch.Tensor) -> torch.dtype:
     return torch.promote_types(mask_logits.dtype, torch.float32)
 
 
-def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
+def survey(mask_logits: torch.Tensor, site: Site, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d). Draws no noise."""
     mask_logits = mask_logits.to(computing_dtype(mask_logits))
     top, winner = mask_logits.max(dim=1)
     largest = 1 / ((mask_logits - top.unsqueeze(1)) * kappa).exp().sum(1)
-    return winner.to(torch.uint8), largest.sum(dtype=torch.float64)
+    return winner.to(site.winner_dtype), largest.sum(dtype=torch.float64)
 
 
 def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:

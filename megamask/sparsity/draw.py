@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from megamask.errors import ConfigError
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
+
+Distribution = Literal["categorical", "linear"]
+DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
+MAX_MEMBERS = 32  # of a group under linear: the bits of a winner
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,9 @@ class Sampled(NamedTuple):
 
     Attributes:
         masked: W * M, (O, I) in the weight's dtype.
-        sums: (2,) fp64: sum |W * M|^2, and the sum over groups of the largest probability softmax(kappa pi) (0 unless watched).
-        winner: candidate of the largest logit of every group, (O, G) uint8; (0,) unless watched.
+        sums: (2,) fp64: sum |W * M|^2, and the sum over groups of the largest probability of a candidate, exp(kappa * its logit) over
+            all of them (0 unless watched).
+        winner: the candidate with the largest logit of every group, (O, G), in the code of ``Site.mask_of``; (0,) unless watched.
     """
 
     masked: torch.Tensor
@@ -91,7 +97,50 @@ class Placement:
 
 @dataclass(frozen=True)
 class Site:
-    """A masked weight: its pattern and its place in the whole layer."""
+    """A masked weight: its pattern, its place in the whole layer, and the distribution of its masks.
+
+    ``categorical`` has one logit per candidate, ``linear`` one per member of a group (a candidate's is the sum of its members').
+
+    Raises:
+        ConfigError: more candidates or members than the distribution takes.
+    """
 
     pattern: Pattern
     placement: Placement
+    distribution: Distribution = "categorical"
+
+    def __post_init__(self) -> None:
+        logits_per_group(self.pattern, self.distribution)
+
+    @property
+    def logits_per_group(self) -> int:
+        """C or M: the middle axis of mask logits (O, C or M, G)."""
+        return logits_per_group(self.pattern, self.distribution)
+
+    @property
+    def winner_dtype(self) -> torch.dtype:
+        """Of winners: candidate indices (categorical), or bit j = member j is kept (linear)."""
+        if self.distribution == "categorical" or self.pattern.m <= 8:
+            return torch.uint8
+        return torch.int16 if self.pattern.m <= 16 else torch.int32
+
+    def mask_of(self, winner_OG: torch.Tensor) -> torch.Tensor:
+        """The mask, (O, I) bool, of winners."""
+        if self.distribution == "categorical":
+            return self.pattern.mask_of(winner_OG)
+        member = torch.arange(self.pattern.m, device=winner_OG.device, dtype=torch.int32)
+        return (winner_OG.to(torch.int32).unsqueeze(-1) >> member & 1).bool().flatten(-2)
+
+
+def logits_per_group(pattern: Pattern, distribution: str) -> int:
+    """C or M.
+
+    Raises:
+        ConfigError: more candidates or members than the distribution takes.
+    """
+    if distribution == "categorical":
+        return len(pattern.kept_positions)
+    if pattern.m > MAX_MEMBERS:
+        limit = f"learn.distribution=linear takes M up to {MAX_MEMBERS}"
+        raise ConfigError("pattern", str(pattern), limit, f"Choose a pattern with M <= {MAX_MEMBERS}.")
+    return pattern.m

@@ -47,7 +47,7 @@ def backward(
     return dlogits
 
 
-def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
+def survey(mask_logits: torch.Tensor, site: Site, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d)."""
     rows, _, groups = mask_logits.shape
     winner, largest_O, logits = np.empty((rows, groups), np.uint8), np.empty(rows), raw_bits(mask_logits)

@@ -68,7 +68,7 @@ def backward(
     return dlogits if into is None or dlogits is into else into.copy_(dlogits)
 
 
-def survey(mask_logits: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
+def survey(mask_logits: torch.Tensor, site: Site, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d)."""
     logits = mask_logits.detach().contiguous()
     rows, candidates, groups = logits.shape

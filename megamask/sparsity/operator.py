@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megamask.sparsity.backends import backend_by_name
-from megamask.sparsity.draw import Draw, Placement, RowBlock, Sampled, Site
+from megamask.sparsity.draw import DISTRIBUTIONS, Draw, Placement, RowBlock, Sampled, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
 
@@ -25,9 +25,9 @@ def sample_mask(
     """Sample a mask and apply it to the weight.
 
     Args:
-        mask_logits: (O, C, G) fp32 or bf16.
+        mask_logits: (O, C or M, G) fp32 or bf16.
         weight: (O, I), frozen.
-        site: pattern and place of the shard.
+        site: pattern, distribution and place of the shard.
         draw: the draw.
         backend: name of a backend (``backends.choose_backend``).
         into: where the backward adds the gradient of the logits, fp32 or bf16; None returns it to autograd.
@@ -48,7 +48,7 @@ class _Eager(torch.autograd.Function):
         ctx.save_for_backward(mask_logits, weight)
         ctx.into, ctx.site, ctx.draw, ctx.backend = into, site, draw, backend
         ctx.set_materialize_grads(False)
-        masked, sums, winner = backend_by_name(backend).forward(mask_logits, weight, site, draw)
+        masked, sums, winner = backend_by_name(backend, site.distribution).forward(mask_logits, weight, site, draw)
         ctx.mark_non_differentiable(sums, winner)
         return masked, sums, winner
 
@@ -58,7 +58,8 @@ class _Eager(torch.autograd.Function):
         mask_logits, weight = ctx.saved_tensors
         dlogits = None
         if grad is not None and ctx.needs_input_grad[0]:
-            dlogits = backend_by_name(ctx.backend).backward(grad, mask_logits, weight, ctx.site, ctx.draw, ctx.into)
+            module = backend_by_name(ctx.backend, ctx.site.distribution)
+            dlogits = module.backward(grad, mask_logits, weight, ctx.site, ctx.draw, ctx.into)
         return (dlogits if ctx.into is None else None), *[None] * 5
 
 
@@ -74,14 +75,15 @@ def _sample(
     watch: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(backend_by_name(backend).forward(mask_logits.detach(), weight.detach(), *_objects(site, key, scale, hard, watch)))
+    place, draw = _objects(site, key, scale, hard, watch)
+    return tuple(backend_by_name(backend, place.distribution).forward(mask_logits.detach(), weight.detach(), place, draw))
 
 
 @_sample.register_fake
 def _(mask_logits, weight, into, site, key, scale, hard, watch, backend):  # type: ignore[no-untyped-def]
     rows, _, groups = mask_logits.shape
     sums = weight.new_empty(2, dtype=torch.float64)
-    winner = weight.new_empty((rows, groups) if watch else (0,), dtype=torch.uint8)
+    winner = weight.new_empty((rows, groups) if watch else (0,), dtype=_site(tuple(site)).winner_dtype)
     return torch.empty_like(weight, memory_format=torch.contiguous_format), sums, winner
 
 
@@ -96,7 +98,8 @@ def _gradient(
     hard: bool,
     backend: str,
 ) -> torch.Tensor:
-    return backend_by_name(backend).backward(grad, mask_logits, weight, *_objects(site, key, scale, hard))
+    place, draw = _objects(site, key, scale, hard)
+    return backend_by_name(backend, place.distribution).backward(grad, mask_logits, weight, place, draw)
 
 
 @_gradient.register_fake
@@ -117,7 +120,8 @@ def add_gradient(
     backend: str,
 ) -> None:
     """Add the gradient at the logits to ``into``."""
-    backend_by_name(backend).backward(grad, mask_logits, weight, *_objects(site, key, scale, hard), into)
+    place, draw = _objects(site, key, scale, hard)
+    backend_by_name(backend, place.distribution).backward(grad, mask_logits, weight, place, draw, into)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -146,7 +150,7 @@ def _numbers(site: Site, draw: Draw) -> tuple[list[int], list[int], torch.Tensor
     blocks = [number for block in place.blocks for number in (block.start, block.rows, block.global_start)]
     key = draw.key
     return (
-        [site.pattern.n, site.pattern.m, place.first_group, place.groups_in_row, *blocks],
+        [site.pattern.n, site.pattern.m, DISTRIBUTIONS.index(site.distribution), place.first_group, place.groups_in_row, *blocks],
         [key.seed, key.step, key.micro_batch, key.parameter],
         torch.tensor([draw.kappa, draw.tau, draw.norm_coef], dtype=torch.float64),
         draw.hard,
@@ -161,6 +165,7 @@ def _objects(site: Sequence[int], key: Sequence[int], scale: torch.Tensor, hard:
 
 @lru_cache(maxsize=4096)
 def _site(numbers: tuple[int, ...]) -> Site:
-    n, m, first_group, groups_in_row, *blocks = numbers
+    n, m, distribution, first_group, groups_in_row, *blocks = numbers
     triples = zip(blocks[::3], blocks[1::3], blocks[2::3], strict=True)
-    return Site(Pattern(n, m), Placement(tuple(RowBlock(*triple) for triple in triples), first_group, groups_in_row))
+    placement = Placement(tuple(RowBlock(*triple) for triple in triples), first_group, groups_in_row)
+    return Site(Pattern(n, m), placement, DISTRIBUTIONS[distribution])

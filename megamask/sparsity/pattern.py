@@ -15,7 +15,8 @@ import torch
 
 from megamask.errors import ConfigError
 
-MAX_CANDIDATES = 256
+MAX_CANDIDATES = 256  # of a table
+MAX_GROUP = 64  # so that the index of a candidate fits in 64 bits
 CANDIDATE_ORDER = "itertools.combinations-v1"
 
 
@@ -27,15 +28,15 @@ class Pattern:
     m: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
-            raise ConfigError("pattern", str(self), "N:M with 0 < N < M", "Write, for example, pattern=2:4.")
+        if not 0 < self.n < self.m <= MAX_GROUP:
+            raise ConfigError("pattern", str(self), f"N:M with 0 < N < M <= {MAX_GROUP}", "Write, for example, pattern=2:4.")
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Read ``"2:4"``.
 
         Raises:
-            ConfigError: not N:M with 0 < N < M.
+            ConfigError: not N:M with 0 < N < M <= MAX_GROUP.
         """
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
         if not match:
@@ -57,11 +58,14 @@ class Pattern:
 
     @cached_property
     def kept_positions(self) -> list[tuple[int, ...]]:
-        """Kept positions of every candidate, in candidate order."""
+        """Kept positions of every candidate, in candidate order.
+
+        Raises:
+            ConfigError: more than MAX_CANDIDATES candidates.
+        """
         if self.num_candidates > MAX_CANDIDATES:
-            raise ConfigError(
-                "pattern", str(self), f"at most {MAX_CANDIDATES} candidates a group, this one has {self.num_candidates}", "Use a smaller M."
-            )
+            limit = f"categorical logits take at most {MAX_CANDIDATES} candidates a group, this one has {self.num_candidates:,}"
+            raise ConfigError("pattern", str(self), limit, "Set learn.distribution=linear, which has one logit per weight for any N:M.")
         return list(itertools.combinations(range(self.m), self.n))
 
     def candidates(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -113,15 +117,32 @@ class Pattern:
         """
         if not self.is_valid(mask_OI):
             raise ValueError(f"the mask is not {self}")
-        powers_M = 2 ** torch.arange(self.m, device=mask_OI.device)
-        code = (mask_OI.to(torch.int64).unflatten(-1, (-1, self.m)) * powers_M).sum(-1)
-        codes_C = (self.candidates(torch.int64, mask_OI.device) * powers_M).sum(-1)
-        order = codes_C.argsort()
-        return order[torch.searchsorted(codes_C[order], code)]
+        groups = mask_OI.bool().unflatten(-1, (-1, self.m))
+        left, above = self.n + 1 - groups.cumsum(-1), torch.zeros(groups.shape[:-1], dtype=torch.int64, device=mask_OI.device)
+        for j, choose in enumerate(self._choose(mask_OI.device)):
+            above += torch.where(groups[..., j], choose[left[..., j].clamp(max=self.n)], 0)
+        return self.num_candidates - 1 - above
 
     def mask_of(self, index_OG: torch.Tensor, dtype: torch.dtype = torch.bool) -> torch.Tensor:
         """Mask (..., I) of candidate indices (..., G)."""
-        return self.candidates(dtype, index_OG.device)[index_OG.long()].flatten(-2)
+        if self.num_candidates <= MAX_CANDIDATES:
+            return self.candidates(dtype, index_OG.device)[index_OG.long()].flatten(-2)
+        above, members = self.num_candidates - 1 - index_OG.long(), []
+        left = torch.full_like(above, self.n)
+        for choose in self._choose(index_OG.device):
+            share = choose[left]
+            members.append(share <= above)
+            above, left = torch.where(members[-1], above - share, above), left - members[-1].long()
+        return torch.stack(members, -1).to(dtype).flatten(-2)
+
+    def _choose(self, device: torch.device) -> torch.Tensor:
+        """binomial(m - 1 - j, k) for every position j and k <= n, (M, n + 1) int64.
+
+        A candidate stands before the last one by the sum, over its kept positions j, of binomial(m - 1 - j, kept from j on): the
+        combinatorial number system, whose digits are found greedily.
+        """
+        table = [[math.comb(self.m - 1 - j, k) for k in range(self.n + 1)] for j in range(self.m)]
+        return torch.tensor(table, dtype=torch.int64, device=device)
 
     def best(self, score_OI: torch.Tensor) -> torch.Tensor:
         """Bool mask that keeps the n largest scores of every group; ties go to the earlier position."""

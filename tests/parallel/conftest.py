@@ -22,7 +22,7 @@ def _compiled_kernels() -> None:
         weight = torch.zeros(1, 4, dtype=dtype)
         fused_cpu.forward(logits, weight, site, draw)
         fused_cpu.backward(weight, logits, weight, site, draw)
-    fused_cpu.survey(logits, 1.0)
+    fused_cpu.survey(logits, site, 1.0)
 
 
 @pytest.fixture(scope="session")

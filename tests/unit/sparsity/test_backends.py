@@ -72,8 +72,8 @@ def test_the_fused_kernels_equal_the_plain_backend(n: int, m: int, draw: Draw, d
     torch.testing.assert_close(dlogits, expected_dlogits, rtol=0, atol=size * (4 * error + 4 * n * EPS))
     assert float(expected_dlogits.abs().max()) > 100 * size * (4 * error + 4 * n * EPS) or draw.tau == 0.05
 
-    winner, largest = fused_cpu.survey(logits, draw.kappa)
-    expected_winner, expected_largest = categorical.survey(logits, draw.kappa)
+    winner, largest = fused_cpu.survey(logits, site, draw.kappa)
+    expected_winner, expected_largest = categorical.survey(logits, site, draw.kappa)
     assert torch.equal(winner, expected_winner)
     # exp of differences below 2 kappa max|pi|, with C terms of which each rounds.
     survey_error = EPS * (4 * draw.kappa * float(logits.abs().max()) + 4 * candidates)

@@ -154,7 +154,7 @@ def test_the_end_of_the_schedules_is_finite(dtype: torch.dtype) -> None:
 
 def test_survey_counts_winners_and_largest_probabilities() -> None:
     site, logits, _, _ = problem(2, 4)
-    winner, largest = categorical.survey(logits, 100.0)
+    winner, largest = categorical.survey(logits, site, 100.0)
     assert winner.dtype == torch.uint8
     assert torch.equal(winner.long(), logits.argmax(1))
     torch.testing.assert_close(largest, (100.0 * logits).softmax(1).amax(1).sum(), **FP64)

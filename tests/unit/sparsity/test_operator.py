@@ -146,7 +146,7 @@ def test_for_a_fixed_draw_the_gradient_is_linear_in_that_of_the_masked_weight(ha
 def test_what_the_pass_watches_is_what_a_survey_sees(backend: str) -> None:
     logits, weight, _ = problem()
     seen = sample_mask(logits, weight, SITE, DRAW, backend)
-    winner, largest = categorical.survey(logits, DRAW.kappa)
+    winner, largest = categorical.survey(logits, SITE, DRAW.kappa)
     assert torch.equal(seen.winner, winner)
     assert float(seen.sums[1]) == pytest.approx(float(largest), rel=1e-6)  # fp32 softmax of 60 groups, summed in fp64
     assert float(seen.sums[0]) == pytest.approx(float(seen.masked.double().square().sum()), rel=1e-6)

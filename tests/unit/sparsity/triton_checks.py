@@ -126,9 +126,9 @@ def test_the_kernels_equal_the_plain_backend(n: int, m: int, logits: torch.dtype
     # The largest probabilities sum C exp of differences below 2 kappa max|pi|.
     survey_error = EPS * (4 * draw.kappa * float(pi.abs().max()) + 4 * site.pattern.num_candidates) + (1e-6 if DEVICE == "cuda" else 0)
     torch.testing.assert_close(found.sums, expected.sums, rtol=max(4 * error + 1e-6, survey_error), atol=0)
-    winner, largest = fused_cuda.survey(pi, draw.kappa)
-    assert torch.equal(winner, categorical.survey(pi, draw.kappa)[0])
-    torch.testing.assert_close(largest, categorical.survey(pi, draw.kappa)[1], rtol=survey_error, atol=0)
+    winner, largest = fused_cuda.survey(pi, site, draw.kappa)
+    assert torch.equal(winner, categorical.survey(pi, site, draw.kappa)[0])
+    torch.testing.assert_close(largest, categorical.survey(pi, site, draw.kappa)[1], rtol=survey_error, atol=0)
 
     slack = gradient_error(pi, draw, n)
     expected_dlogits = categorical.backward(grad, pi, w, site, draw)
