@@ -1,4 +1,4 @@
-"""Candidate indices <-> 64-bit words: as many base-C digits a word as fit, 0.667 bit per weight at 2:4.
+"""Candidate indices <-> 64-bit words: as many base-C digits a word as fit, 0.667 bit per weight at 2:4, 1 at 8:16.
 
 Little-endian digits: the first index is the least significant digit. Digits beyond the last index are zero.
 """
@@ -27,7 +27,7 @@ def num_words(count: int, base: int) -> int:
 def pack(index: npt.NDArray[np.integer], base: int) -> Words:
     """Words of the indices (any shape, each in [0, base)), row-major."""
     digits = digits_per_word(base)
-    padded = np.zeros((num_words(index.size, base), digits), dtype=np.uint8)
+    padded = np.zeros((num_words(index.size, base), digits), dtype=_digit(base))
     padded.reshape(-1)[: index.size] = index.reshape(-1)
     words = np.zeros(len(padded), dtype=np.uint64)
     for digit in reversed(range(digits)):
@@ -36,8 +36,8 @@ def pack(index: npt.NDArray[np.integer], base: int) -> Words:
     return words
 
 
-def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.uint8]:
-    """The first ``count`` indices of ``words``, (count,).
+def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.unsignedinteger]:
+    """The first ``count`` indices of ``words``, (count,), in the smallest type that holds them.
 
     Raises:
         ValueError: the number of words is wrong, or a word holds a digit that ``pack`` never writes.
@@ -45,7 +45,7 @@ def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.uint8]:
     if words.shape != (num_words(count, base),):
         raise ValueError(f"{words.size} words, expected {num_words(count, base)}")
     digits = digits_per_word(base)
-    index = np.empty((len(words), digits), dtype=np.uint8)
+    index = np.empty((len(words), digits), dtype=_digit(base))
     left = words.astype(np.uint64)
     for digit in range(digits):
         left, index[:, digit] = np.divmod(left, np.uint64(base))
@@ -53,3 +53,7 @@ def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.uint8]:
     if left.any() or flat[count:].any():
         raise ValueError(f"digits out of range for {base} candidates")
     return flat[:count]
+
+
+def _digit(base: int) -> np.dtype[np.unsignedinteger]:
+    return np.min_scalar_type(base - 1)  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from megamask.masks.codec import digits_per_word, num_words, pack, unpack
 from megamask.sparsity.pattern import MAX_CANDIDATES
 
 PATTERNS = [(n, m) for m in range(2, 17) for n in range(1, m) if math.comb(m, n) <= MAX_CANDIDATES]
-BASES = sorted({math.comb(m, n) for n, m in PATTERNS} | {2, 255, 256})
+BASES = sorted({math.comb(m, n) for n, m in PATTERNS} | {2, 255, 256, 257, math.comb(16, 8), 2**16 + 1, math.comb(32, 16), math.comb(64, 32)})
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -25,7 +25,7 @@ def test_round_trip(base):
             assert np.array_equal(unpack(words, count, base), index)
 
 
-@pytest.mark.parametrize("base", [2, 6, 70, 256])
+@pytest.mark.parametrize("base", [2, 6, 70, 256, math.comb(16, 8), math.comb(32, 16)])
 def test_words_are_those_of_plain_arithmetic(base):
     """Independent reference: Python integers, first digit least significant."""
     index = np.random.default_rng(0).integers(base, size=100)

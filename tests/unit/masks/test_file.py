@@ -43,7 +43,7 @@ def rewrite(path, header=None, tensors=None, sign=True):
 
 
 @pytest.mark.parametrize(
-    "pattern", [Pattern(1, 2), P24, Pattern(1, 4), Pattern(3, 4), Pattern(4, 8), Pattern(1, 16), Pattern(2, 16)], ids=str
+    "pattern", [Pattern(1, 2), P24, Pattern(1, 4), Pattern(3, 4), Pattern(4, 8), Pattern(1, 16), Pattern(2, 16), Pattern(8, 16)], ids=str
 )
 def test_round_trip(tmp_path, pattern):
     masks = random_masks(pattern)
