@@ -23,6 +23,8 @@ BASELINE = "AdamW after a clipping pass"
 # Settings, and bytes that a logit's update moves: gradient read, logit and moments read and written.
 SIDES: dict[str, tuple[dict[str, str], int]] = {
     "adamw": ({}, 32),  # the scaled gradient is written back
+    "adamw, bf16 logits": ({"state.logits": "bf16"}, 16),
+    "adamw, bf16 logits and gradients": ({"state.logits": "bf16", "state.grads": "bf16"}, 14),
     "lion, fp32 logits": ({"optimizer.kind": "lion"}, 16),
     "lion, bf16 logits": ({"optimizer.kind": "lion", "state.logits": "bf16"}, 12),
     "lion8bit, bf16 logits": ({"optimizer.kind": "lion8bit", "state.logits": "bf16"}, 10),

@@ -93,10 +93,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Path | None, list[str]]:
 def _talk() -> None:
     """What verbs log goes to the terminal, from the main process; Megatron's remarks on optional packages do not."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    if os.environ.get("RANK", "0") == "0":
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logging.getLogger("megamask").addHandler(handler)
+    handler = logging.StreamHandler() if os.environ.get("RANK", "0") == "0" else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("megamask").addHandler(handler)
     logging.getLogger("megamask").setLevel(logging.INFO)
 
 

@@ -101,7 +101,7 @@ class PriorSection(Section):
 
 
 class StateSection(Section):
-    """What a learner keeps between passes. The footprints ``lean`` and ``leanest`` choose together with learn.optimizer.kind."""
+    """What a learner keeps between passes. The footprints ``lean`` and ``leanest`` choose it, ``leanest`` the optimizer too."""
 
     logits: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is updated with stochastic rounding: plain bf16 loses small steps")
     grads: Literal["fp32", "bf16"] = Field("fp32", description="the buffer in which micro-batches add up their gradients")
@@ -110,7 +110,7 @@ class StateSection(Section):
 
 
 class OptimizerSection(Section):
-    """The optimizer of the mask logits."""
+    """The optimizer of the mask logits. The moments of ``adamw`` have the dtype of the logits; Lion takes about a third of its rate."""
 
     kind: Literal["adamw", "adamw8bit", "lion", "lion8bit"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -118,7 +118,7 @@ class OptimizerSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: NonNegative = 0.1
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip: NonNegative = Field(1.0, description="largest gradient norm; 0 switches clipping off")
     distributed: bool = Field(False, description="each replica updates some layers and keeps optimizer state for those alone (ZeRO-1)")

@@ -1,4 +1,4 @@
-"""PyTorch's fused AdamW with fp32 logits, gradients and moments. The clip factor enters in the same pass over the gradients."""
+"""PyTorch's fused AdamW for fp32 logits, with fp32 gradients and moments. The clip factor enters in the same pass over the gradients."""
 
 from __future__ import annotations
 

@@ -12,14 +12,6 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 
 from megamask.config.tree import OptimizerSection
 from megamask.parallel.linear import MaskedLinear
-from megamask.sparsity.philox import NoiseKey
-
-UPDATE = 0xFFFFFFFF  # stands in the noise key's place for the micro-batch, of which there are never so many
-
-
-def update_key(seed: int, step: int) -> NoiseKey:
-    """The noise that rounds the update of ``step``: low 16 bits of a word for the logit, high 16 bits for its momentum."""
-    return NoiseKey(seed, step, UPDATE)
 
 
 class MaskOptimizer(ABC):

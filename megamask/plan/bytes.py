@@ -37,8 +37,8 @@ def state_bytes(
     - mask logits: 4 r (fp32) or 2 r (bf16).
     - gradients: the buffer in which micro-batches add up, 4 r or 2 r. The gradient of one layer that exists for a moment on top
       of it is no state.
-    - optimizer moments: adamw 8 r (two, fp32), adamw8bit 2 r and two fp32 scales per 256 logits, lion 2 r (one, bf16), lion8bit
-      r and one byte per 8 groups. Tables of 256 entries and step counters are left out: they do not grow with the weights.
+    - optimizer moments: adamw 8 r or 4 r (two, in the dtype of the logits), adamw8bit 2 r and two fp32 scales per 256 logits, lion 2 r
+      (one, bf16), lion8bit r and one byte per 8 groups. Tables of 256 entries and step counters do not grow with the weights.
       With optimizer.distributed a replica keeps ``moments_share`` of them.
     - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.movement`` is off.
     - masked weights: one width of the weight when every layer's is held between forward and backward: with masked_weight=keep, or
@@ -65,14 +65,14 @@ def state_bytes(
         WEIGHTS: weight,
         LOGITS: WIDTH[state.logits] * logits,
         GRADIENTS: WIDTH[state.grads] * logits,
-        MOMENTS: moment_bytes(optimizer.kind, pattern) * logits * (moments_share if optimizer.distributed else 1.0),
+        MOMENTS: moment_bytes(optimizer.kind, state.logits, pattern) * logits * (moments_share if optimizer.distributed else 1.0),
         WINNERS: 2 / pattern.m if state.movement else 0.0,
         KEPT: weight if one_draw else weight * (1.0 - redrawn_share) if state.masked_weight == "keep" else 0.0,
         STEP_GRADIENTS: (WIDTH["fp32"] if accumulations > 1 and state.grads == "fp32" else weight) if one_draw else 0.0,
     }
 
 
-def moment_bytes(kind: str, pattern: Pattern) -> float:
-    """Bytes of optimizer state per mask logit."""
+def moment_bytes(kind: str, dtype: str, pattern: Pattern) -> float:
+    """Bytes of optimizer state per mask logit of ``dtype``."""
     adam_scale, lion_scale = 4 / ADAM_BLOCK, 1 / (LION_BLOCK * pattern.num_candidates)
-    return {"adamw": 8.0, "adamw8bit": 2 * (1 + adam_scale), "lion": 2.0, "lion8bit": 1 + lion_scale}[kind]
+    return {"adamw": 2.0 * WIDTH[dtype], "adamw8bit": 2 * (1 + adam_scale), "lion": 2.0, "lion8bit": 1 + lion_scale}[kind]

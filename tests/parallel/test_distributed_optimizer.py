@@ -24,7 +24,7 @@ STEPS, SAVED_AT = 4, 2
 KINDS: dict[str, Any] = {
     "adamw": {"weight_norm": {"coef": 1e-4}},
     "once": {"sampling": {"draws": "step"}},  # sums start when the mask backward of a layer is done, not in the backward pass
-    "lion": FOOTPRINTS["lean"]["learn"],
+    "lean": FOOTPRINTS["lean"]["learn"],
     "leanest": FOOTPRINTS["leanest"]["learn"],
 }
 
@@ -59,12 +59,16 @@ JOBS: dict[int, dict[str, Job]] = {
         "adamw": Job("adamw", save_to="parts"),
         "adamw-from-whole": Job("adamw", resume_from="whole"),
         "adamw-from-parts": Job("adamw", resume_from="parts"),
+        "lean-whole": Job("lean", distributed=False, save_to="lean-whole"),
+        "lean": Job("lean", save_to="lean-parts"),
+        "lean-from-whole": Job("lean", resume_from="lean-whole"),
+        "lean-from-parts": Job("lean", resume_from="lean-parts"),
     },
     4: {
         "adamw-tp2-whole": Job("adamw", distributed=False, tp=2),
         "adamw-tp2": Job("adamw", tp=2),
-        "lion-tp2-whole": Job("lion", distributed=False, tp=2),
-        "lion-tp2": Job("lion", tp=2),
+        "lean-tp2-whole": Job("lean", distributed=False, tp=2),
+        "lean-tp2": Job("lean", tp=2),
         "adamw-tp2-wrong": Job("adamw", tp=2, forgets_to_share=True),
     },
     1: {
@@ -130,7 +134,7 @@ def same_bits(found: Outcome, expected: Outcome) -> bool:
 
 
 # The sum of two gradients has one order: no tolerance. More replicas may add up in another order.
-@pytest.mark.parametrize("kind", ["adamw", "once", "leanest", "adamw-tp2", "lion-tp2"])
+@pytest.mark.parametrize("kind", ["adamw", "once", "lean", "leanest", "adamw-tp2", "lean-tp2"])
 def test_it_learns_the_same_bits_on_every_rank(outcomes: dict[str, list[Outcome]], kind: str) -> None:
     for found, expected in zip(outcomes[kind], outcomes[f"{kind}-whole"], strict=True):
         assert len(found.results) == STEPS
@@ -141,7 +145,7 @@ def test_the_comparison_sees_logits_that_are_not_shared(outcomes: dict[str, list
     assert not same_bits(outcomes["adamw-tp2-wrong"][0], outcomes["adamw-tp2-whole"][0])
 
 
-@pytest.mark.parametrize("kind", ["adamw", "once", "leanest", "adamw-tp2", "lion-tp2"])
+@pytest.mark.parametrize("kind", ["adamw", "once", "lean", "leanest", "adamw-tp2", "lean-tp2"])
 def test_moments_are_divided(outcomes: dict[str, list[Outcome]], kind: str) -> None:
     parts, whole = [one.moment_bytes for one in outcomes[kind]], [one.moment_bytes for one in outcomes[f"{kind}-whole"]]
     assert sum(parts) == sum(whole) // 2
@@ -153,9 +157,9 @@ def test_sums_start_before_the_backward_pass_is_over(outcomes: dict[str, list[Ou
     assert all(one.early == set(range(8)) for one in outcomes[kind])
 
 
-@pytest.mark.parametrize("resumed", ["adamw-from-whole", "adamw-from-parts"])
+@pytest.mark.parametrize("resumed", ["adamw-from-whole", "adamw-from-parts", "lean-from-whole", "lean-from-parts"])
 def test_it_resumes_from_either_snapshot(outcomes: dict[str, list[Outcome]], resumed: str) -> None:
-    for found, expected in zip(outcomes[resumed], outcomes["adamw-whole"], strict=True):
+    for found, expected in zip(outcomes[resumed], outcomes[f"{resumed.split('-')[0]}-whole"], strict=True):
         assert len(found.results) == STEPS - SAVED_AT
         assert same_bits(found, expected)
 

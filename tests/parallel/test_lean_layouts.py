@@ -1,4 +1,4 @@
-"""Learning with bf16 logits under Lion and the 8-bit optimizers: the same bits after a resume, Lion's also in other layouts."""
+"""Learning with bf16 logits: the same bits after a resume and, but for torchao's 8-bit AdamW, in other layouts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED_AT, KEYED = 12, 6, 3
-GRADS = {"lion": "fp32", "lion8bit": "bf16", "adamw8bit": "fp32"}  # the dtype of the gradients
+GRADS = {"adamw": "bf16", "lion": "fp32", "lion8bit": "bf16", "adamw8bit": "fp32"}  # the dtype of the gradients
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def keyed_step(subject: Subject, learner: Learner, step: int) -> None:
     learner.optimizer.step(step, 1e-3, torch.tensor(0.5))
 
 
-@pytest.fixture(scope="module", params=["lion", "lion8bit"])
+@pytest.fixture(scope="module", params=["adamw", "lion", "lion8bit"])
 def outcomes(request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     folder, found = tmp_path_factory.mktemp("snapshots"), {}
     for world, jobs in jobs_of(request.param).items():

@@ -35,6 +35,7 @@ RUNS: dict[str, Mapping[str, Any]] = {
     "leanest": FOOTPRINTS["leanest"],
     "step": {"learn": {"sampling": {"draws": "step"}}},
     "lean-step": {"learn": {**FOOTPRINTS["lean"]["learn"], "sampling": {"draws": "step"}}},
+    "lion": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "lion"}}},
     "lion8bit-fp32": {"learn": {"optimizer": {"kind": "lion8bit"}}},
     "adamw8bit": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "adamw8bit"}}},
 }

@@ -23,7 +23,8 @@ def section(kind: str = "lion", **changed: Any) -> OptimizerSection:
 def linear(logits: torch.Tensor, parameter_id: int = 7, placement: Placement | None = None) -> Any:
     """What an optimizer sees of a masked linear: its logits (O, C, G), copied, and where they lie."""
     place = placement or Placement.whole(logits.shape[0], logits.shape[2])
-    return SimpleNamespace(mask_logits=torch.nn.Parameter(logits.clone()), parameter_id=parameter_id, site=Site(Pattern(2, 4), place))
+    site, weight = Site(Pattern(2, 4), place), torch.empty(0)
+    return SimpleNamespace(mask_logits=torch.nn.Parameter(logits.clone()), parameter_id=parameter_id, site=site, weight=weight)
 
 
 def random_logits(rows: int = 24, groups: int = 40, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -38,3 +39,16 @@ def take_step(optimizer: Any, step: int, grads: Sequence[torch.Tensor], rate: fl
     for logits, grad in zip(optimizer.logits, grads, strict=True):
         logits.main_grad = grad.clone()
     optimizer.step(step, rate, torch.tensor(clip))
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two optimizers have the same logits and state."""
+    pairs = zip([*one.logits, *one.state_tensors()], [*other.logits, *other.state_tensors()], strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def neighbours(value: torch.Tensor, relative: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bf16 (as fp32) below and above an fp64 in size; ``relative`` widens it by the error of the fp32 arithmetic."""
+    down, up = (value * (1 - relative)).float(), (value * (1 + relative)).float()
+    low, high = (down.view(torch.int32) & -0x10000), (up.view(torch.int32) + 0xFFFF) & -0x10000
+    return low.view(torch.float32), high.view(torch.float32)

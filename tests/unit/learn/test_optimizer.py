@@ -14,8 +14,9 @@ from megamask.config.load import build_config, load_config
 from megamask.errors import ConfigError
 from megamask.learn import eight_bit
 from megamask.learn.adamw import AdamW
+from megamask.learn.adamw_bf16 import AdamWBf16
 from megamask.learn.lion import Lion
-from megamask.learn.optimizer import build_scheduler, check_optimizer, clip_factor, gradient_norm, set_learning_rate
+from megamask.learn.optimizer import build_optimizer, build_scheduler, check_optimizer, clip_factor, gradient_norm, set_learning_rate
 from tests.unit.learn.lean import SEED, linear, random_grad, random_logits, section, take_step
 
 ONE_RANK: Any = SimpleNamespace(sum_over_tp=lambda one: one)
@@ -24,9 +25,10 @@ ONE_RANK: Any = SimpleNamespace(sum_over_tp=lambda one: one)
 @pytest.mark.parametrize(
     ("kind", "logits", "grads", "key", "fix"),
     [
-        ("adamw", "bf16", "fp32", "learn.state.logits", "Use learn.optimizer.kind=lion, lion8bit or adamw8bit"),
         ("adamw", "fp32", "bf16", "learn.state.grads", "Use learn.state.logits=bf16 too"),
         ("lion8bit", "fp32", "bf16", "learn.state.grads", "Use learn.state.logits=bf16 too"),
+        ("adamw", "bf16", "fp32", None, ""),
+        ("adamw", "bf16", "bf16", None, ""),
         ("lion", "bf16", "fp32", None, ""),
         ("lion", "fp32", "fp32", None, ""),
         ("lion8bit", "bf16", "bf16", None, ""),
@@ -45,6 +47,35 @@ def test_combinations(kind: str, logits: str, grads: str, key: str | None, fix: 
 @pytest.mark.parametrize("footprint", ["default", "lean", "leanest"])
 def test_footprints_are_allowed(footprint: str) -> None:
     check_optimizer(load_config(None, [f"learn.footprint={footprint}"]))
+
+
+def test_lean_footprints_bring_a_rate_only_with_lion() -> None:
+    assert load_config(None, ["learn.footprint=lean", "learn.optimizer.lr=2e-3"]).learn.optimizer.kind == "adamw"
+    assert load_config(None, ["learn.footprint=lean"]).learn.optimizer == load_config(None).learn.optimizer
+    assert load_config(None, ["learn.preset=maskllm", "learn.footprint=leanest"]).learn.optimizer.lr == 3e-4
+    assert load_config(None, ["learn.footprint=leanest", "learn.optimizer.lr=2e-4"]).learn.optimizer.lr == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [
+        (["learn.optimizer.kind=lion"], 1),
+        (["learn.footprint=leanest", "learn.optimizer.lr=1e-3"], 1),
+        (["learn.footprint=leanest"], 0),
+        (["learn.footprint=lean", "learn.optimizer.lr=1e-3"], 0),
+    ],
+)
+def test_a_rate_of_adamw_for_lion_is_warned_of_once(settings: list[str], times: int, caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(None, settings)
+    check_optimizer(config)
+    build_optimizer(config, [linear(random_logits(2, 8))])
+    assert caplog.text.count("use about a third of AdamW's learning rate") == times
+
+
+def test_the_logits_dtype_decides_between_the_two_adamw() -> None:
+    for state, kind in (("fp32", AdamW), ("bf16", AdamWBf16)):
+        config = load_config(None, [f"learn.state.logits={state}"])
+        assert type(build_optimizer(config, [linear(random_logits(2, 8))])) is kind
 
 
 def no_module(*missing: str) -> Callable[[str], Any]:

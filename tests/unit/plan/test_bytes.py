@@ -24,7 +24,7 @@ def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
     [
         ([], 2 + 6 + 6 + 12 + 0.5 + 2),
         (["learn.state.masked_weight=regenerate", "learn.state.movement=false"], 26.0),  # AdamW in fp32
-        (["learn.footprint=lean"], 2 + 3 + 6 + 3 + 0.5),
+        (["learn.footprint=lean"], 2 + 3 + 3 + 6 + 0.5),
         (["learn.footprint=leanest"], 2 + 3 + 3 + 1.5 * (1 + 1 / 48)),
         (["dtype=fp32"], 4 + 6 + 6 + 12 + 0.5 + 4),
         (["pattern=1:4"], 2 + 4 + 4 + 8 + 0.5 + 2),  # one candidate a weight
@@ -54,3 +54,5 @@ def test_one_draw_a_step_keeps_masked_weights_and_their_gradients() -> None:
 @pytest.mark.parametrize(("kind", "bytes_each"), [("adamw", 8), ("adamw8bit", 2 + 8 / 256), ("lion", 2), ("lion8bit", 1 + 1 / 48)])
 def test_moments(kind: str, bytes_each: float) -> None:
     assert parts(f"learn.optimizer.kind={kind}")[MOMENTS] == pytest.approx(1.5 * bytes_each)
+    in_bf16 = 4 if kind == "adamw" else bytes_each
+    assert parts(f"learn.optimizer.kind={kind}", "learn.state.logits=bf16")[MOMENTS] == pytest.approx(1.5 * in_bf16)

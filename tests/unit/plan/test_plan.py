@@ -231,7 +231,9 @@ def test_a_footprint_that_the_recipe_overrules_is_not_proposed() -> None:
     assert footprint_applies(load_config(None, []), "lean")
     assert not footprint_applies(load_config(None, ["learn.footprint=lean"]), "lean")
     assert footprint_applies(load_config(None, ["learn.footprint=lean"]), "leanest")
-    assert not footprint_applies(load_config(None, ["learn.optimizer.kind=adamw"]), "lean")
+    assert not footprint_applies(load_config(None, ["learn.optimizer.kind=adamw"]), "leanest")
+    assert not footprint_applies(load_config(None, ["learn.state.logits=fp32"]), "lean")
+    assert footprint_applies(load_config(None, ["learn.optimizer.kind=adamw"]), "lean")
     assert footprint_applies(load_config(None, ["learn.optimizer.lr=1e-3"]), "lean")
 
 

@@ -1,4 +1,4 @@
-"""Lion in one pass over logits, gradients and momentum, on the CPU; the same bits as the plain PyTorch in lion.py.
+"""The updates of keyed.py's optimizers in one pass over logits, gradients and state, on the CPU; the same bits as their plain PyTorch.
 
 A kernel runs on one thread without the GIL and gets a slice of the rows. Floats travel as raw bits: uint16 for bf16, uint32 for fp32.
 
@@ -30,14 +30,6 @@ def _rounded(value, noise):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _moved(p, m, g, rate, decay, beta1, rest1):  # type: ignore[no-untyped-def]
-    """p - rate (sign(beta1 m + rest1 g) + decay p)."""
-    u = beta1 * m + rest1 * g
-    s = F(1) if u > F(0) else (F(-1) if u < F(0) else F(0))
-    return p - rate * (s + decay * p)
-
-
-@njit(inline="always")
 def _write(logits, at, value, noise, wide):  # type: ignore[no-untyped-def]
     if wide:
         logits[at] = bits_of(value)
@@ -45,13 +37,41 @@ def _write(logits, at, value, noise, wide):  # type: ignore[no-untyped-def]
         logits[at] = _rounded(value, noise & U32(0xFFFF))
 
 
-@njit(nogil=True, cache=True)
-def lion(logits, grad, momentum, place, key, numbers):  # type: ignore[no-untyped-def]
-    """Update logits (O, C, G) and momentum (O, C, G) bf16 in place.
+@njit(nogil=True, cache=True, error_model="numpy")
+def adamw(logits, grad, mean, square, place, key, numbers):  # type: ignore[no-untyped-def]
+    """Update logits (O, C, G), mean and square (O, C, G) bf16 in place.
 
     place = (global id of the first row, global id of the first column group, groups in a whole row);
-    key = (seed, step, micro-batch, parameter); numbers = (rate, decay, beta1, 1 - beta1, beta2, 1 - beta2, clip factor), fp32.
+    key = (seed, step, micro-batch, parameter); numbers = (rate / (1 - beta1^t), rate * decay, beta1, 1 - beta1, beta2, 1 - beta2,
+    1 / sqrt(1 - beta2^t), eps, clip factor), fp32.
     """
+    rate, decay, beta1, rest1, beta2, rest2, root, eps, clip = numbers
+    rows, candidates, groups = logits.shape
+    wide, wide_grad = logits.itemsize == 4, grad.itemsize == 4
+    word = np.empty((4 * ((candidates + 3) // 4), groups), np.uint32)
+    for o in range(rows):
+        fill_words(word, U64(place[0] + o) * U64(place[2]) + U64(place[1]), groups, key)
+        for c in range(candidates):
+            for g in range(groups):
+                slope, p, noise = _read(grad[o, c, g], wide_grad) * clip, _read(logits[o, c, g], wide), word[c, g]
+                m = beta1 * _read(mean[o, c, g], False) + rest1 * slope
+                v = beta2 * _read(square[o, c, g], False) + rest2 * (slope * slope)
+                _write(logits, (o, c, g), p - (rate * (m / (np.sqrt(v) * root + eps)) + decay * p), noise, wide)
+                mean[o, c, g] = _rounded(m, noise >> U32(16))
+                square[o, c, g] = _rounded(v, (noise ^ (noise >> U32(16))) & U32(0xFFFF))
+
+
+@njit(inline="always")
+def _moved(p, m, g, rate, decay, beta1, rest1):  # type: ignore[no-untyped-def]
+    """p - rate (sign(beta1 m + rest1 g) + decay p)."""
+    u = beta1 * m + rest1 * g
+    s = F(1) if u > F(0) else (F(-1) if u < F(0) else F(0))
+    return p - rate * (s + decay * p)
+
+
+@njit(nogil=True, cache=True)
+def lion(logits, grad, momentum, place, key, numbers):  # type: ignore[no-untyped-def]
+    """As ``adamw``, with one momentum (O, C, G) bf16; numbers = (rate, decay, beta1, 1 - beta1, beta2, 1 - beta2, clip factor), fp32."""
     rate, decay, beta1, rest1, beta2, rest2, clip = numbers
     rows, candidates, groups = logits.shape
     wide, wide_grad = logits.itemsize == 4, grad.itemsize == 4
