@@ -79,7 +79,6 @@ def _functions(lab: Lab) -> list[tuple[Any, str, str]]:
         (backend, "backward", "sampling backward"),
         (step_module, "gradient_norm", "clipping"),
         (learner.optimizer, "step", "optimizer"),
-        (learner.ddp, "zero_grad_buffer", "gradient buffers"),
         (learner.ddp, "finish_grad_sync", "gradient buffers"),
     ]
 

@@ -73,7 +73,7 @@ class Learner:
         """
         draw = self._draw(step, plan.accumulations)
         self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        self._begin_gradients()
         measured = self._forward_backward(draw, plan.micro_batches(step), plan)
         lm_loss, weight_norm = self.mesh.mean_over_dp(torch.stack(measured).mean(0)).tolist()
         grads = [logits.main_grad for logits in self.optimizer.logits]  # type: ignore[attr-defined]
@@ -86,6 +86,11 @@ class Learner:
         if self.replicas:
             self.replicas.share_logits()
         return StepResult(lm_loss, weight_norm, term, lm_loss - term, grad_norm, rate, draw.kappa, draw.tau)
+
+    def _begin_gradients(self) -> None:
+        """What ``ddp.zero_grad_buffer`` does but for clearing: the first draw of a step replaces what the buffers hold."""
+        for group in self.ddp.bucket_groups + self.ddp.expert_parallel_bucket_groups:
+            group.reset()
 
     def _divide(self) -> Replicas | None:
         if not self.config.learn.optimizer.distributed:
@@ -128,7 +133,7 @@ class Learner:
                 masked.drop_draw()
 
     def _draw_for_step(self, draw: Draw, accumulations: int) -> None:
-        once = replace(draw, norm_coef=draw.norm_coef * accumulations, watch=True)
+        once = replace(draw, norm_coef=draw.norm_coef * accumulations, watch=True, fresh=True)
         in_fp32 = accumulations > 1 and self.config.learn.state.grads == "fp32"
         for masked in self.subject.linears.values():
             masked.begin_step(once, in_fp32)
@@ -149,7 +154,7 @@ class Learner:
         number, tokens, labels = next(micro_batches)
         switch, device = self.subject.switch, self.mesh.device
         if not self.draws_once:
-            switch.draw = replace(draw, key=replace(draw.key, micro_batch=number), watch=number == first)
+            switch.draw = replace(draw, key=replace(draw.key, micro_batch=number), watch=number == first, fresh=number == first)
         losses = token_losses(model, tokens.to(device), labels.to(device))
         norm = self.mesh.sum_over_tp(torch.stack([one.to(device) for one in switch.norms.values()]).sum())
 

@@ -58,7 +58,7 @@ class Survey:
     def _differing(self, winners: dict[int, torch.Tensor]) -> float | None:
         """Share of groups whose winner is another now; None when ``winners`` were not kept."""
         watched = self.subject.switch.watched
-        return self._sum((watched[key][0] != old).sum() for key, old in winners.items()) / self._groups if winners else None
+        return self._sum(torch.count_nonzero(watched[key][0] != old) for key, old in winners.items()) / self._groups if winners else None
 
     def _sum(self, terms: Iterable[torch.Tensor]) -> float:
         total = torch.stack([term.to(self.mesh.device, torch.float64) for term in terms]).sum()

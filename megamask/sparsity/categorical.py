@@ -74,7 +74,7 @@ def backward(
     table_CM = site.pattern.candidates(y.dtype, y.device)
     dy = torch.einsum("ogm,cm->ocg", dmask.unflatten(1, (-1, site.pattern.m)), table_CM)
     dlogits = draw.kappa / draw.tau * y * (dy - _sum_over_candidates(y * dy))
-    return dlogits.to(mask_logits.dtype) if into is None else into.copy_(into.to(wide) + dlogits)
+    return dlogits.to(mask_logits.dtype) if into is None else into.copy_(dlogits if draw.fresh else into.to(wide) + dlogits)
 
 
 def computing_dtype(mask_logits: torch.Tensor) -> torch.dtype:

@@ -28,6 +28,7 @@ class Draw:
         norm_coef: the gradient of ``- norm_coef * sum |W * M|^2`` is added in the backward pass. It is already divided
             by the number of micro-batches, as the LM loss is.
         watch: also look at the logits without noise: winner of every group, largest probabilities.
+        fresh: the gradient replaces what its buffer holds instead of being added: the first draw of a step, which spares clearing it.
     """
 
     key: NoiseKey
@@ -36,6 +37,7 @@ class Draw:
     hard: bool = False
     norm_coef: float = 0.0
     watch: bool = False
+    fresh: bool = False
 
 
 class Sampled(NamedTuple):

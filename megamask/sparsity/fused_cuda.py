@@ -63,7 +63,7 @@ def backward(
             dlogits[here], grads[here], logits[here], words[here], block.rows,
             *_place(block, site), *_noise(draw), float(draw.norm_coef),
             **_candidates(site.pattern, logits.device), BITS=_bits(weight), GRAD_BITS=_bits(grad), HARD=draw.hard,
-            ADD=into is not None, **cut.constants,
+            ADD=into is not None and not draw.fresh, **cut.constants,
         )  # fmt: skip
     return dlogits if into is None or dlogits is into else into.copy_(dlogits)
 

@@ -173,7 +173,7 @@ def backward(
     dmask = grad * weight - 2 * draw.norm_coef * weight.square() * mask
     slope = dmask.unflatten(1, (-1, site.pattern.m)).transpose(1, 2)
     dlogits = draw.kappa / draw.tau * covariances(score, slope, site.pattern)
-    return dlogits.to(mask_logits.dtype) if into is None else into.copy_(into.to(wide) + dlogits)
+    return dlogits.to(mask_logits.dtype) if into is None else into.copy_(dlogits if draw.fresh else into.to(wide) + dlogits)
 
 
 def survey(mask_logits: torch.Tensor, site: Site, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,6 +63,27 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     return types.float32(types.float32, types.float32, types.float32), build
 
 
+@intrinsic
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        into_l1 = [ir.Constant(number, value) for value in (0, 3, 1)]  # to read, in every cache, data
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), *into_l1])
+        return context.get_dummy_value()
+
+    return types.void(types.uintp), build
+
+
+@njit(inline="always")
+def prefetch(line, start, count):  # type: ignore[no-untyped-def]
+    """Ask for ``count`` elements of a contiguous array (flat index ``start``), so that they arrive while something else is computed."""
+    begin = line.ctypes.data + start * line.itemsize
+    for offset in range(0, count * line.itemsize, 64):
+        _prefetch(np.uintp(begin + offset))
+
+
 @njit(inline="always")
 def log2_split(x):  # type: ignore[no-untyped-def]
     """(m - 1, e) with x = m 2^e and sqrt(1/2) <= m < sqrt(2), of a positive normal fp32."""

@@ -73,6 +73,7 @@ def _sample(
     scale: torch.Tensor,
     hard: bool,
     watch: bool,
+    fresh: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     place, draw = _objects(site, key, scale, hard, watch)
@@ -80,7 +81,7 @@ def _sample(
 
 
 @_sample.register_fake
-def _(mask_logits, weight, into, site, key, scale, hard, watch, backend):  # type: ignore[no-untyped-def]
+def _(mask_logits, weight, into, site, key, scale, hard, watch, fresh, backend):  # type: ignore[no-untyped-def]
     rows, _, groups = mask_logits.shape
     sums = weight.new_empty(2, dtype=torch.float64)
     winner = weight.new_empty((rows, groups) if watch else (0,), dtype=_site(tuple(site)).winner_dtype)
@@ -117,15 +118,16 @@ def add_gradient(
     key: Sequence[int],
     scale: torch.Tensor,
     hard: bool,
+    fresh: bool,
     backend: str,
 ) -> None:
-    """Add the gradient at the logits to ``into``."""
-    place, draw = _objects(site, key, scale, hard)
+    """Add the gradient at the logits to ``into``, or put it there."""
+    place, draw = _objects(site, key, scale, hard, fresh=fresh)
     backend_by_name(backend, place.distribution).backward(grad, mask_logits, weight, place, draw, into)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    mask_logits, weight, ctx.into, ctx.site, ctx.key, scale, ctx.hard, _, ctx.backend = inputs
+    mask_logits, weight, ctx.into, ctx.site, ctx.key, scale, ctx.hard, _, ctx.fresh, ctx.backend = inputs
     ctx.save_for_backward(mask_logits, weight, scale)
     ctx.set_materialize_grads(False)
 
@@ -134,18 +136,18 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tenso
     dlogits = None
     if grad is not None and ctx.needs_input_grad[0]:
         mask_logits, weight, scale = ctx.saved_tensors
-        arguments = (grad, mask_logits, weight, ctx.site, ctx.key, scale, ctx.hard, ctx.backend)
+        arguments = (grad, mask_logits, weight, ctx.site, ctx.key, scale, ctx.hard)
         if ctx.into is None:
-            dlogits = torch.ops.megamask.sample_mask_backward(*arguments)
+            dlogits = torch.ops.megamask.sample_mask_backward(*arguments, ctx.backend)
         else:
-            torch.ops.megamask.sample_mask_backward_(ctx.into, *arguments)
-    return dlogits, *[None] * 8
+            torch.ops.megamask.sample_mask_backward_(ctx.into, *arguments, ctx.fresh, ctx.backend)
+    return dlogits, *[None] * 9
 
 
 _sample.register_autograd(_backward, setup_context=_keep_inputs)
 
 
-def _numbers(site: Site, draw: Draw) -> tuple[list[int], list[int], torch.Tensor, bool, bool]:
+def _numbers(site: Site, draw: Draw) -> tuple[list[int], list[int], torch.Tensor, bool, bool, bool]:
     place = site.placement
     blocks = [number for block in place.blocks for number in (block.start, block.rows, block.global_start)]
     key = draw.key
@@ -155,12 +157,15 @@ def _numbers(site: Site, draw: Draw) -> tuple[list[int], list[int], torch.Tensor
         torch.tensor([draw.kappa, draw.tau, draw.norm_coef], dtype=torch.float64),
         draw.hard,
         draw.watch,
+        draw.fresh,
     )
 
 
-def _objects(site: Sequence[int], key: Sequence[int], scale: torch.Tensor, hard: bool, watch: bool = False) -> tuple[Site, Draw]:
+def _objects(
+    site: Sequence[int], key: Sequence[int], scale: torch.Tensor, hard: bool, watch: bool = False, fresh: bool = False
+) -> tuple[Site, Draw]:
     kappa, tau, norm_coef = scale.tolist()
-    return _site(tuple(site)), Draw(NoiseKey(*key), kappa, tau, hard, norm_coef, watch)
+    return _site(tuple(site)), Draw(NoiseKey(*key), kappa, tau, hard, norm_coef, watch, fresh)
 
 
 @lru_cache(maxsize=4096)

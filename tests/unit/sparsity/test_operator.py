@@ -34,13 +34,13 @@ def problem(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pytorch_finds_nothing_wrong_with_the_ops(backend: str) -> None:
     logits, weight, grad = problem()
-    site, key, scale, hard, watch = _numbers(SITE, DRAW)
+    site, key, scale, hard, watch, fresh = _numbers(SITE, DRAW)
     ops = torch.ops.megamask
     trained = logits.clone().requires_grad_()
-    torch.library.opcheck(ops.sample_mask.default, (trained, weight, None, site, key, scale, hard, watch, backend))
-    backward = (grad, logits, weight, site, key, scale, hard, backend)
-    torch.library.opcheck(ops.sample_mask_backward.default, backward)
-    torch.library.opcheck(ops.sample_mask_backward_.default, (torch.zeros_like(logits), *backward))
+    torch.library.opcheck(ops.sample_mask.default, (trained, weight, None, site, key, scale, hard, watch, fresh, backend))
+    backward = (grad, logits, weight, site, key, scale, hard)
+    torch.library.opcheck(ops.sample_mask_backward.default, (*backward, backend))
+    torch.library.opcheck(ops.sample_mask_backward_.default, (torch.zeros_like(logits), *backward, fresh, backend))
 
 
 def test_fake_tensors_have_the_real_shapes() -> None:
@@ -126,6 +126,8 @@ def test_gradients_can_be_added_where_they_are_collected(backend: str, dtype: to
     bound = (2.0**-8 if dtype == torch.bfloat16 else 1e-4) * float(1 + 2 * expected.abs().max())
     assert float((into.float() - 1 - 2 * expected).abs().max()) < bound
     assert float((into.float() - 1 - expected).abs().max()) > bound, "adding once would have passed"
+    sample_mask(logits, weight, SITE, replace(DRAW, fresh=True), backend, into).masked.backward(grad)
+    assert float((into.float() - expected).abs().max()) < bound, "a fresh gradient replaces the old"
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
