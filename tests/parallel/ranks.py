@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PORTS = 8  # rendezvous of one job
+PORTS = 32  # rendezvous of one job
 
 
 class RanksError(AssertionError):
