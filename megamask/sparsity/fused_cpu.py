@@ -34,8 +34,8 @@ def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: D
 def backward(
     grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw, into: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; added to ``into`` when that is given."""
-    is_sum = into is not None
+    """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; added to ``into``, or put there if ``draw.fresh``."""
+    is_sum = into is not None and not draw.fresh
     dlogits = torch.empty_like(mask_logits) if into is None else into
     logits, bits, dbits, out = raw_bits(mask_logits), raw_bits(weight), raw_bits(grad), raw_bits(dlogits)
 
