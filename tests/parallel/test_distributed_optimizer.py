@@ -41,6 +41,19 @@ class Job:
     forgets_to_share: bool = False
 
 
+def resumed_by_either(kind: str) -> dict[str, Job]:
+    """Whole and distributed, and distributed from the snapshot of either."""
+    return {
+        f"{kind}-whole": Job(kind, distributed=False, save_to=f"{kind}-whole"),
+        kind: Job(kind, save_to=f"{kind}-parts"),
+        f"{kind}-from-whole": Job(kind, resume_from=f"{kind}-whole"),
+        f"{kind}-from-parts": Job(kind, resume_from=f"{kind}-parts"),
+    }
+
+
+WITHOUT = ("once", "leanest")  # a resume
+
+
 @dataclass
 class Outcome:
     """What every step measured, the last logits by HF module name, bytes of moments on this rank, layers summed before the end."""
@@ -51,31 +64,27 @@ class Outcome:
     early: set[int] = field(default_factory=set)
 
 
-JOBS: dict[int, dict[str, Job]] = {
-    2: {
-        **{f"{kind}-whole": Job(kind, distributed=False) for kind in ("once", "leanest")},
-        **{kind: Job(kind) for kind in ("once", "leanest")},
-        "adamw-whole": Job("adamw", distributed=False, save_to="whole"),
-        "adamw": Job("adamw", save_to="parts"),
-        "adamw-from-whole": Job("adamw", resume_from="whole"),
-        "adamw-from-parts": Job("adamw", resume_from="parts"),
-        "lean-whole": Job("lean", distributed=False, save_to="lean-whole"),
-        "lean": Job("lean", save_to="lean-parts"),
-        "lean-from-whole": Job("lean", resume_from="lean-whole"),
-        "lean-from-parts": Job("lean", resume_from="lean-parts"),
-    },
-    4: {
-        "adamw-tp2-whole": Job("adamw", distributed=False, tp=2),
-        "adamw-tp2": Job("adamw", tp=2),
-        "lean-tp2-whole": Job("lean", distributed=False, tp=2),
-        "lean-tp2": Job("lean", tp=2),
-        "adamw-tp2-wrong": Job("adamw", tp=2, forgets_to_share=True),
-    },
-    1: {
-        "adamw-one-from-whole": Job("adamw", distributed=False, resume_from="whole"),
-        "adamw-one-from-parts": Job("adamw", resume_from="parts"),  # distributed over itself alone: no effect
-    },
-}
+JOBS: list[tuple[int, dict[str, Job]]] = [  # ranks, and what they learn one after the other
+    (2, {**{f"{kind}-whole": Job(kind, distributed=False) for kind in WITHOUT}, **{kind: Job(kind) for kind in WITHOUT}}),
+    *((2, resumed_by_either(kind)) for kind in ("adamw", "lean")),
+    (
+        4,
+        {
+            "adamw-tp2-whole": Job("adamw", distributed=False, tp=2),
+            "adamw-tp2": Job("adamw", tp=2),
+            "lean-tp2-whole": Job("lean", distributed=False, tp=2),
+            "lean-tp2": Job("lean", tp=2),
+            "adamw-tp2-wrong": Job("adamw", tp=2, forgets_to_share=True),
+        },
+    ),
+    (
+        1,
+        {
+            "adamw-one-from-whole": Job("adamw", distributed=False, resume_from="adamw-whole"),
+            "adamw-one-from-parts": Job("adamw", resume_from="adamw-parts"),  # distributed over itself alone: no effect
+        },
+    ),
+]
 
 
 def learn_all(rank: int, run_dir: Path, folder: Path, jobs: list[Job]) -> list[Outcome]:
@@ -122,7 +131,7 @@ def watch_sums(replicas: Replicas, outcome: Outcome) -> None:
 def outcomes(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     """Of every rank, by job."""
     folder, found = tmp_path_factory.mktemp("snapshots"), {}
-    for world, jobs in JOBS.items():
+    for world, jobs in JOBS:
         by_rank = run_ranks(learn_all, world, tiny_run, folder, list(jobs.values()))
         found.update({name: [outcomes[number] for outcomes in by_rank] for number, name in enumerate(jobs)})
     return found

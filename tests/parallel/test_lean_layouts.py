@@ -72,7 +72,8 @@ def run_all(rank: int, run_dir: Path, folder: Path, jobs: list[Job]) -> list[Out
 
 def run_one(run_dir: Path, folder: Path, job: Job) -> Outcome:
     state = {"logits": "bf16", "grads": GRADS[job.kind], "masked_weight": "regenerate"}
-    optimizer = {"kind": job.kind, "lr": 1e-3, "min_lr": 1e-4, "betas": (0.9, 0.99)}
+    rate = 3e-3 if job.kind == "adamw" else 1e-3  # Lion takes a third
+    optimizer = {"kind": job.kind, "lr": rate, "min_lr": 1e-4, "betas": (0.9, 0.99)}
     config = config_of(run_dir, job.tp, {"steps": STEPS, "state": state, "optimizer": optimizer})
     outcome = Outcome()
     with start(config) as mesh:

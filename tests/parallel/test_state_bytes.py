@@ -34,7 +34,9 @@ RUNS: dict[str, Mapping[str, Any]] = {
     "lean": FOOTPRINTS["lean"],
     "leanest": FOOTPRINTS["leanest"],
     "step": {"learn": {"sampling": {"draws": "step"}}},
-    "lean-step": {"learn": {**FOOTPRINTS["lean"]["learn"], "sampling": {"draws": "step"}}},
+    "lean-step": {  # bf16 gradients at the masked weights would be gone between steps
+        "learn": {"state": {**FOOTPRINTS["lean"]["learn"]["state"], "grads": "fp32"}, "sampling": {"draws": "step"}}
+    },
     "lion": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "lion"}}},
     "lion8bit-fp32": {"learn": {"optimizer": {"kind": "lion8bit"}}},
     "adamw8bit": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "adamw8bit"}}},
