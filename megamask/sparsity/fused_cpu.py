@@ -1,16 +1,17 @@
-"""The categorical operator on CPU tensors through the fused numba kernels; same meaning as categorical.py."""
+"""The sampling operator on CPU tensors through the fused numba kernels; same meaning as categorical.py and linear_distribution.py."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from megamask.sparsity import kernels_numba
+from megamask.sparsity import kernels_numba, kernels_numba_linear
 from megamask.sparsity.draw import Draw, RowBlock, Sampled, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
@@ -20,12 +21,12 @@ def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: D
     """Sample a mask and apply it to the weight."""
     masked = torch.empty_like(weight, memory_format=torch.contiguous_format)
     rows, _, groups = mask_logits.shape
-    winner = torch.empty((rows, groups) if draw.watch else (rows, 0), dtype=torch.uint8)
-    sums, looked = np.empty((rows, 2)), winner.numpy()
+    winner = torch.empty((rows, groups) if draw.watch else (rows, 0), dtype=site.winner_dtype)
+    sums, looked, kernels = np.empty((rows, 2)), winner.numpy(), _kernels(site)
     logits, bits, out = raw_bits(mask_logits), raw_bits(weight), raw_bits(masked)
 
     def work(part: slice, global_row: int) -> None:
-        kernels_numba.forward(out[part], sums[part], looked[part], logits[part], bits[part], *_arguments(site, draw, global_row))
+        kernels.forward(out[part], sums[part], looked[part], logits[part], bits[part], *_arguments(site, draw, global_row))
 
     on_all_threads(site.placement.blocks, work)
     return Sampled(masked, torch.from_numpy(sums.sum(0)), winner if draw.watch else winner.flatten())
@@ -38,25 +39,30 @@ def backward(
     is_sum = into is not None and not draw.fresh
     dlogits = torch.empty_like(mask_logits) if into is None else into
     logits, bits, dbits, out = raw_bits(mask_logits), raw_bits(weight), raw_bits(grad), raw_bits(dlogits)
+    kernels = _kernels(site)
 
     def work(part: slice, global_row: int) -> None:
         arguments = _arguments(site, draw, global_row)
-        kernels_numba.backward(out[part], is_sum, dbits[part], logits[part], bits[part], *arguments, np.float32(draw.norm_coef))
+        kernels.backward(out[part], is_sum, dbits[part], logits[part], bits[part], *arguments, np.float32(draw.norm_coef))
 
     on_all_threads(site.placement.blocks, work)
     return dlogits
 
 
 def survey(mask_logits: torch.Tensor, site: Site, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d)."""
+    """(winners (O, G), sum over groups of the largest probability, 0-d)."""
     rows, _, groups = mask_logits.shape
-    winner, largest_O, logits = np.empty((rows, groups), np.uint8), np.empty(rows), raw_bits(mask_logits)
+    winner, largest_O, logits = torch.empty((rows, groups), dtype=site.winner_dtype), np.empty(rows), raw_bits(mask_logits)
+    found = winner.numpy()
 
     def work(part: slice, _global_row: int) -> None:
-        kernels_numba.survey(winner[part], largest_O[part], logits[part], np.float32(kappa))
+        if site.distribution == "linear":
+            kernels_numba_linear.survey(found[part], largest_O[part], logits[part], *_subsets(site.pattern), np.float32(kappa))
+        else:
+            kernels_numba.survey(found[part], largest_O[part], logits[part], np.float32(kappa))
 
     on_all_threads([RowBlock(0, rows, 0)], work)
-    return torch.from_numpy(winner), torch.tensor(largest_O.sum())
+    return winner, torch.tensor(largest_O.sum())
 
 
 def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -91,9 +97,20 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="megamask-sampling")
 
 
+def _kernels(site: Site) -> ModuleType:
+    return kernels_numba_linear if site.distribution == "linear" else kernels_numba
+
+
 @functools.lru_cache
-def _kept(pattern: Pattern) -> np.ndarray[Any, Any]:
-    return np.array(pattern.kept_positions, dtype=np.int64)
+def _candidates(pattern: Pattern) -> tuple[np.ndarray[Any, Any], int]:
+    """Kept positions of every candidate, (C, N), and M."""
+    return np.array(pattern.kept_positions, dtype=np.int64), pattern.m
+
+
+@functools.lru_cache
+def _subsets(pattern: Pattern) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tuples of N and of M; their lengths are what counts."""
+    return tuple(range(pattern.n)), tuple(range(pattern.m))
 
 
 def _key(key: NoiseKey) -> tuple[np.uint64, ...]:
@@ -103,4 +120,5 @@ def _key(key: NoiseKey) -> tuple[np.uint64, ...]:
 def _arguments(site: Site, draw: Draw, global_row: int) -> tuple[Any, ...]:
     place = (global_row, site.placement.first_group, site.placement.groups_in_row)
     scale = (np.float32(draw.kappa), np.float32(1 / draw.tau))
-    return (_kept(site.pattern), site.pattern.m, place, _key(draw.key), *scale, draw.hard)
+    shape = _subsets(site.pattern) if site.distribution == "linear" else _candidates(site.pattern)
+    return (*shape, place, _key(draw.key), *scale, draw.hard)

@@ -18,11 +18,27 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from megamask.sparsity.numba_math import U32, U64, F, bits_of, exp2, fill_words, float_of, fma, log2, log2_short, round_bf16, uniform
+from megamask.sparsity.numba_math import (
+    U32,
+    U64,
+    F,
+    bits_of,
+    exp2,
+    fill_words,
+    float_of,
+    flush_denormals,
+    fma,
+    log2,
+    log2_short,
+    prefetch,
+    restore,
+    round_bf16,
+    uniform,
+)
 
 TILE = 256  # groups
 _HIGH = U32(0xFFFF0000)
-_LOG2_E = F(1.4426950408889634)
+LOG2_E = F(1.4426950408889634)
 
 
 @njit(inline="always")
@@ -40,14 +56,19 @@ def store(line, i, value):  # type: ignore[no-untyped-def]
 @njit(inline="always")
 def _probabilities(y, top, word, logits, start, groups, first, key, kappa, inverse_tau):  # type: ignore[no-untyped-def]
     """Fill ``y`` (C, G) with the relaxed sample of ``groups`` groups from ``start`` of a row, which have global ids from ``first``."""
-    candidates = logits.shape[0]
+    perturbed(y, word, logits, start, groups, first, key, kappa, inverse_tau)
+    _softmax(y, top, groups, logits.shape[0])
+
+
+@njit(inline="always")
+def perturbed(y, word, logits, start, groups, first, key, kappa, inverse_tau):  # type: ignore[no-untyped-def]
+    """Fill ``y`` (L, G) with the scores in base 2, one for each of L logits a group; ``word`` is scratch."""
     fill_words(word, first, groups, key)
-    scale = kappa * _LOG2_E
-    for c in range(candidates):
+    scale = kappa * LOG2_E
+    for c in range(logits.shape[0]):
         line = logits[c, start : start + groups]
         for g in range(groups):
             y[c, g] = fma(scale, load(line, g), -log2_short(-log2(uniform(word[c, g])))) * inverse_tau
-    _softmax(y, top, groups, candidates)
 
 
 @njit(inline="always")
@@ -97,7 +118,7 @@ def _mix_masks(mask, y, kept, groups, hard):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _apply(out, square, weight, mask, groups):  # type: ignore[no-untyped-def]
+def apply_mask(out, square, weight, mask, groups):  # type: ignore[no-untyped-def]
     """out = weight * mask for lines of ``groups`` groups; square (G,) = the sum of squares of each group."""
     m = mask.shape[0]
     if weight.itemsize == 2 and m == 4:
@@ -125,7 +146,7 @@ def _apply_pairs(out, square, weight, mask, groups):  # type: ignore[no-untyped-
 
 
 @njit(inline="always")
-def _gradient_at_mask(mask, grad, weight, groups, norm_coef):  # type: ignore[no-untyped-def]
+def gradient_at_mask(mask, grad, weight, groups, norm_coef):  # type: ignore[no-untyped-def]
     """mask (M, G) becomes dM = dW * W - 2 norm_coef W^2 * M."""
     m = mask.shape[0]
     coef = F(2) * norm_coef
@@ -177,7 +198,7 @@ def _winners(winner, top, total, logits, start, groups, kappa):  # type: ignore[
             value = load(line, g)
             winner[g] = number if value > top[g] else winner[g]
             top[g] = max(top[g], value)
-    scale = kappa * _LOG2_E
+    scale = kappa * LOG2_E
     for c in range(candidates):
         line = logits[c, start : start + groups]
         for g in range(groups):
@@ -187,7 +208,21 @@ def _winners(winner, top, total, logits, start, groups, kappa):  # type: ignore[
 
 
 @njit(inline="always")
-def _sum(line, groups):  # type: ignore[no-untyped-def]
+def ask_for(logits, weight, m, row, start, groups):  # type: ignore[no-untyped-def]
+    """Fetch the tile after this one of ``groups`` groups, while the noise is made."""
+    rows, candidates, whole = logits.shape
+    start += groups
+    if start >= whole:
+        row, start = row + 1, 0
+    if row < rows:
+        count = min(groups, whole - start)
+        for c in range(candidates):
+            prefetch(logits, (row * candidates + c) * whole + start, count)
+        prefetch(weight, (row * whole + start) * m, count * m)
+
+
+@njit(inline="always")
+def sum_line(line, groups):  # type: ignore[no-untyped-def]
     """fp64 sum in eight interleaved parts, which vectorises."""
     parts = np.zeros(8)
     whole = groups // 8 * 8
@@ -211,19 +246,22 @@ def forward(out, sums, winner, logits, weight, kept, m, place, key, kappa, inver
     tile = min(groups, TILE)
     y, top, square = np.empty((candidates, tile), np.float32), np.empty(tile, np.float32), np.empty(tile, np.float32)
     word, mask = np.empty((4 * ((candidates + 3) // 4), tile), np.uint32), np.empty((m, tile), np.float32)
+    before = flush_denormals()
     for o in range(rows):
         first = U64(place[0] + o) * U64(place[2]) + U64(place[1])
         norm, largest = 0.0, 0.0
         for start in range(0, groups, tile):
             n = min(tile, groups - start)
+            ask_for(logits, weight, m, o, start, n)
             _probabilities(y, top, word, logits[o], start, n, first + U64(start), key, kappa, inverse_tau)
             _mix_masks(mask, y, kept, n, hard)
-            _apply(out[o, start * m : (start + n) * m], square, weight[o, start * m : (start + n) * m], mask, n)
-            norm += _sum(square, n)
+            apply_mask(out[o, start * m : (start + n) * m], square, weight[o, start * m : (start + n) * m], mask, n)
+            norm += sum_line(square, n)
             if winner.size:
                 _winners(winner[o, start : start + n], top, square, logits[o], start, n, kappa)
-                largest += _sum(square, n)
+                largest += sum_line(square, n)
         sums[o, 0], sums[o, 1] = norm, largest
+    restore(before)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception: the step refuses it by name
@@ -235,13 +273,16 @@ def backward(into, is_sum, grad, logits, weight, kept, m, place, key, kappa, inv
     word, mask = np.empty((4 * ((candidates + 3) // 4), tile), np.uint32), np.empty((m, tile), np.float32)
     score = np.empty((candidates, tile), np.float32)
     slope = kappa * inverse_tau
+    before = flush_denormals()
     for o in range(rows):
         first = U64(place[0] + o) * U64(place[2]) + U64(place[1])
         for start in range(0, groups, tile):
             n = min(tile, groups - start)
+            ask_for(logits, weight, m, o, start, n)
+            ask_for(into, grad, m, o, start, n)
             _probabilities(y, top, word, logits[o], start, n, first + U64(start), key, kappa, inverse_tau)
             _mix_masks(mask, y, kept, n, hard)
-            _gradient_at_mask(mask, grad[o, start * m : (start + n) * m], weight[o, start * m : (start + n) * m], n, norm_coef)
+            gradient_at_mask(mask, grad[o, start * m : (start + n) * m], weight[o, start * m : (start + n) * m], n, norm_coef)
             _scores(score, mean, mask, y, kept, n)
             for c in range(candidates):
                 line = into[o, c, start : start + n]
@@ -251,6 +292,7 @@ def backward(into, is_sum, grad, logits, weight, kept, m, place, key, kappa, inv
                 else:
                     for g in range(n):
                         store(line, g, slope * y[c, g] * (score[c, g] - mean[g]))
+    restore(before)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # 0 / 0 is NaN, not an exception: the step refuses it by name
@@ -258,6 +300,8 @@ def survey(winner, largest, logits, kappa):  # type: ignore[no-untyped-def]
     """winner (O, G) uint8 = argmax over candidates; largest (O,) fp64 = row sums of the largest probability, no noise."""
     rows, _, groups = logits.shape
     top, total = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    before = flush_denormals()
     for o in range(rows):
         _winners(winner[o], top, total, logits[o], 0, groups, kappa)
-        largest[o] = _sum(total, groups)
+        largest[o] = sum_line(total, groups)
+    restore(before)
