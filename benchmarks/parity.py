@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     options = known.parse_args(argv)
     device = choose_device(options.device)
     checks = [check_words(device)]
-    for name, backend in available_backends(device).items():
+    for name, backend in available_backends(device, "categorical").items():
         if device.type == "cpu" and backend is categorical:
             continue  # the reference itself
         for pattern in ("2:4", "1:4", "4:8"):

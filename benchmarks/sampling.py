@@ -21,7 +21,7 @@ from megamask.config.tree import SamplingSection
 from megamask.errors import ConfigError
 from megamask.parallel.mesh import choose_device
 from megamask.sparsity.backends import backend_by_name, choose_backend
-from megamask.sparsity.draw import Draw, Placement, Site
+from megamask.sparsity.draw import DISTRIBUTIONS, Draw, Placement, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
 from megamask.weights.architecture import Architecture
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     device = choose_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    backends = available_backends(device)
+    backends = available_backends(device, options.distribution)
     copy = copy_bandwidth(device, options.copy_mib << 20)
     rows = []
     for name, (out_features, in_features) in shapes(options).items():
@@ -56,18 +56,19 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--shapes", choices=SHAPES, default="smollm2-135m", help="the linears of one layer of this model")
     options.add_argument("--only", nargs="*", metavar="LINEAR", help="of qkv, proj, fc1, fc2: these")
     options.add_argument("--pattern", default="2:4")
+    options.add_argument("--distribution", choices=DISTRIBUTIONS, default="categorical")
     options.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of weight and gradient")
     options.add_argument("--hard", action="store_true", help="one-hot masks")
     options.add_argument("--copy-mib", type=int, default=256, help="size of the buffer that is copied for the bandwidth")
     return options.parse_args(argv)
 
 
-def available_backends(device: torch.device) -> dict[str, ModuleType]:
+def available_backends(device: torch.device, distribution: str) -> dict[str, ModuleType]:
     """Every backend that megamask can choose here, by name."""
     found = {}
     for name in get_args(SamplingSection.model_fields["backend"].annotation):
         try:
-            found[name] = backend_by_name(choose_backend(name, device))
+            found[name] = backend_by_name(choose_backend(name, device, distribution), distribution)
         except ConfigError:
             continue
     del found["auto"]
@@ -93,10 +94,10 @@ class Layer:
         pattern, dtype = Pattern.parse(options.pattern), DTYPES[options.dtype]
         groups = in_features // pattern.m
         self.groups, self.device = out_features * groups, device
-        self.site = Site(pattern, Placement.whole(out_features, groups))
+        self.site = Site(pattern, Placement.whole(out_features, groups), options.distribution)
         self.draw = Draw(NoiseKey(1, 2, 3, 4), kappa=300.0, tau=1.0, hard=options.hard, norm_coef=1e-5)
         torch.manual_seed(0)
-        self.logits = LOGIT_STD * torch.randn(out_features, pattern.num_candidates, groups, device=device)
+        self.logits = LOGIT_STD * torch.randn(out_features, self.site.logits_per_group, groups, device=device)
         self.weight = (0.02 * torch.randn(out_features, in_features, device=device)).to(dtype)
         self.grad = (1e-3 * torch.randn(out_features, in_features, device=device)).to(dtype)
 
@@ -111,7 +112,7 @@ class Layer:
     def traffic(self, operation: str) -> int:
         """Bytes that a pass must read and write at least, caches apart: every operand once."""
         logits, weight = self.logits.nbytes, self.weight.nbytes
-        return {"forward": logits + 2 * weight, "backward": 2 * logits + 2 * weight, "survey": logits + self.groups}[operation]
+        return {"forward": logits + 2 * weight, "backward": 2 * logits + 2 * weight, "survey": logits + self.groups * self.site.winner_dtype.itemsize}[operation]
 
     def measure(self, backends: dict[str, ModuleType], rounds: int) -> Timings:
         """Times of every backend and operation, interleaved; sides are named ``backend operation``."""
@@ -138,7 +139,7 @@ class Layer:
 def show(rows: list[dict[str, Any]], copy: float, options: argparse.Namespace) -> None:
     """Print the tables."""
     print(f"\ncopy bandwidth, read plus written: {copy / 1e9:.1f} GB/s")
-    title = f"{options.shapes}, {options.pattern}, {options.dtype} weights, fp32 logits"
+    title = f"{options.shapes}, {options.pattern} {options.distribution}, {options.dtype} weights, fp32 logits"
     columns = ["linear", "backend", "ns a group: forward", "backward", "survey", f"forward + backward against {PLAIN}"]
     nanoseconds = [
         [
