@@ -112,7 +112,11 @@ class Layer:
     def traffic(self, operation: str) -> int:
         """Bytes that a pass must read and write at least, caches apart: every operand once."""
         logits, weight = self.logits.nbytes, self.weight.nbytes
-        return {"forward": logits + 2 * weight, "backward": 2 * logits + 2 * weight, "survey": logits + self.groups * self.site.winner_dtype.itemsize}[operation]
+        return {
+            "forward": logits + 2 * weight,
+            "backward": 2 * logits + 2 * weight,
+            "survey": logits + self.groups * self.site.winner_dtype.itemsize,
+        }[operation]
 
     def measure(self, backends: dict[str, ModuleType], rounds: int) -> Timings:
         """Times of every backend and operation, interleaved; sides are named ``backend operation``."""
