@@ -131,6 +131,17 @@ class WeightNormSection(Section):
     decay: Literal["none", "linear"] = Field("none", description="linear: falls to 0 with progress")
 
 
+class LossSection(Section):
+    """What the masked model learns from: the text (lm), the distribution of the dense model (kd: distillation), or both (mix)."""
+
+    kind: Literal["lm", "kd", "mix"] = "lm"
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="weight of kd in mix; the text has the rest")
+    temperature: Annotated[float, Field(gt=0, le=100)] = Field(1.0, description="of kd: divides the logits of both models")
+    top_k: int | None = Field(
+        None, gt=0, description="of kd: tell apart the k tokens likeliest under the dense model, and count the rest as one; None = all"
+    )
+
+
 class SnapshotSection(Section):
     """Resumable state."""
 
@@ -164,6 +175,7 @@ class LearnSection(Section):
     prior: PriorSection = PriorSection()
     state: StateSection = StateSection()
     optimizer: OptimizerSection = OptimizerSection()
+    loss: LossSection = LossSection()
     weight_norm: WeightNormSection = WeightNormSection()
     snapshot: SnapshotSection = SnapshotSection()
     monitor: MonitorSection = MonitorSection()
