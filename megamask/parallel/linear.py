@@ -8,6 +8,8 @@ Shapes: O local out_features, I local in_features, G local groups per row, L log
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -29,15 +31,26 @@ class MaskSwitch:
 
     Attributes:
         draw: the draw of the running micro-batch; None outside learning, and when one draw serves a whole step.
+        dense: use the plain weights, whatever else is set.
         regenerate: do not keep masked weights for the backward pass; draw them again there.
         norms: sum |W * M|^2 of the latest draw, by parameter id (local shards).
         watched: (winners, sum of the largest probabilities) of the latest draw that watched, likewise.
     """
 
     draw: Draw | None = None
+    dense: bool = False
     regenerate: bool = False
     norms: dict[int, torch.Tensor] = field(default_factory=dict)
     watched: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @contextmanager
+    def without_masks(self) -> Iterator[None]:
+        """The dense model, within a step too."""
+        self.dense = True
+        try:
+            yield
+        finally:
+            self.dense = False
 
     def note(self, parameter_id: int, sampled: Sampled, watched: bool) -> None:
         """Keep what a draw measured, not the masked weight."""
@@ -126,6 +139,8 @@ class MaskedLinear:
 
     def masked_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight the matrix multiply sees: sampled while a draw is set, else folded, else dense."""
+        if self.switch is not None and self.switch.dense:
+            return weight
         if self.step_draw is not None:
             return self.step_draw.masked
         draw = self._own_draw()
