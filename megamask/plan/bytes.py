@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from megamask.config.tree import OptimizerSection, SamplingSection, StateSection
+from megamask.sparsity.draw import logits_per_group, winner_dtype
 from megamask.sparsity.pattern import Pattern
 
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes a number
 ADAM_BLOCK = 256  # 8-bit AdamW: one fp32 scale for so many logits
-LION_BLOCK = 8  # 8-bit Lion: one byte of scale for all candidates of so many groups
+LION_BLOCK = 8  # 8-bit Lion: one byte of scale for all logits of so many groups
 
 WEIGHTS = "frozen weights"
 LOGITS = "mask logits"
@@ -28,10 +29,11 @@ def state_bytes(
     dtype: str = "bf16",
     redrawn_share: float = 0.0,
     moments_share: float = 1.0,
+    distribution: str = "categorical",
 ) -> dict[str, float]:
     """Bytes per prunable weight of everything whose size grows with the weights, by part (``PARTS``, in this order; 0 where unused).
 
-    With r = C / M logits a weight (1.5 at 2:4):
+    With r = C / M logits a weight (1.5 at 2:4), or r = 1 under learn.distribution=linear:
 
     - frozen weights: 2 (bf16) or 4 (fp32).
     - mask logits: 4 r (fp32) or 2 r (bf16).
@@ -40,7 +42,8 @@ def state_bytes(
     - optimizer moments: adamw 8 r or 4 r (two, in the dtype of the logits), adamw8bit 2 r and two fp32 scales per 256 logits, lion 2 r
       (one, bf16), lion8bit r and one byte per 8 groups. Tables of 256 entries and step counters do not grow with the weights.
       With optimizer.distributed a replica keeps ``moments_share`` of them.
-    - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.movement`` is off.
+    - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.movement`` is off; linear takes 2 bytes each for M > 8, 4
+      for M > 16.
     - masked weights: one width of the weight when every layer's is held between forward and backward: with masked_weight=keep, or
       with draws=step, where they live for the whole step. With a draw per micro-batch 0 with regenerate, and recompute drops
       ``redrawn_share`` of them.
@@ -58,21 +61,26 @@ def state_bytes(
         dtype: of the frozen weights, ``bf16`` or ``fp32``.
         redrawn_share: the share of the weights whose masked weights ``parallel.recompute`` makes again with the activations.
         moments_share: the share of the layers that one replica updates, 1 / replicas when they divide evenly.
+        distribution: ``learn.distribution``.
+
+    Raises:
+        ConfigError: the pattern is too large for the distribution.
     """
-    logits, weight = pattern.num_candidates / pattern.m, WIDTH[dtype]
+    group = logits_per_group(pattern, distribution)
+    logits, weight = group / pattern.m, WIDTH[dtype]
     one_draw = sampling.draws == "step"
     return {
         WEIGHTS: weight,
         LOGITS: WIDTH[state.logits] * logits,
         GRADIENTS: WIDTH[state.grads] * logits,
-        MOMENTS: moment_bytes(optimizer.kind, state.logits, pattern) * logits * (moments_share if optimizer.distributed else 1.0),
-        WINNERS: 2 / pattern.m if state.movement else 0.0,
+        MOMENTS: moment_bytes(optimizer.kind, state.logits, group) * logits * (moments_share if optimizer.distributed else 1.0),
+        WINNERS: 2 * winner_dtype(pattern, distribution).itemsize / pattern.m if state.movement else 0.0,
         KEPT: weight if one_draw else weight * (1.0 - redrawn_share) if state.masked_weight == "keep" else 0.0,
         STEP_GRADIENTS: (WIDTH["fp32"] if accumulations > 1 and state.grads == "fp32" else weight) if one_draw else 0.0,
     }
 
 
-def moment_bytes(kind: str, dtype: str, pattern: Pattern) -> float:
-    """Bytes of optimizer state per mask logit of ``dtype``."""
-    adam_scale, lion_scale = 4 / ADAM_BLOCK, 1 / (LION_BLOCK * pattern.num_candidates)
+def moment_bytes(kind: str, dtype: str, group: int) -> float:
+    """Bytes of optimizer state per mask logit of ``dtype``, of which ``group`` belong to each group."""
+    adam_scale, lion_scale = 4 / ADAM_BLOCK, 1 / (LION_BLOCK * group)
     return {"adamw": 2.0 * WIDTH[dtype], "adamw8bit": 2 * (1 + adam_scale), "lion": 2.0, "lion8bit": 1 + lion_scale}[kind]

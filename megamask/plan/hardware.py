@@ -29,7 +29,7 @@ class Device:
         attention: share of ``flops`` that attention reaches.
         copy: share of ``bandwidth`` that elementwise kernels and optimizers reach.
         link: share of a link that a collective reaches.
-        group_seconds: (forward, backward) arithmetic of the sampling, seconds per candidate of a group; 0 where memory is the limit.
+        group_seconds: (forward, backward) arithmetic of the sampling, seconds per logit of a group; 0 where memory is the limit.
     """
 
     title: str
@@ -78,6 +78,6 @@ def _this_cpu() -> Device:
         fabric=1e9,
         matmul=0.75,
         attention=0.3,
-        group_seconds=(20e-9 / 6 / cores, 20e-9 / 6 / cores),  # measured at 2:4, 6 candidates a group
+        group_seconds=(20e-9 / 6 / cores, 20e-9 / 6 / cores),  # measured at 2:4, 6 logits a group; linear fits too
         is_cpu=True,
     )

@@ -24,7 +24,7 @@ LOSS = "working memory of the vocabulary loss"
 LAYER = "working memory of a layer's backward"
 ALLOWANCE = "allowance: CUDA context, NCCL, fragmentation"
 
-EAGER_BYTES = 32  # per logit of a layer, while plain PyTorch samples it; fused backends need none
+EAGER_BYTES = 32  # per logit of a layer, while plain PyTorch samples from the categorical; fused backends need none
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def memory_of(work: Workload, device: Device) -> Memory:
     before = {} if STEP_GRADIENTS in state or work.accumulations == 1 else gradients  # of the micro-batches so far
     after = {} if STEP_GRADIENTS in state else gradients
     moments = [{**before, **_at_loss(work, device)}, {**before, **_in_layer(work)}, {**after, ACTIVATIONS: 0.0}]
-    step = {**kept, **max(moments, key=lambda moment: sum(moment.values())), NEW_WINNERS: weights / work.pattern.m}
+    step = {**kept, **max(moments, key=lambda moment: sum(moment.values())), NEW_WINNERS: weights / work.pattern.m * work.winner_bytes}
     return Memory(state, step, device.allowance(sum(step.values())))
 
 
@@ -129,10 +129,17 @@ def _in_layer(work: Workload) -> dict[str, float]:
     weight_grad = 0.0 if once and work.accumulations == 1 else float(largest * work.width)
     whole_input = work.tokens * arch.hidden * work.width  # gradient of a column-parallel linear's input, whole on each rank
     if config.learn.sampling.backend == "torch" and not once:
-        weight_grad += EAGER_BYTES * largest * work.pattern.num_candidates / work.pattern.m
+        weight_grad += eager_bytes(work) * largest * work.logits_per_group / work.pattern.m
     busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - 3 * wide)
     activations = saved_activations(work) + recomputed_activations(work)
     return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest + gathered(work)}
+
+
+def eager_bytes(work: Workload) -> float:
+    """Bytes per logit of a layer while plain PyTorch samples it: for linear also two tables of K + 1 coefficients, K = min(N, M - N)."""
+    pattern = work.pattern
+    tables = 2 * 4 * (min(pattern.n, pattern.m - pattern.n) + 1)
+    return EAGER_BYTES + (tables if work.config.learn.distribution == "linear" else 0)
 
 
 def gathered(work: Workload) -> float:

@@ -135,9 +135,9 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
     config, weights, width, micro = work.config, work.masked_weights, work.width, work.accumulations
     logits, grads, once = work.state[LOGITS], work.state[GRADIENTS], config.learn.sampling.draws == "step"
     slower = EAGER if config.learn.sampling.backend == "torch" else 1.0
-    rate, candidates = device.bandwidth * device.copy / slower, slower * weights / work.pattern.m * work.pattern.num_candidates
-    forward = max(weights * (logits + 2 * width) / rate, candidates * device.group_seconds[0])
-    backward = max(weights * (logits + 2 * width + 2 * grads) / rate, candidates * device.group_seconds[1])
+    rate, numbers = device.bandwidth * device.copy / slower, slower * weights / work.pattern.m * work.logits_per_group
+    forward = max(weights * (logits + 2 * width) / rate, numbers * device.group_seconds[0])
+    backward = max(weights * (logits + 2 * width + 2 * grads) / rate, numbers * device.group_seconds[1])
     if once:
         adding = weights * (width + 8) / rate * micro if micro > 1 else 0.0
         return {SAMPLING_FORWARD: forward, SAMPLING_BACKWARD: backward + adding}

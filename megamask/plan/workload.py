@@ -13,6 +13,7 @@ from megamask.data.batches import check_batch
 from megamask.errors import ConfigError
 from megamask.parallel.partition import largest_share, owners
 from megamask.plan.bytes import WIDTH, state_bytes
+from megamask.sparsity.draw import logits_per_group, winner_dtype
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 from megamask.weights.table import check_tp, prunable, rules
@@ -45,10 +46,11 @@ class Workload:
         """Refuse what no memory can mend; return self.
 
         Raises:
-            ConfigError: heads or rows that do not split over parallel.tp, a batch that cannot be dealt out, sequence parallel alone, more
-                replicas than a distributed optimizer has layers for.
+            ConfigError: a pattern too large for its distribution, heads or rows that do not split over parallel.tp, a batch that cannot be
+                dealt out, sequence parallel alone, more replicas than a distributed optimizer has layers for.
         """
         learn, tp = self.config.learn, self.tp
+        logits_per_group(self.pattern, learn.distribution)
         check_tp(self.arch, tp)
         check_batch(learn.global_batch, learn.micro_batch, self.dp)
         if self.config.parallel.sequence_parallel and tp == 1:
@@ -64,6 +66,16 @@ class Workload:
     def pattern(self) -> Pattern:
         """N:M."""
         return Pattern.parse(self.config.pattern)
+
+    @property
+    def logits_per_group(self) -> int:
+        """C or M."""
+        return logits_per_group(self.pattern, self.config.learn.distribution)
+
+    @property
+    def winner_bytes(self) -> int:
+        """Of the winner of a group."""
+        return winner_dtype(self.pattern, self.config.learn.distribution).itemsize
 
     @property
     def tp(self) -> int:
@@ -152,7 +164,8 @@ class Workload:
     def state(self) -> dict[str, float]:
         """``state_bytes`` of these settings."""
         learn, shares = self.config.learn, (self.recomputed_share, self.updated_share)
-        return state_bytes(self.pattern, learn.state, learn.optimizer, learn.sampling, self.accumulations, self.config.dtype, *shares)
+        settings = (self.pattern, learn.state, learn.optimizer, learn.sampling, self.accumulations, self.config.dtype)
+        return state_bytes(*settings, *shares, learn.distribution)
 
     def changed(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
         """A copy with other settings, by dotted key; ``learn.footprint`` brings what it stands for."""

@@ -121,13 +121,11 @@ class Site:
 
     @property
     def winner_dtype(self) -> torch.dtype:
-        """Of winners: candidate indices (categorical), or bit j = member j is kept (linear)."""
-        if self.distribution == "categorical" or self.pattern.m <= 8:
-            return torch.uint8
-        return torch.int16 if self.pattern.m <= 16 else torch.int32
+        """Of winners."""
+        return winner_dtype(self.pattern, self.distribution)
 
     def mask_of(self, winner_OG: torch.Tensor) -> torch.Tensor:
-        """The mask, (O, I) bool, of winners."""
+        """The mask, (O, I) bool, of winners: candidate indices (categorical), or bit j = member j is kept (linear)."""
         if self.distribution == "categorical":
             return self.pattern.mask_of(winner_OG)
         member = torch.arange(self.pattern.m, device=winner_OG.device, dtype=torch.int32)
@@ -146,3 +144,10 @@ def logits_per_group(pattern: Pattern, distribution: str) -> int:
         limit = f"learn.distribution=linear takes M up to {MAX_MEMBERS}"
         raise ConfigError("pattern", str(pattern), limit, f"Choose a pattern with M <= {MAX_MEMBERS}.")
     return pattern.m
+
+
+def winner_dtype(pattern: Pattern, distribution: str) -> torch.dtype:
+    """The smallest integer that holds a candidate index (categorical) or M bits (linear)."""
+    if distribution == "categorical" or pattern.m <= 8:
+        return torch.uint8
+    return torch.int16 if pattern.m <= 16 else torch.int32

@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from megamask.sparsity import subset_blocks
-from megamask.sparsity.kernels_numba import LOG2_E, TILE, apply_mask, gradient_at_mask, load, perturbed, store, sum_line
+from megamask.sparsity.kernels_numba import LOG2_E, TILE, apply_mask, ask_for, gradient_at_mask, load, perturbed, store, sum_line
 from megamask.sparsity.numba_math import U64, F, exp2, flush_denormals, restore
 from megamask.sparsity.subset_blocks import LANES
 
@@ -85,6 +85,7 @@ def forward(out, sums, winner, logits, weight, kept, members, place, key, kappa,
         norm, largest = 0.0, 0.0
         for start in range(0, groups, TILE):
             n = min(TILE, groups - start)
+            ask_for(logits, weight, m, o, start, n)
             _sample(mask, x, middle, word, kept, members, logits[o], start, n, first + U64(start), key, kappa, inverse_tau, hard)
             apply_mask(out[o, start * m : (start + n) * m], square, weight[o, start * m : (start + n) * m], mask, n)
             norm += sum_line(square, n)
@@ -107,6 +108,8 @@ def backward(into, is_sum, grad, logits, weight, kept, members, place, key, kapp
         first = U64(place[0] + o) * U64(place[2]) + U64(place[1])
         for start in range(0, groups, TILE):
             n = min(TILE, groups - start)
+            ask_for(logits, weight, m, o, start, n)
+            ask_for(into, grad, m, o, start, n)
             _sample(mask, x, middle, word, kept, members, logits[o], start, n, first + U64(start), key, kappa, inverse_tau, hard)
             gradient_at_mask(mask, grad[o, start * m : (start + n) * m], weight[o, start * m : (start + n) * m], n, norm_coef)
             for g in range(0, n, LANES):

@@ -46,6 +46,9 @@ EARLY = {
     "long warm-up": ("learn", "learn.optimizer.warmup_steps=4", ["learn.optimizer.warmup_steps = 4", "below learn.steps, here 4"]),
     "rising rate": ("learn", "learn.optimizer.min_lr=1", ["learn.optimizer.min_lr = 1.0", "at most learn.optimizer.lr", "Lower it"]),
     "no pattern": ("prune", "pattern=4:2", ["pattern = '4:2'", "0 < N < M", "pattern=2:4"]),
+    "too many candidates": ("learn", "pattern=8:16", ["pattern = '8:16'", "at most 256 candidates", "12,870", "learn.distribution=linear"]),
+    "tau of zero": ("learn", "learn.sampling.tau=[4, 0]", ["learn.sampling.tau", "greater than 0"]),
+    "rising tau": ("learn", "learn.sampling.tau=[1, 4]", ["learn.sampling.tau = [1.0, 4.0]", "a temperature that falls", "larger"]),
     "heads and tp": ("convert", "parallel.tp=3", ["parallel.tp = 3", "num_attention_heads = 8", "allows 1, 2, 4, 8", "Set parallel.tp=8"]),
 }  # fmt: skip
 

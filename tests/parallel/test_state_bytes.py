@@ -39,6 +39,8 @@ RUNS: dict[str, Mapping[str, Any]] = {
     },
     "lion": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "lion"}}},
     "lion8bit-fp32": {"learn": {"optimizer": {"kind": "lion8bit"}}},
+    "linear": {"learn": {"distribution": "linear"}},
+    "linear-leanest": {"learn": {"distribution": "linear", **FOOTPRINTS["leanest"]["learn"]}},
     "adamw8bit": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "adamw8bit"}}},
 }
 DISTRIBUTED: dict[str, Mapping[str, Any]] = {  # on two replicas
@@ -81,7 +83,8 @@ def test_counted_is_allocated(counted: dict[str, dict[str, float]], tiny_run: Pa
     if name not in counted:
         pytest.skip("torchao is not installed")
     learn = config_for(tiny_run, RUNS[name]).learn
-    expected = state_bytes(Pattern(2, 4), learn.state, learn.optimizer, learn.sampling, ACCUMULATIONS, "fp32")
+    settings = (Pattern(2, 4), learn.state, learn.optimizer, learn.sampling)
+    expected = state_bytes(*settings, ACCUMULATIONS, "fp32", distribution=learn.distribution)
     for part, size in expected.items():
         # Step counters and code tables do not grow with the weights: 2 KiB at most for each layer of 4,096 weights or more here.
         fixed = 0.51 if name == "adamw8bit" and part == "optimizer moments" else 0.002

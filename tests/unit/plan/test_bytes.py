@@ -16,7 +16,8 @@ def total(*overrides: str, accumulations: int = 1) -> float:
 def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
     config: Config = load_config(None, list(overrides))
     learn = config.learn
-    return state_bytes(Pattern.parse(config.pattern), learn.state, learn.optimizer, learn.sampling, accumulations, config.dtype)
+    settings = (Pattern.parse(config.pattern), learn.state, learn.optimizer, learn.sampling)
+    return state_bytes(*settings, accumulations, config.dtype, distribution=learn.distribution)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,9 @@ def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
         (["dtype=fp32"], 4 + 6 + 6 + 12 + 0.5 + 4),
         (["pattern=1:4"], 2 + 4 + 4 + 8 + 0.5 + 2),  # one candidate a weight
         (["pattern=4:8"], 2 + 8.75 * 16 + 0.25 + 2),  # 70 candidates of 8 weights
+        (["learn.distribution=linear"], 2 + 16 + 0.5 + 2),  # one logit a weight
+        (["learn.distribution=linear", "pattern=8:16"], 2 + 16 + 0.25 + 2),  # winners of 16 bits
+        (["learn.distribution=linear", "learn.footprint=leanest"], 2 + 2 + 2 + 1 * (1 + 1 / 32)),
     ],
 )
 def test_totals(settings: list[str], expected: float) -> None:
