@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megamask.config.presets import FOOTPRINTS, PRESETS
+from megamask.config.presets import FOOTPRINTS, LEARNERS, PRESETS
 from megamask.config.tree import Config
 from megamask.errors import ConfigError
 
@@ -47,7 +47,7 @@ def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Co
         _merge(given, _nest(key.strip().split("."), _parse_scalar(key, text)))
     layered: dict[str, Any] = {}
     learn = given.get("learn")
-    for key, named in (("preset", PRESETS), ("footprint", FOOTPRINTS)):
+    for key, named in (("learner", LEARNERS), ("preset", PRESETS), ("footprint", FOOTPRINTS)):
         name = learn.get(key) if isinstance(learn, dict) else None
         _merge(layered, named.get(name, {}) if isinstance(name, str) else {})
     _merge(layered, given)

@@ -17,6 +17,24 @@ MASKLLM: dict[str, Any] = {
     }
 }
 
+# MaskPro needs one logit a weight, and starts from the prior alone.
+_POLICY: dict[str, Any] = {"distribution": "linear", "sampling": {"mode": "hard", "initial_noise": False}}
+LEARNERS: dict[str, dict[str, Any]] = {"gumbel": {}, "maskpro": {"learn": _POLICY}}
+
+# MaskPro's reference settings: 10,000 steps of one mask on 32 sequences of 128 tokens out of 512, logits 10 m_0, rate 50, tracker 0.99.
+MASKPRO: dict[str, Any] = {
+    "data": {"seq_length": 128},
+    "learn": {
+        **_POLICY,
+        "learner": "maskpro",
+        "steps": 10_000,
+        "global_batch": 32,
+        "micro_batch": 32,
+        "prior": {"mask": "sparsegpt"},
+        "maskpro": {"lr": 50.0, "initial_logit": 10.0, "masks": 1, "baseline": "tracker", "tracker_decay": 0.99, "samples": 512},
+    },
+}
+
 # Bytes a weight at 2:4, the frozen weight included: default 26, lean 14, leanest 9.5 (megamask plan counts every part).
 # Lean keeps AdamW, and with it the recipe's learning rate. Lion moves every logit by the full rate whatever its gradient, so it needs
 # about a third of AdamW's rate, and so more steps for a group to overtake the prior's gap. A recipe that sets the rate wins over this one.
@@ -30,4 +48,4 @@ LEANEST: dict[str, Any] = {
 }
 
 FOOTPRINTS: dict[str, dict[str, Any]] = {"default": {}, "lean": LEAN, "leanest": LEANEST}
-PRESETS: dict[str, dict[str, Any]] = {"none": {}, "maskllm": MASKLLM}
+PRESETS: dict[str, dict[str, Any]] = {"none": {}, "maskllm": MASKLLM, "maskpro": MASKPRO}

@@ -160,10 +160,26 @@ class MonitorSection(Section):
     wandb_project: str = "megamask"
 
 
+class MaskProSection(Section):
+    """The policy-gradient learner (``learn.learner: maskpro``): draws masks, tries them in forward passes, makes likelier what did well."""
+
+    lr: Annotated[float, Field(gt=0)] = Field(50.0, description="logits per nat of loss")
+    initial_logit: Annotated[float, Field(gt=0)] = Field(10.0, description="of the weights that the prior keeps; the others start at 0")
+    masks: Positive = Field(1, description="masks drawn per step")
+    data: Literal["split", "shared"] = Field("split", description="the masks of a step divide its micro-batches, or each sees all of them")
+    baseline: Literal["tracker", "leave_one_out", "winner"] = Field(
+        "tracker", description="what a mask is compared with: past residuals, the step's other masks, or the winner mask on the same data"
+    )
+    tracker_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    score: Literal["auto", "set", "ordered"] = Field("auto", description="of the mask, or of the order it was drawn in; auto: set if N <= 4")
+    samples: int | None = Field(512, gt=0, description="how many samples are learned from, again and again; None = new ones all the time")
+
+
 class LearnSection(Section):
     """A learning run: the step, its schedule and its bookkeeping."""
 
-    preset: Literal["none", "maskllm"] = Field("none", description="named defaults, applied below the other settings")
+    preset: Literal["none", "maskllm", "maskpro"] = Field("none", description="named defaults, applied below the other settings")
+    learner: Literal["gumbel", "maskpro"] = Field("gumbel", description="gradients through relaxed masks, or of rewards of drawn masks")
     footprint: Literal["default", "lean", "leanest"] = Field("default", description="named choices of state and optimizer, likewise")
     distribution: Literal["categorical", "linear"] = Field(
         "categorical", description="one logit per candidate mask of a group, or one per weight (any N:M with M <= 32)"
