@@ -19,8 +19,9 @@ from megamask.errors import LearningError
 from megamask.learn.optimizer import build_optimizer, build_scheduler, clip_factor, gradient_norm, set_learning_rate
 from megamask.learn.replicas import Replicas
 from megamask.learn.setup import Subject
-from megamask.model.loss import token_losses
+from megamask.model.loss import objective_losses
 from megamask.parallel.mesh import Mesh
+from megamask.parallel.one_draw import begin_step, end_step
 from megamask.sparsity.draw import Draw
 from megamask.sparsity.philox import NoiseKey
 from megamask.sparsity.schedules import linear, weight_norm_coef
@@ -33,14 +34,15 @@ MicroBatch = tuple[int, torch.Tensor, torch.Tensor]
 class StepResult:
     """What a step measured, means over the global batch, the norm summed over all layers and shards."""
 
-    lm_loss: float
+    lm_loss: float  # also where it is not learned from
     weight_norm: float  # sum |W * M|^2
     weight_norm_term: float  # coef * weight_norm, subtracted from the loss
-    loss: float
+    loss: float  # what learn.loss asks for, less the term
     grad_norm: float
     lr: float
     kappa: float
     tau: float
+    kd_loss: float | None = None  # of distillation
 
 
 class Learner:
@@ -75,17 +77,17 @@ class Learner:
         self.ddp.train()
         self._begin_gradients()
         measured = self._forward_backward(draw, plan.micro_batches(step), plan)
-        lm_loss, weight_norm = self.mesh.mean_over_dp(torch.stack(measured).mean(0)).tolist()
+        weight_norm, objective, lm_loss, *kd_loss = self.mesh.mean_over_dp(torch.stack(measured).mean(0)).tolist()
         grads = [logits.main_grad for logits in self.optimizer.logits]  # type: ignore[attr-defined]
         norm = gradient_norm(grads, self.mesh, self.replicas)
         grad_norm = float(norm)
         term = draw.norm_coef * plan.accumulations * weight_norm
-        self._refuse_nan(step, lm_loss, grad_norm)
+        self._refuse_nan(step, objective, grad_norm)
         rate = set_learning_rate(self.scheduler, step)
         self.optimizer.step(step, rate, clip_factor(norm, self.config.learn.optimizer.clip))
         if self.replicas:
             self.replicas.share_logits()
-        return StepResult(lm_loss, weight_norm, term, lm_loss - term, grad_norm, rate, draw.kappa, draw.tau)
+        return StepResult(lm_loss, weight_norm, term, objective - term, grad_norm, rate, draw.kappa, draw.tau, *kd_loss)
 
     def _begin_gradients(self) -> None:
         """What ``ddp.zero_grad_buffer`` does but for clearing: the first draw of a step replaces what the buffers hold."""
@@ -114,7 +116,7 @@ class Learner:
         )
 
     def _forward_backward(self, draw: Draw, micro_batches: Iterator[MicroBatch], plan: BatchPlan) -> list[torch.Tensor]:
-        """(LM loss, weight norm) of every micro-batch of this replica; gradients end in ``main_grad``."""
+        """(weight norm, objective and its parts) of every micro-batch of this replica; gradients end in ``main_grad``."""
         try:
             if self.draws_once:
                 self._draw_for_step(draw, plan.accumulations)
@@ -135,14 +137,12 @@ class Learner:
     def _draw_for_step(self, draw: Draw, accumulations: int) -> None:
         once = replace(draw, norm_coef=draw.norm_coef * accumulations, watch=True, fresh=True)
         in_fp32 = accumulations > 1 and self.config.learn.state.grads == "fp32"
-        for masked in self.subject.linears.values():
-            masked.begin_step(once, in_fp32)
+        begin_step(list(self.subject.linears.values()), once, in_fp32)
 
     def _finalize(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
         """All micro-batches are done: turn summed weight gradients into logit gradients, then reduce over replicas."""
         if self.draws_once:
-            for number, masked in enumerate(self.subject.linears.values()):
-                masked.end_step()
+            for number in end_step(list(self.subject.linears.values())):
                 if self.replicas:
                     self.replicas.start_sum(number)
         if self.replicas:
@@ -155,16 +155,17 @@ class Learner:
         switch, device = self.subject.switch, self.mesh.device
         if not self.draws_once:
             switch.draw = replace(draw, key=replace(draw.key, micro_batch=number), watch=number == first, fresh=number == first)
-        losses = token_losses(model, tokens.to(device), labels.to(device))
+        losses = objective_losses(model, tokens.to(device), labels.to(device), self.config.learn.loss, switch)
         norm = self.mesh.sum_over_tp(torch.stack([one.to(device) for one in switch.norms.values()]).sum())
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             mean = output.mean()
-            return mean, torch.stack([mean.detach().double(), norm])
+            parts = [part.mean().double() for part in (losses.lm, losses.kd) if part is not None]
+            return mean, torch.stack([norm, mean.detach().double(), *parts])
 
-        return losses, loss
+        return losses.objective, loss
 
-    def _refuse_nan(self, step: int, lm_loss: float, grad_norm: float) -> None:
-        if lm_loss != lm_loss or grad_norm != grad_norm or float("inf") in (lm_loss, grad_norm):
+    def _refuse_nan(self, step: int, loss: float, grad_norm: float) -> None:
+        if loss != loss or grad_norm != grad_norm or float("inf") in (loss, grad_norm):
             fix = "Lower learn.optimizer.lr or the scale learn.sampling.kappa; start again to go on from the last snapshot."
-            raise LearningError(f"step {step + 1}: the loss is {lm_loss} and the gradient norm {grad_norm}, not finite. {fix}")
+            raise LearningError(f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}, not finite. {fix}")

@@ -156,20 +156,20 @@ class MaskedLinear:
         return None if draw is None else replace(draw, key=draw.key.of(self.parameter_id))
 
     @torch.no_grad()
-    def begin_step(self, draw: Draw, sums_in_fp32: bool) -> None:
+    def begin_step(self, draw: Draw, sums_in_fp32: bool) -> Sampled:
         """Draw one mask for all micro-batches of a step.
 
         Args:
             draw: the draw; its ``norm_coef`` counts once for the step.
             sums_in_fp32: sum dW over micro-batches in an fp32 buffer (kept for the next step), else in the weight's dtype.
         """
-        assert self.mask_logits is not None and self.switch is not None
+        assert self.mask_logits is not None
         own = replace(draw, key=draw.key.of(self.parameter_id))
         sampled = self._sampler.forward(self.mask_logits.detach(), self.weight.detach(), self.site, own)
-        self.switch.note(self.parameter_id, sampled, draw.watch)
         if sums_in_fp32 and self.weight_grad is None:
             self.weight_grad = torch.empty_like(self.weight, dtype=torch.float32, requires_grad=False)
         self.step_draw = StepDraw(own, sampled.masked.requires_grad_(), self.weight_grad if sums_in_fp32 else None)
+        return sampled
 
     @torch.no_grad()
     def end_step(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +14,7 @@ from megamask.sparsity import kernels_numba, kernels_numba_linear
 from megamask.sparsity.draw import Draw, RowBlock, Sampled, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
+from megamask.sparsity.threads import is_worker, side_by_side
 
 
 def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> Sampled:
@@ -72,29 +72,21 @@ def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def on_all_threads(blocks: Iterable[RowBlock], work: Callable[[slice, int], None]) -> None:
     """Call ``work(local rows, global id of the first)`` on slices of the blocks, one a thread; rows are independent."""
-    threads = torch.get_num_threads()
+    threads = 1 if is_worker() else torch.get_num_threads()
     calls = []
     for block in blocks:
         step = -(-block.rows // threads)
         for first in range(0, block.rows, step):
             rows = slice(block.start + first, block.start + min(first + step, block.rows))
             calls.append((rows, block.global_start + first))
-    if threads == 1:
-        for rows, global_row in calls:
-            work(rows, global_row)
-    else:
-        list(_pool(threads).map(lambda call: work(*call), calls))
+    for _ in side_by_side(lambda call: work(*call), calls):
+        pass
 
 
 def raw_bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The tensor's memory as uint16 (bf16) or uint32 (fp32); a copy only if it is not contiguous."""
     integer = torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32
     return np.asarray(tensor.detach().contiguous().view(integer).numpy())
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="megamask-sampling")
 
 
 def _kernels(site: Site) -> ModuleType:

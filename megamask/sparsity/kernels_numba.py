@@ -158,6 +158,14 @@ def gradient_at_mask(mask, grad, weight, groups, norm_coef):  # type: ignore[no-
                 mask[2 * half, g] = _slope(float_of(d << U32(16)), float_of(w << U32(16)), mask[2 * half, g], coef)
                 mask[2 * half + 1, g] = _slope(float_of(d & _HIGH), float_of(w & _HIGH), mask[2 * half + 1, g], coef)
         return
+    if weight.itemsize == 2 and m == 4:
+        pairs, dpairs64 = weight.view(np.uint32), grad.view(np.uint64)
+        for g in range(groups):
+            for half in range(2):
+                w, d64 = pairs[2 * g + half], dpairs64[2 * g + half]
+                mask[2 * half, g] = _slope(float_of(U32(d64)), float_of(w << U32(16)), mask[2 * half, g], coef)
+                mask[2 * half + 1, g] = _slope(float_of(U32(d64 >> U64(32))), float_of(w & _HIGH), mask[2 * half + 1, g], coef)
+        return
     for g in range(groups):
         for j in range(m):
             mask[j, g] = _slope(load(grad, g * m + j), load(weight, g * m + j), mask[j, g], coef)

@@ -133,6 +133,15 @@ def test_extreme_logits_stay_finite() -> None:
         assert all(bool(torch.isfinite(one).all()) for one in (masked, norm, dlogits))
 
 
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_the_dtype_of_the_gradient_at_the_mask_makes_no_difference(n: int, m: int) -> None:
+    """One draw per step sums dW in fp32 beside bf16 weights: for values that bf16 holds, the same arithmetic and the same bits."""
+    site, logits, weight, grad = problem(n, m, torch.bfloat16)
+    narrow, wide = (fused_cpu.backward(one, logits, weight, site, DRAWS[0]) for one in (grad, grad.float()))
+    assert torch.equal(narrow, wide)
+    assert not torch.equal(narrow, fused_cpu.backward(grad.float() + 2.0**-12, logits, weight, site, DRAWS[0]))
+
+
 def test_gradients_that_are_not_contiguous() -> None:
     site, logits, weight, grad = problem(2, 4, torch.float32)
     leaf = logits.clone().requires_grad_()
