@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import logging
 import os
 import sys
@@ -24,6 +25,8 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: ("module:function", what it does)
     "export": ("megamask.export.run:run", "Hugging Face folder + mask file -> masked Hugging Face folder"),
     "report": ("megamask.report.run:run", "pictures and report.html of a run"),
     "inspect": ("megamask.masks.inspect:run", "print a mask file and verify it strictly"),
+    "diff": ("megamask.report.diff:run", "how two masks differ, by layer and by kind of linear"),
+    "extract": ("megamask.masks.extract:run", "a snapshot's winners -> mask file"),
 }
 
 FLAGS: dict[str, dict[str, str]] = {  # verb: {flag: the setting it stands for}
@@ -31,8 +34,13 @@ FLAGS: dict[str, dict[str, str]] = {  # verb: {flag: the setting it stands for}
         "--model": "plan.model", "--pattern": "pattern", "--tp": "parallel.tp", "--dp": "plan.dp", "--gpu": "plan.gpu",
         "--micro": "learn.micro_batch", "--global-batch": "learn.global_batch", "--seq": "data.seq_length", "--steps": "learn.steps",
         "--footprint": "learn.footprint", "--json": "plan.out",
-    }
+    },
+    "diff": {"--json": "diff.out", "--picture": "diff.picture"},
 }  # fmt: skip
+ARGUMENTS: dict[str, dict[str, str]] = {  # verb: {argument, by its place: the setting it stands for}
+    "diff": {"A": "diff.a", "B": "diff.b"},
+    "extract": {"SNAPSHOT": "extract.mask", "FILE": "extract.out"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Path | None, list[str]]:
-    """Split the command line into verb, recipe and overrides; flags become overrides.
+    """Split the command line into verb, recipe and overrides; flags and arguments become overrides.
 
     Raises:
-        ConfigError: no such verb (with the nearest name), an option that does not exist, ``--config`` without a file.
+        ConfigError: no such verb (with the nearest name), an option that does not exist, ``--config`` without a file, an argument too many.
     """
     verb, *rest = arguments
     if verb not in VERBS:
@@ -70,7 +78,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Path | None, list[str]]:
         raise ConfigError("verb", verb, f"one of {', '.join(VERBS)}", f"Did you mean {near[0]}?" if near else "Run megamask --help.")
     recipe: Path | None = None
     overrides: list[str] = []
-    flags = FLAGS.get(verb, {})
+    flags, arguments_left = FLAGS.get(verb, {}), list(ARGUMENTS.get(verb, {}).values())
     while rest:
         word = rest.pop(0)
         if word == "--config" or word.startswith("--config="):
@@ -85,6 +93,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Path | None, list[str]]:
         elif word.startswith("-"):
             allowed = "--config FILE, or key.sub=value without dashes" + (f"; {verb} also has {', '.join(flags)}" if flags else "")
             raise ConfigError("option", word, allowed, "Run megamask --help.")
+        elif verb in ARGUMENTS and "=" not in word:
+            if not arguments_left:
+                raise ConfigError("argument", word, f"{verb} takes {' '.join(ARGUMENTS[verb])}, and key.sub=value", "Leave it out.")
+            overrides.append(f"{arguments_left.pop(0)}={json.dumps(word)}")  # quoted, for YAML
         else:
             overrides.append(word)
     return verb, recipe, overrides
@@ -101,7 +113,9 @@ def _talk() -> None:
 
 def _help() -> str:
     lines = ["usage: megamask VERB [--config FILE] [key.sub=value ...]", "", *(f"  {verb:<9} {what}" for verb, (_, what) in VERBS.items())]
-    lines += ["", *(f"megamask {verb} also takes {' '.join(flags)}" for verb, flags in FLAGS.items())]
+    lines.append("")
+    for verb in dict.fromkeys([*ARGUMENTS, *FLAGS]):
+        lines.append(" ".join(["megamask", verb, *ARGUMENTS.get(verb, {}), *(f"[{flag} …]" for flag in FLAGS.get(verb, {}))]))
     return "\n".join([*lines, "", "Settings and their defaults: megamask/config/tree.py. Recipes: configs/recipes/."])
 
 

@@ -64,7 +64,7 @@ def build_config(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))  # of a pair, the setting
         if first["type"] == "extra_forbidden":
             raise ConfigError(key, first["input"], "no such setting", _suggest(first["loc"])) from None
         raise ConfigError(key, first["input"], first["msg"], "Correct it in the recipe or on the command line.") from None

@@ -12,9 +12,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """Base of the sections: unknown keys are refused, values are checked, nothing can be reassigned."""
+    """Base of the sections: unknown keys are refused, values are checked (nothing is infinite), nothing can be reassigned."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -96,7 +96,7 @@ class SamplingSection(Section):
 class PriorSection(Section):
     """The mask that initialises the logits (MaskLLM, Eq. 9-10)."""
 
-    mask: str | None = Field("sparsegpt", description="a one-shot method of this run, a mask file, or null")
+    mask: str | None = Field("sparsegpt", description="name of a mask of this run, mask file, snapshot, folder of snapshots, or null")
     strength: NonNegative = Field(3.0, description="alpha")
 
 
@@ -171,7 +171,7 @@ class MaskProSection(Section):
         "tracker", description="what a mask is compared with: past residuals, the step's other masks, or the winner mask on the same data"
     )
     tracker_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    score: Literal["auto", "set", "ordered"] = Field("auto", description="of the mask, or of the order it was drawn in; auto: set if N <= 4")
+    score: Literal["auto", "set", "ordered"] = Field("auto", description="of the mask, or of the order of its draws; auto: set if N <= 4")
     samples: int | None = Field(512, gt=0, description="how many samples are learned from, again and again; None = new ones all the time")
 
 
@@ -204,14 +204,14 @@ class EvaluateSection(Section):
     window: Annotated[int, Field(gt=1)] = 512
     max_tokens: int | None = Field(16384, gt=0, description="held-out tokens per domain; None = all")
     micro_batch: Positive = 4
-    masks: dict[str, str] = Field(default_factory=dict, description="row name -> mask file; empty = every mask of this run")
+    masks: dict[str, str] = Field(default_factory=dict, description="row -> mask, named as learn.prior.mask; empty = all of this run")
     bos: bool = Field(False, description="put one BOS before the held-out stream")
 
 
 class ExportSection(Section):
     """A plain Hugging Face folder with the mask applied."""
 
-    mask: str | None = Field(None, description="mask file; None = the learned mask; 'dense' exports without a mask")
+    mask: str | None = Field(None, description="mask, named as learn.prior.mask; None = the learned one; 'dense' exports without a mask")
     weights: str | None = Field(None, description="Megatron weights to write; None = those of model.hf")
     out: str | None = Field(None, description="folder; None = {run_dir}/export")
 
@@ -223,6 +223,22 @@ class PlanSection(Section):
     dp: Positive = Field(1, description="replicas: number of devices / parallel.tp")
     gpu: Literal["a100-40", "a100", "h100", "h200", "cpu"] | None = Field(None, description="device that must hold it; None = any GPU")
     out: str | None = Field(None, description="JSON file for the figures")
+
+
+class DiffSection(Section):
+    """What the verb diff compares: ``megamask diff A B --json FILE --picture FILE`` stands for these settings."""
+
+    a: str | None = Field(None, description="mask, named as learn.prior.mask")
+    b: str | None = Field(None, description="likewise")
+    out: str | None = Field(None, description="JSON file for the figures")
+    picture: str | None = Field(None, description="PNG file: groups that differ, linear kinds x layers")
+
+
+class ExtractSection(Section):
+    """What the verb extract writes: ``megamask extract SNAPSHOT FILE`` stands for these settings."""
+
+    mask: str | None = Field(None, description="mask, named as learn.prior.mask")
+    out: str | None = Field(None, description="mask file to write")
 
 
 class Config(Section):
@@ -242,3 +258,5 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
     plan: PlanSection = PlanSection()
+    diff: DiffSection = DiffSection()
+    extract: ExtractSection = ExtractSection()

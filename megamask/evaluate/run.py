@@ -13,8 +13,9 @@ from megamask import storage
 from megamask.config import Config, RunPaths, run_paths
 from megamask.data.heldout import heldout_windows
 from megamask.data.shards import check_vocabulary
-from megamask.errors import ArtifactError
-from megamask.masks.file import MaskSet, load_masks
+from megamask.errors import ArtifactError, ConfigError
+from megamask.masks.file import MaskSet
+from megamask.masks.named import open_masks
 from megamask.model.build import build_model, masked_linears
 from megamask.model.checkpoint import load_weights, read_note
 from megamask.model.masks import fold_masks
@@ -52,15 +53,17 @@ def run(config: Config) -> None:
 
 
 def find_masks(config: Config, paths: RunPaths, arch: Architecture, fingerprint: str) -> dict[str, MaskSet]:
-    """The mask files to evaluate, by row name, each checked against the model.
+    """The masks to evaluate, by row name, each checked against the model.
 
     Raises:
         ArtifactError: a mask that is missing, torn, or for another model.
+        ConfigError: a mask called dense.
     """
-    named = {name: Path(path) for name, path in config.evaluate.masks.items()}
+    if DENSE in config.evaluate.masks:
+        raise ConfigError("evaluate.masks", DENSE, "a name for the row other than that of the model without a mask", "Name it otherwise.")
     known = [*config.prune.methods, "learned"]
-    files = named or {method: paths.mask(method) for method in known if paths.mask(method).exists()}
-    masks = {name: load_masks(path) for name, path in files.items()}
+    named = config.evaluate.masks or {method: str(paths.mask(method)) for method in known if paths.mask(method).exists()}
+    masks = {name: open_masks(text, config, arch) for name, text in named.items()}
     for found in masks.values():
         found.check(shapes=linear_shapes(arch), fingerprint=fingerprint)
     return masks
@@ -112,7 +115,7 @@ def results(
         "protocol": protocol(config, windows),
         "seconds": {**stages, **seconds},
         "density": {DENSE: 1.0, **{name: found.pattern.density for name, found in masks.items()}},
-        "mask_bytes": {name: found.path.stat().st_size for name, found in masks.items()},
+        "mask_bytes": {name: found.size for name, found in masks.items() if found.path.is_file()},
     }
 
 

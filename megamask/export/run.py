@@ -16,7 +16,7 @@ from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.apply import masked
 from megamask.masks.file import MaskSet
-from megamask.masks.inspect import configured_mask, verify
+from megamask.masks.inspect import check_strictly, configured_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import require_writable, write_json
 from megamask.weights.architecture import read_architecture
@@ -31,14 +31,15 @@ def run(config: Config) -> None:
     Raises:
         ConfigError, ArtifactError: a mask of another pattern or model, a folder that is incomplete or cannot be written.
     """
-    paths, mask_file = run_paths(config), configured_mask(config)
+    paths = run_paths(config)
     if paths.export.resolve() == paths.hf.resolve():
         raise ConfigError("export.out", str(paths.export), "a folder other than model.hf", "The base model must stay as it is.")
     require_own(paths.export, STAMP, "export.out")
     require_writable(paths.export.parent, "export.out")
     reader = open_checked(paths.hf)
-    masks = verify(mask_file, paths.hf) if mask_file is not None else None
+    masks = configured_masks(config)
     if masks is not None:
+        check_strictly(masks, paths.hf)
         masks.check(pattern=Pattern.parse(config.pattern))
     weights = Path(config.export.weights) if config.export.weights else None
     export(paths.hf, paths.export, _weights(reader, paths.hf, weights), masks)
@@ -57,7 +58,8 @@ def export(hf_dir: Path, out: Path, tensors: Iterator[tuple[str, Tensor]], masks
         write_json(folder / STAMP, {"megamask": __version__, "mask": about})
 
     write_hf(out, tensors if masks is None else _masked_tensors(tensors, masks), hf_dir, finish=finish)
-    what = "dense" if masks is None else f"{masks.method} {masks.pattern} on {len(masks)} linears, mask file {_size(masks.path):,} bytes"
+    what = "dense" if masks is None else f"{masks.method} {masks.pattern} on {len(masks)} linears"
+    what += f", mask file {masks.size:,} bytes" if masks is not None and masks.path.is_file() else ""
     print(f"{out}: {what}; {_size(out):,} bytes written and verified")
 
 

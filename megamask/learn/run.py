@@ -12,7 +12,8 @@ from megamask import storage
 from megamask.config import Config, RunPaths, run_paths
 from megamask.data.batches import BatchPlan, check_batch
 from megamask.data.blend import blend_weights, train_dataset
-from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, MegamaskError
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, MegamaskError
+from megamask.learn.early import check_schedules, check_subject
 from megamask.learn.evaluation import mean_log_perplexity, monitor_windows, winner_perplexity
 from megamask.learn.monitor import Monitor
 from megamask.learn.optimizer import check_optimizer
@@ -61,10 +62,9 @@ def check_early(config: Config, paths: RunPaths) -> None:
     logits_per_group(Pattern.parse(config.pattern), config.learn.distribution)
     blend_weights(config)
     check_optimizer(config)
-    tau = config.learn.sampling.tau
-    if tau[1] > tau[0]:
-        raise ConfigError("learn.sampling.tau", list(tau), "a temperature that falls", "Write the larger one first.")
+    check_schedules(config.learn.sampling)
     storage.require_writable(paths.run_dir)
+    check_subject(config)
 
 
 class Run:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from megamask.config import Config, run_paths
 from megamask.data.shards import check_vocabulary
 from megamask.errors import ArtifactError
-from megamask.masks.file import MaskSet, load_masks
+from megamask.learn.prior import description, load_prior
 from megamask.model.build import attach_logits, build_model, prunable_linears
 from megamask.model.checkpoint import load_weights, read_note
 from megamask.model.loss import LanguageModel
@@ -22,7 +21,6 @@ from megamask.parallel.mesh import Mesh
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.prior import initial_noise, prior_bonus, unit
 from megamask.weights.architecture import Architecture, read_architecture
-from megamask.weights.table import linear_shapes
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +57,7 @@ def build_subject(config: Config, mesh: Mesh) -> Subject:
     linears = prunable_linears(model, config, arch)
     for name, linear in linears.items():
         linear.groups(pattern, name)
-    prior = load_prior(config, pattern, arch, fingerprint, linears)
+    prior = load_prior(config, arch, fingerprint)
     load_weights(model, weights)
     _refuse_sparse_weights(linears, pattern, arch, weights, mesh)
     switch = attach_logits(
@@ -67,27 +65,7 @@ def build_subject(config: Config, mesh: Mesh) -> Subject:
     )
     for name, linear in linears.items():
         _initialise(linear, config, mesh, None if prior is None else local_mask(prior, linear_rules(arch)[name], mesh))
-    return Subject(arch, pattern, fingerprint, model, linears, switch, prior.method if prior else None)
-
-
-def load_prior(config: Config, pattern: Pattern, arch: Architecture, fingerprint: str, linears: Iterable[str]) -> MaskSet | None:
-    """The prior mask file, checked against pattern, model and the linears to prune; None when ``learn.prior.mask`` is null.
-
-    Raises:
-        ArtifactError: missing, or made for another pattern, model or set of linears.
-    """
-    name = config.learn.prior.mask
-    if name is None:
-        return None
-    is_file = "/" in name or name.endswith(".safetensors")
-    masks = load_masks(name if is_file else run_paths(config).mask(name))
-    masks.check(pattern=pattern, shapes=linear_shapes(arch), fingerprint=fingerprint)
-    table = linear_rules(arch)
-    missing = [module for linear in linears for module in table[linear].modules if module not in masks]
-    if missing:
-        problem = f"has no mask for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        raise ArtifactError(masks.path, problem, "Prune with the same model.include and model.exclude.")
-    return masks
+    return Subject(arch, pattern, fingerprint, model, linears, switch, description(prior, config) if prior else None)
 
 
 @torch.no_grad()

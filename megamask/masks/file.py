@@ -72,14 +72,31 @@ class MaskSet(Mapping[str, Tensor]):
         """
         rows, columns = self.shape(name)
         groups = columns // self.pattern.m
-        words = self._handle.get_tensor(name)
         try:
-            if hashlib.sha256(words.tobytes()).hexdigest() != self.meta["tensors"][name]["sha256"]:
-                raise ValueError("the checksum does not match")
-            index = codec.unpack(words, rows * groups, self.pattern.num_candidates)
+            index = codec.unpack(self._words(name), rows * groups, self.pattern.num_candidates)
         except ValueError as error:
             raise ArtifactError(self.path, f"mask of {name} is corrupt: {error}", FIX) from None
         return torch.from_numpy(index.astype(np.int64)).view(rows, groups)
+
+    def _words(self, name: str) -> codec.Words:
+        words: codec.Words = self._handle.get_tensor(name)
+        if hashlib.sha256(words.tobytes()).hexdigest() != self.meta["tensors"][name]["sha256"]:
+            raise ArtifactError(self.path, f"mask of {name} is corrupt: the checksum does not match", FIX)
+        return words
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.path.stat().st_size
+
+    def check_whole(self) -> None:
+        """Compare every checksum, without decoding: what was written is still there.
+
+        Raises:
+            ArtifactError: the first mask that is corrupt.
+        """
+        for name in self:
+            self._words(name)
 
     def verify(self) -> None:
         """Decode every mask once.

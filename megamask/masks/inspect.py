@@ -1,4 +1,4 @@
-"""The verb inspect: verify a mask file strictly and say what is in it."""
+"""The verb inspect: verify a mask file, or a snapshot, strictly and say what is in it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from megamask.config import Config, run_paths
 from megamask.errors import ConfigError
 from megamask.masks.file import MaskSet, load_masks
+from megamask.masks.named import open_masks
 from megamask.weights.architecture import read_architecture
 from megamask.weights.fingerprint import fingerprint_hf
 from megamask.weights.table import linear_shapes
@@ -15,21 +16,23 @@ from megamask.weights.table import linear_shapes
 
 def run(config: Config) -> None:
     """Verify export.mask, or the learned mask of the run, against model.hf if that is there, and print a table."""
-    path = configured_mask(config)
-    if path is None:
-        raise ConfigError("export.mask", "dense", "a mask file", "There is nothing to inspect without a mask.")
     hf_dir = run_paths(config).hf
     known = (hf_dir / "config.json").exists()
-    masks = verify(path, hf_dir if known else None)
+    masks = configured_masks(config)
+    if masks is None:
+        raise ConfigError("export.mask", "dense", "a mask file", "There is nothing to inspect without a mask.")
+    check_strictly(masks, hf_dir if known else None)
     print(summary(masks))
-    print(f"{path}: valid" + (f", belongs to {hf_dir}" if known else f" (no model in {hf_dir} to compare with)"))
+    print(f"{masks.path}: valid" + (f", belongs to {hf_dir}" if known else f" (no model in {hf_dir} to compare with)"))
 
 
-def configured_mask(config: Config) -> Path | None:
-    """The mask file that export.mask names; None for ``dense``."""
-    if config.export.mask == "dense":
-        return None
-    return Path(config.export.mask) if config.export.mask else run_paths(config).mask("learned")
+def configured_masks(config: Config) -> MaskSet | None:
+    """The masks that export.mask names; None for ``dense``.
+
+    Raises:
+        ArtifactError: missing or torn.
+    """
+    return None if config.export.mask == "dense" else open_masks(config.export.mask or "learned", config)
 
 
 def verify(path: Path | str, hf_dir: Path | str | None = None) -> MaskSet:
@@ -39,28 +42,36 @@ def verify(path: Path | str, hf_dir: Path | str | None = None) -> MaskSet:
         ArtifactError: what is wrong.
     """
     masks = load_masks(path)
+    check_strictly(masks, hf_dir)
+    return masks
+
+
+def check_strictly(masks: MaskSet, hf_dir: Path | str | None = None) -> None:
+    """Decode every mask; with ``hf_dir``, also check names, shapes and fingerprint against that model.
+
+    Raises:
+        ArtifactError: what is wrong.
+    """
     if hf_dir is not None:
         masks.check(shapes=linear_shapes(read_architecture(Path(hf_dir))))
         masks.check(fingerprint=fingerprint_hf(Path(hf_dir)))
     masks.verify()
-    return masks
 
 
 def summary(masks: MaskSet) -> str:
     """Name-value lines: method, pattern, density, linears, bits per weight, size, base model."""
     weights = sum(math.prod(masks.shape(name)) for name in masks)
-    size = masks.path.stat().st_size
     facts = {
         "method": masks.method,
         "pattern": f"{masks.pattern} ({masks.pattern.num_candidates} candidates a group)",
         "density": f"{masks.pattern.density:.4g}",
         "linears": f"{len(masks)}",
         "weights": f"{weights:,}",
-        "bits per weight": f"{8 * size / weights:.3f}" if weights else "-",
-        "size": f"{size:,} bytes",
+        "bits per weight": f"{8 * masks.size / weights:.3f}" if weights else "-",
+        "size": f"{masks.size:,} bytes",
         "base model": masks.fingerprint[:12],
         "data": masks.meta.get("data"),
         "evaluation": masks.meta.get("evaluation"),
-        "written by": f"megamask {masks.meta['megamask']}",
+        "written by": f"megamask {masks.meta['megamask']}" if "megamask" in masks.meta else None,
     }
     return "\n".join(f"{name:<16} {value}" for name, value in facts.items() if value is not None)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from megamask.masks.file import MaskSet, load_masks
+from megamask.masks.file import MaskSet
 
 _LAYER = re.compile(r"^(?:.*\.)?(\d+)\.(?:.*\.)?([^.]+)$")  # model.layers.3.mlp.down_proj -> 3, down_proj
 
@@ -33,14 +32,18 @@ class LayerTable:
     difference_KL: list[list[float]] | None
 
 
-def read_layers(path: Path, prior: Path | None) -> LayerTable:
-    """Read a mask file, and the prior mask to compare it with, one linear at a time.
+def places_of(names: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Kind and layer of the linears that lie in one: ``model.layers.3.mlp.down_proj`` is (down_proj, 3)."""
+    return {name: (where[2], int(where[1])) for name in names if (where := _LAYER.match(name))}
+
+
+def read_layers(masks: MaskSet, priors: MaskSet | None) -> LayerTable:
+    """Read masks, and the prior masks to compare them with, one linear at a time.
 
     Raises:
-        ArtifactError: a file is not a mask file.
+        ArtifactError: a mask is corrupt.
     """
-    masks, priors = load_masks(path), load_masks(prior) if prior else None
-    places = {name: (where[2], int(where[1])) for name in masks if (where := _LAYER.match(name))}
+    places = places_of(masks)
     kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
     layers = max((layer for _, layer in places.values()), default=-1) + 1
     difference = {places[name]: share_that_differs(masks, priors, name) for name in places} if priors is not None else None

@@ -158,20 +158,34 @@ def layers_picture(table: LayerTable) -> Figure:
         if table.difference_KL is not None:
             lowest = figure.add_subplot(grid[1], sharex=above)
             above.tick_params(labelbottom=False)
-            _heat_map(figure, lowest, table.kinds, table.difference_KL)
-        step = max(1, table.layers // 16)
-        lowest.set_xticks(range(0, table.layers, step))
-        lowest.set_xlim(-0.5, table.layers - 0.5)
-        lowest.set_xlabel("layer")
+            _heat_map(figure, lowest, table.kinds, table.difference_KL, "Groups that differ from the prior mask")
+        _layer_axis(lowest, table.layers)
     return figure
 
 
-def _heat_map(figure: Figure, axes: Axes, kinds: list[str], difference_KL: list[list[float]]) -> None:
+def difference_picture(kinds: list[str], difference_KL: list[list[float]], title: str) -> Figure:
+    """Shares that differ between two masks, linear kinds x layers; nan where there is nothing to compare."""
+    layers = len(difference_KL[0])
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(3.2 + 0.24 * max(12, layers), 1.2 + 0.36 * len(kinds)), layout="constrained")
+        axes = figure.add_subplot()
+        _heat_map(figure, axes, kinds, difference_KL, title)
+        _layer_axis(axes, layers)
+    return figure
+
+
+def _layer_axis(axes: Axes, layers: int) -> None:
+    axes.set_xticks(range(0, layers, max(1, layers // 16)))
+    axes.set_xlim(-0.5, layers - 0.5)
+    axes.set_xlabel("layer")
+
+
+def _heat_map(figure: Figure, axes: Axes, kinds: list[str], difference_KL: list[list[float]], title: str) -> None:
     shares = np.ma.masked_invalid(np.array(difference_KL))
     axes.set_facecolor("#dddddd")
     image = axes.imshow(shares, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0)
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_title("Groups that differ from the prior mask" + (" (grey: not compared)" if shares.mask.any() else ""), loc="left")
+    axes.set_title(title + (" (grey: not compared)" if shares.mask.any() else ""), loc="left")
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, format=PercentFormatter(1.0))
     bar.outline.set_visible(False)
 

@@ -12,7 +12,8 @@ import yaml
 
 from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError
-from megamask.masks.file import load_masks
+from megamask.masks.file import MaskSet, load_masks
+from megamask.masks.named import open_masks
 from megamask.storage import read_json
 
 Record = dict[str, Any]
@@ -26,7 +27,7 @@ class RunData:
         train, evaluations: records of ``metrics.jsonl``, one a step, in order of steps.
         results: ``results.json`` ({} if not there).
         masks: method -> mask file.
-        prior: the mask file learning started from, if it is known and there.
+        prior: the masks learning started from, if they are known and there.
         settings: the resolved settings, as YAML.
         versions: what the learning run was made with ({} if it did not say).
         seeds: the seeds of the settings.
@@ -36,7 +37,7 @@ class RunData:
     evaluations: list[Record] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, Path] = field(default_factory=dict)
-    prior: Path | None = None
+    prior: MaskSet | None = None
     settings: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
@@ -63,7 +64,7 @@ def read_run(config: Config) -> RunData:
         evaluations=[record for record in records if record["kind"] == "evaluation"],
         results=results,
         masks=masks,
-        prior=_prior_path(config, masks),
+        prior=_prior(config),
         settings=written.read_text() if written.exists() else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         versions=read_json(versions, "Run the verb learn again.") if versions.exists() else {},
         seeds={"seed": config.seed, "calibration.seed": config.calibration.seed},
@@ -107,10 +108,9 @@ def _flatten(key: str, value: Any, flat: dict[str, str]) -> None:
         flat[key] = value if isinstance(value, str) else json.dumps(value)
 
 
-def _prior_path(config: Config, masks: dict[str, Path]) -> Path | None:
+def _prior(config: Config) -> MaskSet | None:
     name = config.learn.prior.mask
-    if name is None:
+    try:
+        return None if name is None else open_masks(name, config)
+    except ArtifactError:  # it may have been deleted since
         return None
-    if name in masks:
-        return masks[name]
-    return Path(name) if Path(name).is_file() else None

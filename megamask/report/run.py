@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from megamask.config import Config, run_paths
+from megamask.masks.file import load_masks
 from megamask.report.html import Picture, render_report
 from megamask.report.layers import read_layers
 from megamask.report.pictures import layers_picture, loss_picture, mask_picture, methods_picture, perplexity_picture, save
@@ -44,7 +45,7 @@ def draw_pictures(config: Config, data: RunData, folder: Path) -> Sequence[Pictu
     has_perplexity = bool(data.results.get("perplexity"))
 
     def layers() -> Figure:
-        return layers_picture(read_layers(data.masks["learned"], data.prior))
+        return layers_picture(read_layers(load_masks(data.masks["learned"]), data.prior))
 
     def picture(section: str, name: str, is_there: bool, draw: Callable[[], Figure], title: str, caption: str, verb: str) -> Picture:
         path = folder / f"{name}.png"

@@ -58,15 +58,18 @@ def format_table(results: dict[str, Any]) -> str:
         results: what ``results.json`` holds: ``{"perplexity": {method: {domain: value}}, "protocol": …, "seconds": …, "density": …,
             "mask_bytes": …}``; all but the perplexity may be missing.
     """
-    header, rows = table_cells(results)
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [_line(header, widths), _line(rule, widths), *(_line(row, widths) for row in rows)]
     notes = [
         ("Protocol", format_protocol(results.get("protocol", {}))),
         ("Seconds", format_stages(results)),
     ]
-    return "\n".join([*lines, *(f"\n{title}: {text}" for title, text in notes if text)])
+    return "\n".join([*aligned(*table_cells(results)), *(f"\n{title}: {text}" for title, text in notes if text)])
+
+
+def aligned(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, the first column to the left, the others to the right."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [_line(header, widths), _line(rule, widths), *(_line(row, widths) for row in rows)]
 
 
 def format_protocol(protocol: dict[str, Any]) -> str:

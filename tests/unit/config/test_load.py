@@ -105,7 +105,7 @@ def test_overrides_are_yaml_values() -> None:
         ("learn.steps=many", "learn.steps", "integer"),
         ("dtype=fp16", "dtype", "'bf16' or 'fp32'"),
         ("learn.preset=maskllmm", "learn.preset", "'maskllm'"),
-        ("learn.sampling.tau=[4, 0]", "learn.sampling.tau.1", "greater than 0"),
+        ("learn.sampling.tau=[4, 0]", "learn.sampling.tau", "greater than 0"),
         ("data.domains.code.kind=wikipedia", "data.domains.code.kind", "'stdlib'"),
         ("learn=3", "learn", "LearnSection"),
         ("learn.steps", "learn.steps", "key.sub=value"),

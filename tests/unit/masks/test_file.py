@@ -11,7 +11,6 @@ from safetensors.numpy import load_file, save_file
 
 import megamask
 from megamask.errors import ArtifactError
-from megamask.masks.compare import disagreement
 from megamask.masks.file import _header_digest, load_masks, save_masks
 from megamask.sparsity.pattern import Pattern
 
@@ -169,17 +168,3 @@ def test_check_names_what_does_not_fit(path):
     ]:
         with pytest.raises(ArtifactError, match=message):
             masks.check(**arguments)
-
-
-def test_disagreement_is_the_share_of_groups(path, tmp_path):
-    masks = random_masks(P24)
-    changed = {name: mask.clone() for name, mask in masks.items()}
-    changed[UP][0] = ~changed[UP][0]  # the complement of a 2:4 group is another 2:4 group: 4 of 24 groups
-    save_masks(tmp_path / "b.safetensors", changed, P24, fingerprint="f" * 64, method="b")
-    a, b = load_masks(path), load_masks(tmp_path / "b.safetensors")
-    assert disagreement(a, b) == {UP: pytest.approx(4 / 24), "model.layers.0.mlp.down_proj": 0.0}
-    save_masks(tmp_path / "c.safetensors", {UP: masks[UP]}, P24, fingerprint="f" * 64, method="c")
-    save_masks(tmp_path / "d.safetensors", masks, P24, fingerprint="0", method="d")
-    for other in ("c", "d"):
-        with pytest.raises(ArtifactError):
-            disagreement(a, load_masks(tmp_path / f"{other}.safetensors"))

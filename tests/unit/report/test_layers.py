@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from megamask.masks.file import save_masks
+from megamask.masks.file import load_masks, save_masks
 from megamask.report.layers import read_layers
 from megamask.report.pictures import running_median, spread
 from megamask.sparsity.pattern import Pattern
@@ -25,7 +25,7 @@ def test_density_and_difference_by_layer_and_kind(tmp_path: Path) -> None:
     del learned["model.layers.1.self_attn.q_proj"]
     save_masks(tmp_path / "a.safetensors", learned, pattern, fingerprint="f", method="learned")
     save_masks(tmp_path / "b.safetensors", prior, pattern, fingerprint="f", method="sparsegpt")
-    table = read_layers(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    table = read_layers(*(load_masks(tmp_path / f"{name}.safetensors") for name in "ab"))
 
     rows = zip(learned["model.layers.2.mlp.down_proj"].tolist(), prior["model.layers.2.mlp.down_proj"].tolist(), strict=True)
     differ = [row[i : i + 4] != other[i : i + 4] for row, other in rows for i in range(0, 24, 4)]
@@ -35,14 +35,14 @@ def test_density_and_difference_by_layer_and_kind(tmp_path: Path) -> None:
     assert table.difference_KL[0][0] == table.difference_KL[0][2] == 0 and math.isnan(table.difference_KL[0][1])
     # a float32 mean against a Python one
     assert table.difference_KL[1] == [0, 0, pytest.approx(sum(differ) / len(differ), rel=1e-6)] and sum(differ) > 0
-    assert read_layers(tmp_path / "a.safetensors", None).difference_KL is None
+    assert read_layers(load_masks(tmp_path / "a.safetensors"), None).difference_KL is None
 
 
 def test_another_pattern_cannot_be_compared(tmp_path: Path) -> None:
     for name, pattern in (("a", Pattern(2, 4)), ("b", Pattern(4, 8))):
         masks = {"model.layers.0.mlp.up_proj": pattern.best(torch.arange(32.0).view(4, 8))}
         save_masks(tmp_path / f"{name}.safetensors", masks, pattern, fingerprint="f", method="m")
-    table = read_layers(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    table = read_layers(*(load_masks(tmp_path / f"{name}.safetensors") for name in "ab"))
     assert table.difference_KL is not None and math.isnan(table.difference_KL[0][0])
 
 
