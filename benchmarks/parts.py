@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,7 +61,7 @@ def time_parts(lab: Lab, parts: Parts) -> Iterator[None]:
     begin = now(parts.device)
     with ExitStack() as stack:
         for owner, attribute, name in _functions(lab):
-            stack.enter_context(patch.object(owner, attribute, parts.timed(name, getattr(owner, attribute))))
+            stack.enter_context(patch.object(owner, attribute, parts.timed(name, _at_once(getattr(owner, attribute)))))
         stack.enter_context(patch.object(BatchPlan, "micro_batches", _timed_batches(parts)))
         stack.callback(_time_vocabulary(lab.subject.model, parts))
         yield
@@ -72,15 +73,28 @@ def time_parts(lab: Lab, parts: Parts) -> Iterator[None]:
 def _functions(lab: Lab) -> list[tuple[Any, str, str]]:
     learner = lab.learner
     assert learner is not None
-    linear = next(iter(lab.subject.linears.values()))
-    backend = backend_by_name(linear.backend, linear.site.distribution)
     return [
-        (backend, "forward", "sampling forward"),
-        (backend, "backward", "sampling backward"),
+        *_sampling(lab, learner.draws_once),
         (step_module, "gradient_norm", "clipping"),
         (learner.optimizer, "step", "optimizer"),
         (learner.ddp, "finish_grad_sync", "gradient buffers"),
     ]
+
+
+def _sampling(lab: Lab, draws_once: bool) -> list[tuple[Any, str, str]]:
+    """One layer after the other, or all of them together: several at a time may be at work then."""
+    if draws_once:
+        return [(step_module, "begin_step", "sampling forward"), (step_module, "end_step", "sampling backward")]
+    linear = next(iter(lab.subject.linears.values()))
+    backend = backend_by_name(linear.backend, linear.site.distribution)
+    return [(backend, "forward", "sampling forward"), (backend, "backward", "sampling backward")]
+
+
+def _at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``; what it would yield one by one, it returns as a list."""
+    if not inspect.isgeneratorfunction(function):
+        return function
+    return lambda *args, **kwargs: list(function(*args, **kwargs))
 
 
 def _timed_batches(parts: Parts) -> Callable[..., Any]:
