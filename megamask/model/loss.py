@@ -1,14 +1,19 @@
-"""A GPTModel whose vocabulary may be padded, and its language-model loss."""
+"""A GPTModel whose vocabulary may be padded, and what is learned from its outputs: the text, the dense model, or both."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 
+from megamask.config.tree import LossSection
+from megamask.model.distillation import Distillation
 from megamask.model.vocabulary import CrossEntropy, Objective, VocabularyShard, fused_loss
+from megamask.parallel.linear import MaskSwitch
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
@@ -16,19 +21,29 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
 
     shard: VocabularyShard
 
-    def losses(self, hidden_SBH: torch.Tensor, objective: Objective) -> torch.Tensor:
-        """The objective's loss of every token, (B, S) fp32, from the last layer's output; with sequence parallel, this rank's part of S.
+    def losses(self, hidden_SBH: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, ...]:
+        """The objective's loss of every token, and what else it measured, (B, S) fp32 each.
 
-        The objective's tokens are S x B, in that order.
+        From the last layer's output; with sequence parallel, this rank's part of S. The objective's tokens are S x B, in that order.
         """
-        if self.config.sequence_parallel:  # backward: sums the ranks' gradients, each keeps its part
-            hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)
-        else:
-            hidden_SBH = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH)
+        hidden_SBH = self.whole(hidden_SBH)
+        found = fused_loss(hidden_SBH.flatten(0, 1), self.head_VH, self.shard, objective)
+        return tuple(one.view(hidden_SBH.shape[:2]).t().contiguous() for one in found)
+
+    def whole(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """Hidden states of all of S, as the head of this rank sees them; backward, the ranks' gradients are summed."""
+        if self.config.sequence_parallel:
+            whole_SBH: torch.Tensor = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)  # backward: each keeps its part
+            return whole_SBH
+        same_SBH: torch.Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH)
+        return same_SBH
+
+    @property
+    def head_VH(self) -> torch.Tensor:
+        """This rank's rows of the vocabulary matrix, with those that pad."""
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        losses = fused_loss(hidden_SBH.flatten(0, 1), weight, self.shard, objective)
-        return losses.view(hidden_SBH.shape[:2]).t().contiguous()
+        weight: torch.Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
 
     @torch.no_grad()
     def clear_padding(self) -> None:
@@ -37,23 +52,87 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
             if layer.weight is not None:
                 layer.weight[self.shard.real :] = 0
 
-    def _postprocess(self, *, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, **rest: Any) -> torch.Tensor:
-        """Megatron's seam after the last layer (called by keyword from 0.14 on): with labels, the fused loss; without, its own logits."""
+    def _postprocess(self, *, hidden_states: torch.Tensor, labels: Any = None, **rest: Any) -> Any:
+        """Megatron's seam after the last layer (called by keyword from 0.14 on): without labels, its own logits.
+
+        Labels (B, S) give the fused loss. Labels that are a ``Reading`` give whatever that makes of the hidden states.
+        """
         if labels is None or not self.post_process:
-            output: torch.Tensor = super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
-            return output
-        return self.losses(hidden_states, CrossEntropy(labels.t().flatten(), self.shard))
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+        if isinstance(labels, torch.Tensor):
+            return self.losses(hidden_states, CrossEntropy(labels.t().flatten(), self.shard))[0]
+        return labels(self, hidden_states)
+
+
+Reading = Callable[[LanguageModel, torch.Tensor], Any]  # of hidden states (S, B, H) after the last norm, within the model's forward pass
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """What a model makes of every target, (B, S) fp32 nats, equal on all TP ranks.
+
+    Attributes:
+        objective: what is minimised, differentiable.
+        lm: cross entropy.
+        kd: divergence from the dense model, with its temperature's square; None where it takes no part.
+    """
+
+    objective: torch.Tensor
+    lm: torch.Tensor
+    kd: torch.Tensor | None = None
+
+
+def objective_losses(
+    model: Any,
+    tokens_BS: torch.Tensor,
+    labels_BS: torch.Tensor,
+    settings: LossSection,
+    switch: MaskSwitch,
+    teacher_SBH: torch.Tensor | None = None,
+) -> TokenLosses:
+    """The losses of every target under ``learn.loss``. ``model`` may be wrapped for DDP.
+
+    Args:
+        switch: of the model's masks, which are as they should be; a teacher runs without them.
+        teacher_SBH: ``dense_hidden`` of the same tokens, where it is at hand; None makes it where it is needed.
+    """
+    if settings.kind == "lm":
+        losses = token_losses(model, tokens_BS, labels_BS)
+        return TokenLosses(losses, losses.detach())
+    dense_SBH = dense_hidden(model, tokens_BS, switch) if teacher_SBH is None else teacher_SBH
+
+    def compare(inner: LanguageModel, hidden_SBH: torch.Tensor) -> TokenLosses:
+        teacher_TH, weight_VH = inner.whole(dense_SBH).flatten(0, 1), inner.head_VH[: inner.shard.real]
+        share = settings.share if settings.kind == "mix" else 1.0
+        labels_T = labels_BS.t().flatten()
+        objective = Distillation(labels_T, teacher_TH, weight_VH, inner.shard, settings.temperature, settings.top_k, share)
+        return TokenLosses(*inner.losses(hidden_SBH, objective))
+
+    found: TokenLosses = _read(model, tokens_BS, compare)
+    return found
+
+
+@torch.no_grad()
+def dense_hidden(model: Any, tokens_BS: torch.Tensor, switch: MaskSwitch) -> torch.Tensor:
+    """Hidden states of the model without masks, after the last norm: (S, B, H); with sequence parallel, this rank's part of S."""
+    with switch.without_masks():
+        hidden_SBH: torch.Tensor = _read(model, tokens_BS, lambda _, hidden_SBH: hidden_SBH)
+    return hidden_SBH
 
 
 def token_losses(model: Any, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
     """Cross entropy of every target, (B, S) fp32 nats, equal on all TP ranks. ``model`` may be wrapped for DDP."""
-    losses: torch.Tensor = model(input_ids=tokens_BS, position_ids=positions(tokens_BS), attention_mask=None, labels=labels_BS)
+    losses: torch.Tensor = _read(model, tokens_BS, labels_BS)
     return losses
+
+
+def _read(model: Any, tokens_BS: torch.Tensor, labels: torch.Tensor | Reading | None = None) -> Any:
+    return model(input_ids=tokens_BS, position_ids=positions(tokens_BS), attention_mask=None, labels=labels)
 
 
 def full_logits(model: LanguageModel, tokens_BS: torch.Tensor, vocab: int) -> torch.Tensor:
     """All logits on every rank, (B, S, V): for comparisons, not for learning."""
-    local = model(input_ids=tokens_BS, position_ids=positions(tokens_BS), attention_mask=None)
+    local = _read(model, tokens_BS)
     whole: torch.Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(local)
     return whole[..., :vocab]
 

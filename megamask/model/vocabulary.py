@@ -8,15 +8,15 @@ Shapes: T tokens, V this rank's rows of the vocabulary, H hidden, P ranks that s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# (logits_TV, which tokens they belong to, whether to overwrite them with d loss / d logits) -> loss_T fp32
-Objective = Callable[[torch.Tensor, slice, bool], torch.Tensor]
+# (logits_TV, which tokens they belong to, whether to overwrite them with d loss / d logits) -> loss_T fp32, and what else was measured
+Objective = Callable[[torch.Tensor, slice, bool], tuple[torch.Tensor, ...]]
 
 CHUNK_BYTES = 256 << 20  # of fp32 logits of one chunk
 CPU_CHUNK = 512  # tokens; a CPU's matmuls gain nothing from more, and lose from less
@@ -40,49 +40,51 @@ class CrossEntropy:
     labels_T: torch.Tensor
     shard: VocabularyShard
 
-    def __call__(self, logits_TV: torch.Tensor, tokens: slice, gradient: bool) -> torch.Tensor:
+    def __call__(self, logits_TV: torch.Tensor, tokens: slice, gradient: bool) -> tuple[torch.Tensor]:
         """Losses of these tokens, (T,) fp32; with ``gradient``, d loss / d logits in place of the logits."""
         labels_T = self.labels_T[tokens]
         blocks = pieces(len(labels_T), block_size(self.shard, logits_TV.device))
         space = torch.empty_like(logits_TV[blocks[0]], dtype=torch.float32)
-        return torch.cat([cross_entropy_(logits_TV[block], labels_T[block], self.shard, gradient, space) for block in blocks])
+        return (torch.cat([cross_entropy_(logits_TV[block], labels_T[block], self.shard, gradient, space) for block in blocks]),)
 
 
-def fused_loss(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, shard: VocabularyShard, objective: Objective) -> torch.Tensor:
-    """The objective's loss of every token, (T,) fp32, differentiable by the hidden states.
+def fused_loss(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, shard: VocabularyShard, objective: Objective) -> tuple[torch.Tensor, ...]:
+    """The objective's loss of every token, (T,) fp32, differentiable by the hidden states, and what else it measured of each, which is not.
 
     Args:
         hidden_TH: in the compute dtype. Its gradient is this rank's share: to be summed over the ranks that hold other rows.
         weight_VH: this rank's rows, frozen; those that pad are not read.
         shard: which rows these are.
-        objective: turns the logits of real rows into losses, and into the gradient at the logits.
+        objective: turns the logits of real rows into losses, and into their gradient at the logits.
     """
     assert not weight_VH.requires_grad, "the head is frozen: its gradient is never made"
     chunks = pieces(len(hidden_TH), chunk_size(shard, hidden_TH.device))
     gradient = torch.is_grad_enabled() and hidden_TH.requires_grad
-    losses: torch.Tensor = _FusedLoss.apply(hidden_TH, weight_VH[: shard.real], objective, chunks, gradient)
-    return losses
+    found: tuple[torch.Tensor, ...] = _FusedLoss.apply(hidden_TH, weight_VH[: shard.real], objective, chunks, gradient)
+    return found
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, objective: Objective, chunks: list[slice], gradient: bool
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, ...]:
         logits = hidden_TH.new_empty(chunks[0].stop, len(weight_VH))  # one buffer: fresh pages cost a CPU as much as the matmul
-        losses = hidden_TH.new_empty(len(hidden_TH), dtype=torch.float32)
+        found = []
         grad_TH = torch.empty_like(hidden_TH) if gradient else None
         for tokens in chunks:
             logits_TV = torch.mm(hidden_TH[tokens], weight_VH.t(), out=logits[: tokens.stop - tokens.start])
-            losses[tokens] = objective(logits_TV, tokens, gradient)
+            found.append(objective(logits_TV, tokens, gradient))
             if grad_TH is not None:
                 torch.mm(logits_TV, weight_VH, out=grad_TH[tokens])
+        losses, *measured = map(torch.cat, zip(*found, strict=True))
         ctx.save_for_backward(grad_TH)
-        return losses
+        ctx.mark_non_differentiable(*measured)
+        return losses, *measured
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream_T: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream_T: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None, None]:
         (grad_TH,) = ctx.saved_tensors
         return (grad_TH * upstream_T[:, None]).to(grad_TH.dtype), None, None, None, None
 
@@ -94,9 +96,11 @@ def chunk_size(shard: VocabularyShard, device: torch.device) -> int:
     return min(tokens, CPU_CHUNK) if device.type == "cpu" else tokens
 
 
-def block_size(shard: VocabularyShard, device: torch.device) -> int:
-    """Tokens whose losses are computed together: all of a chunk, except on a CPU."""
-    return max(CPU_BLOCK_BYTES // (4 * shard.rows), 1) if device.type == "cpu" else chunk_size(shard, device)
+def block_size(shard: VocabularyShard, device: torch.device, buffers: int = 1) -> int:
+    """Tokens whose losses are computed together in so many fp32 buffers: all of a chunk over their number, on a CPU fewer."""
+    if device.type == "cpu":
+        return max(CPU_BLOCK_BYTES // (4 * shard.rows * buffers), 1)
+    return max(chunk_size(shard, device) // buffers, 1)
 
 
 def pieces(total: int, size: int) -> list[slice]:
@@ -136,10 +140,17 @@ def _over_ranks(
     that turn this rank's exponentials into probabilities."""
     if shard.group is None or shard.group.size() == 1:
         return sum_T.log() - (label_T - top_T), 1 / sum_T
-    mine = torch.cat([top_T, sum_T, label_T])
-    every = mine.new_empty(shard.group.size() * len(mine))
-    dist.all_gather_into_tensor(every, mine, group=shard.group)
-    tops_PT, sums_PT, labels_PT = every.view(shard.group.size(), 3, -1).unbind(1)
+    tops_PT, sums_PT, labels_PT = from_ranks([top_T, sum_T, label_T], shard).unbind(1)
     whole_T = tops_PT.amax(0)
     total_T = (sums_PT * (tops_PT - whole_T).exp()).sum(0)
     return total_T.log() - (labels_PT.sum(0) - whole_T), (top_T - whole_T).exp() / total_T
+
+
+def from_ranks(mine: Sequence[torch.Tensor], shard: VocabularyShard) -> torch.Tensor:
+    """N numbers a token (T,) from every rank that holds part of the vocabulary, (P, N, T), the same on each; one collective."""
+    stacked, size = torch.stack(list(mine)), shard.group.size() if shard.group else 1
+    if shard.group is None or size == 1:
+        return stacked[None]
+    every = stacked.new_empty(size * len(stacked), *stacked.shape[1:])
+    dist.all_gather_into_tensor(every, stacked, group=shard.group)
+    return every.view(size, *stacked.shape)

@@ -51,7 +51,7 @@ def answer(function: Callable[[torch.Tensor], torch.Tensor], hidden_TH: torch.Te
 
 def fused(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, upstream_T: torch.Tensor) -> Answer:
     shard = whole(weight_VH)
-    return answer(lambda leaf: fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard)), hidden_TH, upstream_T)
+    return answer(lambda leaf: fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard))[0], hidden_TH, upstream_T)
 
 
 def separate(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, upstream_T: torch.Tensor) -> Answer:
@@ -117,7 +117,7 @@ def test_padding_is_not_read() -> None:
     hidden_TH, weight_VH, labels_T, upstream_T = inputs(37)
     padded_VH = torch.cat([weight_VH, torch.full((3, HIDDEN), torch.nan)])
     shard = VocabularyShard(0, VOCAB, VOCAB + 3)
-    found = answer(lambda leaf: fused_loss(leaf, padded_VH, shard, CrossEntropy(labels_T, shard)), hidden_TH, upstream_T)
+    found = answer(lambda leaf: fused_loss(leaf, padded_VH, shard, CrossEntropy(labels_T, shard))[0], hidden_TH, upstream_T)
     for one, other in zip(found, fused(hidden_TH, weight_VH, labels_T, upstream_T), strict=True):
         assert torch.equal(one, other)
     unaware = fused(hidden_TH, padded_VH, labels_T, upstream_T)
@@ -131,20 +131,20 @@ def test_without_need_no_gradient_is_made(grad_mode: bool) -> None:
     shard, asked = whole(weight_VH), []
     objective = CrossEntropy(labels_T, shard)
 
-    def spy(logits_TV: torch.Tensor, tokens: slice, gradient: bool) -> torch.Tensor:
+    def spy(logits_TV: torch.Tensor, tokens: slice, gradient: bool) -> tuple[torch.Tensor, ...]:
         asked.append(gradient)
         return objective(logits_TV, tokens, gradient)
 
     with torch.set_grad_enabled(grad_mode):
-        losses = fused_loss(hidden_TH.requires_grad_(not grad_mode), weight_VH, shard, spy)
+        (losses,) = fused_loss(hidden_TH.requires_grad_(not grad_mode), weight_VH, shard, spy)
     assert asked == [False] * 3 and not losses.requires_grad
-    assert torch.equal(losses, fused_loss(hidden_TH.detach().requires_grad_(), weight_VH, shard, objective))
+    assert torch.equal(losses, fused_loss(hidden_TH.detach().requires_grad_(), weight_VH, shard, objective)[0])
 
 
 def test_a_retained_graph_gives_the_same_twice() -> None:
     hidden_TH, weight_VH, labels_T, upstream_T = inputs(37)
     leaf, shard = hidden_TH.requires_grad_(), whole(weight_VH)
-    losses = fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard))
+    (losses,) = fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard))
     first, second = (torch.autograd.grad(losses, leaf, upstream_T, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -170,6 +170,6 @@ def largest_kept(function: Callable[[], torch.Tensor]) -> int:
 def test_nothing_of_tokens_times_vocabulary_stays() -> None:
     hidden_TH, weight_VH, labels_T, _ = inputs(200)
     leaf, shard = hidden_TH.requires_grad_(), whole(weight_VH)
-    assert largest_kept(lambda: fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard))) == 200 * HIDDEN
+    assert largest_kept(lambda: fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard))[0]) == 200 * HIDDEN
     separate_kept = largest_kept(lambda: F.cross_entropy(F.linear(leaf, weight_VH), labels_T, reduction="none"))
     assert separate_kept >= 200 * VOCAB
