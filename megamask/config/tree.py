@@ -191,6 +191,7 @@ class LearnSection(Section):
     prior: PriorSection = PriorSection()
     state: StateSection = StateSection()
     optimizer: OptimizerSection = OptimizerSection()
+    maskpro: MaskProSection = MaskProSection()
     loss: LossSection = LossSection()
     weight_norm: WeightNormSection = WeightNormSection()
     snapshot: SnapshotSection = SnapshotSection()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,8 @@ from megamask.data.blend import blend_weights, train_dataset
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, MegamaskError
 from megamask.learn.early import check_schedules, check_subject
 from megamask.learn.evaluation import mean_log_perplexity, monitor_windows, winner_perplexity
+from megamask.learn.maskpro import MaskPro, check_maskpro
+from megamask.learn.maskpro_data import Reused
 from megamask.learn.monitor import Monitor
 from megamask.learn.optimizer import check_optimizer
 from megamask.learn.provenance import write_provenance
@@ -34,6 +37,7 @@ from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 
 log = logging.getLogger(__name__)
+LEARNERS: dict[str, type[Learner] | type[MaskPro]] = {"gumbel": Learner, "maskpro": MaskPro}
 
 
 def run(config: Config) -> int:
@@ -61,10 +65,22 @@ def check_early(config: Config, paths: RunPaths) -> None:
     check_batch(config.learn.global_batch, config.learn.micro_batch, world_size() // config.parallel.tp)
     logits_per_group(Pattern.parse(config.pattern), config.learn.distribution)
     blend_weights(config)
-    check_optimizer(config)
-    check_schedules(config.learn.sampling)
+    if config.learn.learner == "maskpro":
+        check_maskpro(config)
+    else:
+        check_optimizer(config)
+        check_schedules(config.learn.sampling)
     storage.require_writable(paths.run_dir)
     check_subject(config)
+
+
+def learning_samples(config: Config) -> Any:
+    """The samples by number, in the order of learning."""
+    learn = config.learn
+    count, whole = learn.maskpro.samples, learn.steps * learn.global_batch
+    if learn.learner == "gumbel":
+        return train_dataset(config, whole, config.data.seq_length, config.seed)
+    return Reused(train_dataset(config, count or whole, config.data.seq_length, config.seed), count, config.seed)
 
 
 class Run:
@@ -74,14 +90,13 @@ class Run:
         self.config, self.mesh, self.paths = config, mesh, paths
         learn = config.learn
         self.windows = monitor_windows(config)
-        dataset = train_dataset(config, learn.steps * learn.global_batch, config.data.seq_length, config.seed)
-        self.plan = BatchPlan(dataset, learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)
+        self.plan = BatchPlan(learning_samples(config), learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)
         if mesh.device.type == "cuda":
             free, name = torch.cuda.mem_get_info(mesh.device)[0], torch.cuda.get_device_name(mesh.device)
             check_free(config, read_architecture(paths.weights), mesh.dp, free, name)
         self.subject = build_subject(config, mesh)
         self.survey = Survey(self.subject, mesh, learn.state.movement)
-        self.learner = Learner(config, mesh, self.subject)
+        self.learner = LEARNERS[learn.learner](config, mesh, self.subject)
         self.snapshots = Snapshots(paths.learn / "snapshots", config, mesh, self.subject, self.learner)
         self.progress = self.snapshots.restore()
         if self.progress.step:
@@ -169,6 +184,7 @@ class Run:
     def _mask_data(self) -> dict[str, object]:
         tokens = self.progress.step * self.config.learn.global_batch * self.config.data.seq_length
         learnt = {"tokens": tokens, "seconds": round(self.monitor.seconds, 1), "prior": self.subject.prior_method}
+        learnt["learner"] = self.config.learn.learner
         return {"blend": blend_weights(self.config), "seq_length": self.config.data.seq_length, **learnt}
 
     def _announce(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from megamask import storage
 from megamask.config import Config
 from megamask.errors import ArtifactError, ConfigError
+from megamask.learn.maskpro import MaskPro
 from megamask.learn.setup import Subject
 from megamask.learn.step import Learner
 from megamask.model.checkpoint import NOTE, load_sharded, save_sharded, sharded_state
@@ -36,7 +37,7 @@ class Progress:
 class Snapshots:
     """The snapshots of one run, in ``folder``/step-NNNNNNNN."""
 
-    def __init__(self, folder: Path, config: Config, mesh: Mesh, subject: Subject, learner: Learner) -> None:
+    def __init__(self, folder: Path, config: Config, mesh: Mesh, subject: Subject, learner: Learner | MaskPro) -> None:
         self.folder, self.config, self.mesh, self.subject, self.learner = folder, config, mesh, subject, learner
         if mesh.is_main:
             folder.mkdir(parents=True, exist_ok=True)
