@@ -65,7 +65,7 @@ class Pattern:
         """
         if self.num_candidates > MAX_CANDIDATES:
             limit = f"categorical logits take at most {MAX_CANDIDATES} candidates a group, this one has {self.num_candidates:,}"
-            raise ConfigError("pattern", str(self), limit, "Set learn.distribution=linear, which has one logit per weight for any N:M.")
+            raise ConfigError("pattern", str(self), limit, "Set learn.distribution=linear: one logit per weight, M up to 32.")
         return list(itertools.combinations(range(self.m), self.n))
 
     def candidates(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
