@@ -86,6 +86,17 @@ class Tracker:
         self.delta = loaded["tracker"]
 
 
+def advantages(baseline: str, residuals_K: list[float], tracker: Tracker) -> list[float]:
+    """r_k - b_k of every mask. The tracker takes in the step first: of one mask, r - delta is decay times r less the delta before."""
+    if baseline == "winner":  # what residuals are relative to already
+        return residuals_K
+    if baseline == "tracker":
+        delta = tracker.update(fmean(residuals_K))
+        return [residual - delta for residual in residuals_K]
+    total, others = sum(residuals_K), len(residuals_K) - 1
+    return [residual - (total - residual) / others for residual in residuals_K]
+
+
 class MaskPro:
     """The policy-gradient learner.
 
@@ -116,13 +127,13 @@ class MaskPro:
         if not all(map(math.isfinite, losses_K)):
             fix = "Lower learn.maskpro.lr; start again to go on from the last snapshot."
             raise LearningError(f"step {step + 1}: the losses of the drawn masks are {losses_K}, not finite. {fix}")
-        advantages, rate = self._advantages(residuals_K), self.section.lr
-        coefficients = [-rate / len(advantages) * advantage for advantage in advantages]
+        advantages_K, rate = advantages(self.section.baseline, residuals_K, self.optimizer), self.section.lr
+        coefficients = [-rate / len(advantages_K) * advantage for advantage in advantages_K]
         for linear in self.subject.linears.values():
             assert linear.mask_logits is not None
             key = NoiseKey(self.config.seed, step).of(linear.parameter_id)
             _arithmetic(linear).add_scores(linear.mask_logits, linear.site, key, coefficients, self.score)
-        loss, size = fmean(losses_K), math.sqrt(fmean(one * one for one in advantages))
+        loss, size = fmean(losses_K), math.sqrt(fmean(one * one for one in advantages_K))
         return PolicyResult(loss, loss, fmean(residuals_K) if self._compares else None, size, rate)
 
     def _measure(self, step: int, plan: BatchPlan) -> tuple[list[float], list[float]]:
@@ -166,16 +177,6 @@ class MaskPro:
     def _compares(self) -> bool:
         """Whether residuals count: between masks that see the same samples, what they are relative to cancels."""
         return self.section.baseline != "leave_one_out" or self.section.data == "split"
-
-    def _advantages(self, residuals_K: list[float]) -> list[float]:
-        """r_k - b_k."""
-        if self.section.baseline == "winner":
-            return residuals_K
-        if self.section.baseline == "tracker":
-            delta = self.optimizer.update(fmean(residuals_K))
-            return [residual - delta for residual in residuals_K]
-        total, others = sum(residuals_K), len(residuals_K) - 1
-        return [residual - (total - residual) / others for residual in residuals_K]
 
     def _initial_mask(self, linear: MaskedLinear) -> torch.Tensor:
         return linear.site.mask_of(self.initial[linear.parameter_id])

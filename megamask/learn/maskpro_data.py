@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from megamask.data.batches import BatchPlan
@@ -44,8 +45,7 @@ class Reused:
 
     def _shuffled(self, epoch: int) -> list[int]:
         assert self.samples is not None
-        generator = torch.Generator().manual_seed(self.seed << 32 | epoch)
-        order: list[int] = torch.randperm(self.samples, generator=generator).tolist()
+        order: list[int] = np.random.default_rng([self.seed, epoch]).permutation(self.samples).tolist()
         return order
 
 
