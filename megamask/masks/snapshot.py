@@ -61,6 +61,7 @@ class SnapshotMasks(MaskSet):
     def _winners(self, key: str) -> Tensor:
         """Mask (O, I) of the largest logits of a Megatron linear; ties go where ``MaskedLinear.winner_mask`` sends them."""
         saved = self._index.state_dict_metadata[key]
+        assert isinstance(saved, TensorStorageMetadata)  # checked when it was opened
         logits_OLG = torch.empty(saved.size, dtype=saved.properties.dtype)
         try:
             with warnings.catch_warnings():

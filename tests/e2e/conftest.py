@@ -100,6 +100,14 @@ def prepared(settings: Callable[[Path], list[str]], tmp_path_factory: pytest.Tem
     return run_dir
 
 
+@pytest.fixture(scope="session")
+def general(prepared: Path, settings: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the debug recipe that has learned on both domains, with snapshots of steps 2 and 4. Read it, do not write into it."""
+    run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("general") / "run"))
+    megamask("learn", *settings(run_dir))
+    return run_dir
+
+
 @pytest.fixture
 def run_dir(prepared: Path, tmp_path: Path) -> Path:
     """A copy of ``prepared`` for one test."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megamask import load_masks, save_masks
 from tests.e2e.conftest import save_tokenizer
 from tests.e2e.program import assert_untouched, contents, in_process, megamask, refusal
 
@@ -45,8 +46,24 @@ EARLY = {
     "world and tp, prune": ("prune", "parallel.tp=2", ["parallel.tp = 2", "must divide the number of processes, here 1"]),
     "long warm-up": ("learn", "learn.optimizer.warmup_steps=4", ["learn.optimizer.warmup_steps = 4", "below learn.steps, here 4"]),
     "rising rate": ("learn", "learn.optimizer.min_lr=1", ["learn.optimizer.min_lr = 1.0", "at most learn.optimizer.lr", "Lower it"]),
+    "as many as there are": ("learn", "pattern=4:4", ["pattern = '4:4'", "0 < N < M", "pattern=2:4"]),
+    "none kept": ("learn", "pattern=0:4", ["pattern = '0:4'", "0 < N < M", "pattern=2:4"]),
     "no pattern": ("prune", "pattern=4:2", ["pattern = '4:2'", "0 < N < M", "pattern=2:4"]),
+    "too many of too many": ("learn", "pattern=32:64", ["pattern = '32:64'", "at most 256 candidates", "linear", "M up to 32"]),
     "too many candidates": ("learn", "pattern=8:16", ["pattern = '8:16'", "at most 256 candidates", "12,870", "learn.distribution=linear"]),
+    "too many members": ("learn", "pattern=32:64 learn.distribution=linear", ["pattern = '32:64'", "linear takes M up to 32", "M <= 32"]),
+    "negative tau": ("learn", "learn.sampling.tau=[4,-0.5]", ["learn.sampling.tau = -0.5", "greater than 0", "Correct it"]),
+    "tau without end": ("learn", "learn.sampling.tau=[.inf,1]", ["learn.sampling.tau = inf", "finite", "Correct it"]),
+    "tau that is no number": ("learn", "learn.sampling.tau=[.nan,1]", ["learn.sampling.tau = nan", "finite", "Correct it"]),
+    "falling kappa": ("learn", "learn.sampling.kappa=[500,100]", ["kappa = [500.0, 100.0]", "grows or stays", "smaller one first"]),
+    "kappa of zero": ("learn", "learn.sampling.kappa=[0,0]", ["learn.sampling.kappa = [0.0, 0.0]", "end above 0", "[100, 500]"]),
+    "diff of nothing": ("diff", "", ["diff.a = None", "compares two masks", "Write megamask diff"]),
+    "diff of one": ("diff", "a.safetensors", ["diff.b = None", "compares two masks", "Write megamask diff"]),
+    "diff of three": ("diff", "a b c", ["argument = 'c'", "diff takes A B", "Leave it out"]),
+    "diff of a missing name": ("diff", "wanda sparsegpt", ["wanda.safetensors", "is missing", "This run has no masks yet"]),
+    "diff of a missing file": ("diff", "no/mask.safetensors wanda", ["no/mask.safetensors", "is missing", "Check the path"]),
+    "extract to nowhere": ("extract", "learn/snapshots", ["extract.out = None", "a mask file to write", "Write megamask extract"]),
+    "extract to no mask file": ("extract", "a b.bin", ["extract.out = 'b.bin'", "ends in .safetensors", "Write megamask extract"]),
     "tau of zero": ("learn", "learn.sampling.tau=[4, 0]", ["learn.sampling.tau", "greater than 0"]),
     "rising tau": ("learn", "learn.sampling.tau=[1, 4]", ["learn.sampling.tau = [1.0, 4.0]", "a temperature that falls", "larger"]),
     "heads and tp": ("convert", "parallel.tp=3", ["parallel.tp = 3", "num_attention_heads = 8", "allows 1, 2, 4, 8", "Set parallel.tp=8"]),
@@ -55,9 +72,10 @@ EARLY = {
 
 @pytest.mark.parametrize("case", EARLY)
 def test_settings_are_refused_before_anything_is_read(tmp_path: Path, settings: Settings, case: str) -> None:
-    verb, override, says = EARLY[case]
+    verb, words, says = EARLY[case]
+    overrides = words.split() if "{" not in words and "[" not in words else [words]
     run_dir = tmp_path / "nothing here yet"
-    finished = in_process(verb, *settings(run_dir), override)
+    finished = in_process(verb, *settings(run_dir), *overrides)
     message = refusal(finished)
     assert [words for words in says if words not in message] == [], message
     assert contents(tmp_path) == {}
@@ -105,6 +123,96 @@ def test_a_torn_prior(run_dir: Path, refused: Refuse) -> None:
     refused("learn", says=[str(mask), "is torn or not a mask file", "Make the mask file again"])
 
 
+def test_a_prior_with_a_flipped_bit_is_refused_before_weights_are_read(run_dir: Path, refused: Refuse) -> None:
+    mask = run_dir / "masks" / "sparsegpt.safetensors"
+    written = bytearray(mask.read_bytes())
+    written[-3] ^= 1
+    mask.write_bytes(written)
+    forget_weights(run_dir)
+    refused("learn", says=[str(mask), "is corrupt: the checksum does not match", "Make the mask file again"])
+
+
+def forget_weights(run_dir: Path) -> None:
+    """Delete the tensors: a refusal that needs them would be another one."""
+    for file in (run_dir / "weights").glob("*.distcp"):
+        file.unlink()
+
+
+PRIORS = {
+    "a misspelt name": ("sparsgpt", ["masks/sparsgpt.safetensors", "is missing", "Did you mean sparsegpt?"]),
+    "a name of another run": ("mine", ["masks/mine.safetensors", "This run has magnitude, sparsegpt, sparsegpt_update, wanda"]),
+    "a path to nothing": ("{run}/mine.safetensors", ["mine.safetensors", "is missing", "a snapshot, or a folder of snapshots"]),
+    "another file": ("{run}/weights/config.json", ["config.json", "is torn or not a mask file", "Make the mask file again"]),
+    "another folder": ("{run}/masks", ["masks: is a folder without snapshots", "RUN/learn/snapshots", "a mask file"]),
+    "a run": ("{general}", ["is a folder without snapshots", "Name ", "learn/snapshots, or a mask file"]),
+    "weights": ("{run}/weights/step-00000001", ["step-00000001", "is missing", "Check the path"]),
+    "a part of the linears": ("{part}", ["part.safetensors: has no mask for model.layers.0.self_attn.q_proj and 1 more"]),
+}
+
+
+@pytest.mark.parametrize("case", PRIORS)
+def test_a_prior_that_cannot_serve(run_dir: Path, general: Path, tmp_path: Path, refused: Refuse, case: str) -> None:
+    masks, part = load_masks(run_dir / "masks" / "wanda.safetensors"), tmp_path / "part.safetensors"
+    kept = {name: mask for name, mask in masks.items() if not name.endswith(("0.self_attn.q_proj", "1.mlp.up_proj"))}
+    save_masks(part, kept, masks.pattern, fingerprint=masks.fingerprint, method="wanda")
+    forget_weights(run_dir)
+    prior, says = PRIORS[case]
+    refused("learn", f"learn.prior.mask={prior.format(run=run_dir, general=general, part=part)}", says=says)
+
+
+SNAPSHOT_TEARS = {
+    "tensors cut": ("__0_0.distcp", True, "is torn or no snapshot (ValueError: __0_0.distcp has "),
+    "tensors gone": ("__0_1.distcp", False, "is torn or no snapshot (FileNotFoundError"),
+    "index cut": (".metadata", True, "is torn or no snapshot"),
+    "index gone": (".metadata", False, "is torn or no snapshot"),
+    "note cut": ("megamask.json", True, "is not valid JSON"),
+    "note gone": ("megamask.json", False, "is missing"),
+}
+
+
+@pytest.mark.parametrize("case", SNAPSHOT_TEARS)
+def test_a_torn_snapshot_as_a_prior(run_dir: Path, general: Path, tmp_path: Path, refused: Refuse, case: str) -> None:
+    folder = Path(shutil.copytree(general / "learn" / "snapshots", tmp_path / "snapshots"))
+    name, is_cut, says = SNAPSHOT_TEARS[case]
+    torn = folder / "step-00000004" / name
+    half = torn.read_bytes()[: torn.stat().st_size // 2]
+    torn.unlink()
+    if is_cut:
+        torn.write_bytes(half)
+    forget_weights(run_dir)
+    fix = f"Name another snapshot in {folder}, or a mask file of that run"
+    refused("learn", f"learn.prior.mask={folder}", says=[str(folder / "step-00000004"), says, fix])
+
+
+def test_a_snapshot_that_does_not_fit(run_dir: Path, general: Path, refused: Refuse, settings: Settings, other_model: Path) -> None:
+    prior = f"learn.prior.mask={general / 'learn' / 'snapshots'}"
+    snapshot = str(general / "learn" / "snapshots" / "step-00000004")
+    refused("learn", prior, "pattern=1:4", says=[snapshot, "holds 2:4 masks, wanted 1:4", "Set pattern=2:4"])
+    assert in_process("convert", *settings(run_dir), f"model.hf={other_model}").code == 0
+    refused("learn", prior, says=[snapshot, "another base model", "Use the model that the mask"])
+    shape = run_dir / "weights" / "config.json"
+    tiny = json.loads(shape.read_text())
+    shape.write_text(json.dumps({**tiny, "intermediate_size": 256}))
+    refused("learn", prior, says=[snapshot, "mlp.linear_fc", "does not fit 512 x 64 weights", "learned on this model"])
+    shape.write_text(json.dumps({**tiny, "num_hidden_layers": 1}))
+    refused("learn", prior, says=[snapshot, "holds decoder.layers.1.", "which the model does not have", "learned on this model"])
+
+
+def test_a_snapshot_of_the_same_run(general: Path, settings: Settings) -> None:
+    before = contents(general)
+    for folder in (general / "learn" / "snapshots", general / "learn" / "snapshots" / "step-00000002"):
+        message = refusal(in_process("learn", *settings(general), f"learn.prior.mask={folder}"))
+        assert "learn.prior.mask = " in message and "those of this run are replaced while it learns" in message, message
+        assert "Set another run_dir, or write it to a mask file first: megamask extract." in message
+    assert_untouched(general, before)
+
+
+def test_extract_and_evaluate_replace_nothing(run_dir: Path, refused: Refuse) -> None:
+    mask = run_dir / "masks" / "wanda.safetensors"
+    refused("extract", "magnitude", str(mask), says=[str(mask), "a file that is not there yet", "Delete it, or choose another name"])
+    refused("evaluate", "evaluate.masks={dense: wanda}", says=["evaluate.masks = 'dense'", "Name it otherwise"])
+
+
 def test_another_base_model(run_dir: Path, refused: Refuse, settings: Settings, other_model: Path) -> None:
     mask = run_dir / "masks" / "sparsegpt.safetensors"
     for verb in ("export", "inspect"):
@@ -124,8 +232,7 @@ def test_another_pattern(run_dir: Path, refused: Refuse) -> None:
 
 @pytest.mark.parametrize("verb", ["prune", "learn"])
 def test_m_that_does_not_divide_a_row(run_dir: Path, refused: Refuse, verb: str) -> None:
-    for file in (run_dir / "weights").glob("*.distcp"):
-        file.unlink()  # the refusal comes before the weights are read
+    forget_weights(run_dir)
     says = ["pattern = '2:7'", "M must divide in_features of decoder.layers.0.", "here 64", "Choose another pattern"]
     refused(verb, "pattern=2:7", "prune.block=126", "learn.prior.mask=null", says=says)
 
