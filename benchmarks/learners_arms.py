@@ -33,6 +33,16 @@ GUMBEL: Settings = {
 LINEAR: Settings = {"distribution": "linear"}
 # The paper's reference settings but for steps and batch, which are those of all arms.
 MASKPRO: Settings = {"learner": "maskpro", "preset": "maskpro"}
+# Settings that show progress in a short run from a weak prior: four masks a step on the same samples, compared with each other.
+MASKPRO_SHORT: Settings = {
+    "learner": "maskpro",
+    "prior.mask": "magnitude",
+    "maskpro.masks": 4,
+    "maskpro.data": "shared",
+    "maskpro.baseline": "leave_one_out",
+    "maskpro.lr": 2000,
+    "maskpro.initial_logit": 9,
+}
 ONESHOT = ("magnitude", "wanda", "sparsegpt", "sparsegpt_update")
 
 
@@ -117,6 +127,7 @@ def _comparison(pattern: str, learners: dict[str, tuple[str, Settings, Settings]
 
 
 _CATEGORICAL: tuple[str, Settings, Settings] = ("categorical, a logit per mask", {}, GUMBEL)
+_LEAN: tuple[str, Settings, Settings] = ("categorical, `lean` state (default: 15 GiB)", {"footprint": "lean"}, GUMBEL)
 _LINEAR: tuple[str, Settings, Settings] = ("linear, a logit per weight", LINEAR, GUMBEL)
 _MASKPRO: tuple[str, Settings, Settings] = ("MaskPro, forward passes only", MASKPRO, {})
 
@@ -130,9 +141,17 @@ def _ablation(group: str, rows: dict[str, tuple[str, Settings] | tuple[str, Sett
 
 # Paper: GPT-3 843M on WikiText, 2,000 steps.
 ARMS: list[Arm] = [
-    *_comparison("2:4", {"categorical": _CATEGORICAL, "linear": _LINEAR, "maskpro": _MASKPRO}),
+    *_comparison(
+        "2:4",
+        {
+            "categorical": _CATEGORICAL,
+            "linear": _LINEAR,
+            "maskpro": _MASKPRO,
+            "maskpro-magnitude": ("MaskPro from magnitude's mask, 4 masks a step", MASKPRO_SHORT, {}),
+        },
+    ),
     *_comparison("1:4", {"categorical": _CATEGORICAL, "linear": _LINEAR, "maskpro": _MASKPRO}),
-    *_comparison("4:8", {"linear": _LINEAR, "categorical": _CATEGORICAL, "maskpro": _MASKPRO}),
+    *_comparison("4:8", {"linear": _LINEAR, "categorical": _LEAN, "maskpro": _MASKPRO}),
     *_comparison("8:16", {"linear": _LINEAR, "maskpro": _MASKPRO}),
     *_ablation(
         "prior",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.learners_arms import ARMS, BASE, GROUPS, ONESHOT, Arm, by_name
 from benchmarks.learners_picture import Curve, draw
-from benchmarks.learners_runs import Bench, measured_times
+from benchmarks.learners_runs import CURVE_WINDOWS, Bench, measured_times
 from megamask.errors import MegamaskError
 from megamask.report.pictures import save
 from megamask.report.reading import Record
@@ -20,6 +20,7 @@ from megamask.storage import atomic_file
 
 ByDomain = dict[str, float]
 NAME = "learners"
+HIDDEN = ("model.hf=", "data.", "parallel.")  # settings of the machine rather than of the comparison
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,10 @@ def header(bench: Bench, rows: Sequence[Row]) -> str:
             f"Perplexity on held-out text: {format_protocol(last['evaluation'])}. Mean: geometric, over domains. Where there are several "
             "seeds, cells are means with the lowest and highest in brackets. A difference to the reference that is smaller than what seeds "
             "alone make (the larger of the two arms' own, or the base's) is called a tie. Times marked * were taken while the machine had "
-            "other work.",
+            f"other work. The curves of the picture are of {CURVE_WINDOWS} windows a domain, the tables of all tokens.",
             "",
         ]
-    settings = [shlex.quote(word) for word in bench.extra if not word.startswith(("model.hf=", "data."))]
+    settings = [shlex.quote(word) for word in bench.extra if not word.startswith(HIDDEN)]
     return "\n".join([*lines, "```", " ".join([*command, *settings]), "```"])
 
 
