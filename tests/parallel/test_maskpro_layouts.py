@@ -1,0 +1,202 @@
+"""MaskPro in four layouts: the same masks; resume to the bit; every byte counted; one masked weight at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from benchmarks.memory import live_tensors, new_bytes
+from megamask.data.batches import BatchPlan
+from megamask.learn.maskpro import MaskPro, PolicyResult
+from megamask.learn.maskpro_data import Reused
+from megamask.learn.setup import build_subject
+from megamask.learn.snapshot import Progress, Snapshots
+from megamask.learn.survey import Survey
+from megamask.model.build import masked_linears
+from megamask.parallel.mesh import start
+from megamask.sparsity.backends import backend_by_name
+from tests.parallel.ranks import meet_again, run_ranks
+from tests.parallel.tiny import Chains, config_of, gather_logits
+
+pytestmark = pytest.mark.slow
+STEPS, SAVED_AT, SAMPLES = 8, 4, 12  # the samples come again from step 1 on: a step reads 8
+PAPER: dict[str, Any] = {"masks": 1, "lr": 200.0}
+OTHERS: dict[str, Any] = {"masks": 4, "baseline": "leave_one_out", "lr": 400.0}
+WINNER: dict[str, Any] = {"masks": 2, "baseline": "winner", "data": "shared", "lr": 400.0}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its layout, its settings, where it saves or resumes."""
+
+    tp: int = 1
+    maskpro: dict[str, Any] = field(default_factory=lambda: OTHERS)
+    learn: dict[str, Any] = field(default_factory=dict)
+    save_to: str | None = None
+    resume_from: str | None = None
+
+
+@dataclass
+class Outcome:
+    """What a run measured, and its last logits by HF module name."""
+
+    results: list[PolicyResult]
+    logits: dict[str, torch.Tensor]
+    known: int
+
+
+JOBS: dict[int, dict[str, Job]] = {  # by world size; DP = world / TP
+    1: {
+        "one": Job(save_to="one"),
+        "one-resumed": Job(resume_from="one"),
+        "paper": Job(maskpro=PAPER, save_to="paper"),
+        "paper-resumed": Job(maskpro=PAPER, resume_from="paper"),
+        "winner": Job(maskpro=WINNER),
+        "torch": Job(learn={"sampling": {"backend": "torch", "initial_noise": False}}),
+        "initial-5.05": Job(maskpro=OTHERS | {"initial_logit": 5.05}),
+    },
+    2: {"tp2": Job(tp=2), "dp2": Job(), "dp2-paper": Job(maskpro=PAPER), "dp2-winner": Job(maskpro=WINNER)},
+    4: {"tp2-dp2": Job(tp=2)},
+}
+
+
+def settings(job: Job) -> dict[str, Any]:
+    base = {"steps": STEPS, "learner": "maskpro", "distribution": "linear", "sampling": {"initial_noise": False}}
+    return {**base, **job.learn, "maskpro": {"samples": SAMPLES, "initial_logit": 5.0, **job.maskpro}}
+
+
+def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> list[Outcome]:
+    outcomes = []
+    for job in jobs:
+        outcomes.append(learn(run_dir, snapshots, job))
+        meet_again()
+    return outcomes
+
+
+def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
+    config = config_of(run_dir, job.tp, settings(job))
+    with start(config) as mesh:
+        subject = build_subject(config, mesh)
+        learner, section = MaskPro(config, mesh, subject), config.learn
+        reused = Reused(Chains(), section.maskpro.samples, config.seed)
+        plan = BatchPlan(reused, section.global_batch, section.micro_batch, mesh.dp, mesh.dp_rank)
+        snapshots = Snapshots(folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner)
+        first, results = snapshots.restore().step if job.resume_from else 0, []
+        for step in range(first, STEPS):
+            results.append(learner.step(step, plan))
+            if job.save_to and step + 1 == SAVED_AT:
+                snapshots.save(Progress(step=SAVED_AT))
+        known = len(learner.initial_losses.known) if learner.initial_losses else 0
+        return Outcome(results, gather_logits(subject, mesh), known)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    folder, found = tmp_path_factory.mktemp("snapshots"), {}
+    for world, jobs in JOBS.items():
+        by_rank = run_ranks(learn_all, world, tiny_run, folder, list(jobs.values()))
+        found.update(zip(jobs, by_rank[0], strict=True))
+    return found
+
+
+# Losses of 6 nats are sums in fp32 in another order per layout: some roundings of 5e-7. They enter logits times lr / K = 100 (paper: 200),
+# in 8 steps: 1e-3 at most. A draw falls the other way if it was closer than that, so that few groups differ by a whole move: at most one in
+# a thousand is allowed to.
+LOSS_TOLERANCE, LOGIT_TOLERANCE, OTHER_DRAWS = 3e-5, 5e-3, 1e-3
+
+
+def difference(found: Outcome, expected: Outcome) -> tuple[float, float, float]:
+    """Largest difference of losses; share of logits that differ, and of groups whose winners do."""
+    losses = max(abs(a.lm_loss - b.lm_loss) for a, b in zip(found.results, expected.results, strict=True))
+    assert found.logits.keys() == expected.logits.keys()
+    pairs = [(found.logits[name], logits) for name, logits in expected.logits.items()]
+    groups = sum(one[:, 0].numel() for _, one in pairs)
+    moved = sum(int(((a - b).abs().amax(1) > LOGIT_TOLERANCE).sum()) for a, b in pairs)
+    winners = sum(int((winner(a) != winner(b)).any(1).sum()) for a, b in pairs)
+    return losses, moved / groups, winners / groups
+
+
+def winner(logits: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(logits).scatter_(1, logits.topk(2, dim=1).indices, 1)
+
+
+SAME = {"tp2": "one", "dp2": "one", "tp2-dp2": "one", "dp2-paper": "paper", "dp2-winner": "winner", "torch": "one"}
+
+
+@pytest.mark.parametrize("layout", SAME)
+def test_every_layout_learns_the_same(outcomes: dict[str, Outcome], layout: str) -> None:
+    losses, moved, winners = difference(outcomes[layout], outcomes[SAME[layout]])
+    assert losses < LOSS_TOLERANCE and moved < OTHER_DRAWS and winners < OTHER_DRAWS, (losses, moved, winners)
+
+
+def test_one_percent_of_the_initial_logits_would_be_seen(outcomes: dict[str, Outcome]) -> None:
+    losses, moved, _ = difference(outcomes["initial-5.05"], outcomes["one"])
+    assert losses > 10 * LOSS_TOLERANCE and moved > 0.5
+
+
+def test_masks_are_learned(outcomes: dict[str, Outcome]) -> None:
+    logits = list(outcomes["one"].logits.values())
+    assert all(bool(one.isfinite().all()) for one in logits)
+    assert max(float((one.amax(1) > 5.5).float().mean()) for one in logits) > 0.001
+    assert all(result.advantage > 0 for result in outcomes["one"].results)
+
+
+@pytest.mark.parametrize("run", ["one", "paper"])
+def test_resuming_changes_no_bit(outcomes: dict[str, Outcome], run: str) -> None:
+    whole, resumed = outcomes[run], outcomes[f"{run}-resumed"]
+    assert resumed.results == whole.results[SAVED_AT:]
+    assert all(torch.equal(resumed.logits[name], logits) for name, logits in whole.logits.items())
+    assert whole.known == SAMPLES  # each sample's initial loss was found once
+
+
+def count_bytes(rank: int, run_dir: Path) -> tuple[float, int, int]:
+    """(bytes a prunable weight of all that grows with the weights, most masked weights alive at once, the same if they were kept)."""
+    config = config_of(run_dir, 1, settings(Job()))
+    with start(config) as mesh:
+        before = {tensor.untyped_storage().data_ptr() for tensor in live_tensors(mesh.device)}
+        subject = build_subject(config, mesh)
+        survey, learner = Survey(subject, mesh), MaskPro(config, mesh, subject)
+        plan = BatchPlan(Reused(Chains(), SAMPLES, 1), 8, 2, 1, 0)
+        most = most_masked_weights(learner, plan, keeps=False)
+        survey()
+        rest = [p for p in subject.model.parameters() if not p.requires_grad and not is_prunable(p, subject.model)]
+        seen = before | {p.untyped_storage().data_ptr() for p in [*rest, *subject.model.buffers()]}
+        weights = sum(linear.weight.numel() for linear in subject.linears.values())
+        counted = sum(new_bytes(one, seen) for one in live_tensors(mesh.device)) / weights
+        return counted, most, most_masked_weights(learner, plan, keeps=True)
+
+
+def most_masked_weights(learner: MaskPro, plan: BatchPlan, keeps: bool) -> int:
+    """Largest number of tensors in the shape of a linear's weight that are no parameters, whenever one more has been made in a step."""
+    backend, numbers, kept = backend_by_name("numba", "linear"), [], []
+    shapes, forward = {linear.weight.shape for linear in learner.subject.linears.values()}, backend.forward
+
+    def watched_forward(*args: Any) -> Any:
+        sampled = forward(*args)
+        kept.extend([sampled.masked] if keeps else [])
+        alive = [one for one in live_tensors(learner.mesh.device) if not isinstance(one, torch.nn.Parameter) and one.shape in shapes]
+        numbers.append(len({one.untyped_storage().data_ptr() for one in alive}))
+        return sampled
+
+    with patch.object(backend, "forward", watched_forward):
+        learner.step(0, plan)
+    return max(numbers)
+
+
+def is_prunable(parameter: torch.nn.Parameter, model: torch.nn.Module) -> bool:
+    return any(parameter is linear.weight for linear in masked_linears(model).values())
+
+
+def test_bytes(tiny_run: Path) -> None:
+    """In bf16 6.75 at 2:4: weight 2, logits 4, m_0 a byte a group, and winners twice, for the flip rate and the difference to the prior."""
+    counted, most, if_kept = run_ranks(count_bytes, 1, tiny_run)[0]
+    fp32, bf16 = 4, 2
+    assert counted - fp32 + bf16 <= 7
+    assert 0 <= counted - (fp32 + 4 + 0.25 + 0.5) < 0.1  # tables that do not grow with the weights
+    assert most == 1
+    assert if_kept > 5
