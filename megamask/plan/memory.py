@@ -109,7 +109,8 @@ def _at_loss(work: Workload, device: Device) -> dict[str, float]:
     rows = min(work.tokens, chunk_size(shard, where))
     block = min(rows, block_size(shard, where))
     hidden = work.tokens * work.arch.hidden * work.width
-    return {ACTIVATIONS: saved_activations(work), LOSS: row * (rows * work.width + block * 4) + 2 * hidden + gathered(work)}
+    teacher = hidden + row * rows * work.width if work.config.learn.loss.kind != "lm" else 0  # and a chunk of its logits; blocks are shared
+    return {ACTIVATIONS: saved_activations(work), LOSS: row * (rows * work.width + block * 4) + 2 * hidden + teacher + gathered(work)}
 
 
 def _in_layer(work: Workload) -> dict[str, float]:

@@ -16,6 +16,7 @@ ATTENTION = "attention"
 HEAD = "vocabulary head and loss"
 ELEMENTWISE = "norms, rotary, activation, residuals"
 RECOMPUTE = "recomputed forward"
+TEACHER = "dense teacher of distillation"
 SAMPLING_FORWARD = "sampling, forward"
 SAMPLING_BACKWARD = "sampling, backward"
 OPTIMIZER = "optimizer, clipping, clearing"
@@ -87,6 +88,8 @@ def time_of(work: Workload, device: Device) -> Time:
     compute = {part: seconds * micro for part, seconds in _compute(work, device).items()}
     sampling, links = _sampling(work, device), {TP_LINKS: micro * _tp_seconds(work, device), DP_LINKS: _dp_seconds(work, device)}
     parts = {**compute, **sampling, OPTIMIZER: _optimizer(work, device), **links}
+    if work.config.learn.loss.kind != "lm":
+        parts[TEACHER] = micro * _teacher(work, device)
     forced = LAUNCH_SECONDS * micro * work.arch.num_layers * (1 + TWICE[work.config.parallel.recompute] / 3)
     parts[LAUNCHES] = 0.0 if device.is_cpu else max(0.0, forced - sum(compute.values()) - sum(sampling.values()))
     model_flops = sum(flops_per_token(work).values()) * work.tokens_a_step
@@ -107,6 +110,15 @@ def _compute(work: Workload, device: Device) -> dict[str, float]:
     again = 2.0 * work.recomputed_weights * share / (device.flops * device.matmul)
     again += {False: 0.0, "mlp": gated, True: attention + elementwise}[work.config.parallel.recompute] / 3
     return {MATMULS: matmuls, ATTENTION: attention, HEAD: head + loss, ELEMENTWISE: elementwise, RECOMPUTE: again}
+
+
+def _teacher(work: Workload, device: Device) -> float:
+    """Seconds of the dense model's forward pass on one micro-batch: a third of each part, half the communication, logits of its own."""
+    forward = {**_compute(work, device), RECOMPUTE: 0.0, HEAD: 0.0}
+    share = work.tokens / work.tp
+    head = 2.0 * work.arch.vocab * work.arch.hidden * share / (device.flops * device.matmul)
+    logits = 24 * work.vocab_rows * work.tokens / (device.bandwidth * device.copy)  # as many passes as over the student's
+    return sum(forward.values()) / 3 + head + logits + _tp_seconds(work, device) / 2
 
 
 def _elementwise_bytes(work: Workload) -> float:

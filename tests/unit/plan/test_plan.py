@@ -22,6 +22,7 @@ from megamask.plan.time import (
     RECOMPUTE,
     SAMPLING_BACKWARD,
     SAMPLING_FORWARD,
+    TEACHER,
     TP_LINKS,
     flops_per_token,
     time_of,
@@ -249,3 +250,16 @@ def test_a_footprint_that_the_recipe_overrules_is_not_proposed() -> None:
 def test_what_no_memory_mends(settings: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         plan(*settings)
+
+
+def test_a_teacher_costs_a_forward_pass_and_its_hidden_states() -> None:
+    """2 FLOPs a weight and token, and what is not matmuls; 4096 x 4096 numbers of 2 bytes, and a chunk of 2048 tokens' logits."""
+    text, both = plan("parallel.tp=1"), plan("parallel.tp=1", "learn.loss.kind=mix")
+    gpu = GPUS["h100"]
+    before, after = time_of(text, gpu).parts, time_of(both, gpu).parts
+    assert after == {**before, TEACHER: after[TEACHER]}
+    matmuls = 256 * 4096 * 2 * (WEIGHTS_7B + 32000 * 4096) / (gpu.flops * gpu.matmul)
+    assert matmuls < after[TEACHER] < 2.5 * matmuls
+    assert after[TEACHER] < sum(before.values()) / 2
+    student, with_teacher = (memory_of(one, gpu).step[LOSS] for one in (text, both))
+    assert with_teacher - student == 4096 * 4096 * 2 + 2048 * 32000 * 2
