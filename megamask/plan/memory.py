@@ -63,6 +63,8 @@ def memory_of(work: Workload, device: Device) -> Memory:
     before = {} if STEP_GRADIENTS in state or work.accumulations == 1 else gradients  # of the micro-batches so far
     after = {} if STEP_GRADIENTS in state else gradients
     moments = [{**before, **_at_loss(work, device)}, {**before, **_in_layer(work)}, {**after, ACTIVATIONS: 0.0}]
+    if work.forward_passes:
+        moments = [_forward_at_loss(work, device), _forward_in_layer(work)]
     step = {**kept, **max(moments, key=lambda moment: sum(moment.values())), NEW_WINNERS: weights / work.pattern.m * work.winner_bytes}
     return Memory(state, step, device.allowance(sum(step.values())))
 
@@ -111,6 +113,19 @@ def _at_loss(work: Workload, device: Device) -> dict[str, float]:
     hidden = work.tokens * work.arch.hidden * work.width
     teacher = hidden + row * rows * work.width if work.config.learn.loss.kind != "lm" else 0  # and a chunk of its logits; blocks are shared
     return {ACTIVATIONS: saved_activations(work), LOSS: row * (rows * work.width + block * 4) + 2 * hidden + teacher + gathered(work)}
+
+
+def _forward_at_loss(work: Workload, device: Device) -> dict[str, float]:
+    """Without a backward pass: no activations, and hidden states without a gradient."""
+    hidden = work.tokens * work.arch.hidden * work.width
+    return {ACTIVATIONS: 0.0, LOSS: _at_loss(work, device)[LOSS] - hidden}
+
+
+def _forward_in_layer(work: Workload) -> dict[str, float]:
+    """The residual stream, its norm, and the first linear's output with the gated activation's; and the linear's masked weight."""
+    largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
+    wide = work.tokens * work.arch.ffn / work.tp * work.width
+    return {ONE_LAYER: float(largest * work.width), ACTIVATIONS: 0.0, LAYER: 2 * stream(work) + 4 * wide + gathered(work)}
 
 
 def _in_layer(work: Workload) -> dict[str, float]:

@@ -25,6 +25,7 @@ DP_LINKS = "data parallel gradients"
 LAUNCHES = "waiting for the host"
 
 TWICE: dict[bool | str, float] = {False: 0.0, "mlp": 1 / 3, True: 1.0}  # the share of a forward pass's launches that recompute repeats
+FORWARD = {MATMULS: 1 / 3, ATTENTION: 1 / 3, HEAD: 1 / 2, ELEMENTWISE: 1 / 3, RECOMPUTE: 0.0}  # the forward pass's share of a step's work
 EAGER = 5.0  # bytes that plain PyTorch moves to sample, over those of one fused pass: about 154 a weight against 32 at 2:4
 
 
@@ -84,15 +85,16 @@ def flops_per_token(work: Workload) -> dict[str, float]:
 
 def time_of(work: Workload, device: Device) -> Time:
     """Seconds of a step of ``work`` on ``device``."""
-    micro = work.accumulations
-    compute = {part: seconds * micro for part, seconds in _compute(work, device).items()}
+    micro, passes = work.accumulations, work.forward_passes
+    compute = {part: seconds * micro * (passes * FORWARD[part] if passes else 1) for part, seconds in _compute(work, device).items()}
     sampling, links = _sampling(work, device), {TP_LINKS: micro * _tp_seconds(work, device), DP_LINKS: _dp_seconds(work, device)}
     parts = {**compute, **sampling, OPTIMIZER: _optimizer(work, device), **links}
     if work.config.learn.loss.kind != "lm":
         parts[TEACHER] = micro * _teacher(work, device)
     forced = LAUNCH_SECONDS * micro * work.arch.num_layers * (1 + TWICE[work.config.parallel.recompute] / 3)
     parts[LAUNCHES] = 0.0 if device.is_cpu else max(0.0, forced - sum(compute.values()) - sum(sampling.values()))
-    model_flops = sum(flops_per_token(work).values()) * work.tokens_a_step
+    flops = {part: number * (passes * FORWARD[part] if passes else 1) for part, number in flops_per_token(work).items()}
+    model_flops = sum(flops.values()) * work.tokens_a_step
     return Time(parts, work.tokens_a_step, work.tp * work.dp, model_flops, device.flops)
 
 
@@ -150,6 +152,8 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
     rate, numbers = device.bandwidth * device.copy / slower, slower * weights / work.pattern.m * work.logits_per_group
     forward = max(weights * (logits + 2 * width) / rate, numbers * device.group_seconds[0])
     backward = max(weights * (logits + 2 * width + 2 * grads) / rate, numbers * device.group_seconds[1])
+    if work.forward_passes:  # and for every mask of the step once more, with its score
+        return {SAMPLING_FORWARD: micro * work.forward_passes * forward, SAMPLING_BACKWARD: config.learn.maskpro.masks * backward}
     if once:
         adding = weights * (width + 8) / rate * micro if micro > 1 else 0.0
         return {SAMPLING_FORWARD: forward, SAMPLING_BACKWARD: backward + adding}
@@ -159,6 +163,8 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
 
 def _optimizer(work: Workload, device: Device) -> float:
     """Logits and moments are read and written; gradients are read for the norm, read again for the update, and cleared."""
+    if work.forward_passes:
+        return 0.0
     state = work.state  # the moments of this replica
     moved = work.updated_share * (2 * state[LOGITS] + 2 * state[GRADIENTS]) + 2 * state[MOMENTS] + state[GRADIENTS]
     return work.masked_weights * moved / (device.bandwidth * device.copy)
@@ -174,14 +180,14 @@ def _tp_seconds(work: Workload, device: Device) -> float:
     if tp == 1:
         return 0.0
     again = {False: 0, "mlp": 1, True: 2}[config.parallel.recompute]
-    passes = 4 + again + int(config.parallel.sequence_parallel)
+    passes = 2 * work.forward_passes or 4 + again + int(config.parallel.sequence_parallel)
     hidden = work.tokens * work.arch.hidden * work.width
     return (passes * work.arch.num_layers + 1) * hidden * _ring(tp) / (_link(tp, device) * device.link)
 
 
 def _dp_seconds(work: Workload, device: Device) -> float:
     """One all-reduce of the gradients of the logits in a step; distributed, half of one, and half of one of the logits."""
-    if work.dp == 1:
+    if work.dp == 1 or work.forward_passes:
         return 0.0
     state, distributed = work.state, work.config.learn.optimizer.distributed
     size = (state[GRADIENTS] + state[LOGITS]) / 2 if distributed else state[GRADIENTS]

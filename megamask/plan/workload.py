@@ -78,6 +78,14 @@ class Workload:
         return winner_dtype(self.pattern, self.config.learn.distribution).itemsize
 
     @property
+    def forward_passes(self) -> int:
+        """Passes of a micro-batch under learner=maskpro, which has no backward pass; 0 stands for the gradient learner."""
+        section = self.config.learn.maskpro
+        if self.config.learn.learner == "gumbel":
+            return 0
+        return (section.masks if section.data == "shared" else 1) + int(section.baseline == "winner" or section.samples is None)
+
+    @property
     def tp(self) -> int:
         """Ranks that share a layer."""
         return self.config.parallel.tp
@@ -165,7 +173,7 @@ class Workload:
         """``state_bytes`` of these settings."""
         learn, shares = self.config.learn, (self.recomputed_share, self.updated_share)
         settings = (self.pattern, learn.state, learn.optimizer, learn.sampling, self.accumulations, self.config.dtype)
-        return state_bytes(*settings, *shares, learn.distribution)
+        return state_bytes(*settings, *shares, learn.distribution, learn.learner)
 
     def changed(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
         """A copy with other settings, by dotted key; ``learn.footprint`` brings what it stands for."""

@@ -19,7 +19,9 @@ from megamask.learn.snapshot import Progress, Snapshots
 from megamask.learn.survey import Survey
 from megamask.model.build import masked_linears
 from megamask.parallel.mesh import start
+from megamask.plan.workload import Workload
 from megamask.sparsity.backends import backend_by_name
+from megamask.weights.architecture import read_architecture
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_logits
 
@@ -197,6 +199,8 @@ def test_bytes(tiny_run: Path) -> None:
     counted, most, if_kept = run_ranks(count_bytes, 1, tiny_run)[0]
     fp32, bf16 = 4, 2
     assert counted - fp32 + bf16 <= 7
-    assert 0 <= counted - (fp32 + 4 + 0.25 + 0.5) < 0.1  # tables that do not grow with the weights
+    planned = Workload(config_of(tiny_run, 1, settings(Job())), read_architecture(tiny_run / "hf")).state
+    assert sum(planned.values()) == fp32 + 4 + 0.25 + 0.5
+    assert 0 <= counted - sum(planned.values()) < 0.1  # tables that do not grow with the weights
     assert most == 1
     assert if_kept > 5
