@@ -57,12 +57,14 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def loss_picture(train: Sequence[Record]) -> Figure:
-    """LM loss, weight-norm term and gradient norm against tokens seen: every step faint, their running median strong."""
+    """Losses, weight-norm term and gradient norm against tokens seen: every step faint, their running median strong."""
     titles = {
         "lm_loss": "LM loss (nats per token)",
         "weight_norm_term": "Weight-norm term",
         "grad_norm": "Gradient norm of the logits",
     }
+    if any("kd_loss" in record for record in train):
+        titles["kd_loss"] = "Distillation loss (nats per token)"
     return _metric_panels(train, titles)
 
 

@@ -14,6 +14,7 @@ from megamask.config import Config, build_config
 from megamask.errors import ArtifactError
 from megamask.masks.file import save_masks
 from megamask.report.html import findings
+from megamask.report.pictures import loss_picture
 from megamask.report.reading import mask_provenance, read_metrics
 from megamask.report.run import run
 from megamask.sparsity.pattern import Pattern
@@ -156,3 +157,10 @@ def test_findings_compare_with_dense_and_the_best_oneshot_mask() -> None:
     )
     assert "magnitude" in code  # SparseGPT has no value there
     assert findings({}) == []
+
+
+@pytest.mark.parametrize("kd", [False, True])
+def test_distillation_has_a_panel_of_its_own_where_it_took_part(kd: bool) -> None:
+    train = [{"tokens": step, "lm_loss": 3.0, **({"kd_loss": 0.7} if kd else {})} for step in range(3)]
+    titles = [axes.get_title(loc="left") for axes in loss_picture(train).axes]
+    assert len(titles) == 3 + kd and any("Distillation" in title for title in titles) == kd
