@@ -248,7 +248,7 @@ def link_base(base: Path, run_dir: Path) -> None:
 
 def learned(run_dir: Path, arm: Arm) -> Record:
     """What a learning run says of itself: curve, seconds of a step, memory, how far it went from its prior."""
-    records = read_metrics(run_dir / "learn" / "metrics.jsonl")
+    records = sorted(read_metrics(run_dir / "learn" / "metrics.jsonl"), key=lambda record: record["seconds"])
     train = [record for record in records if record["kind"] == "train"]
     keys = ("step", "tokens", "seconds", "perplexity")
     seconds = [new["seconds"] - old["seconds"] for old, new in zip(records, records[1:], strict=False) if new["kind"] == "train"]

@@ -85,13 +85,17 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def learn(run_dir: Path, steps: int, seed: int, pattern: str) -> None:
-    train = [{"kind": "train", "step": n, "tokens": n * BATCH * SEQ, "seconds": 3.0 * n, "memory_gib": 1.5} for n in range(1, steps + 1)]
-    looks = [
-        {"kind": "evaluation", "step": n, "tokens": n * BATCH * SEQ, "seconds": 3.0 * n, "perplexity": {"code": 30.0 - n, "prose": 60.0}}
-        for n in (0, steps // 2, steps)
-    ]
+    records, seconds = [], 0.0
+    for step in range(steps + 1):
+        known = {"step": step, "tokens": step * BATCH * SEQ}
+        if step:
+            seconds += 3.0
+            records.append({"kind": "train", **known, "seconds": seconds, "memory_gib": 1.5})
+        if step in (0, steps // 2, steps):
+            seconds += 10.0  # an evaluation comes after its step, and is no part of the next
+            records.append({"kind": "evaluation", **known, "seconds": seconds, "perplexity": {"code": 30.0 - step, "prose": 60.0}})
     (run_dir / "learn" / "snapshots" / "step-1").mkdir(parents=True)
-    (run_dir / "learn" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*train, *looks]))
+    (run_dir / "learn" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     save_mask(run_dir / "masks" / "learned.safetensors", pattern, seed, "learned")
 
 
@@ -214,6 +218,22 @@ def test_the_report(words: Words, verbs: list[str], tmp_path: Path) -> None:
     assert f" {STEPS * BATCH * SEQ} " in row and " 2 |" in row
     assert next(line for line in text.splitlines() if line.startswith("| 2 to 0.05 ")).count("tie (+0.0%)") == 1
     assert "| SparseGPT mask " in text and "Not run: `prior-wanda`, `prior-magnitude`, `prior-none`." in text
+
+
+def test_the_time_of_a_step_is_measured_apart(words: Words, verbs: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert learners.main(words("--arms", BASE, "oneshot-2of4")) == EXIT_OK
+    verbs.clear()
+    usual = learners_runs.verb
+    asked: list[str] = []
+    monkeypatch.setattr(
+        learners_runs, "verb", lambda name, recipe, overrides, *rest: (asked.extend(overrides), usual(name, recipe, overrides, *rest))
+    )
+    monkeypatch.setattr(learners_runs.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    assert learners.main(words("--arms", BASE, "oneshot-2of4", "--time", "4")) == EXIT_OK and verbs == ["learn"]
+    assert asked[-3:-1] == ["learn.steps=4", "learn.monitor.evaluate_every=0"]
+    row = next(line for line in (tmp_path / "out" / "learners.md").read_text().splitlines() if line.startswith("| categorical, "))
+    assert "3.00" in row.split()  # the stand-in's 3 seconds, not marked as taken beside other work
+    assert len(results(tmp_path / "out")) == 1 and not (tmp_path / "out" / "times" / "run").exists()
 
 
 @pytest.mark.parametrize(
