@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -17,6 +19,7 @@ from megamask.learn.step import Learner
 from megamask.model.checkpoint import NOTE, load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
 
+log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})$")
 # Settings that decide what is learned: a snapshot made under others is not continued.
 DECIDING = ("seed", "dtype", "pattern", "model", "data", "learn")
@@ -54,14 +57,18 @@ class Snapshots:
         self.mesh.barrier()
 
     def restore(self) -> Progress:
-        """Load the newest snapshot into logits and optimizer; a fresh Progress when there is none or resume is off.
+        """Load the newest snapshot into logits and optimizer; a fresh Progress when there is none.
+
+        With ``learn.resume=false`` the snapshots of the run before are put aside: among those of a new run the newest would not be its own.
 
         Raises:
             ConfigError: the snapshot was made under other settings.
             ArtifactError: it is torn, or belongs to another model.
         """
-        steps = self.steps() if self.config.learn.resume else []
-        if not steps:
+        steps = self.steps()
+        if steps and not self.config.learn.resume:
+            self._put_aside()
+        if not steps or not self.config.learn.resume:
             return Progress()
         path = self.folder / f"step-{steps[-1]:08d}"
         fix = f"Delete {path} to resume from the one before, or all of {self.folder} to start over."
@@ -75,6 +82,16 @@ class Snapshots:
     def steps(self) -> list[int]:
         """Steps of the finished snapshots, ascending."""
         return sorted(int(match[1]) for path in self.folder.glob("step-*") if (match := _NAME.search(path.name)))
+
+    def _put_aside(self) -> None:
+        self.mesh.barrier()  # everyone has seen them
+        if self.mesh.is_main:
+            names = (self.folder.with_name(f"{self.folder.name}-before-{number}") for number in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            self.folder.rename(aside)
+            self.folder.mkdir()
+            log.warning("learn.resume=false: the snapshots of the run before are in %s now", aside)
+        self.mesh.barrier()
 
     def _state(self, is_loading: bool = False) -> dict[str, Any]:
         logits = {key: value for key, value in sharded_state(self.subject.model).items() if key.endswith(".mask_logits")}

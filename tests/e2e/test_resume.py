@@ -152,6 +152,23 @@ def test_sigusr1_saves_and_a_restart_ends_the_same(run_dir: Path, whole: Path, s
     assert_same_run(run_dir, whole)
 
 
+def test_starting_over_puts_the_old_snapshots_aside(whole: Path, settings: Settings, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run_dir / "masks" / "learned.safetensors").unlink()
+    before = snapshots(run_dir)
+    with Program("learn", *settings(run_dir), *RUN, "learn.resume=false") as program:
+        program.wait_until(lambda: newest_step(run_dir) in range(1, STEPS - 2 * EVERY))
+        program.process.send_signal(signal.SIGTERM)
+        finished = program.wait()
+    assert finished.code == EXIT_INTERRUPTED, finished.stderr
+    aside = run_dir / "learn" / "snapshots-before-1"
+    assert sorted(path.name for path in aside.iterdir()) == before
+    assert str(aside) in finished.stderr
+    assert 0 < newest_step(run_dir) == last_step(run_dir) < STEPS  # its own newest, not that of the run before
+    megamask("learn", *settings(run_dir), *RUN)
+    assert_same_run(run_dir, whole)
+
+
 TEARS: dict[str, Callable[[Path], None]] = {
     "tensors cut": lambda folder: cut(folder / "__0_0.distcp"),
     "tensors gone": lambda folder: (folder / "__0_1.distcp").unlink(),
