@@ -1,7 +1,10 @@
 """Fused sampling of the linear distribution on CPUs: kernels_numba.py with the members of a group in the place of its candidates.
 
-linear_distribution.py has the maths, subset_blocks.py its polynomials. ``kept`` and ``members`` are tuples of N and of M: their lengths
-choose the compiled kernel. Scores are in base 2, as in kernels_numba.py: the constant by which all members of a group differ cancels.
+linear_distribution.py has the maths, subset_blocks.py its polynomials, member_blocks.py the way of weights into vectors. ``kept`` and
+``members`` are tuples of N and of M: their lengths choose the compiled kernel. Scores are in base 2, as in kernels_numba.py: the constant
+by which all members of a group differ cancels.
+
+A tile is a part of a row, or several short rows: they lie one after the other in its lines, so that few lanes of the last vector idle.
 
 Shapes: O rows, G groups per row, M group size, I = G * M. Storage travels as raw bits: uint16 for bf16, uint32 for fp32.
 """
@@ -14,58 +17,148 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from megamask.sparsity import subset_blocks
-from megamask.sparsity.kernels_numba import LOG2_E, TILE, apply_mask, ask_for, gradient_at_mask, load, perturbed, store, sum_line
-from megamask.sparsity.numba_math import U64, F, exp2, flush_denormals, restore
+from megamask.sparsity import member_blocks, subset_blocks
+from megamask.sparsity.kernels_numba import LOG2_E, load, store, sum_line
+from megamask.sparsity.numba_math import U32, U64, F, exp2, flush_denormals, fma, log2, log2_short, mix, prefetch, restore, uniform
 from megamask.sparsity.subset_blocks import LANES
 
-assert TILE % LANES == 0
+TILE = 2048  # members
+HALF = LANES // 2  # groups whose words are made at once: their products have 64 bits
 
 
 @njit(inline="always")
-def _prepare(x, middle, kept, members, groups):  # type: ignore[no-untyped-def]
-    """Scores x (M, G) become 2^-|x - t| with the sign of x - t; ``middle`` (G,) is scratch."""
-    for g in range(0, groups, LANES):
+def _cut(m, rows, groups):  # type: ignore[no-untyped-def]
+    """(rows, groups of each) of a tile, and how long its lines are."""
+    width = max(LANES, TILE // m // LANES * LANES)
+    count = max(1, min(width // groups, rows))
+    return count, min(width, groups), _whole(count * min(width, groups))
+
+
+@njit(inline="always")
+def _whole(groups):  # type: ignore[no-untyped-def]
+    """So many lanes as whole vectors have."""
+    return (groups + LANES - 1) // LANES * LANES
+
+
+@njit(inline="always")
+def _ask_for(lines, weight, o, start, rows, groups):  # type: ignore[no-untyped-def]
+    """Fetch the tile from row ``o`` and group ``start`` on, if there is one, while the noise of another is made."""
+    whole_rows, m, whole = lines.shape
+    if start >= whole:
+        o, start = o + rows, 0
+    rows, groups = min(rows, whole_rows - o), min(groups, whole - start)
+    for row in range(o, o + rows):
+        for j in range(m):
+            prefetch(lines, (row * m + j) * whole + start, groups)
+    if rows > 0:
+        prefetch(weight, (o * whole + start) * m, rows * groups * m)
+
+
+@njit(inline="always")
+def _read(x, logits, o, start, rows, groups):  # type: ignore[no-untyped-def]
+    """x (M, lanes) = the logits of ``rows`` rows from ``o``, ``groups`` groups of each from ``start``."""
+    for row in range(rows):
+        for j in range(x.shape[0]):
+            line, into = logits[o + row, j, start : start + groups], x[j, row * groups : (row + 1) * groups]
+            for g in range(groups):
+                into[g] = load(line, g)
+
+
+@njit(inline="always")
+def _draw_words(word, place, o, start, rows, groups, key):  # type: ignore[no-untyped-def]
+    """word (4 B, lanes): the noise of the groups; place = (global ids of the first row and column group, groups in a whole row).
+
+    Rows begin where the one before ended, in whole half vectors: what is written beyond a row is overwritten by the next.
+    """
+    seed, step, micro_batch, parameter = key
+    count = (groups + HALF - 1) // HALF * HALF
+    for row in range(rows):
+        first = U64(place[0] + o + row) * U64(place[2]) + U64(place[1] + start)
+        here = slice(row * groups, row * groups + count)
+        for block in range(word.shape[0] // 4):
+            a, b, c, d = word[4 * block, here], word[4 * block + 1, here], word[4 * block + 2, here], word[4 * block + 3, here]
+            for g in range(count):
+                group = first + U64(g)
+                w0, w1, w2, w3 = mix(group, group >> U64(32), U64(block), parameter, micro_batch, seed, step)
+                a[g], b[g], c[g], d[g] = U32(w0), U32(w1), U32(w2), U32(w3)
+
+
+@njit(inline="always")
+def _perturb(x, word, lanes, kappa, inverse_tau):  # type: ignore[no-untyped-def]
+    """x (M, lanes), logits, become scores in base 2."""
+    scale = kappa * LOG2_E
+    for j in range(x.shape[0]):
+        for g in range(lanes):
+            x[j, g] = fma(scale, x[j, g], -log2_short(-log2(uniform(word[j, g])))) * inverse_tau
+
+
+@njit(inline="always")
+def _prepare(x, middle, kept, members, lanes):  # type: ignore[no-untyped-def]
+    """Scores x (M, lanes) become 2^-|x - t| with the sign of x - t; ``middle`` is scratch."""
+    for g in range(0, lanes, LANES):
         subset_blocks.threshold(kept, members, middle, x, g)
     for j in range(x.shape[0]):
-        for g in range(groups):
+        for g in range(lanes):
             distance = x[j, g] - middle[g]
             small = exp2(-abs(distance))
             x[j, g] = small if distance > F(0) else -small
 
 
 @njit(inline="always")
-def _sample(mask, x, middle, word, kept, members, logits, start, groups, first, key, kappa, inverse_tau, hard):  # type: ignore[no-untyped-def]
-    """mask (M, G) of ``groups`` groups from ``start`` of a row, with global ids from ``first``; x is left as ``_prepare`` makes it."""
-    perturbed(x, word, logits, start, groups, first, key, kappa, inverse_tau)
+def _sample(mask, x, middle, kept, members, lanes, hard):  # type: ignore[no-untyped-def]
+    """mask (M, lanes) of scores x, which are left as ``_prepare`` makes them."""
     if hard:
-        for g in range(0, groups, LANES):
+        for g in range(0, lanes, LANES):
             subset_blocks.keep_largest(kept, members, mask, x, g)
-    _prepare(x, middle, kept, members, groups)
+    _prepare(x, middle, kept, members, lanes)
     if not hard:
-        for g in range(0, groups, LANES):
+        for g in range(0, lanes, LANES):
             subset_blocks.marginals(kept, members, mask, x, g)
 
 
 @njit(inline="always")
-def _winners(winner, total, mask, x, kept, members, logits, start, groups, kappa):  # type: ignore[no-untyped-def]
-    """winner (G,) = bits of the N largest logits; total (G,) = the probability of that set. Draws no noise; mask and x are scratch."""
-    for j in range(x.shape[0]):
-        line = logits[j, start : start + groups]
-        for g in range(groups):
-            x[j, g] = load(line, g)
-    for g in range(0, groups, LANES):
+def _apply_mask(out, square, weight, mask, kept, members, groups):  # type: ignore[no-untyped-def]
+    """out = weight * mask; square (lanes,) = the sum of squares of each group."""
+    m, full = mask.shape[0], groups // LANES * LANES
+    for g in range(0, full, LANES):
+        member_blocks.apply_mask(kept, members, out, square, weight, mask, g)
+    for g in range(full, groups):
+        square[g] = F(0)
+        for j in range(m):
+            masked = load(weight, g * m + j) * mask[j, g]
+            store(out, g * m + j, masked)
+            square[g] = fma(masked, masked, square[g])
+
+
+@njit(inline="always")
+def _gradient_at_mask(mask, grad, weight, coef, kept, members, groups):  # type: ignore[no-untyped-def]
+    """mask (M, lanes) becomes dM = W * (dW - coef W * M)."""
+    m, full = mask.shape[0], groups // LANES * LANES
+    for g in range(0, full, LANES):
+        member_blocks.gradient_at_mask(kept, members, mask, grad, weight, coef, g)
+    for g in range(full, groups):
+        for j in range(m):
+            w = load(weight, g * m + j)
+            mask[j, g] = w * fma(-coef * w, mask[j, g], load(grad, g * m + j))
+
+
+@njit(inline="always")
+def _winners(winner, total, mask, x, kept, members, kappa):  # type: ignore[no-untyped-def]
+    """winner (lanes,) = bits of the N largest logits x; total (lanes,) = the probability of that set. mask and x are scratch."""
+    lanes = _whole(len(winner))
+    for g in range(0, lanes, LANES):
         subset_blocks.keep_largest(kept, members, mask, x, g)
-    for g in range(groups):
+    for g in range(len(winner)):
         winner[g] = 0
     scale = kappa * LOG2_E
     for j in range(x.shape[0]):
         bit = winner.dtype.type(1 << j)
-        for g in range(groups):
+        for g in range(len(winner)):
             winner[g] |= bit if mask[j, g] > F(0) else winner.dtype.type(0)
+        for g in range(lanes):
             x[j, g] *= scale
-    _prepare(x, total, kept, members, groups)
-    for g in range(0, groups, LANES):
+    _prepare(x, total, kept, members, lanes)
+    for g in range(0, lanes, LANES):
         subset_blocks.largest_probability(kept, members, total, x, g)
 
 
@@ -74,67 +167,96 @@ def forward(out, sums, winner, logits, weight, kept, members, place, key, kappa,
     """out (O, I) = weight * sampled mask; sums (O, 2) fp64 = its squares and the largest probabilities per row.
 
     winner (O, G) is filled, and the second sum, unless winner is empty.
-    place = (global id of the first row, global id of the first column group, groups in a whole row).
     """
     rows, m, groups = logits.shape
-    x, mask, word = np.zeros((m, TILE), np.float32), np.zeros((m, TILE), np.float32), np.zeros((4 * ((m + 3) // 4), TILE), np.uint32)
-    middle, square = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    count, width, lanes = _cut(m, rows, groups)
+    x, mask, word = np.zeros((m, lanes), np.float32), np.zeros((m, lanes), np.float32), np.zeros((_words(m), lanes + HALF), np.uint32)
+    middle, square = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
+    flat_weight, flat_out, flat_winner = weight.reshape(-1), out.reshape(-1), winner.reshape(-1)
+    sums[:] = 0.0
     before = flush_denormals()
-    for o in range(rows):
-        first = U64(place[0] + o) * U64(place[2]) + U64(place[1])
-        norm, largest = 0.0, 0.0
-        for start in range(0, groups, TILE):
-            n = min(TILE, groups - start)
-            ask_for(logits, weight, m, o, start, n)
-            _sample(mask, x, middle, word, kept, members, logits[o], start, n, first + U64(start), key, kappa, inverse_tau, hard)
-            apply_mask(out[o, start * m : (start + n) * m], square, weight[o, start * m : (start + n) * m], mask, n)
-            norm += sum_line(square, n)
+    for o in range(0, rows, count):
+        for start in range(0, groups, width):
+            r, w = min(count, rows - o), min(width, groups - start)
+            _ask_for(logits, weight, o, start + width, count, width)
+            _read(x, logits, o, start, r, w)
+            _draw_words(word, place, o, start, r, w, key)
+            _perturb(x, word, _whole(r * w), kappa, inverse_tau)
+            _sample(mask, x, middle, kept, members, _whole(r * w), hard)
+            first = o * groups + start
+            part = slice(first * m, (first + r * w) * m)
+            _apply_mask(flat_out[part], square, flat_weight[part], mask, kept, members, r * w)
+            for row in range(r):
+                sums[o + row, 0] += sum_line(square[row * w : (row + 1) * w], w)
             if winner.size:
-                _winners(winner[o, start : start + n], square, mask, x, kept, members, logits[o], start, n, kappa)
-                largest += sum_line(square, n)
-        sums[o, 0], sums[o, 1] = norm, largest
+                _read(x, logits, o, start, r, w)
+                _winners(flat_winner[first : first + r * w], square, mask, x, kept, members, kappa)
+                for row in range(r):
+                    sums[o + row, 1] += sum_line(square[row * w : (row + 1) * w], w)
     restore(before)
+
+
+@njit(inline="always")
+def _words(m):  # type: ignore[no-untyped-def]
+    return (m + 3) // 4 * 4
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def backward(into, is_sum, grad, logits, weight, kept, members, place, key, kappa, inverse_tau, hard, norm_coef):  # type: ignore[no-untyped-def]
     """into (O, M, G) = or += dlogits of grad (O, I), the gradient at W * M, minus norm_coef * |W * M|^2; the noise is drawn again."""
     rows, m, groups = logits.shape
-    x, mask, word = np.zeros((m, TILE), np.float32), np.zeros((m, TILE), np.float32), np.zeros((4 * ((m + 3) // 4), TILE), np.uint32)
-    middle = np.zeros(TILE, np.float32)
-    slope = kappa * inverse_tau
+    count, width, lanes = _cut(m, rows, groups)
+    x, mask, word = np.zeros((m, lanes), np.float32), np.zeros((m, lanes), np.float32), np.zeros((_words(m), lanes + HALF), np.uint32)
+    middle = np.zeros(lanes, np.float32)
+    flat_weight, flat_grad = weight.reshape(-1), grad.reshape(-1)
+    slope, coef = kappa * inverse_tau, F(2) * norm_coef
     before = flush_denormals()
-    for o in range(rows):
-        first = U64(place[0] + o) * U64(place[2]) + U64(place[1])
-        for start in range(0, groups, TILE):
-            n = min(TILE, groups - start)
-            ask_for(logits, weight, m, o, start, n)
-            ask_for(into, grad, m, o, start, n)
-            _sample(mask, x, middle, word, kept, members, logits[o], start, n, first + U64(start), key, kappa, inverse_tau, hard)
-            gradient_at_mask(mask, grad[o, start * m : (start + n) * m], weight[o, start * m : (start + n) * m], n, norm_coef)
-            for g in range(0, n, LANES):
+    for o in range(0, rows, count):
+        for start in range(0, groups, width):
+            r, w = min(count, rows - o), min(width, groups - start)
+            _ask_for(logits, weight, o, start + width, count, width)
+            _ask_for(into, grad, o, start + width, count, width)
+            _read(x, logits, o, start, r, w)
+            _draw_words(word, place, o, start, r, w, key)
+            _perturb(x, word, _whole(r * w), kappa, inverse_tau)
+            _sample(mask, x, middle, kept, members, _whole(r * w), hard)
+            part = slice((o * groups + start) * m, (o * groups + start + r * w) * m)
+            _gradient_at_mask(mask, flat_grad[part], flat_weight[part], coef, kept, members, r * w)
+            for g in range(0, _whole(r * w), LANES):
                 subset_blocks.covariances(kept, members, mask, x, g)
-            for j in range(m):
-                line = into[o, j, start : start + n]
-                if is_sum:
-                    for g in range(n):
-                        store(line, g, load(line, g) + slope * mask[j, g])
-                else:
-                    for g in range(n):
-                        store(line, g, slope * mask[j, g])
+            _put(into, is_sum, mask, slope, o, start, r, w)
     restore(before)
+
+
+@njit(inline="always")
+def _put(into, is_sum, found, slope, o, start, rows, groups):  # type: ignore[no-untyped-def]
+    """into (O, M, G) = or += slope * found (M, lanes)."""
+    for row in range(rows):
+        for j in range(found.shape[0]):
+            line, part = into[o + row, j, start : start + groups], found[j, row * groups : (row + 1) * groups]
+            if is_sum:
+                for g in range(groups):
+                    store(line, g, load(line, g) + slope * part[g])
+            else:
+                for g in range(groups):
+                    store(line, g, slope * part[g])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def survey(winner, largest, logits, kept, members, kappa):  # type: ignore[no-untyped-def]
     """winner (O, G) = bits of the N largest logits; largest (O,) fp64 = row sums of the probability of that set, no noise."""
     rows, m, groups = logits.shape
-    x, mask, total = np.zeros((m, TILE), np.float32), np.zeros((m, TILE), np.float32), np.zeros(TILE, np.float32)
+    count, width, lanes = _cut(m, rows, groups)
+    x, mask, total = np.zeros((m, lanes), np.float32), np.zeros((m, lanes), np.float32), np.zeros(lanes, np.float32)
+    flat_winner = winner.reshape(-1)
+    largest[:] = 0.0
     before = flush_denormals()
-    for o in range(rows):
-        largest[o] = 0.0
-        for start in range(0, groups, TILE):
-            n = min(TILE, groups - start)
-            _winners(winner[o, start : start + n], total, mask, x, kept, members, logits[o], start, n, kappa)
-            largest[o] += sum_line(total, n)
+    for o in range(0, rows, count):
+        for start in range(0, groups, width):
+            r, w = min(count, rows - o), min(width, groups - start)
+            _read(x, logits, o, start, r, w)
+            first = o * groups + start
+            _winners(flat_winner[first : first + r * w], total, mask, x, kept, members, kappa)
+            for row in range(r):
+                largest[o + row] += sum_line(total[row * w : (row + 1) * w], w)
     restore(before)

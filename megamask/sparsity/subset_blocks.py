@@ -23,8 +23,8 @@ Vector = Any  # an LLVM value
 Polynomial = dict[int, Vector]
 
 
-class _Block:
-    """Emits the instructions of one call."""
+class Block:
+    """Emits the instructions of one call, whose arguments begin with ``kept`` and ``members`` and end with ``g``."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         self.context, self.builder, self.signature, self.arguments = context, builder, signature, arguments
@@ -113,6 +113,11 @@ class _Block:
                 to = self.add_product(term, b[degree - c], to)
         return to
 
+    def inverse(self, u: Vector, v: Vector, others: Polynomial) -> Vector:
+        """1 / (v A + u B), of any one member: all have the same sum, that over all sets. A division takes as long as 16 products."""
+        whole = self.fma(v, others[self.size - 1], self.builder.fmul(u, others[self.size]))
+        return self.builder.fdiv(self.number(1), whole)
+
     def others(self, prefix: Polynomial, suffix: Polynomial) -> tuple[Vector, Vector]:
         """A and B of the member between."""
         return self.coefficient(prefix, suffix, self.size - 1), self.coefficient(prefix, suffix, self.size)
@@ -143,11 +148,11 @@ def sorting_network(count: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def _emit(write: Callable[[_Block], None]) -> Callable[..., Any]:
-    """The code generator of an intrinsic that returns nothing."""
+def emit(write: Callable[[Any], None], kind: type[Block] = Block) -> Callable[..., Any]:
+    """The code generator of an intrinsic that returns nothing; ``write`` gets a ``kind``."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        write(_Block(context, builder, signature, arguments))
+        write(kind(context, builder, signature, arguments))
         return context.get_dummy_value()
 
     return build
@@ -157,19 +162,19 @@ def _emit(write: Callable[[_Block], None]) -> Callable[..., Any]:
 def threshold(typing_context: Any, kept: Any, members: Any, middle: Any, x: Any, g: Any) -> Any:
     """middle (G,) = midway between the N-th and the next largest of x (M, G), or NaN where an x is not finite."""
 
-    def write(block: _Block) -> None:
+    def write(block: Block) -> None:
         x, half = block.lines(3), block.number(0.5)
         above, below = block.middle(x)
         block.store(block.fma(half, above, block.fma(half, below, block.not_finite(x))), 2)
 
-    return types.void(kept, members, middle, x, g), _emit(write)
+    return types.void(kept, members, middle, x, g), emit(write)
 
 
 @intrinsic
 def keep_largest(typing_context: Any, kept: Any, members: Any, mask: Any, x: Any, g: Any) -> Any:
     """mask (M, G) = 1 for the N largest x (M, G), the earlier of equals first, else 0; NaN where an x is not finite."""
 
-    def write(block: _Block) -> None:
+    def write(block: Block) -> None:
         x, one, zero, bad = block.lines(3), block.number(1), block.number(0), block.not_finite(block.lines(3))
         least, _ = block.middle(x)
         above = [block.choose(">", member, least, one, zero) for member in x]
@@ -181,62 +186,60 @@ def keep_largest(typing_context: Any, kept: Any, members: Any, mask: Any, x: Any
             left = block.builder.fsub(left, equal)
             block.store(block.builder.fadd(block.builder.fadd(above[j], equal), bad), 2, j)
 
-    return types.void(kept, members, mask, x, g), _emit(write)
+    return types.void(kept, members, mask, x, g), emit(write)
 
 
 @intrinsic
 def marginals(typing_context: Any, kept: Any, members: Any, mask: Any, x: Any, g: Any) -> Any:
     """mask (M, G) = the probability that each member is kept; x (M, G) = e^-|l - t| with the sign of l - t."""
 
-    def write(block: _Block) -> None:
+    def write(block: Block) -> None:
         u, v = block.factors(block.lines(3))
         suffixes = [{0: block.number(1)}]
         for j in reversed(range(1, block.m)):
             suffixes.append(block.times(suffixes[-1], u[j], v[j]))
-        prefix: Polynomial = {0: block.number(1)}
+        prefix, part = suffixes[0], block.inverse(u[0], v[0], suffixes[-1])
+        own, degree = (v, block.size - 1) if 2 * block.n <= block.m else (u, block.size)
         for j, suffix in enumerate(reversed(suffixes)):
-            a, b = block.others(prefix, suffix)
-            drawn, left = block.builder.fmul(v[j], a), block.builder.fmul(u[j], b)
-            share = drawn if 2 * block.n <= block.m else left
-            block.store(block.builder.fdiv(share, block.builder.fadd(drawn, left)), 2, j)
+            share = block.builder.fmul(own[j], block.coefficient(prefix, suffix, degree))
+            block.store(block.builder.fmul(share, part), 2, j)
             prefix = block.times(prefix, u[j], v[j])
 
-    return types.void(kept, members, mask, x, g), _emit(write)
+    return types.void(kept, members, mask, x, g), emit(write)
 
 
 @intrinsic
 def covariances(typing_context: Any, kept: Any, members: Any, slope: Any, x: Any, g: Any) -> Any:
     """slope (M, G) becomes the covariance of each member's presence with the sum of slope over the set; x as for ``marginals``."""
 
-    def write(block: _Block) -> None:
+    def write(block: Block) -> None:
         (u, v), d, builder = block.factors(block.lines(3)), block.lines(2), block.builder
         tails: list[tuple[Polynomial, Polynomial]] = [({0: block.number(1)}, {})]
         for j in reversed(range(1, block.m)):
             tails.append(block.times_both(*tails[-1], u[j], v[j], d[j]))
-        prefix, sums = tails[0]
+        (prefix, sums), part = tails[0], block.inverse(u[0], v[0], tails[-1][0])
         for j, (suffix, suffix_sums) in enumerate(reversed(tails)):
             a, b = block.others(prefix, suffix)
             qa, qb = (
                 block.coefficient(sums, suffix, k, block.coefficient(prefix, suffix_sums, k)) or block.number(0)
                 for k in (block.size - 1, block.size)
             )
-            part = builder.fdiv(block.number(1), block.fma(v[j], a, builder.fmul(u[j], b)))
             both = builder.fmul(builder.fmul(v[j], part), builder.fmul(u[j], part))
             spread = block.fma(builder.fmul(d[j], a), b, builder.fsub(builder.fmul(qa, b), builder.fmul(qb, a)))
             block.store(builder.fmul(both, spread), 2, j)
             prefix, sums = block.times_both(prefix, sums, u[j], v[j], d[j])
 
-    return types.void(kept, members, slope, x, g), _emit(write)
+    return types.void(kept, members, slope, x, g), emit(write)
 
 
 @intrinsic
 def largest_probability(typing_context: Any, kept: Any, members: Any, largest: Any, x: Any, g: Any) -> Any:
     """largest (G,) = the probability of the best set; x as for ``marginals``."""
 
-    def write(block: _Block) -> None:
+    def write(block: Block) -> None:
         product: Polynomial = {0: block.number(1)}
         for u, v in zip(*block.factors(block.lines(3)), strict=True):
             product = block.times(product, u, v)
         block.store(block.builder.fdiv(block.number(1), product[block.size]), 2)
 
-    return types.void(kept, members, largest, x, g), _emit(write)
+    return types.void(kept, members, largest, x, g), emit(write)

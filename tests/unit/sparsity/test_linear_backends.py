@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_the_fused_kernels_equal_the_plain_backend(n: int, m: int, draw: Draw, d
     expected_dlogits = linear_distribution.backward(grad, logits, weight, site, draw)
     check_within(fused_cpu.backward(grad, logits, weight, site, draw), expected_dlogits, bound.gradient, 0.0)
     # The comparison is about something: the gradients are much larger than what they may differ by, on average.
-    assert float(expected_dlogits.abs().sum()) > (20 if draw.tau < 0.1 else 200) * float(bound.gradient.sum())
+    assert float(expected_dlogits.abs().sum()) > (10 if draw.tau < 0.1 else 100) * float(bound.gradient.sum())
 
     winner, largest = fused_cpu.survey(logits, site, draw.kappa)
     expected_winner, expected_largest = linear_distribution.survey(logits, site, draw.kappa)
@@ -177,6 +178,7 @@ def test_the_operator_under_torch_compile() -> None:
 
 def test_choosing_a_backend(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("auto", torch.device("cpu"), "linear") == "numba"
+    assert choose_backend("triton", torch.device("cuda"), "linear") == "triton" or not find_spec("triton")
     assert backend_by_name("numba", "linear") is fused_cpu and backend_by_name("torch", "linear") is linear_distribution
     from megamask.sparsity.backends import BACKENDS
 
