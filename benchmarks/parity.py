@@ -17,16 +17,18 @@ from benchmarks.common import parser, report, table
 from benchmarks.lab import LOGIT_STD, Lab, add_model_options, open_lab
 from benchmarks.sampling import available_backends
 from megamask.parallel.mesh import choose_device
-from megamask.sparsity import categorical
-from megamask.sparsity.draw import Draw, Placement, Site
+from megamask.sparsity import categorical, linear_distribution
+from megamask.sparsity.draw import Distribution, Draw, Placement, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey, words
 
 STEPS = 6
 ROWS, GROUPS = 256, 96
+PATTERNS: dict[Distribution, tuple[str, ...]] = {"categorical": ("2:4", "1:4", "4:8"), "linear": ("2:4", "4:8", "8:16")}
+REFERENCES = {"categorical": categorical, "linear": linear_distribution}
 KEY = NoiseKey(seed=2**32 - 2, step=7, micro_batch=3, parameter=0xDEADBEEF)
 # tau = 0.5 makes logits of up to 20 / 0.5 = 40, so an fp32 rounding (6e-8) there moves a probability by 5e-6 at most; the log and exp
-# of two libraries differ by a few such roundings.
+# of two libraries differ by a few such roundings. Under linear a set adds up the scores of min(N, M - N) members: as many times that.
 SOFT_FP32 = 5e-5
 SOFT_BF16 = 2.0**-8  # one rounding to bf16 that falls to the other side
 NEAR_TIES = 1e-4  # share of groups whose two best candidates lie within rounding of each other, with room to spare
@@ -58,11 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     options = known.parse_args(argv)
     device = choose_device(options.device)
     checks = [check_words(device)]
-    for name, backend in available_backends(device, "categorical").items():
-        if device.type == "cpu" and backend is categorical:
-            continue  # the reference itself
-        for pattern in ("2:4", "1:4", "4:8"):
-            checks += check_operator(name, backend, Pattern.parse(pattern), device)
+    for distribution, patterns in PATTERNS.items():
+        for name, backend in available_backends(device, distribution).items():
+            if device.type == "cpu" and backend is REFERENCES[distribution]:
+                continue  # the reference itself
+            for pattern in patterns:
+                checks += check_operator(name, backend, Pattern.parse(pattern), distribution, device)
     transport, learned = check_learning(options, device)
     checks += learned
     rows = [[check.what, f"{check.measured:.2e}", f"{check.allowed:.0e}", "ok" if check.passed else "FAILED"] for check in checks]
@@ -79,17 +82,18 @@ def check_words(device: torch.device) -> Check:
     return Check("generator words that differ", float(wrong), 0.0)
 
 
-def check_operator(name: str, backend: ModuleType, pattern: Pattern, device: torch.device) -> list[Check]:
+def check_operator(name: str, backend: ModuleType, pattern: Pattern, distribution: Distribution, device: torch.device) -> list[Check]:
     """Forward, backward and survey of one backend."""
-    site = Site(pattern, Placement.whole(ROWS, GROUPS))
+    site, plain = Site(pattern, Placement.whole(ROWS, GROUPS), distribution), REFERENCES[distribution]
+    name, members = f"{name} {distribution}", min(pattern.n, pattern.m - pattern.n) if distribution == "linear" else 1
     torch.manual_seed(0)
-    logits = LOGIT_STD * torch.randn(ROWS, pattern.num_candidates, GROUPS)
+    logits = LOGIT_STD * torch.randn(ROWS, site.logits_per_group, GROUPS)
     checks = []
-    for dtype, soft in ((torch.float32, SOFT_FP32), (torch.bfloat16, SOFT_BF16)):
+    for dtype, soft in ((torch.float32, SOFT_FP32 * members), (torch.bfloat16, SOFT_BF16)):
         weight, grad = (torch.randn(ROWS, GROUPS * pattern.m).to(dtype) for _ in range(2))
         draw = Draw(KEY, kappa=300.0, tau=0.5, norm_coef=1e-3)
         here = [tensor.to(device) for tensor in (grad, logits, weight)]
-        expected, (norm, _), _ = categorical.forward(logits, weight, site, draw)
+        expected, (norm, _), _ = plain.forward(logits, weight, site, draw)
         found, (found_norm, _), _ = backend.forward(*here[1:], site, draw)
         label = f"{name} {pattern} {str(dtype).removeprefix('torch.')}"
         checks += [
@@ -97,15 +101,15 @@ def check_operator(name: str, backend: ModuleType, pattern: Pattern, device: tor
             Check(f"{label}: sum of squares", abs(float(found_norm) / float(norm) - 1), SUMS if dtype == torch.float32 else soft),
             Check(
                 f"{label}: gradient",
-                _distance(backend.backward(*here, site, draw), categorical.backward(grad, logits, weight, site, draw)),
+                _distance(backend.backward(*here, site, draw), plain.backward(grad, logits, weight, site, draw)),
                 soft,
             ),
         ]
     hard = Draw(KEY, kappa=300.0, tau=0.5, hard=True)
     ones = torch.ones(ROWS, GROUPS * pattern.m)
-    changed = backend.forward(here[1], ones.to(device), site, hard)[0].cpu() != categorical.forward(logits, ones, site, hard)[0]
+    changed = backend.forward(here[1], ones.to(device), site, hard)[0].cpu() != plain.forward(logits, ones, site, hard)[0]
     groups = changed.unflatten(1, (-1, pattern.m)).any(-1)
-    (winner, largest), (found_winner, found_largest) = categorical.survey(logits, site, 300.0), backend.survey(here[1], site, 300.0)
+    (winner, largest), (found_winner, found_largest) = plain.survey(logits, site, 300.0), backend.survey(here[1], site, 300.0)
     return [
         *checks,
         Check(f"{name} {pattern}: groups with another hard mask", float(groups.double().mean()), NEAR_TIES),

@@ -1,6 +1,8 @@
-"""The sampling operator alone: every backend of the device, per layer shape, against each other and the measured copy bandwidth.
+"""The sampling operator alone: every backend of the device, per layer shape and kind of mask, against each other and the measured copy
+bandwidth.
 
 python -m benchmarks.sampling --shapes smollm2-135m --json sampling.json
+python -m benchmarks.sampling --only fc2 --masks linear/2:4 linear/4:8 --backends numba --threads 1
 """
 
 from __future__ import annotations
@@ -9,9 +11,8 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -21,7 +22,7 @@ from megamask.config.tree import SamplingSection
 from megamask.errors import ConfigError
 from megamask.parallel.mesh import choose_device
 from megamask.sparsity.backends import backend_by_name, choose_backend
-from megamask.sparsity.draw import DISTRIBUTIONS, Draw, Placement, Site
+from megamask.sparsity.draw import Distribution, Draw, Placement, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.philox import NoiseKey
 from megamask.weights.architecture import Architecture
@@ -30,6 +31,7 @@ from megamask.weights.shapes import SHAPES, read_shape
 OPERATIONS = ("forward", "backward", "survey")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PLAIN = "torch"
+MASKS = ["categorical/2:4", "linear/2:4", "linear/4:8", "linear/8:16"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,13 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     device = choose_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    backends = available_backends(device, options.distribution)
     copy = copy_bandwidth(device, options.copy_mib << 20)
     rows = []
     for name, (out_features, in_features) in shapes(options).items():
-        layer = Layer(out_features, in_features, options, device)
-        timings = layer.measure(backends, options.rounds)
-        rows += [layer.figures(name, backend, timings, copy) for backend in backends]
+        layers = {masks: Layer(out_features, in_features, masks, options, device) for masks in options.masks}
+        timings = measure(layers, options.rounds, device)
+        first = options.masks[0]
+        rows += [layer.figures(name, backend, timings, copy, first) for layer in layers.values() for backend in layer.backends]
     show(rows, copy, options)
     report("sampling", options, {"copy_gb_per_second": copy / 1e9, "rows": rows}, device)
     return 0
@@ -55,8 +57,8 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     options = parser(__doc__ or "")
     options.add_argument("--shapes", choices=SHAPES, default="smollm2-135m", help="the linears of one layer of this model")
     options.add_argument("--only", nargs="*", metavar="LINEAR", help="of qkv, proj, fc1, fc2: these")
-    options.add_argument("--pattern", default="2:4")
-    options.add_argument("--distribution", choices=DISTRIBUTIONS, default="categorical")
+    options.add_argument("--masks", nargs="+", metavar="DISTRIBUTION/N:M", default=MASKS, help=f"default: {' '.join(MASKS)}")
+    options.add_argument("--backends", nargs="+", help="of those that can run here: these")
     options.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of weight and gradient")
     options.add_argument("--hard", action="store_true", help="one-hot masks")
     options.add_argument("--copy-mib", type=int, default=256, help="size of the buffer that is copied for the bandwidth")
@@ -88,13 +90,16 @@ def layer_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
 
 
 class Layer:
-    """One masked weight with random contents."""
+    """One masked weight with random contents, and the backends that can sample its masks."""
 
-    def __init__(self, out_features: int, in_features: int, options: argparse.Namespace, device: torch.device) -> None:
-        pattern, dtype = Pattern.parse(options.pattern), DTYPES[options.dtype]
+    def __init__(self, out_features: int, in_features: int, masks: str, options: argparse.Namespace, device: torch.device) -> None:
+        distribution, _, shape = masks.partition("/")
+        pattern, dtype = Pattern.parse(shape), DTYPES[options.dtype]
         groups = in_features // pattern.m
-        self.groups, self.device = out_features * groups, device
-        self.site = Site(pattern, Placement.whole(out_features, groups), options.distribution)
+        self.masks, self.groups = masks, out_features * groups
+        self.site = Site(pattern, Placement.whole(out_features, groups), cast(Distribution, distribution))
+        found = available_backends(device, distribution)
+        self.backends = {name: module for name, module in found.items() if not options.backends or name in options.backends}
         self.draw = Draw(NoiseKey(1, 2, 3, 4), kappa=300.0, tau=1.0, hard=options.hard, norm_coef=1e-5)
         torch.manual_seed(0)
         self.logits = LOGIT_STD * torch.randn(out_features, self.site.logits_per_group, groups, device=device)
@@ -118,46 +123,60 @@ class Layer:
             "survey": logits + self.groups * self.site.winner_dtype.itemsize,
         }[operation]
 
-    def measure(self, backends: dict[str, ModuleType], rounds: int) -> Timings:
-        """Times of every backend and operation, interleaved; sides are named ``backend operation``."""
-        sides = {f"{name} {operation}": self.work(backends[name], operation) for name, operation in product(backends, OPERATIONS)}
-        return interleave(sides, rounds, self.device)
+    def sides(self) -> dict[str, Callable[[], Any]]:
+        """Every backend and operation, as ``masks backend operation``."""
+        return {f"{self.masks} {name} {one}": self.work(module, one) for name, module in self.backends.items() for one in OPERATIONS}
 
-    def figures(self, name: str, backend: str, timings: Timings, copy: float) -> dict[str, Any]:
-        """Nanoseconds a group, GB/s and share of the copy bandwidth per operation, and the speed-up over plain PyTorch."""
-        row: dict[str, Any] = {"linear": name, "shape": list(self.weight.shape), "backend": backend}
+    def figures(self, name: str, backend: str, timings: Timings, copy: float, first: str) -> dict[str, Any]:
+        """Nanoseconds a weight, GB/s, share of the copy bandwidth; forward + backward against plain PyTorch and against ``first``."""
+        row: dict[str, Any] = {"linear": name, "shape": list(self.weight.shape), "masks": self.masks, "backend": backend}
         for operation in OPERATIONS:
-            seconds = timings.median(f"{backend} {operation}")
+            seconds = timings.median(f"{self.masks} {backend} {operation}")
             rate = self.traffic(operation) / seconds
-            row[operation] = {"ns_per_group": seconds / self.groups * 1e9, "gb_per_second": rate / 1e9, "share_of_copy": rate / copy}
-        both = Timings({one: self._forward_backward(one, timings) for one in (backend, PLAIN)})
-        row["speed_up"] = both.ratio(PLAIN, backend)["median"]
+            nanoseconds = {"ns_per_weight": seconds / self.weight.numel() * 1e9, "ns_per_group": seconds / self.groups * 1e9}
+            row[operation] = {**nanoseconds, "gb_per_second": rate / 1e9, "share_of_copy": rate / copy}
+        here = f"{self.masks} {backend}"
+        row["speed_up"] = ratio(timings, f"{self.masks} {PLAIN}", here)
+        row["against_first"] = ratio(timings, here, f"{first} {backend}")
         return row
 
-    @staticmethod
-    def _forward_backward(backend: str, timings: Timings) -> list[float]:
-        parts = (timings.seconds[f"{backend} {operation}"] for operation in ("forward", "backward"))
-        return [sum(pair) for pair in zip(*parts, strict=True)]
+
+def measure(layers: dict[str, Layer], rounds: int, device: torch.device) -> Timings:
+    """Times of every kind of masks, backend and operation, interleaved; and of forward and backward together, as ``masks backend``."""
+    timings = interleave({side: work for layer in layers.values() for side, work in layer.sides().items()}, rounds, device)
+    both = {}
+    for side in (f"{masks} {backend}" for masks, layer in layers.items() for backend in layer.backends):
+        parts = (timings.seconds[f"{side} {operation}"] for operation in ("forward", "backward"))
+        both[side] = [sum(pair) for pair in zip(*parts, strict=True)]
+    return Timings({**timings.seconds, **both})
+
+
+def ratio(timings: Timings, side: str, baseline: str) -> float | None:
+    """The median of the pairs' ratios; None where one was not measured."""
+    return timings.ratio(side, baseline)["median"] if {side, baseline} <= timings.seconds.keys() else None
 
 
 def show(rows: list[dict[str, Any]], copy: float, options: argparse.Namespace) -> None:
     """Print the tables."""
     print(f"\ncopy bandwidth, read plus written: {copy / 1e9:.1f} GB/s")
-    title = f"{options.shapes}, {options.pattern} {options.distribution}, {options.dtype} weights, fp32 logits"
-    columns = ["linear", "backend", "ns a group: forward", "backward", "survey", f"forward + backward against {PLAIN}"]
+    title = f"{options.shapes}, {options.dtype} weights, fp32 logits"
+    against = [f"forward + backward against {one}" for one in (PLAIN, options.masks[0])]
+    columns = ["linear", "masks", "backend", *(f"{operation}, ns a weight" for operation in OPERATIONS), *against]
     nanoseconds = [
         [
             f"{row['linear']} {row['shape'][0]} x {row['shape'][1]}",
+            row["masks"],
             row["backend"],
-            *(row[one]["ns_per_group"] for one in OPERATIONS),
+            *(row[one]["ns_per_weight"] for one in OPERATIONS),
             row["speed_up"],
+            row["against_first"],
         ]
         for row in rows
     ]
     table(title, columns, nanoseconds)
-    columns = ["linear", "backend", *(f"{operation}, GB/s" for operation in OPERATIONS), *(f"{one}, share of copy" for one in OPERATIONS)]
+    columns = ["linear", "masks", "backend", *(f"{one}, GB/s" for one in OPERATIONS), *(f"{one}, share of copy" for one in OPERATIONS)]
     rates = [
-        [row["linear"], row["backend"], *(row[one][key] for key in ("gb_per_second", "share_of_copy") for one in OPERATIONS)]
+        [row["linear"], row["masks"], row["backend"], *(row[one][key] for key in ("gb_per_second", "share_of_copy") for one in OPERATIONS)]
         for row in rows
     ]
     table("memory traffic", columns, rates)

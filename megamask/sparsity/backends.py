@@ -28,7 +28,7 @@ class Backend:
 BACKENDS = {
     "torch": Backend("torch", None, {"categorical": "categorical", "linear": "linear_distribution"}),
     "numba": Backend("numba", "cpu", {"categorical": "fused_cpu", "linear": "fused_cpu"}),
-    "triton": Backend("triton", "cuda", {"categorical": "fused_cuda"}),
+    "triton": Backend("triton", "cuda", {"categorical": "fused_cuda", "linear": "fused_cuda"}),
 }
 
 

@@ -1,4 +1,4 @@
-"""The categorical operator through the fused Triton kernels, for CUDA tensors; same meaning as categorical.py.
+"""The sampling operator through the fused Triton kernels, for CUDA tensors; same meaning as categorical.py and linear_distribution.py.
 
 Under TRITON_INTERPRET=1, set before triton is first imported, the same kernels run on CPU tensors: slowly, for tests.
 Nothing here waits for the device, and no number that changes from step to step makes Triton compile again.
@@ -10,11 +10,12 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from megamask.sparsity import kernels_triton, kernels_triton_many
+from megamask.sparsity import kernels_triton, kernels_triton_linear, kernels_triton_many
 from megamask.sparsity.draw import Draw, RowBlock, Sampled, Site
 from megamask.sparsity.pattern import MAX_CANDIDATES, Pattern
 
@@ -34,17 +35,17 @@ def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: D
     masked = torch.empty_like(weight, memory_format=torch.contiguous_format)
     out = _words(masked, site)
     rows, _, groups = logits.shape
-    winner = logits.new_empty((rows, groups) if draw.watch else 0, dtype=torch.uint8)
+    winner = logits.new_empty((rows, groups) if draw.watch else 0, dtype=site.winner_dtype)
     cut = Cut.of(rows, groups)
     sums = logits.new_empty((2, sum(cut.programs(block.rows) for block in site.placement.blocks)), dtype=torch.float32)
     first = 0
     for block, here in _blocks(site):
         programs = cut.programs(block.rows)
         _launch(
-            "forward", programs, logits,
+            _kernels(site).forward, programs, logits,
             out[here], winner[here], sums[:, first:], logits[here], words[here], block.rows, sums.shape[1],
             *_place(block, site), *_noise(draw), float(draw.kappa),
-            **_candidates(site.pattern, logits.device), BITS=_bits(weight), HARD=draw.hard, WATCH=draw.watch, **cut.constants,
+            **_shape(site, logits.device), BITS=_bits(weight), HARD=draw.hard, WATCH=draw.watch, **cut.constants,
         )  # fmt: skip
         first += programs
     return Sampled(masked, sums.sum(1, dtype=torch.float64), winner)
@@ -53,29 +54,30 @@ def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: D
 def backward(
     grad: torch.Tensor, mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw, into: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; added to ``into`` where that is given."""
+    """Gradient at the logits, (O, C or M, G), of ``grad``, the gradient at W * M; added to ``into`` where that is given."""
     logits, words, grads = mask_logits.detach().contiguous(), _words(weight, site), _words(grad, site)
     dlogits = torch.empty_like(logits) if into is None else into.contiguous()
     cut = Cut.of(logits.shape[0], logits.shape[-1])
     for block, here in _blocks(site):
         _launch(
-            "backward", cut.programs(block.rows), logits,
+            _kernels(site).backward, cut.programs(block.rows), logits,
             dlogits[here], grads[here], logits[here], words[here], block.rows,
             *_place(block, site), *_noise(draw), float(draw.norm_coef),
-            **_candidates(site.pattern, logits.device), BITS=_bits(weight), GRAD_BITS=_bits(grad), HARD=draw.hard,
+            **_shape(site, logits.device), BITS=_bits(weight), GRAD_BITS=_bits(grad), HARD=draw.hard,
             ADD=into is not None and not draw.fresh, **cut.constants,
         )  # fmt: skip
     return dlogits if into is None or dlogits is into else into.copy_(dlogits)
 
 
 def survey(mask_logits: torch.Tensor, site: Site, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d)."""
+    """(winners (O, G), sum over groups of the largest probability, 0-d)."""
     logits = mask_logits.detach().contiguous()
     rows, candidates, groups = logits.shape
+    shape = {"N": site.pattern.n, "M": candidates} if site.distribution == "linear" else {"C": candidates}
     cut = Cut.of(rows, groups)
-    winner = logits.new_empty((rows, groups), dtype=torch.uint8)
+    winner = logits.new_empty((rows, groups), dtype=site.winner_dtype)
     sums = logits.new_empty(cut.programs(rows), dtype=torch.float32)
-    _launch("survey", len(sums), logits, winner, sums, logits, rows, float(kappa), C=candidates, **cut.constants)
+    _launch(_kernels(site).survey, len(sums), logits, winner, sums, logits, rows, float(kappa), **shape, **cut.constants)
     return winner, sums.sum(dtype=torch.float64)
 
 
@@ -111,10 +113,15 @@ class Cut(NamedTuple):
         return {"GROUPS": self.groups, "ROWS": self.rows, "COLS": self.cols, "TILES": self.tiles}
 
 
-def _launch(kernel: str, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any) -> None:
-    kernels = kernels_triton if constants["C"] <= UNROLLED else kernels_triton_many
+def _kernels(site: Site) -> ModuleType:
+    if site.distribution == "linear":
+        return kernels_triton_linear
+    return kernels_triton if site.logits_per_group <= UNROLLED else kernels_triton_many
+
+
+def _launch(kernel: Any, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any) -> None:
     with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
-        getattr(kernels, kernel)[(programs,)](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
+        kernel[(programs,)](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
 
 
 def _blocks(site: Site) -> Iterator[tuple[RowBlock, slice]]:
@@ -134,6 +141,13 @@ def _words(tensor_OI: torch.Tensor, site: Site) -> torch.Tensor:
 
 def _bits(tensor: torch.Tensor) -> int:
     return 8 * tensor.element_size()
+
+
+def _shape(site: Site, device: torch.device) -> dict[str, Any]:
+    """What the kernels want to know of the pattern."""
+    if site.distribution == "linear":
+        return {"N": site.pattern.n, "M": site.pattern.m}
+    return _candidates(site.pattern, device)
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def tile(index, rows, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constex
 
 
 @triton.jit
-def _read_logits(logits, o, g, inside, GROUPS: tl.constexpr, C: tl.constexpr):
+def read_logits(logits, o, g, inside, GROUPS: tl.constexpr, C: tl.constexpr):
     """C tensors of fp32 logits."""
     pis = ()
     line = logits + o * C * GROUPS + g
@@ -269,7 +269,7 @@ def forward(
     largest = tl.zeros((ROWS, COLS), tl.float32)
     for t in range(TILES):
         o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        pis = _read_logits(logits, o, g, inside, GROUPS, C)
+        pis = read_logits(logits, o, g, inside, GROUPS, C)
         named = counter((global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step)
         scores, top = _scores(pis, named, slope, inverse_tau, C)
         y = _one_hot(scores, top, C) if HARD else _softmax(scores, top, C)
@@ -293,7 +293,7 @@ def backward(
     """dlogits (+)= the gradient at the logits of grad, the gradient at weight * mask, minus norm_coef * |weight * mask|^2."""
     for t in range(TILES):
         o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        pis = _read_logits(logits, o, g, inside, GROUPS, C)
+        pis = read_logits(logits, o, g, inside, GROUPS, C)
         named = counter((global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step)
         scores, top = _scores(pis, named, slope, inverse_tau, C)
         y = _softmax(scores, top, C)
@@ -319,7 +319,7 @@ def survey(
     largest = tl.zeros((ROWS, COLS), tl.float32)
     for t in range(TILES):
         o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        pis = _read_logits(logits, o, g, inside, GROUPS, C)
+        pis = read_logits(logits, o, g, inside, GROUPS, C)
         tl.store(winner + o * GROUPS + g, _winner(pis, C).to(tl.uint8), mask=inside)
         largest += tl.where(inside, _largest_probability(pis, kappa, C), 0.0)
     tl.store(sums + tl.program_id(0), tl.sum(largest))

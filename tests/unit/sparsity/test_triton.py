@@ -31,8 +31,9 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interpret", [INTERPRETED, COMPILED])
-def test_the_kernels(interpret: str) -> None:
-    child = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_checks.py"), TRITON_INTERPRET=interpret)
+@pytest.mark.parametrize("checks", ["triton_checks.py", "triton_linear_checks.py"])
+def test_the_kernels(checks: str, interpret: str) -> None:
+    child = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / checks), TRITON_INTERPRET=interpret)
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
 
 
