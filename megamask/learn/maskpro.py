@@ -231,6 +231,9 @@ def check_maskpro(config: Config) -> None:
     if learn.prior.mask is None or learn.sampling.initial_noise:
         key, value = ("learn.prior.mask", None) if learn.prior.mask is None else ("learn.sampling.initial_noise", True)
         raise ConfigError(key, value, "learn.learner=maskpro starts from a prior mask and nothing else", PRIOR_FIX[key])
+    if learn.prior.strength == 0:
+        fix = "Leave it out: this learner sets the logits of the prior's weights to learn.maskpro.initial_logit."
+        raise ConfigError("learn.prior.strength", 0, "above 0 with learn.learner=maskpro, or the prior would not show", fix)
     if learn.loss.kind != "lm":
         raise ConfigError("learn.loss.kind", learn.loss.kind, "lm with learn.learner=maskpro", "Set it to lm, or leave it out.")
     choose_score(section.score, Pattern.parse(config.pattern))
@@ -238,7 +241,7 @@ def check_maskpro(config: Config) -> None:
 
 
 PRIOR_FIX = {
-    "learn.prior.mask": "Name a one-shot method or a mask file, for example learn.prior.mask=sparsegpt.",
+    "learn.prior.mask": "Name a one-shot method, a mask file or a snapshot, for example learn.prior.mask=sparsegpt.",
     "learn.sampling.initial_noise": "Set it to false, or leave it out.",
 }
 

@@ -100,7 +100,8 @@ class Snapshots:
     def _check(self, note: dict[str, Any], path: Path) -> None:
         if note["fingerprint"] != self.subject.fingerprint:
             raise ArtifactError(path, "was made for another base model", "Use another run_dir, or convert the model that it was made for.")
-        here, there = _flatten(deciding_settings(self.config)), _flatten(note["settings"])
+        here, defaults = _flatten(deciding_settings(self.config)), _flatten(deciding_settings(Config()))
+        there = defaults | _flatten(note["settings"])  # it may be older than a setting
         for key in sorted(here.keys() | there.keys()):
             if here.get(key) != there.get(key):
                 fix = "Set it back, use another run_dir, or start over with learn.resume=false."

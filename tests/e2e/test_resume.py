@@ -219,3 +219,17 @@ def test_another_setting_is_no_resume(interrupted: Path, settings: Settings, ove
     assert f"was started with {before}" in message
     assert "use another run_dir, or start over with learn.resume=false" in message
     assert_untouched(interrupted, held)
+
+
+@pytest.mark.parametrize(("override", "code"), [("learn.loss.temperature=1", 0), ("learn.loss.temperature=2", 2)])
+def test_a_snapshot_older_than_a_setting_was_made_with_its_default(
+    interrupted: Path, settings: Settings, tmp_path: Path, override: str, code: int
+) -> None:
+    run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    note = run_dir / "learn" / "snapshots" / snapshots(run_dir)[-1] / "megamask.json"
+    content = json.loads(note.read_text())
+    del content["settings"]["learn"]["loss"]
+    note.write_text(json.dumps(content))
+    finished = in_process("learn", *settings(run_dir), *RUN, override)
+    assert finished.code == code, finished.stderr
+    assert ("was started with 1.0" in finished.stderr) == (code == 2)

@@ -109,6 +109,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "learn.footprint=lean": ("learn.state.logits", "fp32", "Leave out learn.footprint"),
     "learn.prior.mask=null": ("learn.prior.mask", "starts from a prior mask", "sparsegpt"),
     "learn.sampling.initial_noise=true": ("learn.sampling.initial_noise", "starts from a prior mask", "false"),
+    "learn.prior.strength=0": ("learn.prior.strength", "above 0", "learn.maskpro.initial_logit"),
     "learn.loss.kind=kd": ("learn.loss.kind", "lm with learn.learner=maskpro", "Set it to lm"),
     "learn.maskpro.baseline=leave_one_out": ("learn.maskpro.masks", "2 or more", "learn.maskpro.masks to 2"),
     "learn.maskpro.masks=3": ("learn.maskpro.masks", "a divisor of the step's micro-batches", "learn.maskpro.data=shared"),
