@@ -178,7 +178,7 @@ class MaskProSection(Section):
 class LearnSection(Section):
     """A learning run: the step, its schedule and its bookkeeping."""
 
-    preset: Literal["none", "maskllm", "maskpro"] = Field("none", description="named defaults, applied below the other settings")
+    preset: Literal["none", "best", "maskllm", "maskpro"] = Field("none", description="named defaults, applied below the other settings")
     learner: Literal["gumbel", "maskpro"] = Field("gumbel", description="gradients through relaxed masks, or of rewards of drawn masks")
     footprint: Literal["default", "lean", "leanest"] = Field("default", description="named choices of state and optimizer, likewise")
     distribution: Literal["categorical", "linear"] = Field(

@@ -140,6 +140,16 @@ def test_settings_are_frozen() -> None:
         config.learn.steps = 3  # type: ignore[misc]
 
 
+def test_the_quickstart_learns_by_the_preset_best() -> None:
+    """And a setting on the command line still wins."""
+    quickstart = Path(__file__).parents[3] / "configs" / "recipes" / "quickstart.yaml"
+    learn = load_config(quickstart, ["learn.optimizer.lr=5e-4"]).learn
+    assert (learn.distribution, learn.sampling.initial_noise, learn.sampling.tau) == ("linear", False, (1.0, 0.05))
+    assert (learn.prior.mask, learn.weight_norm.decay, learn.optimizer.lr) == ("sparsegpt", "linear", 5e-4)
+    maskpro = load_config(quickstart, ["learn.learner=maskpro"]).learn
+    assert (maskpro.distribution, maskpro.sampling.mode, maskpro.sampling.initial_noise) == ("linear", "hard", False)
+
+
 def test_presets_are_not_changed_by_reading() -> None:
     load_config(None, ["learn.preset=maskllm", "learn.optimizer.lr=1.0", "learn.sampling.tau=[1, 1]"])
     assert load_config(None, ["learn.preset=maskllm"]).learn.optimizer.lr == 5e-4
