@@ -36,10 +36,10 @@ def bounds(grad: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor, site:
     noise = score * draw.tau - draw.kappa * logits
     # Both sides round kappa pi, g (two logs of a few ulp each; absolute where g is near 0), the sum and the quotient: about 8 roundings.
     error = (8 * EPS * (draw.kappa * logits.abs() + noise.abs() + 1) + g_error).amax(1, keepdim=True) / draw.tau
-    # A coefficient multiplies at most M factors, each with an exp of relative error 4 EPS and two roundings; both sides.
+    # A coefficient multiplies at most M factors, each with an exp of relative error 4 EPS and two roundings; both sides, products included.
     rounds = 2 * 6 * m * EPS
     kept, left = shares(score, site.pattern)
-    mask = 2 * kept * left * (error + rounds) + 4 * EPS * kept
+    mask = 2 * kept * left * error + rounds * kept  # fused kernels divide by the sum over all sets: of a member near 1 that rounds too
     mask_OI = mask.transpose(1, 2).flatten(1)
     if draw.hard:
         kept, mask_OI = linear_distribution.largest(score, site.pattern), torch.zeros_like(mask_OI)
