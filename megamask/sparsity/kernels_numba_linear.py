@@ -22,15 +22,15 @@ from megamask.sparsity.kernels_numba import LOG2_E, load, store, sum_line
 from megamask.sparsity.numba_math import U32, U64, F, exp2, flush_denormals, fma, log2, log2_short, mix, prefetch, restore, uniform
 from megamask.sparsity.subset_blocks import LANES
 
-TILE = 2048  # members
+TILE = 1024  # members, about: scratch stays in the first-level cache
 HALF = LANES // 2  # groups whose words are made at once: their products have 64 bits
 
 
 @njit(inline="always")
 def _cut(m, rows, groups):  # type: ignore[no-untyped-def]
-    """(rows, groups of each) of a tile, and how long its lines are."""
+    """(rows, groups of each) of a tile, and how long its lines are: up to twice as long where rows are short."""
     width = max(LANES, TILE // m // LANES * LANES)
-    count = max(1, min(width // groups, rows))
+    count = max(1, min((width + groups - 1) // groups, rows))
     return count, min(width, groups), _whole(count * min(width, groups))
 
 
