@@ -9,7 +9,9 @@ result does not depend on where a group lies: ranks, threads and vector lanes al
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -28,7 +30,21 @@ def _wide_vectors() -> None:
         numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
 
 
+SOURCES = ("numba_math.py", "*_blocks.py", "kernels_numba*.py")  # what kernels inline from each other
+
+
+def cache_folder(folder: Path) -> Path:
+    """Where compiled kernels of these very sources are kept. numba itself looks at the time stamp of a kernel's own file, not at those of
+    the functions it inlines, and would go on with the old ones."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in SOURCES for path in folder.glob(pattern)}):
+        digest.update(path.name.encode() + path.read_bytes())
+    return folder / "__pycache__" / f"numba-{digest.hexdigest()[:12]}"
+
+
 _wide_vectors()
+if not numba.config.CACHE_DIR:
+    numba.config.CACHE_DIR = str(cache_folder(Path(__file__).parent))
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 FLUSH = 0x8040  # of x86's floating-point control word: results and operands
