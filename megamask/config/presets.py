@@ -17,7 +17,7 @@ MASKLLM: dict[str, Any] = {
     }
 }
 
-# What ended best on SmolLM2-135M in runs too short for the paper's schedule (docs/results/learners.md): one logit a weight; the prior
+# What did well on SmolLM2-135M in runs too short for the paper's schedule (docs/results/learners.md): one logit a weight; the prior
 # itself as the start, as there is no time to undo random flips; nearly hard masks soon, for the same reason; a weight-norm term that
 # leaves the last word to the loss. Twice the paper's rate.
 BEST: dict[str, Any] = {
