@@ -144,15 +144,15 @@ def score_of(pi, word, slope, inverse_tau):
 
 
 @triton.jit
-def _scores(pis, named, slope, inverse_tau, C: tl.constexpr):
-    """(kappa pi + g) / tau with slope = kappa / tau, and the largest of each group."""
+def scores_of(pis, named, slope, inverse_tau, C: tl.constexpr):
+    """(kappa pi + g) / tau of C logits a group, with slope = kappa / tau."""
     words = ()
     for block in tl.static_range((C + 3) // 4):
         words = words + word_block(named, block)
     scores = ()
     for c in tl.static_range(C):
         scores = scores + (score_of(pis[c], words[c], slope, inverse_tau),)
-    return scores, _largest(scores, C)
+    return scores
 
 
 @triton.jit
@@ -271,7 +271,8 @@ def forward(
         o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
         pis = read_logits(logits, o, g, inside, GROUPS, C)
         named = counter((global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step)
-        scores, top = _scores(pis, named, slope, inverse_tau, C)
+        scores = scores_of(pis, named, slope, inverse_tau, C)
+        top = _largest(scores, C)
         y = _one_hot(scores, top, C) if HARD else _softmax(scores, top, C)
         masks = _member_masks(y, C, M, TABLE)
         squares += mask_members(masked, weight, masks, o, g, inside, GROUPS, M, BITS)
@@ -295,7 +296,8 @@ def backward(
         o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
         pis = read_logits(logits, o, g, inside, GROUPS, C)
         named = counter((global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step)
-        scores, top = _scores(pis, named, slope, inverse_tau, C)
+        scores = scores_of(pis, named, slope, inverse_tau, C)
+        top = _largest(scores, C)
         y = _softmax(scores, top, C)
         masks = _member_masks(_one_hot(scores, top, C) if HARD else y, C, M, TABLE)
         dmasks = mask_gradients(grad, weight, masks, norm_coef, o, g, inside, GROUPS, M, BITS, GRAD_BITS)

@@ -20,22 +20,9 @@ from megamask.sparsity.kernels_triton import (
     mask_members,
     read_logits,
     rounded,
-    score_of,
+    scores_of,
     tile,
-    word_block,
 )
-
-
-@triton.jit
-def _scores(pis, named, slope, inverse_tau, M: tl.constexpr):
-    """(kappa pi + g) / tau with slope = kappa / tau."""
-    words = ()
-    for block in tl.static_range((M + 3) // 4):
-        words = words + word_block(named, block)
-    scores = ()
-    for j in tl.static_range(M):
-        scores = scores + (score_of(pis[j], words[j], slope, inverse_tau),)
-    return scores
 
 
 @triton.jit
@@ -212,7 +199,7 @@ def forward(
         o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
         pis = read_logits(logits, o, g, inside, GROUPS, M)
         named = counter((global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step)
-        scores = _scores(pis, named, slope, inverse_tau, M)
+        scores = scores_of(pis, named, slope, inverse_tau, M)
         ranks = _ranks(scores, M)
         if HARD:
             masks = _hard(scores, ranks, N, M)
@@ -241,7 +228,7 @@ def backward(
         o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
         pis = read_logits(logits, o, g, inside, GROUPS, M)
         named = counter((global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step)
-        scores = _scores(pis, named, slope, inverse_tau, M)
+        scores = scores_of(pis, named, slope, inverse_tau, M)
         ranks = _ranks(scores, M)
         u, v = _factors(scores, ranks, N, M)
         masks = _hard(scores, ranks, N, M) if HARD else _marginals(u, v, N, M)
