@@ -26,6 +26,7 @@ from megamask.sparsity.pattern import Pattern
 STRATUM = 1024
 GROUPS = 8192  # of the sample; fewer where a group has many candidates
 NUMBERS = 1 << 21
+CERTAIN = 1e-9  # nats
 
 
 def noise_scale(pattern: Pattern) -> float:
@@ -46,6 +47,8 @@ def member_bonus(pattern: Pattern, strength: float, spread: float) -> float:
     if spread == 0 or strength == 0 or pattern.n in (1, pattern.m - 1):
         return strength
     target = categorical_entropy(pattern, strength, spread)
+    if target < CERTAIN:  # no entropy is left to match: many strengths would do, and small ones would let go of the prior too soon
+        return strength
     if linear_entropy(pattern, 0.0, spread) <= target:
         return 0.0
     low, high = 0.0, strength

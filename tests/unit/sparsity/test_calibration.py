@@ -78,7 +78,17 @@ def test_the_scores_of_candidates_vary_as_much_within_a_group(n: int, m: int) ->
 
 def test_a_weak_prior_is_no_bonus_and_none_is_zero() -> None:
     assert member_bonus(Pattern(2, 4), 0.0, 1.0) == 0
-    assert member_bonus(Pattern(4, 8), 0.01, 1.0) >= 0
+    weak = member_bonus(Pattern(4, 8), 0.01, 1.0)
+    assert linear_entropy(Pattern(4, 8), weak, 1.0) == pytest.approx(categorical_entropy(Pattern(4, 8), 0.01, 1.0), rel=1e-3)  # 12 halvings
+    assert member_bonus(Pattern(2, 4), 0.01, 0.01) == 0  # sums of members are less random than candidates: even without a bonus
+
+
+@pytest.mark.parametrize(("alpha", "spread"), [(30.0, 1.0), (100.0, 1.0), (1e5, 1.0), (8.0, 100.0), (30.0, 100.0)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_a_prior_beyond_doubt_is_as_strong_as_it_says(n: int, m: int, alpha: float, spread: float) -> None:
+    """Both laws are certain there, so the entropy says nothing more about the bonus; the evidence that it takes to flip a group does."""
+    assert categorical_entropy(Pattern(n, m), alpha, spread) < 1e-9
+    assert member_bonus(Pattern(n, m), alpha, spread) == alpha
 
 
 def test_the_winner_of_a_start_is_most_often_the_prior() -> None:
