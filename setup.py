@@ -31,7 +31,8 @@ EXTRAS = {
     "eight-bit": ["torchao>=0.9"],  # learn.optimizer.kind=adamw8bit
     "cuda": ["transformer-engine[pytorch]>=1.13; platform_system == 'Linux'"],
     "dev": [
-        *("pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML>=6.0.12", "pre-commit>=3.5", "torchao>=0.9"),
+        *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.8", "ruff>=0.9", "mypy>=1.13", "types-PyYAML>=6.0.12"),
+        *("pre-commit>=3.5", "torchao>=0.9"),
         "triton>=3.6; platform_system == 'Linux'",  # its interpreter runs the CUDA kernels; a CUDA build of torch brings its own
     ],
 }
