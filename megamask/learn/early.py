@@ -27,6 +27,17 @@ def check_schedules(section: SamplingSection) -> None:
         raise ConfigError("learn.sampling.kappa", list(kappa), "must end above 0: no logit counts at 0", "Write, for example, [100, 500].")
 
 
+def unused_settings(config: Config) -> list[str]:
+    """Settings that were given and change nothing: of another loss, or of another learner. Presets give none of them."""
+    learn = config.learn
+    if learn.learner == "maskpro":
+        sections = {"optimizer": learn.optimizer, "weight_norm": learn.weight_norm, "loss": learn.loss}
+        return [f"learn.{name}.{key}" for name, section in sections.items() for key in sorted(section.model_fields_set - {"kind"})]
+    of_loss = {"lm": {"share", "temperature", "top_k"}, "kd": {"share"}, "mix": set()}[learn.loss.kind]
+    given = [f"learn.loss.{key}" for key in sorted(learn.loss.model_fields_set & of_loss)]
+    return given + [f"learn.maskpro.{key}" for key in sorted(learn.maskpro.model_fields_set)]
+
+
 def check_subject(config: Config) -> None:
     """Check pattern and prior against the converted model, whose weights are not read.
 

@@ -14,7 +14,7 @@ from megamask.config import Config, RunPaths, run_paths
 from megamask.data.batches import BatchPlan, check_batch
 from megamask.data.blend import blend_weights, train_dataset
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, MegamaskError
-from megamask.learn.early import check_schedules, check_subject
+from megamask.learn.early import check_schedules, check_subject, unused_settings
 from megamask.learn.evaluation import mean_log_perplexity, monitor_windows, winner_perplexity
 from megamask.learn.maskpro import MaskPro, check_maskpro
 from megamask.learn.maskpro_data import Reused
@@ -72,6 +72,9 @@ def check_early(config: Config, paths: RunPaths) -> None:
         check_schedules(config.learn.sampling)
     storage.require_writable(paths.run_dir)
     check_subject(config)
+    if unused := unused_settings(config):
+        choice = f"learn.learner={config.learn.learner}, learn.loss.kind={config.learn.loss.kind}"
+        log.warning("without effect here (%s): %s", choice, ", ".join(unused))
 
 
 def learning_samples(config: Config) -> Any:

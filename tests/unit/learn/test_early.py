@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megamask.config.load import build_config
+from megamask.config.load import build_config, load_config
 from megamask.config.tree import SamplingSection
 from megamask.errors import ConfigError
-from megamask.learn.early import check_rows, check_schedules
+from megamask.learn.early import check_rows, check_schedules, unused_settings
 from megamask.masks import snapshot
 from megamask.model import checkpoint
 from megamask.weights.architecture import read_architecture
@@ -59,3 +59,21 @@ def test_a_schedule_that_stays_or_hardens(values: dict[str, tuple[float, float]]
 def test_the_note_has_one_name() -> None:
     """Snapshots are read as masks without the room that writes them."""
     assert snapshot.NOTE == checkpoint.NOTE
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ([], []),
+        (["learn.loss.temperature=2", "learn.loss.top_k=5"], ["learn.loss.temperature", "learn.loss.top_k"]),
+        (["learn.loss.kind=kd", "learn.loss.temperature=2"], []),
+        (["learn.loss.kind=kd", "learn.loss.share=0.1"], ["learn.loss.share"]),
+        (["learn.loss.kind=mix", "learn.loss.share=0.1", "learn.optimizer.lr=1"], []),
+        (["learn.maskpro.lr=3"], ["learn.maskpro.lr"]),
+        (["learn.learner=maskpro", "learn.maskpro.lr=3"], []),
+        (["learn.preset=maskpro", "learn.optimizer.lr=1", "learn.weight_norm.coef=0"], ["learn.optimizer.lr", "learn.weight_norm.coef"]),
+        (["learn.preset=maskllm", "learn.footprint=leanest"], []),
+    ],
+)
+def test_settings_that_change_nothing_are_named(given: list[str], unused: list[str]) -> None:
+    assert unused_settings(load_config(None, given)) == unused
