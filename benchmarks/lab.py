@@ -63,6 +63,7 @@ def read_config(options: argparse.Namespace) -> Config:
         "device": options.device,
         "dtype": options.dtype,
         "data.seq_length": options.seq,
+        "learn.distribution": "categorical",
         "learn.micro_batch": options.micro,
         "learn.global_batch": options.micro * options.accumulate,
     }

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--recipe", type=Path, default=REPO / "configs" / "recipes" / "quickstart.yaml", help="all but learn is read")
     options.add_argument("--arms", nargs="+", action="extend", metavar="GLOB", help="which arms, in this order (default: all)")
     options.add_argument("--seeds", nargs="+", type=int, default=[1234], metavar="N")
-    options.add_argument("--steps", type=int, default=90)
+    options.add_argument("--steps", type=int, default=60)
     options.add_argument("--tokens-per-step", type=int, metavar="N", help="default: one micro-batch")
     options.add_argument("--micro-batch", type=int, default=4, help="sequences")
     options.add_argument("--evaluate-every", type=int, metavar="STEPS", help="points of the curve (default: a third of the steps)")

@@ -13,10 +13,10 @@ from megamask.sparsity.pattern import Pattern
 
 Settings = dict[str, Any]
 
-# What all Gumbel learners share: the quickstart's learning settings, every ablated one by name. Steps and batch come from the command line.
+# What all Gumbel learners share: the defaults (the preset ``best``), every ablated one by name. Steps and batch come from the command line.
 # A short run has no time to undo random flips, so it starts from the prior alone and with nearly hard masks.
 GUMBEL: Settings = {
-    "distribution": "categorical",
+    "distribution": "linear",
     "sampling.mode": "soft",
     "sampling.draws": "micro_batch",
     "sampling.kappa": [100, 500],
@@ -25,12 +25,13 @@ GUMBEL: Settings = {
     "prior.mask": "sparsegpt",
     "prior.strength": 3,
     "optimizer.kind": "adamw",
-    "optimizer.lr": 1e-3,
-    "optimizer.min_lr": 1e-4,
+    "optimizer.lr": 2e-3,
+    "optimizer.min_lr": 2e-4,
+    "optimizer.eps_rms": 0.1,
     "weight_norm.coef": 1e-5,
     "weight_norm.decay": "linear",
 }
-LINEAR: Settings = {"distribution": "linear"}
+CATEGORICAL: Settings = {"distribution": "categorical"}
 # The paper's reference settings but for steps and batch, which are those of all arms.
 MASKPRO: Settings = {"learner": "maskpro", "preset": "maskpro"}
 # Settings that show progress in a short run from a weak prior: four masks a step on the same samples, compared with each other.
@@ -96,12 +97,12 @@ class Group:
     text: str
 
 
-BASE = "categorical-2of4"
-_SAME = "All else as `categorical-2of4`."
+BASE = "linear-2of4"
+_SAME = f"All else as `{BASE}`."
 GROUPS: dict[str, Group] = {
-    "comparison-2of4": Group("2:4", BASE, "Half of the weights."),
+    "comparison-2of4": Group("2:4", "categorical-2of4", "Half of the weights."),
     "comparison-1of4": Group(
-        "1:4", "categorical-1of4", "A quarter of the weights. With one member a mask, both distributions are the same law."
+        "1:4", "linear-1of4", "A quarter of the weights. With one member a mask, both distributions are the same law."
     ),
     "comparison-4of8": Group("4:8", "linear-4of8", "Half of the weights, 70 masks a group instead of 6."),
     "comparison-8of16": Group("8:16", "linear-8of16", "Half of the weights, 12,870 masks a group: one logit a weight is the only way."),
@@ -115,7 +116,9 @@ GROUPS: dict[str, Group] = {
     "optimizer": Group("Optimizer", BASE, _SAME),
     "noise": Group("Starting noise", BASE, f"The paper's N(0, 0.01) logits below the prior, or the prior alone. {_SAME}"),
     "distillation": Group("Distillation", BASE, f"The dense model as teacher, at temperature 1. {_SAME}"),
-    "rate": Group("Learning rate of the linear distribution", "linear-2of4", "All else as `linear-2of4`."),
+    "rate": Group("Learning rate", BASE, f"It falls to a tenth along a cosine. {_SAME}"),
+    "warmup": Group("Warm-up of the learning rate", BASE, _SAME),
+    "eps": Group("AdamW's epsilon", BASE, f"In units of the clipped gradient's root mean square, beside 1e-8. {_SAME}"),
 }
 
 
@@ -126,9 +129,9 @@ def _comparison(pattern: str, learners: dict[str, tuple[str, Settings, Settings]
     return [Arm(f"oneshot-{tag}", group, "one-shot", {}, pattern, None, None), *learned]
 
 
-_CATEGORICAL: tuple[str, Settings, Settings] = ("categorical, a logit per mask", {}, GUMBEL)
-_LEAN: tuple[str, Settings, Settings] = ("categorical, `lean` state (default: 15 GiB)", {"footprint": "lean"}, GUMBEL)
-_LINEAR: tuple[str, Settings, Settings] = ("linear, a logit per weight", LINEAR, GUMBEL)
+_CATEGORICAL: tuple[str, Settings, Settings] = ("categorical, a logit per mask", CATEGORICAL, GUMBEL)
+_LEAN: tuple[str, Settings, Settings] = ("categorical, `lean` state (default: 15 GiB)", {**CATEGORICAL, "footprint": "lean"}, GUMBEL)
+_LINEAR: tuple[str, Settings, Settings] = ("linear, a logit per weight", {}, GUMBEL)
 _MASKPRO: tuple[str, Settings, Settings] = ("MaskPro, forward passes only", MASKPRO, {})
 
 
@@ -137,6 +140,10 @@ def _ablation(group: str, rows: dict[str, tuple[str, Settings] | tuple[str, Sett
         Arm(f"{group}-{name}", group, label, settings, paper=paper[0] if paper else None)
         for name, (label, settings, *paper) in rows.items()
     ]
+
+
+def _rate(first: float) -> Settings:
+    return {"optimizer.lr": first, "optimizer.min_lr": first / 10}
 
 
 # Paper: GPT-3 843M on WikiText, 2,000 steps.
@@ -209,11 +216,11 @@ ARMS: list[Arm] = [
     *_ablation(
         "optimizer",
         {
-            "adamw": ("AdamW, 1e-3", {"optimizer.kind": "adamw", "optimizer.lr": 1e-3}),
-            "adamw-bf16": ("AdamW with bf16 state (`lean`), 1e-3", {"footprint": "lean"}),
-            "adamw8bit": ("AdamW, 8 bits (CUDA), 1e-3", {"optimizer.kind": "adamw8bit"}),
-            "lion": ("Lion, 5e-4", {"optimizer.kind": "lion", "optimizer.betas": [0.9, 0.99], "optimizer.lr": 5e-4}),
-            "lion8bit": ("Lion, 8 bits (`leanest`), 5e-4", {"footprint": "leanest", "optimizer.kind": "lion8bit", "optimizer.lr": 5e-4}),
+            "adamw": ("AdamW, 2e-3", {"optimizer.kind": "adamw"}),
+            "adamw-bf16": ("AdamW with bf16 state (`lean`), 2e-3", {"footprint": "lean"}),
+            "adamw8bit": ("AdamW, 8 bits (CUDA), 2e-3", {"optimizer.kind": "adamw8bit"}),
+            "lion": ("Lion, 7e-4", {"optimizer.kind": "lion", "optimizer.betas": [0.9, 0.99], **_rate(7e-4)}),
+            "lion8bit": ("Lion, 8 bits (`leanest`), 7e-4", {"footprint": "leanest", "optimizer.kind": "lion8bit", **_rate(7e-4)}),
         },
     ),
     *_ablation(
@@ -235,9 +242,23 @@ ARMS: list[Arm] = [
     *_ablation(
         "rate",
         {
-            "5e-4": ("5e-4", {**LINEAR, "optimizer.lr": 5e-4}),
-            "1e-3": ("1e-3", {**LINEAR, "optimizer.lr": 1e-3}),
-            "1.5e-3": ("1.5e-3", {**LINEAR, "optimizer.lr": 1.5e-3}),
+            "5e-4": ("5e-4", _rate(5e-4)),
+            "1e-3": ("1e-3", _rate(1e-3)),
+            "2e-3": ("2e-3", _rate(2e-3)),
+            "4e-3": ("4e-3", _rate(4e-3)),
+        },
+    ),
+    *_ablation(
+        "warmup",
+        {"tenth": ("a tenth of the steps", {}), "none": ("none", {"optimizer.warmup_steps": 0})},
+    ),
+    *_ablation(
+        "eps",
+        {
+            "0": ("0", {"optimizer.eps_rms": 0.0}),
+            "0.03": ("0.03", {"optimizer.eps_rms": 0.03}),
+            "0.1": ("0.1", {"optimizer.eps_rms": 0.1}),
+            "0.3": ("0.3", {"optimizer.eps_rms": 0.3}),
         },
     ),
 ]

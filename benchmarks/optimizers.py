@@ -77,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def build(options: argparse.Namespace, device: torch.device, settings: dict[str, str]) -> tuple[Any, list[Layer]]:
     """An optimizer under these settings of ``learn``, and its layers."""
-    config = load_config(None, [f"device={device.type}", *(f"learn.{key}={value}" for key, value in settings.items())])
+    config = load_config(
+        None, [f"device={device.type}", "learn.distribution=categorical", *(f"learn.{key}={value}" for key, value in settings.items())]
+    )
     pattern = Pattern(2, 4)
     layers = [Layer(number, options.rows, options.columns // 4, pattern, config, device) for number in range(options.layers)]
     return build_optimizer(config, layers), layers  # type: ignore[arg-type]

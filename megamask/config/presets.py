@@ -10,25 +10,18 @@ MASKLLM: dict[str, Any] = {
     "learn": {
         "steps": 2000,
         "global_batch": 256,
+        "distribution": "categorical",
         "sampling": {"mode": "soft", "kappa": [100.0, 500.0], "tau": [4.0, 0.05], "logit_std": 0.01, "initial_noise": True},
         "prior": {"mask": "sparsegpt", "strength": 3.0},
-        "optimizer": {"lr": 5e-4, "weight_decay": 0.1, "schedule": "cosine"},
+        "optimizer": {"lr": 5e-4, "min_lr": 1e-4, "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 0, "eps_rms": 0.0},
         "weight_norm": {"coef": 1e-5, "decay": "none"},
     }
 }
 
-# What did well on SmolLM2-135M in runs too short for the paper's schedule (docs/results/learners.md): one logit a weight; the prior
-# itself as the start, as there is no time to undo random flips; nearly hard masks soon, for the same reason; a weight-norm term that
-# leaves the last word to the loss. Twice the paper's rate.
-BEST: dict[str, Any] = {
-    "learn": {
-        "distribution": "linear",
-        "sampling": {"kappa": [100.0, 500.0], "tau": [1.0, 0.05], "initial_noise": False},
-        "prior": {"mask": "sparsegpt", "strength": 3.0},
-        "optimizer": {"lr": 1e-3},
-        "weight_norm": {"coef": 1e-5, "decay": "linear"},
-    }
-}
+# The defaults of megamask/config/tree.py: what did best on SmolLM2-135M in short runs (docs/results/learners.md). One logit a weight; the
+# prior itself as the start, as there is no time to undo random flips, and nearly hard masks soon, for the same reason; a weight-norm term
+# that leaves the last word to the loss; four times the paper's rate, which takes a warm-up and an epsilon that spares small gradients.
+BEST: dict[str, Any] = {}
 
 # MaskPro needs one logit a weight, and starts from the prior alone.
 _POLICY: dict[str, Any] = {"distribution": "linear", "sampling": {"mode": "hard", "initial_noise": False}}
@@ -61,4 +54,4 @@ LEANEST: dict[str, Any] = {
 }
 
 FOOTPRINTS: dict[str, dict[str, Any]] = {"default": {}, "lean": LEAN, "leanest": LEANEST}
-PRESETS: dict[str, dict[str, Any]] = {"none": {}, "best": BEST, "maskllm": MASKLLM, "maskpro": MASKPRO}
+PRESETS: dict[str, dict[str, Any]] = {"best": BEST, "maskllm": MASKLLM, "maskpro": MASKPRO}

@@ -87,9 +87,9 @@ class SamplingSection(Section):
     mode: Literal["soft", "hard"] = "soft"
     draws: Literal["micro_batch", "step"] = Field("micro_batch", description="a fresh mask per micro-batch, or one mask for the whole step")
     kappa: tuple[NonNegative, NonNegative] = Field((100.0, 500.0), description="scale of the logits")
-    tau: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field((4.0, 0.05), description="temperature")
+    tau: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field((1.0, 0.05), description="temperature")
     logit_std: Annotated[float, Field(gt=0)] = Field(0.01, description="std of the initial logits, and the prior's unit")
-    initial_noise: bool = Field(True, description="False starts from the prior alone")
+    initial_noise: bool = Field(False, description="start from N(0, logit_std) logits and the prior, not from the prior alone")
     backend: Literal["auto", "torch", "numba", "triton"] = "auto"
 
 
@@ -113,13 +113,16 @@ class OptimizerSection(Section):
     """The optimizer of the mask logits. The moments of ``adamw`` have the dtype of the logits; Lion takes about a third of its rate."""
 
     kind: Literal["adamw", "adamw8bit", "lion", "lion8bit"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    min_lr: NonNegative = 1e-4
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    min_lr: NonNegative = 2e-4
+    warmup_steps: int | None = Field(None, ge=0, description="steps in which the rate rises; None: a tenth of learn.steps")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: NonNegative = 0.1
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps_rms: NonNegative = Field(
+        0.1, description="AdamW: added to eps, in units of a clipped gradient's root mean square; small gradients then move logits less"
+    )
     clip: NonNegative = Field(1.0, description="largest gradient norm; 0 switches clipping off")
     distributed: bool = Field(False, description="each replica updates some layers and keeps optimizer state for those alone (ZeRO-1)")
 
@@ -128,7 +131,7 @@ class WeightNormSection(Section):
     """The term - coef * sum |W * M|^2 (MaskLLM, Eq. 8)."""
 
     coef: NonNegative = 1e-5
-    decay: Literal["none", "linear"] = Field("none", description="linear: falls to 0 with progress")
+    decay: Literal["none", "linear"] = Field("linear", description="linear: falls to 0 with progress")
 
 
 class LossSection(Section):
@@ -178,11 +181,11 @@ class MaskProSection(Section):
 class LearnSection(Section):
     """A learning run: the step, its schedule and its bookkeeping."""
 
-    preset: Literal["none", "best", "maskllm", "maskpro"] = Field("none", description="named defaults, applied below the other settings")
+    preset: Literal["best", "maskllm", "maskpro"] = Field("best", description="named defaults, applied below the other settings")
     learner: Literal["gumbel", "maskpro"] = Field("gumbel", description="gradients through relaxed masks, or of rewards of drawn masks")
     footprint: Literal["default", "lean", "leanest"] = Field("default", description="named choices of state and optimizer, likewise")
     distribution: Literal["categorical", "linear"] = Field(
-        "categorical", description="one logit per candidate mask of a group, or one per weight (any N:M with M <= 32)"
+        "linear", description="one logit per weight (any N:M with M <= 32), or one per candidate mask of a group"
     )
     steps: Positive = 2000
     micro_batch: Positive = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -69,13 +70,23 @@ def build_optimizer(config: Config, linears: Sequence[MaskedLinear], replicas: R
         ConfigError: as ``check_optimizer``.
     """
     _refuse(config)
-    optimizer = _build(config, [linears[number] for number in replicas.mine] if replicas else linears)
+    logits = config.parallel.tp * sum(linear.mask_logits.numel() for linear in linears if linear.mask_logits is not None)
+    section = config.learn.optimizer.model_copy(update={"eps": epsilon(config.learn.optimizer, logits)})
+    optimizer = _build(section, config, [linears[number] for number in replicas.mine] if replicas else linears)
     optimizer.is_sole_owner = replicas is not None
     return optimizer
 
 
-def _build(config: Config, linears: Sequence[MaskedLinear]) -> MaskOptimizer:
-    section = config.learn.optimizer
+def epsilon(section: OptimizerSection, logits: int) -> float:
+    """What AdamW adds to the root of its second moment.
+
+    Without it every logit moves by about the rate, whatever its gradient, so that noise flips as many groups as evidence does, of which
+    there is most where gradients are large. A gradient of norm ``clip`` has the root mean square clip / sqrt(logits).
+    """
+    return section.eps + section.eps_rms * section.clip / math.sqrt(logits)
+
+
+def _build(section: OptimizerSection, config: Config, linears: Sequence[MaskedLinear]) -> MaskOptimizer:
     if section.kind == "adamw" and config.learn.state.logits == "fp32":
         return AdamW(section, linears, config.seed)
     if section.kind == "adamw8bit":
@@ -91,21 +102,25 @@ def check_schedule(section: OptimizerSection, steps: int) -> None:
     Raises:
         ConfigError: the warm-up is not shorter than the run, or the rate would rise.
     """
-    if section.warmup_steps >= steps:
+    if section.warmup_steps is not None and section.warmup_steps >= steps:
         raise ConfigError("learn.optimizer.warmup_steps", section.warmup_steps, f"below learn.steps, here {steps}", "Lower it.")
     if section.min_lr > section.lr:
         raise ConfigError("learn.optimizer.min_lr", section.min_lr, f"at most learn.optimizer.lr, here {section.lr}", "Lower it.")
 
 
 def build_scheduler(section: OptimizerSection, steps: int, optimizer: MaskOptimizer) -> OptimizerParamScheduler:
-    """Megatron's warm-up and decay of the learning rate; weight decay stays constant. Raises as ``check_schedule``."""
+    """Megatron's warm-up and decay of the learning rate; weight decay stays constant. Raises as ``check_schedule``.
+
+    The rate of step s is lr (s + 1) / (warm-up + 1) in the warm-up, so that no step is made with a rate of 0.
+    """
     check_schedule(section, steps)
+    warmup = steps // 10 if section.warmup_steps is None else section.warmup_steps
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=section.lr / (warmup + 1),
         max_lr=section.lr,
         min_lr=section.min_lr,
-        lr_warmup_steps=section.warmup_steps,
+        lr_warmup_steps=warmup,
         lr_decay_steps=steps,
         lr_decay_style=section.schedule,
         start_wd=section.weight_decay,

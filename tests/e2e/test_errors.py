@@ -36,6 +36,7 @@ def refused(run_dir: Path, settings: Settings) -> Refuse:
     return check
 
 
+CATEGORICAL = "learn.distribution=categorical"
 EARLY = {
     "unknown key": ("learn", "learn.stepz=3", ["learn.stepz = 3", "no such setting", "Did you mean learn.steps?"]),
     "negative blend": ("learn", "data.blend={prose: -1, code: 2}", ["data.blend.prose = -1", "a finite weight of 0 or more", "Correct it"]),
@@ -49,8 +50,8 @@ EARLY = {
     "as many as there are": ("learn", "pattern=4:4", ["pattern = '4:4'", "0 < N < M", "pattern=2:4"]),
     "none kept": ("learn", "pattern=0:4", ["pattern = '0:4'", "0 < N < M", "pattern=2:4"]),
     "no pattern": ("prune", "pattern=4:2", ["pattern = '4:2'", "0 < N < M", "pattern=2:4"]),
-    "too many of too many": ("learn", "pattern=32:64", ["pattern = '32:64'", "at most 256 candidates", "linear", "M up to 32"]),
-    "too many candidates": ("learn", "pattern=8:16", ["pattern = '8:16'", "at most 256 candidates", "12,870", "learn.distribution=linear"]),
+    "too many of too many": ("learn", f"pattern=32:64 {CATEGORICAL}", ["pattern = '32:64'", "256 candidates", "linear", "M up to 32"]),
+    "many candidates": ("learn", f"pattern=8:16 {CATEGORICAL}", ["pattern = '8:16'", "256 candidates", "12,870", "distribution=linear"]),
     "too many members": ("learn", "pattern=32:64 learn.distribution=linear", ["pattern = '32:64'", "linear takes M up to 32", "M <= 32"]),
     "negative tau": ("learn", "learn.sampling.tau=[4,-0.5]", ["learn.sampling.tau = -0.5", "greater than 0", "Correct it"]),
     "tau without end": ("learn", "learn.sampling.tau=[.inf,1]", ["learn.sampling.tau = inf", "finite", "Correct it"]),

@@ -71,7 +71,7 @@ def test_a_second_run_changes_nothing_and_another_distribution_does_not_go_on(
 
     run_dir = Path(shutil.copytree(prepared, tmp_path / "run"))  # 2:4, where both are possible
     assert in_process("learn", *settings(run_dir), "learn.distribution=linear").code == 0
-    message = refusal(in_process("learn", *settings(run_dir)))
+    message = refusal(in_process("learn", *settings(run_dir), "learn.distribution=categorical"))
     assert "learn.distribution = 'categorical'" in message and "was started with 'linear'" in message
 
 

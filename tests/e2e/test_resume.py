@@ -22,7 +22,10 @@ pytestmark = pytest.mark.slow
 
 STEPS, EVERY, KILLS = 16, 2, 5
 SEED = 3
-RUN = (f"learn.steps={STEPS}", f"learn.snapshot.every={EVERY}", "learn.micro_batch=2", "learn.global_batch=2", "data.seq_length=16")
+RUN = (
+    f"learn.steps={STEPS}", f"learn.snapshot.every={EVERY}", "learn.micro_batch=2", "learn.global_batch=2", "data.seq_length=16",
+    "learn.distribution=categorical", "learn.sampling.initial_noise=true",  # the other end-to-end tests run the defaults
+)  # fmt: skip
 MEASURED = ("loss", "lm_loss", "weight_norm", "grad_norm", "max_prob", "flip_rate", "prior_difference", "lr", "kappa", "tau")
 Settings = Callable[[Path], list[str]]
 
@@ -207,7 +210,7 @@ def test_the_advice_for_a_torn_snapshot_works(interrupted: Path, whole: Path, se
 @pytest.mark.parametrize(
     ("override", "key", "before"),
     [
-        ("learn.optimizer.lr=0.002", "learn.optimizer.lr = 0.002", "0.001"),
+        ("learn.optimizer.lr=0.003", "learn.optimizer.lr = 0.003", "0.02"),
         ("learn.sampling.kappa=[1, 2]", "learn.sampling.kappa = [1.0, 2.0]", "[100.0, 500.0]"),
         ("seed=7", "seed = 7", "1234"),
     ],

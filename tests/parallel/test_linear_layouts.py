@@ -40,7 +40,8 @@ class Outcome:
 
 
 def settings(run_dir: Path, tp: int, backend: str = "auto") -> Config:
-    learn = {"distribution": "linear", "steps": STEPS, "optimizer": {"lr": 2e-3}, "prior": {"mask": None}, "sampling": {"backend": backend}}
+    optimizer = {"lr": 2e-3, "warmup_steps": 1, "eps_rms": 0.1}  # the whole model's logits decide epsilon
+    learn = {"distribution": "linear", "steps": STEPS, "optimizer": optimizer, "prior": {"mask": None}, "sampling": {"backend": backend}}
     return config_of(run_dir, tp, learn).model_copy(update={"pattern": "8:16"})
 
 

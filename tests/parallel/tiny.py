@@ -56,9 +56,20 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
+# The paper's start, from noise and a prior: masks move within a few steps.
+PAPER = {
+    "distribution": "categorical",
+    "sampling": {"tau": (4, 0.05), "initial_noise": True},
+    "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 0, "eps_rms": 0},
+    "weight_norm": {"decay": "none"},
+}
+
+
 def config_of(run_dir: Path, tp: int = 1, learn: Mapping[str, Any] | None = None, **parallel: Any) -> Config:
     """Settings of a short fp32 run on such a folder; the global batch is 8 samples in micro-batches of 2."""
-    section = {"steps": 20, "micro_batch": 2, "global_batch": 8, "prior": {"mask": "magnitude"}}
+    section: dict[str, Any] = {**PAPER, "steps": 20, "micro_batch": 2, "global_batch": 8, "prior": {"mask": "magnitude"}}
+    for key, value in (learn or {}).items():
+        section[key] = {**section[key], **value} if isinstance(section.get(key), Mapping) else value
     return build_config(
         {
             "run_dir": str(run_dir),
@@ -66,7 +77,7 @@ def config_of(run_dir: Path, tp: int = 1, learn: Mapping[str, Any] | None = None
             "device": "cpu",
             "parallel": {"tp": tp, "threads": 1, "timeout_minutes": 2, **parallel},
             "data": {"seq_length": 32},
-            "learn": {**section, **(learn or {})},
+            "learn": section,
         }
     )
 

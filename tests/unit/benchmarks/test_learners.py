@@ -110,7 +110,7 @@ def test_an_arm_runs_once_and_other_settings_are_another_run(words: Words, verbs
         assert learners.main(words(*more, **steps)) == EXIT_OK
         return list(verbs)
 
-    two = ("--arms", "linear-2of4", BASE)
+    two = ("--arms", "categorical-2of4", BASE)
     assert ran(*two) == ["prune", "learn", "evaluate", "learn", "evaluate"]  # the prior is looked at once
     first = results(tmp_path / "out")
     assert [one["settings"]["distribution"] for one in first] == ["categorical", "linear"] and {one["seed"] for one in first} == {7}
@@ -170,15 +170,15 @@ def test_an_arm_that_fails_lets_the_others_run(
 ) -> None:
     usual = learners_runs.verb
 
-    def fails_for_linear(name: str, recipe: Path, overrides: list[str], *rest: Any) -> None:
-        if "learn.distribution=linear" in overrides:
+    def fails_for_categorical(name: str, recipe: Path, overrides: list[str], *rest: Any) -> None:
+        if "learn.distribution=categorical" in overrides:
             raise ArmError("no luck")
         usual(name, recipe, overrides, *rest)
 
-    monkeypatch.setattr(learners_runs, "verb", fails_for_linear)
-    assert learners.main(words("--arms", "linear-2of4", "hard-hard")) == learners.EXIT_SOME_FAILED
+    monkeypatch.setattr(learners_runs, "verb", fails_for_categorical)
+    assert learners.main(words("--arms", "categorical-2of4", "hard-hard")) == learners.EXIT_SOME_FAILED
     said = capsys.readouterr()
-    assert "linear-2of4, seed 7: no luck" in said.err and "not done: linear-2of4" in said.err
+    assert "categorical-2of4, seed 7: no luck" in said.err and "not done: categorical-2of4" in said.err
     assert learners.main(words("--list")) == EXIT_OK
     done = [line for line in capsys.readouterr().out.splitlines() if "done: 7" in line]
     assert len(done) == 1 and done[0].startswith("hard-hard ")
@@ -213,8 +213,9 @@ def test_the_report(words: Words, verbs: list[str], tmp_path: Path) -> None:
     assert "Written by hand." in text and str(tmp_path) not in text
     assert (docs / "learners.png").stat().st_size < 200_000
     # The stand-ins say code 11 and prose 22 + seed: geometric means over seeds, sqrt(29 * 30) = 29.50, and over domains, sqrt(11 * 29.50).
-    row = next(line for line in text.splitlines() if line.startswith("| categorical, "))
-    assert "11.00 (11.00–11.00)" in row and "29.50 (29.00–30.00)" in row and f"{math.sqrt(11 * 29.50):.2f} (" in row and "reference" in row
+    row = next(line for line in text.splitlines() if line.startswith("| linear, "))
+    assert "11.00 (11.00–11.00)" in row and "29.50 (29.00–30.00)" in row and f"{math.sqrt(11 * 29.50):.2f} (" in row
+    assert "reference" in next(line for line in text.splitlines() if line.startswith("| 1 to 0.05 "))
     assert f" {STEPS * BATCH * SEQ} " in row and " 2 |" in row
     assert next(line for line in text.splitlines() if line.startswith("| 2 to 0.05 ")).count("tie (+0.0%)") == 1
     assert "| SparseGPT mask " in text and "Not run: `prior-wanda`, `prior-magnitude`, `prior-none`." in text
@@ -231,7 +232,7 @@ def test_the_time_of_a_step_is_measured_apart(words: Words, verbs: list[str], mo
     monkeypatch.setattr(learners_runs.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     assert learners.main(words("--arms", BASE, "oneshot-2of4", "--time", "4")) == EXIT_OK and verbs == ["learn"]
     assert asked[-3:-1] == ["learn.steps=4", "learn.monitor.evaluate_every=0"]
-    row = next(line for line in (tmp_path / "out" / "learners.md").read_text().splitlines() if line.startswith("| categorical, "))
+    row = next(line for line in (tmp_path / "out" / "learners.md").read_text().splitlines() if line.startswith("| linear, "))
     assert "3.00" in row.split()  # the stand-in's 3 seconds, not marked as taken beside other work
     assert len(results(tmp_path / "out")) == 1 and not (tmp_path / "out" / "times" / "run").exists()
 
@@ -268,7 +269,7 @@ def test_an_ablation_changes_one_thing(words: Words) -> None:
     """Every ablation holds its reference's own settings as one of its rows, so that the table has all values of what is varied."""
     bench = learners.open_bench(learners.read_options(words()))
     base = bench.digest(by_name()[BASE])
-    for group in ("prior", "kappa", "tau", "alpha", "weight-norm", "hard", "optimizer", "noise", "distillation"):
+    for group in ("prior", "kappa", "tau", "alpha", "weight-norm", "hard", "optimizer", "noise", "distillation", "rate", "warmup", "eps"):
         same = [arm.name for arm in ARMS if arm.group == group and bench.digest(arm) == base]
         assert len(same) == 1, group
 

@@ -20,8 +20,11 @@ def recipe(folder: Path, text: str) -> Path:
 
 
 def test_defaults() -> None:
+    """They are the preset ``best``: what a recipe that says nothing about learning gets."""
     config = load_config()
-    assert (config.pattern, config.dtype, config.learn.steps, config.learn.optimizer.lr) == ("2:4", "bf16", 2000, 1e-3)
+    assert (config.pattern, config.dtype, config.learn.steps, config.learn.optimizer.lr) == ("2:4", "bf16", 2000, 2e-3)
+    assert (config.learn.distribution, config.learn.sampling.initial_noise, config.learn.sampling.tau) == ("linear", False, (1.0, 0.05))
+    assert config == load_config(None, ["learn.preset=best"])
 
 
 def test_a_later_layer_wins(tmp_path: Path) -> None:
@@ -55,6 +58,8 @@ def test_the_last_of_two_overrides_wins() -> None:
 def test_preset_maskllm_holds_the_values_of_the_paper() -> None:
     """MaskLLM, Table 7 (LLaMA-2 7B) and appendix A, copied by hand from the paper."""
     learn = load_config(None, ["learn.preset=maskllm"]).learn
+    assert (learn.distribution, learn.sampling.initial_noise, learn.weight_norm.decay) == ("categorical", True, "none")
+    assert (learn.optimizer.warmup_steps, learn.optimizer.eps_rms) == (0, 0)
     assert learn.steps == 2000
     assert learn.global_batch == 256
     assert (learn.optimizer.lr, learn.optimizer.weight_decay) == (0.0005, 0.1)
@@ -141,7 +146,7 @@ def test_settings_are_frozen() -> None:
 
 
 def test_the_quickstart_learns_by_the_preset_best() -> None:
-    """And a setting on the command line still wins."""
+    """And a setting on the command line, or another learner, still wins."""
     quickstart = Path(__file__).parents[3] / "configs" / "recipes" / "quickstart.yaml"
     learn = load_config(quickstart, ["learn.optimizer.lr=5e-4"]).learn
     assert (learn.distribution, learn.sampling.initial_noise, learn.sampling.tau) == ("linear", False, (1.0, 0.05))

@@ -148,8 +148,27 @@ def test_adamw_goes_on_exactly() -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "lion"])
 def test_the_scheduler_reaches_every_kind(kind: str) -> None:
-    chosen = section(kind, lr=1e-3, min_lr=1e-4, warmup_steps=2, schedule="linear")
+    chosen = section(kind, lr=9e-4, min_lr=1e-4, warmup_steps=2, schedule="linear")
     linears = [linear(random_logits(2, 8))]
     optimizer = AdamW(chosen, linears, SEED) if kind == "adamw" else Lion(chosen, linears, SEED, False)
     scheduler = build_scheduler(chosen, 10, optimizer)
-    assert [set_learning_rate(scheduler, step) for step in (0, 1, 2, 6, 10)] == pytest.approx([0, 5e-4, 1e-3, 5.5e-4, 1e-4])
+    assert [set_learning_rate(scheduler, step) for step in (0, 1, 2, 6, 10)] == pytest.approx([3e-4, 6e-4, 9e-4, 5e-4, 1e-4])
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(9, 0), (20, 2), (2000, 200)])
+def test_a_tenth_of_the_steps_is_warm_up(steps: int, warmup: int) -> None:
+    chosen = section("adamw", lr=1e-3, schedule="constant")
+    scheduler = build_scheduler(chosen, steps, AdamW(chosen, [linear(random_logits(2, 8))], SEED))
+    rates = [set_learning_rate(scheduler, step) for step in range(steps)]
+    assert rates == pytest.approx([1e-3 * min(1, (step + 1) / (warmup + 1)) for step in range(steps)])
+
+
+def test_eps_is_in_units_of_a_clipped_gradient() -> None:
+    """100 logits whose gradient has norm 1: their root mean square is 0.1. Both halves of a layer count, on two ranks."""
+    shape = {"learn.optimizer.eps": 1e-8, "learn.optimizer.eps_rms": 0.5, "learn.optimizer.clip": 2}
+    whole = [f"{key}={value}" for key, value in shape.items()]
+    expected = 1e-8 + 0.5 * 2 * 0.1
+    for tp, groups in ((1, 25), (2, 25), (1, 50)):
+        config = load_config(None, [*whole, "learn.optimizer.kind=adamw", "device=cpu", f"parallel.tp={tp}"])
+        optimizer: Any = build_optimizer(config, [linear(torch.zeros(1, 4 // tp, groups))])
+        assert optimizer.adamw.param_groups[0]["eps"] == pytest.approx(expected * (25 / groups) ** 0.5 if tp == 1 else expected)

@@ -8,13 +8,15 @@ from megamask.config import Config, load_config
 from megamask.plan.bytes import KEPT, MOMENTS, PARTS, STEP_GRADIENTS, state_bytes
 from megamask.sparsity.pattern import Pattern
 
+MASKPRO = ("learn.learner=maskpro", "learn.distribution=linear")
+
 
 def total(*overrides: str, accumulations: int = 1) -> float:
     return sum(parts(*overrides, accumulations=accumulations).values())
 
 
 def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
-    config: Config = load_config(None, list(overrides))
+    config: Config = load_config(None, ["learn.distribution=categorical", *overrides])
     learn = config.learn
     settings = (Pattern.parse(config.pattern), learn.state, learn.optimizer, learn.sampling)
     return state_bytes(*settings, accumulations, config.dtype, distribution=learn.distribution, learner=learn.learner)
@@ -32,8 +34,8 @@ def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
         (["pattern=4:8"], 2 + 8.75 * 16 + 0.25 + 2),  # 70 candidates of 8 weights
         (["learn.distribution=linear"], 2 + 16 + 0.5 + 2),  # one logit a weight
         (["learn.distribution=linear", "pattern=8:16"], 2 + 16 + 0.25 + 2),  # winners of 16 bits
-        (["learn.learner=maskpro"], 2 + 4 + 3 * 0.25),  # no gradients, no moments, nothing kept; m_0 beside two winners
-        (["learn.learner=maskpro", "learn.state.movement=false", "pattern=8:16"], 2 + 4 + 2 / 16),
+        ([*MASKPRO], 2 + 4 + 3 * 0.25),  # no gradients, no moments, nothing kept; m_0 beside two winners
+        ([*MASKPRO, "learn.state.movement=false", "pattern=8:16"], 2 + 4 + 2 / 16),
         (["learn.distribution=linear", "learn.footprint=leanest"], 2 + 2 + 2 + 1 * (1 + 1 / 32)),
     ],
 )
