@@ -13,8 +13,9 @@ from megamask.sparsity.pattern import Pattern
 
 Settings = dict[str, Any]
 
-# What all Gumbel learners share: the defaults (the preset ``best``), every ablated one by name. Steps and batch come from the command line.
-# A short run has no time to undo random flips, so it starts from the prior alone and with nearly hard masks.
+# What all Gumbel learners share: the defaults (the preset ``best``) at the rate that suits 60 steps, every ablated setting by name. Steps
+# and batch come from the command line. A short run has no time to undo random flips, so it starts from the prior alone and with nearly
+# hard masks.
 GUMBEL: Settings = {
     "distribution": "linear",
     "sampling.mode": "soft",

@@ -20,7 +20,7 @@ MASKLLM: dict[str, Any] = {
 
 # The defaults of megamask/config/tree.py: what did best on SmolLM2-135M in short runs (docs/results/learners.md). One logit a weight; the
 # prior itself as the start, as there is no time to undo random flips, and nearly hard masks soon, for the same reason; a weight-norm term
-# that leaves the last word to the loss; four times the paper's rate, which takes a warm-up and an epsilon that spares small gradients.
+# that leaves the last word to the loss; twice the paper's rate, with a warm-up and an epsilon that spares small gradients.
 BEST: dict[str, Any] = {}
 
 # MaskPro needs one logit a weight, and starts from the prior alone.

@@ -113,8 +113,8 @@ class OptimizerSection(Section):
     """The optimizer of the mask logits. The moments of ``adamw`` have the dtype of the logits; Lion takes about a third of its rate."""
 
     kind: Literal["adamw", "adamw8bit", "lion", "lion8bit"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    min_lr: NonNegative = 2e-4
+    lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="logits a step; runs of under 100 steps take up to 2e-3")
+    min_lr: NonNegative = 1e-4
     warmup_steps: int | None = Field(None, ge=0, description="steps in which the rate rises; None: a tenth of learn.steps")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: NonNegative = 0.1

@@ -46,7 +46,8 @@ def snapshots(run_dir: Path) -> list[str]:
 
 
 def newest_step(run_dir: Path) -> int:
-    return int(snapshots(run_dir)[-1].removeprefix("step-")) if snapshots(run_dir) else 0
+    names = snapshots(run_dir)  # looked at once: the folder may be moved aside meanwhile
+    return int(names[-1].removeprefix("step-")) if names else 0
 
 
 @pytest.fixture(scope="module")

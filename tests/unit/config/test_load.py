@@ -22,7 +22,7 @@ def recipe(folder: Path, text: str) -> Path:
 def test_defaults() -> None:
     """They are the preset ``best``: what a recipe that says nothing about learning gets."""
     config = load_config()
-    assert (config.pattern, config.dtype, config.learn.steps, config.learn.optimizer.lr) == ("2:4", "bf16", 2000, 2e-3)
+    assert (config.pattern, config.dtype, config.learn.steps, config.learn.optimizer.lr) == ("2:4", "bf16", 2000, 1e-3)
     assert (config.learn.distribution, config.learn.sampling.initial_noise, config.learn.sampling.tau) == ("linear", False, (1.0, 0.05))
     assert config == load_config(None, ["learn.preset=best"])
 
