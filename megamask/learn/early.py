@@ -28,7 +28,7 @@ def check_schedules(section: SamplingSection) -> None:
 
 
 def unused_settings(config: Config) -> list[str]:
-    """Settings that were given and change nothing: of another loss, or of another learner. Presets give none of them."""
+    """Settings that were given and change nothing: of another loss, or of another learner. Those of presets and footprints count too."""
     learn = config.learn
     if learn.learner == "maskpro":
         sections = {"optimizer": learn.optimizer, "weight_norm": learn.weight_norm, "loss": learn.loss}

@@ -25,6 +25,9 @@ _NAME = re.compile(r"step-(\d{8})$")
 DECIDING = ("seed", "dtype", "pattern", "model", "data", "learn")
 FREE = {"learn": ("snapshot", "monitor", "resume", "micro_batch", "footprint", "preset"), "data": ("domains",)}
 
+# What was done before there was a setting, where that is not its default.
+BEFORE = {"learn.distribution": "categorical", "learn.optimizer.eps_rms": 0.0}
+
 
 @dataclass
 class Progress:
@@ -101,7 +104,7 @@ class Snapshots:
         if note["fingerprint"] != self.subject.fingerprint:
             raise ArtifactError(path, "was made for another base model", "Use another run_dir, or convert the model that it was made for.")
         here, defaults = _flatten(deciding_settings(self.config)), _flatten(deciding_settings(Config()))
-        there = defaults | _flatten(note["settings"])  # it may be older than a setting
+        there = defaults | BEFORE | _flatten(note["settings"])  # it may be older than a setting
         for key in sorted(here.keys() | there.keys()):
             if here.get(key) != there.get(key):
                 fix = "Set it back, use another run_dir, or start over with learn.resume=false."

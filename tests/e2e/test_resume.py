@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -225,15 +226,26 @@ def test_another_setting_is_no_resume(interrupted: Path, settings: Settings, ove
     assert_untouched(interrupted, held)
 
 
-@pytest.mark.parametrize(("override", "code"), [("learn.loss.temperature=1", 0), ("learn.loss.temperature=2", 2)])
-def test_a_snapshot_older_than_a_setting_was_made_with_its_default(
-    interrupted: Path, settings: Settings, tmp_path: Path, override: str, code: int
+@pytest.mark.parametrize(
+    ("section", "override", "before"),
+    [
+        ("loss", "learn.loss.temperature=1", None),
+        ("loss", "learn.loss.temperature=2", "1.0"),
+        ("optimizer.eps_rms", "learn.optimizer.eps_rms=0", None),  # there was none
+        ("optimizer.eps_rms", "learn.optimizer.eps_rms=0.1", "0.0"),  # the default, now
+        ("distribution", "learn.distribution=categorical", None),
+        ("distribution", "learn.distribution=linear", "'categorical'"),
+    ],
+)
+def test_a_snapshot_older_than_a_setting_was_made_without_it(
+    interrupted: Path, settings: Settings, tmp_path: Path, section: str, override: str, before: str | None
 ) -> None:
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
     note = run_dir / "learn" / "snapshots" / snapshots(run_dir)[-1] / "megamask.json"
     content = json.loads(note.read_text())
-    del content["settings"]["learn"]["loss"]
+    *path, last = section.split(".")
+    del reduce(dict.__getitem__, path, content["settings"]["learn"])[last]
     note.write_text(json.dumps(content))
     finished = in_process("learn", *settings(run_dir), *RUN, override)
-    assert finished.code == code, finished.stderr
-    assert ("was started with 1.0" in finished.stderr) == (code == 2)
+    assert finished.code == (0 if before is None else 2), finished.stderr
+    assert before is None or f"was started with {before}" in finished.stderr
