@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megamask.config import Config, run_paths
-from megamask.config.tree import SamplingSection
+from megamask.config.tree import LearnSection, SamplingSection, Section
 from megamask.errors import ConfigError
 from megamask.learn.prior import load_prior
 from megamask.model.checkpoint import read_note
@@ -27,15 +27,19 @@ def check_schedules(section: SamplingSection) -> None:
         raise ConfigError("learn.sampling.kappa", list(kappa), "must end above 0: no logit counts at 0", "Write, for example, [100, 500].")
 
 
-def unused_settings(config: Config) -> list[str]:
-    """Settings that were given and change nothing: of another loss, or of another learner. Those of presets and footprints count too."""
-    learn = config.learn
+def settings_without_effect(learn: LearnSection) -> set[str]:
+    """Settings that change nothing, whatever their value: of another loss, or of another learner."""
     if learn.learner == "maskpro":
-        sections = {"optimizer": learn.optimizer, "weight_norm": learn.weight_norm, "loss": learn.loss}
-        return [f"learn.{name}.{key}" for name, section in sections.items() for key in sorted(section.model_fields_set - {"kind"})]
-    of_loss = {"lm": {"share", "temperature", "top_k"}, "kd": {"share"}, "mix": set()}[learn.loss.kind]
-    given = [f"learn.loss.{key}" for key in sorted(learn.loss.model_fields_set & of_loss)]
-    return given + [f"learn.maskpro.{key}" for key in sorted(learn.maskpro.model_fields_set)]
+        others = {f"learn.{name}.{key}" for name in ("optimizer", "weight_norm", "loss") for key in type(getattr(learn, name)).model_fields}
+        return others - {"learn.loss.kind"}  # one that this learner cannot have is refused
+    of_loss = {"lm": ("share", "temperature", "top_k"), "kd": ("share",), "mix": ()}[learn.loss.kind]
+    return {f"learn.loss.{key}" for key in of_loss} | {f"learn.maskpro.{key}" for key in type(learn.maskpro).model_fields}
+
+
+def unused_settings(learn: LearnSection) -> list[str]:
+    """The settings without effect that were given. Those of presets and footprints count too."""
+    given = {f"learn.{name}.{key}" for name, section in learn if isinstance(section, Section) for key in section.model_fields_set}
+    return sorted(given & settings_without_effect(learn))
 
 
 def check_subject(config: Config) -> None:

@@ -72,7 +72,7 @@ def check_early(config: Config, paths: RunPaths) -> None:
         check_schedules(config.learn.sampling)
     storage.require_writable(paths.run_dir)
     check_subject(config)
-    if unused := unused_settings(config):
+    if unused := unused_settings(config.learn):
         choice = f"learn.learner={config.learn.learner}, learn.loss.kind={config.learn.loss.kind}"
         log.warning("without effect here (%s): %s", choice, ", ".join(unused))
 

@@ -13,6 +13,7 @@ from typing import Any
 from megamask import storage
 from megamask.config import Config
 from megamask.errors import ArtifactError, ConfigError
+from megamask.learn.early import settings_without_effect
 from megamask.learn.maskpro import MaskPro
 from megamask.learn.setup import Subject
 from megamask.learn.step import Learner
@@ -105,7 +106,7 @@ class Snapshots:
             raise ArtifactError(path, "was made for another base model", "Use another run_dir, or convert the model that it was made for.")
         here, defaults = _flatten(deciding_settings(self.config)), _flatten(deciding_settings(Config()))
         there = defaults | BEFORE | _flatten(note["settings"])  # it may be older than a setting
-        for key in sorted(here.keys() | there.keys()):
+        for key in sorted((here.keys() | there.keys()) - settings_without_effect(self.config.learn)):
             if here.get(key) != there.get(key):
                 fix = "Set it back, use another run_dir, or start over with learn.resume=false."
                 raise ConfigError(key, here.get(key), f"the run in {path.parent} was started with {there.get(key)!r}", fix)
