@@ -20,7 +20,7 @@ MASKLLM: dict[str, Any] = {
 
 # The defaults of megamask/config/tree.py: what did best on SmolLM2-135M in short runs (docs/results/learners.md). One logit a weight; the
 # prior itself as the start, as there is no time to undo random flips, and nearly hard masks soon, for the same reason; a weight-norm term
-# that leaves the last word to the loss; twice the paper's rate, with a warm-up and an epsilon that spares small gradients.
+# that leaves the last word to the loss; a rate that fits the number of steps, a warm-up, and an epsilon that spares small gradients.
 BEST: dict[str, Any] = {}
 
 # MaskPro needs one logit a weight, and starts from the prior alone.
@@ -43,13 +43,13 @@ MASKPRO: dict[str, Any] = {
 
 # Bytes a weight at 2:4, the frozen weight included: default 26, lean 14, leanest 9.5 (megamask plan counts every part).
 # Lean keeps AdamW, and with it the recipe's learning rate. Lion moves every logit by the full rate whatever its gradient, so it needs
-# about a third of AdamW's rate, and so more steps for a group to overtake the prior's gap. A recipe that sets the rate wins over this one.
+# about a third of AdamW's rate (what it has where none is set), and so more steps for a group to overtake the prior's gap.
 _BF16 = {"logits": "bf16", "grads": "bf16", "masked_weight": "regenerate"}
 LEAN: dict[str, Any] = {"learn": {"state": _BF16}}
 LEANEST: dict[str, Any] = {
     "learn": {
         "state": {**_BF16, "movement": False},
-        "optimizer": {"kind": "lion8bit", "betas": [0.9, 0.99], "lr": 3e-4, "min_lr": 3e-5},
+        "optimizer": {"kind": "lion8bit", "betas": [0.9, 0.99]},
     }
 }
 

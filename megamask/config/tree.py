@@ -110,11 +110,13 @@ class StateSection(Section):
 
 
 class OptimizerSection(Section):
-    """The optimizer of the mask logits. The moments of ``adamw`` have the dtype of the logits; Lion takes about a third of its rate."""
+    """The optimizer of the mask logits. The moments of ``adamw`` have the dtype of the logits."""
 
     kind: Literal["adamw", "adamw8bit", "lion", "lion8bit"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="logits a step; runs of under 100 steps take up to 2e-3")
-    min_lr: NonNegative = 1e-4
+    lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="logits a step; None: half the prior's strength x logit_std over the root of learn.steps, for Lion a third of it"
+    )
+    min_lr: NonNegative | None = Field(None, description="the rate at the end; None: a tenth of lr")
     warmup_steps: int | None = Field(None, ge=0, description="steps in which the rate rises; None: a tenth of learn.steps")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: NonNegative = 0.1

@@ -19,7 +19,7 @@ class AdamW(MaskOptimizer):
     def __init__(self, section: OptimizerSection, linears: Sequence[MaskedLinear], seed: int) -> None:
         super().__init__(section, linears, seed)
         self.adamw = torch.optim.AdamW(
-            self.logits, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay, fused=True
+            self.logits, lr=0.0, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay, fused=True
         )
         for logits in self.logits:
             moments = {name: torch.zeros_like(logits, requires_grad=False) for name in _MOMENTS}

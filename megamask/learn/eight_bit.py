@@ -50,9 +50,9 @@ class AdamW8bit(MaskOptimizer):
         super().__init__(section, linears, seed)
         from torchao.optim import AdamW8bit as TorchAdamW8bit
 
-        decay, lr = section.weight_decay, section.lr
+        decay = section.weight_decay
         self.torchao = TorchAdamW8bit(
-            self.logits, lr=lr, betas=section.betas, eps=section.eps, weight_decay=decay, bf16_stochastic_round=True
+            self.logits, lr=0.0, betas=section.betas, eps=section.eps, weight_decay=decay, bf16_stochastic_round=True
         )
         for logits in self.logits:
             moments = {name: self.torchao._new_buffer(logits, signed=name == "exp_avg") for name in _MOMENTS}

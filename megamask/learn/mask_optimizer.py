@@ -20,7 +20,7 @@ class MaskOptimizer(ABC):
     Attributes:
         linears: whose logits it updates.
         logits: those logits, in the same order.
-        param_groups: one group, in which Megatron's scheduler sets the learning rate.
+        param_groups: one group, in which Megatron's scheduler sets the learning rate before every step.
         is_sole_owner: whether no other replica has these logits in its optimizer.
     """
 
@@ -29,7 +29,7 @@ class MaskOptimizer(ABC):
     def __init__(self, section: OptimizerSection, linears: Sequence[MaskedLinear], seed: int) -> None:
         self.section, self.linears, self.seed = section, list(linears), seed
         self.logits = [linear.mask_logits for linear in self.linears if linear.mask_logits is not None]
-        self.param_groups: list[dict[str, Any]] = [{"lr": section.lr, "weight_decay": section.weight_decay}]
+        self.param_groups: list[dict[str, Any]] = [{"lr": 0.0, "weight_decay": section.weight_decay}]
         assert len(self.logits) == len(self.linears)
 
     @abstractmethod

@@ -24,6 +24,7 @@ from megamask.parallel.linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
+LION = ("lion", "lion8bit")
 LION_RATE = 1e-3  # from here on Lion destroyed a mask within a hundred steps; at a third of it few groups changed
 
 
@@ -37,15 +38,15 @@ def check_optimizer(config: Config) -> None:
         ConfigError: a combination that does not exist, a missing package or compiler, a schedule that cannot work.
     """
     _refuse(config)
-    section = config.learn.optimizer
-    if section.kind in ("lion", "lion8bit") and section.lr >= LION_RATE:
+    kind, highest = config.learn.optimizer.kind, learning_rates(config.learn)[0]
+    if kind in LION and highest >= LION_RATE:
         advice = "Lion moves every logit by the full rate: use about a third of AdamW's learning rate"
-        log.warning("learn.optimizer.lr=%g with kind=%s: %s", section.lr, section.kind, advice)
+        log.warning("learn.optimizer.lr=%g with kind=%s: %s", highest, kind, advice)
 
 
 def _refuse(config: Config) -> None:
     learn = config.learn
-    check_schedule(learn.optimizer, learn.steps)
+    check_schedule(learn)
     check_state(learn)
     if learn.optimizer.kind == eight_bit.NAME:
         is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
@@ -96,32 +97,48 @@ def _build(section: OptimizerSection, config: Config, linears: Sequence[MaskedLi
     return KEYED[section.kind](section, linears, config.seed, use_numba)
 
 
-def check_schedule(section: OptimizerSection, steps: int) -> None:
+def learning_rates(learn: LearnSection) -> tuple[float, float]:
+    """The highest rate and the last one.
+
+    A group leaves the prior when its logits have crossed the prior's gap, strength x logit_std. AdamW's steps are about as long as the
+    rate. Noise adds them up like the root of their number, evidence like their number: a rate of gap / (2 sqrt(steps)) keeps noise within
+    half the gap in a run of any length, and the longer the run, the weaker the evidence that crosses it.
+    """
+    section = learn.optimizer
+    gap = learn.sampling.logit_std * max(learn.prior.strength if learn.prior.mask else 0.0, 1.0)  # without a prior, noise is what to cross
+    derived = gap / (2 * math.sqrt(learn.steps)) / (3 if section.kind in LION else 1)
+    highest = derived if section.lr is None else section.lr
+    return highest, highest / 10 if section.min_lr is None else section.min_lr
+
+
+def check_schedule(learn: LearnSection) -> None:
     """Check that the learning rate can rise over the warm-up and then fall.
 
     Raises:
         ConfigError: the warm-up is not shorter than the run, or the rate would rise.
     """
-    if section.warmup_steps is not None and section.warmup_steps >= steps:
-        raise ConfigError("learn.optimizer.warmup_steps", section.warmup_steps, f"below learn.steps, here {steps}", "Lower it.")
-    if section.min_lr > section.lr:
-        raise ConfigError("learn.optimizer.min_lr", section.min_lr, f"at most learn.optimizer.lr, here {section.lr}", "Lower it.")
+    warmup, (highest, last) = learn.optimizer.warmup_steps, learning_rates(learn)
+    if warmup is not None and warmup >= learn.steps:
+        raise ConfigError("learn.optimizer.warmup_steps", warmup, f"below learn.steps, here {learn.steps}", "Lower it.")
+    if last > highest:
+        raise ConfigError("learn.optimizer.min_lr", last, f"at most learn.optimizer.lr, here {highest:g}", "Lower it.")
 
 
-def build_scheduler(section: OptimizerSection, steps: int, optimizer: MaskOptimizer) -> OptimizerParamScheduler:
+def build_scheduler(learn: LearnSection, optimizer: MaskOptimizer) -> OptimizerParamScheduler:
     """Megatron's warm-up and decay of the learning rate; weight decay stays constant. Raises as ``check_schedule``.
 
     The rate of step s is lr (s + 1) / (warm-up + 1) in the warm-up, so that no step is made with a rate of 0.
     """
-    check_schedule(section, steps)
-    warmup = steps // 10 if section.warmup_steps is None else section.warmup_steps
+    check_schedule(learn)
+    section, (highest, last) = learn.optimizer, learning_rates(learn)
+    warmup = learn.steps // 10 if section.warmup_steps is None else section.warmup_steps
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=section.lr / (warmup + 1),
-        max_lr=section.lr,
-        min_lr=section.min_lr,
+        init_lr=highest / (warmup + 1),
+        max_lr=highest,
+        min_lr=last,
         lr_warmup_steps=warmup,
-        lr_decay_steps=steps,
+        lr_decay_steps=learn.steps,
         lr_decay_style=section.schedule,
         start_wd=section.weight_decay,
         end_wd=section.weight_decay,

@@ -19,7 +19,7 @@ from megamask.learn.evaluation import mean_log_perplexity, monitor_windows, winn
 from megamask.learn.maskpro import MaskPro, check_maskpro
 from megamask.learn.maskpro_data import Reused
 from megamask.learn.monitor import Monitor
-from megamask.learn.optimizer import check_optimizer
+from megamask.learn.optimizer import check_optimizer, learning_rates
 from megamask.learn.provenance import write_provenance
 from megamask.learn.setup import build_subject
 from megamask.learn.signals import StopRequest, stop_on_signal
@@ -202,5 +202,7 @@ class Run:
             f"{subject.pattern} masks for {len(subject.linears)} linears, {weights:.0f} M weights; prior {subject.prior_method}; "
             f"{mesh.device}, TP {mesh.tp} x DP {mesh.dp}; sampling by {backend}, norm and attention by {engine}"
         )
+        if self.config.learn.learner == "gumbel":
+            self.monitor.note("learning rate {:.2g}, falling to {:.2g}".format(*learning_rates(self.config.learn)))
         if self.config.dtype == "bf16" and mesh.device.type == "cpu" and emulates_bf16():
             self.monitor.note("bf16 is emulated on this CPU: dtype=fp32 is faster")

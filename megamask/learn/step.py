@@ -65,7 +65,7 @@ class Learner:
         subject.switch.regenerate = learn.state.masked_weight == "regenerate"
         self.draws_once = learn.sampling.draws == "step"
         self.optimizer = build_optimizer(config, list(subject.linears.values()), self.replicas)
-        self.scheduler = build_scheduler(learn.optimizer, learn.steps, self.optimizer)
+        self.scheduler = build_scheduler(learn, self.optimizer)
 
     def step(self, step: int, plan: BatchPlan) -> StepResult:
         """Learn from the global batch of ``step`` (counted from 0).

@@ -22,7 +22,7 @@ def recipe(folder: Path, text: str) -> Path:
 def test_defaults() -> None:
     """They are the preset ``best``: what a recipe that says nothing about learning gets."""
     config = load_config()
-    assert (config.pattern, config.dtype, config.learn.steps, config.learn.optimizer.lr) == ("2:4", "bf16", 2000, 1e-3)
+    assert (config.pattern, config.dtype, config.learn.steps, config.learn.optimizer.lr) == ("2:4", "bf16", 2000, None)
     assert (config.learn.distribution, config.learn.sampling.initial_noise, config.learn.sampling.tau) == ("linear", False, (1.0, 0.05))
     assert config == load_config(None, ["learn.preset=best"])
 
@@ -35,7 +35,7 @@ def test_a_later_layer_wins(tmp_path: Path) -> None:
     assert config.learn.optimizer.weight_decay == 0.2  # recipe over preset
     assert config.learn.global_batch == 32  # override over recipe
     assert config.learn.sampling.mode == "hard"  # override over preset
-    assert config.learn.optimizer.min_lr == 1e-4  # default
+    assert config.learn.optimizer.eps == 1e-8  # default
     assert load_config(path).learn.global_batch == 64
 
 

@@ -11,12 +11,21 @@ import pytest
 import torch
 
 from megamask.config.load import build_config, load_config
+from megamask.config.tree import LearnSection
 from megamask.errors import ConfigError
 from megamask.learn import eight_bit
 from megamask.learn.adamw import AdamW
 from megamask.learn.adamw_bf16 import AdamWBf16
 from megamask.learn.lion import Lion
-from megamask.learn.optimizer import build_optimizer, build_scheduler, check_optimizer, clip_factor, gradient_norm, set_learning_rate
+from megamask.learn.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    check_optimizer,
+    clip_factor,
+    gradient_norm,
+    learning_rates,
+    set_learning_rate,
+)
 from tests.unit.learn.lean import SEED, linear, random_grad, random_logits, section, take_step
 
 ONE_RANK: Any = SimpleNamespace(sum_over_tp=lambda one: one)
@@ -49,17 +58,16 @@ def test_footprints_are_allowed(footprint: str) -> None:
     check_optimizer(load_config(None, [f"learn.footprint={footprint}"]))
 
 
-def test_lean_footprints_bring_a_rate_only_with_lion() -> None:
-    assert load_config(None, ["learn.footprint=lean", "learn.optimizer.lr=2e-3"]).learn.optimizer.kind == "adamw"
+def test_the_lean_footprint_keeps_the_optimizer() -> None:
     assert load_config(None, ["learn.footprint=lean"]).learn.optimizer == load_config(None).learn.optimizer
-    assert load_config(None, ["learn.preset=maskllm", "learn.footprint=leanest"]).learn.optimizer.lr == 3e-4
-    assert load_config(None, ["learn.footprint=leanest", "learn.optimizer.lr=2e-4"]).learn.optimizer.lr == 2e-4
 
 
 @pytest.mark.parametrize(
     ("settings", "times"),
     [
-        (["learn.optimizer.kind=lion"], 1),
+        (["learn.optimizer.kind=lion", "learn.optimizer.lr=2e-3"], 1),
+        (["learn.optimizer.kind=lion", "learn.steps=1"], 1),
+        (["learn.optimizer.kind=lion"], 0),
         (["learn.footprint=leanest", "learn.optimizer.lr=1e-3"], 1),
         (["learn.footprint=leanest"], 0),
         (["learn.footprint=lean", "learn.optimizer.lr=1e-3"], 0),
@@ -151,16 +159,34 @@ def test_the_scheduler_reaches_every_kind(kind: str) -> None:
     chosen = section(kind, lr=9e-4, min_lr=1e-4, warmup_steps=2, schedule="linear")
     linears = [linear(random_logits(2, 8))]
     optimizer = AdamW(chosen, linears, SEED) if kind == "adamw" else Lion(chosen, linears, SEED, False)
-    scheduler = build_scheduler(chosen, 10, optimizer)
+    scheduler = build_scheduler(LearnSection(steps=10, optimizer=chosen), optimizer)
     assert [set_learning_rate(scheduler, step) for step in (0, 1, 2, 6, 10)] == pytest.approx([3e-4, 6e-4, 9e-4, 5e-4, 1e-4])
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(9, 0), (20, 2), (2000, 200)])
 def test_a_tenth_of_the_steps_is_warm_up(steps: int, warmup: int) -> None:
     chosen = section("adamw", lr=1e-3, schedule="constant")
-    scheduler = build_scheduler(chosen, steps, AdamW(chosen, [linear(random_logits(2, 8))], SEED))
+    scheduler = build_scheduler(LearnSection(steps=steps, optimizer=chosen), AdamW(chosen, [linear(random_logits(2, 8))], SEED))
     rates = [set_learning_rate(scheduler, step) for step in range(steps)]
     assert rates == pytest.approx([1e-3 * min(1, (step + 1) / (warmup + 1)) for step in range(steps)])
+
+
+@pytest.mark.parametrize(
+    ("given", "highest", "last"),
+    [
+        (["learn.steps=225"], 1e-3, 1e-4),  # 3 x 0.01 / 2 / 15
+        (["learn.steps=900"], 5e-4, 5e-5),
+        (["learn.steps=900", "learn.prior.strength=6", "learn.sampling.logit_std=0.02"], 2e-3, 2e-4),
+        (["learn.steps=25", "learn.prior.mask=null"], 1e-3, 1e-4),  # to cross one std of noise
+        (["learn.steps=25", "learn.prior.strength=0"], 1e-3, 1e-4),
+        (["learn.steps=225", "learn.footprint=leanest"], 1e-3 / 3, 1e-4 / 3),
+        (["learn.steps=225", "learn.optimizer.lr=2e-3"], 2e-3, 2e-4),
+        (["learn.steps=225", "learn.optimizer.min_lr=0"], 1e-3, 0),
+        (["learn.preset=maskllm"], 5e-4, 1e-4),
+    ],
+)
+def test_a_rate_that_was_not_given_follows_from_steps_and_prior(given: list[str], highest: float, last: float) -> None:
+    assert learning_rates(load_config(None, given).learn) == pytest.approx((highest, last))
 
 
 @pytest.mark.parametrize(("tp", "shape", "rms"), [(1, (1, 4, 25), 0.1), (2, (1, 2, 25), 0.1), (1, (4, 4, 25), 0.05)])
