@@ -13,9 +13,8 @@ from megamask.sparsity.pattern import Pattern
 
 Settings = dict[str, Any]
 
-# What all Gumbel learners share: the defaults (the preset ``best``) at the rate that suits 60 steps, every ablated setting by name. Steps
-# and batch come from the command line. A short run has no time to undo random flips, so it starts from the prior alone and with nearly
-# hard masks.
+# What all Gumbel learners share: the defaults (the preset ``best``), every ablated setting by name. Steps, batch and rate come from the
+# command line. A short run has no time to undo random flips, so it starts from the prior alone and with nearly hard masks.
 GUMBEL: Settings = {
     "distribution": "linear",
     "sampling.mode": "soft",
@@ -26,8 +25,6 @@ GUMBEL: Settings = {
     "prior.mask": "sparsegpt",
     "prior.strength": 3,
     "optimizer.kind": "adamw",
-    "optimizer.lr": 2e-3,
-    "optimizer.min_lr": 2e-4,
     "optimizer.eps_rms": 0.1,
     "weight_norm.coef": 1e-5,
     "weight_norm.decay": "linear",
@@ -61,6 +58,7 @@ class Arm:
         paper: the perplexity that MaskLLM's paper reports for this setting, where it does.
         common: what the settings stand on; None for arms that learn nothing.
         share_of_steps: of the budget's, where an arm is to take the time of the others rather than their tokens.
+        rate: of the budget's learning rate.
     """
 
     name: str
@@ -71,6 +69,7 @@ class Arm:
     paper: float | None = None
     common: Settings | None = field(default_factory=lambda: GUMBEL)
     share_of_steps: float = 1.0
+    rate: float = 1.0
 
     @property
     def learns(self) -> bool:
@@ -117,7 +116,9 @@ GROUPS: dict[str, Group] = {
     "optimizer": Group("Optimizer", BASE, _SAME),
     "noise": Group("Starting noise", BASE, f"The paper's N(0, 0.01) logits below the prior, or the prior alone. {_SAME}"),
     "distillation": Group("Distillation", BASE, f"The dense model as teacher, at temperature 1. {_SAME}"),
-    "rate": Group("Learning rate", BASE, f"It falls to a tenth along a cosine. {_SAME}"),
+    "rate": Group(
+        "Learning rate", BASE, f"It falls to a tenth along a cosine. The reference has 0.0155 over the root of the steps. {_SAME}"
+    ),
     "warmup": Group("Warm-up of the learning rate", BASE, _SAME),
     "eps": Group("AdamW's epsilon", BASE, f"In units of the clipped gradient's root mean square, beside 1e-8. {_SAME}"),
 }
@@ -141,10 +142,6 @@ def _ablation(group: str, rows: dict[str, tuple[str, Settings] | tuple[str, Sett
         Arm(f"{group}-{name}", group, label, settings, paper=paper[0] if paper else None)
         for name, (label, settings, *paper) in rows.items()
     ]
-
-
-def _rate(first: float) -> Settings:
-    return {"optimizer.lr": first, "optimizer.min_lr": first / 10}
 
 
 # Paper: GPT-3 843M on WikiText, 2,000 steps.
@@ -217,12 +214,18 @@ ARMS: list[Arm] = [
     *_ablation(
         "optimizer",
         {
-            "adamw": ("AdamW, 2e-3", {"optimizer.kind": "adamw"}),
-            "adamw-bf16": ("AdamW with bf16 state (`lean`), 2e-3", {"footprint": "lean"}),
-            "adamw8bit": ("AdamW, 8 bits (CUDA), 2e-3", {"optimizer.kind": "adamw8bit"}),
-            "lion": ("Lion, 7e-4", {"optimizer.kind": "lion", "optimizer.betas": [0.9, 0.99], **_rate(7e-4)}),
-            "lion8bit": ("Lion, 8 bits (`leanest`), 7e-4", {"footprint": "leanest", "optimizer.kind": "lion8bit", **_rate(7e-4)}),
+            "adamw": ("AdamW", {"optimizer.kind": "adamw"}),
+            "adamw-bf16": ("AdamW with bf16 state (`lean`)", {"footprint": "lean"}),
+            "adamw8bit": ("AdamW, 8 bits (CUDA)", {"optimizer.kind": "adamw8bit"}),
         },
+    ),
+    Arm("optimizer-lion", "optimizer", "Lion, 0.35 of the rate", {"optimizer.kind": "lion", "optimizer.betas": [0.9, 0.99]}, rate=0.35),
+    Arm(
+        "optimizer-lion8bit",
+        "optimizer",
+        "Lion, 8 bits (`leanest`), 0.35 of the rate",
+        {"footprint": "leanest", "optimizer.kind": "lion8bit"},
+        rate=0.35,
     ),
     *_ablation(
         "noise",
@@ -240,15 +243,10 @@ ARMS: list[Arm] = [
         },
     ),
     Arm("distillation-kd-time", "distillation", "the teacher's, in the time of the text's", {"loss.kind": "kd"}, share_of_steps=0.8),
-    *_ablation(
-        "rate",
-        {
-            "5e-4": ("5e-4", _rate(5e-4)),
-            "1e-3": ("1e-3", _rate(1e-3)),
-            "2e-3": ("2e-3", _rate(2e-3)),
-            "4e-3": ("4e-3", _rate(4e-3)),
-        },
-    ),
+    Arm("rate-quarter", "rate", "a quarter of the reference's", rate=0.25),
+    Arm("rate-half", "rate", "half", rate=0.5),
+    Arm("rate-one", "rate", "the reference's"),
+    Arm("rate-twice", "rate", "twice", rate=2),
     *_ablation(
         "warmup",
         {"tenth": ("a tenth of the steps", {}), "none": ("none", {"optimizer.warmup_steps": 0})},

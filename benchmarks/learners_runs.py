@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -46,6 +47,11 @@ class Budget:
     evaluate_every: int
     evaluate_tokens: int
     minutes: float  # of one verb
+
+    def rates(self, share: float = 1.0) -> Settings:
+        """The learning rate: close to the default for the budget's steps, but the same whatever an arm does to the prior."""
+        highest = float(f"{share * 2e-3 * math.sqrt(60 / self.steps):.3g}")
+        return {"optimizer.lr": highest, "optimizer.min_lr": highest / 10}
 
     def settings(self, share_of_steps: float = 1.0) -> Settings:
         """As settings of megamask."""
@@ -98,8 +104,9 @@ class Bench:
 
     def overrides(self, arm: Arm, run_dir: Path, seed: int) -> list[str]:
         """Everything that makes the recipe this arm."""
-        common = {**(arm.common or {}), **self.budget.settings(arm.share_of_steps)}
-        words = [f"pattern={arm.pattern}", *map(_word, common.items()), *self.extra, *map(_word, arm.settings.items())]
+        common = {**(arm.common or {}), **(self.budget.rates() if arm.common else {}), **self.budget.settings(arm.share_of_steps)}
+        own = {**arm.settings, **(self.budget.rates(arm.rate) if arm.rate != 1 else {})}
+        words = [f"pattern={arm.pattern}", *map(_word, common.items()), *self.extra, *map(_word, own.items())]
         return [*words, f"seed={seed}", f"run_dir={run_dir}"]
 
     def config(self, arm: Arm, run_dir: Path = Path("runs/arm"), seed: int = 0) -> Config:

@@ -274,6 +274,14 @@ def test_an_ablation_changes_one_thing(words: Words) -> None:
         assert len(same) == 1, group
 
 
+@pytest.mark.parametrize(("steps", "rate"), [(15, 4e-3), (60, 2e-3), (240, 1e-3)])
+def test_the_rate_fits_the_steps_and_no_other_setting(words: Words, steps: int, rate: float) -> None:
+    bench = learners.open_bench(learners.read_options(words(steps=steps)))
+    for arm, share in (("linear-2of4", 1), ("alpha-1", 1), ("distillation-kd-time", 1), ("rate-half", 0.5), ("optimizer-lion", 0.35)):
+        section = bench.config(by_name()[arm]).learn.optimizer
+        assert (section.lr, section.min_lr) == pytest.approx((share * rate, share * rate / 10)), arm
+
+
 def test_a_verb_that_outlives_the_script_keeps_its_folder(tmp_path: Path) -> None:
     with locked(tmp_path) as lock:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
