@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megamask.data.batches import BatchPlan
 from megamask.learn.setup import Subject, build_subject
-from megamask.learn.snapshot import Progress, Snapshots
+from megamask.learn.snapshot import Snapshots
 from megamask.learn.step import Learner, StepResult
 from megamask.model.loss import TokenLosses, dense_hidden, objective_losses, token_losses
 from megamask.parallel.mesh import start
 from megamask.sparsity.draw import Draw
 from megamask.sparsity.philox import NoiseKey
-from tests.parallel.ranks import meet_again, run_ranks
+from tests.parallel.learning import in_turn, take_steps
+from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_logits
 
 pytestmark = pytest.mark.slow
@@ -74,11 +75,7 @@ JOBS: dict[int, dict[str, Job]] = {
 
 
 def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> list[Outcome]:
-    outcomes = []
-    for job in jobs:
-        outcomes.append(learn(run_dir, snapshots, job))
-        meet_again()
-    return outcomes
+    return in_turn(partial(learn, run_dir, snapshots), jobs)
 
 
 def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
@@ -86,15 +83,9 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     config = config_of(run_dir, job.tp, settings, **job.parallel)
     with start(config) as mesh:
         subject = build_subject(config, mesh)
-        learner = Learner(config, mesh, subject)
-        plan = BatchPlan(Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank)
-        snapshots = Snapshots(folder / ("saved" if job.save or job.resume else "none"), config, mesh, subject, learner)
-        first = snapshots.restore().step if job.resume else 0
-        results = []
-        for step in range(first, config.learn.steps):
-            results.append(learner.step(step, plan))
-            if job.save and step + 1 == SAVED_AT:
-                snapshots.save(Progress(step=SAVED_AT))
+        name = "saved" if job.save or job.resume else "none"
+        snapshots = Snapshots(folder / name, config, mesh, subject, Learner(config, mesh, subject))
+        first, results = take_steps(snapshots, Chains(), SAVED_AT if job.save else None, job.resume)
         return Outcome(first, results, gather_logits(subject, mesh))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import pytest
 import torch
 
 from megamask.config.presets import FOOTPRINTS
-from megamask.data.batches import BatchPlan
 from megamask.learn.replicas import Replicas
 from megamask.learn.setup import build_subject
-from megamask.learn.snapshot import Progress, Snapshots
+from megamask.learn.snapshot import Snapshots
 from megamask.learn.step import Learner, StepResult
 from megamask.parallel.mesh import start
-from tests.parallel.ranks import meet_again, run_ranks
+from tests.parallel.learning import in_turn, take_steps
+from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_logits
 
 pytestmark = pytest.mark.slow
@@ -88,12 +89,7 @@ JOBS: list[tuple[int, dict[str, Job]]] = [  # ranks, and what they learn one aft
 
 
 def learn_all(rank: int, run_dir: Path, folder: Path, jobs: list[Job]) -> list[Outcome]:
-    share, outcomes = Replicas.share_logits, []
-    for job in jobs:
-        Replicas.share_logits = (lambda self: None) if job.forgets_to_share else share  # type: ignore[assignment, method-assign]
-        outcomes.append(learn(run_dir, folder, job))
-        meet_again()
-    return outcomes
+    return in_turn(partial(learn, run_dir, folder), jobs)
 
 
 def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
@@ -103,15 +99,13 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     with start(config) as mesh:
         subject = build_subject(config, mesh)
         learner = Learner(config, mesh, subject)
-        plan = BatchPlan(Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank)
         snapshots = Snapshots(folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner)
         outcome = Outcome()
         if learner.replicas:
             watch_sums(learner.replicas, outcome)
-        for step in range(snapshots.restore().step if job.resume_from else 0, STEPS):
-            outcome.results.append(learner.step(step, plan))
-            if job.save_to and step + 1 == SAVED_AT:
-                snapshots.save(Progress(step=SAVED_AT))
+            if job.forgets_to_share:
+                learner.replicas.share_logits = lambda: None  # type: ignore[method-assign]
+        _, outcome.results = take_steps(snapshots, Chains(), SAVED_AT if job.save_to else None, resume=job.resume_from is not None)
         outcome.logits = gather_logits(subject, mesh)
         outcome.moment_bytes = sum(one.nbytes for one in learner.optimizer.state_tensors())
         return outcome

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,14 +16,15 @@ from megamask.data.batches import BatchPlan
 from megamask.learn.maskpro import MaskPro, PolicyResult
 from megamask.learn.maskpro_data import Reused
 from megamask.learn.setup import build_subject
-from megamask.learn.snapshot import Progress, Snapshots
+from megamask.learn.snapshot import Snapshots
 from megamask.learn.survey import Survey
 from megamask.model.build import masked_linears
 from megamask.parallel.mesh import start
 from megamask.plan.workload import Workload
 from megamask.sparsity.backends import backend_by_name
 from megamask.weights.architecture import read_architecture
-from tests.parallel.ranks import meet_again, run_ranks
+from tests.parallel.learning import in_turn, take_steps
+from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_logits
 
 pytestmark = pytest.mark.slow
@@ -73,26 +75,17 @@ def settings(job: Job) -> dict[str, Any]:
 
 
 def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> list[Outcome]:
-    outcomes = []
-    for job in jobs:
-        outcomes.append(learn(run_dir, snapshots, job))
-        meet_again()
-    return outcomes
+    return in_turn(partial(learn, run_dir, snapshots), jobs)
 
 
 def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     config = config_of(run_dir, job.tp, settings(job))
     with start(config) as mesh:
         subject = build_subject(config, mesh)
-        learner, section = MaskPro(config, mesh, subject), config.learn
-        reused = Reused(Chains(), section.maskpro.samples, config.seed)
-        plan = BatchPlan(reused, section.global_batch, section.micro_batch, mesh.dp, mesh.dp_rank)
+        learner = MaskPro(config, mesh, subject)
+        reused = Reused(Chains(), config.learn.maskpro.samples, config.seed)
         snapshots = Snapshots(folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner)
-        first, results = snapshots.restore().step if job.resume_from else 0, []
-        for step in range(first, STEPS):
-            results.append(learner.step(step, plan))
-            if job.save_to and step + 1 == SAVED_AT:
-                snapshots.save(Progress(step=SAVED_AT))
+        _, results = take_steps(snapshots, reused, SAVED_AT if job.save_to else None, resume=job.resume_from is not None)
         known = len(learner.initial_losses.known) if learner.initial_losses else 0
         return Outcome(results, gather_logits(subject, mesh), known)
 
