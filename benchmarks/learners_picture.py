@@ -28,7 +28,7 @@ class Curve:
 
     Attributes:
         learner, pattern: what it is.
-        tokens, score: of each evaluation, the geometric mean over domains and seeds.
+        tokens, score: of each evaluation that all seeds had, the geometric mean over domains and seeds.
         seconds: learning time at each evaluation; empty when it is not known.
         contended: whether that time was taken on a busy machine.
         peak_gib: memory.
@@ -45,12 +45,13 @@ class Curve:
     @classmethod
     def of(cls, arm: Arm, facts: Sequence[Record], time: tuple[float | None, bool]) -> Curve:
         """From the results of an arm's seeds."""
-        curves = [fact["curve"] for fact in facts]
-        scores = [[statistics.fmean(map(math.log, point["perplexity"].values())) for point in curve] for curve in curves]
-        score = [math.exp(statistics.fmean(at)) for at in zip(*scores, strict=True)]
-        seconds = [] if time[0] is None else [point["step"] * time[0] for point in curves[0]]
+        seeds = [{point["step"]: point for point in fact["curve"]} for fact in facts]
+        steps = [step for step in seeds[0] if all(step in seed for seed in seeds)]  # where all were evaluated
+        perplexities = [[one for seed in seeds for one in seed[step]["perplexity"].values()] for step in steps]
+        score = [math.exp(statistics.fmean(map(math.log, at))) for at in perplexities]
+        seconds = [] if time[0] is None else [step * time[0] for step in steps]
         peak = max(fact["peak_memory_gib"] for fact in facts)
-        return cls(arm.name.split("-")[0], arm.pattern, [point["tokens"] for point in curves[0]], score, seconds, time[1], peak)
+        return cls(arm.name.split("-")[0], arm.pattern, [seeds[0][step]["tokens"] for step in steps], score, seconds, time[1], peak)
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ import torch
 from benchmarks import learners, learners_runs
 from benchmarks.learners_arms import ARMS, BASE, by_name
 from benchmarks.learners_child import ArmError, ElsewhereError, link, locked, verb
+from benchmarks.learners_picture import Curve
 from benchmarks.learners_report import Row, against
 from megamask.config import load_config
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR
@@ -250,6 +251,15 @@ def test_the_time_of_a_step_is_measured_apart(words: Words, verbs: list[str], mo
 )
 def test_what_seeds_make_alone_is_a_tie(scores: list[float], reference: list[float], noise: float | None, expected: str) -> None:
     assert against(row_of(scores, "a"), row_of(reference, "b"), noise) == expected
+
+
+def test_a_curve_is_of_the_steps_that_all_seeds_evaluated() -> None:
+    def seed(**perplexity: float) -> dict[str, Any]:
+        points = [{"step": int(step[1:]), "tokens": 8 * int(step[1:]), "perplexity": {"code": value}} for step, value in perplexity.items()]
+        return {"curve": points, "peak_memory_gib": 1.0}
+
+    curve = Curve.of(by_name()[BASE], [seed(s0=9, s30=5, s60=4), seed(s0=4, s60=1)], (0.5, False))
+    assert (curve.tokens, curve.seconds, curve.score) == ([0, 480], [0, 30], pytest.approx([6, 2]))
 
 
 def row_of(scores: list[float], digest: str) -> Row:
