@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -51,7 +51,8 @@ class Curve:
         score = [math.exp(statistics.fmean(map(math.log, at))) for at in perplexities]
         seconds = [] if time[0] is None else [step * time[0] for step in steps]
         peak = max(fact["peak_memory_gib"] for fact in facts)
-        return cls(arm.name.split("-")[0], arm.pattern, [seeds[0][step]["tokens"] for step in steps], score, seconds, time[1], peak)
+        learner = arm.name.rpartition("-")[0].replace("-", " from ")
+        return cls(learner, arm.pattern, [seeds[0][step]["tokens"] for step in steps], score, seconds, time[1], peak)
 
     @property
     def name(self) -> str:
@@ -61,7 +62,7 @@ class Curve:
     @property
     def color(self) -> str:
         """By learner."""
-        return COLORS.get(self.learner, "#cc79a7")
+        return COLORS.get(self.learner.split()[0], "#cc79a7")
 
 
 def draw(curves: Sequence[Curve], levels: dict[str, float]) -> Figure:
@@ -75,9 +76,10 @@ def draw(curves: Sequence[Curve], levels: dict[str, float]) -> Figure:
         by_tokens.set_title("Held-out perplexity against tokens", loc="left")
         by_tokens.set_xlabel("tokens seen")
         by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
-        timed = [(curve, [second / 60 for second in curve.seconds]) for curve in shown if curve.seconds]
+        marked = [replace(curve, pattern=f"{curve.pattern}*") if curve.contended else curve for curve in shown]
+        timed = [(curve, [second / 60 for second in curve.seconds]) for curve in marked if curve.seconds]
         lines(by_time, timed, levels)
-        busy = " (busy machine)" if any(curve.contended for curve, _ in timed) else ""
+        busy = " (*: on a busy machine)" if any(curve.contended for curve, _ in timed) else ""
         by_time.set_title(f"The same against learning time{busy}", loc="left")
         by_time.set_xlabel("minutes")
         bars(memory, curves)
@@ -88,7 +90,16 @@ def lines(axes: Axes, curves: Sequence[tuple[Curve, list[float]]], levels: dict[
     """Curves on a log scale with their names at the right, and level lines."""
     labels = []
     for curve, x in curves:
-        axes.plot(x, curve.score, color=curve.color, linestyle=DASHES[curve.pattern], marker="o", markersize=3.5, linewidth=1.8, zorder=3)
+        axes.plot(
+            x,
+            curve.score,
+            color=curve.color,
+            linestyle=DASHES[curve.pattern.rstrip("*")],
+            marker="o",
+            markersize=3.5,
+            linewidth=1.8,
+            zorder=3,
+        )
         labels.append((curve.score[-1], f"{curve.name} {curve.score[-1]:.1f}", curve.color))
     for name, color in LEVELS.items():
         if name in levels:
@@ -112,6 +123,6 @@ def bars(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.set_yticks(rows, [curve.name for curve in curves])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_title("Peak memory of learning, GiB", loc="left")
+    axes.set_title("Peak memory, GiB", loc="left")
     for row, curve in zip(rows, curves, strict=True):
         axes.annotate(f"{curve.peak_gib:.1f}", (curve.peak_gib, row), xytext=(4, 0), textcoords="offset points", va="center")
