@@ -43,13 +43,14 @@ MASKPRO: dict[str, Any] = {
 
 # Bytes a weight at 2:4, the frozen weight included: default 26, lean 14, leanest 9.5 (megamask plan counts every part).
 # Lean keeps AdamW, and with it the recipe's learning rate. Lion moves every logit by the full rate whatever its gradient, so it needs
-# about a third of AdamW's rate (what it has where none is set), and so more steps for a group to overtake the prior's gap.
+# about a third of AdamW's rate, and so more steps for a group to overtake the prior's gap. It does not take over a preset's rate, but a
+# recipe's.
 _BF16 = {"logits": "bf16", "grads": "bf16", "masked_weight": "regenerate"}
 LEAN: dict[str, Any] = {"learn": {"state": _BF16}}
 LEANEST: dict[str, Any] = {
     "learn": {
         "state": {**_BF16, "movement": False},
-        "optimizer": {"kind": "lion8bit", "betas": [0.9, 0.99]},
+        "optimizer": {"kind": "lion8bit", "betas": [0.9, 0.99], "lr": None, "min_lr": None},
     }
 }
 

@@ -230,7 +230,8 @@ def test_another_setting_is_no_resume(interrupted: Path, settings: Settings, ove
     ("section", "override", "before"),
     [
         ("loss", "learn.loss.temperature=1", None),
-        ("loss", "learn.loss.temperature=2", "1.0"),
+        ("loss", "learn.loss.temperature=2", None),  # of kd alone
+        ("loss", "learn.loss.kind=kd", "'lm'"),
         ("optimizer.eps_rms", "learn.optimizer.eps_rms=0", None),  # there was none
         ("optimizer.eps_rms", "learn.optimizer.eps_rms=0.1", "0.0"),  # the default, now
         ("distribution", "learn.distribution=categorical", None),

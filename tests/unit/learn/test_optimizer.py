@@ -180,6 +180,8 @@ def test_a_tenth_of_the_steps_is_warm_up(steps: int, warmup: int) -> None:
         (["learn.steps=25", "learn.prior.mask=null"], 1e-3, 1e-4),  # to cross one std of noise
         (["learn.steps=25", "learn.prior.strength=0"], 1e-3, 1e-4),
         (["learn.steps=225", "learn.footprint=leanest"], 1e-3 / 3, 1e-4 / 3),
+        (["learn.preset=maskllm", "learn.steps=225", "learn.footprint=leanest"], 1e-3 / 3, 1e-4 / 3),  # not AdamW's 5e-4
+        (["learn.footprint=leanest", "learn.optimizer.lr=2e-4"], 2e-4, 2e-5),
         (["learn.steps=225", "learn.optimizer.lr=2e-3"], 2e-3, 2e-4),
         (["learn.steps=225", "learn.optimizer.min_lr=0"], 1e-3, 0),
         (["learn.preset=maskllm"], 5e-4, 1e-4),
