@@ -53,7 +53,7 @@ def test_a_resumed_run_and_two_replicas_learn_the_same_mask(whole: Path, prepare
     shutil.rmtree(resumed / "learn" / "snapshots" / "step-00000008")
     (resumed / "masks" / "learned.safetensors").unlink()
     finished = megamask("learn", *settings(resumed), *RUN, "learn.optimizer.lr=1")  # which does not count here
-    assert "without effect here (learn.learner=maskpro" in finished.stderr and "learn.optimizer.lr" in finished.stderr  # of the recipe
+    assert "without effect here (learn.learner=maskpro" in finished.stderr and "learn.optimizer.lr" in finished.stderr
     replicas = Path(shutil.copytree(prepared, tmp_path / "replicas"))
     megamask("learn", *settings(replicas), *RUN, launch=2)
     expected = load_masks(whole / "masks" / "learned.safetensors")
