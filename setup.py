@@ -1,6 +1,8 @@
-"""Packaging. Ranges are wide and say what the code needs; constraints.txt pins what the tests ran with.
+"""Packaging. Ranges are wide and say what the code needs; constraints.txt pins what the tests ran
+with.
 
-NVIDIA Apex is not listed anywhere: the project called "apex" on the package index is unrelated. Apex comes with NVIDIA's containers.
+NVIDIA Apex is not listed anywhere: the project called "apex" on the package index is unrelated.
+Apex comes with NVIDIA's containers.
 """
 
 from pathlib import Path
@@ -31,9 +33,17 @@ EXTRAS = {
     "eight-bit": ["torchao>=0.9"],  # learn.optimizer.kind=adamw8bit
     "cuda": ["transformer-engine[pytorch]>=1.13; platform_system == 'Linux'"],
     "dev": [
-        *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.8", "ruff>=0.9", "mypy>=1.13", "types-PyYAML>=6.0.12"),
+        *(
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "types-PyYAML>=6.0.12",
+        ),
         *("pre-commit>=3.5", "torchao>=0.9"),
-        "triton>=3.6; platform_system == 'Linux'",  # its interpreter runs the CUDA kernels; a CUDA build of torch brings its own
+        # its interpreter runs the CUDA kernels; a CUDA build of torch brings its own
+        "triton>=3.6; platform_system == 'Linux'",
     ],
 }
 

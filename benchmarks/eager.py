@@ -1,7 +1,9 @@
-"""The paper's method written as plainly as PyTorch allows, as a yardstick: Gumbel-softmax through autograd, fresh tensors for every stage.
+"""The paper's method written as plainly as PyTorch allows, as a yardstick: Gumbel-softmax through
+autograd, fresh tensors for every stage.
 
-bf16 logits with fp32 masters and AdamW on the masters, as mixed-precision training does it; MaskLLM Eq. 4-8. The model, the data and the
-schedule are those of the masked side, so the difference is the sampling and what is kept for its backward.
+bf16 logits with fp32 masters and AdamW on the masters, as mixed-precision training does it; MaskLLM
+Eq. 4-8. The model, the data and the schedule are those of the masked side, so the difference is the
+sampling and what is kept for its backward.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from benchmarks.lab import LOGIT_STD, Lab
-from megamask.model.loss import token_losses
+from megamask.model.objective import token_losses
 
 
 class EagerSide:
@@ -28,14 +30,21 @@ class EagerSide:
         pattern, device = lab.subject.pattern, lab.mesh.device
         self.table_CM = pattern.candidates(torch.bfloat16, device)
         self.logits = {
-            name: torch.randn(linear.weight.shape[0], linear.weight.shape[1] // pattern.m, pattern.num_candidates, device=device)
+            name: torch.randn(
+                linear.weight.shape[0],
+                linear.weight.shape[1] // pattern.m,
+                pattern.num_candidates,
+                device=device,
+            )
             .mul_(LOGIT_STD)
             .to(linear.weight.dtype)
             .requires_grad_()
             for name, linear in lab.subject.linears.items()
         }
         self.masters = [one.detach().float() for one in self.logits.values()]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(
+            self.masters, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95)
+        )
         self.norms: list[torch.Tensor] = []
 
     def masked_weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -49,9 +58,13 @@ class EagerSide:
         """One global batch: forward, backward, clipping, AdamW."""
         lab, settings = self.lab, self.lab.subject.model.config
         with ExitStack() as stack:
-            stack.enter_context(patch.multiple(settings, no_sync_func=None, finalize_model_grads_func=None))
+            stack.enter_context(
+                patch.multiple(settings, no_sync_func=None, finalize_model_grads_func=None)
+            )
             for name, linear in lab.subject.linears.items():
-                stack.enter_context(patch.object(linear, "masked_weight", partial(self.masked_weight, name)))
+                stack.enter_context(
+                    patch.object(linear, "masked_weight", partial(self.masked_weight, name))
+                )
             lab.subject.model.train()
             get_forward_backward_func()(
                 forward_step_func=self._forward,

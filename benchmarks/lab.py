@@ -1,4 +1,6 @@
-"""A learner on a model of a given shape, without files: random weights made on the device, random tokens through the real data path."""
+"""A learner on a model of a given shape, without files: random weights made on the device, random
+tokens through the real data path.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ import torch
 
 from megamask.config import Config, load_config
 from megamask.data.batches import BatchPlan
-from megamask.learn.setup import Subject
-from megamask.learn.step import Learner
+from megamask.learn.gumbel import Learner
+from megamask.learn.masked_model import Subject
 from megamask.model.build import attach_logits, build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
-from megamask.model.loss import LanguageModel
+from megamask.model.language_model import LanguageModel
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
@@ -47,14 +49,20 @@ class Lab:
 
 def add_model_options(options: argparse.ArgumentParser) -> None:
     """The options that choose model and batch."""
-    options.add_argument("--model", default="smollm2-135m", help=f"random weights of this shape: {', '.join(SHAPES)} or a config.json")
+    options.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help=f"random weights of this shape: {', '.join(SHAPES)} or a config.json",
+    )
     options.add_argument("--hf", type=Path, metavar="FOLDER", help="a real model instead")
     options.add_argument("--layers", type=int, help="only so many layers of the shape")
     options.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     options.add_argument("--micro", type=int, default=4, help="sequences of a micro-batch")
     options.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     options.add_argument("--seq", type=int, default=256, help="tokens of a sequence")
-    options.add_argument("settings", nargs="*", metavar="key=value", help="megamask settings, as for its verbs")
+    options.add_argument(
+        "settings", nargs="*", metavar="key=value", help="megamask settings, as for its verbs"
+    )
 
 
 def read_config(options: argparse.Namespace) -> Config:
@@ -69,7 +77,9 @@ def read_config(options: argparse.Namespace) -> Config:
     }
     if options.threads:
         chosen["parallel.threads"] = options.threads
-    return load_config(None, [*(f"{key}={value}" for key, value in chosen.items()), *options.settings])
+    return load_config(
+        None, [*(f"{key}={value}" for key, value in chosen.items()), *options.settings]
+    )
 
 
 @contextmanager
@@ -84,12 +94,24 @@ def open_lab(options: argparse.Namespace, steps: int, with_learner: bool = True)
     config = read_config(options)
     with start(config) as mesh, tempfile.TemporaryDirectory() as folder:
         subject = random_subject(config, mesh, options, with_learner)
-        dataset = random_tokens(Path(folder), subject.arch.vocab, steps * config.learn.global_batch, options.seq, config.seed)
-        plan = BatchPlan(dataset, config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank)
-        yield Lab(config, mesh, subject, Learner(config, mesh, subject) if with_learner else None, plan)
+        dataset = random_tokens(
+            Path(folder),
+            subject.arch.vocab,
+            steps * config.learn.global_batch,
+            options.seq,
+            config.seed,
+        )
+        plan = BatchPlan(
+            dataset, config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
+        )
+        yield Lab(
+            config, mesh, subject, Learner(config, mesh, subject) if with_learner else None, plan
+        )
 
 
-def random_subject(config: Config, mesh: Mesh, options: argparse.Namespace, with_logits: bool = True) -> Subject:
+def random_subject(
+    config: Config, mesh: Mesh, options: argparse.Namespace, with_logits: bool = True
+) -> Subject:
     """The model under mask logits N(0, 0.01)."""
     arch, pattern = architecture(options), Pattern.parse(config.pattern)
     model = build_model(config, arch, mesh)
@@ -102,7 +124,12 @@ def random_subject(config: Config, mesh: Mesh, options: argparse.Namespace, with
     switch: Any = None
     if with_logits:
         switch = attach_logits(
-            linears, pattern, config.learn.sampling.backend, mesh.device, config.learn.state.logits, config.learn.distribution
+            linears,
+            pattern,
+            config.learn.sampling.backend,
+            mesh.device,
+            config.learn.state.logits,
+            config.learn.distribution,
         )
     subject = Subject(arch, pattern, "", model, linears, switch, None)
     for logits in subject.mask_logits:
@@ -113,7 +140,9 @@ def random_subject(config: Config, mesh: Mesh, options: argparse.Namespace, with
 def architecture(options: argparse.Namespace) -> Architecture:
     """Of ``--hf`` or ``--model``, cut to ``--layers``."""
     arch = read_shape(str(options.hf or options.model), "--hf" if options.hf else "--model")
-    return arch if options.layers is None or options.hf else replace(arch, num_layers=options.layers)
+    return (
+        arch if options.layers is None or options.hf else replace(arch, num_layers=options.layers)
+    )
 
 
 @torch.no_grad()
@@ -143,14 +172,18 @@ class _NoTokenizer:
 
 
 def random_tokens(folder: Path, vocab: int, samples: int, seq_length: int, seed: int) -> Any:
-    """Megatron's GPTDataset over uniform random tokens in ``folder``, read through the memory map as in a learning run."""
+    """Megatron's GPTDataset over uniform random tokens in ``folder``, read through the memory map
+    as in a learning run.
+    """
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from megatron.core.datasets.utils import Split
 
     prefix = str(folder / "random")
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    tokens = np.random.default_rng(seed).integers(vocab, size=(samples + 1) * seq_length, dtype=np.int32)
+    tokens = np.random.default_rng(seed).integers(
+        vocab, size=(samples + 1) * seq_length, dtype=np.int32
+    )
     for document in np.array_split(tokens, 8):
         builder.add_document(torch.from_numpy(document), [len(document)])
     builder.finalize(f"{prefix}.idx")

@@ -1,4 +1,5 @@
-"""Bytes of state per prunable weight, counted from the tensors that a built learner really holds after a step.
+"""Bytes of state per prunable weight, counted from the tensors that a built learner really holds
+after a step.
 
 python -m benchmarks.memory --model smollm2-135m --json memory.json
 """
@@ -17,12 +18,15 @@ import torch
 
 from benchmarks.common import parser, report, table
 from benchmarks.lab import Lab, add_model_options, open_lab
-from megamask.learn.survey import Survey
+from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.sparsity.backends import backend_by_name
 
 KEPT = "masked weights kept for the backward pass"
 OTHER = "all other tensors"
-_PLAIN = (torch.Tensor, torch.nn.Parameter)  # what torch.compile leaves behind and 8-bit states have no storage of their own
+_PLAIN = (
+    torch.Tensor,
+    torch.nn.Parameter,
+)  # what torch.compile leaves behind and 8-bit states have no storage of their own
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,11 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     options = known.parse_args(argv)
     with open_lab(options, steps=2) as lab:
         kept = kept_for_backward(lab)
-        survey = Survey(lab.subject, lab.mesh, lab.config.learn.state.movement)
+        mask_statistics = MaskStatistics(lab.subject, lab.mesh, lab.config.learn.state.movement)
         assert lab.learner is not None
         lab.learner.step(1, lab.plan)
-        survey()
-        state = count(lab, survey)
+        mask_statistics()
+        state = count(lab, mask_statistics)
         weights = sum(linear.weight.numel() for linear in lab.subject.linears.values())
         on_device = torch.cuda.memory_allocated() if lab.mesh.device.type == "cuda" else None
         device = lab.mesh.device
@@ -45,37 +49,65 @@ def main(argv: list[str] | None = None) -> int:
     model = options.hf.name if options.hf else options.model
     rows = [[part, size / 2**20, per_weight.get(part)] for part, size in parts.items()]
     total = sum(per_weight.values())
-    table(f"{model}: {weights / 1e6:.1f} M prunable weights", ["what", "MiB", "bytes a weight"], [*rows, ["sum of the state", None, total]])
+    table(
+        f"{model}: {weights / 1e6:.1f} M prunable weights",
+        ["what", "MiB", "bytes a weight"],
+        [*rows, ["sum of the state", None, total]],
+    )
     if on_device is not None:
-        print(f"\nheld by the CUDA allocator: {on_device / 2**20:,.0f} MiB; counted: {sum(state.values()) / 2**20:,.0f} MiB")
-    figures = {"weights": weights, "bytes": parts, "bytes_per_weight": per_weight, "sum_per_weight": total, "cuda_allocated": on_device}
+        print(
+            f"\nheld by the CUDA allocator: {on_device / 2**20:,.0f} MiB; counted: {sum(state.values()) / 2**20:,.0f} MiB"
+        )
+    figures = {
+        "weights": weights,
+        "bytes": parts,
+        "bytes_per_weight": per_weight,
+        "sum_per_weight": total,
+        "cuda_allocated": on_device,
+    }
     report("memory", options, figures, device)
     return 0
 
 
-def count(lab: Lab, survey: Survey) -> dict[str, int]:
-    """Bytes of the storages behind each kind of state; a storage counts once, for the first kind that holds it."""
+def count(lab: Lab, mask_statistics: MaskStatistics) -> dict[str, int]:
+    """Bytes of the storages behind each kind of state; a storage counts once, for the first kind
+    that holds it.
+    """
     assert lab.learner is not None
     linears, logits = lab.subject.linears.values(), lab.subject.mask_logits
     kinds: dict[str, Iterable[Any]] = {
         "frozen weights": [linear.weight for linear in linears],
         "mask logits": logits,
-        "gradients": [tensor for one in logits for tensor in (getattr(one, "main_grad", None), one.grad)],
+        "gradients": [
+            tensor for one in logits for tensor in (getattr(one, "main_grad", None), one.grad)
+        ],
         "optimizer moments": lab.learner.optimizer.state_tensors(),
         "gradients at the masked weights of a step": [linear.weight_grad for linear in linears],
-        "winners of the survey": [*survey.initial.values(), *survey.latest.values()],
+        "winners of the survey": [
+            *mask_statistics.initial.values(),
+            *mask_statistics.latest.values(),
+        ],
         OTHER: live_tensors(lab.mesh.device),
     }
     seen: set[int] = set()
-    return {kind: sum(new_bytes(tensor, seen) for tensor in tensors if tensor is not None) for kind, tensors in kinds.items()}
+    return {
+        kind: sum(new_bytes(tensor, seen) for tensor in tensors if tensor is not None)
+        for kind, tensors in kinds.items()
+    }
 
 
 def live_tensors(device: torch.device) -> list[torch.Tensor]:
-    """Every tensor of the device that Python knows of: embeddings, norms, rotary tables, buffers nobody accounted for."""
+    """Every tensor of the device that Python knows of: embeddings, norms, rotary tables, buffers
+    nobody accounted for.
+    """
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # looking at an object may deprecate it
-        return [one for one in gc.get_objects() if type(one) in _PLAIN and one.device.type == device.type]
+        return [
+            one
+            for one in gc.get_objects()
+            if type(one) in _PLAIN and one.device.type == device.type
+        ]
 
 
 def new_bytes(tensor: torch.Tensor, seen: set[int]) -> int:

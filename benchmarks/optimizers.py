@@ -1,4 +1,5 @@
-"""The update of the mask logits: nanoseconds a logit of each optimizer, against PyTorch's fused AdamW after a clipping pass of its own.
+"""The update of the mask logits: nanoseconds a logit of each optimizer, against PyTorch's fused
+AdamW after a clipping pass of its own.
 
 python -m benchmarks.optimizers --threads 1 --json optimizers.json
 """
@@ -15,12 +16,14 @@ import torch
 from benchmarks.common import interleave, parser, report, table
 from megamask.config import Config
 from megamask.config.load import load_config
-from megamask.learn.optimizer import build_optimizer
-from megamask.sparsity.draw import Placement, Site
+from megamask.optim.optimizers import build_optimizer
+from megamask.sparsity.draw import Site
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.shard import Placement
 
 BASELINE = "AdamW after a clipping pass"
-# Settings, and bytes that a logit's update moves: gradient read, logit and moments read and written.
+# Settings, and bytes that a logit's update moves: gradient read, logit and moments read and
+# written.
 SIDES: dict[str, tuple[dict[str, str], int]] = {
     "adamw": ({}, 32),  # the scaled gradient is written back
     "adamw, bf16 logits": ({"state.logits": "bf16"}, 16),
@@ -28,18 +31,31 @@ SIDES: dict[str, tuple[dict[str, str], int]] = {
     "lion, fp32 logits": ({"optimizer.kind": "lion"}, 16),
     "lion, bf16 logits": ({"optimizer.kind": "lion", "state.logits": "bf16"}, 12),
     "lion8bit, bf16 logits": ({"optimizer.kind": "lion8bit", "state.logits": "bf16"}, 10),
-    "lion8bit, bf16 logits and gradients": ({"optimizer.kind": "lion8bit", "state.logits": "bf16", "state.grads": "bf16"}, 8),
+    "lion8bit, bf16 logits and gradients": (
+        {"optimizer.kind": "lion8bit", "state.logits": "bf16", "state.grads": "bf16"},
+        8,
+    ),
 }
 
 
 class Layer:
     """Stands for a masked linear: logits (O, C, G) with a gradient, and their place."""
 
-    def __init__(self, number: int, rows: int, groups: int, pattern: Pattern, config: Config, device: torch.device) -> None:
+    def __init__(
+        self,
+        number: int,
+        rows: int,
+        groups: int,
+        pattern: Pattern,
+        config: Config,
+        device: torch.device,
+    ) -> None:
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
         shape = (rows, pattern.num_candidates, groups)
         self.weight = torch.empty(0, device=device)
-        self.mask_logits = torch.nn.Parameter(0.01 * torch.randn(shape, device=device, dtype=dtypes[config.learn.state.logits]))
+        self.mask_logits = torch.nn.Parameter(
+            0.01 * torch.randn(shape, device=device, dtype=dtypes[config.learn.state.logits])
+        )
         gradient = 1e-3 * torch.randn(shape, device=device, dtype=dtypes[config.learn.state.grads])
         self.mask_logits.main_grad = gradient  # type: ignore[attr-defined]
         self.parameter_id, self.site = number, Site(pattern, Placement.whole(rows, groups))
@@ -51,13 +67,20 @@ def main(argv: list[str] | None = None) -> int:
     known.add_argument("--rows", type=int, default=768)
     known.add_argument("--columns", type=int, default=576)
     known.add_argument("--layers", type=int, default=20)
-    known.add_argument("--with-adamw8bit", action="store_true", help="also torchao's, which compiles for a while")
+    known.add_argument(
+        "--with-adamw8bit", action="store_true", help="also torchao's, which compiles for a while"
+    )
     options = known.parse_args(argv)
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device(
+        "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    )
     torch.set_num_threads(options.threads or torch.get_num_threads())
     sides = dict(SIDES)
     if options.with_adamw8bit:
-        sides["adamw8bit, bf16 logits"] = ({"optimizer.kind": "adamw8bit", "state.logits": "bf16"}, 12)
+        sides["adamw8bit, bf16 logits"] = (
+            {"optimizer.kind": "adamw8bit", "state.logits": "bf16"},
+            12,
+        )
     works = {
         BASELINE: clipping_first(options, device),
         **{side: update(options, device, settings) for side, (settings, _) in sides.items()},
@@ -66,26 +89,50 @@ def main(argv: list[str] | None = None) -> int:
     logits = options.layers * options.rows * options.columns // 4 * 6
     best = {side: min(timings.seconds[side]) / logits for side in works}
     moved = {BASELINE: 36, **{side: size for side, (_, size) in sides.items()}}
-    rows = [[side, 1e9 * best[side], moved[side] / best[side] / 1e9, best[BASELINE] / best[side]] for side in works]
+    rows = [
+        [side, 1e9 * best[side], moved[side] / best[side] / 1e9, best[BASELINE] / best[side]]
+        for side in works
+    ]
     columns = ["optimizer", "ns a logit", "GB/s", "times faster"]
-    table(f"{logits / 1e6:.1f} M logits, 2:4, the fastest of {options.rounds} rounds", columns, rows)
+    table(
+        f"{logits / 1e6:.1f} M logits, 2:4, the fastest of {options.rounds} rounds", columns, rows
+    )
     report(
-        "optimizers", options, {"logits": logits, "seconds": timings.seconds, "ns_a_logit": {k: 1e9 * v for k, v in best.items()}}, device
+        "optimizers",
+        options,
+        {
+            "logits": logits,
+            "seconds": timings.seconds,
+            "ns_a_logit": {k: 1e9 * v for k, v in best.items()},
+        },
+        device,
     )
     return 0
 
 
-def build(options: argparse.Namespace, device: torch.device, settings: dict[str, str]) -> tuple[Any, list[Layer]]:
+def build(
+    options: argparse.Namespace, device: torch.device, settings: dict[str, str]
+) -> tuple[Any, list[Layer]]:
     """An optimizer under these settings of ``learn``, and its layers."""
     config = load_config(
-        None, [f"device={device.type}", "learn.distribution=categorical", *(f"learn.{key}={value}" for key, value in settings.items())]
+        None,
+        [
+            f"device={device.type}",
+            "learn.distribution=categorical",
+            *(f"learn.{key}={value}" for key, value in settings.items()),
+        ],
     )
     pattern = Pattern(2, 4)
-    layers = [Layer(number, options.rows, options.columns // 4, pattern, config, device) for number in range(options.layers)]
+    layers = [
+        Layer(number, options.rows, options.columns // 4, pattern, config, device)
+        for number in range(options.layers)
+    ]
     return build_optimizer(config, layers), layers  # type: ignore[arg-type]
 
 
-def update(options: argparse.Namespace, device: torch.device, settings: dict[str, str]) -> Callable[[], None]:
+def update(
+    options: argparse.Namespace, device: torch.device, settings: dict[str, str]
+) -> Callable[[], None]:
     """One step with a clip factor below 1."""
     optimizer, _ = build(options, device, settings)
     factor = torch.tensor(0.999, device=device)
@@ -93,7 +140,9 @@ def update(options: argparse.Namespace, device: torch.device, settings: dict[str
 
 
 def clipping_first(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    """Multiply the gradients, then PyTorch's AdamW: the two passes that the others are compared with."""
+    """Multiply the gradients, then PyTorch's AdamW: the two passes that the others are compared
+    with.
+    """
     _, layers = build(options, device, {})
     adamw = torch.optim.AdamW([layer.mask_logits for layer in layers], fused=True)
     for layer in layers:

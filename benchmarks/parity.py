@@ -1,4 +1,5 @@
-"""The path of this device against the reference, plain PyTorch on the CPU: noise, sampling operator, a few learning steps.
+"""The path of this device against the reference, plain PyTorch on the CPU: noise, sampling
+operator, a few learning steps.
 
 python -m benchmarks.parity --device cuda --json parity.json
 """
@@ -17,25 +18,34 @@ from benchmarks.common import parser, report, table
 from benchmarks.lab import LOGIT_STD, Lab, add_model_options, open_lab
 from benchmarks.sampling import available_backends
 from megamask.parallel.mesh import choose_device
-from megamask.sparsity import categorical, linear_distribution
-from megamask.sparsity.draw import Distribution, Draw, Placement, Site
+from megamask.sparsity.categorical import gumbel_softmax
+from megamask.sparsity.distributions import Distribution
+from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.noise import NoiseKey, words
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.philox import NoiseKey, words
+from megamask.sparsity.shard import Placement
+from megamask.sparsity.subset import k_subset
 
 STEPS = 6
 ROWS, GROUPS = 256, 96
-PATTERNS: dict[Distribution, tuple[str, ...]] = {"categorical": ("2:4", "1:4", "4:8"), "linear": ("2:4", "4:8", "8:16")}
-REFERENCES = {"categorical": categorical, "linear": linear_distribution}
+PATTERNS: dict[Distribution, tuple[str, ...]] = {
+    "categorical": ("2:4", "1:4", "4:8"),
+    "linear": ("2:4", "4:8", "8:16"),
+}
+REFERENCES = {"categorical": gumbel_softmax, "linear": k_subset}
 KEY = NoiseKey(seed=2**32 - 2, step=7, micro_batch=3, parameter=0xDEADBEEF)
-# tau = 0.5 makes logits of up to 20 / 0.5 = 40, so an fp32 rounding (6e-8) there moves a probability by 5e-6 at most; the log and exp
-# of two libraries differ by a few such roundings. Under linear a set adds up the scores of min(N, M - N) members: as many times that.
+# tau = 0.5 makes logits of up to 20 / 0.5 = 40, so an fp32 rounding (6e-8) there moves a
+# probability by 5e-6 at most; the log and exp of two libraries differ by a few such roundings.
+# Under linear a set adds up the scores of min(N, M - N) members: as many times that.
 SOFT_FP32 = 5e-5
 SOFT_BF16 = 2.0**-8  # one rounding to bf16 that falls to the other side
-NEAR_TIES = 1e-4  # share of groups whose two best candidates lie within rounding of each other, with room to spare
+# share of groups whose two best candidates lie within rounding of each other, with room to spare
+NEAR_TIES = 1e-4
 SUMS = 1e-5  # fp64 sums of values that each differ by rounding
-# Six fp32 steps: gradients differ by rounding, AdamW's first steps turn a gradient near zero into a full step of either sign.
+# Six fp32 steps: gradients differ by rounding, AdamW's first steps turn a gradient near zero into a
+# full step of either sign.
 LOSSES = 1e-4
-WINNERS = 1e-2
+HARD_CODES = 1e-2
 
 
 @dataclass(frozen=True)
@@ -65,13 +75,32 @@ def main(argv: list[str] | None = None) -> int:
             if device.type == "cpu" and backend is REFERENCES[distribution]:
                 continue  # the reference itself
             for pattern in patterns:
-                checks += check_operator(name, backend, Pattern.parse(pattern), distribution, device)
+                checks += check_operator(
+                    name, backend, Pattern.parse(pattern), distribution, device
+                )
     transport, learned = check_learning(options, device)
     checks += learned
-    rows = [[check.what, f"{check.measured:.2e}", f"{check.allowed:.0e}", "ok" if check.passed else "FAILED"] for check in checks]
-    table(f"{device.type} against plain PyTorch on the CPU", ["what", "difference", "allowed", ""], rows)
+    rows = [
+        [
+            check.what,
+            f"{check.measured:.2e}",
+            f"{check.allowed:.0e}",
+            "ok" if check.passed else "FAILED",
+        ]
+        for check in checks
+    ]
+    table(
+        f"{device.type} against plain PyTorch on the CPU",
+        ["what", "difference", "allowed", ""],
+        rows,
+    )
     print(f"\ncollectives of the learning steps: {transport}")
-    report("parity", options, {"checks": [asdict(check) for check in checks], "collectives": transport}, device)
+    report(
+        "parity",
+        options,
+        {"checks": [asdict(check) for check in checks], "collectives": transport},
+        device,
+    )
     return int(not all(check.passed for check in checks))
 
 
@@ -82,10 +111,22 @@ def check_words(device: torch.device) -> Check:
     return Check("generator words that differ", float(wrong), 0.0)
 
 
-def check_operator(name: str, backend: ModuleType, pattern: Pattern, distribution: Distribution, device: torch.device) -> list[Check]:
+def check_operator(
+    name: str,
+    backend: ModuleType,
+    pattern: Pattern,
+    distribution: Distribution,
+    device: torch.device,
+) -> list[Check]:
     """Forward, backward and survey of one backend."""
-    site, plain = Site(pattern, Placement.whole(ROWS, GROUPS), distribution), REFERENCES[distribution]
-    name, members = f"{name} {distribution}", min(pattern.n, pattern.m - pattern.n) if distribution == "linear" else 1
+    site, plain = (
+        Site(pattern, Placement.whole(ROWS, GROUPS), distribution),
+        REFERENCES[distribution],
+    )
+    name, members = (
+        f"{name} {distribution}",
+        min(pattern.n, pattern.m - pattern.n) if distribution == "linear" else 1,
+    )
     torch.manual_seed(0)
     logits = LOGIT_STD * torch.randn(ROWS, site.logits_per_group, GROUPS)
     checks = []
@@ -98,43 +139,77 @@ def check_operator(name: str, backend: ModuleType, pattern: Pattern, distributio
         label = f"{name} {pattern} {str(dtype).removeprefix('torch.')}"
         checks += [
             Check(f"{label}: masked weight", _distance(found, expected), soft),
-            Check(f"{label}: sum of squares", abs(float(found_norm) / float(norm) - 1), SUMS if dtype == torch.float32 else soft),
+            Check(
+                f"{label}: sum of squares",
+                abs(float(found_norm) / float(norm) - 1),
+                SUMS if dtype == torch.float32 else soft,
+            ),
             Check(
                 f"{label}: gradient",
-                _distance(backend.backward(*here, site, draw), plain.backward(grad, logits, weight, site, draw)),
+                _distance(
+                    backend.backward(*here, site, draw),
+                    plain.backward(grad, logits, weight, site, draw),
+                ),
                 soft,
             ),
         ]
     hard = Draw(KEY, kappa=300.0, tau=0.5, hard=True)
     ones = torch.ones(ROWS, GROUPS * pattern.m)
-    changed = backend.forward(here[1], ones.to(device), site, hard)[0].cpu() != plain.forward(logits, ones, site, hard)[0]
+    changed = (
+        backend.forward(here[1], ones.to(device), site, hard)[0].cpu()
+        != plain.forward(logits, ones, site, hard)[0]
+    )
     groups = changed.unflatten(1, (-1, pattern.m)).any(-1)
-    (winner, largest), (found_winner, found_largest) = plain.survey(logits, site, 300.0), backend.survey(here[1], site, 300.0)
+    (hard_codes, largest), (found_winner, found_largest) = (
+        plain.mask_statistics(logits, site, 300.0),
+        backend.mask_statistics(here[1], site, 300.0),
+    )
     return [
         *checks,
-        Check(f"{name} {pattern}: groups with another hard mask", float(groups.double().mean()), NEAR_TIES),
-        Check(f"{name} {pattern}: other winners", float((found_winner.cpu() != winner).sum()), 0.0),
-        Check(f"{name} {pattern}: largest probabilities", abs(float(found_largest) / float(largest) - 1), SUMS),
+        Check(
+            f"{name} {pattern}: groups with another hard mask",
+            float(groups.double().mean()),
+            NEAR_TIES,
+        ),
+        Check(
+            f"{name} {pattern}: other winners", float((found_winner.cpu() != hard_codes).sum()), 0.0
+        ),
+        Check(
+            f"{name} {pattern}: largest probabilities",
+            abs(float(found_largest) / float(largest) - 1),
+            SUMS,
+        ),
     ]
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, as a share of the largest expected value."""
-    return float((found.cpu().double() - expected.double()).abs().max() / expected.double().abs().max())
+    return float(
+        (found.cpu().double() - expected.double()).abs().max() / expected.double().abs().max()
+    )
 
 
 def check_learning(options: argparse.Namespace, device: torch.device) -> tuple[str, list[Check]]:
     """The same steps of the same model on the CPU in plain PyTorch, then on the device; fp32."""
     reference = learn(options, "cpu", "torch", None)
     here = learn(options, device.type, "auto", reference.initial)
-    losses = max(abs(one - other) / other for one, other in zip(here.losses, reference.losses, strict=True))
-    pairs = zip(here.winners, reference.winners, strict=True)
+    losses = max(
+        abs(one - other) / other for one, other in zip(here.losses, reference.losses, strict=True)
+    )
+    pairs = zip(here.hard_codes, reference.hard_codes, strict=True)
     differing = torch.cat([(one != other).flatten() for one, other in pairs]).double().mean()
-    moved = torch.cat([(one != other).flatten() for one, other in zip(reference.winners, reference.first_winners, strict=True)])
+    moved = torch.cat(
+        [
+            (one != other).flatten()
+            for one, other in zip(reference.hard_codes, reference.first_winners, strict=True)
+        ]
+    )
     assert moved.any(), "the steps changed no winner, so comparing them shows nothing"
     return here.transport, [
         Check(f"loss of {STEPS} learning steps", losses, LOSSES),
-        Check(f"weights under another winner mask after {STEPS} steps", float(differing), WINNERS),
+        Check(
+            f"weights under another winner mask after {STEPS} steps", float(differing), HARD_CODES
+        ),
     ]
 
 
@@ -145,11 +220,13 @@ class Learned:
     initial: dict[str, torch.Tensor]
     first_winners: list[torch.Tensor]
     losses: list[float]
-    winners: list[torch.Tensor]
+    hard_codes: list[torch.Tensor]
     transport: str
 
 
-def learn(options: argparse.Namespace, device: str, backend: str, initial: dict[str, torch.Tensor] | None) -> Learned:
+def learn(
+    options: argparse.Namespace, device: str, backend: str, initial: dict[str, torch.Tensor] | None
+) -> Learned:
     """``STEPS`` steps from the parameters ``initial`` (None: random ones)."""
     settings = [*options.settings, f"learn.sampling.backend={backend}"]
     chosen = argparse.Namespace(**{**vars(options), "device": device, "settings": settings})
@@ -159,15 +236,15 @@ def learn(options: argparse.Namespace, device: str, backend: str, initial: dict[
             for name, value in (initial or {}).items():
                 parameters[name].copy_(value)
         initial = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-        first = winners(lab)
+        first = hard_codes(lab)
         assert lab.learner is not None
         losses = [lab.learner.step(step, lab.plan).lm_loss for step in range(STEPS)]
-        return Learned(initial, first, losses, winners(lab), dist.get_backend())
+        return Learned(initial, first, losses, hard_codes(lab), dist.get_backend())
 
 
-def winners(lab: Lab) -> list[torch.Tensor]:
+def hard_codes(lab: Lab) -> list[torch.Tensor]:
     """The winner masks, on the CPU."""
-    return [linear.winner_mask().cpu() for linear in lab.subject.linears.values()]
+    return [linear.hard_mask().cpu() for linear in lab.subject.linears.values()]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Where a step's time goes: timers around the functions that do the work, in steps that are not otherwise timed."""
+"""Where a step's time goes: timers around the functions that do the work, in steps that are not
+otherwise timed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-import megamask.learn.step as step_module
+import megamask.learn.gumbel as step_module
 from benchmarks.common import now
 from benchmarks.lab import Lab
 from megamask.data.batches import BatchPlan
@@ -20,13 +22,23 @@ from megamask.sparsity.backends import backend_by_name
 REST = "rest of the model"
 TOTAL = "total"
 ORDER = (
-    "data", "sampling forward", "sampling backward", REST, "vocabulary forward", "vocabulary backward", "gradient buffers", "clipping",
-    "optimizer", TOTAL,
-)  # fmt: skip
+    "data",
+    "sampling forward",
+    "sampling backward",
+    REST,
+    "vocabulary forward",
+    "vocabulary backward",
+    "gradient buffers",
+    "clipping",
+    "optimizer",
+    TOTAL,
+)
 
 
 class Parts:
-    """Seconds by part, one record a step. What no timer caught is the rest of the model: matmuls, attention, norms."""
+    """Seconds by part, one record a step. What no timer caught is the rest of the model: matmuls,
+    attention, norms.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -51,7 +63,11 @@ class Parts:
     def medians(self) -> dict[str, float]:
         """Milliseconds by part, medians over the steps."""
         names = {name for step in self.steps for name in step}
-        return {name: 1000 * statistics.median(step.get(name, 0.0) for step in self.steps) for name in ORDER if name in names}
+        return {
+            name: 1000 * statistics.median(step.get(name, 0.0) for step in self.steps)
+            for name in ORDER
+            if name in names
+        }
 
 
 @contextmanager
@@ -61,7 +77,11 @@ def time_parts(lab: Lab, parts: Parts) -> Iterator[None]:
     begin = now(parts.device)
     with ExitStack() as stack:
         for owner, attribute, name in _functions(lab):
-            stack.enter_context(patch.object(owner, attribute, parts.timed(name, _at_once(getattr(owner, attribute)))))
+            stack.enter_context(
+                patch.object(
+                    owner, attribute, parts.timed(name, _at_once(getattr(owner, attribute)))
+                )
+            )
         stack.enter_context(patch.object(BatchPlan, "micro_batches", _timed_batches(parts)))
         stack.callback(_time_vocabulary(lab.subject.model, parts))
         yield
@@ -84,7 +104,10 @@ def _functions(lab: Lab) -> list[tuple[Any, str, str]]:
 def _sampling(lab: Lab, draws_once: bool) -> list[tuple[Any, str, str]]:
     """One layer after the other, or all of them together: several at a time may be at work then."""
     if draws_once:
-        return [(step_module, "begin_step", "sampling forward"), (step_module, "end_step", "sampling backward")]
+        return [
+            (step_module, "begin_step", "sampling forward"),
+            (step_module, "end_step", "sampling backward"),
+        ]
     linear = next(iter(lab.subject.linears.values()))
     backend = backend_by_name(linear.backend, linear.site.distribution)
     return [(backend, "forward", "sampling forward"), (backend, "backward", "sampling backward")]
@@ -110,7 +133,9 @@ def _timed_batches(parts: Parts) -> Callable[..., Any]:
 
 
 def _time_vocabulary(model: Any, parts: Parts) -> Callable[[], None]:
-    """Time what lies after the last layer, forward and backward, through hooks on its input and output. Returns how to stop."""
+    """Time what lies after the last layer, forward and backward, through hooks on its input and
+    output. Returns how to stop.
+    """
     mark: dict[str, float] = {}
 
     def start_backward(_: torch.Tensor) -> None:
@@ -127,7 +152,10 @@ def _time_vocabulary(model: Any, parts: Parts) -> Callable[[], None]:
         parts.add("vocabulary forward", mark["forward"])
         losses.register_hook(start_backward)
 
-    handles = [model.decoder.register_forward_hook(after_layers), model.register_forward_hook(after_model)]
+    handles = [
+        model.decoder.register_forward_hook(after_layers),
+        model.register_forward_hook(after_model),
+    ]
 
     def stop() -> None:
         for handle in handles:

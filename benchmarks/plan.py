@@ -1,4 +1,5 @@
-"""What ``megamask plan`` predicts against what a learning run on random weights really takes: memory by part, its peak, time of a step.
+"""What ``megamask plan`` predicts against what a learning run on random weights really takes:
+memory by part, its peak, time of a step.
 
 python -m benchmarks.plan --model smollm2-135m --json plan.json
 """
@@ -13,8 +14,8 @@ from benchmarks.allocations import peak_bytes
 from benchmarks.common import interleave, parser, report, table
 from benchmarks.lab import Lab, add_model_options, architecture, open_lab, read_config
 from benchmarks.memory import OTHER, count
-from megamask.learn.survey import Survey
-from megamask.plan.bytes import GRADIENTS, LOGITS, MOMENTS, STEP_GRADIENTS, WEIGHTS, WINNERS
+from megamask.learn.metrics.mask_stats import MaskStatistics
+from megamask.plan.bytes import GRADIENTS, HARD_CODES, LOGITS, MOMENTS, STEP_GRADIENTS, WEIGHTS
 from megamask.plan.hardware import GIB, GPUS, Device, device_named
 from megamask.plan.memory import ALLOWANCE, OTHER_WEIGHTS, memory_of
 from megamask.plan.time import time_of
@@ -31,16 +32,28 @@ def main(argv: list[str] | None = None) -> int:
         device = lab.mesh.device
         held, peak, seconds = measure(lab, options.rounds)
     plan, time = memory_of(work, known_device(device)), time_of(work, known_device(device))
-    predicted = {part: plan.state[part] for part in (WEIGHTS, LOGITS, GRADIENTS, MOMENTS, WINNERS)}
+    predicted = {
+        part: plan.state[part] for part in (WEIGHTS, LOGITS, GRADIENTS, MOMENTS, HARD_CODES)
+    }
     predicted[OTHER] = plan.state[OTHER_WEIGHTS] + plan.state.get(STEP_GRADIENTS, 0.0)
     parts = {part: {"predicted": predicted[part], "measured": held[part]} for part in predicted}
     parts["peak"] = {"predicted": plan.total - plan.parts[ALLOWANCE], "measured": peak}
     pairs = {part: (one["predicted"], one["measured"]) for part, one in parts.items()}
-    rows = [[part, one / GIB, other / GIB, one / max(other, 1)] for part, (one, other) in pairs.items()]
+    rows = [
+        [part, one / GIB, other / GIB, one / max(other, 1)] for part, (one, other) in pairs.items()
+    ]
     table("memory of tensors, GiB", ["part", "predicted", "measured", "predicted / measured"], rows)
     if options.rounds:
-        table("time", ["what", "predicted", "measured"], [["step, ms", time.seconds * 1e3, seconds * 1e3]])
-    figures = {"bytes": parts, "planned_parts": plan.parts, "seconds": {"predicted": time.seconds, "measured": seconds}}
+        table(
+            "time",
+            ["what", "predicted", "measured"],
+            [["step, ms", time.seconds * 1e3, seconds * 1e3]],
+        )
+    figures = {
+        "bytes": parts,
+        "planned_parts": plan.parts,
+        "seconds": {"predicted": time.seconds, "measured": seconds},
+    }
     report("plan", options, figures, device)
     return 0
 
@@ -49,15 +62,16 @@ def measure(lab: Lab, rounds: int) -> tuple[dict[str, int], float, float]:
     """(bytes held between steps, by part; peak bytes; median seconds of a step)."""
     learner, device, numbers = lab.learner, lab.mesh.device, iter(range(10**9))
     assert learner is not None
-    survey = Survey(lab.subject, lab.mesh, lab.config.learn.state.movement)
+    mask_statistics = MaskStatistics(lab.subject, lab.mesh, lab.config.learn.state.movement)
 
     def step() -> None:
         learner.step(next(numbers), lab.plan)
-        survey()
+        mask_statistics()
 
     step()
-    lab.subject.switch.watched.clear()  # the profiler does not see memory go that it did not see come
-    held = count(lab, survey)
+    # the profiler does not see memory go that it did not see come
+    lab.subject.switch.watched.clear()
+    held = count(lab, mask_statistics)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
@@ -71,9 +85,19 @@ def known_device(device: torch.device) -> Device:
     """The planner's entry for this machine; an H100 stands in for a GPU that it does not know."""
     if device.type == "cpu":
         return device_named("cpu")
-    name, large = torch.cuda.get_device_name(device).lower(), torch.cuda.get_device_properties(device).total_memory > 60 * GIB
+    name, large = (
+        torch.cuda.get_device_name(device).lower(),
+        torch.cuda.get_device_properties(device).total_memory > 60 * GIB,
+    )
     a100 = "a100" if large else "a100-40"
-    return next((GPUS[known] for word, known in (("h200", "h200"), ("h100", "h100"), ("a100", a100)) if word in name), GPUS["h100"])
+    return next(
+        (
+            GPUS[known]
+            for word, known in (("h200", "h200"), ("h100", "h100"), ("a100", a100))
+            if word in name
+        ),
+        GPUS["h100"],
+    )
 
 
 if __name__ == "__main__":

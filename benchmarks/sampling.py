@@ -1,4 +1,5 @@
-"""The sampling operator alone: every backend of the device, per layer shape and kind of mask, against each other and the measured copy
+"""The sampling operator alone: every backend of the device, per layer shape and kind of mask,
+against each other and the measured copy
 bandwidth.
 
 python -m benchmarks.sampling --shapes smollm2-135m --json sampling.json
@@ -22,9 +23,11 @@ from megamask.config.tree import SamplingSection
 from megamask.errors import ConfigError
 from megamask.parallel.mesh import choose_device
 from megamask.sparsity.backends import backend_by_name, choose_backend
-from megamask.sparsity.draw import Distribution, Draw, Placement, Site
+from megamask.sparsity.distributions import Distribution
+from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.philox import NoiseKey
+from megamask.sparsity.shard import Placement
 from megamask.weights.architecture import Architecture
 from megamask.weights.shapes import SHAPES, read_shape
 
@@ -43,10 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     copy = copy_bandwidth(device, options.copy_mib << 20)
     rows = []
     for name, (out_features, in_features) in shapes(options).items():
-        layers = {masks: Layer(out_features, in_features, masks, options, device) for masks in options.masks}
+        layers = {
+            masks: Layer(out_features, in_features, masks, options, device)
+            for masks in options.masks
+        }
         timings = measure(layers, options.rounds, device)
         first = options.masks[0]
-        rows += [layer.figures(name, backend, timings, copy, first) for layer in layers.values() for backend in layer.backends]
+        rows += [
+            layer.figures(name, backend, timings, copy, first)
+            for layer in layers.values()
+            for backend in layer.backends
+        ]
     show(rows, copy, options)
     report("sampling", options, {"copy_gb_per_second": copy / 1e9, "rows": rows}, device)
     return 0
@@ -55,13 +65,33 @@ def main(argv: list[str] | None = None) -> int:
 def read_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     options = parser(__doc__ or "")
-    options.add_argument("--shapes", choices=SHAPES, default="smollm2-135m", help="the linears of one layer of this model")
-    options.add_argument("--only", nargs="*", metavar="LINEAR", help="of qkv, proj, fc1, fc2: these")
-    options.add_argument("--masks", nargs="+", metavar="DISTRIBUTION/N:M", default=MASKS, help=f"default: {' '.join(MASKS)}")
+    options.add_argument(
+        "--shapes",
+        choices=SHAPES,
+        default="smollm2-135m",
+        help="the linears of one layer of this model",
+    )
+    options.add_argument(
+        "--only", nargs="*", metavar="LINEAR", help="of qkv, proj, fc1, fc2: these"
+    )
+    options.add_argument(
+        "--masks",
+        nargs="+",
+        metavar="DISTRIBUTION/N:M",
+        default=MASKS,
+        help=f"default: {' '.join(MASKS)}",
+    )
     options.add_argument("--backends", nargs="+", help="of those that can run here: these")
-    options.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of weight and gradient")
+    options.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="bf16", help="of weight and gradient"
+    )
     options.add_argument("--hard", action="store_true", help="one-hot masks")
-    options.add_argument("--copy-mib", type=int, default=256, help="size of the buffer that is copied for the bandwidth")
+    options.add_argument(
+        "--copy-mib",
+        type=int,
+        default=256,
+        help="size of the buffer that is copied for the bandwidth",
+    )
     return options.parse_args(argv)
 
 
@@ -79,30 +109,56 @@ def available_backends(device: torch.device, distribution: str) -> dict[str, Mod
 
 def shapes(options: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """(O, I) of the fused Megatron linears of one layer."""
-    return {name: shape for name, shape in layer_shapes(read_shape(options.shapes)).items() if not options.only or name in options.only}
+    return {
+        name: shape
+        for name, shape in layer_shapes(read_shape(options.shapes)).items()
+        if not options.only or name in options.only
+    }
 
 
 def layer_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
     """(O, I) by Megatron's short names."""
     heads = arch.heads * arch.head_dim
     qkv = heads + 2 * arch.kv_heads * arch.head_dim
-    return {"qkv": (qkv, arch.hidden), "proj": (arch.hidden, heads), "fc1": (2 * arch.ffn, arch.hidden), "fc2": (arch.hidden, arch.ffn)}
+    return {
+        "qkv": (qkv, arch.hidden),
+        "proj": (arch.hidden, heads),
+        "fc1": (2 * arch.ffn, arch.hidden),
+        "fc2": (arch.hidden, arch.ffn),
+    }
 
 
 class Layer:
     """One masked weight with random contents, and the backends that can sample its masks."""
 
-    def __init__(self, out_features: int, in_features: int, masks: str, options: argparse.Namespace, device: torch.device) -> None:
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        masks: str,
+        options: argparse.Namespace,
+        device: torch.device,
+    ) -> None:
         distribution, _, shape = masks.partition("/")
         pattern, dtype = Pattern.parse(shape), DTYPES[options.dtype]
         groups = in_features // pattern.m
         self.masks, self.groups = masks, out_features * groups
-        self.site = Site(pattern, Placement.whole(out_features, groups), cast(Distribution, distribution))
+        self.site = Site(
+            pattern, Placement.whole(out_features, groups), cast(Distribution, distribution)
+        )
         found = available_backends(device, distribution)
-        self.backends = {name: module for name, module in found.items() if not options.backends or name in options.backends}
-        self.draw = Draw(NoiseKey(1, 2, 3, 4), kappa=300.0, tau=1.0, hard=options.hard, norm_coef=1e-5)
+        self.backends = {
+            name: module
+            for name, module in found.items()
+            if not options.backends or name in options.backends
+        }
+        self.draw = Draw(
+            NoiseKey(1, 2, 3, 4), kappa=300.0, tau=1.0, hard=options.hard, norm_coef=1e-5
+        )
         torch.manual_seed(0)
-        self.logits = LOGIT_STD * torch.randn(out_features, self.site.logits_per_group, groups, device=device)
+        self.logits = LOGIT_STD * torch.randn(
+            out_features, self.site.logits_per_group, groups, device=device
+        )
         self.weight = (0.02 * torch.randn(out_features, in_features, device=device)).to(dtype)
         self.grad = (1e-3 * torch.randn(out_features, in_features, device=device)).to(dtype)
 
@@ -111,8 +167,10 @@ class Layer:
         if operation == "forward":
             return partial(backend.forward, self.logits, self.weight, self.site, self.draw)
         if operation == "backward":
-            return partial(backend.backward, self.grad, self.logits, self.weight, self.site, self.draw)
-        return partial(backend.survey, self.logits, self.site, self.draw.kappa)
+            return partial(
+                backend.backward, self.grad, self.logits, self.weight, self.site, self.draw
+            )
+        return partial(backend.mask_statistics, self.logits, self.site, self.draw.kappa)
 
     def traffic(self, operation: str) -> int:
         """Bytes that a pass must read and write at least, caches apart: every operand once."""
@@ -120,21 +178,41 @@ class Layer:
         return {
             "forward": logits + 2 * weight,
             "backward": 2 * logits + 2 * weight,
-            "survey": logits + self.groups * self.site.winner_dtype.itemsize,
+            "survey": logits + self.groups * self.site.code_dtype.itemsize,
         }[operation]
 
     def sides(self) -> dict[str, Callable[[], Any]]:
         """Every backend and operation, as ``masks backend operation``."""
-        return {f"{self.masks} {name} {one}": self.work(module, one) for name, module in self.backends.items() for one in OPERATIONS}
+        return {
+            f"{self.masks} {name} {one}": self.work(module, one)
+            for name, module in self.backends.items()
+            for one in OPERATIONS
+        }
 
-    def figures(self, name: str, backend: str, timings: Timings, copy: float, first: str) -> dict[str, Any]:
-        """Nanoseconds a weight, GB/s, share of the copy bandwidth; forward + backward against plain PyTorch and against ``first``."""
-        row: dict[str, Any] = {"linear": name, "shape": list(self.weight.shape), "masks": self.masks, "backend": backend}
+    def figures(
+        self, name: str, backend: str, timings: Timings, copy: float, first: str
+    ) -> dict[str, Any]:
+        """Nanoseconds a weight, GB/s, share of the copy bandwidth; forward + backward against plain
+        PyTorch and against ``first``.
+        """
+        row: dict[str, Any] = {
+            "linear": name,
+            "shape": list(self.weight.shape),
+            "masks": self.masks,
+            "backend": backend,
+        }
         for operation in OPERATIONS:
             seconds = timings.median(f"{self.masks} {backend} {operation}")
             rate = self.traffic(operation) / seconds
-            nanoseconds = {"ns_per_weight": seconds / self.weight.numel() * 1e9, "ns_per_group": seconds / self.groups * 1e9}
-            row[operation] = {**nanoseconds, "gb_per_second": rate / 1e9, "share_of_copy": rate / copy}
+            nanoseconds = {
+                "ns_per_weight": seconds / self.weight.numel() * 1e9,
+                "ns_per_group": seconds / self.groups * 1e9,
+            }
+            row[operation] = {
+                **nanoseconds,
+                "gb_per_second": rate / 1e9,
+                "share_of_copy": rate / copy,
+            }
         here = f"{self.masks} {backend}"
         row["speed_up"] = ratio(timings, f"{self.masks} {PLAIN}", here)
         row["against_first"] = ratio(timings, here, f"{first} {backend}")
@@ -142,10 +220,18 @@ class Layer:
 
 
 def measure(layers: dict[str, Layer], rounds: int, device: torch.device) -> Timings:
-    """Times of every kind of masks, backend and operation, interleaved; and of forward and backward together, as ``masks backend``."""
-    timings = interleave({side: work for layer in layers.values() for side, work in layer.sides().items()}, rounds, device)
+    """Times of every kind of masks, backend and operation, interleaved; and of forward and backward
+    together, as ``masks backend``.
+    """
+    timings = interleave(
+        {side: work for layer in layers.values() for side, work in layer.sides().items()},
+        rounds,
+        device,
+    )
     both = {}
-    for side in (f"{masks} {backend}" for masks, layer in layers.items() for backend in layer.backends):
+    for side in (
+        f"{masks} {backend}" for masks, layer in layers.items() for backend in layer.backends
+    ):
         parts = (timings.seconds[f"{side} {operation}"] for operation in ("forward", "backward"))
         both[side] = [sum(pair) for pair in zip(*parts, strict=True)]
     return Timings({**timings.seconds, **both})
@@ -153,7 +239,11 @@ def measure(layers: dict[str, Layer], rounds: int, device: torch.device) -> Timi
 
 def ratio(timings: Timings, side: str, baseline: str) -> float | None:
     """The median of the pairs' ratios; None where one was not measured."""
-    return timings.ratio(side, baseline)["median"] if {side, baseline} <= timings.seconds.keys() else None
+    return (
+        timings.ratio(side, baseline)["median"]
+        if {side, baseline} <= timings.seconds.keys()
+        else None
+    )
 
 
 def show(rows: list[dict[str, Any]], copy: float, options: argparse.Namespace) -> None:
@@ -161,7 +251,13 @@ def show(rows: list[dict[str, Any]], copy: float, options: argparse.Namespace) -
     print(f"\ncopy bandwidth, read plus written: {copy / 1e9:.1f} GB/s")
     title = f"{options.shapes}, {options.dtype} weights, fp32 logits"
     against = [f"forward + backward against {one}" for one in (PLAIN, options.masks[0])]
-    columns = ["linear", "masks", "backend", *(f"{operation}, ns a weight" for operation in OPERATIONS), *against]
+    columns = [
+        "linear",
+        "masks",
+        "backend",
+        *(f"{operation}, ns a weight" for operation in OPERATIONS),
+        *against,
+    ]
     nanoseconds = [
         [
             f"{row['linear']} {row['shape'][0]} x {row['shape'][1]}",
@@ -174,9 +270,20 @@ def show(rows: list[dict[str, Any]], copy: float, options: argparse.Namespace) -
         for row in rows
     ]
     table(title, columns, nanoseconds)
-    columns = ["linear", "masks", "backend", *(f"{one}, GB/s" for one in OPERATIONS), *(f"{one}, share of copy" for one in OPERATIONS)]
+    columns = [
+        "linear",
+        "masks",
+        "backend",
+        *(f"{one}, GB/s" for one in OPERATIONS),
+        *(f"{one}, share of copy" for one in OPERATIONS),
+    ]
     rates = [
-        [row["linear"], row["masks"], row["backend"], *(row[one][key] for key in ("gb_per_second", "share_of_copy") for one in OPERATIONS)]
+        [
+            row["linear"],
+            row["masks"],
+            row["backend"],
+            *(row[one][key] for key in ("gb_per_second", "share_of_copy") for one in OPERATIONS),
+        ]
         for row in rows
     ]
     table("memory traffic", columns, rates)

@@ -1,4 +1,5 @@
-"""A masked learning step, the report of its flips included, against the dense forward and backward (dX and dW) of the same Megatron model.
+"""A masked learning step, the report of its flips included, against the dense forward and backward
+(dX and dW) of the same Megatron model.
 
 python -m benchmarks.step --model smollm2-135m --json step.json
 """
@@ -23,9 +24,9 @@ from benchmarks.common import Timings, Work, interleave, parser, report, table
 from benchmarks.eager import EagerSide
 from benchmarks.lab import Lab, add_model_options, open_lab
 from benchmarks.parts import Parts, time_parts
-from megamask.learn.monitor import peak_memory_gib
-from megamask.learn.survey import Survey
-from megamask.model.loss import token_losses
+from megamask.learn.metrics.mask_stats import MaskStatistics
+from megamask.learn.metrics.monitor import peak_memory_gib
+from megamask.model.objective import token_losses
 from megamask.plan.hardware import GPUS
 from megamask.plan.time import flops_per_token
 from megamask.plan.workload import Workload
@@ -35,7 +36,9 @@ PART_ROUNDS = 3
 
 
 class DenseSide:
-    """The same model with plain weights: forward, dX and dW of every prunable linear, through the same schedule; no optimizer."""
+    """The same model with plain weights: forward, dX and dW of every prunable linear, through the
+    same schedule; no optimizer.
+    """
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -64,7 +67,9 @@ class DenseSide:
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
-        """Weights that train, and none of the gradient sums that the learner put into the model's settings."""
+        """Weights that train, and none of the gradient sums that the learner put into the model's
+        settings.
+        """
         settings = self.lab.subject.model.config
         hooks = settings.no_sync_func, settings.finalize_model_grads_func
         settings.no_sync_func = settings.finalize_model_grads_func = None
@@ -87,7 +92,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.only:
         return run_one_side(options)
     # Before anything large is held here: Linux starts a child's peak at its parent's memory.
-    peaks = {} if options.no_memory else {side: peak_memory(arguments, side) for side in (MASKED, DENSE)}
+    peaks = (
+        {}
+        if options.no_memory
+        else {side: peak_memory(arguments, side) for side in (MASKED, DENSE)}
+    )
     with open_lab(options, steps=2 + options.rounds + PART_ROUNDS) as lab:
         timings, parts = measure(lab, options.rounds, options.eager)
         seconds = {side: timings.median(side) for side in timings.seconds}
@@ -100,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": seconds,
         "tokens_per_second": {side: tokens / seconds[side] for side in seconds},
         "model_flops": flops,
-        "utilisation": {side: used / seconds[side] for side in seconds} if (used := flops_share(flops, device)) else None,
+        "utilisation": {side: used / seconds[side] for side in seconds}
+        if (used := flops_share(flops, device))
+        else None,
         "peak_memory_gib": peaks,
         "milliseconds_by_part": parts,
         "rounds": timings.seconds,
@@ -116,9 +127,21 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_model_options(options)
     options.add_argument("--steps", type=int, dest="rounds", help="the same as --rounds")
     options.add_argument("--limit", type=float, help="fail when masked / dense is above it")
-    options.add_argument("--eager", action="store_true", help="also time the paper's method in plain eager PyTorch (benchmarks/eager.py)")
-    options.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes a process of its own for each side")
-    options.add_argument("--only", choices=(MASKED, DENSE), help="run two steps of one side and write its peak memory")
+    options.add_argument(
+        "--eager",
+        action="store_true",
+        help="also time the paper's method in plain eager PyTorch (benchmarks/eager.py)",
+    )
+    options.add_argument(
+        "--no-memory",
+        action="store_true",
+        help="skip peak memory, which takes a process of its own for each side",
+    )
+    options.add_argument(
+        "--only",
+        choices=(MASKED, DENSE),
+        help="run two steps of one side and write its peak memory",
+    )
     return options.parse_args(arguments)
 
 
@@ -126,9 +149,13 @@ def measure(lab: Lab, rounds: int, with_eager: bool) -> tuple[Timings, dict[str,
     """(times of whole steps, milliseconds by part from steps of their own that carry timers)."""
     assert lab.learner is not None
     numbers = {side: iter(range(10**9)) for side in (MASKED, DENSE, EAGER)}
-    dense, survey, device = DenseSide(lab), Survey(lab.subject, lab.mesh), lab.mesh.device
+    dense, mask_statistics, device = (
+        DenseSide(lab),
+        MaskStatistics(lab.subject, lab.mesh),
+        lab.mesh.device,
+    )
     sides: dict[str, Work] = {
-        MASKED: partial(_learn, lab, survey, numbers[MASKED]),
+        MASKED: partial(_learn, lab, mask_statistics, numbers[MASKED]),
         DENSE: lambda: dense.step(next(numbers[DENSE])),
     }
     if with_eager:
@@ -144,18 +171,22 @@ def measure(lab: Lab, rounds: int, with_eager: bool) -> tuple[Timings, dict[str,
 
 
 def flops_share(flops: float, device: torch.device) -> float | None:
-    """Seconds that the model's FLOPs take at the device's dense bf16 peak; None for a device whose peak is not in ``plan.hardware``."""
+    """Seconds that the model's FLOPs take at the device's dense bf16 peak; None for a device whose
+    peak is not in ``plan.hardware``.
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()
-    return next((flops / gpu.flops for key, gpu in GPUS.items() if key.partition("-")[0] in name), None)
+    return next(
+        (flops / gpu.flops for key, gpu in GPUS.items() if key.partition("-")[0] in name), None
+    )
 
 
-def _learn(lab: Lab, survey: Survey, numbers: Iterator[int]) -> None:
+def _learn(lab: Lab, mask_statistics: MaskStatistics, numbers: Iterator[int]) -> None:
     """A step as a run does it: with the flips and confidences that it reports."""
     assert lab.learner is not None
     lab.learner.step(next(numbers), lab.plan)
-    survey()
+    mask_statistics()
 
 
 def run_one_side(options: argparse.Namespace) -> int:
@@ -172,10 +203,21 @@ def run_one_side(options: argparse.Namespace) -> int:
 
 
 def peak_memory(arguments: list[str], side: str) -> float:
-    """Peak GiB of a process that only runs this side: its whole resident set, or what the CUDA allocator handed out."""
+    """Peak GiB of a process that only runs this side: its whole resident set, or what the CUDA
+    allocator handed out.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "peak.json"
-        command = [sys.executable, "-m", "benchmarks.step", *arguments, "--only", side, "--json", str(file)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.step",
+            *arguments,
+            "--only",
+            side,
+            "--json",
+            str(file),
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         peak: float = json.loads(file.read_text())
         return peak
@@ -185,20 +227,38 @@ def show(figures: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the tables and the ratio."""
     ratio, seconds, peaks = figures["ratio"], figures["seconds"], figures["peak_memory_gib"]
     model = options.hf.name if options.hf else options.model
-    rows = [[side, seconds[side] * 1000, figures["tokens_per_second"][side], peaks.get(side)] for side in seconds]
+    rows = [
+        [side, seconds[side] * 1000, figures["tokens_per_second"][side], peaks.get(side)]
+        for side in seconds
+    ]
     layers = f", {options.layers} layers" if options.layers else ""
     batch = f"{options.accumulate} x {options.micro} x {options.seq} tokens"
-    table(f"{model}{layers}, {options.dtype}, {batch}", ["side", "ms a step", "tokens/s", "peak GiB"], rows)
+    table(
+        f"{model}{layers}, {options.dtype}, {batch}",
+        ["side", "ms a step", "tokens/s", "peak GiB"],
+        rows,
+    )
     limit = f"; at most {options.limit}" if options.limit else ""
-    print(f"\nmasked / dense: {ratio['median']:.2f} (quartiles {ratio['low']:.2f} to {ratio['high']:.2f}){limit}")
+    print(
+        f"\nmasked / dense: {ratio['median']:.2f} (quartiles {ratio['low']:.2f} to {ratio['high']:.2f}){limit}"
+    )
     if options.eager:
         eager = figures["eager_over_masked"]
-        print(f"eager / masked: {eager['median']:.2f} (quartiles {eager['low']:.2f} to {eager['high']:.2f})")
+        print(
+            f"eager / masked: {eager['median']:.2f} (quartiles {eager['low']:.2f} to {eager['high']:.2f})"
+        )
     if figures["utilisation"]:
-        print("model FLOP utilisation: " + ", ".join(f"{side} {share:.1%}" for side, share in figures["utilisation"].items()))
+        print(
+            "model FLOP utilisation: "
+            + ", ".join(f"{side} {share:.1%}" for side, share in figures["utilisation"].items())
+        )
     by_part = figures["milliseconds_by_part"]
     names = list(dict.fromkeys([*by_part[MASKED], *by_part[DENSE]]))
-    table("milliseconds by part", ["part", *by_part], [[name, *(by_part[side].get(name) for side in by_part)] for name in names])
+    table(
+        "milliseconds by part",
+        ["part", *by_part],
+        [[name, *(by_part[side].get(name) for side in by_part)] for name in names],
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ SETTINGS=("run_dir=$RUN_DIR" "model.gguf=$GGUF" "$@")
 megamask_env gguf,wandb
 export TOKENIZERS_PARALLELISM=false WANDB_SILENT="${WANDB_SILENT:-true}"
 
-stages() { python "$REPO/launch/stages.py" "$@" --config "$RECIPE" "${SETTINGS[@]}"; }
+stages() { python -m megamask.pipeline "$@" --config "$RECIPE" "${SETTINGS[@]}"; }
 
 # One process; or, for the verbs that hold the model, TP processes on this machine.
 verb() { python -m megamask "$1" --config "$RECIPE" "${SETTINGS[@]}"; }

@@ -7,12 +7,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# What a user of mask files needs, imported when first asked for: ``import megamask`` alone loads no torch.
+# What a user of mask files needs, imported when first asked for: ``import megamask`` alone loads no
+# torch.
 _LAZY = {
     "load_masks": "megamask.masks.file",
     "save_masks": "megamask.masks.file",
     "apply_masks": "megamask.masks.apply",
-    "verify": "megamask.masks.inspect",
+    "verify": "megamask.masks.verify",
 }
 __all__ = ["__version__", *_LAZY]  # noqa: PLE0604 - names, all of them
 

@@ -1,4 +1,6 @@
-"""Outputs are written under a temporary name and renamed, so that a path either holds a whole artefact or nothing."""
+"""Outputs are written under a temporary name and renamed, so that a path either holds a whole
+artefact or nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,18 @@ def require_writable(folder: Path, key: str = "run_dir") -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ArtifactError(folder, f"cannot be written ({error.strerror})", f"Point {key} at a folder you can write.") from error
+        raise ArtifactError(
+            folder,
+            f"cannot be written ({error.strerror})",
+            f"Point {key} at a folder you can write.",
+        ) from error
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it onto ``path`` when the block ends without an error."""
+    """Yield a temporary path beside ``path``; rename it onto ``path`` when the block ends without
+    an error.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
@@ -49,7 +57,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Yield a new temporary folder; rename it to ``path`` (replacing what was there) when the block ends without an error."""
+    """Yield a new temporary folder; rename it to ``path`` (replacing what was there) when the block
+    ends without an error.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     temporary.mkdir()
@@ -61,7 +71,9 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 
 def commit_dir(temporary: Path, path: Path) -> None:
-    """Rename the finished folder ``temporary`` to ``path``, moving aside and deleting what was there."""
+    """Rename the finished folder ``temporary`` to ``path``, moving aside and deleting what was
+    there.
+    """
     for file in temporary.rglob("*"):
         if file.is_file():
             _sync(file)

@@ -1,4 +1,6 @@
-"""defaults < preset < YAML recipe < dotted overrides, with errors that name the key, the value and the fix."""
+"""defaults < preset < YAML recipe < dotted overrides, with errors that name the key, the value and
+the fix.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,25 @@ from megamask.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: ``2:4`` and ``off`` are text (YAML 1.1 reads 124 and False), ``1e-3`` is a number (YAML 1.1 reads text)."""
+    """YAML 1.2 scalars: ``2:4`` and ``off`` are text (YAML 1.1 reads 124 and False), ``1e-3`` is a
+    number (YAML 1.1 reads text).
+    """
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "bool")]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag.rpartition(":")[2] not in ("int", "float", "bool")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
@@ -43,7 +55,12 @@ def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Co
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
-            raise ConfigError(override, override, "an override has the form key.sub=value", "Write it as, for example, learn.steps=100.")
+            raise ConfigError(
+                override,
+                override,
+                "an override has the form key.sub=value",
+                "Write it as, for example, learn.steps=100.",
+            )
         _merge(given, _nest(key.strip().split("."), _parse_scalar(key, text)))
     layered: dict[str, Any] = {}
     learn = given.get("learn")
@@ -64,21 +81,33 @@ def build_config(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))  # of a pair, the setting
+        key = ".".join(
+            str(part) for part in first["loc"] if not isinstance(part, int)
+        )  # of a pair, the setting
         if first["type"] == "extra_forbidden":
-            raise ConfigError(key, first["input"], "no such setting", _suggest(first["loc"])) from None
-        raise ConfigError(key, first["input"], first["msg"], "Correct it in the recipe or on the command line.") from None
+            raise ConfigError(
+                key, first["input"], "no such setting", _suggest(first["loc"])
+            ) from None
+        raise ConfigError(
+            key, first["input"], first["msg"], "Correct it in the recipe or on the command line."
+        ) from None
 
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:
     try:
         loaded = yaml.load(recipe.read_text(), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
-        raise ConfigError("--config", str(recipe), f"a readable YAML file ({error.strerror})", "Check the path.") from None
+        raise ConfigError(
+            "--config", str(recipe), f"a readable YAML file ({error.strerror})", "Check the path."
+        ) from None
     except yaml.YAMLError as error:
-        raise ConfigError("--config", str(recipe), f"a YAML file ({error})", "Correct the file.") from None
+        raise ConfigError(
+            "--config", str(recipe), f"a YAML file ({error})", "Correct the file."
+        ) from None
     if not isinstance(loaded or {}, dict):
-        raise ConfigError("--config", str(recipe), "a mapping at the top level", "Write key: value lines.")
+        raise ConfigError(
+            "--config", str(recipe), "a mapping at the top level", "Write key: value lines."
+        )
     return loaded or {}
 
 
@@ -111,9 +140,17 @@ def _suggest(location: tuple[int | str, ...]) -> str:
     parts = [str(part) for part in location]
     section: Any = Config
     for part in parts[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        field = (
+            section.model_fields.get(part)
+            if isinstance(section, type) and issubclass(section, BaseModel)
+            else None
+        )
         section = field.annotation if field else None
-    names = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    names = (
+        list(section.model_fields)
+        if isinstance(section, type) and issubclass(section, BaseModel)
+        else []
+    )
     prefix = ".".join(parts[:-1])
     near = difflib.get_close_matches(parts[-1], names, n=1)
     if near:

@@ -16,9 +16,10 @@ from megamask.errors import ConfigError
 class BatchPlan:
     """The micro-batches of a step in data order, dealt to the replicas in turn.
 
-    Step s covers samples [s * global_batch, (s + 1) * global_batch). Its micro-batch j covers ``micro_batch`` of them, and is
-    accumulation j // replicas of replica j % replicas: the split into replicas and accumulations changes neither the batch nor a
-    micro-batch's number, which keys its noise.
+    Step s covers samples [s * global_batch, (s + 1) * global_batch). Its micro-batch j covers
+    ``micro_batch`` of them, and is accumulation j // replicas of replica j % replicas: the split
+    into replicas and accumulations changes neither the batch nor a micro-batch's number, which keys
+    its noise.
 
     Raises:
         ConfigError: global_batch is not a multiple of micro_batch x replicas.
@@ -40,12 +41,18 @@ class BatchPlan:
         return self.global_batch // (self.micro_batch * self.replicas)
 
     def micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (micro-batch number j within the step, tokens_BS, labels_BS), both int64, for this replica."""
+        """Yield (micro-batch number j within the step, tokens_BS, labels_BS), both int64, for this
+        replica.
+        """
         for accumulation in range(self.accumulations):
             number = accumulation * self.replicas + self.replica
             first = step * self.global_batch + number * self.micro_batch
             samples = [self.dataset[first + row] for row in range(self.micro_batch)]
-            yield number, torch.stack([sample["tokens"] for sample in samples]), torch.stack([sample["labels"] for sample in samples])
+            yield (
+                number,
+                torch.stack([sample["tokens"] for sample in samples]),
+                torch.stack([sample["labels"] for sample in samples]),
+            )
 
 
 def check_batch(global_batch: int, micro_batch: int, replicas: int) -> None:
@@ -60,4 +67,9 @@ def check_batch(global_batch: int, micro_batch: int, replicas: int) -> None:
     below = global_batch // unit * unit
     nearest = f"{below} or {below + unit}" if below else f"{unit}"
     allowed = f"a multiple of learn.micro_batch x data-parallel replicas = {micro_batch} x {replicas} = {unit}"
-    raise ConfigError("learn.global_batch", global_batch, allowed, f"Set learn.global_batch to {nearest}, or change learn.micro_batch.")
+    raise ConfigError(
+        "learn.global_batch",
+        global_batch,
+        allowed,
+        f"Set learn.global_batch to {nearest}, or change learn.micro_batch.",
+    )

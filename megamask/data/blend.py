@@ -1,4 +1,5 @@
-"""Training samples: Megatron's GPTDataset over each domain's train shards, blended by weight, and cut into micro-batches.
+"""Training samples: Megatron's GPTDataset over each domain's train shards, blended by weight, and
+cut into micro-batches.
 
 Shapes: B micro-batch, S sequence.
 """
@@ -28,7 +29,9 @@ from megamask.storage import atomic_dir
 
 @dataclasses.dataclass(frozen=True)
 class _DatasetTokenizer:
-    """What GPTDataset asks of a tokenizer. The pad id is one that no shard holds: GPTDataset rewrites pad tokens."""
+    """What GPTDataset asks of a tokenizer. The pad id is one that no shard holds: GPTDataset
+    rewrites pad tokens.
+    """
 
     fingerprint: str
     vocab_size: int
@@ -44,34 +47,56 @@ class _DatasetTokenizer:
 def blend_weights(config: Config) -> dict[str, float]:
     """Domain -> weight, positive and summing to one, in the order of ``data.domains``.
 
-    A weight of 0 keeps a domain for evaluation only. Without ``data.blend``, domains that have training text weigh the same.
+    A weight of 0 keeps a domain for evaluation only. Without ``data.blend``, domains that have
+    training text weigh the same.
 
     Raises:
-        ConfigError: a weight that is negative or not finite, weights that sum to zero, a domain that is unknown or left out.
+        ConfigError: a weight that is negative or not finite, weights that sum to zero, a domain
+            that is unknown or left out.
     """
     domains, given = config.data.domains, dict(config.data.blend)
     given = given or {name: float(corpus.heldout < 1) for name, corpus in domains.items()}
     for name, weight in given.items():
         if name not in domains:
             raise ConfigError(
-                f"data.blend.{name}", weight, f"a domain of data.domains: {', '.join(domains)}", "Correct the name or add it."
+                f"data.blend.{name}",
+                weight,
+                f"a domain of data.domains: {', '.join(domains)}",
+                "Correct the name or add it.",
             )
         if not (weight >= 0 and math.isfinite(weight)):
-            raise ConfigError(f"data.blend.{name}", weight, "a finite weight of 0 or more", "Correct it; 0 leaves the domain out.")
+            raise ConfigError(
+                f"data.blend.{name}",
+                weight,
+                "a finite weight of 0 or more",
+                "Correct it; 0 leaves the domain out.",
+            )
     for name in domains:
         if name not in given:
-            raise ConfigError("data.blend", given, f"a weight for each domain; {name} has none", f"Add data.blend.{name}; 0 leaves it out.")
+            raise ConfigError(
+                "data.blend",
+                given,
+                f"a weight for each domain; {name} has none",
+                f"Add data.blend.{name}; 0 leaves it out.",
+            )
     total = sum(given.values())
     if total <= 0:
-        raise ConfigError("data.blend", given, "at least one weight above 0", "Give the domains to learn from a positive weight.")
+        raise ConfigError(
+            "data.blend",
+            given,
+            "at least one weight above 0",
+            "Give the domains to learn from a positive weight.",
+        )
     return {name: given[name] / total for name in domains if given[name] > 0}
 
 
 def train_dataset(config: Config, num_samples: int, seq_length: int, seed: int) -> Any:
-    """At least ``num_samples`` samples, in the order fixed by (config, seed): ``dataset[i]`` has int64 ``tokens`` and ``labels`` (S,).
+    """At least ``num_samples`` samples, in the order fixed by (config, seed): ``dataset[i]`` has
+    int64 ``tokens`` and ``labels`` (S,).
 
-    Domains shorter than their part are read again, shuffled anew. Where torch.distributed runs, every rank must call this; rank 0
-    writes the index cache (``shards/cache``) and the others wait for it.
+    Domains shorter than their part are read again, shuffled anew. Where torch.distributed runs,
+    every rank must call this; rank 0 writes the index cache (``shards/cache``) and the others wait
+    for it.
 
     Raises:
         ConfigError: see :func:`blend_weights`.
@@ -90,17 +115,31 @@ def train_dataset(config: Config, num_samples: int, seq_length: int, seed: int) 
     if distributed:
         torch.distributed.barrier()
     parts = _domain_datasets(shards, sizes, settings, cache)
-    return parts[0] if len(parts) == 1 else _blended(parts, list(weights.values()), num_samples, settings)
+    return (
+        parts[0]
+        if len(parts) == 1
+        else _blended(parts, list(weights.values()), num_samples, settings)
+    )
 
 
-def _dataset_config(shards: dict[str, Shards], weights: dict[str, float], tokenizer: TextTokenizer, seq_length: int, seed: int) -> Any:
+def _dataset_config(
+    shards: dict[str, Shards],
+    weights: dict[str, float],
+    tokenizer: TextTokenizer,
+    seq_length: int,
+    seed: int,
+) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     eod = tokenizer.eod if tokenizer.eod is not None else -1
     return GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
-        blend_per_split=[([shard.prefix(TRAIN) for shard in shards.values()], list(weights.values())), None, None],
+        blend_per_split=[
+            ([shard.prefix(TRAIN) for shard in shards.values()], list(weights.values())),
+            None,
+            None,
+        ],
         tokenizer=_DatasetTokenizer(tokenizer.fingerprint, tokenizer.vocab_size, eod),
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -111,12 +150,21 @@ def _dataset_config(shards: dict[str, Shards], weights: dict[str, float], tokeni
 
 def _cache_key(shards: dict[str, Shards], sizes: dict[str, int], settings: Any) -> str:
     """Megatron's own key knows the path of a shard but not its content; this one knows both."""
-    content = [[shard.prefix(TRAIN), shard.digests(TRAIN), sizes[name]] for name, shard in shards.items()]
-    deciding = [content, settings.random_seed, settings.sequence_length, settings.tokenizer.fingerprint]
+    content = [
+        [shard.prefix(TRAIN), shard.digests(TRAIN), sizes[name]] for name, shard in shards.items()
+    ]
+    deciding = [
+        content,
+        settings.random_seed,
+        settings.sequence_length,
+        settings.tokenizer.fingerprint,
+    ]
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
 
 
-def _domain_datasets(shards: dict[str, Shards], sizes: dict[str, int], settings: Any, cache: Path) -> list[Any]:
+def _domain_datasets(
+    shards: dict[str, Shards], sizes: dict[str, int], settings: Any, cache: Path
+) -> list[Any]:
     from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.core.datasets.utils import Split
 
@@ -125,12 +173,16 @@ def _domain_datasets(shards: dict[str, Shards], sizes: dict[str, int], settings:
     for name, shard in shards.items():
         indexed = GPTDataset.build_low_level_dataset(shard.prefix(TRAIN), settings)
         documents = np.arange(GPTDataset.numel_low_level_dataset(indexed), dtype=np.int32)
-        datasets.append(GPTDataset(indexed, shard.prefix(TRAIN), documents, sizes[name], Split.train, settings))
+        datasets.append(
+            GPTDataset(indexed, shard.prefix(TRAIN), documents, sizes[name], Split.train, settings)
+        )
     return datasets
 
 
 def _blended(parts: list[Any], weights: list[float], num_samples: int, settings: Any) -> Any:
-    """Interleave the parts. No cache: the interleaving is quick, and Megatron caches it only where torch.distributed runs."""
+    """Interleave the parts. No cache: the interleaving is quick, and Megatron caches it only where
+    torch.distributed runs.
+    """
     from megatron.core.datasets.blended_dataset import BlendedDataset
 
     with _without_warnings("megatron.core.datasets.blended_dataset"):

@@ -20,17 +20,21 @@ SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parqu
 
 @dataclass(frozen=True)
 class Document:
-    """One document. The hash of ``key`` decides whether it is held out: its own text, or the text that it was taken from."""
+    """One document. The hash of ``key`` decides whether it is held out: its own text, or the text
+    that it was taken from.
+    """
 
     text: str
     key: str
 
 
 def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
-    """The documents of domain ``name`` in a fixed order, blank ones left out, cut after ``corpus.max_bytes`` bytes of UTF-8.
+    """The documents of domain ``name`` in a fixed order, blank ones left out, cut after
+    ``corpus.max_bytes`` bytes of UTF-8.
 
     Raises:
-        ConfigError: a setting ``data.domains.<name>.*`` that cannot work (no such file, no such column, missing library).
+        ConfigError: a setting ``data.domains.<name>.*`` that cannot work (no such file, no such
+            column, missing library).
         ArtifactError: a file that cannot be read as its kind, or a corpus without any text.
     """
     left = corpus.max_bytes if corpus.max_bytes is not None else sys.maxsize
@@ -49,11 +53,16 @@ def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
             return
     if empty:
         where = corpus.path or corpus.kind
-        raise ArtifactError(where, f"holds no text (data.domains.{name})", f"Give data.domains.{name} a corpus with text, or remove it.")
+        raise ArtifactError(
+            where,
+            f"holds no text (data.domains.{name})",
+            f"Give data.domains.{name} a corpus with text, or remove it.",
+        )
 
 
 def source_stamp(name: str, corpus: CorpusSection) -> list[Any]:
-    """What tells that the source changed without a changed setting: names, sizes and times of files, or the Python version.
+    """What tells that the source changed without a changed setting: names, sizes and times of
+    files, or the Python version.
 
     Raises:
         ConfigError: as :func:`documents`, for a path that is not given or matches nothing.
@@ -67,11 +76,17 @@ def source_stamp(name: str, corpus: CorpusSection) -> list[Any]:
 
 
 def _files(name: str, corpus: CorpusSection) -> list[Path]:
-    """The files of a path that is a file, a folder (files of the kind below it) or a glob, sorted."""
+    """The files of a path that is a file, a folder (files of the kind below it) or a glob,
+    sorted.
+    """
     given = _required_path(name, corpus)
     path = Path(given).expanduser()
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.name.endswith(SUFFIXES[corpus.kind]) and not _hidden(file.relative_to(path))]
+        found = [
+            file
+            for file in path.rglob("*")
+            if file.name.endswith(SUFFIXES[corpus.kind]) and not _hidden(file.relative_to(path))
+        ]
     elif path.is_file():
         found = [path]
     else:
@@ -90,18 +105,30 @@ def _hidden(path: Path) -> bool:
 def _required_path(name: str, corpus: CorpusSection) -> str:
     if not corpus.path:
         wanted = "a dataset name" if corpus.kind == "hf" else "a file, folder or glob"
-        raise ConfigError(f"data.domains.{name}.path", corpus.path, f"kind {corpus.kind} needs {wanted}", f"Set data.domains.{name}.path.")
+        raise ConfigError(
+            f"data.domains.{name}.path",
+            corpus.path,
+            f"kind {corpus.kind} needs {wanted}",
+            f"Set data.domains.{name}.path.",
+        )
     return corpus.path
 
 
 def _missing_column(name: str, corpus: CorpusSection, where: Any, columns: Any) -> ConfigError:
     allowed = f"a text column of {where}; it has {', '.join(sorted(map(str, columns))) or 'none'}"
-    return ConfigError(f"data.domains.{name}.field", corpus.field, allowed, f"Set data.domains.{name}.field to one of them.")
+    return ConfigError(
+        f"data.domains.{name}.field",
+        corpus.field,
+        allowed,
+        f"Set data.domains.{name}.field to one of them.",
+    )
 
 
 def _missing_library(name: str, corpus: CorpusSection, library: str) -> ConfigError:
     allowed = f"reading it needs the Python package {library}, which is not installed"
-    return ConfigError(f"data.domains.{name}.kind", corpus.kind, allowed, f"Run: pip install {library}")
+    return ConfigError(
+        f"data.domains.{name}.kind", corpus.kind, allowed, f"Run: pip install {library}"
+    )
 
 
 def _same(text: str) -> Document:
@@ -121,14 +148,22 @@ def _read_text(name: str, corpus: CorpusSection) -> Iterator[Document]:
         try:
             yield _same(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise ArtifactError(file, f"is not UTF-8 text ({error.reason})", f"Narrow data.domains.{name}.path to text files.") from error
+            raise ArtifactError(
+                file,
+                f"is not UTF-8 text ({error.reason})",
+                f"Narrow data.domains.{name}.path to text files.",
+            ) from error
 
 
 def _read_jsonl(name: str, corpus: CorpusSection) -> Iterator[Document]:
     for file in _files(name, corpus):
         for number, line in enumerate(_lines(name, file), 1):
             if line.strip():
-                yield _same(_text_of(name, corpus, _parse(name, file, number, line), f"{file}, line {number}"))
+                yield _same(
+                    _text_of(
+                        name, corpus, _parse(name, file, number, line), f"{file}, line {number}"
+                    )
+                )
 
 
 def _lines(name: str, file: Path) -> Iterator[str]:
@@ -138,7 +173,9 @@ def _lines(name: str, file: Path) -> Iterator[str]:
             yield from stream
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ArtifactError(
-            file, f"cannot be read to its end ({error})", f"Restore the file or change data.domains.{name}.path."
+            file,
+            f"cannot be read to its end ({error})",
+            f"Restore the file or change data.domains.{name}.path.",
         ) from error
 
 
@@ -146,9 +183,17 @@ def _parse(name: str, file: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ArtifactError(file, f"line {number} is not JSON ({error})", f"Correct it or change data.domains.{name}.path.") from error
+        raise ArtifactError(
+            file,
+            f"line {number} is not JSON ({error})",
+            f"Correct it or change data.domains.{name}.path.",
+        ) from error
     if not isinstance(record, dict):
-        raise ArtifactError(file, f"line {number} is not a JSON object", f"Correct it or change data.domains.{name}.path.")
+        raise ArtifactError(
+            file,
+            f"line {number} is not a JSON object",
+            f"Correct it or change data.domains.{name}.path.",
+        )
     return record
 
 
@@ -159,7 +204,12 @@ def _text_of(name: str, corpus: CorpusSection, record: dict[str, Any], where: st
     value = record[corpus.field]
     if value is not None and not isinstance(value, str):
         allowed = f"a column of text; in {where} it holds {type(value).__name__}"
-        raise ConfigError(f"data.domains.{name}.field", corpus.field, allowed, "Name the column that holds the text.")
+        raise ConfigError(
+            f"data.domains.{name}.field",
+            corpus.field,
+            allowed,
+            "Name the column that holds the text.",
+        )
     return value or ""
 
 
@@ -172,11 +222,17 @@ def _read_parquet(name: str, corpus: CorpusSection) -> Iterator[Document]:
         try:
             table = parquet.ParquetFile(file)
         except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-            raise ArtifactError(file, f"is not a readable Parquet file ({error})", f"Correct data.domains.{name}.path.") from error
+            raise ArtifactError(
+                file,
+                f"is not a readable Parquet file ({error})",
+                f"Correct data.domains.{name}.path.",
+            ) from error
         if corpus.field not in table.schema_arrow.names:
             raise _missing_column(name, corpus, file, table.schema_arrow.names)
         for batch in table.iter_batches(columns=[corpus.field]):
-            yield from (_same(_text_of(name, corpus, record, str(file))) for record in batch.to_pylist())
+            yield from (
+                _same(_text_of(name, corpus, record, str(file))) for record in batch.to_pylist()
+            )
 
 
 def _read_hf(name: str, corpus: CorpusSection) -> Iterator[Document]:
@@ -187,9 +243,16 @@ def _read_hf(name: str, corpus: CorpusSection) -> Iterator[Document]:
         raise _missing_library(name, corpus, "datasets") from None
     try:
         stream = datasets.load_dataset(path, corpus.config, split=corpus.split, streaming=True)
-    except Exception as error:  # the library raises many kinds: not found, offline, unknown split or configuration
+    except (
+        Exception
+    ) as error:  # the library raises many kinds: not found, offline, unknown split or configuration
         allowed = f"a dataset that can be opened with config={corpus.config!r}, split={corpus.split!r} ({error})"
-        raise ConfigError(f"data.domains.{name}.path", path, allowed, "Check the name, config and split, and the network.") from error
+        raise ConfigError(
+            f"data.domains.{name}.path",
+            path,
+            allowed,
+            "Check the name, config and split, and the network.",
+        ) from error
     for record in stream:
         yield _same(_text_of(name, corpus, record, path))
 

@@ -1,4 +1,6 @@
-"""Fixed sets of tokens: held-out windows for perplexity, calibration samples for the one-shot criteria. N windows, S sequence."""
+"""Fixed sets of tokens: held-out windows for perplexity, calibration samples for the one-shot
+criteria. N windows, S sequence.
+"""
 
 from __future__ import annotations
 
@@ -17,38 +19,58 @@ from megamask.errors import ArtifactError, ConfigError
 
 
 def heldout_windows(config: Config, domain: str, window: int, max_tokens: int | None) -> Tensor:
-    """The held-out stream of a domain (documents as stored, EOD after each) in non-overlapping windows: int64 (N, window).
+    """The held-out stream of a domain (documents as stored, EOD after each) in non-overlapping
+    windows: int64 (N, window).
 
-    The stream begins with one BOS if ``evaluate.bos``, is cut after ``max_tokens``, and its tail shorter than a window is dropped.
+    The stream begins with one BOS if ``evaluate.bos``, is cut after ``max_tokens``, and its tail
+    shorter than a window is dropped.
 
     Raises:
-        ConfigError: unknown domain, ``evaluate.bos`` without a BOS in the tokenizer, ``max_tokens`` below one window.
-        ArtifactError: see :func:`megamask.data.shards.open_shards`, or too little text for one window.
+        ConfigError: unknown domain, ``evaluate.bos`` without a BOS in the tokenizer, ``max_tokens``
+            below one window.
+        ArtifactError: see :func:`megamask.data.shards.open_shards`, or too little text for one
+            window.
     """
     tokenizer = load_tokenizer(config)
     shards = open_shards(config, domain, HELDOUT, tokenizer)
     if max_tokens is not None and max_tokens < window:
         raise ConfigError(
-            "evaluate.max_tokens", max_tokens, f"at least one window of {window} tokens", "Raise it, or lower evaluate.window."
+            "evaluate.max_tokens",
+            max_tokens,
+            f"at least one window of {window} tokens",
+            "Raise it, or lower evaluate.window.",
         )
-    stream = np.concatenate([_first_tokens(config, tokenizer), shards.stream(HELDOUT)[:max_tokens].astype(np.int64)])[:max_tokens]
+    stream = np.concatenate(
+        [_first_tokens(config, tokenizer), shards.stream(HELDOUT)[:max_tokens].astype(np.int64)]
+    )[:max_tokens]
     count = len(stream) // window
     if count == 0:
         fix = f"Lower evaluate.window, or raise data.domains.{domain}.heldout (or its text) and run the verb tokenize."
-        raise ArtifactError(shards.folder, f"has {len(stream)} held-out tokens, too few for one window of {window}", fix)
+        raise ArtifactError(
+            shards.folder,
+            f"has {len(stream)} held-out tokens, too few for one window of {window}",
+            fix,
+        )
     return torch.from_numpy(stream[: count * window].reshape(count, window))
 
 
 def _first_tokens(config: Config, tokenizer: TextTokenizer) -> Any:
     if config.evaluate.bos and tokenizer.bos is None:
-        raise ConfigError("evaluate.bos", True, f"false for the tokenizer {tokenizer.name}, which has no BOS", "Set evaluate.bos=false.")
+        raise ConfigError(
+            "evaluate.bos",
+            True,
+            f"false for the tokenizer {tokenizer.name}, which has no BOS",
+            "Set evaluate.bos=false.",
+        )
     return np.array([tokenizer.bos] if config.evaluate.bos else [], dtype=np.int64)
 
 
 def calibration_tokens(config: Config) -> Tensor:
-    """The calibration samples, int64 (samples, S), drawn from the training blend with ``calibration.seed``.
+    """The calibration samples, int64 (samples, S), drawn from the training blend with
+    ``calibration.seed``.
 
-    Every rank must call it where torch.distributed runs. Raises as :func:`megamask.data.blend.train_dataset`.
+    Every rank must call it where torch.distributed runs. Raises as
+    :func:`megamask.data.blend.train_dataset`.
     """
     section = config.calibration
     dataset = train_dataset(config, section.samples, section.seq_length, section.seed)
@@ -56,7 +78,9 @@ def calibration_tokens(config: Config) -> Tensor:
 
 
 def calibration_description(config: Config) -> dict[str, Any]:
-    """What the calibration samples were, for the record: settings, blend and SHA-256 of the shards."""
+    """What the calibration samples were, for the record: settings, blend and SHA-256 of the
+    shards.
+    """
     weights, tokenizer = blend_weights(config), load_tokenizer(config)
     section = config.calibration
     return {
@@ -64,6 +88,8 @@ def calibration_description(config: Config) -> dict[str, Any]:
         "seq_length": section.seq_length,
         "seed": section.seed,
         "blend": weights,
-        "shards_sha256": {name: open_shards(config, name, TRAIN, tokenizer).digests(TRAIN) for name in weights},
+        "shards_sha256": {
+            name: open_shards(config, name, TRAIN, tokenizer).digests(TRAIN) for name in weights
+        },
         "tokenizer": tokenizer.fingerprint,
     }

@@ -1,4 +1,6 @@
-"""Token shards on disk: one folder a domain with {train,heldout}.bin/.idx (Megatron's indexed dataset) and meta.json."""
+"""Token shards on disk: one folder a domain with {train,heldout}.bin/.idx (Megatron's indexed
+dataset) and meta.json.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Shards:
 
     def digests(self, split: str) -> list[str]:
         """SHA-256 of the split's files."""
-        return [self.meta["splits"][split]["files"][split + suffix]["sha256"] for suffix in SUFFIXES]
+        return [
+            self.meta["splits"][split]["files"][split + suffix]["sha256"] for suffix in SUFFIXES
+        ]
 
     def stream(self, split: str) -> NDArray[Any]:
         """All tokens of a split in stored order, one-dimensional, mapped from disk."""
@@ -51,15 +55,25 @@ def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenize
 
     Raises:
         ConfigError: ``domain`` is not in data.domains.
-        ArtifactError: missing or torn shards, shards of another tokenizer, or no token in ``split``.
+        ArtifactError: missing or torn shards, shards of another tokenizer, or no token in
+            ``split``.
     """
     if domain not in config.data.domains:
-        raise ConfigError("data.domains", domain, f"one of {', '.join(config.data.domains) or 'nothing yet'}", "Add it to data.domains.")
+        raise ConfigError(
+            "data.domains",
+            domain,
+            f"one of {', '.join(config.data.domains) or 'nothing yet'}",
+            "Add it to data.domains.",
+        )
     shards = read_shards(run_paths(config).shards / domain)
     made_by = shards.meta["tokenizer"]
     if made_by["fingerprint"] != tokenizer.fingerprint:
-        problem = f"was made with the tokenizer {made_by['name']}, which differs from {tokenizer.name}"
-        raise ArtifactError(shards.folder, problem, "Set data.tokenizer to the first, or run the verb tokenize.")
+        problem = (
+            f"was made with the tokenizer {made_by['name']}, which differs from {tokenizer.name}"
+        )
+        raise ArtifactError(
+            shards.folder, problem, "Set data.tokenizer to the first, or run the verb tokenize."
+        )
     if shards.tokens(split) == 0:
         raise ArtifactError(shards.folder, f"has no {split} text", _more_text(domain, split))
     return shards
@@ -69,11 +83,14 @@ def read_shards(folder: Path) -> Shards:
     """Read and check a shard folder, whatever tokenizer made it.
 
     Raises:
-        ArtifactError: a file is missing, has another size than was written, or is of another format.
+        ArtifactError: a file is missing, has another size than was written, or is of another
+            format.
     """
     meta = read_json(folder / "meta.json", TOKENIZE)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ArtifactError(folder / "meta.json", f"is not of shard format {FORMAT}", TOKENIZE_AGAIN)
+        raise ArtifactError(
+            folder / "meta.json", f"is not of shard format {FORMAT}", TOKENIZE_AGAIN
+        )
     for split in SPLITS:
         for name, written in meta["splits"][split]["files"].items():
             _check_size(folder / name, written["size"])
@@ -81,7 +98,8 @@ def read_shards(folder: Path) -> Shards:
 
 
 def check_vocabulary(config: Config, vocab: int) -> None:
-    """Check that the shards of every domain hold only tokens below ``vocab``, the size of the model's vocabulary.
+    """Check that the shards of every domain hold only tokens below ``vocab``, the size of the
+    model's vocabulary.
 
     Raises:
         ArtifactError: they do not, or they are missing or torn.
@@ -91,7 +109,11 @@ def check_vocabulary(config: Config, vocab: int) -> None:
         largest = max(split.get("largest_id", -1) for split in shards.meta["splits"].values())
         if largest >= vocab:
             problem = f"holds the token id {largest}, the model knows {vocab} ids"
-            raise ArtifactError(shards.folder, problem, "Set data.tokenizer to the tokenizer of the model and run the verb tokenize.")
+            raise ArtifactError(
+                shards.folder,
+                problem,
+                "Set data.tokenizer to the tokenizer of the model and run the verb tokenize.",
+            )
 
 
 def _check_size(file: Path, size: int) -> None:

@@ -1,4 +1,6 @@
-"""Which documents are held out: decided by a hash, so that a document stays on its side whatever else joins the corpus."""
+"""Which documents are held out: decided by a hash, so that a document stays on its side whatever
+else joins the corpus.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ def unit_hash(key: str) -> float:
 
 
 def split_documents(documents: Iterable[Document], share: float) -> Iterator[tuple[str, Document]]:
-    """Yield (side, document), side ``heldout`` where the hash of the document's key is below ``share``.
+    """Yield (side, document), side ``heldout`` where the hash of the document's key is below
+    ``share``.
 
-    Equal keys land on one side. Where the hash would leave one side empty, the key nearest to the threshold goes there, so two
-    different documents are enough for both sides; the others do not move. Only the documents of that one key are kept in memory.
+    Equal keys land on one side. Where the hash would leave one side empty, the key nearest to the
+    threshold goes there, so two different documents are enough for both sides; the others do not
+    move. Only the documents of that one key are kept in memory.
     """
     first_side = ""
     both = share in (0.0, 1.0)  # one side is meant to be empty

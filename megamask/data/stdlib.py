@@ -1,7 +1,9 @@
-"""Text that every Python installation carries: the standard library's source, and the English prose in it.
+"""Text that every Python installation carries: the standard library's source, and the English prose
+in it.
 
-The two domains share text (a docstring is part of its file), so the prose of a file comes with the file's source: whoever splits
-both by the hash of the source keeps a held-out docstring out of the training files too.
+The two domains share text (a docstring is part of its file), so the prose of a file comes with the
+file's source: whoever splits both by the hash of the source keeps a held-out docstring out of the
+training files too.
 """
 
 from __future__ import annotations
@@ -14,7 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # pydoc_data is the prose domain's; encodings are tables that repeat one another.
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "pydoc_data",
+    "encodings",
+}
 SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize")  # written for one machine
 MIN_PARAGRAPH = 40  # characters; shorter ones may repeat ("Return True.")
 MIN_DOCSTRING = 120
@@ -33,9 +44,11 @@ def sources() -> Iterator[str]:
 
 
 def prose() -> Iterator[tuple[str, str]]:
-    """Pairs (English prose, the text it was taken from): Python's help topics, then the docstrings of each library file.
+    """Pairs (English prose, the text it was taken from): Python's help topics, then the docstrings
+    of each library file.
 
-    A paragraph is kept where it comes first only: topics quote one another, and a quoted paragraph would be both trained on and held out.
+    A paragraph is kept where it comes first only: topics quote one another, and a quoted paragraph
+    would be both trained on and held out.
     """
     seen: set[str] = set()
     for topic in _topics():
@@ -50,7 +63,9 @@ def prose() -> Iterator[tuple[str, str]]:
 
 def _files(root: Path) -> list[Path]:
     files = (file for file in root.rglob("*.py") if not file.name.startswith(SKIPPED_PREFIXES))
-    return sorted(file for file in files if SKIPPED_FOLDERS.isdisjoint(file.relative_to(root).parts))
+    return sorted(
+        file for file in files if SKIPPED_FOLDERS.isdisjoint(file.relative_to(root).parts)
+    )
 
 
 def _read(file: Path) -> str:
@@ -75,14 +90,23 @@ def _docstrings(source: str) -> list[str]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
-    owners = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    owners = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
     owners.sort(key=lambda node: getattr(node, "lineno", 0))
     return [text for text in map(ast.get_docstring, owners) if text and _is_prose(text)]
 
 
 def _is_prose(text: str) -> bool:
     letters = sum(character.isalpha() or character.isspace() for character in text)
-    return len(text) >= MIN_DOCSTRING and letters >= MIN_PROSE_SHARE * len(text) and "." in text and ">>>" not in text
+    return (
+        len(text) >= MIN_DOCSTRING
+        and letters >= MIN_PROSE_SHARE * len(text)
+        and "." in text
+        and ">>>" not in text
+    )
 
 
 def _unseen_paragraphs(text: str, seen: set[str]) -> str:

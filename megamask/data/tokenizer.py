@@ -1,4 +1,6 @@
-"""One small face for the tokenizers that models come with: a Hugging Face folder, or a sentencepiece ``.model`` file."""
+"""One small face for the tokenizers that models come with: a Hugging Face folder, or a
+sentencepiece ``.model`` file.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class TextTokenizer:
     encode_batch: Encode = field(repr=False)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; no special token is added, and one spelled out in the text is taken as plain text."""
+        """The ids of ``text``; no special token is added, and one spelled out in the text is taken
+        as plain text.
+        """
         return self.encode_batch([text])[0]
 
 
@@ -46,7 +50,9 @@ def load_tokenizer(config: Config) -> TextTokenizer:
         ArtifactError: there is no tokenizer at that place, or it cannot be read.
         ConfigError: ``data.eod_token`` is not in its vocabulary.
     """
-    path = Path(config.data.tokenizer).expanduser() if config.data.tokenizer else run_paths(config).hf
+    path = (
+        Path(config.data.tokenizer).expanduser() if config.data.tokenizer else run_paths(config).hf
+    )
     fix = "Point data.tokenizer at a Hugging Face folder or a sentencepiece .model file"
     fix += "." if config.data.tokenizer else ", set model.hf, or run the verb gguf first."
     if not path.exists():
@@ -55,7 +61,11 @@ def load_tokenizer(config: Config) -> TextTokenizer:
     try:
         return load(path, config.data.eod_token)
     except ImportError as error:
-        raise ArtifactError(path, f"needs a package that is not installed ({error})", "Install that package with pip.") from error
+        raise ArtifactError(
+            path,
+            f"needs a package that is not installed ({error})",
+            "Install that package with pip.",
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise ArtifactError(path, f"holds no tokenizer that can be read ({reason})", fix) from error
@@ -74,7 +84,9 @@ def _load_hf(path: Path, eod_token: str | None) -> TextTokenizer:
         vocab_size=max(vocabulary.values()) + 1,
         eod=_eod_id(eod_token, vocabulary.get, tokenizer.eos_token_id),
         bos=tokenizer.bos_token_id,
-        fingerprint=_hash_slow(tokenizer, vocabulary) if backend is None else _hash_fast(backend.to_str()),
+        fingerprint=_hash_slow(tokenizer, vocabulary)
+        if backend is None
+        else _hash_fast(backend.to_str()),
         encode_batch=_slow_encoder(tokenizer) if backend is None else _fast_encoder(backend),
     )
 
@@ -83,19 +95,27 @@ def _fast_encoder(backend: Any) -> Encode:
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    return lambda texts: [
+        encoding.ids
+        for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    ]
 
 
 def _slow_encoder(tokenizer: Any) -> Encode:
     return lambda texts: [
-        tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"] for text in texts
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
+        for text in texts
     ]
 
 
 def _hash_fast(serialized: str) -> str:
     """Hash of the parts that decide the ids; padding, truncation, templates and decoding do not."""
     parts = json.loads(serialized)
-    deciding = {key: parts.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    deciding = {
+        key: parts.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")
+    }
     return _sha256(json.dumps(deciding, sort_keys=True).encode())
 
 
@@ -123,7 +143,12 @@ def _eod_id(token: str | None, lookup: Callable[[str], int | None], eos: int | N
         return eos
     index = lookup(token)
     if index is None:
-        raise ConfigError("data.eod_token", token, "a token of the vocabulary", "Correct it, or leave it out to use the tokenizer's EOS.")
+        raise ConfigError(
+            "data.eod_token",
+            token,
+            "a token of the vocabulary",
+            "Correct it, or leave it out to use the tokenizer's EOS.",
+        )
     return index
 
 

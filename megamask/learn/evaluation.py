@@ -9,7 +9,7 @@ import torch
 
 from megamask.config import Config
 from megamask.data.heldout import heldout_windows
-from megamask.learn.setup import Subject
+from megamask.learn.masked_model import Subject
 from megamask.model.perplexity import perplexity
 from megamask.parallel.mesh import Mesh
 
@@ -22,22 +22,33 @@ def monitor_windows(config: Config) -> dict[str, torch.Tensor]:
     """
     window = config.evaluate.window
     tokens = config.learn.monitor.evaluate_windows * window
-    return {domain: heldout_windows(config, domain, window, tokens) for domain in config.data.domains}
+    return {
+        domain: heldout_windows(config, domain, window, tokens) for domain in config.data.domains
+    }
 
 
 @torch.no_grad()
-def winner_perplexity(subject: Subject, mesh: Mesh, windows: Mapping[str, torch.Tensor], micro_batch: int) -> dict[str, float]:
-    """Perplexity per domain of the model under its winner mask, which is folded into the weights once."""
+def hard_mask_perplexity(
+    subject: Subject, mesh: Mesh, windows: Mapping[str, torch.Tensor], micro_batch: int
+) -> dict[str, float]:
+    """Perplexity per domain of the model under its winner mask, which is folded into the weights
+    once.
+    """
     for linear in subject.linears.values():
-        linear.fold(linear.winner_mask())
+        linear.fold(linear.hard_mask())
     try:
         subject.model.eval()
-        return {domain: perplexity(subject.model, mesh, tokens, micro_batch) for domain, tokens in windows.items()}
+        return {
+            domain: perplexity(subject.model, mesh, tokens, micro_batch)
+            for domain, tokens in windows.items()
+        }
     finally:
         for linear in subject.linears.values():
             linear.fold(None)
 
 
 def mean_log_perplexity(by_domain: Mapping[str, float]) -> float:
-    """One number to compare evaluations by: the mean over domains of log perplexity, so that no domain outweighs another."""
+    """One number to compare evaluations by: the mean over domains of log perplexity, so that no
+    domain outweighs another.
+    """
     return sum(math.log(value) for value in by_domain.values()) / len(by_domain)

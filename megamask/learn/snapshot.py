@@ -1,4 +1,6 @@
-"""Resumable learning state: mask logits, optimizer moments, progress. TP-independent, atomic, the last k kept."""
+"""Resumable learning state: mask logits, optimizer moments, progress. TP-independent, atomic, the
+last k kept.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from typing import Any
 from megamask import storage
 from megamask.config import Config
 from megamask.errors import ArtifactError, ConfigError
-from megamask.learn.early import settings_without_effect
-from megamask.learn.maskpro import MaskPro
-from megamask.learn.setup import Subject
-from megamask.learn.step import Learner
+from megamask.learn.gumbel import Learner
+from megamask.learn.masked_model import Subject
+from megamask.learn.maskpro.policy_gradient import MaskPro
+from megamask.learn.preflight import settings_without_effect
 from megamask.model.checkpoint import NOTE, load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
 
@@ -24,7 +26,10 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})$")
 # Settings that decide what is learned: a snapshot made under others is not continued.
 DECIDING = ("seed", "dtype", "pattern", "model", "data", "learn")
-FREE = {"learn": ("snapshot", "monitor", "resume", "micro_batch", "footprint", "preset"), "data": ("domains",)}
+FREE = {
+    "learn": ("snapshot", "monitor", "resume", "micro_batch", "footprint", "preset"),
+    "data": ("domains",),
+}
 
 # What was done before there was a setting, where that is not its default.
 BEFORE = {"learn.distribution": "categorical", "learn.optimizer.eps_rms": 0.0}
@@ -44,8 +49,16 @@ class Progress:
 class Snapshots:
     """The snapshots of one run, in ``folder``/step-NNNNNNNN."""
 
-    def __init__(self, folder: Path, config: Config, mesh: Mesh, subject: Subject, learner: Learner | MaskPro) -> None:
-        self.folder, self.config, self.mesh, self.subject, self.learner = folder, config, mesh, subject, learner
+    def __init__(
+        self, folder: Path, config: Config, mesh: Mesh, subject: Subject, learner: Learner | MaskPro
+    ) -> None:
+        self.folder, self.config, self.mesh, self.subject, self.learner = (
+            folder,
+            config,
+            mesh,
+            subject,
+            learner,
+        )
         if mesh.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             storage.remove_leftovers(folder)
@@ -53,7 +66,11 @@ class Snapshots:
 
     def save(self, progress: Progress) -> None:
         """Write a snapshot, then delete all but the last ``learn.snapshot.keep``."""
-        note = {"progress": asdict(progress), "settings": deciding_settings(self.config), "fingerprint": self.subject.fingerprint}
+        note = {
+            "progress": asdict(progress),
+            "settings": deciding_settings(self.config),
+            "fingerprint": self.subject.fingerprint,
+        }
         save_sharded(self._state(), self.folder / f"step-{progress.step:08d}", self.mesh, note)
         if self.mesh.is_main:
             for old in self.steps()[: -self.config.learn.snapshot.keep]:
@@ -63,7 +80,8 @@ class Snapshots:
     def restore(self) -> Progress:
         """Load the newest snapshot into logits and optimizer; a fresh Progress when there is none.
 
-        With ``learn.resume=false`` the snapshots of the run before are put aside: among those of a new run the newest would not be its own.
+        With ``learn.resume=false`` the snapshots of the run before are put aside: among those of a
+        new run the newest would not be its own.
 
         Raises:
             ConfigError: the snapshot was made under other settings.
@@ -79,18 +97,27 @@ class Snapshots:
         note = storage.read_json(path / NOTE, fix)
         self._check(note, path)
         loaded = load_sharded(self._state(is_loading=True), path, fix)
-        self.subject.model.load_state_dict({key: value for key, value in loaded.items() if key != "optimizer"}, strict=False)
+        self.subject.model.load_state_dict(
+            {key: value for key, value in loaded.items() if key != "optimizer"}, strict=False
+        )
         self.learner.optimizer.load_state_dict(loaded["optimizer"])
         return Progress(**note["progress"])
 
     def steps(self) -> list[int]:
         """Steps of the finished snapshots, ascending."""
-        return sorted(int(match[1]) for path in self.folder.glob("step-*") if (match := _NAME.search(path.name)))
+        return sorted(
+            int(match[1])
+            for path in self.folder.glob("step-*")
+            if (match := _NAME.search(path.name))
+        )
 
     def _put_aside(self) -> None:
         self.mesh.barrier()  # everyone has seen them
         if self.mesh.is_main:
-            names = (self.folder.with_name(f"{self.folder.name}-before-{number}") for number in itertools.count(1))
+            names = (
+                self.folder.with_name(f"{self.folder.name}-before-{number}")
+                for number in itertools.count(1)
+            )
             aside = next(path for path in names if not path.exists())
             self.folder.rename(aside)
             self.folder.mkdir()
@@ -98,18 +125,39 @@ class Snapshots:
         self.mesh.barrier()
 
     def _state(self, is_loading: bool = False) -> dict[str, Any]:
-        logits = {key: value for key, value in sharded_state(self.subject.model).items() if key.endswith(".mask_logits")}
-        return {**logits, "optimizer": self.learner.optimizer.sharded_state_dict(logits, is_loading=is_loading)}
+        logits = {
+            key: value
+            for key, value in sharded_state(self.subject.model).items()
+            if key.endswith(".mask_logits")
+        }
+        return {
+            **logits,
+            "optimizer": self.learner.optimizer.sharded_state_dict(logits, is_loading=is_loading),
+        }
 
     def _check(self, note: dict[str, Any], path: Path) -> None:
         if note["fingerprint"] != self.subject.fingerprint:
-            raise ArtifactError(path, "was made for another base model", "Use another run_dir, or convert the model that it was made for.")
-        here, defaults = _flatten(deciding_settings(self.config)), _flatten(deciding_settings(Config()))
+            raise ArtifactError(
+                path,
+                "was made for another base model",
+                "Use another run_dir, or convert the model that it was made for.",
+            )
+        here, defaults = (
+            _flatten(deciding_settings(self.config)),
+            _flatten(deciding_settings(Config())),
+        )
         there = defaults | BEFORE | _flatten(note["settings"])  # it may be older than a setting
-        for key in sorted((here.keys() | there.keys()) - settings_without_effect(self.config.learn)):
+        for key in sorted(
+            (here.keys() | there.keys()) - settings_without_effect(self.config.learn)
+        ):
             if here.get(key) != there.get(key):
                 fix = "Set it back, use another run_dir, or start over with learn.resume=false."
-                raise ConfigError(key, here.get(key), f"the run in {path.parent} was started with {there.get(key)!r}", fix)
+                raise ConfigError(
+                    key,
+                    here.get(key),
+                    f"the run in {path.parent} was started with {there.get(key)!r}",
+                    fix,
+                )
 
 
 def deciding_settings(config: Config) -> dict[str, Any]:
@@ -128,4 +176,8 @@ def deciding_settings(config: Config) -> dict[str, Any]:
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {key: leaf for name, inner in value.items() for key, leaf in _flatten(inner, f"{prefix}.{name}".strip(".")).items()}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in _flatten(inner, f"{prefix}.{name}".strip(".")).items()
+    }

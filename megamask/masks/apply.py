@@ -14,19 +14,24 @@ from megamask.weights.fingerprint import fingerprint_model, model_linears
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply_masks(hf_model: Model, masks: MaskSet | Path | str, check_fingerprint: bool = True) -> Model:
-    """Set the pruned weights of a transformers model to +0.0, in place. Nothing is changed unless every check passes.
+def apply_masks(
+    hf_model: Model, masks: MaskSet | Path | str, check_fingerprint: bool = True
+) -> Model:
+    """Set the pruned weights of a transformers model to +0.0, in place. Nothing is changed unless
+    every check passes.
 
     Args:
         hf_model: the model that the masks were made for.
         masks: a mask file, or what ``load_masks`` gave.
-        check_fingerprint: False also accepts changed weights (fine-tuned, updated by SparseGPT) of the same shapes.
+        check_fingerprint: False also accepts changed weights (fine-tuned, updated by SparseGPT) of
+            the same shapes.
 
     Returns:
         ``hf_model``.
 
     Raises:
-        ArtifactError: a corrupt file, names or shapes that the model does not have, another base model.
+        ArtifactError: a corrupt file, names or shapes that the model does not have, another base
+            model.
     """
     mask_set = masks if isinstance(masks, MaskSet) else load_masks(masks)
     linears = model_linears(hf_model)
@@ -42,5 +47,7 @@ def apply_masks(hf_model: Model, masks: MaskSet | Path | str, check_fingerprint:
 
 
 def masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
-    """The weight with +0.0 in pruned places. A product would leave -0.0, which some sparse kernels take for a kept value."""
+    """The weight with +0.0 in pruned places. A product would leave -0.0, which some sparse kernels
+    take for a kept value.
+    """
     return weight_OI.masked_fill(~mask_OI.to(weight_OI.device), 0.0)

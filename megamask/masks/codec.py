@@ -1,6 +1,8 @@
-"""Candidate indices <-> 64-bit words: as many base-C digits a word as fit, 0.667 bit per weight at 2:4, 1 at 8:16.
+"""Candidate indices <-> 64-bit words: as many base-C digits a word as fit, 0.667 bit per weight at
+2:4, 1 at 8:16.
 
-Little-endian digits: the first index is the least significant digit. Digits beyond the last index are zero.
+Little-endian digits: the first index is the least significant digit. Digits beyond the last index
+are zero.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.unsignedintege
     """The first ``count`` indices of ``words``, (count,), in the smallest type that holds them.
 
     Raises:
-        ValueError: the number of words is wrong, or a word holds a digit that ``pack`` never writes.
+        ValueError: the number of words is wrong, or a word holds a digit that ``pack`` never
+            writes.
     """
     if words.shape != (num_words(count, base),):
         raise ValueError(f"{words.size} words, expected {num_words(count, base)}")

@@ -1,8 +1,9 @@
 """The mask file: a safetensors container with one packed tensor per HF linear and a JSON header.
 
-Header (metadata key ``megamask``): format_version, pattern, candidate_order, axis, fingerprint of the base model, method, data,
-evaluation, megamask (version that wrote it), tensors (name -> shape (O, I) of the mask, sha256 of the packed words), sha256 of the
-rest of the header (the same words mean other masks under another pattern, so the header is as precious as the words).
+Header (metadata key ``megamask``): format_version, pattern, candidate_order, axis, fingerprint of
+the base model, method, data, evaluation, megamask (version that wrote it), tensors (name -> shape
+(O, I) of the mask, sha256 of the packed words), sha256 of the rest of the header (the same words
+mean other masks under another pattern, so the header is as precious as the words).
 Shapes: O out_features, I in_features, G groups per row.
 """
 
@@ -29,11 +30,18 @@ from megamask.storage import atomic_file
 FORMAT_VERSION = 1
 AXIS = "in_features"
 FIX = "Make the mask file again, or copy it again from where it came."
-FACTS: dict[str, type | tuple[type, ...]] = {"pattern": str, "fingerprint": str, "method": str, "tensors": dict, "megamask": str}
+FACTS: dict[str, type | tuple[type, ...]] = {
+    "pattern": str,
+    "fingerprint": str,
+    "method": str,
+    "tensors": dict,
+    "megamask": str,
+}
 
 
 class MaskSet(Mapping[str, Tensor]):
-    """Masks of a file, by HF module name; each is decoded when it is asked for, as bool (O, I), True = keep.
+    """Masks of a file, by HF module name; each is decoded when it is asked for, as bool (O, I),
+    True = keep.
 
     Attributes:
         path: the file.
@@ -81,7 +89,9 @@ class MaskSet(Mapping[str, Tensor]):
     def _words(self, name: str) -> codec.Words:
         words: codec.Words = self._handle.get_tensor(name)
         if hashlib.sha256(words.tobytes()).hexdigest() != self.meta["tensors"][name]["sha256"]:
-            raise ArtifactError(self.path, f"mask of {name} is corrupt: the checksum does not match", FIX)
+            raise ArtifactError(
+                self.path, f"mask of {name} is corrupt: the checksum does not match", FIX
+            )
         return words
 
     @property
@@ -108,13 +118,18 @@ class MaskSet(Mapping[str, Tensor]):
             self.index(name)
 
     def check(
-        self, *, pattern: Pattern | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None, fingerprint: str | None = None
+        self,
+        *,
+        pattern: Pattern | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         """Check that the masks fit a run or a model; what is None is not looked at.
 
         Args:
             pattern: the pattern wanted.
-            shapes: HF module name -> (O, I) of the model's linears. Linears without a mask are dense.
+            shapes: HF module name -> (O, I) of the model's linears. Linears without a mask are
+                dense.
             fingerprint: of the model.
 
         Raises:
@@ -127,14 +142,24 @@ class MaskSet(Mapping[str, Tensor]):
             self._check_shape(name, (shapes or {}).get(name))
         if fingerprint is not None and fingerprint != self.fingerprint:
             problem = f"was made for another base model (fingerprint {self.fingerprint[:12]}, the model has {fingerprint[:12]})"
-            raise ArtifactError(self.path, problem, "Use the model that the mask was made for, with its weights unpruned and unchanged.")
+            raise ArtifactError(
+                self.path,
+                problem,
+                "Use the model that the mask was made for, with its weights unpruned and unchanged.",
+            )
 
     def _check_shape(self, name: str, expected: tuple[int, ...] | None) -> None:
         fix = "Use the model that the mask was made for."
         if expected is None:
-            raise ArtifactError(self.path, f"has a mask of {name}, which is no linear of the model", fix)
+            raise ArtifactError(
+                self.path, f"has a mask of {name}, which is no linear of the model", fix
+            )
         if tuple(expected) != self.shape(name):
-            raise ArtifactError(self.path, f"mask of {name} has shape {self.shape(name)}, the model's linear {tuple(expected)}", fix)
+            raise ArtifactError(
+                self.path,
+                f"mask of {name} has shape {self.shape(name)}, the model's linear {tuple(expected)}",
+                fix,
+            )
 
 
 def save_masks(
@@ -166,7 +191,10 @@ def save_masks(
         if mask_OI.dim() != 2:
             raise ValueError(f"mask of {name} has shape {tuple(mask_OI.shape)}, not (O, I)")
         packed[name] = codec.pack(pattern.index_of(mask_OI).cpu().numpy(), pattern.num_candidates)
-        tensors[name] = {"shape": list(mask_OI.shape), "sha256": hashlib.sha256(packed[name].tobytes()).hexdigest()}
+        tensors[name] = {
+            "shape": list(mask_OI.shape),
+            "sha256": hashlib.sha256(packed[name].tobytes()).hexdigest(),
+        }
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "megamask": __version__,
@@ -185,16 +213,22 @@ def save_masks(
 
 
 def load_masks(path: Path | str) -> MaskSet:
-    """Open a mask file and check its header; masks are decoded (and their checksums checked) when asked for.
+    """Open a mask file and check its header; masks are decoded (and their checksums checked) when
+    asked for.
 
     Raises:
-        ArtifactError: missing, torn, not a mask file, another format version or candidate order, sizes that do not fit.
+        ArtifactError: missing, torn, not a mask file, another format version or candidate order,
+            sizes that do not fit.
     """
     path = Path(path)
     try:
         handle = safe_open(path, framework="numpy")
     except FileNotFoundError:
-        raise ArtifactError(path, "is missing", "Check the path, or run the verb that makes the mask (prune or learn).") from None
+        raise ArtifactError(
+            path,
+            "is missing",
+            "Check the path, or run the verb that makes the mask (prune or learn).",
+        ) from None
     except (SafetensorError, OSError) as error:
         raise ArtifactError(path, f"is torn or not a mask file ({error})", FIX) from error
     meta = _read_header(path, (handle.metadata() or {}).get("megamask"))
@@ -202,23 +236,35 @@ def load_masks(path: Path | str) -> MaskSet:
         masks = MaskSet(path, handle, meta)
         _check_sizes(masks, handle)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(path, f"has a header that does not fit its data ({error})", FIX) from error
+        raise ArtifactError(
+            path, f"has a header that does not fit its data ({error})", FIX
+        ) from error
     return masks
 
 
 def _read_header(path: Path, text: str | None) -> dict[str, Any]:
     if text is None:
-        raise ArtifactError(path, "is a safetensors file but not a mask file", "Point at a file that megamask wrote.")
+        raise ArtifactError(
+            path,
+            "is a safetensors file but not a mask file",
+            "Point at a file that megamask wrote.",
+        )
     try:
         meta = json.loads(text)
         version = meta["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(path, f"has a broken header ({error!r})", FIX) from None
     if version != FORMAT_VERSION:
-        raise ArtifactError(path, f"has format version {version}, this megamask reads {FORMAT_VERSION}", "Install a newer megamask.")
+        raise ArtifactError(
+            path,
+            f"has format version {version}, this megamask reads {FORMAT_VERSION}",
+            "Install a newer megamask.",
+        )
     for key, value in (("candidate_order", CANDIDATE_ORDER), ("axis", AXIS)):
         if meta.get(key) != value:
-            raise ArtifactError(path, f"has {key} {meta.get(key)!r}, this megamask reads {value!r}", FIX)
+            raise ArtifactError(
+                path, f"has {key} {meta.get(key)!r}, this megamask reads {value!r}", FIX
+            )
     wrong = [key for key, kind in FACTS.items() if not isinstance(meta.get(key), kind)]
     if wrong:
         raise ArtifactError(path, f"has a header without {', '.join(wrong)}", FIX)
@@ -240,10 +286,18 @@ def _plain(value: Any) -> Any:
 def _check_sizes(masks: MaskSet, handle: Any) -> None:
     names = set(handle.keys())
     if names != set(masks):
-        raise ValueError(f"tensors {sorted(names ^ set(masks))[:3]} are in the file or in the header, not in both")
+        raise ValueError(
+            f"tensors {sorted(names ^ set(masks))[:3]} are in the file or in the header, not in both"
+        )
     for name in masks:
         rows, columns = masks.shape(name)
         stored = handle.get_slice(name)
         words = codec.num_words(rows * (columns // masks.pattern.m), masks.pattern.num_candidates)
-        if columns % masks.pattern.m or stored.get_dtype() != "U64" or stored.get_shape() != [words]:
-            raise ValueError(f"{name}: {stored.get_dtype()} {stored.get_shape()} cannot hold a {masks.pattern} mask of {rows} x {columns}")
+        if (
+            columns % masks.pattern.m
+            or stored.get_dtype() != "U64"
+            or stored.get_shape() != [words]
+        ):
+            raise ValueError(
+                f"{name}: {stored.get_dtype()} {stored.get_shape()} cannot hold a {masks.pattern} mask of {rows} x {columns}"
+            )

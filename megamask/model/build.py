@@ -9,24 +9,29 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.config import Config
-from megamask.model.loss import LanguageModel
+from megamask.model.language_model import LanguageModel
 from megamask.model.rope import inverse_frequencies
 from megamask.model.spec import block_spec
 from megamask.model.vocabulary import VocabularyShard
-from megamask.parallel.linear import MaskedLinear, MaskSwitch
+from megamask.parallel.mask_context import MaskSwitch
+from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.backends import choose_backend
-from megamask.sparsity.draw import Distribution
+from megamask.sparsity.distributions import Distribution
+from megamask.sparsity.noise import parameter_ids
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.philox import parameter_ids
 from megamask.weights.architecture import Architecture
-from megamask.weights.table import Rule, check_tp, prunable, rules
+from megamask.weights.mapping import Rule, check_tp, prunable, rules
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RECOMPUTE: dict[bool | str, dict[str, Any]] = {  # parallel.recompute in Megatron's words
     False: {},
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-    True: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    True: {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
 }
 
 
@@ -40,8 +45,12 @@ def model_rules(arch: Architecture, tp: int) -> list[Rule]:
     return rules(arch, padded_vocab(arch, tp))
 
 
-def transformer_config(config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's settings for a frozen model; fusions that need a weight's own gradient buffer stay off."""
+def transformer_config(
+    config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's settings for a frozen model; fusions that need a weight's own gradient buffer stay
+    off.
+    """
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden,
@@ -75,8 +84,11 @@ def transformer_config(config: Config, arch: Architecture, mesh: Mesh, dtype: to
     )
 
 
-def build_model(config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype | None = None) -> LanguageModel:
-    """A frozen GPTModel on ``mesh.device`` with uninitialised weights, in ``dtype`` (None = config.dtype).
+def build_model(
+    config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """A frozen GPTModel on ``mesh.device`` with uninitialised weights, in ``dtype`` (None =
+    config.dtype).
 
     Raises:
         ConfigError: the architecture does not split over this TP, or M does not divide a local row.
@@ -97,20 +109,32 @@ def build_model(config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dty
     first = mesh.tp_rank * rows
     model.shard = VocabularyShard(first, min(max(arch.vocab - first, 0), rows), rows, mesh.tp_group)
     model.requires_grad_(False)
-    if config.parallel.recompute:  # what is recomputed passes gradients on only if its input wants one, which a frozen embedding's does not
-        model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
+    # what is recomputed passes gradients on only if its input wants one, which a frozen embedding's
+    # does not
+    if config.parallel.recompute:
+        model.embedding.register_forward_hook(
+            lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())
+        )
     return model
 
 
 def masked_linears(model: torch.nn.Module) -> dict[str, MaskedLinear]:
     """The linears that can carry a mask, by Megatron name (``decoder.layers.3.mlp.linear_fc1``)."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)
+    }
 
 
-def prunable_linears(model: torch.nn.Module, config: Config, arch: Architecture) -> dict[str, MaskedLinear]:
+def prunable_linears(
+    model: torch.nn.Module, config: Config, arch: Architecture
+) -> dict[str, MaskedLinear]:
     """The linears that ``model.include`` and ``model.exclude`` leave to prune, by Megatron name."""
     chosen = set(prunable(arch, config.model.include, config.model.exclude))
-    names = {rule.megatron.removesuffix(".weight") for rule in rules(arch) if rule.is_linear and chosen.intersection(rule.modules)}
+    names = {
+        rule.megatron.removesuffix(".weight")
+        for rule in rules(arch)
+        if rule.is_linear and chosen.intersection(rule.modules)
+    }
     return {name: linear for name, linear in masked_linears(model).items() if name in names}
 
 
@@ -125,10 +149,17 @@ def attach_logits(
     """Give every linear zero mask logits, ``fp32`` or ``bf16``, and one common switch.
 
     Raises:
-        ConfigError: M does not divide a local row; the pattern is too large for the distribution; the backend cannot run here.
+        ConfigError: M does not divide a local row; the pattern is too large for the distribution;
+            the backend cannot run here.
     """
-    switch, chosen, ids = MaskSwitch(), choose_backend(backend, device, distribution), parameter_ids(linears)
-    sites = {name: linear.make_site(pattern, name, distribution) for name, linear in linears.items()}
+    switch, chosen, ids = (
+        MaskSwitch(),
+        choose_backend(backend, device, distribution),
+        parameter_ids(linears),
+    )
+    sites = {
+        name: linear.make_site(pattern, name, distribution) for name, linear in linears.items()
+    }
     for name, linear in linears.items():
         linear.attach_logits(sites[name], ids[name], switch, chosen, DTYPES[dtype])
     return switch

@@ -1,4 +1,6 @@
-"""Megatron weights on disk (dist_checkpointing: any TP can read what any TP wrote) and the streams to and from HF."""
+"""Megatron weights on disk (dist_checkpointing: any TP can read what any TP wrote) and the streams
+to and from HF.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ from torch.distributed.checkpoint import CheckpointException
 from megamask import storage
 from megamask.errors import ArtifactError
 from megamask.model.build import model_rules
-from megamask.model.loss import LanguageModel
+from megamask.model.language_model import LanguageModel
 from megamask.parallel.mesh import Mesh
 from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import HFReader
-from megamask.weights.table import rules
+from megamask.weights.mapping import rules
 
 NOTE = "megamask.json"
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
@@ -33,8 +35,12 @@ def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 
-def save_sharded(state: dict[str, Any], path: Path, mesh: Mesh, note: dict[str, Any], files: Sequence[Path] = ()) -> None:
-    """Save a sharded state, a JSON note and copies of ``files`` as the folder ``path``: under a temporary name, then renamed."""
+def save_sharded(
+    state: dict[str, Any], path: Path, mesh: Mesh, note: dict[str, Any], files: Sequence[Path] = ()
+) -> None:
+    """Save a sharded state, a JSON note and copies of ``files`` as the folder ``path``: under a
+    temporary name, then renamed.
+    """
     temporary = path.with_name(f".{path.name}.writing.tmp")
     if mesh.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -57,8 +63,13 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
         ArtifactError: missing, torn, or of another shape; ``fix`` says what to do.
     """
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), validate_access_integrity=True)
-    except (Exception, CheckpointException) as error:  # the library raises many kinds, this one beside Exception
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            state, str(path), validate_access_integrity=True
+        )
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # the library raises many kinds, this one beside Exception
         raise ArtifactError(path, f"cannot be read ({_reason(error)})", fix) from error
     return loaded
 
@@ -74,14 +85,17 @@ def fill_from_hf(model: LanguageModel, arch: Architecture, mesh: Mesh, reader: H
     """Copy this rank's shard of every tensor from HF files, reading only the slices it needs."""
     parameters = dict(model.named_parameters())
     table = model_rules(arch, mesh.tp)
-    assert {rule.megatron for rule in table} == set(parameters), "the mapping table does not fit the model"
+    assert {rule.megatron for rule in table} == set(parameters), (
+        "the mapping table does not fit the model"
+    )
     for rule in table:
         with torch.no_grad():
             parameters[rule.megatron].copy_(rule.shard(reader.read, mesh.tp_rank, mesh.tp))
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What convert wrote beside the Megatron weights in ``path``: fingerprint, dtype, padded_vocab, source.
+    """What convert wrote beside the Megatron weights in ``path``: fingerprint, dtype, padded_vocab,
+    source.
 
     Raises:
         ArtifactError: there are no weights.
@@ -104,7 +118,8 @@ def load_weights(model: LanguageModel, path: Path) -> dict[str, Any]:
 
 
 def megatron_to_hf(path: Path, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stream Megatron weights as (HF name, tensor), one Megatron tensor at a time, in the dtype they were saved in.
+    """Stream Megatron weights as (HF name, tensor), one Megatron tensor at a time, in the dtype
+    they were saved in.
 
     Needs an initialised process group of one process.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megamask.model.loss import token_losses
+from megamask.model.objective import token_losses
 from megamask.parallel.mesh import Mesh
 
 
@@ -15,14 +15,20 @@ from megamask.parallel.mesh import Mesh
 def perplexity(model: Any, mesh: Mesh, windows_NS: torch.Tensor, micro_batch: int) -> float:
     """exp of the mean cross entropy over the S - 1 targets of every window.
 
-    Windows are dealt to the data-parallel copies in turn; the sums are fp64, so their order does not show.
+    Windows are dealt to the data-parallel copies in turn; the sums are fp64, so their order does
+    not show.
     """
     batches = list(windows_NS.split(micro_batch))
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in batches[mesh.dp_rank :: mesh.dp]:
         batch = batch.to(mesh.device)
         losses = token_losses(model, batch, batch.roll(-1, dims=1))[:, :-1]
-        total += torch.stack([losses.sum(dtype=torch.float64), torch.tensor(losses.numel(), dtype=torch.float64, device=mesh.device)])
+        total += torch.stack(
+            [
+                losses.sum(dtype=torch.float64),
+                torch.tensor(losses.numel(), dtype=torch.float64, device=mesh.device),
+            ]
+        )
     if mesh.dp > 1:
         torch.distributed.all_reduce(total, group=mesh.dp_group)
     mean = float(total[0] / total[1])

@@ -1,4 +1,6 @@
-"""The Megatron layer spec: masked parallel linears everywhere, Transformer Engine for norm and attention when importable."""
+"""The Megatron layer spec: masked parallel linears everywhere, Transformer Engine for norm and
+attention when importable.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,23 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megamask.parallel.linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
+from megamask.parallel.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from megamask.weights.architecture import Architecture
 
 
 class FrozenRMSNorm(torch.nn.Module):
-    """PyTorch's RMSNorm (one fused kernel on CUDA) with a frozen weight, which needs no gradient sum under sequence parallel."""
+    """PyTorch's RMSNorm (one fused kernel on CUDA) with a frozen weight, which needs no gradient
+    sum under sequence parallel.
+    """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
         super().__init__()
         device = torch.cuda.current_device() if not config.use_cpu_initialization else "cpu"
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        )
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,15 +45,33 @@ class FrozenRMSNorm(torch.nn.Module):
 
 
 class SdpaCoreAttention(MegatronModule):
-    """Causal attention through PyTorch's scaled_dot_product_attention; no S x S mask, no CUDA random state."""
+    """Causal attention through PyTorch's scaled_dot_product_attention; no S x S mask, no CUDA
+    random state.
+    """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        **_: Any,
+    ) -> None:
         super().__init__(config=config)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **_: Any) -> torch.Tensor:
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any = None,
+        **_: Any,
+    ) -> torch.Tensor:
         """(S, B, heads, D) queries and (S, B, kv heads, D) keys and values -> (S, B, heads * D)."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -63,7 +89,9 @@ def _norm_and_attention(device: torch.device) -> tuple[Any, Any]:
 
 
 def block_spec(arch: Architecture, device: torch.device) -> TransformerBlockSubmodules:
-    """Spec of all layers. Biases come from the architecture: Megatron has one switch where Llama has two."""
+    """Spec of all layers. Biases come from the architecture: Megatron has one switch where Llama
+    has two.
+    """
     norm, attention = _norm_and_attention(device)
     self_attention = SelfAttentionSubmodules(
         linear_qkv=_linear(MaskedColumnParallelLinear, arch.attention_bias),
@@ -73,11 +101,16 @@ def block_spec(arch: Architecture, device: torch.device) -> TransformerBlockSubm
         k_layernorm=IdentityOp,
     )
     mlp = MLPSubmodules(
-        linear_fc1=_linear(MaskedColumnParallelLinear, arch.mlp_bias), linear_fc2=_linear(MaskedRowParallelLinear, arch.mlp_bias)
+        linear_fc1=_linear(MaskedColumnParallelLinear, arch.mlp_bias),
+        linear_fc2=_linear(MaskedRowParallelLinear, arch.mlp_bias),
     )
     layer = TransformerLayerSubmodules(
         input_layernorm=norm,
-        self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=self_attention),
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=self_attention,
+        ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(module=MLP, submodules=mlp),

@@ -1,6 +1,8 @@
-"""The calibration samples on their way through the model, and the statistics of what each linear gets to see.
+"""The calibration samples on their way through the model, and the statistics of what each linear
+gets to see.
 
-Shapes: N samples, S sequence (a rank's slice of it under sequence parallel), B micro-batch, H hidden, T tokens, I in_features.
+Shapes: N samples, S sequence (a rank's slice of it under sequence parallel), B micro-batch, H
+hidden, T tokens, I in_features.
 """
 
 from __future__ import annotations
@@ -12,17 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamask.model.loss import LanguageModel, positions
+from megamask.model.language_model import LanguageModel, positions
 from megamask.oneshot.stats import InputStats
-from megamask.parallel.linear import MaskedLinear
+from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 
 
 class HiddenStates:
     """What the next decoder layer gets, for all samples that this replica was dealt.
 
-    All of them stay in memory on ``mesh.device``: N / dp * S * H values in the model's dtype, where S is a slice of the samples'
-    length under sequence parallel.
+    All of them stay in memory on ``mesh.device``: N / dp * S * H values in the model's dtype, where
+    S is a slice of the samples' length under sequence parallel.
 
     Args:
         model: its embedding makes the first hidden states.
@@ -31,10 +33,14 @@ class HiddenStates:
         mesh: this rank's place.
     """
 
-    def __init__(self, model: LanguageModel, tokens_NS: torch.Tensor, micro_batch: int, mesh: Mesh) -> None:
+    def __init__(
+        self, model: LanguageModel, tokens_NS: torch.Tensor, micro_batch: int, mesh: Mesh
+    ) -> None:
         own = tokens_NS.split(micro_batch)[mesh.dp_rank :: mesh.dp]
         batches = [tokens_BS.to(mesh.device) for tokens_BS in own]
-        self._batches_SBH: list[torch.Tensor] = [model.embedding(tokens_BS, positions(tokens_BS)) for tokens_BS in batches]
+        self._batches_SBH: list[torch.Tensor] = [
+            model.embedding(tokens_BS, positions(tokens_BS)) for tokens_BS in batches
+        ]
         self._rotary = model.rotary_pos_emb(tokens_NS.shape[1])
 
     def feed(self, layer: torch.nn.Module) -> None:
@@ -48,19 +54,31 @@ class HiddenStates:
             self._batches_SBH[index] = self._output(layer, hidden_SBH)
 
     def _output(self, layer: torch.nn.Module, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        output_SBH: torch.Tensor = layer(hidden_SBH, attention_mask=None, rotary_pos_emb=self._rotary)[0]
+        output_SBH: torch.Tensor = layer(
+            hidden_SBH, attention_mask=None, rotary_pos_emb=self._rotary
+        )[0]
         return output_SBH
 
 
 @contextmanager
-def input_stats(linears: Mapping[str, MaskedLinear], hessian: bool, mesh: Mesh, sequence_parallel: bool) -> Iterator[dict[str, InputStats]]:
-    """Count the inputs of ``linears`` while the block runs; yields name -> statistics, complete when the block has ended.
+def input_stats(
+    linears: Mapping[str, MaskedLinear], hessian: bool, mesh: Mesh, sequence_parallel: bool
+) -> Iterator[dict[str, InputStats]]:
+    """Count the inputs of ``linears`` while the block runs; yields name -> statistics, complete
+    when the block has ended.
 
-    They are of the whole input, all in_features and all tokens, and equal on all ranks: the ranks of a replica share out its
-    tokens, then the sums of all ranks are added. All ranks must enter and leave.
+    They are of the whole input, all in_features and all tokens, and equal on all ranks: the ranks
+    of a replica share out its tokens, then the sums of all ranks are added. All ranks must enter
+    and leave.
     """
-    stats = {name: InputStats(whole_in_features(linear, mesh), hessian, mesh.device) for name, linear in linears.items()}
-    hooks = [_count_inputs(linear, stats[name], mesh, sequence_parallel) for name, linear in linears.items()]
+    stats = {
+        name: InputStats(whole_in_features(linear, mesh), hessian, mesh.device)
+        for name, linear in linears.items()
+    }
+    hooks = [
+        _count_inputs(linear, stats[name], mesh, sequence_parallel)
+        for name, linear in linears.items()
+    ]
     try:
         yield stats
     finally:
@@ -75,8 +93,12 @@ def whole_in_features(linear: MaskedLinear, mesh: Mesh) -> int:
     return linear.weight.shape[1] * (mesh.tp if linear.shard_axis == 1 else 1)
 
 
-def _count_inputs(linear: MaskedLinear, stats: InputStats, mesh: Mesh, sequence_parallel: bool) -> Any:
-    """Hook that counts this rank's share of the tokens: all ranks of a replica see the same ones, unless the sequence is scattered."""
+def _count_inputs(
+    linear: MaskedLinear, stats: InputStats, mesh: Mesh, sequence_parallel: bool
+) -> Any:
+    """Hook that counts this rank's share of the tokens: all ranks of a replica see the same ones,
+    unless the sequence is scattered.
+    """
 
     def count(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x_TI = inputs[0].flatten(0, -2)

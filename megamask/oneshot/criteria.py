@@ -23,7 +23,8 @@ class Criterion:
     """One method.
 
     Attributes:
-        prune: (weight_OI, stats, pattern, settings) -> Pruned; stats may be None when ``needs_stats`` is False.
+        prune: (weight_OI, stats, pattern, settings) -> Pruned; stats may be None when
+            ``needs_stats`` is False.
         needs_stats: reads the calibration inputs.
         needs_hessian: reads their Hessian too.
         updates_weight: ``Pruned.weight_OI`` replaces the weight.
@@ -44,17 +45,23 @@ class Criterion:
             check_block(settings.block, pattern)
 
 
-def _magnitude(weight_OI: torch.Tensor, _: InputStats | None, pattern: Pattern, settings: PruneSection) -> Pruned:
+def _magnitude(
+    weight_OI: torch.Tensor, _: InputStats | None, pattern: Pattern, settings: PruneSection
+) -> Pruned:
     return magnitude(weight_OI, pattern)
 
 
-def _wanda(weight_OI: torch.Tensor, stats: InputStats | None, pattern: Pattern, settings: PruneSection) -> Pruned:
+def _wanda(
+    weight_OI: torch.Tensor, stats: InputStats | None, pattern: Pattern, settings: PruneSection
+) -> Pruned:
     assert stats is not None
     return wanda(weight_OI, stats, pattern)
 
 
 def _sparsegpt(update: bool) -> Prune:
-    def prune(weight_OI: torch.Tensor, stats: InputStats | None, pattern: Pattern, settings: PruneSection) -> Pruned:
+    def prune(
+        weight_OI: torch.Tensor, stats: InputStats | None, pattern: Pattern, settings: PruneSection
+    ) -> Pruned:
         assert stats is not None
         return sparsegpt(weight_OI, stats, pattern, settings.damp, settings.block, update)
 
@@ -65,5 +72,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(_magnitude),
     "wanda": Criterion(_wanda, needs_stats=True),
     "sparsegpt": Criterion(_sparsegpt(update=False), needs_stats=True, needs_hessian=True),
-    "sparsegpt_update": Criterion(_sparsegpt(update=True), needs_stats=True, needs_hessian=True, updates_weight=True),
+    "sparsegpt_update": Criterion(
+        _sparsegpt(update=True), needs_stats=True, needs_hessian=True, updates_weight=True
+    ),
 }

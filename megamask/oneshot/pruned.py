@@ -16,8 +16,10 @@ class Pruned:
 
     Attributes:
         mask_OI: bool, True = keep, exactly n of every m.
-        weight_OI: updated weight in the dtype of the original with +0.0 in pruned places, or None when the original stays.
-        damp: SparseGPT's damping that was used in the end (more than asked for when the Hessian needed it), else None.
+        weight_OI: updated weight in the dtype of the original with +0.0 in pruned places, or None
+            when the original stays.
+        damp: SparseGPT's damping that was used in the end (more than asked for when the Hessian
+            needed it), else None.
     """
 
     mask_OI: torch.Tensor

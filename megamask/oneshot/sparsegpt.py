@@ -1,10 +1,13 @@
-"""SparseGPT, N:M (Frantar & Alistarh, "Massive Language Models Can Be Accurately Pruned in One-Shot", 2023, Algorithm 1).
+"""SparseGPT, N:M (Frantar & Alistarh, "Massive Language Models Can Be Accurately Pruned in
+One-Shot", 2023, Algorithm 1).
 
-Columns are visited from left to right. A removed weight's error is spread over the columns to its right so that the layer's
-output on the calibration inputs changes least; each group of m columns chooses what to remove from weights updated so far.
+Columns are visited from left to right. A removed weight's error is spread over the columns to its
+right so that the layer's output on the calibration inputs changes least; each group of m columns
+chooses what to remove from weights updated so far.
 
-The sweep is lazy on two levels: errors reach the rest of the group at once, the rest of the block after each group, the
-rest of the row after each block. Weights are held transposed, so that a column is contiguous.
+The sweep is lazy on two levels: errors reach the rest of the group at once, the rest of the block
+after each group, the rest of the row after each block. Weights are held transposed, so that a
+column is contiguous.
 
 Shapes: O out_features, I in_features, B columns of a block, M columns of a group.
 """
@@ -33,19 +36,22 @@ def sparsegpt(
 ) -> Pruned:
     """Mask (O, I) and, with ``update``, the weight that makes up for what was removed.
 
-    Rows do not interact, so a weight split over its rows gives the same result. Columns whose input was always zero are
-    removed first and are zero in the updated weight. The mask is the same with and without ``update``.
+    Rows do not interact, so a weight split over its rows gives the same result. Columns whose input
+    was always zero are removed first and are zero in the updated weight. The mask is the same with
+    and without ``update``.
 
     Args:
         weight_OI: any float dtype; the work is done in fp32.
         stats: of the whole input, with the Hessian.
-        damp: share of the mean diagonal added to the Hessian's diagonal; raised in steps if the Hessian needs more.
-        block: columns per lazy update, a multiple of m. Changes speed, not the result (up to rounding).
+        damp: share of the mean diagonal added to the Hessian's diagonal; raised in steps if the
+            Hessian needs more.
+        block: columns per lazy update, a multiple of m. Changes speed, not the result (up to
+            rounding).
         update: False keeps the original weight (``weight_OI`` of the result is None).
 
     Raises:
-        ConfigError: m does not divide in_features or the block; no tokens, inputs that are not finite, a Hessian that
-            damping cannot make positive definite.
+        ConfigError: m does not divide in_features or the block; no tokens, inputs that are not
+            finite, a Hessian that damping cannot make positive definite.
     """
     in_features = weight_OI.shape[1]
     pattern.groups(in_features)
@@ -65,7 +71,9 @@ def sparsegpt(
     mask_OI = keep_IO.t().contiguous()
     if not update:
         return Pruned(mask_OI, damp=used_damp)
-    updated_OI = work_IO.masked_fill_(~keep_IO, 0.0).t().to(weight_OI.dtype).contiguous()  # a fill: W * 0 could be -0.0
+    updated_OI = (
+        work_IO.masked_fill_(~keep_IO, 0.0).t().to(weight_OI.dtype).contiguous()
+    )  # a fill: W * 0 could be -0.0
     return Pruned(mask_OI, updated_OI, used_damp)
 
 
@@ -83,13 +91,17 @@ def check_block(block: int, pattern: Pattern) -> None:
 def inverse_factor(hessian_II: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
     """Upper triangular U with U^T U = inverse of the damped Hessian, (I, I), and the damping used.
 
-    Row j of U is row j of the inverse Hessian of columns j, j+1, ... divided by the root of its first entry: all the sweep needs.
-    U is got without the inverse: Cholesky in reversed order gives H = R R^T with R upper triangular, and U = R^-1.
+    Row j of U is row j of the inverse Hessian of columns j, j+1, ... divided by the root of its
+    first entry: all the sweep needs.
+    U is got without the inverse: Cholesky in reversed order gives H = R R^T with R upper
+    triangular, and U = R^-1.
 
-    Columns with a zero diagonal (no input) get the mean of the other diagonal entries; they touch no other column.
+    Columns with a zero diagonal (no input) get the mean of the other diagonal entries; they touch
+    no other column.
 
     Raises:
-        ConfigError: not positive definite, with ``damp`` or with DAMP_STEP times more, and more, up to DAMP_LIMIT.
+        ConfigError: not positive definite, with ``damp`` or with DAMP_STEP times more, and more, up
+            to DAMP_LIMIT.
     """
     diagonal_I = hessian_II.diagonal()
     live_I = diagonal_I[diagonal_I > 0]
@@ -99,13 +111,17 @@ def inverse_factor(hessian_II: torch.Tensor, damp: float) -> tuple[torch.Tensor,
     while (factor_II := _factor_or_none(hessian_II, filled_I + used * mean)) is None:
         if used >= DAMP_LIMIT:
             allowed = f"the damped Hessian must be positive definite, and is not with damping up to {used:g}"
-            raise ConfigError("prune.damp", damp, allowed, "Raise calibration.samples, or raise prune.damp.")
+            raise ConfigError(
+                "prune.damp", damp, allowed, "Raise calibration.samples, or raise prune.damp."
+            )
         used = min(used * DAMP_STEP, DAMP_LIMIT)
     return factor_II, used
 
 
 def _factor_or_none(hessian_II: torch.Tensor, diagonal_I: torch.Tensor) -> torch.Tensor | None:
-    """The factor of ``inverse_factor`` for the Hessian with this diagonal, or None if that is not positive definite."""
+    """The factor of ``inverse_factor`` for the Hessian with this diagonal, or None if that is not
+    positive definite.
+    """
     damped_II = hessian_II.clone()
     damped_II.diagonal().copy_(diagonal_I)
     reversed_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
@@ -115,8 +131,12 @@ def _factor_or_none(hessian_II: torch.Tensor, diagonal_I: torch.Tensor) -> torch
     return torch.linalg.solve_triangular(reversed_II.flip(0, 1), eye_II, upper=True)
 
 
-def _prune_block(work_BO: torch.Tensor, keep_BO: torch.Tensor, factor_BB: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Choose and remove in every group of a block, in place; returns the errors (B, O) to spread over the later blocks."""
+def _prune_block(
+    work_BO: torch.Tensor, keep_BO: torch.Tensor, factor_BB: torch.Tensor, pattern: Pattern
+) -> torch.Tensor:
+    """Choose and remove in every group of a block, in place; returns the errors (B, O) to spread
+    over the later blocks.
+    """
     errors_BO = torch.empty_like(work_BO)
     for start in range(0, len(work_BO), pattern.m):
         here, rest = slice(start, start + pattern.m), slice(start + pattern.m, None)
@@ -129,8 +149,12 @@ def _prune_block(work_BO: torch.Tensor, keep_BO: torch.Tensor, factor_BB: torch.
     return errors_BO
 
 
-def _remove_columns(work_MO: torch.Tensor, keep_MO: torch.Tensor, factor_MM: torch.Tensor, errors_MO: torch.Tensor) -> None:
-    """Remove a group's weights column by column: each error goes into ``errors_MO`` and over the group's later columns, in place."""
+def _remove_columns(
+    work_MO: torch.Tensor, keep_MO: torch.Tensor, factor_MM: torch.Tensor, errors_MO: torch.Tensor
+) -> None:
+    """Remove a group's weights column by column: each error goes into ``errors_MO`` and over the
+    group's later columns, in place.
+    """
     for column in range(len(work_MO)):
         torch.div(work_MO[column], factor_MM[column, column], out=errors_MO[column])
         errors_MO[column].masked_fill_(keep_MO[column], 0.0)

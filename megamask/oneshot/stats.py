@@ -20,7 +20,8 @@ class InputStats:
 
     Args:
         in_features: I, the whole input of the linear.
-        hessian: also accumulate the I x I matrix that SparseGPT needs; without it the memory is I floats.
+        hessian: also accumulate the I x I matrix that SparseGPT needs; without it the memory is I
+            floats.
         device: where the sums live.
     """
 
@@ -28,7 +29,9 @@ class InputStats:
         self.in_features = in_features
         self.tokens = 0
         self.sum_square_I = torch.zeros(in_features, device=device)
-        self.sum_outer_II = torch.zeros(in_features, in_features, device=device) if hessian else None
+        self.sum_outer_II = (
+            torch.zeros(in_features, in_features, device=device) if hessian else None
+        )
 
     @torch.no_grad()
     def add(self, x_TI: torch.Tensor) -> None:
@@ -38,7 +41,9 @@ class InputStats:
             ValueError: the last axis is not I.
         """
         if x_TI.shape[-1] != self.in_features:
-            raise ValueError(f"inputs of shape {tuple(x_TI.shape)} for a linear with {self.in_features} in_features")
+            raise ValueError(
+                f"inputs of shape {tuple(x_TI.shape)} for a linear with {self.in_features} in_features"
+            )
         is_bf16 = x_TI.dtype == torch.bfloat16
         x_TI = x_TI.reshape(-1, self.in_features).to(self.sum_square_I)
         self.tokens += x_TI.shape[0]
@@ -57,7 +62,12 @@ class InputStats:
             ConfigError: no tokens were added, or the inputs were not finite.
         """
         if self.tokens == 0:
-            raise ConfigError("calibration.samples", self.tokens, "at least one calibration token", "Give the calibration some text.")
+            raise ConfigError(
+                "calibration.samples",
+                self.tokens,
+                "at least one calibration token",
+                "Give the calibration some text.",
+            )
         mean_I = self.sum_square_I / self.tokens
         broken = int((~mean_I.isfinite()).sum())
         if broken:
@@ -73,8 +83,8 @@ class InputStats:
     def hessian_II(self) -> torch.Tensor:
         """Mean over tokens of x x^T, (I, I), a fresh tensor.
 
-        The layer-wise squared error has twice this as its Hessian; the factor changes no mask and no updated weight,
-        because damping is relative to the diagonal.
+        The layer-wise squared error has twice this as its Hessian; the factor changes no mask and
+        no updated weight, because damping is relative to the diagonal.
 
         Raises:
             ConfigError: as ``mean_square_I``.
@@ -88,7 +98,9 @@ class InputStats:
 
 @contextmanager
 def _bf16_factors(allowed: bool) -> Iterator[None]:
-    """Let fp32 matrix products round their factors to bf16. Factors that are bf16 already lose nothing; sums stay fp32; 3 times as fast."""
+    """Let fp32 matrix products round their factors to bf16. Factors that are bf16 already lose
+    nothing; sums stay fp32; 3 times as fast.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if allowed else before)
     try:

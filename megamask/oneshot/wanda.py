@@ -1,4 +1,6 @@
-"""Wanda: weight times activation norm (Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023)."""
+"""Wanda: weight times activation norm (Sun et al., "A Simple and Effective Pruning Approach for
+Large Language Models", 2023).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from megamask.sparsity.pattern import Pattern
 
 
 def wanda(weight_OI: torch.Tensor, stats: InputStats, pattern: Pattern) -> Pruned:
-    """Mask (O, I) of the n largest |W_ij| * |X_j|_2 of every group (Eq. 1); ties go to the earlier position.
+    """Mask (O, I) of the n largest |W_ij| * |X_j|_2 of every group (Eq. 1); ties go to the earlier
+    position.
 
     The norm is taken as a root mean square: the number of tokens scales every score alike.
 

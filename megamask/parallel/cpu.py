@@ -1,8 +1,9 @@
 """Everything that makes Megatron-Core run without CUDA, in one place.
 
-Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls, synchronises streams, and forks, saves and
-restores CUDA's random state around dropout and recomputation (a frozen model draws nothing from it). On a machine without CUDA all
-that is redirected while ``megatron_on_cpu`` is open; with CUDA it does nothing.
+Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls,
+synchronises streams, and forks, saves and restores CUDA's random state around dropout and
+recomputation (a frozen model draws nothing from it). On a machine without CUDA all that is
+redirected while ``megatron_on_cpu`` is open; with CUDA it does nothing.
 """
 
 from __future__ import annotations
@@ -41,16 +42,23 @@ def megatron_on_cpu(active: bool) -> Iterator[None]:
     current_device = patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
     synchronize = patch.object(torch.cuda, "synchronize", lambda device=None: None)
     fork = patch.object(random.CudaRNGStatesTracker, "fork", lambda *_: nullcontext())
-    state = patch.multiple(random, _get_cuda_rng_state=lambda **_: None, _set_cuda_rng_state=lambda *_, **__: None)
+    state = patch.multiple(
+        random, _get_cuda_rng_state=lambda **_: None, _set_cuda_rng_state=lambda *_, **__: None
+    )
     with current_device, synchronize, fork, state, _FactoriesOnCpu():
         yield
 
 
 def emulates_bf16() -> bool:
-    """Whether this CPU is known to lack bf16 matmuls, which oneDNN then makes at about a fifth of its fp32 speed.
+    """Whether this CPU is known to lack bf16 matmuls, which oneDNN then makes at about a fifth of
+    its fp32 speed.
 
     False where PyTorch is too old to tell (``torch.cpu.get_capabilities`` is missing).
     """
     read = getattr(torch.cpu, "get_capabilities", dict)
-    has = [present for name, present in read().items() if name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")]  # x86, ARM
+    has = [
+        present
+        for name, present in read().items()
+        if name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+    ]  # x86, ARM
     return bool(has) and not any(has)

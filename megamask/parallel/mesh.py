@@ -19,7 +19,9 @@ from megamask.parallel.cpu import megatron_on_cpu
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place: TP ranks hold shards of a layer, DP ranks hold copies that see different data."""
+    """This process's place: TP ranks hold shards of a layer, DP ranks hold copies that see
+    different data.
+    """
 
     device: torch.device
     rank: int
@@ -86,7 +88,12 @@ def choose_device(name: str) -> torch.device:
         ConfigError: CUDA was asked for and is not there.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", name, "cuda needs a CUDA device, none is visible", "Use device=auto or device=cpu.")
+        raise ConfigError(
+            "device",
+            name,
+            "cuda needs a CUDA device, none is visible",
+            "Use device=auto or device=cpu.",
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -106,9 +113,16 @@ def check_layout(config: Config) -> None:
     tp, world = config.parallel.tp, world_size()
     if world % tp:
         fix = f"Start {tp} processes (torchrun --nproc-per-node {tp}) or a multiple, or set parallel.tp to a divisor of {world}."
-        raise ConfigError("parallel.tp", tp, f"must divide the number of processes, here {world}", fix)
+        raise ConfigError(
+            "parallel.tp", tp, f"must divide the number of processes, here {world}", fix
+        )
     if config.parallel.sequence_parallel and tp == 1:
-        raise ConfigError("parallel.sequence_parallel", True, "needs parallel.tp > 1", "Switch it off or raise parallel.tp.")
+        raise ConfigError(
+            "parallel.sequence_parallel",
+            True,
+            "needs parallel.tp > 1",
+            "Switch it off or raise parallel.tp.",
+        )
 
 
 @contextmanager
@@ -126,7 +140,9 @@ def start(config: Config) -> Iterator[Mesh]:
     with megatron_on_cpu(active=device.type == "cpu"):
         _join(device, world, config.parallel.timeout_minutes)
         try:
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=device.type == "cuda")
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tp, create_gloo_process_groups=device.type == "cuda"
+            )
             if device.type == "cuda":
                 tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
             yield Mesh(
@@ -147,7 +163,9 @@ def _join(device: torch.device, world: int, timeout_minutes: int) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if world == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
     else:
         dist.init_process_group(backend, timeout=timeout)
 
@@ -155,5 +173,7 @@ def _join(device: torch.device, world: int, timeout_minutes: int) -> None:
 def _limit_threads(config: Config) -> None:
     """torchrun sets one OpenMP thread a process; share out the cores instead."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     torch.set_num_threads(config.parallel.threads or max(1, available // local))

@@ -8,14 +8,20 @@ from megamask.errors import ConfigError
 
 
 def owners(sizes: Sequence[int], replicas: int) -> list[int]:
-    """The replica that owns each of the tensors of ``sizes``, whole: the largest first, each to the one that has least so far.
+    """The replica that owns each of the tensors of ``sizes``, whole: the largest first, each to the
+    one that has least so far.
 
     Raises:
         ConfigError: a replica would own nothing.
     """
     if replicas > len(sizes):
         allowed = f"false on more replicas than masked layers, here {replicas} and {len(sizes)}"
-        raise ConfigError("learn.optimizer.distributed", True, allowed, "Switch it off, or start fewer replicas (a larger parallel.tp).")
+        raise ConfigError(
+            "learn.optimizer.distributed",
+            True,
+            allowed,
+            "Switch it off, or start fewer replicas (a larger parallel.tp).",
+        )
     found, loads = [0] * len(sizes), [0] * replicas
     for number in sorted(range(len(sizes)), key=lambda one: -sizes[one]):
         found[number] = loads.index(min(loads))
@@ -24,7 +30,9 @@ def owners(sizes: Sequence[int], replicas: int) -> list[int]:
 
 
 def largest_share(sizes: Sequence[int], replicas: int) -> float:
-    """The share of all ``sizes`` that the replica with the most owns; a little over 1 / replicas. Raises as ``owners``."""
+    """The share of all ``sizes`` that the replica with the most owns; a little over 1 / replicas.
+    Raises as ``owners``.
+    """
     loads = [0] * replicas
     for owner, size in zip(owners(sizes, replicas), sizes, strict=True):
         loads[owner] += size

@@ -1,9 +1,11 @@
-"""Bytes of state per prunable weight. The one place that says what each choice of state costs; tests compare it with real allocations."""
+"""Bytes of state per prunable weight. The one place that says what each choice of state costs;
+tests compare it with real allocations.
+"""
 
 from __future__ import annotations
 
 from megamask.config.tree import OptimizerSection, SamplingSection, StateSection
-from megamask.sparsity.draw import logits_per_group, winner_dtype
+from megamask.sparsity.distributions import code_dtype, logits_per_group
 from megamask.sparsity.pattern import Pattern
 
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes a number
@@ -14,10 +16,10 @@ WEIGHTS = "frozen weights"
 LOGITS = "mask logits"
 GRADIENTS = "gradients"
 MOMENTS = "optimizer moments"
-WINNERS = "winners of the survey"
+HARD_CODES = "winners of the survey"
 KEPT = "masked weights kept for the backward pass"
 STEP_GRADIENTS = "gradients at the masked weights of a step"
-PARTS = (WEIGHTS, LOGITS, GRADIENTS, MOMENTS, WINNERS, KEPT, STEP_GRADIENTS)
+PARTS = (WEIGHTS, LOGITS, GRADIENTS, MOMENTS, HARD_CODES, KEPT, STEP_GRADIENTS)
 
 
 def state_bytes(
@@ -32,29 +34,32 @@ def state_bytes(
     distribution: str = "categorical",
     learner: str = "gumbel",
 ) -> dict[str, float]:
-    """Bytes per prunable weight of everything whose size grows with the weights, by part (``PARTS``, in this order; 0 where unused).
+    """Bytes per prunable weight of everything whose size grows with the weights, by part
+    (``PARTS``, in this order; 0 where unused).
 
     With r = C / M logits a weight (1.5 at 2:4), or r = 1 under learn.distribution=linear:
 
     - frozen weights: 2 (bf16) or 4 (fp32).
     - mask logits: 4 r (fp32) or 2 r (bf16).
-    - gradients: the buffer in which micro-batches add up, 4 r or 2 r. The gradient of one layer that exists for a moment on top
-      of it is no state.
-    - optimizer moments: adamw 8 r or 4 r (two, in the dtype of the logits), adamw8bit 2 r and two fp32 scales per 256 logits, lion 2 r
-      (one, bf16), lion8bit r and one byte per 8 groups. Tables of 256 entries and step counters do not grow with the weights.
-      With optimizer.distributed a replica keeps ``moments_share`` of them.
-    - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.movement`` is off; linear takes 2 bytes each for M > 8, 4
-      for M > 16.
-    - masked weights: one width of the weight when every layer's is held between forward and backward: with masked_weight=keep, or
-      with draws=step, where they live for the whole step. With a draw per micro-batch 0 with regenerate, and recompute drops
-      ``redrawn_share`` of them.
-    - gradients at the masked weights: draws=step alone. 4 (fp32) when several micro-batches are added up and ``state.grads`` is
-      fp32, else the width of the weight.
+    - gradients: the buffer in which micro-batches add up, 4 r or 2 r. The gradient of one layer
+      that exists for a moment on top of it is no state.
+    - optimizer moments: adamw 8 r or 4 r (two, in the dtype of the logits), adamw8bit 2 r and two
+      fp32 scales per 256 logits, lion 2 r (one, bf16), lion8bit r and one byte per 8 groups. Tables
+      of 256 entries and step counters do not grow with the weights. With optimizer.distributed a
+      replica keeps ``moments_share`` of them.
+    - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.movement`` is off;
+      linear takes 2 bytes each for M > 8, 4 for M > 16.
+    - masked weights: one width of the weight when every layer's is held between forward and
+      backward: with masked_weight=keep, or with draws=step, where they live for the whole step.
+      With a draw per micro-batch 0 with regenerate, and recompute drops ``redrawn_share`` of them.
+    - gradients at the masked weights: draws=step alone. 4 (fp32) when several micro-batches are
+      added up and ``state.grads`` is fp32, else the width of the weight.
 
-    learner=maskpro runs no backward pass: of all that, it has weights, logits and winners, and one winner a group more, the initial
-    mask. At 2:4 in bf16 6.75.
+    learner=maskpro runs no backward pass: of all that, it has weights, logits and winners, and one
+    winner a group more, the initial mask. At 2:4 in bf16 6.75.
 
-    The total is what a lean footprint is judged by: at 2:4 in bf16 default 26.5 (26 without winners), lean 14.5, leanest 9.5.
+    The total is what a lean footprint is judged by: at 2:4 in bf16 default 26.5 (26 without
+    winners), lean 14.5, leanest 9.5.
 
     Args:
         pattern: N:M.
@@ -63,8 +68,10 @@ def state_bytes(
         sampling: ``learn.sampling``.
         accumulations: micro-batches of a step on one replica.
         dtype: of the frozen weights, ``bf16`` or ``fp32``.
-        redrawn_share: the share of the weights whose masked weights ``parallel.recompute`` makes again with the activations.
-        moments_share: the share of the layers that one replica updates, 1 / replicas when they divide evenly.
+        redrawn_share: the share of the weights whose masked weights ``parallel.recompute`` makes
+            again with the activations.
+        moments_share: the share of the layers that one replica updates, 1 / replicas when they
+            divide evenly.
         distribution: ``learn.distribution``.
         learner: ``learn.learner``.
 
@@ -73,22 +80,44 @@ def state_bytes(
     """
     group = logits_per_group(pattern, distribution)
     logits, weight = group / pattern.m, WIDTH[dtype]
-    one_draw, winner = sampling.draws == "step", winner_dtype(pattern, distribution).itemsize / pattern.m
+    step_draw, hard_codes = (
+        sampling.draws == "step",
+        code_dtype(pattern, distribution).itemsize / pattern.m,
+    )
     if learner == "maskpro":
-        kept = {WEIGHTS: weight, LOGITS: WIDTH[state.logits] * logits, WINNERS: (3 if state.movement else 1) * winner}
+        kept = {
+            WEIGHTS: weight,
+            LOGITS: WIDTH[state.logits] * logits,
+            HARD_CODES: (3 if state.movement else 1) * hard_codes,
+        }
         return {part: kept.get(part, 0.0) for part in PARTS}
     return {
         WEIGHTS: weight,
         LOGITS: WIDTH[state.logits] * logits,
         GRADIENTS: WIDTH[state.grads] * logits,
-        MOMENTS: moment_bytes(optimizer.kind, state.logits, group) * logits * (moments_share if optimizer.distributed else 1.0),
-        WINNERS: 2 * winner if state.movement else 0.0,
-        KEPT: weight if one_draw else weight * (1.0 - redrawn_share) if state.masked_weight == "keep" else 0.0,
-        STEP_GRADIENTS: (WIDTH["fp32"] if accumulations > 1 and state.grads == "fp32" else weight) if one_draw else 0.0,
+        MOMENTS: moment_bytes(optimizer.kind, state.logits, group)
+        * logits
+        * (moments_share if optimizer.distributed else 1.0),
+        HARD_CODES: 2 * hard_codes if state.movement else 0.0,
+        KEPT: weight
+        if step_draw
+        else weight * (1.0 - redrawn_share)
+        if state.masked_weight == "keep"
+        else 0.0,
+        STEP_GRADIENTS: (WIDTH["fp32"] if accumulations > 1 and state.grads == "fp32" else weight)
+        if step_draw
+        else 0.0,
     }
 
 
 def moment_bytes(kind: str, dtype: str, group: int) -> float:
-    """Bytes of optimizer state per mask logit of ``dtype``, of which ``group`` belong to each group."""
+    """Bytes of optimizer state per mask logit of ``dtype``, of which ``group`` belong to each
+    group.
+    """
     adam_scale, lion_scale = 4 / ADAM_BLOCK, 1 / (LION_BLOCK * group)
-    return {"adamw": 2.0 * WIDTH[dtype], "adamw8bit": 2 * (1 + adam_scale), "lion": 2.0, "lion8bit": 1 + lion_scale}[kind]
+    return {
+        "adamw": 2.0 * WIDTH[dtype],
+        "adamw8bit": 2 * (1 + adam_scale),
+        "lion": 2.0,
+        "lion8bit": 1 + lion_scale,
+    }[kind]

@@ -50,7 +50,8 @@ def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) 
         dp: replicas.
 
     Raises:
-        ConfigError: it does not fit; the message names the nearest settings that do. Also what ``Workload.check`` raises.
+        ConfigError: it does not fit; the message names the nearest settings that do. Also what
+            ``Workload.check`` raises.
     """
     work = Workload(config, arch, dp).check()
     total = memory_of(work, device).total
@@ -61,8 +62,12 @@ def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) 
 
 
 def check_free(config: Config, arch: Architecture, dp: int, free_bytes: float, title: str) -> None:
-    """Check before loading that a run fits the ``torch.cuda.mem_get_info()[0]`` bytes of a CUDA device. Raises as ``check_fits``."""
-    device = replace(GPUS["h100"], title=f"{title} (free now)", capacity=free_bytes + CONTEXT_BYTES)  # the context is there already
+    """Check before loading that a run fits the ``torch.cuda.mem_get_info()[0]`` bytes of a CUDA
+    device. Raises as ``check_fits``.
+    """
+    device = replace(
+        GPUS["h100"], title=f"{title} (free now)", capacity=free_bytes + CONTEXT_BYTES
+    )  # the context is there already
     check_fits(config, arch, device, dp)
 
 
@@ -70,12 +75,16 @@ def advice(work: Workload, device: Device) -> str:
     """The first remedy that fits, as a sentence."""
     remedy = next((one for one in remedies(work, device) if one.fits), None)
     if remedy is None:
-        return "Nothing in reach fits: plan a smaller model, or keep layers dense with model.exclude."
+        return (
+            "Nothing in reach fits: plan a smaller model, or keep layers dense with model.exclude."
+        )
     return f"The nearest that fits: {' '.join(remedy.names)} ({remedy.total / GIB:.1f} GiB on {remedy.device.title})."
 
 
 def remedies(work: Workload, device: Device) -> Iterator[Remedy]:
-    """Changes from the cheapest to the dearest, whether or not they fit: settings, more GPUs a layer, a larger GPU, both with settings."""
+    """Changes from the cheapest to the dearest, whether or not they fit: settings, more GPUs a
+    layer, a larger GPU, both with settings.
+    """
     steps = list(ladder(work.config))
     if work.dp > 1 and not work.config.learn.optimizer.distributed:
         alone: Settings = {"learn.optimizer.distributed": True}
@@ -96,7 +105,8 @@ def remedies(work: Workload, device: Device) -> Iterator[Remedy]:
 def ladder(config: Config) -> Iterator[Settings]:
     """Settings to change on the same devices, from the cheapest to the dearest.
 
-    First what costs nothing or one more pass, then recomputation, then another optimizer with leaner state, then smaller micro-batches.
+    First what costs nothing or one more pass, then recomputation, then another optimizer with
+    leaner state, then smaller micro-batches.
     """
     once = config.learn.sampling.draws == "step"
     if not config.parallel.sequence_parallel:
@@ -104,9 +114,14 @@ def ladder(config: Config) -> Iterator[Settings]:
     if config.learn.state.masked_weight == "keep" and not once:
         yield {"learn.state.masked_weight": "regenerate"}
     policies = (False, "mlp", True)
-    recompute: list[Settings] = [{"parallel.recompute": more} for more in policies[policies.index(config.parallel.recompute) + 1 :]]
+    recompute: list[Settings] = [
+        {"parallel.recompute": more}
+        for more in policies[policies.index(config.parallel.recompute) + 1 :]
+    ]
     yield from recompute
-    leaner: list[Settings] = [{"learn.footprint": name} for name in ("lean", "leanest") if footprint_applies(config, name)]
+    leaner: list[Settings] = [
+        {"learn.footprint": name} for name in ("lean", "leanest") if footprint_applies(config, name)
+    ]
     yield from leaner
     both = [{**again, **lean} for lean in leaner for again in recompute]
     yield from both
@@ -117,7 +132,9 @@ def ladder(config: Config) -> Iterator[Settings]:
         yield from ({**smaller, **more} for more in [{}, *recompute, *both])
 
 
-def _remedy(work: Workload, device: Device, settings: Settings, dp: int | None = None, device_name: str = "") -> Remedy:
+def _remedy(
+    work: Workload, device: Device, settings: Settings, dp: int | None = None, device_name: str = ""
+) -> Remedy:
     names = [f"{key}={str(value).lower()}" for key, value in settings.items()]
     names += [f"plan.dp={dp}"] if dp not in (None, work.dp) else []
     names += [f"plan.gpu={device_name}"] if device_name else []
@@ -125,14 +142,24 @@ def _remedy(work: Workload, device: Device, settings: Settings, dp: int | None =
 
 
 def footprint_applies(config: Config, name: str) -> bool:
-    """Whether naming the footprint would change the state: a recipe's own settings of learn.state and optimizer.kind win over it."""
+    """Whether naming the footprint would change the state: a recipe's own settings of learn.state
+    and optimizer.kind win over it.
+    """
     given = _choices(config.model_dump(exclude_unset=True).get("learn", {}))
-    present, wanted = _choices(FOOTPRINTS[config.learn.footprint].get("learn", {})), _choices(FOOTPRINTS[name]["learn"])
+    present, wanted = (
+        _choices(FOOTPRINTS[config.learn.footprint].get("learn", {})),
+        _choices(FOOTPRINTS[name]["learn"]),
+    )
     own = {key: value for key, value in given.items() if present.get(key) != value}
-    return name != config.learn.footprint and all(wanted.get(key, value) == value for key, value in own.items())
+    return name != config.learn.footprint and all(
+        wanted.get(key, value) == value for key, value in own.items()
+    )
 
 
 def _choices(learn: dict[str, Any]) -> dict[str, Any]:
     """The part of ``learn`` that sets bytes a weight."""
     optimizer = learn.get("optimizer", {})
-    return {**learn.get("state", {}), **({"kind": optimizer["kind"]} if "kind" in optimizer else {})}
+    return {
+        **learn.get("state", {}),
+        **({"kind": optimizer["kind"]} if "kind" in optimizer else {}),
+    }

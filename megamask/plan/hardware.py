@@ -1,4 +1,6 @@
-"""The devices a plan is made for. Peaks are the makers' data sheets (dense, no sparsity); shares of them are this model's assumptions."""
+"""The devices a plan is made for. Peaks are the makers' data sheets (dense, no sparsity); shares of
+them are this model's assumptions.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ GIB = 2.0**30
 CONTEXT_BYTES = 1.5 * GIB  # CUDA context, cuBLAS workspaces, NCCL buffers
 FRAGMENTATION = 0.05  # of the memory that comes and goes: what the allocator cannot use
 GPUS_A_NODE = 8
-LAUNCH_SECONDS = 1e-3  # the host's work on one layer of one micro-batch, forward and backward; the device waits when it is faster
+# the host's work on one layer of one micro-batch, forward and backward; the device waits when it is
+# faster
+LAUNCH_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Device:
         attention: share of ``flops`` that attention reaches.
         copy: share of ``bandwidth`` that elementwise kernels and optimizers reach.
         link: share of a link that a collective reaches.
-        group_seconds: (forward, backward) arithmetic of the sampling, seconds per logit of a group; 0 where memory is the limit.
+        group_seconds: (forward, backward) arithmetic of the sampling, seconds per logit of a group;
+            0 where memory is the limit.
     """
 
     title: str
@@ -46,29 +51,43 @@ class Device:
     is_cpu: bool = False
 
     def allowance(self, working: float) -> float:
-        """Bytes that are neither tensors of the model nor of the step, given the bytes that come and go."""
+        """Bytes that are neither tensors of the model nor of the step, given the bytes that come
+        and go.
+        """
         return 0.0 if self.is_cpu else CONTEXT_BYTES + FRAGMENTATION * working
 
 
 GPUS = {
-    "a100-40": Device("A100 40GB", 39.4 * GIB, 312e12, 1.555e12, 300e9, 25e9, matmul=0.70, attention=0.45),
-    "a100": Device("A100 80GB", 79.2 * GIB, 312e12, 2.039e12, 300e9, 25e9, matmul=0.70, attention=0.45),
-    "h100": Device("H100 80GB", 79.2 * GIB, 989e12, 3.35e12, 450e9, 50e9, matmul=0.55, attention=0.35),
-    "h200": Device("H200 141GB", 139.8 * GIB, 989e12, 4.8e12, 450e9, 50e9, matmul=0.55, attention=0.35),
+    "a100-40": Device(
+        "A100 40GB", 39.4 * GIB, 312e12, 1.555e12, 300e9, 25e9, matmul=0.70, attention=0.45
+    ),
+    "a100": Device(
+        "A100 80GB", 79.2 * GIB, 312e12, 2.039e12, 300e9, 25e9, matmul=0.70, attention=0.45
+    ),
+    "h100": Device(
+        "H100 80GB", 79.2 * GIB, 989e12, 3.35e12, 450e9, 50e9, matmul=0.55, attention=0.35
+    ),
+    "h200": Device(
+        "H200 141GB", 139.8 * GIB, 989e12, 4.8e12, 450e9, 50e9, matmul=0.55, attention=0.35
+    ),
 }
 
 
 def device_named(name: str) -> Device:
-    """A GPU of the table, or ``cpu``: this machine, with the rates of a core with AVX-512 and AMX as measured in docs/log.md.
+    """A GPU of the table, or ``cpu``: this machine, with the rates of a core with AVX-512 and AMX
+    as measured in docs/log.md.
 
-    Sampling (2:4, bf16 weights, fp32 logits) took one core 12.0 ns a group forward and 14.5 backward alone, and about 20 each inside a
-    learning step, where the logits come from memory; the plan uses the latter.
+    Sampling (2:4, bf16 weights, fp32 logits) took one core 12.0 ns a group forward and 14.5
+    backward alone, and about 20 each inside a learning step, where the logits come from memory; the
+    plan uses the latter.
     """
     return GPUS[name] if name in GPUS else _this_cpu()
 
 
 def _this_cpu() -> Device:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return Device(
         title=f"CPU, {cores} cores",
         capacity=float(psutil.virtual_memory().total),
@@ -78,6 +97,9 @@ def _this_cpu() -> Device:
         fabric=1e9,
         matmul=0.75,
         attention=0.3,
-        group_seconds=(20e-9 / 6 / cores, 20e-9 / 6 / cores),  # measured at 2:4, 6 logits a group; linear fits too
+        group_seconds=(
+            20e-9 / 6 / cores,
+            20e-9 / 6 / cores,
+        ),  # measured at 2:4, 6 logits a group; linear fits too
         is_cpu=True,
     )

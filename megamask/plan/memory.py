@@ -1,8 +1,11 @@
-"""Peak memory of one rank by part: state, saved activations, and what the busiest moment of a step needs on top of them.
+"""Peak memory of one rank by part: state, saved activations, and what the busiest moment of a step
+needs on top of them.
 
-The model is counted from what the code saves for the backward pass with PyTorch's own norm, activation and attention (Transformer
-Engine's need less); a test compares it with what PyTorch's allocator reports. Attention makes no S x S matrix. Legend: T tokens of a
-micro-batch, H hidden, Q and K the widths of this rank's queries and keys, F of its feed-forward, V its rows of the vocabulary.
+The model is counted from what the code saves for the backward pass with PyTorch's own norm,
+activation and attention (Transformer Engine's need less); a test compares it with what PyTorch's
+allocator reports. Attention makes no S x S matrix. Legend: T tokens of a micro-batch, H hidden, Q
+and K the widths of this rank's queries and keys, F of its feed-forward, V its rows of the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ LOSS = "working memory of the vocabulary loss"
 LAYER = "working memory of a layer's backward"
 ALLOWANCE = "allowance: CUDA context, NCCL, fragmentation"
 
-EAGER_BYTES = 32  # per logit of a layer, while plain PyTorch samples from the categorical; fused backends need none
+# per logit of a layer, while plain PyTorch samples from the categorical; fused backends need none
+EAGER_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,31 @@ def memory_of(work: Workload, device: Device) -> Memory:
     state = {**whole, OTHER_WEIGHTS: float(work.other_weights * work.width)}
     if work.accumulations > 1 and work.config.learn.state.grads == "fp32":
         state |= gradients  # a buffer that stays
-    before = {} if STEP_GRADIENTS in state or work.accumulations == 1 else gradients  # of the micro-batches so far
+    before = (
+        {} if STEP_GRADIENTS in state or work.accumulations == 1 else gradients
+    )  # of the micro-batches so far
     after = {} if STEP_GRADIENTS in state else gradients
-    moments = [{**before, **_at_loss(work, device)}, {**before, **_in_layer(work)}, {**after, ACTIVATIONS: 0.0}]
+    moments = [
+        {**before, **_at_loss(work, device)},
+        {**before, **_in_layer(work)},
+        {**after, ACTIVATIONS: 0.0},
+    ]
     if work.forward_passes:
         moments = [_forward_at_loss(work, device), _forward_in_layer(work)]
-    step = {**kept, **max(moments, key=lambda moment: sum(moment.values())), NEW_WINNERS: weights / work.pattern.m * work.winner_bytes}
+    step = {
+        **kept,
+        **max(moments, key=lambda moment: sum(moment.values())),
+        NEW_WINNERS: weights / work.pattern.m * work.code_bytes,
+    }
     return Memory(state, step, device.allowance(sum(step.values())))
 
 
 def layer_activations(work: Workload) -> float:
     """Bytes that one layer saves for its backward pass.
 
-    Per token: two norms' fp32 inputs (4 H each), inputs of the four linears (H, Q, H, F), fused q/k/v before and q, k after the
-    rotation, attention's log-sums (4 a head), and of the gated activation the two halves together (2 F), SiLU's output and the other half.
+    Per token: two norms' fp32 inputs (4 H each), inputs of the four linears (H, Q, H, F), fused
+    q/k/v before and q, k after the rotation, attention's log-sums (4 a head), and of the gated
+    activation the two halves together (2 F), SiLU's output and the other half.
     """
     arch, tp = work.arch, work.tp
     hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
@@ -84,7 +99,9 @@ def layer_activations(work: Workload) -> float:
 
 
 def recomputed_activations(work: Workload) -> float:
-    """Bytes of ``layer_activations`` that ``parallel.recompute`` makes again: all, or the feed-forward part's but for its input (5 F)."""
+    """Bytes of ``layer_activations`` that ``parallel.recompute`` makes again: all, or the
+    feed-forward part's but for its input (5 F).
+    """
     if work.config.parallel.recompute == "mlp":
         return work.tokens * work.width * 5 * work.arch.ffn / work.tp
     return layer_activations(work) if work.config.parallel.recompute else 0.0
@@ -92,11 +109,18 @@ def recomputed_activations(work: Workload) -> float:
 
 def stream(work: Workload) -> float:
     """Bytes of the hidden states between two layers."""
-    return work.tokens * work.arch.hidden / (work.tp if work.config.parallel.sequence_parallel else 1) * work.width
+    return (
+        work.tokens
+        * work.arch.hidden
+        / (work.tp if work.config.parallel.sequence_parallel else 1)
+        * work.width
+    )
 
 
 def saved_activations(work: Workload) -> float:
-    """Bytes of activations when the forward pass of the layers is over. The first layer's norm saves nothing: the embedding is frozen."""
+    """Bytes of activations when the forward pass of the layers is over. The first layer's norm
+    saves nothing: the embedding is frozen.
+    """
     layers = work.arch.num_layers
     fp32_stream = stream(work) * 4 / work.width
     if work.config.parallel.recompute is True:
@@ -105,14 +129,21 @@ def saved_activations(work: Workload) -> float:
 
 
 def _at_loss(work: Workload, device: Device) -> dict[str, float]:
-    """Chunks of logits, an fp32 block of them, hidden states and their gradient, both whole on each rank."""
+    """Chunks of logits, an fp32 block of them, hidden states and their gradient, both whole on each
+    rank.
+    """
     where, row = torch.device("cpu" if device.is_cpu else "cuda"), work.vocab_rows
     shard = VocabularyShard(first=0, real=row, rows=row)
     rows = min(work.tokens, chunk_size(shard, where))
     block = min(rows, block_size(shard, where))
     hidden = work.tokens * work.arch.hidden * work.width
-    teacher = hidden + row * rows * work.width if work.config.learn.loss.kind != "lm" else 0  # and a chunk of its logits; blocks are shared
-    return {ACTIVATIONS: saved_activations(work), LOSS: row * (rows * work.width + block * 4) + 2 * hidden + teacher + gathered(work)}
+    teacher = (
+        hidden + row * rows * work.width if work.config.learn.loss.kind != "lm" else 0
+    )  # and a chunk of its logits; blocks are shared
+    return {
+        ACTIVATIONS: saved_activations(work),
+        LOSS: row * (rows * work.width + block * 4) + 2 * hidden + teacher + gathered(work),
+    }
 
 
 def _forward_at_loss(work: Workload, device: Device) -> dict[str, float]:
@@ -122,28 +153,51 @@ def _forward_at_loss(work: Workload, device: Device) -> dict[str, float]:
 
 
 def _forward_in_layer(work: Workload) -> dict[str, float]:
-    """The residual stream, its norm, and the first linear's output with the gated activation's; and the linear's masked weight."""
+    """The residual stream, its norm, and the first linear's output with the gated activation's; and
+    the linear's masked weight.
+    """
     largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
     wide = work.tokens * work.arch.ffn / work.tp * work.width
-    return {ONE_LAYER: float(largest * work.width), ACTIVATIONS: 0.0, LAYER: 2 * stream(work) + 4 * wide + gathered(work)}
+    return {
+        ONE_LAYER: float(largest * work.width),
+        ACTIVATIONS: 0.0,
+        LAYER: 2 * stream(work) + 4 * wide + gathered(work),
+    }
 
 
 def _in_layer(work: Workload) -> dict[str, float]:
-    """The last layer's backward pass: gradients of two streams, then the busiest of second linear, activation, first linear.
+    """The last layer's backward pass: gradients of two streams, then the busiest of second linear,
+    activation, first linear.
 
-    A linear's weight gradient exists for a moment, and so does its masked weight where it is drawn again.
+    A linear's weight gradient exists for a moment, and so does its masked weight where it is drawn
+    again.
     """
     config, arch = work.config, work.arch
     once = config.learn.sampling.draws == "step"
     redrawn = config.learn.state.masked_weight == "regenerate" and not once
-    layer = [linear for linear in work.linears if linear.is_masked and linear.layer == work.linears[-1].layer]
+    layer = [
+        linear
+        for linear in work.linears
+        if linear.is_masked and linear.layer == work.linears[-1].layer
+    ]
     largest = max((linear.weights for linear in layer), default=0)
     made: dict[str, float] = {}
     if not once and (redrawn or config.parallel.recompute):
-        made = {ONE_LAYER: float(work.width * (largest if redrawn else sum(linear.weights for linear in layer if linear.is_recomputed)))}
+        made = {
+            ONE_LAYER: float(
+                work.width
+                * (
+                    largest
+                    if redrawn
+                    else sum(linear.weights for linear in layer if linear.is_recomputed)
+                )
+            )
+        }
     wide = work.tokens * arch.ffn / work.tp * work.width
     weight_grad = 0.0 if once and work.accumulations == 1 else float(largest * work.width)
-    whole_input = work.tokens * arch.hidden * work.width  # gradient of a column-parallel linear's input, whole on each rank
+    whole_input = (
+        work.tokens * arch.hidden * work.width
+    )  # gradient of a column-parallel linear's input, whole on each rank
     if config.learn.sampling.backend == "torch" and not once:
         weight_grad += eager_bytes(work) * largest * work.logits_per_group / work.pattern.m
     busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - 3 * wide)
@@ -152,7 +206,9 @@ def _in_layer(work: Workload) -> dict[str, float]:
 
 
 def eager_bytes(work: Workload) -> float:
-    """Bytes per logit of a layer while plain PyTorch samples it: for linear also two tables of K + 1 coefficients, K = min(N, M - N)."""
+    """Bytes per logit of a layer while plain PyTorch samples it: for linear also two tables of K +
+    1 coefficients, K = min(N, M - N).
+    """
     pattern = work.pattern
     tables = 2 * 4 * (min(pattern.n, pattern.m - pattern.n) + 1)
     return EAGER_BYTES + (tables if work.config.learn.distribution == "linear" else 0)
@@ -160,4 +216,8 @@ def eager_bytes(work: Workload) -> float:
 
 def gathered(work: Workload) -> float:
     """Bytes of Megatron's buffer for the inputs that sequence parallel gathers."""
-    return work.tokens * work.arch.hidden * work.width if work.config.parallel.sequence_parallel else 0.0
+    return (
+        work.tokens * work.arch.hidden * work.width
+        if work.config.parallel.sequence_parallel
+        else 0.0
+    )

@@ -1,6 +1,8 @@
-"""Seconds of a step by part, from FLOPs and bytes and the shares of a device's peaks that ``hardware`` states.
+"""Seconds of a step by part, from FLOPs and bytes and the shares of a device's peaks that
+``hardware`` states.
 
-Nothing overlaps: communication, optimizer and sampling are added up, so a run that hides some of it is faster than its plan.
+Nothing overlaps: communication, optimizer and sampling are added up, so a run that hides some of it
+is faster than its plan.
 """
 
 from __future__ import annotations
@@ -24,9 +26,21 @@ TP_LINKS = "tensor parallel communication"
 DP_LINKS = "data parallel gradients"
 LAUNCHES = "waiting for the host"
 
-TWICE: dict[bool | str, float] = {False: 0.0, "mlp": 1 / 3, True: 1.0}  # the share of a forward pass's launches that recompute repeats
-FORWARD = {MATMULS: 1 / 3, ATTENTION: 1 / 3, HEAD: 1 / 2, ELEMENTWISE: 1 / 3, RECOMPUTE: 0.0}  # the forward pass's share of a step's work
-EAGER = 5.0  # bytes that plain PyTorch moves to sample, over those of one fused pass: about 154 a weight against 32 at 2:4
+TWICE: dict[bool | str, float] = {
+    False: 0.0,
+    "mlp": 1 / 3,
+    True: 1.0,
+}  # the share of a forward pass's launches that recompute repeats
+FORWARD = {
+    MATMULS: 1 / 3,
+    ATTENTION: 1 / 3,
+    HEAD: 1 / 2,
+    ELEMENTWISE: 1 / 3,
+    RECOMPUTE: 0.0,
+}  # the forward pass's share of a step's work
+# bytes that plain PyTorch moves to sample, over those of one fused pass: about 154 a weight against
+# 32 at 2:4
+EAGER = 5.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +84,9 @@ class Time:
 def flops_per_token(work: Workload) -> dict[str, float]:
     """Model FLOPs per token, forward and backward, of the whole model: 2 a weight and pass.
 
-    A masked linear has a forward, a gradient at its input and one at its weight: 6 a weight. A frozen one (the head, linears kept
-    dense) has no weight gradient: 4. The embedding is a look-up: 0. Causal attention sees S / 2 keys on average: 2 S Q a layer
-    forward, twice that backward.
+    A masked linear has a forward, a gradient at its input and one at its weight: 6 a weight. A
+    frozen one (the head, linears kept dense) has no weight gradient: 4. The embedding is a look-up:
+    0. Causal attention sees S / 2 keys on average: 2 S Q a layer forward, twice that backward.
     """
     arch = work.arch
     dense = sum(linear.whole for linear in work.linears if not linear.is_masked)
@@ -86,14 +100,30 @@ def flops_per_token(work: Workload) -> dict[str, float]:
 def time_of(work: Workload, device: Device) -> Time:
     """Seconds of a step of ``work`` on ``device``."""
     micro, passes = work.accumulations, work.forward_passes
-    compute = {part: seconds * micro * (passes * FORWARD[part] if passes else 1) for part, seconds in _compute(work, device).items()}
-    sampling, links = _sampling(work, device), {TP_LINKS: micro * _tp_seconds(work, device), DP_LINKS: _dp_seconds(work, device)}
+    compute = {
+        part: seconds * micro * (passes * FORWARD[part] if passes else 1)
+        for part, seconds in _compute(work, device).items()
+    }
+    sampling, links = (
+        _sampling(work, device),
+        {TP_LINKS: micro * _tp_seconds(work, device), DP_LINKS: _dp_seconds(work, device)},
+    )
     parts = {**compute, **sampling, OPTIMIZER: _optimizer(work, device), **links}
     if work.config.learn.loss.kind != "lm":
         parts[TEACHER] = micro * _teacher(work, device)
-    forced = LAUNCH_SECONDS * micro * work.arch.num_layers * (1 + TWICE[work.config.parallel.recompute] / 3)
-    parts[LAUNCHES] = 0.0 if device.is_cpu else max(0.0, forced - sum(compute.values()) - sum(sampling.values()))
-    flops = {part: number * (passes * FORWARD[part] if passes else 1) for part, number in flops_per_token(work).items()}
+    forced = (
+        LAUNCH_SECONDS
+        * micro
+        * work.arch.num_layers
+        * (1 + TWICE[work.config.parallel.recompute] / 3)
+    )
+    parts[LAUNCHES] = (
+        0.0 if device.is_cpu else max(0.0, forced - sum(compute.values()) - sum(sampling.values()))
+    )
+    flops = {
+        part: number * (passes * FORWARD[part] if passes else 1)
+        for part, number in flops_per_token(work).items()
+    }
     model_flops = sum(flops.values()) * work.tokens_a_step
     return Time(parts, work.tokens_a_step, work.tp * work.dp, model_flops, device.flops)
 
@@ -108,25 +138,41 @@ def _compute(work: Workload, device: Device) -> dict[str, float]:
     numbers = work.tokens * work.arch.num_layers / (device.bandwidth * device.copy)
     gated = _gated_bytes(work) * numbers
     elementwise = _elementwise_bytes(work) * numbers + gated
-    loss = 24 * work.vocab_rows * work.tokens / (device.bandwidth * device.copy)  # passes over a logit: about six of 4 bytes
+    loss = (
+        24 * work.vocab_rows * work.tokens / (device.bandwidth * device.copy)
+    )  # passes over a logit: about six of 4 bytes
     again = 2.0 * work.recomputed_weights * share / (device.flops * device.matmul)
-    again += {False: 0.0, "mlp": gated, True: attention + elementwise}[work.config.parallel.recompute] / 3
-    return {MATMULS: matmuls, ATTENTION: attention, HEAD: head + loss, ELEMENTWISE: elementwise, RECOMPUTE: again}
+    again += {False: 0.0, "mlp": gated, True: attention + elementwise}[
+        work.config.parallel.recompute
+    ] / 3
+    return {
+        MATMULS: matmuls,
+        ATTENTION: attention,
+        HEAD: head + loss,
+        ELEMENTWISE: elementwise,
+        RECOMPUTE: again,
+    }
 
 
 def _teacher(work: Workload, device: Device) -> float:
-    """Seconds of the dense model's forward pass on one micro-batch: a third of each part, half the communication, logits of its own."""
+    """Seconds of the dense model's forward pass on one micro-batch: a third of each part, half the
+    communication, logits of its own.
+    """
     forward = {**_compute(work, device), RECOMPUTE: 0.0, HEAD: 0.0}
     share = work.tokens / work.tp
     head = 2.0 * work.arch.vocab * work.arch.hidden * share / (device.flops * device.matmul)
-    logits = 24 * work.vocab_rows * work.tokens / (device.bandwidth * device.copy)  # as many passes as over the student's
+    logits = (
+        24 * work.vocab_rows * work.tokens / (device.bandwidth * device.copy)
+    )  # as many passes as over the student's
     return sum(forward.values()) / 3 + head + logits + _tp_seconds(work, device) / 2
 
 
 def _elementwise_bytes(work: Workload) -> float:
-    """Bytes per token and layer that unfused PyTorch moves between matmuls, forward, times three for the backward pass.
+    """Bytes per token and layer that unfused PyTorch moves between matmuls, forward, times three
+    for the backward pass.
 
-    In bf16: 36 H for a norm with fp32 inside and 6 H for a residual, twice; 24 (Q + K) for the rotation; ``_gated_bytes`` come on top.
+    In bf16: 36 H for a norm with fp32 inside and 6 H for a residual, twice; 24 (Q + K) for the
+    rotation; ``_gated_bytes`` come on top.
     """
     arch, tp = work.arch, work.tp
     hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
@@ -142,18 +188,31 @@ def _gated_bytes(work: Workload) -> float:
 def _sampling(work: Workload, device: Device) -> dict[str, float]:
     """Seconds of drawing masks in a step, forward and backward.
 
-    A forward reads logits and weight and writes the masked weight; a backward reads them with dW, and reads and writes the gradients.
-    A draw per micro-batch does both each time, and a forward again of what is recomputed and again to regenerate; a draw per step does
-    both once, and adds up dW between micro-batches.
+    A forward reads logits and weight and writes the masked weight; a backward reads them with dW,
+    and reads and writes the gradients. A draw per micro-batch does both each time, and a forward
+    again of what is recomputed and again to regenerate; a draw per step does both once, and adds up
+    dW between micro-batches.
     """
     config, weights, width, micro = work.config, work.masked_weights, work.width, work.accumulations
-    logits, grads, once = work.state[LOGITS], work.state[GRADIENTS], config.learn.sampling.draws == "step"
+    logits, grads, once = (
+        work.state[LOGITS],
+        work.state[GRADIENTS],
+        config.learn.sampling.draws == "step",
+    )
     slower = EAGER if config.learn.sampling.backend == "torch" else 1.0
-    rate, numbers = device.bandwidth * device.copy / slower, slower * weights / work.pattern.m * work.logits_per_group
+    rate, numbers = (
+        device.bandwidth * device.copy / slower,
+        slower * weights / work.pattern.m * work.logits_per_group,
+    )
     forward = max(weights * (logits + 2 * width) / rate, numbers * device.group_seconds[0])
-    backward = max(weights * (logits + 2 * width + 2 * grads) / rate, numbers * device.group_seconds[1])
+    backward = max(
+        weights * (logits + 2 * width + 2 * grads) / rate, numbers * device.group_seconds[1]
+    )
     if work.forward_passes:  # and for every mask of the step once more, with its score
-        return {SAMPLING_FORWARD: micro * work.forward_passes * forward, SAMPLING_BACKWARD: config.learn.maskpro.masks * backward}
+        return {
+            SAMPLING_FORWARD: micro * work.forward_passes * forward,
+            SAMPLING_BACKWARD: config.learn.maskpro.masks * backward,
+        }
     if once:
         adding = weights * (width + 8) / rate * micro if micro > 1 else 0.0
         return {SAMPLING_FORWARD: forward, SAMPLING_BACKWARD: backward + adding}
@@ -162,19 +221,26 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
 
 
 def _optimizer(work: Workload, device: Device) -> float:
-    """Logits and moments are read and written; gradients are read for the norm, read again for the update, and cleared."""
+    """Logits and moments are read and written; gradients are read for the norm, read again for the
+    update, and cleared.
+    """
     if work.forward_passes:
         return 0.0
     state = work.state  # the moments of this replica
-    moved = work.updated_share * (2 * state[LOGITS] + 2 * state[GRADIENTS]) + 2 * state[MOMENTS] + state[GRADIENTS]
+    moved = (
+        work.updated_share * (2 * state[LOGITS] + 2 * state[GRADIENTS])
+        + 2 * state[MOMENTS]
+        + state[GRADIENTS]
+    )
     return work.masked_weights * moved / (device.bandwidth * device.copy)
 
 
 def _tp_seconds(work: Workload, device: Device) -> float:
-    """All-reduces (or gathers and scatters) of hidden states in one micro-batch: two a layer and pass, one more for the loss.
+    """All-reduces (or gathers and scatters) of hidden states in one micro-batch: two a layer and
+    pass, one more for the loss.
 
-    Recomputation repeats both of a forward pass, that of the feed-forward part one. Sequence parallel gathers the input of the
-    column-parallel linears once more for their weight gradients.
+    Recomputation repeats both of a forward pass, that of the feed-forward part one. Sequence
+    parallel gathers the input of the column-parallel linears once more for their weight gradients.
     """
     tp, config = work.tp, work.config
     if tp == 1:
@@ -182,16 +248,25 @@ def _tp_seconds(work: Workload, device: Device) -> float:
     again = {False: 0, "mlp": 1, True: 2}[config.parallel.recompute]
     passes = 2 * work.forward_passes or 4 + again + int(config.parallel.sequence_parallel)
     hidden = work.tokens * work.arch.hidden * work.width
-    return (passes * work.arch.num_layers + 1) * hidden * _ring(tp) / (_link(tp, device) * device.link)
+    return (
+        (passes * work.arch.num_layers + 1) * hidden * _ring(tp) / (_link(tp, device) * device.link)
+    )
 
 
 def _dp_seconds(work: Workload, device: Device) -> float:
-    """One all-reduce of the gradients of the logits in a step; distributed, half of one, and half of one of the logits."""
+    """One all-reduce of the gradients of the logits in a step; distributed, half of one, and half
+    of one of the logits.
+    """
     if work.dp == 1 or work.forward_passes:
         return 0.0
     state, distributed = work.state, work.config.learn.optimizer.distributed
     size = (state[GRADIENTS] + state[LOGITS]) / 2 if distributed else state[GRADIENTS]
-    return work.masked_weights * size * _ring(work.dp) / (_link(work.tp * work.dp, device) * device.link)
+    return (
+        work.masked_weights
+        * size
+        * _ring(work.dp)
+        / (_link(work.tp * work.dp, device) * device.link)
+    )
 
 
 def _ring(ranks: int) -> float:

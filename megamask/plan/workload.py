@@ -13,15 +13,17 @@ from megamask.data.batches import check_batch
 from megamask.errors import ConfigError
 from megamask.parallel.partition import largest_share, owners
 from megamask.plan.bytes import WIDTH, state_bytes
-from megamask.sparsity.draw import logits_per_group, winner_dtype
+from megamask.sparsity.distributions import code_dtype, logits_per_group
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
-from megamask.weights.table import check_tp, prunable, rules
+from megamask.weights.mapping import check_tp, prunable, rules
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A Megatron linear of one rank: ``weights`` of its shard, ``whole`` of the model, and whether it gets a mask or is computed twice."""
+    """A Megatron linear of one rank: ``weights`` of its shard, ``whole`` of the model, and whether
+    it gets a mask or is computed twice.
+    """
 
     layer: int
     weights: int
@@ -46,18 +48,28 @@ class Workload:
         """Refuse what no memory can mend; return self.
 
         Raises:
-            ConfigError: a pattern too large for its distribution, heads or rows that do not split over parallel.tp, a batch that cannot be
-                dealt out, sequence parallel alone, more replicas than a distributed optimizer has layers for.
+            ConfigError: a pattern too large for its distribution, heads or rows that do not split
+                over parallel.tp, a batch that cannot be dealt out, sequence parallel alone, more
+                replicas than a distributed optimizer has layers for.
         """
         learn, tp = self.config.learn, self.tp
         logits_per_group(self.pattern, learn.distribution)
         check_tp(self.arch, tp)
         check_batch(learn.global_batch, learn.micro_batch, self.dp)
         if self.config.parallel.sequence_parallel and tp == 1:
-            raise ConfigError("parallel.sequence_parallel", True, "needs parallel.tp > 1", "Switch it off or raise parallel.tp.")
+            raise ConfigError(
+                "parallel.sequence_parallel",
+                True,
+                "needs parallel.tp > 1",
+                "Switch it off or raise parallel.tp.",
+            )
         for rule in rules(self.arch):
             if rule.is_linear:
-                self.pattern.groups(rule.shape(tp)[-1], f"in_features of {rule.modules[0]}", tp if rule.kind == "row" else 1)
+                self.pattern.groups(
+                    rule.shape(tp)[-1],
+                    f"in_features of {rule.modules[0]}",
+                    tp if rule.kind == "row" else 1,
+                )
         if learn.optimizer.distributed:
             owners(self.masked_sizes, self.dp)
         return self
@@ -73,17 +85,21 @@ class Workload:
         return logits_per_group(self.pattern, self.config.learn.distribution)
 
     @property
-    def winner_bytes(self) -> int:
+    def code_bytes(self) -> int:
         """Of the winner of a group."""
-        return winner_dtype(self.pattern, self.config.learn.distribution).itemsize
+        return code_dtype(self.pattern, self.config.learn.distribution).itemsize
 
     @property
     def forward_passes(self) -> int:
-        """Passes of a micro-batch under learner=maskpro, which has no backward pass; 0 stands for the gradient learner."""
+        """Passes of a micro-batch under learner=maskpro, which has no backward pass; 0 stands for
+        the gradient learner.
+        """
         section = self.config.learn.maskpro
         if self.config.learn.learner == "gumbel":
             return 0
-        return (section.masks if section.data == "shared" else 1) + int(section.baseline == "winner" or section.samples is None)
+        return (section.masks if section.data == "shared" else 1) + int(
+            section.baseline == "winner" or section.samples is None
+        )
 
     @property
     def tp(self) -> int:
@@ -149,37 +165,62 @@ class Workload:
 
     @cached_property
     def recomputed_weights(self) -> int:
-        """Weights of the model's linears that ``parallel.recompute`` computes with twice, masked or not."""
+        """Weights of the model's linears that ``parallel.recompute`` computes with twice, masked or
+        not.
+        """
         return sum(linear.whole for linear in self.linears if linear.is_recomputed)
 
     @cached_property
     def other_weights(self) -> int:
-        """Frozen weights of one rank without a mask: embedding, head, norms, biases, linears kept dense."""
+        """Frozen weights of one rank without a mask: embedding, head, norms, biases, linears kept
+        dense.
+        """
         padded = rules(self.arch, self.vocab_rows * self.tp)
         return sum(math.prod(rule.shape(self.tp)) for rule in padded) - self.masked_weights
 
     @cached_property
     def updated_share(self) -> float:
         """The share of the masked weights whose logits the busiest replica updates."""
-        return largest_share(self.masked_sizes, self.dp) if self.config.learn.optimizer.distributed else 1.0
+        return (
+            largest_share(self.masked_sizes, self.dp)
+            if self.config.learn.optimizer.distributed
+            else 1.0
+        )
 
     @cached_property
     def recomputed_share(self) -> float:
         """The share of the masked weights that ``parallel.recompute`` computes with twice."""
-        return sum(linear.weights for linear in self.linears if linear.is_masked and linear.is_recomputed) / max(self.masked_weights, 1)
+        return sum(
+            linear.weights for linear in self.linears if linear.is_masked and linear.is_recomputed
+        ) / max(self.masked_weights, 1)
 
     @property
     def state(self) -> dict[str, float]:
         """``state_bytes`` of these settings."""
         learn, shares = self.config.learn, (self.recomputed_share, self.updated_share)
-        settings = (self.pattern, learn.state, learn.optimizer, learn.sampling, self.accumulations, self.config.dtype)
+        settings = (
+            self.pattern,
+            learn.state,
+            learn.optimizer,
+            learn.sampling,
+            self.accumulations,
+            self.config.dtype,
+        )
         return state_bytes(*settings, *shares, learn.distribution, learn.learner)
 
     def changed(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
-        """A copy with other settings, by dotted key; ``learn.footprint`` brings what it stands for."""
-        values = self.config.model_dump(exclude_unset=True)  # so that what was given stays distinguishable from defaults
+        """A copy with other settings, by dotted key; ``learn.footprint`` brings what it stands
+        for.
+        """
+        values = self.config.model_dump(
+            exclude_unset=True
+        )  # so that what was given stays distinguishable from defaults
         footprint = FOOTPRINTS[str(settings.get("learn.footprint", "default"))].get("learn", {})
-        named = {f"learn.{section}.{key}": value for section, inner in footprint.items() for key, value in inner.items()}
+        named = {
+            f"learn.{section}.{key}": value
+            for section, inner in footprint.items()
+            for key, value in inner.items()
+        }
         for path, value in {**named, **settings}.items():
             *sections, key = path.split(".")
             place = values

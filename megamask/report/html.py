@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from megamask.config import Config
 from megamask.report.reading import RunData, mask_provenance
-from megamask.report.table import (
+from megamask.report.results_table import (
     domains_of,
     format_bytes,
     format_protocol,
@@ -23,7 +23,11 @@ from megamask.report.table import (
 )
 from megamask.report.template import PAGE
 
-ONE_SHOT_MASKS = ("magnitude", "wanda", "sparsegpt")  # on the unchanged weights, as the learned mask is
+ONE_SHOT_MASKS = (
+    "magnitude",
+    "wanda",
+    "sparsegpt",
+)  # on the unchanged weights, as the learned mask is
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ def render_report(config: Config, data: RunData, pictures: Sequence[Picture]) ->
         ArtifactError: a mask file that is none.
     """
     header, rows = table_cells(data.results)
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
+        PAGE
+    )
     return page.render(
         title=f"megamask: {Path(config.run_dir).resolve().name}",
         subtitle=_subtitle(config, data),
@@ -66,11 +72,18 @@ def findings(results: dict[str, Any]) -> list[str]:
     perplexity = results.get("perplexity", {})
     sentences = []
     for domain in domains_of(results):
-        learned, dense = perplexity.get("learned", {}).get(domain), perplexity.get("dense", {}).get(domain)
+        learned, dense = (
+            perplexity.get("learned", {}).get(domain),
+            perplexity.get("dense", {}).get(domain),
+        )
         if not learned or not dense:
             continue
         sentence = f"{domain}: the learned mask has perplexity {learned:,.2f}, {learned / dense:.2f} times the dense model's {dense:,.2f}"
-        values = {method: value for method in ONE_SHOT_MASKS if (value := perplexity.get(method, {}).get(domain))}
+        values = {
+            method: value
+            for method in ONE_SHOT_MASKS
+            if (value := perplexity.get(method, {}).get(domain))
+        }
         if values:
             best = min(values, key=lambda method: values[method])
             change = learned / values[best] - 1
@@ -81,10 +94,15 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 
 def _subtitle(config: Config, data: RunData) -> str:
-    parts = [f"pattern {config.pattern}", f"base model {config.model.hf or config.model.gguf or 'of the run directory'}"]
+    parts = [
+        f"pattern {config.pattern}",
+        f"base model {config.model.hf or config.model.gguf or 'of the run directory'}",
+    ]
     if data.train:
         last = data.train[-1]
-        parts.append(f"learned for {last['step']:,} steps, {last['tokens']:,} tokens, {last['seconds'] / 60:,.1f} minutes")
+        parts.append(
+            f"learned for {last['step']:,} steps, {last['tokens']:,} tokens, {last['seconds'] / 60:,.1f} minutes"
+        )
     return " · ".join(parts)
 
 
@@ -92,7 +110,12 @@ def _sections(pictures: Sequence[Picture]) -> list[tuple[str, list[dict[str, str
     by_section: dict[str, list[dict[str, str]]] = {}
     for picture in pictures:
         data = base64.b64encode(picture.path.read_bytes()).decode() if picture.path else ""
-        entry = {"title": picture.title, "caption": picture.caption, "missing": picture.missing, "data": data}
+        entry = {
+            "title": picture.title,
+            "caption": picture.caption,
+            "missing": picture.missing,
+            "data": data,
+        }
         by_section.setdefault(picture.section, []).append(entry)
     return list(by_section.items())
 

@@ -1,4 +1,6 @@
-"""What a run directory holds that can be reported. A part that is not there yet is empty, not an error."""
+"""What a run directory holds that can be reported. A part that is not there yet is empty, not an
+error.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import yaml
 from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet, load_masks
-from megamask.masks.named import open_masks
+from megamask.masks.find import open_masks
 from megamask.storage import read_json
 
 Record = dict[str, Any]
@@ -52,10 +54,14 @@ def read_run(config: Config) -> RunData:
     paths = run_paths(config)
     records = read_metrics(paths.learn / "metrics.jsonl")
     masks = {path.stem: path for path in sorted(paths.masks.glob("*.safetensors"))}
-    results = read_json(paths.results, "Run the verb evaluate again.") if paths.results.exists() else {}
+    results = (
+        read_json(paths.results, "Run the verb evaluate again.") if paths.results.exists() else {}
+    )
     if not records and not masks and not results:
         raise ArtifactError(
-            paths.run_dir, "holds no metrics, results or masks", "Run the verb prune, learn or evaluate first, or correct run_dir."
+            paths.run_dir,
+            "holds no metrics, results or masks",
+            "Run the verb prune, learn or evaluate first, or correct run_dir.",
         )
     versions = paths.learn / "versions.json"
     written = paths.learn / "config.yaml"
@@ -65,14 +71,18 @@ def read_run(config: Config) -> RunData:
         results=results,
         masks=masks,
         prior=_prior(config),
-        settings=written.read_text() if written.exists() else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        settings=written.read_text()
+        if written.exists()
+        else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         versions=read_json(versions, "Run the verb learn again.") if versions.exists() else {},
         seeds={"seed": config.seed, "calibration.seed": config.calibration.seed},
     )
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Records of a ``metrics.jsonl`` by step, the last one of each kind and step. A torn line, as a killed run leaves it, is skipped."""
+    """Records of a ``metrics.jsonl`` by step, the last one of each kind and step. A torn line, as a
+    killed run leaves it, is skipped.
+    """
     if not path.exists():
         return []
     by_step: dict[tuple[int, str], Record] = {}

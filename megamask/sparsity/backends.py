@@ -1,4 +1,6 @@
-"""Who does the sampling: plain PyTorch anywhere, fused numba kernels on a CPU, fused Triton kernels on CUDA."""
+"""Who does the sampling: plain PyTorch anywhere, fused numba kernels on a CPU, fused Triton kernels
+on CUDA.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Backend:
-    """The package that a backend needs, the device type it runs on (None: any), and the module of every distribution it can draw."""
+    """The package that a backend needs, the device type it runs on (None: any), and the module of
+    every distribution it can draw.
+    """
 
     package: str
     device: str | None
@@ -26,27 +30,39 @@ class Backend:
 
 
 BACKENDS = {
-    "torch": Backend("torch", None, {"categorical": "categorical", "linear": "linear_distribution"}),
-    "numba": Backend("numba", "cpu", {"categorical": "fused_cpu", "linear": "fused_cpu"}),
-    "triton": Backend("triton", "cuda", {"categorical": "fused_cuda", "linear": "fused_cuda"}),
+    "torch": Backend(
+        "torch", None, {"categorical": "categorical.gumbel_softmax", "linear": "subset.k_subset"}
+    ),
+    "numba": Backend(
+        "numba", "cpu", {"categorical": "kernels.numba_host", "linear": "kernels.numba_host"}
+    ),
+    "triton": Backend(
+        "triton", "cuda", {"categorical": "kernels.triton_host", "linear": "kernels.triton_host"}
+    ),
 }
 
 
 def choose_backend(name: str, device: torch.device, distribution: str = "categorical") -> str:
-    """The name of the backend to use: the one asked for, or with ``auto`` the fused one of the device, else plain PyTorch.
+    """The name of the backend to use: the one asked for, or with ``auto`` the fused one of the
+    device, else plain PyTorch.
 
     Raises:
-        ConfigError: the backend cannot run on this device, cannot draw from this distribution or is not installed.
+        ConfigError: the backend cannot run on this device, cannot draw from this distribution or is
+            not installed.
     """
     if name == "auto":
-        fused = next((other for other, backend in BACKENDS.items() if backend.device == device.type), "torch")
+        fused = next(
+            (other for other, backend in BACKENDS.items() if backend.device == device.type), "torch"
+        )
         lack = _lack(fused, device, distribution)
         if lack:
             log.warning("sampling in plain PyTorch, several times slower: %s", lack)
         return "torch" if lack else fused
     lack = _lack(name, device, distribution)
     if lack:
-        allowed = f"auto, torch, numba on a CPU, triton on CUDA, each with its package installed ({lack})"
+        allowed = (
+            f"auto, torch, numba on a CPU, triton on CUDA, each with its package installed ({lack})"
+        )
         package = BACKENDS[name].package
         fix = "Use auto." if _is_installed(package) else f"Use auto, or pip install {package}."
         raise ConfigError("learn.sampling.backend", name, allowed, fix)
@@ -55,7 +71,7 @@ def choose_backend(name: str, device: torch.device, distribution: str = "categor
 
 @lru_cache
 def backend_by_name(name: str, distribution: str = "categorical") -> ModuleType:
-    """The module with ``forward``, ``backward`` and ``survey``."""
+    """The module with ``forward``, ``backward`` and ``mask_statistics``."""
     return importlib.import_module(f"megamask.sparsity.{BACKENDS[name].modules[distribution]}")
 
 
@@ -66,7 +82,11 @@ def _lack(name: str, device: torch.device, distribution: str) -> str | None:
         return f"this device is {device.type}"
     if not _is_installed(backend.package):
         return f"{backend.package} is not installed"
-    return None if distribution in backend.modules else f"{name} cannot draw learn.distribution={distribution}"
+    return (
+        None
+        if distribution in backend.modules
+        else f"{name} cannot draw learn.distribution={distribution}"
+    )
 
 
 def _is_installed(package: str) -> bool:

@@ -1,4 +1,5 @@
-"""N:M patterns: keep exactly n of every m consecutive inputs. The only place that knows candidate order.
+"""N:M patterns: keep exactly n of every m consecutive inputs. The only place that knows candidate
+order.
 
 Shapes: O out_features, I in_features, G groups per row (I / m), C candidates, M group size.
 """
@@ -29,7 +30,12 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m <= MAX_GROUP:
-            raise ConfigError("pattern", str(self), f"N:M with 0 < N < M <= {MAX_GROUP}", "Write, for example, pattern=2:4.")
+            raise ConfigError(
+                "pattern",
+                str(self),
+                f"N:M with 0 < N < M <= {MAX_GROUP}",
+                "Write, for example, pattern=2:4.",
+            )
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -40,7 +46,12 @@ class Pattern:
         """
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
         if not match:
-            raise ConfigError("pattern", text, "N:M, the number kept and the group size", "Write, for example, pattern=2:4.")
+            raise ConfigError(
+                "pattern",
+                text,
+                "N:M, the number kept and the group size",
+                "Write, for example, pattern=2:4.",
+            )
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -65,10 +76,17 @@ class Pattern:
         """
         if self.num_candidates > MAX_CANDIDATES:
             limit = f"categorical logits take at most {MAX_CANDIDATES} candidates a group, this one has {self.num_candidates:,}"
-            raise ConfigError("pattern", str(self), limit, "Set learn.distribution=linear: one logit per weight, M up to 32.")
+            raise ConfigError(
+                "pattern",
+                str(self),
+                limit,
+                "Set learn.distribution=linear: one logit per weight, M up to 32.",
+            )
         return list(itertools.combinations(range(self.m), self.n))
 
-    def candidates(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
+    def candidates(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
         """The legal 0/1 vectors, (C, M), in ``itertools.combinations`` order of the kept positions.
 
         Raises:
@@ -89,7 +107,8 @@ class Pattern:
             raise ConfigError(
                 "pattern",
                 str(self),
-                f"M must divide {what}, here {in_features}" + (f" after splitting over parallel.tp={tp}" if tp > 1 else ""),
+                f"M must divide {what}, here {in_features}"
+                + (f" after splitting over parallel.tp={tp}" if tp > 1 else ""),
                 "Choose another pattern, a smaller parallel.tp, or keep that layer dense with model.exclude.",
             )
         return in_features // self.m
@@ -99,7 +118,9 @@ class Pattern:
         if mask_OI.shape[-1] % self.m:
             return False
         as_int = mask_OI.to(torch.int32)
-        if not torch.equal(as_int.to(mask_OI.dtype), mask_OI) or bool(((as_int != 0) & (as_int != 1)).any()):
+        if not torch.equal(as_int.to(mask_OI.dtype), mask_OI) or bool(
+            ((as_int != 0) & (as_int != 1)).any()
+        ):
             return False
         return bool((as_int.unflatten(-1, (-1, self.m)).sum(-1) == self.n).all())
 
@@ -118,7 +139,10 @@ class Pattern:
         if not self.is_valid(mask_OI):
             raise ValueError(f"the mask is not {self}")
         groups = mask_OI.bool().unflatten(-1, (-1, self.m))
-        left, above = self.n + 1 - groups.cumsum(-1), torch.zeros(groups.shape[:-1], dtype=torch.int64, device=mask_OI.device)
+        left, above = (
+            self.n + 1 - groups.cumsum(-1),
+            torch.zeros(groups.shape[:-1], dtype=torch.int64, device=mask_OI.device),
+        )
         for j, choose in enumerate(self._choose(mask_OI.device)):
             above += torch.where(groups[..., j], choose[left[..., j].clamp(max=self.n)], 0)
         return self.num_candidates - 1 - above
@@ -127,25 +151,30 @@ class Pattern:
         """Mask (..., I) of candidate indices (..., G)."""
         if self.num_candidates <= MAX_CANDIDATES:
             return self.candidates(dtype, index_OG.device)[index_OG.long()].flatten(-2)
-        above, members = self.num_candidates - 1 - index_OG.long(), []
+        above, positions = self.num_candidates - 1 - index_OG.long(), []
         left = torch.full_like(above, self.n)
         for choose in self._choose(index_OG.device):
             share = choose[left]
-            members.append(share <= above)
-            above, left = torch.where(members[-1], above - share, above), left - members[-1].long()
-        return torch.stack(members, -1).to(dtype).flatten(-2)
+            positions.append(share <= above)
+            above, left = (
+                torch.where(positions[-1], above - share, above),
+                left - positions[-1].long(),
+            )
+        return torch.stack(positions, -1).to(dtype).flatten(-2)
 
     def _choose(self, device: torch.device) -> torch.Tensor:
         """binomial(m - 1 - j, k) for every position j and k <= n, (M, n + 1) int64.
 
-        A candidate stands before the last one by the sum, over its kept positions j, of binomial(m - 1 - j, kept from j on): the
-        combinatorial number system, whose digits are found greedily.
+        A candidate stands before the last one by the sum, over its kept positions j, of binomial(m
+        - 1 - j, kept from j on): the combinatorial number system, whose digits are found greedily.
         """
         table = [[math.comb(self.m - 1 - j, k) for k in range(self.n + 1)] for j in range(self.m)]
         return torch.tensor(table, dtype=torch.int64, device=device)
 
     def best(self, score_OI: torch.Tensor) -> torch.Tensor:
-        """Bool mask that keeps the n largest scores of every group; ties go to the earlier position."""
+        """Bool mask that keeps the n largest scores of every group; ties go to the earlier
+        position.
+        """
         groups = score_OI.unflatten(-1, (-1, self.m))
         kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)

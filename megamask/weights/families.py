@@ -1,4 +1,6 @@
-"""The families, by the ``model_type`` of config.json. A new family is one file like llama.py and one line here."""
+"""The families, by the ``model_type`` of config.json. A new family is one file like llama.py and
+one line here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a model family gives: the numbers that fix its arithmetic, how it reads them, and its mapping table."""
+"""What a model family gives: the numbers that fix its arithmetic, how it reads them, and its
+mapping table.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ from megamask.weights.rule import Rule
 class Architecture:
     """The numbers that fix a decoder's arithmetic, whatever the family.
 
-    ``rope_scaling`` is None or a dict: ``{"type": "linear", "factor": f}`` or ``{"type": "llama3", "factor",
-    "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}``. ``attention_bias`` is the bias of q, k and
-    v, ``attention_out_bias`` that of the output projection. ``dtype`` is the dtype that the config names.
+    ``rope_scaling`` is None or a dict: ``{"type": "linear", "factor": f}`` or ``{"type": "llama3",
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}``.
+    ``attention_bias`` is the bias of q, k and v, ``attention_out_bias`` that of the output
+    projection. ``dtype`` is the dtype that the config names.
     """
 
     family: str
@@ -42,7 +45,9 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Family:
-    """One family: ``read`` checks a parsed config.json, ``rules`` is its mapping table (second argument: padded vocabulary)."""
+    """One family: ``read`` checks a parsed config.json, ``rules`` is its mapping table (second
+    argument: padded vocabulary).
+    """
 
     read: Callable[[dict[str, Any], Path], Architecture]
     rules: Callable[[Architecture, int], list[Rule]]

@@ -1,7 +1,9 @@
-"""Which base model a mask belongs to: a hash that is cheap, and the same whether the weights are on disk or loaded.
+"""Which base model a mask belongs to: a hash that is cheap, and the same whether the weights are on
+disk or loaded.
 
-sha256 over the prunable linears in name order: name, shape, and the bf16 bytes of a 16 x 16 grid of evenly spaced elements. The
-bf16 cast makes bf16 and fp32 copies of a model agree (fp16 copies need not: they round differently).
+sha256 over the prunable linears in name order: name, shape, and the bf16 bytes of a 16 x 16 grid of
+evenly spaced elements. The bf16 cast makes bf16 and fp32 copies of a model agree (fp16 copies need
+not: they round differently).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from megamask.weights.architecture import read_architecture
 from megamask.weights.hf_files import open_checked
-from megamask.weights.table import linear_shapes
+from megamask.weights.mapping import linear_shapes
 
 GRID = 16
 
@@ -45,20 +47,29 @@ def fingerprint_hf(hf_dir: Path) -> str:
     """
     shapes = linear_shapes(read_architecture(hf_dir))
     with open_checked(hf_dir) as reader:
-        return fingerprint(shapes, lambda name, one: reader.read(f"{name}.weight", slice(one, one + 1))[0])
+        return fingerprint(
+            shapes, lambda name, one: reader.read(f"{name}.weight", slice(one, one + 1))[0]
+        )
 
 
 def fingerprint_model(model: nn.Module) -> str:
     """Fingerprint of a transformers model in memory: of all its linears but the head."""
     linears = model_linears(model)
-    return fingerprint({name: tuple(one.weight.shape) for name, one in linears.items()}, lambda name, one: linears[name].weight[one])
+    return fingerprint(
+        {name: tuple(one.weight.shape) for name, one in linears.items()},
+        lambda name, one: linears[name].weight[one],
+    )
 
 
 def model_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """HF module name -> linear, for the prunable linears of a transformers model."""
     find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()
-    return {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
+    return {
+        name: one
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Linear) and one is not head
+    }
 
 
 def _spread(size: int) -> list[int]:

@@ -16,13 +16,23 @@ from torch import Tensor
 from megamask.errors import ArtifactError
 from megamask.storage import atomic_dir, read_json, write_json
 from megamask.weights.architecture import read_architecture
-from megamask.weights.table import expected_tensors
+from megamask.weights.mapping import expected_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SIDE_FILES = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 FIX = "Download the model again, or point model.hf at a complete Hugging Face folder with .safetensors files."
 
 
@@ -30,7 +40,8 @@ class HFReader:
     """Tensors of an HF folder. Nothing is read until it is asked for; usable as a context manager.
 
     Raises:
-        ArtifactError: no safetensors, a missing or torn shard, an index that disagrees with the shards.
+        ArtifactError: no safetensors, a missing or torn shard, an index that disagrees with the
+            shards.
     """
 
     def __init__(self, hf_dir: Path) -> None:
@@ -47,7 +58,9 @@ class HFReader:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> Tensor:
-        """That block of a tensor (``cols`` along the second axis); a ``Read`` for the mapping table."""
+        """That block of a tensor (``cols`` along the second axis); a ``Read`` for the mapping
+        table.
+        """
         part = self._slice(name)
         return part[rows] if cols is None else part[rows, cols]
 
@@ -59,12 +72,17 @@ class HFReader:
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Check that the folder holds exactly the tensors ``expected`` (name -> shape).
 
-        Old checkpoints also carry rotary frequencies, which are derived, and tied ones a copy of the embedding as the head.
+        Old checkpoints also carry rotary frequencies, which are derived, and tied ones a copy of
+        the embedding as the head.
 
         Raises:
             ArtifactError: missing, unknown or wrongly shaped tensors, by name.
         """
-        extra = [name for name in self._file_of if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+        extra = [
+            name
+            for name in self._file_of
+            if name not in expected and not name.endswith("rotary_emb.inv_freq")
+        ]
         problems = {
             "misses": [name for name in expected if name not in self._file_of],
             "has unknown": [name for name in extra if not self._is_copy_of_embedding(name)],
@@ -76,22 +94,38 @@ class HFReader:
         }
         found = [f"{what} tensors: {_some(names)}" for what, names in problems.items() if names]
         if found:
-            raise ArtifactError(self.hf_dir, "; ".join(found), "The files must match config.json. " + FIX)
+            raise ArtifactError(
+                self.hf_dir, "; ".join(found), "The files must match config.json. " + FIX
+            )
 
     def __enter__(self) -> HFReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._handles.clear()
 
     def _index(self) -> dict[str, Path]:
         index = self.hf_dir / INDEX
         if not index.exists():
             return dict.fromkeys(self._open(self.hf_dir / SINGLE).keys(), self.hf_dir / SINGLE)
-        listed = {name: self.hf_dir / file for name, file in read_json(index, FIX).get("weight_map", {}).items()}
-        held = {name: path for path in sorted(set(listed.values())) for name in self._open(path).keys()}  # noqa: SIM118 - not a dict
+        listed = {
+            name: self.hf_dir / file
+            for name, file in read_json(index, FIX).get("weight_map", {}).items()
+        }
+        held = {
+            name: path
+            for path in sorted(set(listed.values()))
+            for name in self._open(path).keys()  # noqa: SIM118 - not a dict
+        }
         if held != listed:
-            wrong = [name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name)]
+            wrong = [
+                name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name)
+            ]
             raise ArtifactError(index, f"does not match the shards: {_some(sorted(wrong))}", FIX)
         return held
 
@@ -102,7 +136,9 @@ class HFReader:
             except FileNotFoundError:
                 raise ArtifactError(path, "is missing", FIX) from None
             except (SafetensorError, OSError) as error:
-                raise ArtifactError(path, f"is torn or not a safetensors file ({error})", FIX) from error
+                raise ArtifactError(
+                    path, f"is torn or not a safetensors file ({error})", FIX
+                ) from error
         return self._handles[path]
 
     def _slice(self, name: str) -> Any:
@@ -112,7 +148,11 @@ class HFReader:
 
     def _is_copy_of_embedding(self, name: str) -> bool:
         embedding = "model.embed_tokens.weight"
-        return name == "lm_head.weight" and embedding in self._file_of and torch.equal(self.tensor(name), self.tensor(embedding))
+        return (
+            name == "lm_head.weight"
+            and embedding in self._file_of
+            and torch.equal(self.tensor(name), self.tensor(embedding))
+        )
 
 
 def open_checked(hf_dir: Path) -> HFReader:
@@ -134,14 +174,16 @@ def write_hf(
     max_shard_bytes: int = 5 * 10**9,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write an HF folder tensor by tensor; config, generation config, tokenizer and licence come from ``source_dir``.
+    """Write an HF folder tensor by tensor; config, generation config, tokenizer and licence come
+    from ``source_dir``.
 
     Args:
         out_dir: replaced as a whole when everything is written, or left as it was.
         tensors: name and tensor, any device; one shard of them is held in memory.
         source_dir: folder that the side files are copied from.
         max_shard_bytes: a new file is begun before this size.
-        finish: run on the whole folder before it takes its name, to check it or add to it; an error leaves ``out_dir`` as it was.
+        finish: run on the whole folder before it takes its name, to check it or add to it; an error
+            leaves ``out_dir`` as it was.
     """
     with atomic_dir(out_dir) as folder:
         shards = _write_shards(folder, tensors, max_shard_bytes)
@@ -156,22 +198,33 @@ def write_hf(
 
 
 def require_own(out_dir: Path, stamp: str, key: str) -> None:
-    """Check that ``out_dir`` may be replaced: it is not there, empty, or holds the file ``stamp`` that an earlier run wrote.
+    """Check that ``out_dir`` may be replaced: it is not there, empty, or holds the file ``stamp``
+    that an earlier run wrote.
 
     Raises:
         ArtifactError: naming ``key``, the setting that chose the folder.
     """
-    if out_dir.exists() and not (out_dir.is_dir() and ((out_dir / stamp).exists() or not any(out_dir.iterdir()))):
-        raise ArtifactError(out_dir, "holds files that this verb did not make, and would replace", f"Remove it, or point {key} elsewhere.")
+    if out_dir.exists() and not (
+        out_dir.is_dir() and ((out_dir / stamp).exists() or not any(out_dir.iterdir()))
+    ):
+        raise ArtifactError(
+            out_dir,
+            "holds files that this verb did not make, and would replace",
+            f"Remove it, or point {key} elsewhere.",
+        )
 
 
 def share(folder: Path) -> None:
-    """Give weight files the mode of an ordinary new file (safetensors lets only the owner read them)."""
+    """Give weight files the mode of an ordinary new file (safetensors lets only the owner read
+    them).
+    """
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> list[dict[str, int]]:
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
+) -> list[dict[str, int]]:
     """Write numbered files; per file the bytes of each tensor."""
     shards: list[dict[str, int]] = []
     held: dict[str, Tensor] = {}

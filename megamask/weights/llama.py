@@ -1,4 +1,6 @@
-"""The Llama family: its config keys and its mapping table (names of megatron-core's GPTModel with the local layer spec)."""
+"""The Llama family: its config keys and its mapping table (names of megatron-core's GPTModel with
+the local layer spec).
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,74 @@ from megamask.weights.rule import Kind, Rule
 
 # Keys that are read below.
 READ = {
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
-    "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype",
-}  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "torch_dtype",
+    "dtype",
+}
 # Keys that cannot change the arithmetic of a forward pass in evaluation mode.
 HARMLESS = {
-    "architectures", "model_type", "transformers_version", "_name_or_path", "_commit_hash", "_attn_implementation_autoset",
-    "attn_implementation", "attention_dropout", "initializer_range", "use_cache", "torchscript", "is_llama_config", "is_decoder",
-    "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "prefix",
-    "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate", "output_scores", "chunk_size_feed_forward",
-    "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "finetuning_task", "max_sequence_length", "max_length",
-    "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams",
-    "transformers.js_config", "unsloth_fixed", "unsloth_version", "license",
-}  # fmt: skip
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "_name_or_path",
+    "_commit_hash",
+    "_attn_implementation_autoset",
+    "attn_implementation",
+    "attention_dropout",
+    "initializer_range",
+    "use_cache",
+    "torchscript",
+    "is_llama_config",
+    "is_decoder",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "sep_token_id",
+    "decoder_start_token_id",
+    "tokenizer_class",
+    "prefix",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "return_dict_in_generate",
+    "output_scores",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "task_specific_params",
+    "finetuning_task",
+    "max_sequence_length",
+    "max_length",
+    "min_length",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "num_beams",
+    "transformers.js_config",
+    "unsloth_fixed",
+    "unsloth_version",
+    "license",
+}
 # Keys that would change the arithmetic, with the values that do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -54,17 +110,26 @@ def read(config: dict[str, Any], path: Path) -> Architecture:
     """Read a parsed config.json. Absent keys have the defaults of transformers' LlamaConfig.
 
     Raises:
-        ConfigError: a key that is missing, unknown, or changes the arithmetic in a way that is not built.
+        ConfigError: a key that is missing, unknown, or changes the arithmetic in a way that is not
+            built.
     """
     _refuse_unknown(config, path)
     given = {key: value for key, value in config.items() if value is not None}
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
         if not isinstance(given.get(key), int) or given[key] < 1:
             raise _error(key, given.get(key), "a positive whole number is needed", path)
     heads, bias = given["num_attention_heads"], bool(given.get("attention_bias", False))
     kv_heads = given.get("num_key_value_heads", heads)
     if heads % kv_heads:
-        raise _error("num_key_value_heads", kv_heads, f"must divide num_attention_heads ({heads})", path)
+        raise _error(
+            "num_key_value_heads", kv_heads, f"must divide num_attention_heads ({heads})", path
+        )
     theta, scaling = _read_rope(given, path)
     return Architecture(
         family="llama",
@@ -88,40 +153,102 @@ def read(config: dict[str, Any], path: Path) -> Architecture:
 
 
 def rules(arch: Architecture, padded_vocab: int) -> list[Rule]:
-    """The mapping table, in the order in which a model is read: embedding, layers, final norm, head."""
+    """The mapping table, in the order in which a model is read: embedding, layers, final norm,
+    head.
+    """
     h = arch.hidden
     table = [
-        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", ((arch.vocab, h),), padded_rows=padded_vocab)
+        Rule(
+            "embedding.word_embeddings.weight",
+            ("model.embed_tokens.weight",),
+            "vocab",
+            ((arch.vocab, h),),
+            padded_rows=padded_vocab,
+        )
     ]
     for layer in range(arch.num_layers):
         table += _layer_rules(arch, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
-    table.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicate", ((h,),)))
+    table.append(
+        Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicate", ((h,),))
+    )
     if not arch.tied:
-        table.append(Rule("output_layer.weight", ("lm_head.weight",), "vocab", ((arch.vocab, h),), padded_rows=padded_vocab))
+        table.append(
+            Rule(
+                "output_layer.weight",
+                ("lm_head.weight",),
+                "vocab",
+                ((arch.vocab, h),),
+                padded_rows=padded_vocab,
+            )
+        )
     return table
 
 
 def _layer_rules(arch: Architecture, megatron: str, hf: str) -> list[Rule]:
     h, q, kv = arch.hidden, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     attention, mlp = f"{hf}self_attn.", f"{hf}mlp."
-    qkv = {f"{attention}q_proj": (q, h), f"{attention}k_proj": (kv, h), f"{attention}v_proj": (kv, h)}
+    qkv = {
+        f"{attention}q_proj": (q, h),
+        f"{attention}k_proj": (kv, h),
+        f"{attention}v_proj": (kv, h),
+    }
     gated = {f"{mlp}gate_proj": (arch.ffn, h), f"{mlp}up_proj": (arch.ffn, h)}
     return [
-        Rule(f"{megatron}input_layernorm.weight", (f"{hf}input_layernorm.weight",), "replicate", ((h,),)),
-        *_linear(f"{megatron}self_attention.linear_qkv", qkv, "qkv", arch.attention_bias, arch.kv_heads),
-        *_linear(f"{megatron}self_attention.linear_proj", {f"{attention}o_proj": (h, q)}, "row", arch.attention_out_bias),
-        Rule(f"{megatron}pre_mlp_layernorm.weight", (f"{hf}post_attention_layernorm.weight",), "replicate", ((h,),)),
+        Rule(
+            f"{megatron}input_layernorm.weight",
+            (f"{hf}input_layernorm.weight",),
+            "replicate",
+            ((h,),),
+        ),
+        *_linear(
+            f"{megatron}self_attention.linear_qkv", qkv, "qkv", arch.attention_bias, arch.kv_heads
+        ),
+        *_linear(
+            f"{megatron}self_attention.linear_proj",
+            {f"{attention}o_proj": (h, q)},
+            "row",
+            arch.attention_out_bias,
+        ),
+        Rule(
+            f"{megatron}pre_mlp_layernorm.weight",
+            (f"{hf}post_attention_layernorm.weight",),
+            "replicate",
+            ((h,),),
+        ),
         *_linear(f"{megatron}mlp.linear_fc1", gated, "gated", arch.mlp_bias),
-        *_linear(f"{megatron}mlp.linear_fc2", {f"{mlp}down_proj": (h, arch.ffn)}, "row", arch.mlp_bias),
+        *_linear(
+            f"{megatron}mlp.linear_fc2", {f"{mlp}down_proj": (h, arch.ffn)}, "row", arch.mlp_bias
+        ),
     ]
 
 
-def _linear(megatron: str, hf: dict[str, tuple[int, int]], kind: Kind, bias: bool, kv_groups: int = 1) -> list[Rule]:
+def _linear(
+    megatron: str, hf: dict[str, tuple[int, int]], kind: Kind, bias: bool, kv_groups: int = 1
+) -> list[Rule]:
     shapes = tuple(hf.values())
-    table = [Rule(f"{megatron}.weight", tuple(f"{name}.weight" for name in hf), kind, shapes, True, kv_groups)]
-    if bias:  # a row-parallel linear adds its bias after the sum over ranks, so every rank holds all of it
+    table = [
+        Rule(
+            f"{megatron}.weight",
+            tuple(f"{name}.weight" for name in hf),
+            kind,
+            shapes,
+            True,
+            kv_groups,
+        )
+    ]
+    # a row-parallel linear adds its bias after the sum over ranks, so every rank holds all of it
+    if bias:
         kind = "replicate" if kind == "row" else kind
-        table.append(Rule(f"{megatron}.bias", tuple(f"{name}.bias" for name in hf), kind, tuple(s[:1] for s in shapes), False, kv_groups))
+        table.append(
+            Rule(
+                f"{megatron}.bias",
+                tuple(f"{name}.bias" for name in hf),
+                kind,
+                tuple(s[:1] for s in shapes),
+                False,
+                kv_groups,
+            )
+        )
     return table
 
 
@@ -131,21 +258,33 @@ def _refuse_unknown(config: dict[str, Any], path: Path) -> None:
             continue
         neutral = NEUTRAL.get(key)
         if neutral is None:
-            raise _error(key, value, "megamask does not know this key, so it cannot tell what it changes", path)
+            raise _error(
+                key,
+                value,
+                "megamask does not know this key, so it cannot tell what it changes",
+                path,
+            )
         if value not in neutral:
             allowed = " or ".join(repr(one) for one in neutral) or "null"
             raise _error(key, value, f"only {allowed} is built for the Llama family", path)
 
 
 def _read_rope(config: dict[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling, in the spelling of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+    """Base and scaling, in the spelling of transformers 4 (rope_theta, rope_scaling) or 5
+    (rope_parameters).
+    """
     key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
     rope = dict(config.get(key, {}))
     inner, outer = rope.pop("rope_theta", None), config.get("rope_theta")
     if inner is not None and outer is not None and inner != outer:
         raise _error("rope_theta", outer, f"disagrees with {key}.rope_theta = {inner}", path)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise _error(f"{key}.partial_rotary_factor", config[key]["partial_rotary_factor"], "only 1.0 is built", path)
+        raise _error(
+            f"{key}.partial_rotary_factor",
+            config[key]["partial_rotary_factor"],
+            "only 1.0 is built",
+            path,
+        )
     old_type = rope.pop("type", "default")
     kind = rope.pop("rope_type", old_type)
     factors = ROPE_FACTORS.get(kind)
@@ -153,10 +292,14 @@ def _read_rope(config: dict[str, Any], path: Path) -> tuple[float, dict[str, Any
         raise _error(f"{key}.rope_type", kind, f"only {', '.join(ROPE_FACTORS)} are built", path)
     rope = {name: value for name, value in rope.items() if value is not None}
     for name in sorted(rope.keys() ^ set(factors)):
-        problem = "megamask does not know this key" if name in rope else f"rope type {kind} needs it"
+        problem = (
+            "megamask does not know this key" if name in rope else f"rope type {kind} needs it"
+        )
         raise _error(f"{key}.{name}", rope.get(name), problem, path)
     theta = inner if inner is not None else outer
-    return float(theta if theta is not None else 10000.0), ({"type": kind, **rope} if factors else None)
+    return float(theta if theta is not None else 10000.0), (
+        {"type": kind, **rope} if factors else None
+    )
 
 
 def _read_dtype(config: dict[str, Any], path: Path) -> torch.dtype:

@@ -1,7 +1,9 @@
-"""One entry of the mapping table: a Megatron tensor and the Hugging Face tensors it is made of, in both directions and at any TP.
+"""One entry of the mapping table: a Megatron tensor and the Hugging Face tensors it is made of, in
+both directions and at any TP.
 
-Every function works on any tensor whose first axis runs along out_features and whose last axis runs along in_features: weights
-(O, I), biases (O,), masks (O, I), candidate indices (O, G), mask logits (O, C, G). G groups per row, C candidates.
+Every function works on any tensor whose first axis runs along out_features and whose last axis runs
+along in_features: weights (O, I), biases (O,), masks (O, I), candidate indices (O, G), mask logits
+(O, C, G). G groups per row, C candidates.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ class Rule:
     Args:
         megatron: name in the state dict of a GPTModel.
         hf: names of the HF tensors, in the order in which they are fused.
-        kind: how it is sharded and fused. ``replicate``: whole on every rank. ``column``, ``vocab``: rows split. ``row``: last
-            axis split. ``qkv``: rows split, and interleaved per KV group as [its queries; key; value]. ``gated``: rows split,
+        kind: how it is sharded and fused. ``replicate``: whole on every rank. ``column``,
+            ``vocab``: rows split. ``row``: last axis split. ``qkv``: rows split, and interleaved
+                per KV group as [its queries; key; value]. ``gated``: rows split,
             each rank holds [its gate; its up].
         shapes: shapes of the HF tensors.
         is_linear: a linear's weight that may be pruned.
         kv_groups: KV groups of a ``qkv`` tensor.
-        padded_rows: rows of a ``vocab`` tensor in Megatron; rows beyond those of the HF tensor are zeros.
+        padded_rows: rows of a ``vocab`` tensor in Megatron; rows beyond those of the HF tensor are
+            zeros.
     """
 
     megatron: str
@@ -64,17 +68,26 @@ class Rule:
             read: gives a block of an HF tensor (weight, mask, indices or logits of that name).
             tp_rank: the rank.
             tp: number of ranks.
-            group: weights per entry of the last axis: 1 for weights and masks, m for indices and logits.
+            group: weights per entry of the last axis: 1 for weights and masks, m for indices and
+                logits.
         """
         if self.kind == "replicate":
             return read(self.hf[0], slice(0, self.shapes[0][0]), None)
         if self.kind == "row":
             rows, columns = self.shapes[0][0], _share(self.shapes[0][-1], tp * group)
-            return read(self.hf[0], slice(0, rows), slice(tp_rank * columns, (tp_rank + 1) * columns))
+            return read(
+                self.hf[0], slice(0, rows), slice(tp_rank * columns, (tp_rank + 1) * columns)
+            )
         if self.kind == "vocab":
             return self._shard_vocab(read, tp_rank, self._rows(tp)[0])
         counts = self._rows(tp)
-        return self._fuse([read(name, slice(tp_rank * n, (tp_rank + 1) * n), None) for name, n in zip(self.hf, counts, strict=True)], tp)
+        return self._fuse(
+            [
+                read(name, slice(tp_rank * n, (tp_rank + 1) * n), None)
+                for name, n in zip(self.hf, counts, strict=True)
+            ],
+            tp,
+        )
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
         """The full (TP = 1) Megatron tensor from those of all ranks, in rank order."""
@@ -87,7 +100,9 @@ class Rule:
         return self._fuse([torch.cat(part) for part in parts], 1)
 
     def to_hf(self, full: Tensor) -> dict[str, Tensor]:
-        """The HF tensors of a full (TP = 1) Megatron tensor. Padding of the vocabulary is cut off."""
+        """The HF tensors of a full (TP = 1) Megatron tensor. Padding of the vocabulary is cut
+        off.
+        """
         if self.kind == "vocab":
             return {self.hf[0]: full[: self.shapes[0][0]]}
         return dict(zip(self.hf, self._split(full, 1), strict=True))
@@ -113,12 +128,16 @@ class Rule:
     def _split(self, fused: Tensor, tp: int) -> list[Tensor]:
         groups = self._interleaved(tp)
         widths = [_share(rows, groups) for rows in self._rows(tp)]
-        return [part.flatten(0, 1) for part in fused.unflatten(0, (groups, -1)).split(widths, dim=1)]
+        return [
+            part.flatten(0, 1) for part in fused.unflatten(0, (groups, -1)).split(widths, dim=1)
+        ]
 
     def _shard_vocab(self, read: Read, tp_rank: int, count: int) -> Tensor:
         start, total = tp_rank * count, self.shapes[0][0]
         if start >= total:  # nothing but padding; one row is read for its dtype and width
-            return torch.zeros_like(read(self.hf[0], slice(0, 1), None)).repeat_interleave(count, dim=0)
+            return torch.zeros_like(read(self.hf[0], slice(0, 1), None)).repeat_interleave(
+                count, dim=0
+            )
         rows = read(self.hf[0], slice(start, min(start + count, total)), None)
         missing = count - rows.shape[0]
         return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows

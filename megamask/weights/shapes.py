@@ -1,4 +1,6 @@
-"""Architectures of well-known models, without weights: to plan a run and to benchmark one before anything is downloaded."""
+"""Architectures of well-known models, without weights: to plan a run and to benchmark one before
+anything is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -25,5 +27,10 @@ def read_shape(name: str, key: str = "--model") -> Architecture:
     if name in SHAPES:
         return read_architecture(FOLDER / f"{name}.json")
     if not Path(name).exists():
-        raise ConfigError(key, name, f"one of {', '.join(SHAPES)}, or a Hugging Face folder", "Correct the name or the path.")
+        raise ConfigError(
+            key,
+            name,
+            f"one of {', '.join(SHAPES)}, or a Hugging Face folder",
+            "Correct the name or the path.",
+        )
     return read_architecture(Path(name))

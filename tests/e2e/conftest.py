@@ -1,4 +1,6 @@
-"""A tiny model with its tokenizer, a small corpus of two domains, and a run folder that holds every artefact before learning."""
+"""A tiny model with its tokenizer, a small corpus of two domains, and a run folder that holds every
+artefact before learning.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,26 @@ WORDS = SENTENCE.split()
 
 def prose(number: int) -> str:
     choose = random.Random(number)
-    return ". ".join(" ".join(choose.choices(WORDS, k=choose.randint(5, 12))) for _ in range(choose.randint(8, 16)))
+    return ". ".join(
+        " ".join(choose.choices(WORDS, k=choose.randint(5, 12)))
+        for _ in range(choose.randint(8, 16))
+    )
 
 
 def code(number: int) -> str:
     choose = random.Random(1000 + number)
-    lines = [f"    {choose.choice(WORDS)}_{choose.randint(0, 9)} = {choose.choice(WORDS)}({choose.randint(0, 99)})" for _ in range(20)]
+    lines = [
+        f"    {choose.choice(WORDS)}_{choose.randint(0, 9)} = {choose.choice(WORDS)}({choose.randint(0, 99)})"
+        for _ in range(20)
+    ]
     return "\n".join([f"def {choose.choice(WORDS)}_{number}():", *lines, "    return None"])
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of configs/models/tiny-llama.json with a tokenizer of its own, as a Hugging Face folder."""
+    """A random Llama of configs/models/tiny-llama.json with a tokenizer of its own, as a Hugging
+    Face folder.
+    """
     return make_model(tmp_path_factory.mktemp("models") / "tiny", seed=0)
 
 
@@ -45,23 +55,39 @@ def make_model(folder: Path, seed: int) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(ROOT / "configs/models/tiny-llama.json")).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig.from_pretrained(ROOT / "configs/models/tiny-llama.json")
+    ).save_pretrained(folder)
     save_tokenizer(folder, vocab_size=512)
     return folder
 
 
 def save_tokenizer(folder: Path, vocab_size: int, reserved: int = 0) -> None:
-    """Train a byte-level BPE tokenizer on the corpus and put it beside the weights; ``reserved`` ids come before those of text."""
+    """Train a byte-level BPE tokenizer on the corpus and put it beside the weights; ``reserved``
+    ids come before those of text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = ["<pad>", "<s>", "</s>", *(f"<{number}>" for number in range(reserved))], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([make(number) for make in (prose, code) for number in range(40)], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    special, alphabet = (
+        ["<pad>", "<s>", "</s>", *(f"<{number}>" for number in range(reserved))],
+        pre_tokenizers.ByteLevel.alphabet(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        [make(number) for make in (prose, code) for number in range(40)], trainer
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -71,13 +97,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prose").mkdir()
     for number in range(40):
         (folder / "prose" / f"{number:02d}.txt").write_text(prose(number))
-    (folder / "code.jsonl").write_text("".join(json.dumps({"text": code(number)}) + "\n" for number in range(40)))
+    (folder / "code.jsonl").write_text(
+        "".join(json.dumps({"text": code(number)}) + "\n" for number in range(40))
+    )
     return folder
 
 
 @pytest.fixture(scope="session")
 def settings(model: Path, corpus: Path) -> Callable[[Path], list[str]]:
-    """``settings(run_dir)``: the overrides that make the debug recipe a run on the tiny model and both domains."""
+    """``settings(run_dir)``: the overrides that make the debug recipe a run on the tiny model and
+    both domains.
+    """
 
     def overrides(run_dir: Path) -> list[str]:
         return [
@@ -92,8 +122,12 @@ def settings(model: Path, corpus: Path) -> Callable[[Path], list[str]]:
 
 
 @pytest.fixture(scope="session")
-def prepared(settings: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder after convert, tokenize and prune. Tests copy it (``prepared_copy``) before they change anything."""
+def prepared(
+    settings: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run folder after convert, tokenize and prune. Tests copy it (``prepared_copy``) before they
+    change anything.
+    """
     run_dir = tmp_path_factory.mktemp("prepared") / "run"
     for verb in VERBS:
         megamask(verb, *settings(run_dir))
@@ -101,8 +135,12 @@ def prepared(settings: Callable[[Path], list[str]], tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
-def general(prepared: Path, settings: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the debug recipe that has learned on both domains, with snapshots of steps 2 and 4. Read it, do not write into it."""
+def general(
+    prepared: Path, settings: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of the debug recipe that has learned on both domains, with snapshots of steps 2 and 4.
+    Read it, do not write into it.
+    """
     run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("general") / "run"))
     megamask("learn", *settings(run_dir))
     return run_dir

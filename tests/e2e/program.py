@@ -1,4 +1,6 @@
-"""Runs the program as a user does: real processes, with a time limit after which the whole process group is killed."""
+"""Runs the program as a user does: real processes, with a time limit after which the whole process
+group is killed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from megamask.errors import EXIT_USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "recipes" / "debug.yaml"
-TIMEOUT = 120.0  # a verb on the debug model takes about ten seconds, most of it imports; the rest is room for a busy machine
+# a verb on the debug model takes about ten seconds, most of it imports; the rest is room for a busy
+# machine
+TIMEOUT = 120.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Finished:
 
 
 class Program:
-    """A running ``megamask VERB`` in its own process group; leaving the ``with`` block kills whatever is left of it.
+    """A running ``megamask VERB`` in its own process group; leaving the ``with`` block kills
+    whatever is left of it.
 
     Args:
         verb: what to run, with the debug recipe.
@@ -52,7 +57,9 @@ class Program:
         stdout, stderr = self._files
         command = [sys.executable, *(torchrun if launch else []), *module]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-        self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, cwd=ROOT, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdout=stdout, stderr=stderr, env=environment, cwd=ROOT, start_new_session=True
+        )
 
     def __enter__(self) -> Program:
         return self
@@ -76,10 +83,14 @@ class Program:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"{self.what}: not done after {timeout:.0f} s\n{self._text(1)[-4000:]}") from None
+            raise AssertionError(
+                f"{self.what}: not done after {timeout:.0f} s\n{self._text(1)[-4000:]}"
+            ) from None
         return Finished(code, self._text(0), self._text(1), time.monotonic() - self._begin)
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = TIMEOUT, interval: float = 0.002) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], timeout: float = TIMEOUT, interval: float = 0.002
+    ) -> None:
         """Poll ``condition`` while the program runs.
 
         Raises:
@@ -88,9 +99,15 @@ class Program:
         end = time.monotonic() + timeout
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
-                state = "running" if self.process.poll() is None else f"ended with {self.process.poll()}"
+                state = (
+                    "running"
+                    if self.process.poll() is None
+                    else f"ended with {self.process.poll()}"
+                )
                 self.kill()
-                raise AssertionError(f"{self.what}: {state}, and what was waited for did not come\n{self._text(1)[-4000:]}")
+                raise AssertionError(
+                    f"{self.what}: {state}, and what was waited for did not come\n{self._text(1)[-4000:]}"
+                )
             time.sleep(interval)
 
     def _text(self, index: int) -> str:
@@ -98,23 +115,37 @@ class Program:
         return self._files[index].read()
 
 
-def megamask(verb: str, *overrides: str, launch: int | None = None, check: bool = True, timeout: float = TIMEOUT) -> Finished:
+def megamask(
+    verb: str,
+    *overrides: str,
+    launch: int | None = None,
+    check: bool = True,
+    timeout: float = TIMEOUT,
+) -> Finished:
     """Run a verb to its end; ``check`` asserts that it succeeded."""
     with Program(verb, *overrides, launch=launch) as program:
         finished = program.wait(timeout)
-    assert not check or finished.code == 0, f"{program.what}: exit code {finished.code}\n{finished.stdout}\n{finished.stderr[-4000:]}"
+    assert not check or finished.code == 0, (
+        f"{program.what}: exit code {finished.code}\n{finished.stdout}\n{finished.stderr[-4000:]}"
+    )
     return finished
 
 
 def in_process(verb: str, *overrides: str) -> Finished:
-    """Run a verb inside the test process: no start-up cost, for what does not depend on the process (refusals, second runs)."""
+    """Run a verb inside the test process: no start-up cost, for what does not depend on the process
+    (refusals, second runs).
+    """
     from megamask.__main__ import main
 
     logger = logging.getLogger("megamask")
     before, level, begin = list(logger.handlers), logger.level, time.monotonic()
     stdout, stderr = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+            warnings.catch_warnings(),
+        ):
             code = main([verb, "--config", str(RECIPE), *overrides])
     finally:
         logger.handlers = before
@@ -123,7 +154,9 @@ def in_process(verb: str, *overrides: str) -> Finished:
 
 
 def refusal(finished: Finished) -> str:
-    """The one message of a verb that refused to work; everything a user error must be, but for its words."""
+    """The one message of a verb that refused to work; everything a user error must be, but for its
+    words.
+    """
     lines = [line for line in finished.stderr.splitlines() if line.startswith("megamask: error")]
     assert finished.code == EXIT_USER_ERROR, f"exit code {finished.code}\n{finished.stderr}"
     assert len(lines) == 1, finished.stderr
@@ -135,10 +168,15 @@ def refusal(finished: Finished) -> str:
 def contents(folder: Path) -> dict[str, str]:
     """Relative path -> SHA-256 of every file below ``folder``."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def assert_untouched(folder: Path, before: dict[str, str]) -> None:
-    """Everything that ``contents`` saw before is as it was; something new (an index of the shards) may have been added."""
+    """Everything that ``contents`` saw before is as it was; something new (an index of the shards)
+    may have been added.
+    """
     after = contents(folder)
     assert {name: after.get(name) for name in before} == before

@@ -1,6 +1,8 @@
-"""What a user can get wrong: one message with key or path, value, what is allowed and the fix; soon, and nothing is lost.
+"""What a user can get wrong: one message with key or path, value, what is allowed and the fix;
+soon, and nothing is lost.
 
-Refusals happen inside the process, so most tests call the program without starting one. ``EARLY`` are refused before any artefact is read.
+Refusals happen inside the process, so most tests call the program without starting one. ``EARLY``
+are refused before any artefact is read.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ Refuse = Callable[..., str]
 
 @pytest.fixture
 def refused(run_dir: Path, settings: Settings) -> Refuse:
-    """``refused(verb, *overrides, says=[...])``: the verb refuses in these words and leaves the run folder as it was."""
+    """``refused(verb, *overrides, says=[...])``: the verb refuses in these words and leaves the run
+    folder as it was.
+    """
 
     def check(verb: str, *overrides: str, says: list[str]) -> str:
         before = contents(run_dir)
@@ -38,41 +42,143 @@ def refused(run_dir: Path, settings: Settings) -> Refuse:
 
 CATEGORICAL = "learn.distribution=categorical"
 EARLY = {
-    "unknown key": ("learn", "learn.stepz=3", ["learn.stepz = 3", "no such setting", "Did you mean learn.steps?"]),
-    "negative blend": ("learn", "data.blend={prose: -1, code: 2}", ["data.blend.prose = -1", "a finite weight of 0 or more", "Correct it"]),
-    "blend of nothing": ("learn", "data.blend={prose: 0, code: 0}", ["data.blend = ", "at least one weight above 0", "a positive weight"]),
-    "blend while tokenizing": ("tokenize", "data.blend={prose: -1, code: 2}", ["data.blend.prose = -1"]),
-    "world and tp": ("learn", "parallel.tp=2", ["parallel.tp = 2", "must divide the number of processes, here 1", "torchrun"]),
-    "world and tp, evaluate": ("evaluate", "parallel.tp=2", ["parallel.tp = 2", "must divide the number of processes, here 1"]),
-    "world and tp, prune": ("prune", "parallel.tp=2", ["parallel.tp = 2", "must divide the number of processes, here 1"]),
-    "long warm-up": ("learn", "learn.optimizer.warmup_steps=4", ["learn.optimizer.warmup_steps = 4", "below learn.steps, here 4"]),
-    "rising rate": ("learn", "learn.optimizer.min_lr=1", ["learn.optimizer.min_lr = 1.0", "at most learn.optimizer.lr", "Lower it"]),
-    "as many as there are": ("learn", "pattern=4:4", ["pattern = '4:4'", "0 < N < M", "pattern=2:4"]),
+    "unknown key": (
+        "learn",
+        "learn.stepz=3",
+        ["learn.stepz = 3", "no such setting", "Did you mean learn.steps?"],
+    ),
+    "negative blend": (
+        "learn",
+        "data.blend={prose: -1, code: 2}",
+        ["data.blend.prose = -1", "a finite weight of 0 or more", "Correct it"],
+    ),
+    "blend of nothing": (
+        "learn",
+        "data.blend={prose: 0, code: 0}",
+        ["data.blend = ", "at least one weight above 0", "a positive weight"],
+    ),
+    "blend while tokenizing": (
+        "tokenize",
+        "data.blend={prose: -1, code: 2}",
+        ["data.blend.prose = -1"],
+    ),
+    "world and tp": (
+        "learn",
+        "parallel.tp=2",
+        ["parallel.tp = 2", "must divide the number of processes, here 1", "torchrun"],
+    ),
+    "world and tp, evaluate": (
+        "evaluate",
+        "parallel.tp=2",
+        ["parallel.tp = 2", "must divide the number of processes, here 1"],
+    ),
+    "world and tp, prune": (
+        "prune",
+        "parallel.tp=2",
+        ["parallel.tp = 2", "must divide the number of processes, here 1"],
+    ),
+    "long warm-up": (
+        "learn",
+        "learn.optimizer.warmup_steps=4",
+        ["learn.optimizer.warmup_steps = 4", "below learn.steps, here 4"],
+    ),
+    "rising rate": (
+        "learn",
+        "learn.optimizer.min_lr=1",
+        ["learn.optimizer.min_lr = 1.0", "at most learn.optimizer.lr", "Lower it"],
+    ),
+    "as many as there are": (
+        "learn",
+        "pattern=4:4",
+        ["pattern = '4:4'", "0 < N < M", "pattern=2:4"],
+    ),
     "none kept": ("learn", "pattern=0:4", ["pattern = '0:4'", "0 < N < M", "pattern=2:4"]),
     "no pattern": ("prune", "pattern=4:2", ["pattern = '4:2'", "0 < N < M", "pattern=2:4"]),
-    "too many of too many": ("learn", f"pattern=32:64 {CATEGORICAL}", ["pattern = '32:64'", "256 candidates", "linear", "M up to 32"]),
-    "many candidates": ("learn", f"pattern=8:16 {CATEGORICAL}", ["pattern = '8:16'", "256 candidates", "12,870", "distribution=linear"]),
-    "too many members": ("learn", "pattern=32:64 learn.distribution=linear", ["pattern = '32:64'", "linear takes M up to 32", "M <= 32"]),
-    "negative tau": ("learn", "learn.sampling.tau=[4,-0.5]", ["learn.sampling.tau = -0.5", "greater than 0", "Correct it"]),
-    "tau without end": ("learn", "learn.sampling.tau=[.inf,1]", ["learn.sampling.tau = inf", "finite", "Correct it"]),
-    "tau that is no number": ("learn", "learn.sampling.tau=[.nan,1]", ["learn.sampling.tau = nan", "finite", "Correct it"]),
-    "falling kappa": ("learn", "learn.sampling.kappa=[500,100]", ["kappa = [500.0, 100.0]", "grows or stays", "smaller one first"]),
-    "kappa of zero": ("learn", "learn.sampling.kappa=[0,0]", ["learn.sampling.kappa = [0.0, 0.0]", "end above 0", "[100, 500]"]),
+    "too many of too many": (
+        "learn",
+        f"pattern=32:64 {CATEGORICAL}",
+        ["pattern = '32:64'", "256 candidates", "linear", "M up to 32"],
+    ),
+    "many candidates": (
+        "learn",
+        f"pattern=8:16 {CATEGORICAL}",
+        ["pattern = '8:16'", "256 candidates", "12,870", "distribution=linear"],
+    ),
+    "too many members": (
+        "learn",
+        "pattern=32:64 learn.distribution=linear",
+        ["pattern = '32:64'", "linear takes M up to 32", "M <= 32"],
+    ),
+    "negative tau": (
+        "learn",
+        "learn.sampling.tau=[4,-0.5]",
+        ["learn.sampling.tau = -0.5", "greater than 0", "Correct it"],
+    ),
+    "tau without end": (
+        "learn",
+        "learn.sampling.tau=[.inf,1]",
+        ["learn.sampling.tau = inf", "finite", "Correct it"],
+    ),
+    "tau that is no number": (
+        "learn",
+        "learn.sampling.tau=[.nan,1]",
+        ["learn.sampling.tau = nan", "finite", "Correct it"],
+    ),
+    "falling kappa": (
+        "learn",
+        "learn.sampling.kappa=[500,100]",
+        ["kappa = [500.0, 100.0]", "grows or stays", "smaller one first"],
+    ),
+    "kappa of zero": (
+        "learn",
+        "learn.sampling.kappa=[0,0]",
+        ["learn.sampling.kappa = [0.0, 0.0]", "end above 0", "[100, 500]"],
+    ),
     "diff of nothing": ("diff", "", ["diff.a = None", "compares two masks", "Write megamask diff"]),
-    "diff of one": ("diff", "a.safetensors", ["diff.b = None", "compares two masks", "Write megamask diff"]),
+    "diff of one": (
+        "diff",
+        "a.safetensors",
+        ["diff.b = None", "compares two masks", "Write megamask diff"],
+    ),
     "diff of three": ("diff", "a b c", ["argument = 'c'", "diff takes A B", "Leave it out"]),
-    "diff of a missing name": ("diff", "wanda sparsegpt", ["wanda.safetensors", "is missing", "This run has no masks yet"]),
-    "diff of a missing file": ("diff", "no/mask.safetensors wanda", ["no/mask.safetensors", "is missing", "Check the path"]),
-    "extract to nowhere": ("extract", "learn/snapshots", ["extract.out = None", "a mask file to write", "Write megamask extract"]),
-    "extract to no mask file": ("extract", "a b.bin", ["extract.out = 'b.bin'", "ends in .safetensors", "Write megamask extract"]),
+    "diff of a missing name": (
+        "diff",
+        "wanda sparsegpt",
+        ["wanda.safetensors", "is missing", "This run has no masks yet"],
+    ),
+    "diff of a missing file": (
+        "diff",
+        "no/mask.safetensors wanda",
+        ["no/mask.safetensors", "is missing", "Check the path"],
+    ),
+    "extract to nowhere": (
+        "extract",
+        "learn/snapshots",
+        ["extract.out = None", "a mask file to write", "Write megamask extract"],
+    ),
+    "extract to no mask file": (
+        "extract",
+        "a b.bin",
+        ["extract.out = 'b.bin'", "ends in .safetensors", "Write megamask extract"],
+    ),
     "tau of zero": ("learn", "learn.sampling.tau=[4, 0]", ["learn.sampling.tau", "greater than 0"]),
-    "rising tau": ("learn", "learn.sampling.tau=[1, 4]", ["learn.sampling.tau = [1.0, 4.0]", "a temperature that falls", "larger"]),
-    "heads and tp": ("convert", "parallel.tp=3", ["parallel.tp = 3", "num_attention_heads = 8", "allows 1, 2, 4, 8", "Set parallel.tp=8"]),
-}  # fmt: skip
+    "rising tau": (
+        "learn",
+        "learn.sampling.tau=[1, 4]",
+        ["learn.sampling.tau = [1.0, 4.0]", "a temperature that falls", "larger"],
+    ),
+    "heads and tp": (
+        "convert",
+        "parallel.tp=3",
+        ["parallel.tp = 3", "num_attention_heads = 8", "allows 1, 2, 4, 8", "Set parallel.tp=8"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", EARLY)
-def test_settings_are_refused_before_anything_is_read(tmp_path: Path, settings: Settings, case: str) -> None:
+def test_settings_are_refused_before_anything_is_read(
+    tmp_path: Path, settings: Settings, case: str
+) -> None:
     verb, words, says = EARLY[case]
     overrides = words.split() if "{" not in words and "[" not in words else [words]
     run_dir = tmp_path / "nothing here yet"
@@ -89,7 +195,10 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, settings: Settings, ve
     message = refusal(in_process(verb, *settings(blocked / "run")))
     assert str(blocked / "run") in message
     assert "cannot be written (Not a directory)" in message
-    assert "Point run_dir at a folder you can write" in message or "Point export.out at a folder you can write" in message
+    assert (
+        "Point run_dir at a folder you can write" in message
+        or "Point export.out at a folder you can write" in message
+    )
     assert blocked.read_text() == "kept"
 
 
@@ -101,21 +210,36 @@ def test_a_missing_earlier_artefact_names_its_verb(tmp_path: Path, settings: Set
 
 
 @pytest.mark.parametrize(
-    ("verb", "file"), [("learn", "train.bin"), ("learn", "train.idx"), ("prune", "train.bin"), ("evaluate", "heldout.bin")]
+    ("verb", "file"),
+    [
+        ("learn", "train.bin"),
+        ("learn", "train.idx"),
+        ("prune", "train.bin"),
+        ("evaluate", "heldout.bin"),
+    ],
 )
 def test_a_truncated_shard(run_dir: Path, refused: Refuse, verb: str, file: str) -> None:
     shard = run_dir / "shards" / "prose" / file
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-2])
     (run_dir / "masks" / "wanda.safetensors").unlink()  # prune has something to do
-    refused(verb, says=[str(shard), f"is truncated: {size - 2} bytes, {size} were written", "run the verb tokenize again"])
+    refused(
+        verb,
+        says=[
+            str(shard),
+            f"is truncated: {size - 2} bytes, {size} were written",
+            "run the verb tokenize again",
+        ],
+    )
 
 
 def test_torn_weights(run_dir: Path, refused: Refuse) -> None:
     for file in (run_dir / "weights").glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
     for verb in ("learn", "evaluate"):
-        refused(verb, says=[str(run_dir / "weights"), "cannot be read", "Run the verb convert again"])
+        refused(
+            verb, says=[str(run_dir / "weights"), "cannot be read", "Run the verb convert again"]
+        )
 
 
 def test_a_torn_prior(run_dir: Path, refused: Refuse) -> None:
@@ -124,13 +248,18 @@ def test_a_torn_prior(run_dir: Path, refused: Refuse) -> None:
     refused("learn", says=[str(mask), "is torn or not a mask file", "Make the mask file again"])
 
 
-def test_a_prior_with_a_flipped_bit_is_refused_before_weights_are_read(run_dir: Path, refused: Refuse) -> None:
+def test_a_prior_with_a_flipped_bit_is_refused_before_weights_are_read(
+    run_dir: Path, refused: Refuse
+) -> None:
     mask = run_dir / "masks" / "sparsegpt.safetensors"
     written = bytearray(mask.read_bytes())
     written[-3] ^= 1
     mask.write_bytes(written)
     forget_weights(run_dir)
-    refused("learn", says=[str(mask), "is corrupt: the checksum does not match", "Make the mask file again"])
+    refused(
+        "learn",
+        says=[str(mask), "is corrupt: the checksum does not match", "Make the mask file again"],
+    )
 
 
 def forget_weights(run_dir: Path) -> None:
@@ -140,25 +269,56 @@ def forget_weights(run_dir: Path) -> None:
 
 
 PRIORS = {
-    "a misspelt name": ("sparsgpt", ["masks/sparsgpt.safetensors", "is missing", "Did you mean sparsegpt?"]),
-    "a name of another run": ("mine", ["masks/mine.safetensors", "This run has magnitude, sparsegpt, sparsegpt_update, wanda"]),
-    "a path to nothing": ("{run}/mine.safetensors", ["mine.safetensors", "is missing", "a snapshot, or a folder of snapshots"]),
-    "another file": ("{run}/weights/config.json", ["config.json", "is torn or not a mask file", "Make the mask file again"]),
-    "another folder": ("{run}/masks", ["masks: is a folder without snapshots", "RUN/learn/snapshots", "a mask file"]),
-    "a run": ("{general}", ["is a folder without snapshots", "Name ", "learn/snapshots, or a mask file"]),
+    "a misspelt name": (
+        "sparsgpt",
+        ["masks/sparsgpt.safetensors", "is missing", "Did you mean sparsegpt?"],
+    ),
+    "a name of another run": (
+        "mine",
+        ["masks/mine.safetensors", "This run has magnitude, sparsegpt, sparsegpt_update, wanda"],
+    ),
+    "a path to nothing": (
+        "{run}/mine.safetensors",
+        ["mine.safetensors", "is missing", "a snapshot, or a folder of snapshots"],
+    ),
+    "another file": (
+        "{run}/weights/config.json",
+        ["config.json", "is torn or not a mask file", "Make the mask file again"],
+    ),
+    "another folder": (
+        "{run}/masks",
+        ["masks: is a folder without snapshots", "RUN/learn/snapshots", "a mask file"],
+    ),
+    "a run": (
+        "{general}",
+        ["is a folder without snapshots", "Name ", "learn/snapshots, or a mask file"],
+    ),
     "weights": ("{run}/weights/step-00000001", ["step-00000001", "is missing", "Check the path"]),
-    "a part of the linears": ("{part}", ["part.safetensors: has no mask for model.layers.0.self_attn.q_proj and 1 more"]),
+    "a part of the linears": (
+        "{part}",
+        ["part.safetensors: has no mask for model.layers.0.self_attn.q_proj and 1 more"],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", PRIORS)
-def test_a_prior_that_cannot_serve(run_dir: Path, general: Path, tmp_path: Path, refused: Refuse, case: str) -> None:
+def test_a_prior_that_cannot_serve(
+    run_dir: Path, general: Path, tmp_path: Path, refused: Refuse, case: str
+) -> None:
     masks, part = load_masks(run_dir / "masks" / "wanda.safetensors"), tmp_path / "part.safetensors"
-    kept = {name: mask for name, mask in masks.items() if not name.endswith(("0.self_attn.q_proj", "1.mlp.up_proj"))}
+    kept = {
+        name: mask
+        for name, mask in masks.items()
+        if not name.endswith(("0.self_attn.q_proj", "1.mlp.up_proj"))
+    }
     save_masks(part, kept, masks.pattern, fingerprint=masks.fingerprint, method="wanda")
     forget_weights(run_dir)
     prior, says = PRIORS[case]
-    refused("learn", f"learn.prior.mask={prior.format(run=run_dir, general=general, part=part)}", says=says)
+    refused(
+        "learn",
+        f"learn.prior.mask={prior.format(run=run_dir, general=general, part=part)}",
+        says=says,
+    )
 
 
 SNAPSHOT_TEARS = {
@@ -172,7 +332,9 @@ SNAPSHOT_TEARS = {
 
 
 @pytest.mark.parametrize("case", SNAPSHOT_TEARS)
-def test_a_torn_snapshot_as_a_prior(run_dir: Path, general: Path, tmp_path: Path, refused: Refuse, case: str) -> None:
+def test_a_torn_snapshot_as_a_prior(
+    run_dir: Path, general: Path, tmp_path: Path, refused: Refuse, case: str
+) -> None:
     folder = Path(shutil.copytree(general / "learn" / "snapshots", tmp_path / "snapshots"))
     name, is_cut, says = SNAPSHOT_TEARS[case]
     torn = folder / "step-00000004" / name
@@ -185,132 +347,253 @@ def test_a_torn_snapshot_as_a_prior(run_dir: Path, general: Path, tmp_path: Path
     refused("learn", f"learn.prior.mask={folder}", says=[str(folder / "step-00000004"), says, fix])
 
 
-def test_a_snapshot_that_does_not_fit(run_dir: Path, general: Path, refused: Refuse, settings: Settings, other_model: Path) -> None:
+def test_a_snapshot_that_does_not_fit(
+    run_dir: Path, general: Path, refused: Refuse, settings: Settings, other_model: Path
+) -> None:
     prior = f"learn.prior.mask={general / 'learn' / 'snapshots'}"
     snapshot = str(general / "learn" / "snapshots" / "step-00000004")
-    refused("learn", prior, "pattern=1:4", says=[snapshot, "holds 2:4 masks, wanted 1:4", "Set pattern=2:4"])
+    refused(
+        "learn",
+        prior,
+        "pattern=1:4",
+        says=[snapshot, "holds 2:4 masks, wanted 1:4", "Set pattern=2:4"],
+    )
     assert in_process("convert", *settings(run_dir), f"model.hf={other_model}").code == 0
     refused("learn", prior, says=[snapshot, "another base model", "Use the model that the mask"])
     shape = run_dir / "weights" / "config.json"
     tiny = json.loads(shape.read_text())
     shape.write_text(json.dumps({**tiny, "intermediate_size": 256}))
-    refused("learn", prior, says=[snapshot, "mlp.linear_fc", "does not fit 512 x 64 weights", "learned on this model"])
+    refused(
+        "learn",
+        prior,
+        says=[snapshot, "mlp.linear_fc", "does not fit 512 x 64 weights", "learned on this model"],
+    )
     shape.write_text(json.dumps({**tiny, "num_hidden_layers": 1}))
-    refused("learn", prior, says=[snapshot, "holds decoder.layers.1.", "which the model does not have", "learned on this model"])
+    refused(
+        "learn",
+        prior,
+        says=[
+            snapshot,
+            "holds decoder.layers.1.",
+            "which the model does not have",
+            "learned on this model",
+        ],
+    )
 
 
 def test_a_snapshot_of_the_same_run(general: Path, settings: Settings) -> None:
     before = contents(general)
-    for folder in (general / "learn" / "snapshots", general / "learn" / "snapshots" / "step-00000002"):
+    for folder in (
+        general / "learn" / "snapshots",
+        general / "learn" / "snapshots" / "step-00000002",
+    ):
         message = refusal(in_process("learn", *settings(general), f"learn.prior.mask={folder}"))
-        assert "learn.prior.mask = " in message and "those of this run are replaced while it learns" in message, message
+        assert (
+            "learn.prior.mask = " in message
+            and "those of this run are replaced while it learns" in message
+        ), message
         assert "Set another run_dir, or write it to a mask file first: megamask extract." in message
     assert_untouched(general, before)
 
 
 def test_extract_and_evaluate_replace_nothing(run_dir: Path, refused: Refuse) -> None:
     mask = run_dir / "masks" / "wanda.safetensors"
-    refused("extract", "magnitude", str(mask), says=[str(mask), "a file that is not there yet", "Delete it, or choose another name"])
-    refused("evaluate", "evaluate.masks={dense: wanda}", says=["evaluate.masks = 'dense'", "Name it otherwise"])
+    refused(
+        "extract",
+        "magnitude",
+        str(mask),
+        says=[str(mask), "a file that is not there yet", "Delete it, or choose another name"],
+    )
+    refused(
+        "evaluate",
+        "evaluate.masks={dense: wanda}",
+        says=["evaluate.masks = 'dense'", "Name it otherwise"],
+    )
 
 
-def test_another_base_model(run_dir: Path, refused: Refuse, settings: Settings, other_model: Path) -> None:
+def test_another_base_model(
+    run_dir: Path, refused: Refuse, settings: Settings, other_model: Path
+) -> None:
     mask = run_dir / "masks" / "sparsegpt.safetensors"
     for verb in ("export", "inspect"):
         refused(
-            verb, f"model.hf={other_model}", f"export.mask={mask}", says=[str(mask), "another base model", "Use the model that the mask"]
+            verb,
+            f"model.hf={other_model}",
+            f"export.mask={mask}",
+            says=[str(mask), "another base model", "Use the model that the mask"],
         )
     assert in_process("convert", *settings(run_dir), f"model.hf={other_model}").code == 0
     for verb in ("learn", "evaluate"):
-        refused(verb, f"evaluate.masks={{row: {mask}}}", says=[str(mask), "another base model", "Use the model that the mask"])
+        refused(
+            verb,
+            f"evaluate.masks={{row: {mask}}}",
+            says=[str(mask), "another base model", "Use the model that the mask"],
+        )
 
 
 def test_another_pattern(run_dir: Path, refused: Refuse) -> None:
     mask = run_dir / "masks" / "sparsegpt.safetensors"
-    refused("learn", "pattern=1:4", says=[str(mask), "holds 2:4 masks, wanted 1:4", "Set pattern=2:4"])
-    refused("export", "pattern=1:4", f"export.mask={mask}", says=[str(mask), "holds 2:4 masks, wanted 1:4", "Set pattern=2:4"])
+    refused(
+        "learn", "pattern=1:4", says=[str(mask), "holds 2:4 masks, wanted 1:4", "Set pattern=2:4"]
+    )
+    refused(
+        "export",
+        "pattern=1:4",
+        f"export.mask={mask}",
+        says=[str(mask), "holds 2:4 masks, wanted 1:4", "Set pattern=2:4"],
+    )
 
 
 @pytest.mark.parametrize("verb", ["prune", "learn"])
 def test_m_that_does_not_divide_a_row(run_dir: Path, refused: Refuse, verb: str) -> None:
     forget_weights(run_dir)
-    says = ["pattern = '2:7'", "M must divide in_features of decoder.layers.0.", "here 64", "Choose another pattern"]
+    says = [
+        "pattern = '2:7'",
+        "M must divide in_features of decoder.layers.0.",
+        "here 64",
+        "Choose another pattern",
+    ]
     refused(verb, "pattern=2:7", "prune.block=126", "learn.prior.mask=null", says=says)
 
 
 def test_m_that_does_not_divide_a_rank_s_part_of_a_row(run_dir: Path, settings: Settings) -> None:
     before, pattern = contents(run_dir), ("pattern=1:64", "prune.methods=[magnitude]")
-    finished = megamask("prune", *settings(run_dir), *pattern, "parallel.tp=2", launch=2, check=False)
+    finished = megamask(
+        "prune", *settings(run_dir), *pattern, "parallel.tp=2", launch=2, check=False
+    )
     assert finished.code != 0
     said = [line for line in finished.stderr.splitlines() if "megamask: error" in line]
     assert len(said) >= 1  # torchrun ends the other rank as soon as the first has failed
-    assert all("pattern = '1:64'" in line and "here 32 after splitting over parallel.tp=2" in line for line in said), finished.stderr
+    assert all(
+        "pattern = '1:64'" in line and "here 32 after splitting over parallel.tp=2" in line
+        for line in said
+    ), finished.stderr
     assert all("a smaller parallel.tp" in line for line in said)
     assert_untouched(run_dir, before)
-    assert in_process("prune", *settings(run_dir), *pattern).code == 0  # whole rows hold one group of 64 or two
+    assert (
+        in_process("prune", *settings(run_dir), *pattern).code == 0
+    )  # whole rows hold one group of 64 or two
 
 
 @pytest.mark.parametrize("content", ["", " \n\n"])
 def test_an_empty_corpus(tmp_path: Path, refused: Refuse, content: str) -> None:
     corpus = tmp_path / "empty.txt"
     corpus.write_text(content)
-    says = [str(corpus), "holds no text (data.domains.prose)", "Give data.domains.prose a corpus with text"]
+    says = [
+        str(corpus),
+        "holds no text (data.domains.prose)",
+        "Give data.domains.prose a corpus with text",
+    ]
     refused("tokenize", f"data.domains.prose={{kind: text, path: {corpus}}}", says=says)
 
 
-def test_another_tokenizer_than_that_of_the_shards(tmp_path: Path, model: Path, refused: Refuse) -> None:
+def test_another_tokenizer_than_that_of_the_shards(
+    tmp_path: Path, model: Path, refused: Refuse
+) -> None:
     other = Path(shutil.copytree(model, tmp_path / "other"))
     save_tokenizer(other, vocab_size=400)
     for verb in ("learn", "evaluate"):
         refused(
-            verb, f"data.tokenizer={other}", says=["shards/", f"was made with the tokenizer {model}", str(other), "run the verb tokenize"]
+            verb,
+            f"data.tokenizer={other}",
+            says=[
+                "shards/",
+                f"was made with the tokenizer {model}",
+                str(other),
+                "run the verb tokenize",
+            ],
         )
 
 
 @pytest.mark.parametrize("verb", ["prune", "learn", "evaluate"])
-def test_a_tokenizer_with_more_ids_than_the_model(run_dir: Path, tmp_path: Path, settings: Settings, refused: Refuse, verb: str) -> None:
+def test_a_tokenizer_with_more_ids_than_the_model(
+    run_dir: Path, tmp_path: Path, settings: Settings, refused: Refuse, verb: str
+) -> None:
     large = tmp_path / "large"
     large.mkdir()
     save_tokenizer(large, vocab_size=700, reserved=300)
     assert in_process("tokenize", *settings(run_dir), f"data.tokenizer={large}").code == 0
-    refused(verb, f"data.tokenizer={large}", "calibration.seed=1", says=["shards/", "the model knows 512 ids", "tokenizer of the model"])
+    refused(
+        verb,
+        f"data.tokenizer={large}",
+        "calibration.seed=1",
+        says=["shards/", "the model knows 512 ids", "tokenizer of the model"],
+    )
 
 
-def test_weights_that_are_pruned_already(run_dir: Path, tmp_path: Path, settings: Settings, refused: Refuse) -> None:
+def test_weights_that_are_pruned_already(
+    run_dir: Path, tmp_path: Path, settings: Settings, refused: Refuse
+) -> None:
     """The masked folder that export writes, taken for a dense model."""
     pruned = tmp_path / "pruned"
     mask = run_dir / "masks" / "magnitude.safetensors"
-    assert in_process("export", *settings(run_dir), f"export.mask={mask}", f"export.out={pruned}").code == 0
+    assert (
+        in_process("export", *settings(run_dir), f"export.mask={mask}", f"export.out={pruned}").code
+        == 0
+    )
     assert in_process("convert", *settings(run_dir), f"model.hf={pruned}").code == 0
-    refused("learn", says=["sparsegpt.safetensors", "another base model", "with its weights unpruned"])
+    refused(
+        "learn", says=["sparsegpt.safetensors", "another base model", "with its weights unpruned"]
+    )
     for verb in ("prune", "learn"):
-        refused(verb, "learn.prior.mask=null", says=[str(run_dir / "weights"), "pruned already", "2:4 sparse", "Convert the dense model"])
+        refused(
+            verb,
+            "learn.prior.mask=null",
+            says=[
+                str(run_dir / "weights"),
+                "pruned already",
+                "2:4 sparse",
+                "Convert the dense model",
+            ],
+        )
 
 
 def test_a_loss_that_is_not_finite(run_dir: Path, settings: Settings) -> None:
-    """A step of 1e38 makes logits that overflow in the next forward pass: the snapshot before it stays."""
+    """A step of 1e38 makes logits that overflow in the next forward pass: the snapshot before it
+    stays.
+    """
     absurd = ("learn.optimizer.lr=1e38", "learn.snapshot.every=1")
     message = refusal(in_process("learn", *settings(run_dir), *absurd))
     assert "step 2: the loss is nan" in message
-    assert "not finite. Lower learn.optimizer.lr or the scale learn.sampling.kappa; start again to go on from the last snapshot" in message
+    assert (
+        "not finite. Lower learn.optimizer.lr or the scale learn.sampling.kappa; start again to go on from the last snapshot"
+        in message
+    )
     assert [path.name for path in (run_dir / "learn" / "snapshots").iterdir()] == ["step-00000001"]
     assert not (run_dir / "masks" / "learned.safetensors").exists()
     before = contents(run_dir / "learn" / "snapshots")
-    assert "step 2: the loss is nan" in refusal(in_process("learn", *settings(run_dir), *absurd))  # resumes, fails again
+    assert "step 2: the loss is nan" in refusal(
+        in_process("learn", *settings(run_dir), *absurd)
+    )  # resumes, fails again
     assert contents(run_dir / "learn" / "snapshots") == before
-    steps = [json.loads(line)["step"] for line in (run_dir / "learn" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (run_dir / "learn" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert max(steps) == 1
 
 
 @pytest.mark.parametrize(
-    "key", [{"sliding_window": 64}, {"hidden_act": "gelu"}, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, {"surprise": 1}]
+    "key",
+    [
+        {"sliding_window": 64},
+        {"hidden_act": "gelu"},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        {"surprise": 1},
+    ],
 )
-def test_a_model_feature_that_is_not_built(tmp_path: Path, model: Path, refused: Refuse, key: dict[str, object]) -> None:
+def test_a_model_feature_that_is_not_built(
+    tmp_path: Path, model: Path, refused: Refuse, key: dict[str, object]
+) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "odd"))
     config = json.loads((folder / "config.json").read_text())
     config.pop("rope_parameters", None)
     (folder / "config.json").write_text(json.dumps({**config, **key}))
-    refused("convert", f"model.hf={folder}", says=[f"config.json: {next(iter(key))}", "Point model.hf at a plain Llama checkpoint"])
+    refused(
+        "convert",
+        f"model.hf={folder}",
+        says=[f"config.json: {next(iter(key))}", "Point model.hf at a plain Llama checkpoint"],
+    )
 
 
 def test_a_process_ends_with_the_message_and_its_code(run_dir: Path, settings: Settings) -> None:

@@ -1,4 +1,6 @@
-"""benchmarks/gpu.sh: all its parts at toy size on the CPU, and its refusal of a machine without a GPU."""
+"""benchmarks/gpu.sh: all its parts at toy size on the CPU, and its refusal of a machine without a
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +17,55 @@ import torch
 from tests.e2e.program import RECIPE, ROOT
 
 PARTS = (
-    "parity", "sampling", "step", "step-one-draw", "step-whole-model", "plan", "memory-default", "memory-lean", "memory-leanest",
-)  # fmt: skip
+    "parity",
+    "sampling",
+    "step",
+    "step-one-draw",
+    "step-whole-model",
+    "plan",
+    "memory-default",
+    "memory-lean",
+    "memory-leanest",
+)
 
 
 def run_script(**environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore", **environment}
-    return subprocess.run([str(ROOT / "benchmarks" / "gpu.sh")], env=variables, capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        [str(ROOT / "benchmarks" / "gpu.sh")],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
 
 
 @pytest.mark.slow
 def test_every_part_runs_at_toy_size(model: Path, tmp_path: Path) -> None:
     steps = 2
-    result = run_script(DEVICE="cpu", OUT=str(tmp_path), HF=str(model), RECIPE=str(RECIPE), STEPS=str(steps))
+    result = run_script(
+        DEVICE="cpu", OUT=str(tmp_path), HF=str(model), RECIPE=str(RECIPE), STEPS=str(steps)
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     summary = (tmp_path / "summary.md").read_text()
-    assert "FAILED" not in summary and all(f"\n## {part}\n" in summary for part in (*PARTS, "learning run"))
+    assert "FAILED" not in summary and all(
+        f"\n## {part}\n" in summary for part in (*PARTS, "learning run")
+    )
     for part in PARTS:
         written = json.loads((tmp_path / f"{part}.json").read_text())
-        assert written["figures"] and written["date"] and written["machine"]["torch"] == torch.__version__
+        assert (
+            written["figures"]
+            and written["date"]
+            and written["machine"]["torch"] == torch.__version__
+        )
     step = json.loads((tmp_path / "step.json").read_text())["figures"]
     assert step["ratio"]["median"] > 1  # it also does all that the dense side does
     assert step["peak_memory_gib"].keys() == {"masked", "dense"}
     results = json.loads((tmp_path / "learn-results.json").read_text())["perplexity"]
     assert {"dense", "sparsegpt", "learned"} <= results.keys()
-    records = [json.loads(line) for line in (tmp_path / "learn-metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "learn-metrics.jsonl").read_text().splitlines()
+    ]
     assert sum(record["kind"] == "train" for record in records) == steps
 
 

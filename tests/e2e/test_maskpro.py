@@ -17,10 +17,19 @@ from tests.e2e.program import in_process, megamask, refusal
 pytestmark = pytest.mark.slow
 Settings = Callable[[Path], list[str]]
 RUN = (
-    "learn.learner=maskpro", "learn.prior.mask=magnitude", "learn.steps=8", "learn.snapshot.every=4", "learn.micro_batch=2",
-    "learn.global_batch=4", "data.seq_length=16", "learn.maskpro.masks=2", "learn.maskpro.baseline=leave_one_out",
-    "learn.maskpro.initial_logit=5", "learn.maskpro.lr=1000", "learn.maskpro.samples=6",
-)  # fmt: skip
+    "learn.learner=maskpro",
+    "learn.prior.mask=magnitude",
+    "learn.steps=8",
+    "learn.snapshot.every=4",
+    "learn.micro_batch=2",
+    "learn.global_batch=4",
+    "data.seq_length=16",
+    "learn.maskpro.masks=2",
+    "learn.maskpro.baseline=leave_one_out",
+    "learn.maskpro.initial_logit=5",
+    "learn.maskpro.lr=1000",
+    "learn.maskpro.samples=6",
+)
 
 
 def train_records(run_dir: Path) -> list[dict[str, Any]]:
@@ -36,35 +45,57 @@ def whole(prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathF
 
 
 def test_a_run_leaves_what_other_learners_leave(whole: Path, settings: Settings) -> None:
-    learned, prior = (load_masks(whole / "masks" / f"{name}.safetensors") for name in ("learned", "magnitude"))
-    assert learned.meta["data"]["learner"] == "maskpro" and learned.meta["data"]["prior"] == "magnitude"
+    learned, prior = (
+        load_masks(whole / "masks" / f"{name}.safetensors") for name in ("learned", "magnitude")
+    )
+    assert (
+        learned.meta["data"]["learner"] == "maskpro"
+        and learned.meta["data"]["prior"] == "magnitude"
+    )
     assert any(not torch.equal(learned[name], prior[name]) for name in learned)
     records = train_records(whole)
     assert len(records) == 8
-    assert all({"lm_loss", "residual", "advantage", "max_prob", "flip_rate", "prior_difference"} <= record.keys() for record in records)
+    assert all(
+        {"lm_loss", "residual", "advantage", "max_prob", "flip_rate", "prior_difference"}
+        <= record.keys()
+        for record in records
+    )
     assert records[-1]["prior_difference"] > 0
     for verb in ("evaluate", "report", "inspect"):
         megamask(verb, *settings(whole), *RUN)
     assert (whole / "report.html").exists()
 
 
-def test_a_resumed_run_and_two_replicas_learn_the_same_mask(whole: Path, prepared: Path, settings: Settings, tmp_path: Path) -> None:
+def test_a_resumed_run_and_two_replicas_learn_the_same_mask(
+    whole: Path, prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
     resumed = Path(shutil.copytree(whole, tmp_path / "resumed"))
     shutil.rmtree(resumed / "learn" / "snapshots" / "step-00000008")
     (resumed / "masks" / "learned.safetensors").unlink()
-    finished = megamask("learn", *settings(resumed), *RUN, "learn.optimizer.lr=1")  # which does not count here
-    assert "without effect here (learn.learner=maskpro" in finished.stderr and "learn.optimizer.lr" in finished.stderr
+    finished = megamask(
+        "learn", *settings(resumed), *RUN, "learn.optimizer.lr=1"
+    )  # which does not count here
+    assert (
+        "without effect here (learn.learner=maskpro" in finished.stderr
+        and "learn.optimizer.lr" in finished.stderr
+    )
     replicas = Path(shutil.copytree(prepared, tmp_path / "replicas"))
     megamask("learn", *settings(replicas), *RUN, launch=2)
     expected = load_masks(whole / "masks" / "learned.safetensors")
     for run_dir in (resumed, replicas):
         found = load_masks(run_dir / "masks" / "learned.safetensors")
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert [record["lm_loss"] for record in train_records(resumed)] == [record["lm_loss"] for record in train_records(whole)]
+    assert [record["lm_loss"] for record in train_records(resumed)] == [
+        record["lm_loss"] for record in train_records(whole)
+    ]
 
 
-@pytest.mark.parametrize("override", ["learn.maskpro.masks=3", "learn.footprint=lean", "learn.distribution=categorical"])
-def test_refused_before_anything_is_loaded(run_dir: Path, settings: Settings, override: str) -> None:
+@pytest.mark.parametrize(
+    "override", ["learn.maskpro.masks=3", "learn.footprint=lean", "learn.distribution=categorical"]
+)
+def test_refused_before_anything_is_loaded(
+    run_dir: Path, settings: Settings, override: str
+) -> None:
     finished = in_process("learn", *settings(run_dir), *RUN, override)
     assert refusal(finished)
     assert not (run_dir / "learn").exists()

@@ -1,4 +1,6 @@
-"""Every verb on the debug recipe, in processes of its own; what one verb makes, the next one and plain transformers can use."""
+"""Every verb on the debug recipe, in processes of its own; what one verb makes, the next one and
+plain transformers can use.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,15 @@ Settings = Callable[[Path], list[str]]
 
 
 @pytest.fixture(scope="module")
-def pipeline(prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Finished]]:
+def pipeline(
+    prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Finished]]:
     """A run folder in which every verb has run, and what the later ones said."""
     run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("pipeline") / "run"))
-    return run_dir, {verb: megamask(verb, *settings(run_dir)) for verb in ("learn", "export", "evaluate", "report", "inspect")}
+    return run_dir, {
+        verb: megamask(verb, *settings(run_dir))
+        for verb in ("learn", "export", "evaluate", "report", "inspect")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,9 @@ def results(pipeline: tuple[Path, Any]) -> dict[str, Any]:
 def test_weights_and_shards_are_there(prepared: Path, model: Path) -> None:
     note = json.loads((prepared / "weights" / "megamask.json").read_text())
     assert note["source"] == str(model)
-    assert (prepared / "weights" / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    assert (prepared / "weights" / "config.json").read_bytes() == (
+        model / "config.json"
+    ).read_bytes()
     for domain in DOMAINS:
         meta = json.loads((prepared / "shards" / domain / "meta.json").read_text())
         assert all(meta["splits"][split]["tokens"] > MAX_TOKENS for split in ("train", "heldout"))
@@ -56,31 +65,68 @@ def test_a_mask_file_is_valid(pipeline: tuple[Path, Any], method: str) -> None:
     assert all(Pattern(2, 4).is_valid(mask) for mask in masks.values())
 
 
-def test_learning_moves_the_mask_and_helps(pipeline: tuple[Path, Any], results: dict[str, Any]) -> None:
-    learned, prior = (load_masks(pipeline[0] / "masks" / f"{method}.safetensors") for method in ("learned", "sparsegpt"))
+def test_learning_moves_the_mask_and_helps(
+    pipeline: tuple[Path, Any], results: dict[str, Any]
+) -> None:
+    learned, prior = (
+        load_masks(pipeline[0] / "masks" / f"{method}.safetensors")
+        for method in ("learned", "sparsegpt")
+    )
     assert any(not torch.equal(learned[name], prior[name]) for name in learned)
-    assert all(results["perplexity"]["learned"][domain] < results["perplexity"]["sparsegpt"][domain] for domain in DOMAINS)
+    assert all(
+        results["perplexity"]["learned"][domain] < results["perplexity"]["sparsegpt"][domain]
+        for domain in DOMAINS
+    )
 
 
 def test_the_learning_folder_is_complete(pipeline: tuple[Path, Any]) -> None:
     folder = pipeline[0] / "learn"
-    assert {"config.yaml", "versions.json", "log.txt", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
-    assert sorted(path.name for path in (folder / "snapshots").iterdir()) == ["step-00000002", "step-00000004"]
+    assert {"config.yaml", "versions.json", "log.txt", "metrics.jsonl"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert sorted(path.name for path in (folder / "snapshots").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4]
     assert [record["step"] for record in records if record["kind"] == "evaluation"] == [0, 2, 4]
-    assert all(0 <= record[share] <= 1 for record in records if record["kind"] == "train" for share in ("max_prob", "flip_rate"))
+    assert all(
+        0 <= record[share] <= 1
+        for record in records
+        if record["kind"] == "train"
+        for share in ("max_prob", "flip_rate")
+    )
 
 
-def test_results_hold_perplexities_protocol_and_sizes(pipeline: tuple[Path, Any], results: dict[str, Any]) -> None:
+def test_results_hold_perplexities_protocol_and_sizes(
+    pipeline: tuple[Path, Any], results: dict[str, Any]
+) -> None:
     rows = ["dense", *METHODS, "learned"]
     assert set(results) == {"perplexity", "protocol", "seconds", "density", "mask_bytes"}
     assert list(results["perplexity"]) == rows
     assert all(1 < results["perplexity"][row][domain] < 10000 for row in rows for domain in DOMAINS)
     protocol = results["protocol"]
-    assert {"window", "stride", "targets_per_window", "tail", "bos", "dtype", "split", "tokens"} == set(protocol)
-    assert (protocol["window"], protocol["stride"], protocol["targets_per_window"]) == (WINDOW, WINDOW, WINDOW - 1)
-    assert (protocol["dtype"], protocol["bos"], protocol["tokens"]) == ("fp32", "none", dict.fromkeys(DOMAINS, MAX_TOKENS))
+    assert {
+        "window",
+        "stride",
+        "targets_per_window",
+        "tail",
+        "bos",
+        "dtype",
+        "split",
+        "tokens",
+    } == set(protocol)
+    assert (protocol["window"], protocol["stride"], protocol["targets_per_window"]) == (
+        WINDOW,
+        WINDOW,
+        WINDOW - 1,
+    )
+    assert (protocol["dtype"], protocol["bos"], protocol["tokens"]) == (
+        "fp32",
+        "none",
+        dict.fromkeys(DOMAINS, MAX_TOKENS),
+    )
     assert results["density"] == {"dense": 1.0, **dict.fromkeys(rows[1:], 0.5)}
     files = {row: pipeline[0] / "masks" / f"{row}.safetensors" for row in rows[1:]}
     assert results["mask_bytes"] == {row: file.stat().st_size for row, file in files.items()}
@@ -88,7 +134,9 @@ def test_results_hold_perplexities_protocol_and_sizes(pipeline: tuple[Path, Any]
 
 
 def transformers_perplexity(hf_dir: Path, run_dir: Path, domain: str) -> float:
-    """The protocol in plain numpy, torch and transformers: exp of the mean over the targets of all windows."""
+    """The protocol in plain numpy, torch and transformers: exp of the mean over the targets of all
+    windows.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
@@ -96,32 +144,49 @@ def transformers_perplexity(hf_dir: Path, run_dir: Path, domain: str) -> float:
     windows = torch.from_numpy(stream.astype(np.int64)).view(-1, WINDOW)
     with torch.no_grad():
         logits = model(windows).logits[:, :-1].double()
-    return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
+    return math.exp(
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    )
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_transformers_agrees_with_evaluate(pipeline: tuple[Path, Any], results: dict[str, Any], model: Path, domain: str) -> None:
+def test_transformers_agrees_with_evaluate(
+    pipeline: tuple[Path, Any], results: dict[str, Any], model: Path, domain: str
+) -> None:
     run_dir = pipeline[0]
     exported = transformers_perplexity(run_dir / "export", run_dir, domain)
-    # Both compute in fp32; two orders of summation move a loss of about 6 by about 1e-6, and the perplexity relatively as much.
+    # Both compute in fp32; two orders of summation move a loss of about 6 by about 1e-6, and the
+    # perplexity relatively as much.
     assert exported == pytest.approx(results["perplexity"]["learned"][domain], rel=2e-5)
     dense = transformers_perplexity(model, run_dir, domain)
     assert dense == pytest.approx(results["perplexity"]["dense"][domain], rel=2e-5)
-    assert dense != pytest.approx(exported, rel=1e-2)  # the comparison sees a mask that is not applied
+    assert dense != pytest.approx(
+        exported, rel=1e-2
+    )  # the comparison sees a mask that is not applied
 
 
-def test_the_exported_folder_is_plain_and_holds_the_mask(pipeline: tuple[Path, Any], model: Path) -> None:
+def test_the_exported_folder_is_plain_and_holds_the_mask(
+    pipeline: tuple[Path, Any], model: Path
+) -> None:
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
-    folder, masks = pipeline[0] / "export", load_masks(pipeline[0] / "masks" / "learned.safetensors")
+    folder, masks = (
+        pipeline[0] / "export",
+        load_masks(pipeline[0] / "masks" / "learned.safetensors"),
+    )
     written, dense = load_file(folder / "model.safetensors"), load_file(model / "model.safetensors")
     assert written.keys() == dense.keys()
     for name, tensor in dense.items():
         mask = masks.get(name.removesuffix(".weight"))
-        assert torch.equal(written[name], tensor if mask is None else torch.where(mask, tensor, 0.0))
+        assert torch.equal(
+            written[name], tensor if mask is None else torch.where(mask, tensor, 0.0)
+        )
     text = "the mask keeps two of every four weights"
-    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        == AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+    )
 
 
 def test_report_and_inspect(pipeline: tuple[Path, dict[str, Finished]]) -> None:
@@ -133,30 +198,52 @@ def test_report_and_inspect(pipeline: tuple[Path, dict[str, Finished]]) -> None:
     assert f"{run_dir / 'masks' / 'learned.safetensors'}: valid" in said["inspect"].stdout
 
 
-def test_a_second_run_of_every_verb_changes_nothing(pipeline: tuple[Path, Any], settings: Settings) -> None:
+def test_a_second_run_of_every_verb_changes_nothing(
+    pipeline: tuple[Path, Any], settings: Settings
+) -> None:
     run_dir = pipeline[0]
     before = contents(run_dir)
-    for verb in ("convert", "tokenize", "prune", "learn", "export", "evaluate", "report", "inspect"):
+    for verb in (
+        "convert",
+        "tokenize",
+        "prune",
+        "learn",
+        "export",
+        "evaluate",
+        "report",
+        "inspect",
+    ):
         finished = in_process(verb, *settings(run_dir))
         assert finished.code == 0, f"{verb}\n{finished.stderr}"
     after = contents(run_dir)
-    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == {"learn/log.txt"}  # it grows
+    assert {
+        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+    } == {"learn/log.txt"}  # it grows
 
 
-def test_two_tensor_parallel_ranks(pipeline: tuple[Path, Any], prepared: Path, settings: Settings, tmp_path: Path) -> None:
+def test_two_tensor_parallel_ranks(
+    pipeline: tuple[Path, Any], prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
     alone, run_dir = pipeline[0], tmp_path / "run"
     shutil.copytree(prepared / "shards", run_dir / "shards")
     for verb in ("convert", "prune", "learn", "evaluate"):
         megamask(verb, *settings(run_dir), "parallel.tp=2", launch=2)
     for method in (*METHODS, "learned"):
-        ours, theirs = (load_masks(folder / "masks" / f"{method}.safetensors") for folder in (run_dir, alone))
+        ours, theirs = (
+            load_masks(folder / "masks" / f"{method}.safetensors") for folder in (run_dir, alone)
+        )
         groups = sum(ours.index(name).numel() for name in ours)
         differ = sum(int((ours.index(name) != theirs.index(name)).sum()) for name in ours) / groups
-        # Sums over ranks round differently, which decides near ties only: far fewer groups than learning moves (some percent).
-        assert differ <= (0 if method == "magnitude" else 0.005), f"{method}: {differ:.2%} of the groups differ"
+        # Sums over ranks round differently, which decides near ties only: far fewer groups than
+        # learning moves (some percent).
+        assert differ <= (0 if method == "magnitude" else 0.005), (
+            f"{method}: {differ:.2%} of the groups differ"
+        )
     spread = json.loads((run_dir / "results.json").read_text())["perplexity"]
     # What two processes made, one can evaluate. fp32 rounding, as above.
     assert in_process("evaluate", *settings(run_dir)).code == 0
     whole = json.loads((run_dir / "results.json").read_text())["perplexity"]
     assert all(spread[row] == pytest.approx(whole[row], rel=2e-5) for row in whole)
-    assert spread["dense"] == pytest.approx(json.loads((alone / "results.json").read_text())["perplexity"]["dense"], rel=2e-5)
+    assert spread["dense"] == pytest.approx(
+        json.loads((alone / "results.json").read_text())["perplexity"]["dense"], rel=2e-5
+    )

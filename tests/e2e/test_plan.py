@@ -17,9 +17,15 @@ from tests.e2e.program import ROOT
 
 RECIPES = {"debug": "toy", "quickstart": "smollm2-135m", "maskllm-llama2-7b": "llama2-7b"}
 SHAPE = {
-    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 1024,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 8192,
+    "max_position_embeddings": 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,9 @@ Ask = Callable[..., Answer]
 
 @pytest.fixture
 def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
-    """``ask("plan --model x", "more=words")`` inside this process; nothing is launched, so there is nothing to kill."""
+    """``ask("plan --model x", "more=words")`` inside this process; nothing is launched, so there is
+    nothing to kill.
+    """
 
     def call(line: str, *words: str) -> Answer:
         code = main([*line.split(), *words])
@@ -106,7 +114,9 @@ def test_a_wrong_question(ask: Ask, line: str, says: str) -> None:
     assert done.code == 2 and says in done.stderr and done.stdout == ""
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_recipe_can_be_planned(ask: Ask, recipe: Path) -> None:
     done = ask(f"plan --config {recipe} --model {RECIPES[recipe.stem]}")
     assert done.code == 0, done.stderr
@@ -133,25 +143,52 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """``benchmarks.plan`` of every case, in one process of its own: 11.8 M prunable weights, 512 tokens."""
+    """``benchmarks.plan`` of every case, in one process of its own: 11.8 M prunable weights, 512
+    tokens.
+    """
     folder = tmp_path_factory.mktemp("plan")
     (folder / "config.json").write_text(json.dumps(SHAPE))
-    known = ["--device", "cpu", "--threads", "1", "--rounds", "0", "--model", str(folder / "config.json"), "--micro", "2"]
-    runs = [[*known, "--json", str(folder / f"{name}.json"), *settings] for name, settings in CASES.items()]
+    known = [
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--rounds",
+        "0",
+        "--model",
+        str(folder / "config.json"),
+        "--micro",
+        "2",
+    ]
+    runs = [
+        [*known, "--json", str(folder / f"{name}.json"), *settings]
+        for name, settings in CASES.items()
+    ]
     script = f"from benchmarks.plan import main\nfor run in {runs!r}: main(run)"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, timeout=300)
-    return {name: json.loads((folder / f"{name}.json").read_text())["figures"]["bytes"] for name in CASES}
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, timeout=300
+    )
+    return {
+        name: json.loads((folder / f"{name}.json").read_text())["figures"]["bytes"]
+        for name in CASES
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_planned_memory_is_what_a_step_takes(measured: dict[str, dict[str, Any]], case: str) -> None:
+def test_planned_memory_is_what_a_step_takes(
+    measured: dict[str, dict[str, Any]], case: str
+) -> None:
     parts = {part: (one["predicted"], one["measured"]) for part, one in measured[case].items()}
     planned_peak, peak = parts.pop("peak")
     planned_rest, rest = parts.pop("all other tensors")
-    assert all(abs(planned - held) <= 4 * LINEARS for planned, held in parts.values()), parts  # state is counted: AdamW's counters remain
+    assert all(abs(planned - held) <= 4 * LINEARS for planned, held in parts.values()), (
+        parts
+    )  # state is counted: AdamW's counters remain
     assert planned_rest == pytest.approx(rest, rel=0.02)  # a rotary table and counters are left out
     assert planned_peak == pytest.approx(peak, rel=0.05)  # promised: 10 %; seen: 1 %
     state = sum(held for _, held in parts.values()) + rest
-    assert planned_peak - state == pytest.approx(peak - state, rel=0.15)  # the part of it that a step makes; seen: up to 8 %
+    assert planned_peak - state == pytest.approx(
+        peak - state, rel=0.15
+    )  # the part of it that a step makes; seen: up to 8 %
     assert planned_peak - state != pytest.approx(1.5 * (peak - state), rel=0.15)

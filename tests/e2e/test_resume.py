@@ -1,4 +1,6 @@
-"""A learning run that is killed, signalled or damaged: it ends with the same bits as one left alone, or says what to do."""
+"""A learning run that is killed, signalled or damaged: it ends with the same bits as one left
+alone, or says what to do.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,27 @@ pytestmark = pytest.mark.slow
 STEPS, EVERY, KILLS = 16, 2, 5
 SEED = 3
 RUN = (
-    f"learn.steps={STEPS}", f"learn.snapshot.every={EVERY}", "learn.micro_batch=2", "learn.global_batch=2", "data.seq_length=16",
-    "learn.distribution=categorical", "learn.sampling.initial_noise=true",  # the other end-to-end tests run the defaults
-)  # fmt: skip
-MEASURED = ("loss", "lm_loss", "weight_norm", "grad_norm", "max_prob", "flip_rate", "prior_difference", "lr", "kappa", "tau")
+    f"learn.steps={STEPS}",
+    f"learn.snapshot.every={EVERY}",
+    "learn.micro_batch=2",
+    "learn.global_batch=2",
+    "data.seq_length=16",
+    # the other end-to-end tests run the defaults
+    "learn.distribution=categorical",
+    "learn.sampling.initial_noise=true",
+)
+MEASURED = (
+    "loss",
+    "lm_loss",
+    "weight_norm",
+    "grad_norm",
+    "max_prob",
+    "flip_rate",
+    "prior_difference",
+    "lr",
+    "kappa",
+    "tau",
+)
 Settings = Callable[[Path], list[str]]
 
 
@@ -35,7 +54,11 @@ def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     """Whole lines of metrics.jsonl: the file may be growing."""
     path = run_dir / "learn" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [record for record in map(json.loads, (line for line in lines if line.endswith("\n"))) if record["kind"] == kind]
+    return [
+        record
+        for record in map(json.loads, (line for line in lines if line.endswith("\n")))
+        if record["kind"] == kind
+    ]
 
 
 def last_step(run_dir: Path) -> int:
@@ -60,8 +83,12 @@ def whole(prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def interrupted(prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, asked by SIGTERM to leave after its third step or a little later; it has two snapshots."""
+def interrupted(
+    prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same run, asked by SIGTERM to leave after its third step or a little later; it has two
+    snapshots.
+    """
     run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("interrupted") / "run"))
     stop(run_dir, settings, signal.SIGTERM)
     return run_dir
@@ -73,7 +100,10 @@ def stop(run_dir: Path, settings: Settings, number: signal.Signals) -> None:
         program.process.send_signal(number)
         finished = program.wait()
     assert finished.code == EXIT_INTERRUPTED, finished.stderr
-    assert f"{number.name}: saved at step {last_step(run_dir)}; start again to go on" in finished.stderr
+    assert (
+        f"{number.name}: saved at step {last_step(run_dir)}; start again to go on"
+        in finished.stderr
+    )
     assert snapshots(run_dir)[-1] == f"step-{last_step(run_dir):08d}"
     assert last_step(run_dir) < STEPS
     assert not (run_dir / "masks" / "learned.safetensors").exists()
@@ -81,30 +111,47 @@ def stop(run_dir: Path, settings: Settings, number: signal.Signals) -> None:
 
 def assert_same_run(run_dir: Path, whole: Path) -> None:
     """Masks bit for bit, and every measured number of every step, each step once."""
-    found, expected = (load_masks(folder / "masks" / "learned.safetensors") for folder in (run_dir, whole))
+    found, expected = (
+        load_masks(folder / "masks" / "learned.safetensors") for folder in (run_dir, whole)
+    )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert [record["step"] for record in records(run_dir)] == list(range(1, STEPS + 1))
     assert all(name in record for record in records(whole) for name in MEASURED)
     for ours, theirs in zip(records(run_dir), records(whole), strict=True):
-        known = [name for name in MEASURED if name != "flip_rate" or name in ours]  # right after a resume nobody knows what flipped
+        known = [
+            name for name in MEASURED if name != "flip_rate" or name in ours
+        ]  # right after a resume nobody knows what flipped
         assert {name: ours[name] for name in known} == {name: theirs[name] for name in known}
     assert sum("flip_rate" in record for record in records(run_dir)) >= STEPS - KILLS - 1
-    evaluations = [[(one["step"], one["perplexity"]) for one in records(folder, "evaluation")] for folder in (run_dir, whole)]
+    evaluations = [
+        [(one["step"], one["perplexity"]) for one in records(folder, "evaluation")]
+        for folder in (run_dir, whole)
+    ]
     assert evaluations[0] == evaluations[1]
 
 
 def kill_after(steps: int, delay: float, run_dir: Path, settings: Settings) -> None:
     """SIGKILL, ``delay`` seconds after this process has taken ``steps`` steps."""
     metrics, resumed = run_dir / "learn" / "metrics.jsonl", newest_step(run_dir)
-    former = metrics.stat().st_ino if metrics.exists() else 0  # a new process replaces the file before it adds to it
+    former = (
+        metrics.stat().st_ino if metrics.exists() else 0
+    )  # a new process replaces the file before it adds to it
     with Program("learn", *settings(run_dir), *RUN) as program:
-        program.wait_until(lambda: metrics.exists() and metrics.stat().st_ino != former and last_step(run_dir) >= resumed + steps)
+        program.wait_until(
+            lambda: (
+                metrics.exists()
+                and metrics.stat().st_ino != former
+                and last_step(run_dir) >= resumed + steps
+            )
+        )
         time.sleep(delay)
         assert program.process.poll() is None, "it ended before it could be killed: raise STEPS"
 
 
-def test_five_kills(run_dir: Path, whole: Path, settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_five_kills(
+    run_dir: Path, whole: Path, settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
     choose = random.Random(SEED)
     pace = (records(whole)[-1]["seconds"] - records(whole)[0]["seconds"]) / (STEPS - 1)
     for number in range(KILLS):
@@ -113,14 +160,18 @@ def test_five_kills(run_dir: Path, whole: Path, settings: Settings, capsys: pyte
         with capsys.disabled():
             where = f"{delay:.2f} s after {steps} steps, at step {last_step(run_dir)}, newest snapshot {newest_step(run_dir)}"
             print(f"\nkill {number + 1} of {KILLS} (seed {SEED}): {where}", end="", flush=True)
-    assert newest_step(run_dir) > 0, "every kill came before the first snapshot: nothing was resumed"
+    assert newest_step(run_dir) > 0, (
+        "every kill came before the first snapshot: nothing was resumed"
+    )
     megamask("learn", *settings(run_dir), *RUN)
     assert_same_run(run_dir, whole)
 
 
 def test_other_bits_would_be_seen(whole: Path, tmp_path: Path) -> None:
     run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
-    shutil.copyfile(run_dir / "masks" / "sparsegpt.safetensors", run_dir / "masks" / "learned.safetensors")
+    shutil.copyfile(
+        run_dir / "masks" / "sparsegpt.safetensors", run_dir / "masks" / "learned.safetensors"
+    )
     with pytest.raises(AssertionError):
         assert_same_run(run_dir, whole)
 
@@ -136,28 +187,42 @@ def test_a_kill_while_a_snapshot_is_written(run_dir: Path, whole: Path, settings
     assert_same_run(run_dir, whole)
 
 
-def test_sigterm_saves_and_a_restart_ends_the_same(interrupted: Path, whole: Path, settings: Settings, tmp_path: Path) -> None:
+def test_sigterm_saves_and_a_restart_ends_the_same(
+    interrupted: Path, whole: Path, settings: Settings, tmp_path: Path
+) -> None:
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
     megamask("learn", *settings(run_dir), *RUN)
     assert_same_run(run_dir, whole)
 
 
-def test_two_ranks_finish_what_one_began(interrupted: Path, whole: Path, settings: Settings, tmp_path: Path) -> None:
+def test_two_ranks_finish_what_one_began(
+    interrupted: Path, whole: Path, settings: Settings, tmp_path: Path
+) -> None:
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
     megamask("learn", *settings(run_dir), *RUN, "parallel.tp=2", launch=2)
     assert [record["step"] for record in records(run_dir)] == list(range(1, STEPS + 1))
-    ours, theirs = (load_masks(folder / "masks" / "learned.safetensors") for folder in (run_dir, whole))
-    differ = sum(int((ours.index(name) != theirs.index(name)).sum()) for name in ours) / sum(ours.index(name).numel() for name in ours)
-    assert differ <= 0.005  # near ties: sums over ranks round differently. The run as a whole moves some percent of the groups.
+    ours, theirs = (
+        load_masks(folder / "masks" / "learned.safetensors") for folder in (run_dir, whole)
+    )
+    differ = sum(int((ours.index(name) != theirs.index(name)).sum()) for name in ours) / sum(
+        ours.index(name).numel() for name in ours
+    )
+    assert (
+        differ <= 0.005
+    )  # near ties: sums over ranks round differently. The run as a whole moves some percent of the groups.
 
 
-def test_sigusr1_saves_and_a_restart_ends_the_same(run_dir: Path, whole: Path, settings: Settings) -> None:
+def test_sigusr1_saves_and_a_restart_ends_the_same(
+    run_dir: Path, whole: Path, settings: Settings
+) -> None:
     stop(run_dir, settings, signal.SIGUSR1)
     megamask("learn", *settings(run_dir), *RUN)
     assert_same_run(run_dir, whole)
 
 
-def test_starting_over_puts_the_old_snapshots_aside(whole: Path, settings: Settings, tmp_path: Path) -> None:
+def test_starting_over_puts_the_old_snapshots_aside(
+    whole: Path, settings: Settings, tmp_path: Path
+) -> None:
     run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
     (run_dir / "masks" / "learned.safetensors").unlink()
     before = snapshots(run_dir)
@@ -169,7 +234,9 @@ def test_starting_over_puts_the_old_snapshots_aside(whole: Path, settings: Setti
     aside = run_dir / "learn" / "snapshots-before-1"
     assert sorted(path.name for path in aside.iterdir()) == before
     assert str(aside) in finished.stderr
-    assert 0 < newest_step(run_dir) == last_step(run_dir) < STEPS  # its own newest, not that of the run before
+    assert (
+        0 < newest_step(run_dir) == last_step(run_dir) < STEPS
+    )  # its own newest, not that of the run before
     megamask("learn", *settings(run_dir), *RUN)
     assert_same_run(run_dir, whole)
 
@@ -191,18 +258,25 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("tear", TEARS)
-def test_a_torn_snapshot_is_named_and_kept(interrupted: Path, settings: Settings, tmp_path: Path, tear: str) -> None:
+def test_a_torn_snapshot_is_named_and_kept(
+    interrupted: Path, settings: Settings, tmp_path: Path, tear: str
+) -> None:
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
     newest = run_dir / "learn" / "snapshots" / snapshots(run_dir)[-1]
     TEARS[tear](newest)
     before = contents(run_dir)
     message = refusal(in_process("learn", *settings(run_dir), *RUN))
     assert str(newest) in message
-    assert f"Delete {newest} to resume from the one before, or all of {newest.parent} to start over." in message
+    assert (
+        f"Delete {newest} to resume from the one before, or all of {newest.parent} to start over."
+        in message
+    )
     assert_untouched(run_dir, before)
 
 
-def test_the_advice_for_a_torn_snapshot_works(interrupted: Path, whole: Path, settings: Settings, tmp_path: Path) -> None:
+def test_the_advice_for_a_torn_snapshot_works(
+    interrupted: Path, whole: Path, settings: Settings, tmp_path: Path
+) -> None:
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
     shutil.rmtree(run_dir / "learn" / "snapshots" / snapshots(run_dir)[-1])
     assert in_process("learn", *settings(run_dir), *RUN).code == 0
@@ -217,7 +291,9 @@ def test_the_advice_for_a_torn_snapshot_works(interrupted: Path, whole: Path, se
         ("seed=7", "seed = 7", "1234"),
     ],
 )
-def test_another_setting_is_no_resume(interrupted: Path, settings: Settings, override: str, key: str, before: str) -> None:
+def test_another_setting_is_no_resume(
+    interrupted: Path, settings: Settings, override: str, key: str, before: str
+) -> None:
     held = contents(interrupted)
     message = refusal(in_process("learn", *settings(interrupted), *RUN, override))
     assert key in message
@@ -239,7 +315,12 @@ def test_another_setting_is_no_resume(interrupted: Path, settings: Settings, ove
     ],
 )
 def test_a_snapshot_older_than_a_setting_was_made_without_it(
-    interrupted: Path, settings: Settings, tmp_path: Path, section: str, override: str, before: str | None
+    interrupted: Path,
+    settings: Settings,
+    tmp_path: Path,
+    section: str,
+    override: str,
+    before: str | None,
 ) -> None:
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
     note = run_dir / "learn" / "snapshots" / snapshots(run_dir)[-1] / "megamask.json"

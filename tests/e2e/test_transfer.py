@@ -1,4 +1,6 @@
-"""A domain's mask starts from a general one, and masks of all kinds are compared, extracted, evaluated and exported by name."""
+"""A domain's mask starts from a general one, and masks of all kinds are compared, extracted,
+evaluated and exported by name.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ ON_CODE = ("data.blend={prose: 0, code: 1}",)
 def evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
     """Perplexity by domain of every evaluated step."""
     records = map(json.loads, (run_dir / "learn" / "metrics.jsonl").read_text().splitlines())
-    return {record["step"]: record["perplexity"] for record in records if record["kind"] == "evaluation"}
+    return {
+        record["step"]: record["perplexity"] for record in records if record["kind"] == "evaluation"
+    }
 
 
 def done(verb: str, *words: str) -> str:
@@ -39,48 +43,96 @@ PRIORS = {
 
 
 @pytest.mark.parametrize("case", PRIORS)
-def test_a_domain_mask_starts_at_the_general_one_s_quality(run_dir: Path, general: Path, settings: Settings, case: str) -> None:
-    """The same winners under the same windows give the same bits; without noise nothing but the prior decides them."""
+def test_a_domain_mask_starts_at_the_general_one_s_quality(
+    run_dir: Path, general: Path, settings: Settings, case: str
+) -> None:
+    """The same winners under the same windows give the same bits; without noise nothing but the
+    prior decides them.
+    """
     name, step, distribution = PRIORS[case]
-    done("learn", *settings(run_dir), *ON_CODE, f"learn.prior.mask={general / name}", f"learn.distribution={distribution}")
+    done(
+        "learn",
+        *settings(run_dir),
+        *ON_CODE,
+        f"learn.prior.mask={general / name}",
+        f"learn.distribution={distribution}",
+    )
     ours, theirs = evaluations(run_dir), evaluations(general)
     assert ours[0] == theirs[step] and ours[0] != theirs[0]
     assert ours[4]["code"] < ours[0]["code"]
-    learned, prior = (load_masks(folder / "masks" / "learned.safetensors") for folder in (run_dir, general))
+    learned, prior = (
+        load_masks(folder / "masks" / "learned.safetensors") for folder in (run_dir, general)
+    )
     assert any(not torch.equal(learned[linear], prior[linear]) for linear in learned)
-    assert str(general) in learned.meta["data"]["prior"] and learned.meta["data"]["blend"] == {"code": 1.0}
+    assert str(general) in learned.meta["data"]["prior"] and learned.meta["data"]["blend"] == {
+        "code": 1.0
+    }
 
 
 @pytest.mark.parametrize("snapshot", ["learn/snapshots", "learn/snapshots/step-00000004"])
-def test_an_extracted_mask_is_the_learned_one(general: Path, settings: Settings, tmp_path: Path, snapshot: str) -> None:
+def test_an_extracted_mask_is_the_learned_one(
+    general: Path, settings: Settings, tmp_path: Path, snapshot: str
+) -> None:
     out = tmp_path / "extracted.safetensors"
     done("extract", str(general / snapshot), str(out), *settings(tmp_path / "none"))
     extracted, learned = load_masks(out), load_masks(general / "masks" / "learned.safetensors")
     extracted.verify()
-    assert set(extracted) == set(learned) and all(torch.equal(extracted[name], learned[name]) for name in learned)
-    assert (extracted.pattern, extracted.fingerprint, extracted.method) == (learned.pattern, learned.fingerprint, "learned")
-    assert extracted.meta["data"]["step"] == 4 and "step-00000004" in extracted.meta["data"]["snapshot"]
+    assert set(extracted) == set(learned) and all(
+        torch.equal(extracted[name], learned[name]) for name in learned
+    )
+    assert (extracted.pattern, extracted.fingerprint, extracted.method) == (
+        learned.pattern,
+        learned.fingerprint,
+        "learned",
+    )
+    assert (
+        extracted.meta["data"]["step"] == 4
+        and "step-00000004" in extracted.meta["data"]["snapshot"]
+    )
 
 
-def test_another_learner_s_snapshot_is_extracted_as_its_mask(run_dir: Path, settings: Settings, tmp_path: Path) -> None:
+def test_another_learner_s_snapshot_is_extracted_as_its_mask(
+    run_dir: Path, settings: Settings, tmp_path: Path
+) -> None:
     out = tmp_path / "extracted.safetensors"
-    done("learn", *settings(run_dir), "learn.learner=maskpro", "learn.steps=2", "learn.maskpro.initial_logit=1")
+    done(
+        "learn",
+        *settings(run_dir),
+        "learn.learner=maskpro",
+        "learn.steps=2",
+        "learn.maskpro.initial_logit=1",
+    )
     done("extract", str(run_dir / "learn" / "snapshots"), str(out), *settings(run_dir))
-    extracted, learned, prior = map(load_masks, (out, *(run_dir / "masks" / f"{name}.safetensors" for name in ("learned", "sparsegpt"))))
+    extracted, learned, prior = map(
+        load_masks,
+        (out, *(run_dir / "masks" / f"{name}.safetensors" for name in ("learned", "sparsegpt"))),
+    )
     assert all(torch.equal(extracted[name], learned[name]) for name in learned)
     assert any(not torch.equal(extracted[name], prior[name]) for name in learned)
 
 
-def test_a_mask_is_evaluated_exported_and_inspected_by_name(general: Path, settings: Settings, tmp_path: Path) -> None:
+def test_a_mask_is_evaluated_exported_and_inspected_by_name(
+    general: Path, settings: Settings, tmp_path: Path
+) -> None:
     run_dir = Path(shutil.copytree(general, tmp_path / "run"))
     newest = run_dir / "learn" / "snapshots"
-    done("evaluate", *settings(run_dir), f"evaluate.masks={{one: learned, other: {newest}, third: wanda}}")
+    done(
+        "evaluate",
+        *settings(run_dir),
+        f"evaluate.masks={{one: learned, other: {newest}, third: wanda}}",
+    )
     results = json.loads((run_dir / "results.json").read_text())
-    assert results["perplexity"]["one"] == results["perplexity"]["other"] != results["perplexity"]["third"]
+    assert (
+        results["perplexity"]["one"]
+        == results["perplexity"]["other"]
+        != results["perplexity"]["third"]
+    )
     assert set(results["mask_bytes"]) == {"one", "third"}  # a snapshot is no mask file
     written = {}
     for name in ("learned", str(newest), "wanda"):
-        done("export", *settings(run_dir), f"export.mask={name}", f"export.out={tmp_path / 'export'}")
+        done(
+            "export", *settings(run_dir), f"export.mask={name}", f"export.out={tmp_path / 'export'}"
+        )
         written[name] = contents(tmp_path / "export")["model.safetensors"]
     assert written["learned"] == written[str(newest)] != written["wanda"]
     said = done("inspect", *settings(run_dir), f"export.mask={newest}")
@@ -90,16 +142,28 @@ def test_a_mask_is_evaluated_exported_and_inspected_by_name(general: Path, setti
 def test_diff_tells_how_two_masks_differ(general: Path, settings: Settings, tmp_path: Path) -> None:
     out, picture = tmp_path / "diff.json", tmp_path / "pictures" / "diff.png"
     said = done(
-        "diff", "sparsegpt", str(general / "learn" / "snapshots"), *settings(general), "--json", str(out), "--picture", str(picture)
+        "diff",
+        "sparsegpt",
+        str(general / "learn" / "snapshots"),
+        *settings(general),
+        "--json",
+        str(out),
+        "--picture",
+        str(picture),
     )
     found: dict[str, Any] = json.loads(out.read_text())
-    prior, learned = (load_masks(general / "masks" / f"{name}.safetensors") for name in ("sparsegpt", "learned"))
+    prior, learned = (
+        load_masks(general / "masks" / f"{name}.safetensors") for name in ("sparsegpt", "learned")
+    )
     differ = {name: (prior.index(name) != learned.index(name)) for name in prior}
     assert {name: one["groups_differ"] for name, one in found["linears"].items()} == {
         name: int(one.sum()) / one.numel() for name, one in differ.items()
     }
     assert [found[key]["method"] for key in "ab"] == ["sparsegpt", "learned"]
-    for key, groups in (("layers", {"0": "layers.0.", "1": "layers.1."}), ("kinds", {"q_proj": "q_proj", "down_proj": "down_proj"})):
+    for key, groups in (
+        ("layers", {"0": "layers.0.", "1": "layers.1."}),
+        ("kinds", {"q_proj": "q_proj", "down_proj": "down_proj"}),
+    ):
         for name, part in groups.items():
             inside = torch.cat([one.flatten() for linear, one in differ.items() if part in linear])
             assert found[key][name]["groups_differ"] == int(inside.sum()) / inside.numel()
@@ -111,28 +175,57 @@ def test_diff_tells_how_two_masks_differ(general: Path, settings: Settings, tmp_
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_diff_of_a_mask_and_its_snapshot_is_none(general: Path, settings: Settings, tmp_path: Path) -> None:
-    words = (str(general / "masks" / "learned.safetensors"), str(general / "learn" / "snapshots"), "--json", str(tmp_path / "diff.json"))
-    said = done("diff", *words, *settings(tmp_path / "none"))  # the snapshot's own run tells its architecture
+def test_diff_of_a_mask_and_its_snapshot_is_none(
+    general: Path, settings: Settings, tmp_path: Path
+) -> None:
+    words = (
+        str(general / "masks" / "learned.safetensors"),
+        str(general / "learn" / "snapshots"),
+        "--json",
+        str(tmp_path / "diff.json"),
+    )
+    said = done(
+        "diff", *words, *settings(tmp_path / "none")
+    )  # the snapshot's own run tells its architecture
     everything = json.loads((tmp_path / "diff.json").read_text())["all"]
-    assert (everything["groups_differ"], everything["weights_differ"], everything["kept_by_both"]) == (0, 0, 0.5)
+    assert (
+        everything["groups_differ"],
+        everything["weights_differ"],
+        everything["kept_by_both"],
+    ) == (0, 0, 0.5)
     assert "step-00000004: learned, 2:4, 14 linears" in said
 
 
-def test_diff_across_patterns_compares_weights(run_dir: Path, settings: Settings, tmp_path: Path) -> None:
+def test_diff_across_patterns_compares_weights(
+    run_dir: Path, settings: Settings, tmp_path: Path
+) -> None:
     sparser = tmp_path / "sparser"
     for part in ("weights", "shards"):
         shutil.copytree(run_dir / part, sparser / part)
-    done("prune", *settings(sparser), "pattern=1:4", "prune.methods=[magnitude]", "model.exclude=['*.0.self_attn.o_proj']")
+    done(
+        "prune",
+        *settings(sparser),
+        "pattern=1:4",
+        "prune.methods=[magnitude]",
+        "model.exclude=['*.0.self_attn.o_proj']",
+    )
     said = done(
-        "diff", str(sparser / "masks" / "magnitude.safetensors"), "magnitude", *settings(run_dir), "--json", str(tmp_path / "d.json")
+        "diff",
+        str(sparser / "masks" / "magnitude.safetensors"),
+        "magnitude",
+        *settings(run_dir),
+        "--json",
+        str(tmp_path / "d.json"),
     )
     found = json.loads((tmp_path / "d.json").read_text())
     # By magnitude, what 1:4 keeps 2:4 keeps too, and one weight more in every group.
     assert found["all"]["groups_differ"] is None
     assert (found["all"]["weights_differ"], found["all"]["kept_by_both"]) == (0.25, 0.25)
     assert "1:4 and 2:4 have no groups in common: weights alone are compared." in said
-    assert "Only B has masks of 1 linears, which are not compared: model.layers.0.self_attn.o_proj." in said
+    assert (
+        "Only B has masks of 1 linears, which are not compared: model.layers.0.self_attn.o_proj."
+        in said
+    )
 
 
 def test_report_compares_with_a_snapshot(run_dir: Path, general: Path, settings: Settings) -> None:

@@ -7,25 +7,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamask.sparsity import fused_cpu
-from megamask.sparsity.draw import Draw, Placement, Site
+from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.kernels import numba_host
+from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.philox import NoiseKey
+from megamask.sparsity.shard import Placement
 from tests.parallel.tiny import make_run
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_kernels() -> None:
-    """Compile the fused kernels once, before jobs of many processes would each do it: they are cached on disk."""
-    site, logits, draw = Site(Pattern(2, 4), Placement.whole(1, 1)), torch.zeros(1, 6, 1), Draw(NoiseKey(0, 0), 1.0, 1.0)
+    """Compile the fused kernels once, before jobs of many processes would each do it: they are
+    cached on disk.
+    """
+    site, logits, draw = (
+        Site(Pattern(2, 4), Placement.whole(1, 1)),
+        torch.zeros(1, 6, 1),
+        Draw(NoiseKey(0, 0), 1.0, 1.0),
+    )
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.zeros(1, 4, dtype=dtype)
-        fused_cpu.forward(logits, weight, site, draw)
-        fused_cpu.backward(weight, logits, weight, site, draw)
-    fused_cpu.survey(logits, site, 1.0)
+        numba_host.forward(logits, weight, site, draw)
+        numba_host.backward(weight, logits, weight, site, draw)
+    numba_host.mask_statistics(logits, site, 1.0)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with Megatron weights of a tiny Llama and its magnitude masks. Read it, do not write into it."""
+    """A run directory with Megatron weights of a tiny Llama and its magnitude masks. Read it, do
+    not write into it.
+    """
     return make_run(tmp_path_factory.mktemp("tiny"))

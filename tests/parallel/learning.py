@@ -1,4 +1,6 @@
-"""What tests that learn in several layouts share: jobs in turn, and the steps of one, with a snapshot on the way."""
+"""What tests that learn in several layouts share: jobs in turn, and the steps of one, with a
+snapshot on the way.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def in_turn(learn: Callable[[Job], Outcome], jobs: Sequence[Job]) -> list[Outcom
     return outcomes
 
 
-def take_steps(snapshots: Snapshots, samples: Any, save_at: int | None = None, resume: bool = False) -> tuple[int, list[Any]]:
+def take_steps(
+    snapshots: Snapshots, samples: Any, save_at: int | None = None, resume: bool = False
+) -> tuple[int, list[Any]]:
     """Let the learner of ``snapshots`` learn to the end of its run.
 
     Args:

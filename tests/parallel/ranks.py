@@ -1,7 +1,8 @@
 """Run a function in every rank of a small job of real processes.
 
-``from tests.parallel.ranks import run_ranks`` works in tests and in the processes. A job is one fresh interpreter that imports the
-function's module and forks the ranks, so the imports are paid once a job.
+``from tests.parallel.ranks import run_ranks`` works in tests and in the processes. A job is one
+fresh interpreter that imports the function's module and forks the ranks, so the imports are paid
+once a job.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ class RanksError(AssertionError):
     """A rank raised, died or hung; the message holds what the ranks printed."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
-    """``function(rank, *args)`` in ``world_size`` processes with the environment torchrun gives and one thread each.
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300
+) -> list[Any]:
+    """``function(rank, *args)`` in ``world_size`` processes with the environment torchrun gives and
+    one thread each.
 
     Args:
         function: top-level function of any module.
@@ -48,7 +52,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         RanksError: with the first failing rank's traceback, or where every rank hung.
     """
     code = function.__code__  # type: ignore[attr-defined]
-    job = (code.co_filename, function.__module__, function.__qualname__, world_size, pickle.dumps(args))
+    job = (
+        code.co_filename,
+        function.__module__,
+        function.__qualname__,
+        world_size,
+        pickle.dumps(args),
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "job").write_bytes(pickle.dumps(job))
@@ -57,7 +67,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 def meet_again() -> None:
-    """Prepare for another rendezvous in the same job. On the old port, a rank that is early would still find the old store."""
+    """Prepare for another rendezvous in the same job. On the old port, a rank that is early would
+    still find the old store.
+    """
     first, *rest = os.environ["NEXT_PORTS"].split(",")
     os.environ.update(MASTER_PORT=first, NEXT_PORTS=",".join(rest))
 
@@ -65,10 +77,21 @@ def meet_again() -> None:
 def _run_job(folder: Path, what: str, timeout: float) -> None:
     log = folder / "log"
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": search,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     command = [sys.executable, "-W", "ignore", __file__, str(folder)]
     with log.open("wb") as output:
-        job = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        job = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         status = job.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -94,13 +117,18 @@ def _tail(log: Path) -> str:
 
 def _lead(folder: Path) -> int:
     """Fork the ranks and wait; the first that fails ends the job."""
-    file, module_name, qualified_name, world_size, packed = pickle.loads((folder / "job").read_bytes())
+    file, module_name, qualified_name, world_size, packed = pickle.loads(
+        (folder / "job").read_bytes()
+    )
     function: Any = _load(module_name, file)
     for part in qualified_name.split("."):
         function = getattr(function, part)
     args, ports = pickle.loads(packed), _free_ports()
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(folder, function, rank, world_size, ports, args)) for rank in range(world_size)]
+    ranks = [
+        context.Process(target=_rank, args=(folder, function, rank, world_size, ports, args))
+        for rank in range(world_size)
+    ]
     for rank in ranks:
         rank.start()
     waiting = {rank.sentinel: rank for rank in ranks}
@@ -109,14 +137,24 @@ def _lead(folder: Path) -> int:
             rank = waiting.pop(sentinel)  # type: ignore[call-overload]
             rank.join()
             if rank.exitcode:
-                print(f"rank {ranks.index(rank)} of {world_size} ended with exit code {rank.exitcode}", flush=True)
+                print(
+                    f"rank {ranks.index(rank)} of {world_size} ended with exit code {rank.exitcode}",
+                    flush=True,
+                )
                 for other in ranks:
                     other.kill()
                 return 1
     return 0
 
 
-def _rank(folder: Path, function: Callable[..., Any], rank: int, world_size: int, ports: list[str], args: tuple[Any, ...]) -> None:
+def _rank(
+    folder: Path,
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    ports: list[str],
+    args: tuple[Any, ...],
+) -> None:
     import torch
 
     here, whole = str(rank), str(world_size)
@@ -143,7 +181,9 @@ def _load(name: str, file: str) -> Any:
 
 
 def _free_ports() -> list[str]:
-    """Below the ports that systems hand out: a rank that calls before the store listens could be given that very port for itself."""
+    """Below the ports that systems hand out: a rank that calls before the store listens could be
+    given that very port for itself.
+    """
     found: list[str] = []
     for port in random.sample(range(10_000, 32_768), 4 * PORTS):
         with contextlib.suppress(OSError), socket.socket() as probe:

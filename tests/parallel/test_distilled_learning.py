@@ -1,4 +1,6 @@
-"""Learning from the dense model: the same in every layout and after a resume, and what the teacher is."""
+"""Learning from the dense model: the same in every layout and after a resume, and what the teacher
+is.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from megamask.learn.setup import Subject, build_subject
+from megamask.learn.gumbel import Learner, StepResult
+from megamask.learn.masked_model import Subject, build_subject
 from megamask.learn.snapshot import Snapshots
-from megamask.learn.step import Learner, StepResult
-from megamask.model.loss import TokenLosses, dense_hidden, objective_losses, token_losses
+from megamask.model.objective import TokenLosses, dense_hidden, objective_losses, token_losses
 from megamask.parallel.mesh import start
 from megamask.sparsity.draw import Draw
-from megamask.sparsity.philox import NoiseKey
+from megamask.sparsity.noise import NoiseKey
 from tests.parallel.learning import in_turn, take_steps
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_logits
@@ -46,7 +48,9 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a run measured at every step from ``first`` on, and its last logits by HF module name."""
+    """What a run measured at every step from ``first`` on, and its last logits by HF module
+    name.
+    """
 
     first: int
     results: list[StepResult]
@@ -69,9 +73,14 @@ JOBS: dict[int, dict[str, Job]] = {
         "one-lm": Job({"kind": "lm"}),
         "one-share": Job({**MIX, "share": 0.71}),
     },
-    2: {"tp2": Job(tp=2), "tp2-sp": Job(tp=2, parallel={"sequence_parallel": True}), "dp2": Job(), "tp2-step": Job(tp=2, learn=ONE_DRAW),
-        "tp2-sp-top": Job(TOP, tp=2, parallel={"sequence_parallel": True})},
-}  # fmt: skip
+    2: {
+        "tp2": Job(tp=2),
+        "tp2-sp": Job(tp=2, parallel={"sequence_parallel": True}),
+        "dp2": Job(),
+        "tp2-step": Job(tp=2, learn=ONE_DRAW),
+        "tp2-sp-top": Job(TOP, tp=2, parallel={"sequence_parallel": True}),
+    },
+}
 
 
 def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> list[Outcome]:
@@ -79,7 +88,13 @@ def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> lis
 
 
 def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
-    settings = {"steps": STEPS, "optimizer": {"lr": 2e-3}, "weight_norm": {"coef": 1e-4}, "loss": job.loss, **job.learn}
+    settings = {
+        "steps": STEPS,
+        "optimizer": {"lr": 2e-3},
+        "weight_norm": {"coef": 1e-4},
+        "loss": job.loss,
+        **job.learn,
+    }
     config = config_of(run_dir, job.tp, settings, **job.parallel)
     with start(config) as mesh:
         subject = build_subject(config, mesh)
@@ -94,19 +109,28 @@ def outcomes(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder, found = tmp_path_factory.mktemp("snapshots"), {}
     for world, jobs in JOBS.items():
         by_rank = run_ranks(learn_all, world, tiny_run, folder, list(jobs.values()))
-        assert all([one.results for one in rank] == [one.results for one in by_rank[0]] for rank in by_rank)
+        assert all(
+            [one.results for one in rank] == [one.results for one in by_rank[0]] for rank in by_rank
+        )
         found.update(zip(jobs, by_rank[0], strict=True))
     return found
 
 
-# As in test_learning_layouts: layouts sum in fp32 in other orders. kd is a difference of log-probabilities of the size of lm.
+# As in test_learning_layouts: layouts sum in fp32 in other orders. kd is a difference of
+# log-probabilities of the size of lm.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 2e-5
 
 
 def curve_error(found: Outcome, expected: Outcome) -> tuple[float, float]:
-    """Largest difference of the losses, relative to lm, and relative one of the gradient norms, over the steps that both have."""
+    """Largest difference of the losses, relative to lm, and relative one of the gradient norms,
+    over the steps that both have.
+    """
     pairs = list(zip(found.results, expected.results[found.first :], strict=True))
-    losses = [abs(getattr(a, name) - getattr(b, name)) / b.lm_loss for a, b in pairs for name in ("lm_loss", "kd_loss", "loss")]
+    losses = [
+        abs(getattr(a, name) - getattr(b, name)) / b.lm_loss
+        for a, b in pairs
+        for name in ("lm_loss", "kd_loss", "loss")
+    ]
     return max(losses), max(abs(a.grad_norm / b.grad_norm - 1) for a, b in pairs)
 
 
@@ -116,9 +140,18 @@ def same_bits(found: Outcome, expected: Outcome) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("layout", "expected"), [("tp2", "one"), ("tp2-sp", "one"), ("dp2", "one"), ("tp2-step", "one-step"), ("tp2-sp-top", "one-top")]
+    ("layout", "expected"),
+    [
+        ("tp2", "one"),
+        ("tp2-sp", "one"),
+        ("dp2", "one"),
+        ("tp2-step", "one-step"),
+        ("tp2-sp-top", "one-top"),
+    ],
 )
-def test_every_layout_learns_the_same(outcomes: dict[str, Outcome], layout: str, expected: str) -> None:
+def test_every_layout_learns_the_same(
+    outcomes: dict[str, Outcome], layout: str, expected: str
+) -> None:
     losses, gradients = curve_error(outcomes[layout], outcomes[expected])
     assert losses < LOSS_TOLERANCE and gradients < GRADIENT_TOLERANCE, (losses, gradients)
 
@@ -130,35 +163,55 @@ def test_the_comparison_sees_one_percent_of_the_share(outcomes: dict[str, Outcom
 
 @pytest.mark.parametrize(
     ("choice", "expected"),
-    [("one-recompute", "one"), ("one-regenerate", "one"), ("one-step-recompute", "one-step"), ("one-resumed", "one")],
+    [
+        ("one-recompute", "one"),
+        ("one-regenerate", "one"),
+        ("one-step-recompute", "one-step"),
+        ("one-resumed", "one"),
+    ],
 )
-def test_neither_recomputation_nor_a_resume_changes_a_bit(outcomes: dict[str, Outcome], choice: str, expected: str) -> None:
+def test_neither_recomputation_nor_a_resume_changes_a_bit(
+    outcomes: dict[str, Outcome], choice: str, expected: str
+) -> None:
     assert outcomes[choice].first == (SAVED_AT if choice == "one-resumed" else 0)
     assert same_bits(outcomes[choice], outcomes[expected])
     assert not same_bits(outcomes["one-share"], outcomes["one"])
 
 
-def test_a_step_reports_both_losses_and_minimises_what_was_asked_for(outcomes: dict[str, Outcome]) -> None:
+def test_a_step_reports_both_losses_and_minimises_what_was_asked_for(
+    outcomes: dict[str, Outcome],
+) -> None:
     lm, kd, mix = (outcomes[name].results[0] for name in ("one-lm", "one-kd-short", "one"))
     assert lm.kd_loss is None and lm.loss == lm.lm_loss - lm.weight_norm_term
-    assert kd.lm_loss == mix.lm_loss == pytest.approx(lm.lm_loss, rel=LOSS_TOLERANCE)  # the same draw of the same logits
+    assert (
+        kd.lm_loss == mix.lm_loss == pytest.approx(lm.lm_loss, rel=LOSS_TOLERANCE)
+    )  # the same draw of the same logits
     assert kd.kd_loss is not None and mix.kd_loss is not None and kd.kd_loss > 0
     assert kd.loss == pytest.approx(kd.kd_loss - kd.weight_norm_term, rel=LOSS_TOLERANCE)
-    assert mix.loss == pytest.approx(0.3 * mix.lm_loss + 0.7 * mix.kd_loss - mix.weight_norm_term, rel=LOSS_TOLERANCE)
+    assert mix.loss == pytest.approx(
+        0.3 * mix.lm_loss + 0.7 * mix.kd_loss - mix.weight_norm_term, rel=LOSS_TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("run", ["one-kd", "one-kd-top"])
-def test_the_masked_model_comes_closer_to_the_dense_one(outcomes: dict[str, Outcome], run: str) -> None:
+def test_the_masked_model_comes_closer_to_the_dense_one(
+    outcomes: dict[str, Outcome], run: str
+) -> None:
     losses = [result.kd_loss or 0.0 for result in outcomes[run].results]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])  # seen: 0.75
 
 
 def look_at_teachers(rank: int, run_dir: Path) -> dict[str, Any]:
-    """What teacher and losses are while nothing is drawn, within a draw, under a step's draw, and with folded masks."""
+    """What teacher and losses are while nothing is drawn, within a draw, under a step's draw, and
+    with folded masks.
+    """
     config, found = config_of(run_dir, 1, {"loss": {"kind": "kd"}}), {}
     with start(config) as mesh:
         subject = build_subject(config, mesh)
-        batch = [torch.stack([Chains()[number][key] for number in range(2)]) for key in ("tokens", "labels")]
+        batch = [
+            torch.stack([Chains()[number][key] for number in range(2)])
+            for key in ("tokens", "labels")
+        ]
         found["plain"] = look(subject, config, batch)
         draw = Draw(NoiseKey(0, 0), 100.0, 1.0)
         subject.switch.draw = draw
@@ -169,13 +222,15 @@ def look_at_teachers(rank: int, run_dir: Path) -> dict[str, Any]:
         found["step"] = look(subject, config, batch)
         for linear in subject.linears.values():
             linear.drop_draw()
-            linear.fold(linear.winner_mask())
+            linear.fold(linear.hard_mask())
         found["folded"] = look(subject, config, batch)
         found["folded-lm"] = token_losses(subject.model, *batch).detach()
     return found
 
 
-def look(subject: Subject, config: Any, batch: list[torch.Tensor]) -> tuple[torch.Tensor, TokenLosses]:
+def look(
+    subject: Subject, config: Any, batch: list[torch.Tensor]
+) -> tuple[torch.Tensor, TokenLosses]:
     with torch.no_grad():
         return dense_hidden(subject.model, batch[0], subject.switch), objective_losses(
             subject.model, *batch, config.learn.loss, subject.switch
@@ -186,7 +241,11 @@ def test_the_teacher_has_no_masks_whatever_is_drawn(tiny_run: Path) -> None:
     (found,) = run_ranks(look_at_teachers, 1, tiny_run)
     dense = found["plain"][0]
     assert all(torch.equal(found[state][0], dense) for state in ("drawn", "step", "folded"))
-    assert found["plain"][1].kd.abs().max() < 1e-6  # teacher and student are one; roundings of an exponential
+    assert (
+        found["plain"][1].kd.abs().max() < 1e-6
+    )  # teacher and student are one; roundings of an exponential
     assert all(found[state][1].kd.min() > 1e-3 for state in ("drawn", "step", "folded"))
     assert torch.equal(found["folded"][1].objective, found["folded"][1].kd)
-    torch.testing.assert_close(found["folded"][1].lm, found["folded-lm"], rtol=1e-6, atol=1e-6)  # sums of 512 in fp32
+    torch.testing.assert_close(
+        found["folded"][1].lm, found["folded-lm"], rtol=1e-6, atol=1e-6
+    )  # sums of 512 in fp32

@@ -1,4 +1,6 @@
-"""A distributed optimizer learns the same bits as one that every replica keeps whole, and their snapshots are the same."""
+"""A distributed optimizer learns the same bits as one that every replica keeps whole, and their
+snapshots are the same.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ import pytest
 import torch
 
 from megamask.config.presets import FOOTPRINTS
-from megamask.learn.replicas import Replicas
-from megamask.learn.setup import build_subject
+from megamask.learn.gumbel import Learner, StepResult
+from megamask.learn.masked_model import build_subject
 from megamask.learn.snapshot import Snapshots
-from megamask.learn.step import Learner, StepResult
+from megamask.optim.zero1 import Replicas
 from megamask.parallel.mesh import start
 from tests.parallel.learning import in_turn, take_steps
 from tests.parallel.ranks import run_ranks
@@ -24,7 +26,9 @@ pytestmark = pytest.mark.slow
 STEPS, SAVED_AT = 4, 2
 KINDS: dict[str, Any] = {
     "adamw": {"weight_norm": {"coef": 1e-4}},
-    "once": {"sampling": {"draws": "step"}},  # sums start when the mask backward of a layer is done, not in the backward pass
+    "once": {
+        "sampling": {"draws": "step"}
+    },  # sums start when the mask backward of a layer is done, not in the backward pass
     "lean": FOOTPRINTS["lean"]["learn"],
     "leanest": FOOTPRINTS["leanest"]["learn"],
 }
@@ -57,7 +61,9 @@ WITHOUT = ("once", "leanest")  # a resume
 
 @dataclass
 class Outcome:
-    """What every step measured, the last logits by HF module name, bytes of moments on this rank, layers summed before the end."""
+    """What every step measured, the last logits by HF module name, bytes of moments on this rank,
+    layers summed before the end.
+    """
 
     results: list[StepResult] = field(default_factory=list)
     logits: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -66,7 +72,13 @@ class Outcome:
 
 
 JOBS: list[tuple[int, dict[str, Job]]] = [  # ranks, and what they learn one after the other
-    (2, {**{f"{kind}-whole": Job(kind, distributed=False) for kind in WITHOUT}, **{kind: Job(kind) for kind in WITHOUT}}),
+    (
+        2,
+        {
+            **{f"{kind}-whole": Job(kind, distributed=False) for kind in WITHOUT},
+            **{kind: Job(kind) for kind in WITHOUT},
+        },
+    ),
     *((2, resumed_by_either(kind)) for kind in ("adamw", "lean")),
     (
         4,
@@ -82,7 +94,9 @@ JOBS: list[tuple[int, dict[str, Job]]] = [  # ranks, and what they learn one aft
         1,
         {
             "adamw-one-from-whole": Job("adamw", distributed=False, resume_from="adamw-whole"),
-            "adamw-one-from-parts": Job("adamw", resume_from="adamw-parts"),  # distributed over itself alone: no effect
+            "adamw-one-from-parts": Job(
+                "adamw", resume_from="adamw-parts"
+            ),  # distributed over itself alone: no effect
         },
     ),
 ]
@@ -99,13 +113,20 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     with start(config) as mesh:
         subject = build_subject(config, mesh)
         learner = Learner(config, mesh, subject)
-        snapshots = Snapshots(folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner)
+        snapshots = Snapshots(
+            folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner
+        )
         outcome = Outcome()
         if learner.replicas:
             watch_sums(learner.replicas, outcome)
             if job.forgets_to_share:
                 learner.replicas.share_logits = lambda: None  # type: ignore[method-assign]
-        _, outcome.results = take_steps(snapshots, Chains(), SAVED_AT if job.save_to else None, resume=job.resume_from is not None)
+        _, outcome.results = take_steps(
+            snapshots,
+            Chains(),
+            SAVED_AT if job.save_to else None,
+            resume=job.resume_from is not None,
+        )
         outcome.logits = gather_logits(subject, mesh)
         outcome.moment_bytes = sum(one.nbytes for one in learner.optimizer.state_tensors())
         return outcome
@@ -127,7 +148,9 @@ def outcomes(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder, found = tmp_path_factory.mktemp("snapshots"), {}
     for world, jobs in JOBS:
         by_rank = run_ranks(learn_all, world, tiny_run, folder, list(jobs.values()))
-        found.update({name: [outcomes[number] for outcomes in by_rank] for number, name in enumerate(jobs)})
+        found.update(
+            {name: [outcomes[number] for outcomes in by_rank] for number, name in enumerate(jobs)}
+        )
     return found
 
 
@@ -138,7 +161,9 @@ def same_bits(found: Outcome, expected: Outcome) -> bool:
 
 # The sum of two gradients has one order: no tolerance. More replicas may add up in another order.
 @pytest.mark.parametrize("kind", ["adamw", "once", "lean", "leanest", "adamw-tp2", "lean-tp2"])
-def test_it_learns_the_same_bits_on_every_rank(outcomes: dict[str, list[Outcome]], kind: str) -> None:
+def test_it_learns_the_same_bits_on_every_rank(
+    outcomes: dict[str, list[Outcome]], kind: str
+) -> None:
     for found, expected in zip(outcomes[kind], outcomes[f"{kind}-whole"], strict=True):
         assert len(found.results) == STEPS
         assert same_bits(found, expected)
@@ -150,23 +175,34 @@ def test_the_comparison_sees_logits_that_are_not_shared(outcomes: dict[str, list
 
 @pytest.mark.parametrize("kind", ["adamw", "once", "lean", "leanest", "adamw-tp2", "lean-tp2"])
 def test_moments_are_divided(outcomes: dict[str, list[Outcome]], kind: str) -> None:
-    parts, whole = [one.moment_bytes for one in outcomes[kind]], [one.moment_bytes for one in outcomes[f"{kind}-whole"]]
+    parts, whole = (
+        [one.moment_bytes for one in outcomes[kind]],
+        [one.moment_bytes for one in outcomes[f"{kind}-whole"]],
+    )
     assert sum(parts) == sum(whole) // 2
     assert max(parts) < 0.55 * whole[0]  # eight layers of four sizes
 
 
 @pytest.mark.parametrize("kind", ["adamw", "once"])
-def test_sums_start_before_the_backward_pass_is_over(outcomes: dict[str, list[Outcome]], kind: str) -> None:
+def test_sums_start_before_the_backward_pass_is_over(
+    outcomes: dict[str, list[Outcome]], kind: str
+) -> None:
     assert all(one.early == set(range(8)) for one in outcomes[kind])
 
 
-@pytest.mark.parametrize("resumed", ["adamw-from-whole", "adamw-from-parts", "lean-from-whole", "lean-from-parts"])
+@pytest.mark.parametrize(
+    "resumed", ["adamw-from-whole", "adamw-from-parts", "lean-from-whole", "lean-from-parts"]
+)
 def test_it_resumes_from_either_snapshot(outcomes: dict[str, list[Outcome]], resumed: str) -> None:
-    for found, expected in zip(outcomes[resumed], outcomes[f"{resumed.split('-')[0]}-whole"], strict=True):
+    for found, expected in zip(
+        outcomes[resumed], outcomes[f"{resumed.split('-')[0]}-whole"], strict=True
+    ):
         assert len(found.results) == STEPS - SAVED_AT
         assert same_bits(found, expected)
 
 
-def test_one_process_reads_the_same_from_either_snapshot(outcomes: dict[str, list[Outcome]]) -> None:
+def test_one_process_reads_the_same_from_either_snapshot(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
     assert len(outcomes["adamw-one-from-parts"][0].results) == STEPS - SAVED_AT
     assert same_bits(outcomes["adamw-one-from-parts"][0], outcomes["adamw-one-from-whole"][0])

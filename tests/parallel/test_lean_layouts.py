@@ -1,4 +1,6 @@
-"""Learning with bf16 logits: the same bits after a resume and, but for torchao's 8-bit AdamW, in other layouts."""
+"""Learning with bf16 logits: the same bits after a resume and, but for torchao's 8-bit AdamW, in
+other layouts.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,29 @@ import pytest
 import torch
 
 from megamask.data.batches import BatchPlan
-from megamask.learn.setup import Subject, build_subject
+from megamask.learn.gumbel import Learner, StepResult
+from megamask.learn.masked_model import Subject, build_subject
 from megamask.learn.snapshot import Progress, Snapshots
-from megamask.learn.step import Learner, StepResult
 from megamask.parallel.mesh import Mesh, start
-from megamask.sparsity.philox import NoiseKey, uniform, words
+from megamask.sparsity.noise import NoiseKey, uniform, words
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
 
 pytestmark = pytest.mark.slow
-STEPS, SAVED_AT, KEYED = 12, 6, 3
-GRADS = {"adamw": "bf16", "lion": "fp32", "lion8bit": "bf16", "adamw8bit": "fp32"}  # the dtype of the gradients
+STEPS, SAVED_AT, ROUNDING = 12, 6, 3
+GRADS = {
+    "adamw": "bf16",
+    "lion": "fp32",
+    "lion8bit": "bf16",
+    "adamw8bit": "fp32",
+}  # the dtype of the gradients
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of ``kind``: learn from text (or from keyed gradients), save or resume in the snapshots' folder of that name."""
+    """One run of ``kind``: learn from text (or from keyed gradients), save or resume in the
+    snapshots' folder of that name.
+    """
 
     kind: str
     tp: int = 1
@@ -38,7 +47,9 @@ class Job:
 
 @dataclass
 class Outcome:
-    """Logits and moments of the whole model by HF module name, at the start (after a resume) and at the end."""
+    """Logits and moments of the whole model by HF module name, at the start (after a resume) and at
+    the end.
+    """
 
     results: list[StepResult] = field(default_factory=list)
     first: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -79,14 +90,18 @@ def run_one(run_dir: Path, folder: Path, job: Job) -> Outcome:
     with start(config) as mesh:
         subject = build_subject(config, mesh)
         learner = Learner(config, mesh, subject)
-        snapshots = Snapshots(folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner)
+        snapshots = Snapshots(
+            folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner
+        )
         first = snapshots.restore().step if job.resume_from else 0
         if job.forgets:
             for tensor in learner.optimizer.state_tensors():
                 tensor.zero_()
         outcome.first = everything(subject, learner, mesh)
-        plan = BatchPlan(Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank)
-        for step in range(first, KEYED if job.keyed else STEPS):
+        plan = BatchPlan(
+            Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
+        )
+        for step in range(first, ROUNDING if job.keyed else STEPS):
             if job.keyed:
                 keyed_step(subject, learner, step)
             else:
@@ -98,22 +113,38 @@ def run_one(run_dir: Path, folder: Path, job: Job) -> Outcome:
     return outcome
 
 
-def everything(subject: Subject, learner: Learner, mesh: Mesh) -> dict[str, dict[str, torch.Tensor]]:
-    moments = {name: dict(zip(subject.linears, ones, strict=True)) for name, ones in learner.optimizer.moments().items()}
-    return {"logits": gather_logits(subject, mesh), **{name: gather_hf(ones, subject, mesh) for name, ones in moments.items()}}
+def everything(
+    subject: Subject, learner: Learner, mesh: Mesh
+) -> dict[str, dict[str, torch.Tensor]]:
+    moments = {
+        name: dict(zip(subject.linears, ones, strict=True))
+        for name, ones in learner.optimizer.moments().items()
+    }
+    return {
+        "logits": gather_logits(subject, mesh),
+        **{name: gather_hf(ones, subject, mesh) for name, ones in moments.items()},
+    }
 
 
 def keyed_step(subject: Subject, learner: Learner, step: int) -> None:
-    """An update from gradients that are a function of the global group alone, hence the same in every layout."""
+    """An update from gradients that are a function of the global group alone, hence the same in
+    every layout.
+    """
     for linear in subject.linears.values():
         logits: Any = linear.mask_logits
-        noise = words(NoiseKey(77, step).of(linear.parameter_id), linear.site.placement.group_ids(logits.shape[2]), logits.shape[1])
+        noise = words(
+            NoiseKey(77, step).of(linear.parameter_id),
+            linear.site.placement.group_ids(logits.shape[2]),
+            logits.shape[1],
+        )
         logits.main_grad.copy_(0.01 * (uniform(noise).movedim(0, 1) - 0.5))
     learner.optimizer.step(step, 1e-3, torch.tensor(0.5))
 
 
 @pytest.fixture(scope="module", params=["adamw", "lion", "lion8bit"])
-def outcomes(request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def outcomes(
+    request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcome]:
     folder, found = tmp_path_factory.mktemp("snapshots"), {}
     for world, jobs in jobs_of(request.param).items():
         by_rank = run_ranks(run_all, world, tiny_run, folder, list(jobs.values()))
@@ -121,9 +152,17 @@ def outcomes(request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: p
     return found
 
 
-def same_bits(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> bool:
-    assert one.keys() == other.keys() and all(one[what].keys() == other[what].keys() for what in one)
-    return all(torch.equal(one[what][name], tensor) for what, tensors in other.items() for name, tensor in tensors.items())
+def same_bits(
+    one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]
+) -> bool:
+    assert one.keys() == other.keys() and all(
+        one[what].keys() == other[what].keys() for what in one
+    )
+    return all(
+        torch.equal(one[what][name], tensor)
+        for what, tensors in other.items()
+        for name, tensor in tensors.items()
+    )
 
 
 def test_the_same_gradients_give_the_same_bits_at_tp_2(outcomes: dict[str, Outcome]) -> None:
@@ -140,10 +179,15 @@ def test_a_resume_changes_no_bit(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_tp_2_goes_on_from_a_snapshot_of_tp_1(outcomes: dict[str, Outcome]) -> None:
-    """It starts from the same bits. Then sums round differently, and Lion takes the sign of updates that are near zero."""
+    """It starts from the same bits. Then sums round differently, and Lion takes the sign of updates
+    that are near zero.
+    """
     whole, resumed = outcomes["one"], outcomes["tp2-from-one"]
     assert same_bits(resumed.first, whole.saved)
-    errors = [abs(a.lm_loss / b.lm_loss - 1) for a, b in zip(resumed.results, whole.results[SAVED_AT:], strict=True)]
+    errors = [
+        abs(a.lm_loss / b.lm_loss - 1)
+        for a, b in zip(resumed.results, whole.results[SAVED_AT:], strict=True)
+    ]
     assert max(errors) < 1e-6  # fp32 roundings, as in test_learning_layouts
     assert share_that_differs(resumed, whole) < 1e-3  # seen: none
     assert share_that_differs(outcomes["one-forgetful"], whole) > 0.1
@@ -157,12 +201,20 @@ def share_that_differs(one: Outcome, other: Outcome) -> float:
 def test_learning_happens(outcomes: dict[str, Outcome]) -> None:
     losses = [result.lm_loss for result in outcomes["one"].results]
     assert sum(losses[-3:]) < 0.98 * sum(losses[:3])
-    assert all(tensor.dtype == torch.bfloat16 for tensors in outcomes["one"].last.values() for tensor in tensors.values())
+    assert all(
+        tensor.dtype == torch.bfloat16
+        for tensors in outcomes["one"].last.values()
+        for tensor in tensors.values()
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_8_bit_adamw_resumes_exactly(tiny_run: Path, tmp_path: Path) -> None:
-    jobs = [Job("adamw8bit", save_to="it"), Job("adamw8bit", resume_from="it"), Job("adamw8bit", resume_from="it", forgets=True)]
+    jobs = [
+        Job("adamw8bit", save_to="it"),
+        Job("adamw8bit", resume_from="it"),
+        Job("adamw8bit", resume_from="it", forgets=True),
+    ]
     whole, resumed, forgetful = run_ranks(run_all, 1, tiny_run, tmp_path, jobs)[0]
     assert resumed.results == whole.results[SAVED_AT:]
     assert same_bits(resumed.last, whole.last)

@@ -1,4 +1,6 @@
-"""Twenty learning steps in six layouts: the same curve, the same winner masks but for near-ties; snapshots across layouts."""
+"""Twenty learning steps in six layouts: the same curve, the same winner masks but for near-ties;
+snapshots across layouts.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from megamask.learn.setup import build_subject
+from megamask.learn.gumbel import Learner, StepResult
+from megamask.learn.masked_model import build_subject
 from megamask.learn.snapshot import Snapshots
-from megamask.learn.step import Learner, StepResult
 from megamask.parallel.mesh import start
 from tests.parallel.learning import in_turn, take_steps
 from tests.parallel.ranks import run_ranks
@@ -20,7 +22,11 @@ from tests.parallel.tiny import Chains, config_of, gather_logits
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED_AT = 20, 10
-SETTINGS: dict[str, Any] = {"steps": STEPS, "optimizer": {"lr": 2e-3}, "weight_norm": {"coef": 1e-4}}
+SETTINGS: dict[str, Any] = {
+    "steps": STEPS,
+    "optimizer": {"lr": 2e-3},
+    "weight_norm": {"coef": 1e-4},
+}
 
 
 ONE_DRAW: dict[str, Any] = {"sampling": {"draws": "step"}}
@@ -39,7 +45,9 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a run measured at every step from ``first`` on, and its last logits by HF module name."""
+    """What a run measured at every step from ``first`` on, and its last logits by HF module
+    name.
+    """
 
     first: int
     results: list[StepResult]
@@ -54,7 +62,11 @@ JOBS: dict[int, dict[str, Job]] = {
         "tp2-sp": Job(tp=2, parallel={"sequence_parallel": True}),
         "tp2-resumed": Job(tp=2, resume_from="tp2"),
     },
-    4: {"tp4": Job(tp=4), "tp2-dp2": Job(tp=2, save_to="tp2-dp2"), "tp2-dp2-step": Job(tp=2, learn=ONE_DRAW)},
+    4: {
+        "tp4": Job(tp=4),
+        "tp2-dp2": Job(tp=2, save_to="tp2-dp2"),
+        "tp2-dp2-step": Job(tp=2, learn=ONE_DRAW),
+    },
     1: {
         "one": Job(save_to="one"),
         "one-recompute": Job(parallel={"recompute": True}),
@@ -81,7 +93,12 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
         subject = build_subject(config, mesh)
         name = job.save_to or job.resume_from or "none"
         snapshots = Snapshots(folder / name, config, mesh, subject, Learner(config, mesh, subject))
-        first, results = take_steps(snapshots, Chains(), SAVED_AT if job.save_to else None, resume=job.resume_from is not None)
+        first, results = take_steps(
+            snapshots,
+            Chains(),
+            SAVED_AT if job.save_to else None,
+            resume=job.resume_from is not None,
+        )
         return Outcome(first, results, gather_logits(subject, mesh))
 
 
@@ -94,18 +111,26 @@ def outcomes(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return found
 
 
-# Layouts sum in fp32 in different orders (2^-24 = 6e-8 a rounding). A loss is a mean over 8 x 32 targets of numbers that differ by a few
-# roundings; seen: 7e-8. Gradients pass through 2 layers and kappa / tau up to 1e4, which lifts a rounding of a masked weight; seen: 9e-7.
+# Layouts sum in fp32 in different orders (2^-24 = 6e-8 a rounding). A loss is a mean over 8 x 32
+# targets of numbers that differ by a few roundings; seen: 7e-8. Gradients pass through 2 layers and
+# kappa / tau up to 1e4, which lifts a rounding of a masked weight; seen: 9e-7.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 2e-5
-# AdamW divides by the gradient's own size, so a logit moves by up to lr = 2e-3 a step whatever its gradient; a rounding of a small
-# gradient moves it by the same relative amount. Seen after 20 steps: 5e-6. A twentieth of one step is allowed.
+# AdamW divides by the gradient's own size, so a logit moves by up to lr = 2e-3 a step whatever its
+# gradient; a rounding of a small gradient moves it by the same relative amount. Seen after 20
+# steps: 5e-6. A twentieth of one step is allowed.
 LOGIT_TOLERANCE = 1e-4
 
 
 def curve_error(found: Outcome, expected: Outcome) -> tuple[float, float]:
-    """Largest relative difference of the losses and of the gradient norms over the steps that both have."""
+    """Largest relative difference of the losses and of the gradient norms over the steps that both
+    have.
+    """
     pairs = list(zip(found.results, expected.results[found.first :], strict=True))
-    losses = [abs(getattr(a, name) / getattr(b, name) - 1) for a, b in pairs for name in ("lm_loss", "loss", "weight_norm")]
+    losses = [
+        abs(getattr(a, name) / getattr(b, name) - 1)
+        for a, b in pairs
+        for name in ("lm_loss", "loss", "weight_norm")
+    ]
     return max(losses), max(abs(a.grad_norm / b.grad_norm - 1) for a, b in pairs)
 
 
@@ -115,7 +140,9 @@ def same_curve(found: Outcome, expected: Outcome) -> bool:
 
 
 def assert_same_masks(found: Outcome, expected: Outcome) -> None:
-    """Logits within the tolerance, winners equal where the runner-up is further away than two of it."""
+    """Logits within the tolerance, winners equal where the runner-up is further away than two of
+    it.
+    """
     assert found.logits.keys() == expected.logits.keys()
     for name, logits in expected.logits.items():
         assert float((found.logits[name] - logits).abs().max()) < LOGIT_TOLERANCE, name
@@ -150,25 +177,37 @@ def test_learning_happens(outcomes: dict[str, Outcome]) -> None:
     losses = [result.lm_loss for result in outcomes["one"].results]
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
     assert all(result.weight_norm_term > 0 for result in outcomes["one"].results)
-    assert outcomes["one"].results[0].loss == pytest.approx(losses[0] - outcomes["one"].results[0].weight_norm_term)
+    assert outcomes["one"].results[0].loss == pytest.approx(
+        losses[0] - outcomes["one"].results[0].weight_norm_term
+    )
 
 
 @pytest.mark.parametrize("choice", ["one-recompute", "one-mlp-recompute", "one-regenerate"])
-def test_what_is_kept_for_the_backward_changes_no_bit(outcomes: dict[str, Outcome], choice: str) -> None:
+def test_what_is_kept_for_the_backward_changes_no_bit(
+    outcomes: dict[str, Outcome], choice: str
+) -> None:
     assert same_bits(outcomes[choice], outcomes["one"])
 
 
-def test_one_draw_per_step_is_the_same_in_every_layout_and_differs_from_fresh_draws(outcomes: dict[str, Outcome]) -> None:
+def test_one_draw_per_step_is_the_same_in_every_layout_and_differs_from_fresh_draws(
+    outcomes: dict[str, Outcome],
+) -> None:
     once = outcomes["one-step"]
-    assert same_bits(outcomes["one-step-recompute"], once) and same_bits(outcomes["one-step-mlp-recompute"], once)
+    assert same_bits(outcomes["one-step-recompute"], once) and same_bits(
+        outcomes["one-step-mlp-recompute"], once
+    )
     assert same_curve(outcomes["tp2-dp2-step"], once), curve_error(outcomes["tp2-dp2-step"], once)
     assert_same_masks(outcomes["tp2-dp2-step"], once)
     assert not same_curve(once, outcomes["one"])
-    assert sum(result.lm_loss for result in once.results[-3:]) < 0.95 * sum(result.lm_loss for result in once.results[:3])
+    assert sum(result.lm_loss for result in once.results[-3:]) < 0.95 * sum(
+        result.lm_loss for result in once.results[:3]
+    )
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2"])
-def test_resuming_in_the_same_layout_changes_no_bit(outcomes: dict[str, Outcome], layout: str) -> None:
+def test_resuming_in_the_same_layout_changes_no_bit(
+    outcomes: dict[str, Outcome], layout: str
+) -> None:
     resumed = outcomes[f"{layout}-resumed"]
     assert resumed.first == SAVED_AT
     assert same_bits(resumed, outcomes[layout])
@@ -176,7 +215,9 @@ def test_resuming_in_the_same_layout_changes_no_bit(outcomes: dict[str, Outcome]
 
 
 @pytest.mark.parametrize("saved", ["tp2", "tp2-dp2"])
-def test_a_snapshot_of_another_layout_goes_on_along_the_same_curve(outcomes: dict[str, Outcome], saved: str) -> None:
+def test_a_snapshot_of_another_layout_goes_on_along_the_same_curve(
+    outcomes: dict[str, Outcome], saved: str
+) -> None:
     resumed = outcomes[f"one-from-{saved}"]
     assert resumed.first == SAVED_AT
     assert same_curve(resumed, outcomes[saved]), curve_error(resumed, outcomes[saved])

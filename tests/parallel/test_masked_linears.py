@@ -15,20 +15,30 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 
 from megamask.config import Config
-from megamask.parallel.linear import MaskedColumnParallelLinear, MaskedRowParallelLinear, MaskSwitch
+from megamask.parallel.mask_context import MaskSwitch
+from megamask.parallel.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.backends import choose_backend
 from megamask.sparsity.draw import Draw
+from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.philox import NoiseKey
 from tests.parallel.ranks import run_ranks
-from tests.unit.sparsity import reference
+from tests.unit.sparsity.categorical import reference
 
-SEQUENCE, BATCH, OUT, IN = 16, 2, 64, 64  # at TP 8 a row-parallel rank holds 8 inputs: two groups of 2:4
+SEQUENCE, BATCH, OUT, IN = (
+    16,
+    2,
+    64,
+    64,
+)  # at TP 8 a row-parallel rank holds 8 inputs: two groups of 2:4
 PATTERN = Pattern(2, 4)
 KEY, PARAMETER = NoiseKey(seed=3, step=5, micro_batch=2), 4711
 KAPPA, TAU, COEF = 100.0, 1.0, 1e-2
-KV_GROUPS, QUERY_ROWS, KV_ROWS = 8, 4, 2  # a fused qkv linear: 8 x [4 query rows, 2 key rows, 2 value rows]
+KV_GROUPS, QUERY_ROWS, KV_ROWS = (
+    8,
+    4,
+    2,
+)  # a fused qkv linear: 8 x [4 query rows, 2 key rows, 2 value rows]
 
 
 @dataclass(frozen=True)
@@ -41,19 +51,33 @@ class Case:
     backend: str = "numba"
 
 
-CASES = [Case(*choice) for choice in itertools.product(("column", "gated", "qkv", "row"), (False, True), (False, True))]
+CASES = [
+    Case(*choice)
+    for choice in itertools.product(("column", "gated", "qkv", "row"), (False, True), (False, True))
+]
 CASES += [Case(kind, True, True, "torch") for kind in ("column", "gated", "row")]
 
 
 def tensors(kind: str) -> dict[str, torch.Tensor]:
-    """Input (S, B, I), gradient of the output (S, B, O), weight (O, I), bias (O), logits (O, C, G): whole, fp32."""
+    """Input (S, B, I), gradient of the output (S, B, O), weight (O, I), bias (O), logits (O, C, G):
+    whole, fp32.
+    """
     generator = torch.Generator().manual_seed(len(kind))
-    shapes = {"x": (SEQUENCE, BATCH, IN), "dy": (SEQUENCE, BATCH, OUT), "weight": (OUT, IN), "bias": (OUT,)}
+    shapes = {
+        "x": (SEQUENCE, BATCH, IN),
+        "dy": (SEQUENCE, BATCH, OUT),
+        "weight": (OUT, IN),
+        "bias": (OUT,),
+    }
     made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    made["logits"] = 0.01 * torch.randn(OUT, PATTERN.num_candidates, IN // PATTERN.m, generator=generator)
+    made["logits"] = 0.01 * torch.randn(
+        OUT, PATTERN.num_candidates, IN // PATTERN.m, generator=generator
+    )
     if kind == "qkv":
         for name in ("weight", "bias"):  # what a mapping from separate q, k and v does
-            q, k, v = made[name].split([KV_GROUPS * QUERY_ROWS, KV_GROUPS * KV_ROWS, KV_GROUPS * KV_ROWS])
+            q, k, v = made[name].split(
+                [KV_GROUPS * QUERY_ROWS, KV_GROUPS * KV_ROWS, KV_GROUPS * KV_ROWS]
+            )
             parts = [part.unflatten(0, (KV_GROUPS, -1)) for part in (q, k, v)]
             made[name] = torch.cat(parts, dim=1).flatten(0, 1)
     return made
@@ -69,7 +93,13 @@ def shard(kind: str, whole: torch.Tensor, axis: int, rank: int, tp: int) -> torc
 def join(kind: str, shards: list[torch.Tensor], axis: int) -> torch.Tensor:
     """Undo ``shard`` along the axis of the rows."""
     if kind == "gated":
-        return torch.cat([torch.cat([one.chunk(2, dim=axis)[half] for one in shards], dim=axis) for half in range(2)], dim=axis)
+        return torch.cat(
+            [
+                torch.cat([one.chunk(2, dim=axis)[half] for one in shards], dim=axis)
+                for half in range(2)
+            ],
+            dim=axis,
+        )
     return torch.cat(shards, dim=axis)
 
 
@@ -83,14 +113,27 @@ def run_linear(case: Case, mesh: Mesh) -> dict[str, torch.Tensor]:
     whole, is_row = tensors(case.kind), case.kind == "row"
     linear = make_linear(case)
     with torch.no_grad():
-        linear.weight.copy_(shard(case.kind, whole["weight"], 1 if is_row else 0, mesh.tp_rank, mesh.tp))
+        linear.weight.copy_(
+            shard(case.kind, whole["weight"], 1 if is_row else 0, mesh.tp_rank, mesh.tp)
+        )
         if case.bias:
-            linear.bias.copy_(whole["bias"] if is_row else shard(case.kind, whole["bias"], 0, mesh.tp_rank, mesh.tp))
+            linear.bias.copy_(
+                whole["bias"]
+                if is_row
+                else shard(case.kind, whole["bias"], 0, mesh.tp_rank, mesh.tp)
+            )
     linear.requires_grad_(False)
     switch = MaskSwitch(Draw(KEY, KAPPA, TAU, norm_coef=COEF))
-    linear.attach_logits(linear.make_site(PATTERN, case.kind), PARAMETER, switch, choose_backend(case.backend, mesh.device))
+    linear.attach_logits(
+        linear.make_site(PATTERN, case.kind),
+        PARAMETER,
+        switch,
+        choose_backend(case.backend, mesh.device),
+    )
     with torch.no_grad():
-        linear.mask_logits.copy_(shard(case.kind, whole["logits"], 2 if is_row else 0, mesh.tp_rank, mesh.tp))
+        linear.mask_logits.copy_(
+            shard(case.kind, whole["logits"], 2 if is_row else 0, mesh.tp_rank, mesh.tp)
+        )
 
     x, dy = whole["x"], whole["dy"]
     if is_row:
@@ -115,17 +158,28 @@ def make_linear(case: Case) -> Any:
         perform_initialization=False,
         params_dtype=torch.float32,
     )
-    common: dict[str, Any] = {"config": settings, "init_method": torch.nn.init.zeros_, "bias": case.bias, "skip_bias_add": False}
+    common: dict[str, Any] = {
+        "config": settings,
+        "init_method": torch.nn.init.zeros_,
+        "bias": case.bias,
+        "skip_bias_add": False,
+    }
     if case.kind == "row":
         return MaskedRowParallelLinear(IN, OUT, input_is_parallel=True, **common)
-    return MaskedColumnParallelLinear(IN, OUT, gather_output=False, stride=2 if case.kind == "gated" else 1, **common)
+    return MaskedColumnParallelLinear(
+        IN, OUT, gather_output=False, stride=2 if case.kind == "gated" else 1, **common
+    )
 
 
 def gather(case: Case, ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Whole tensors from all ranks' parts; what every rank holds must agree to the bit."""
-    columns, rows = ("y", "dx") if case.kind != "row" else ("dx", "y")  # split over features, and over the sequence or not at all
+    columns, rows = (
+        ("y", "dx") if case.kind != "row" else ("dx", "y")
+    )  # split over features, and over the sequence or not at all
     whole = {columns: join(case.kind, [one[columns] for one in ranks], 2), "norm": ranks[0]["norm"]}
-    whole["dlogits"] = join(case.kind, [one["dlogits"] for one in ranks], 2 if case.kind == "row" else 0)
+    whole["dlogits"] = join(
+        case.kind, [one["dlogits"] for one in ranks], 2 if case.kind == "row" else 0
+    )
     if case.sequence_parallel:
         whole[rows] = torch.cat([one[rows] for one in ranks])
     else:
@@ -135,17 +189,29 @@ def gather(case: Case, ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.
 
 
 @cache
-def expected(kind: str, bias: bool, step: int = KEY.step, sign: float = 1.0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The unsharded layer in fp64 by autograd, and for each result the size of the terms that are summed."""
+def expected(
+    kind: str, bias: bool, step: int = KEY.step, sign: float = 1.0
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The unsharded layer in fp64 by autograd, and for each result the size of the terms that are
+    summed.
+    """
     t = {name: tensor.double() for name, tensor in tensors(kind).items()}
-    noise = reference.gumbel(NoiseKey(KEY.seed, step, KEY.micro_batch, PARAMETER), OUT, PATTERN.num_candidates, IN // PATTERN.m)
+    noise = reference.gumbel(
+        NoiseKey(KEY.seed, step, KEY.micro_batch, PARAMETER),
+        OUT,
+        PATTERN.num_candidates,
+        IN // PATTERN.m,
+    )
     x, logits = t["x"].requires_grad_(), t["logits"].requires_grad_()
     masked = t["weight"] * reference.mask(logits, noise, PATTERN.n, PATTERN.m, sign * KAPPA, TAU)
     y = x @ masked.T + (t["bias"] if bias else 0)
     norm = masked.square().sum()
     dx, dlogits = torch.autograd.grad((t["dy"] * y).sum() - COEF * norm, (x, logits))
     results = {"y": y.detach(), "dx": dx, "dlogits": dlogits, "norm": norm.detach()}
-    outer = torch.einsum("sbo,sbi->oi", t["dy"].abs(), x.detach().abs()) * t["weight"].abs() + 2 * COEF * t["weight"].square()
+    outer = (
+        torch.einsum("sbo,sbi->oi", t["dy"].abs(), x.detach().abs()) * t["weight"].abs()
+        + 2 * COEF * t["weight"].square()
+    )
     sizes = {
         "y": x.detach().abs() @ t["weight"].abs().T + 1,
         "dx": t["dy"].abs() @ t["weight"].abs(),
@@ -155,18 +221,26 @@ def expected(kind: str, bias: bool, step: int = KEY.step, sign: float = 1.0) -> 
     return results, sizes
 
 
-def worst(found: dict[str, torch.Tensor], kind: str, bias: bool, **wrong: float) -> dict[str, float]:
+def worst(
+    found: dict[str, torch.Tensor], kind: str, bias: bool, **wrong: float
+) -> dict[str, float]:
     """Largest error of each result in units of the size of its terms."""
     results, sizes = expected(kind, bias, **wrong)  # type: ignore[arg-type]
-    return {name: float(((found[name].double() - results[name]).abs() / sizes[name]).max()) for name in results}
+    return {
+        name: float(((found[name].double() - results[name]).abs() / sizes[name]).max())
+        for name in results
+    }
 
 
-# fp32 rounds by 2^-24. Sums of 64 terms, over ranks in any order: at most 64 roundings of the terms' size. The relaxed index adds
-# 8 roundings of a score below (kappa |pi| + 17) / tau = 21, twice where two entries of the index meet.
+# fp32 rounds by 2^-24. Sums of 64 terms, over ranks in any order: at most 64 roundings of the
+# terms' size. The relaxed index adds 8 roundings of a score below (kappa |pi| + 17) / tau = 21,
+# twice where two entries of the index meet.
 TOLERANCE = 2.0**-24 * (64 + 2 * 8 * 21)
 
 
-@pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tp", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_masked_linears_equal_the_unsharded_reference(tp: int) -> None:
     cases = [case for case in CASES if tp > 1 or not case.sequence_parallel]
     per_rank = run_ranks(run_linears, tp, tp, cases)
@@ -175,6 +249,12 @@ def test_masked_linears_equal_the_unsharded_reference(tp: int) -> None:
         errors = worst(found, case.kind, case.bias)
         assert max(errors.values()) < TOLERANCE, f"{case}: {errors}"
         for name, wrong in {"noise": {"step": KEY.step + 1}, "sign": {"sign": -1.0}}.items():
-            missed = [key for key, error in worst(found, case.kind, case.bias, **wrong).items() if error < 10 * TOLERANCE]
+            missed = [
+                key
+                for key, error in worst(found, case.kind, case.bias, **wrong).items()
+                if error < 10 * TOLERANCE
+            ]
             assert not missed, f"{case}: a wrong {name} would go unnoticed in {missed}"
-        assert worst(found, case.kind, not case.bias)["y"] > 10 * TOLERANCE  # a bias that is dropped, or added where there is none
+        assert (
+            worst(found, case.kind, not case.bias)["y"] > 10 * TOLERANCE
+        )  # a bias that is dropped, or added where there is none

@@ -1,7 +1,9 @@
-"""One-shot pruning of the Megatron model against plain implementations on the transformers model, at several layouts.
+"""One-shot pruning of the Megatron model against plain implementations on the transformers model,
+at several layouts.
 
-The reference knows nothing of Megatron, fused linears or shards: it runs the whole transformers model with hooks on one decoder layer
-at a time, prunes that layer's linears in place, and goes on. Criteria are the papers', in fp64.
+The reference knows nothing of Megatron, fused linears or shards: it runs the whole transformers
+model with hooks on one decoder layer at a time, prunes that layer's linears in place, and goes on.
+Criteria are the papers', in fp64.
 
 Shapes: N samples, S sequence, O out_features, I in_features, T tokens.
 """
@@ -21,7 +23,7 @@ from megamask.config.load import build_config
 from megamask.errors import ConfigError
 from megamask.model.build import build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
-from megamask.model.masks import gather_masks, linear_rules
+from megamask.model.mask_shards import gather_masks, linear_rules
 from megamask.oneshot.criteria import CRITERIA
 from megamask.oneshot.layerwise import Subject, prune_layerwise
 from megamask.parallel.mesh import start
@@ -32,14 +34,21 @@ from tests.parallel.ranks import RanksError, run_ranks
 
 KEEP, GROUP, DAMP = 2, 4, 0.01
 DENSE_LINEAR = "model.layers.1.self_attn.o_proj"  # kept out with model.exclude
-LAYOUTS = {"tp1": (1, 1, False), "tp2": (2, 2, False), "tp2-sp": (2, 2, True), "tp2-sp-dp2": (4, 2, True)}  # world, tp, sequence parallel
+LAYOUTS = {
+    "tp1": (1, 1, False),
+    "tp2": (2, 2, False),
+    "tp2-sp": (2, 2, True),
+    "tp2-sp-dp2": (4, 2, True),
+}  # world, tp, sequence parallel
 METHODS = ["magnitude", "wanda", "sparsegpt", "sparsegpt_update"]
 
-# Scores come from fp32 activations here and there and, in the runner, from an fp32 sweep: relative differences of a few 1e-6, which
-# SparseGPT's updates carry through a row. A group is a near-tie when its n-th and (n+1)-th score differ by less than this, relatively.
-# With this seed no group is (`test_no_near_ties`), so that masks must be equal without exception.
+# Scores come from fp32 activations here and there and, in the runner, from an fp32 sweep: relative
+# differences of a few 1e-6, which SparseGPT's updates carry through a row. A group is a near-tie
+# when its n-th and (n+1)-th score differ by less than this, relatively. With this seed no group is
+# (`test_no_near_ties`), so that masks must be equal without exception.
 NEAR_TIE = 1e-5
-# Updated weights: fp32 sweep over at most 96 columns against fp64, relative to the layer's largest weight.
+# Updated weights: fp32 sweep over at most 96 columns against fp64, relative to the layer's largest
+# weight.
 WEIGHT_TOLERANCE = 1e-4
 
 
@@ -51,26 +60,46 @@ def wanda_score(weight_OI: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
 
 
 def keep_largest(score_OI: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Mask, and the smallest relative gap between the last kept and the first dropped score of a group."""
+    """Mask, and the smallest relative gap between the last kept and the first dropped score of a
+    group.
+    """
     grouped = score_OI.unflatten(1, (-1, GROUP))
     values, order = grouped.sort(dim=-1, descending=True)
-    mask = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, order[..., :KEEP], True).flatten(1)
+    mask = (
+        torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, order[..., :KEEP], True).flatten(1)
+    )
     return mask, float(((values[..., KEEP - 1] - values[..., KEEP]) / values[..., KEEP - 1]).min())
 
 
-def sparsegpt_textbook(weight_OI: torch.Tensor, hessian_II: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+def sparsegpt_textbook(
+    weight_OI: torch.Tensor, hessian_II: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Algorithm 1 of the SparseGPT paper, column by column: mask, updated weight, smallest gap."""
-    hessian_II = hessian_II + DAMP * hessian_II.diagonal().mean() * torch.eye(len(hessian_II), dtype=torch.float64)
-    factor_II = torch.linalg.cholesky(torch.linalg.inv(hessian_II)).T  # upper: row j belongs to the inverse of columns j, j + 1, ...
-    work_OI, mask_OI, gaps = weight_OI.double().clone(), torch.ones_like(weight_OI, dtype=torch.bool), []
+    hessian_II = hessian_II + DAMP * hessian_II.diagonal().mean() * torch.eye(
+        len(hessian_II), dtype=torch.float64
+    )
+    factor_II = torch.linalg.cholesky(
+        torch.linalg.inv(hessian_II)
+    ).T  # upper: row j belongs to the inverse of columns j, j + 1, ...
+    work_OI, mask_OI, gaps = (
+        weight_OI.double().clone(),
+        torch.ones_like(weight_OI, dtype=torch.bool),
+        [],
+    )
     for column in range(weight_OI.shape[1]):
         if column % GROUP == 0:
             here = slice(column, column + GROUP)
-            mask_OI[:, here], gap = keep_largest(work_OI[:, here] ** 2 / factor_II.diagonal()[here] ** 2)
+            mask_OI[:, here], gap = keep_largest(
+                work_OI[:, here] ** 2 / factor_II.diagonal()[here] ** 2
+            )
             gaps.append(gap)
         error_O = torch.where(mask_OI[:, column], 0, work_OI[:, column]) / factor_II[column, column]
         work_OI[:, column:] -= error_O[:, None] * factor_II[column, column:]
-    return mask_OI, torch.where(mask_OI, work_OI, 0), min(gaps) / 2  # scores are squares: half the relative gap of their roots
+    return (
+        mask_OI,
+        torch.where(mask_OI, work_OI, 0),
+        min(gaps) / 2,
+    )  # scores are squares: half the relative gap of their roots
 
 
 @dataclass
@@ -87,10 +116,14 @@ def whole_hessian(x_TI: torch.Tensor) -> torch.Tensor:
     return x_TI.double().T @ x_TI.double()
 
 
-def inputs_of(linears: dict[str, torch.nn.Linear], model: torch.nn.Module, tokens_NS: torch.Tensor) -> dict[str, torch.Tensor]:
+def inputs_of(
+    linears: dict[str, torch.nn.Linear], model: torch.nn.Module, tokens_NS: torch.Tensor
+) -> dict[str, torch.Tensor]:
     inputs: dict[str, torch.Tensor] = {}
     hooks = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(0, 1)}))
+        linear.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.update({name: args[0].flatten(0, 1)})
+        )
         for name, linear in linears.items()
     ]
     model(tokens_NS)
@@ -100,11 +133,21 @@ def inputs_of(linears: dict[str, torch.nn.Linear], model: torch.nn.Module, token
 
 
 @torch.no_grad()
-def reference(hf: Path, tokens_NS: torch.Tensor, method: str, hessian: Hessian = whole_hessian, pruned_prefix: bool = True) -> Reference:
+def reference(
+    hf: Path,
+    tokens_NS: torch.Tensor,
+    method: str,
+    hessian: Hessian = whole_hessian,
+    pruned_prefix: bool = True,
+) -> Reference:
     model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
     result, dense = Reference(), {name: one.clone() for name, one in model.state_dict().items()}
     for index, layer in enumerate(model.model.layers):
-        linears = {f"model.layers.{index}.{name}": one for name, one in layer.named_modules() if isinstance(one, torch.nn.Linear)}
+        linears = {
+            f"model.layers.{index}.{name}": one
+            for name, one in layer.named_modules()
+            if isinstance(one, torch.nn.Linear)
+        }
         linears.pop(DENSE_LINEAR, None)
         inputs = inputs_of(linears, model, tokens_NS)
         for name, linear in linears.items():
@@ -118,7 +161,11 @@ def reference(hf: Path, tokens_NS: torch.Tensor, method: str, hessian: Hessian =
             else:
                 mask_OI, updated_OI, gap = sparsegpt_textbook(weight_OI, hessian(x_TI))
                 new_OI = updated_OI if method == "sparsegpt_update" else weight_OI * mask_OI
-            result.masks[name], result.weights[name], result.gap = mask_OI, new_OI, min(result.gap, gap)
+            result.masks[name], result.weights[name], result.gap = (
+                mask_OI,
+                new_OI,
+                min(result.gap, gap),
+            )
             if pruned_prefix:
                 linear.weight.copy_(new_OI)
     return result
@@ -127,7 +174,14 @@ def reference(hf: Path, tokens_NS: torch.Tensor, method: str, hessian: Hessian =
 # The runner, in every rank.
 
 
-def prune_in_rank(rank: int, hf: str, tokens_NS: torch.Tensor, tp: int, sequence_parallel: bool, methods: list[str]) -> dict[str, Any]:
+def prune_in_rank(
+    rank: int,
+    hf: str,
+    tokens_NS: torch.Tensor,
+    tp: int,
+    sequence_parallel: bool,
+    methods: list[str],
+) -> dict[str, Any]:
     """method -> (masks, updated weights), whole and in HF layout."""
     config = build_config(
         {
@@ -144,7 +198,9 @@ def prune_in_rank(rank: int, hf: str, tokens_NS: torch.Tensor, tp: int, sequence
         model = build_model(config, arch, mesh).eval()
         with open_checked(Path(hf)) as reader:
             fill_from_hf(model, arch, mesh, reader)
-        subject = Subject(config, mesh, arch, Pattern(KEEP, GROUP), model, prunable_linears(model, config, arch))
+        subject = Subject(
+            config, mesh, arch, Pattern(KEEP, GROUP), model, prunable_linears(model, config, arch)
+        )
         results = {}
         for method in methods:
             pruned = prune_layerwise(subject, CRITERIA[method], tokens_NS)
@@ -155,7 +211,10 @@ def prune_in_rank(rank: int, hf: str, tokens_NS: torch.Tensor, tp: int, sequence
                 if one.weight_OI is not None:
                     rule = linear_rules(arch)[name]
                     weights |= rule.to_hf(rule.join(mesh.gather_over_tp(one.weight_OI)))
-            results[method] = (masks, {name.removesuffix(".weight"): one for name, one in weights.items()})
+            results[method] = (
+                masks,
+                {name.removesuffix(".weight"): one for name, one in weights.items()},
+            )
         return results
 
 
@@ -178,7 +237,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for name, one in model.named_parameters():
             if "norm" in name:
-                one.copy_(torch.randn_like(one).exp())  # else all features are alike, and Wanda is magnitude
+                one.copy_(
+                    torch.randn_like(one).exp()
+                )  # else all features are alike, and Wanda is magnitude
     folder = tmp_path_factory.mktemp("tiny")
     model.save_pretrained(folder)
     return folder
@@ -186,7 +247,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokens_NS() -> torch.Tensor:
-    return torch.randint(99, (16, 24), generator=torch.Generator().manual_seed(1))  # 6 micro-batches of 3, the last one short
+    return torch.randint(
+        99, (16, 24), generator=torch.Generator().manual_seed(1)
+    )  # 6 micro-batches of 3, the last one short
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +258,15 @@ def references(tiny: Path, tokens_NS: torch.Tensor) -> dict[str, Reference]:
 
 
 def test_no_near_ties(references: dict[str, Reference]) -> None:
-    assert all(one.gap > NEAR_TIE for one in references.values()), {name: one.gap for name, one in references.items()}
+    assert all(one.gap > NEAR_TIE for one in references.values()), {
+        name: one.gap for name, one in references.items()
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_the_plain_implementation(layout: str, tiny: Path, tokens_NS: torch.Tensor, references: dict[str, Reference]) -> None:
+def test_equals_the_plain_implementation(
+    layout: str, tiny: Path, tokens_NS: torch.Tensor, references: dict[str, Reference]
+) -> None:
     world, tp, sequence_parallel = LAYOUTS[layout]
     ranks = run_ranks(prune_in_rank, world, str(tiny), tokens_NS, tp, sequence_parallel, METHODS)
     for method, expected in references.items():
@@ -209,13 +276,19 @@ def test_equals_the_plain_implementation(layout: str, tiny: Path, tokens_NS: tor
             for name, mask_OI in masks.items():
                 assert torch.equal(mask_OI, expected.masks[name]), f"{method} {name}"
             for name, weight_OI in weights.items():
-                difference = (weight_OI - expected.weights[name]).abs().max() / expected.weights[name].abs().max()
+                difference = (weight_OI - expected.weights[name]).abs().max() / expected.weights[
+                    name
+                ].abs().max()
                 assert difference < WEIGHT_TOLERANCE, f"{name}: {difference}"
             assert bool(weights) == (method == "sparsegpt_update")
 
 
-def test_wrong_answers_differ(tiny: Path, tokens_NS: torch.Tensor, references: dict[str, Reference]) -> None:
-    """What the comparison above would catch: a dense prefix, a Hessian of one rank's features, a forgotten activation norm."""
+def test_wrong_answers_differ(
+    tiny: Path, tokens_NS: torch.Tensor, references: dict[str, Reference]
+) -> None:
+    """What the comparison above would catch: a dense prefix, a Hessian of one rank's features, a
+    forgotten activation norm.
+    """
 
     def local_hessian(x_TI: torch.Tensor) -> torch.Tensor:
         halves = [whole_hessian(half) for half in x_TI.chunk(2, dim=1)]
@@ -226,17 +299,31 @@ def test_wrong_answers_differ(tiny: Path, tokens_NS: torch.Tensor, references: d
         "sparsegpt": reference(tiny, tokens_NS, "sparsegpt", hessian=local_hessian),
     }
     for method, one in wrong.items():
-        share = [float((one.masks[name] != mask_OI).float().mean()) for name, mask_OI in references[method].masks.items()]
+        share = [
+            float((one.masks[name] != mask_OI).float().mean())
+            for name, mask_OI in references[method].masks.items()
+        ]
         assert max(share) > 0.01
-    assert any(not torch.equal(references["wanda"].masks[name], mask_OI) for name, mask_OI in references["magnitude"].masks.items())
-    plain = {name: (w - references["sparsegpt"].weights[name]).abs().max() for name, w in references["sparsegpt_update"].weights.items()}
+    assert any(
+        not torch.equal(references["wanda"].masks[name], mask_OI)
+        for name, mask_OI in references["magnitude"].masks.items()
+    )
+    plain = {
+        name: (w - references["sparsegpt"].weights[name]).abs().max()
+        for name, w in references["sparsegpt_update"].weights.items()
+    }
     assert max(plain.values()) > 100 * WEIGHT_TOLERANCE  # weights without the update are far off
 
 
-def test_names_the_linear_whose_inputs_are_not_finite(tiny: Path, tokens_NS: torch.Tensor, tmp_path: Path) -> None:
+def test_names_the_linear_whose_inputs_are_not_finite(
+    tiny: Path, tokens_NS: torch.Tensor, tmp_path: Path
+) -> None:
     model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[5, 3] = torch.inf
     model.save_pretrained(tmp_path)
-    with pytest.raises(RanksError, match=rf"{ConfigError.__name__}.*model\.layers\.1\.mlp\.down_proj: activations must be finite"):
+    with pytest.raises(
+        RanksError,
+        match=rf"{ConfigError.__name__}.*model\.layers\.1\.mlp\.down_proj: activations must be finite",
+    ):
         run_ranks(prune_in_rank, 2, str(tmp_path), tokens_NS, 2, False, ["wanda"])

@@ -1,4 +1,6 @@
-"""Hugging Face -> Megatron at TP 1, 2, 4, 8 -> Hugging Face: equal in keys, shapes, dtypes and bits."""
+"""Hugging Face -> Megatron at TP 1, 2, 4, 8 -> Hugging Face: equal in keys, shapes, dtypes and
+bits.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from megamask.config import Config, run_paths
-from megamask.model import convert
 from megamask.model.checkpoint import megatron_to_hf
 from megamask.parallel.mesh import start
+from megamask.verbs import convert
 from megamask.weights.architecture import read_architecture
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import GQA, config_of, make_hf
@@ -35,28 +37,41 @@ def convert_all(rank: int, configs: list[Config]) -> None:
 def back(rank: int, configs: list[Config]) -> list[dict[str, torch.Tensor]]:
     """What the Megatron weights give back, by HF name."""
     with start(config_of(Path("."))):
-        return [dict(megatron_to_hf(run_paths(config).weights, read_architecture(run_paths(config).hf))) for config in configs]
+        return [
+            dict(megatron_to_hf(run_paths(config).weights, read_architecture(run_paths(config).hf)))
+            for config in configs
+        ]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: make_hf(root / name, seed, torch.bfloat16, **shape) for seed, (name, shape) in enumerate(MODELS.items())}
+    return {
+        name: make_hf(root / name, seed, torch.bfloat16, **shape)
+        for seed, (name, shape) in enumerate(MODELS.items())
+    }
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     if found.keys() != expected.keys():
         return False
-    return all(found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in expected)
+    return all(
+        found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name])
+        for name in expected
+    )
 
 
 @pytest.fixture(scope="module")
-def round_trips(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
+def round_trips(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
     configs = {}
     for tp in (1, 2, 4, 8):
         for name, hf in folders.items():
             config = config_of(tmp_path_factory.mktemp(f"{name}-{tp}"), tp)
-            configs[name, tp] = config.model_copy(update={"model": config.model.model_copy(update={"hf": str(hf)})})
+            configs[name, tp] = config.model_copy(
+                update={"model": config.model.model_copy(update={"hf": str(hf)})}
+            )
     for tp in (1, 2, 4, 8):
         run_ranks(convert_all, tp, [configs[name, tp] for name in folders])
     return dict(zip(configs, run_ranks(back, 1, list(configs.values()))[0], strict=True))
@@ -65,7 +80,10 @@ def round_trips(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_what_comes_back_is_what_went_in(
-    tp: int, name: str, folders: dict[str, Path], round_trips: dict[tuple[str, int], dict[str, torch.Tensor]]
+    tp: int,
+    name: str,
+    folders: dict[str, Path],
+    round_trips: dict[tuple[str, int], dict[str, torch.Tensor]],
 ) -> None:
     original = load_file(folders[name] / "model.safetensors")
     assert {tensor.dtype for tensor in original.values()} == {torch.bfloat16}

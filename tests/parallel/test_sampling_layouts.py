@@ -14,13 +14,14 @@ import torch
 
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
-from megamask.learn.setup import Subject, build_subject
-from megamask.learn.step import Learner
+from megamask.learn.gumbel import Learner
+from megamask.learn.masked_model import Subject, build_subject
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.backends import choose_backend
-from megamask.sparsity.draw import Draw, Placement
-from megamask.sparsity.philox import NoiseKey
+from megamask.sparsity.draw import Draw
+from megamask.sparsity.noise import NoiseKey
+from megamask.sparsity.shard import Placement
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
 
@@ -38,7 +39,9 @@ SAVED_AT = 2
 
 
 def look(rank: int, config: Config, folder: Path) -> dict[str, Tensors]:
-    """Initial logits, masks and gradients of all draws by both backends, logits through a checkpoint written at TP 2."""
+    """Initial logits, masks and gradients of all draws by both backends, logits through a
+    checkpoint written at TP 2.
+    """
     with start(config) as mesh:
         subject = build_subject(config, mesh)
         found = {"initial": gather_logits(subject, mesh)}
@@ -47,17 +50,24 @@ def look(rank: int, config: Config, folder: Path) -> dict[str, Tensors]:
                 linear.backend = choose_backend(backend, mesh.device)
             for name, draw in DRAWS.items():
                 subject.switch.draw = draw
-                found[f"{backend} {name} masks"], found[f"{backend} {name} gradients"] = sample(subject, mesh)
+                found[f"{backend} {name} masks"], found[f"{backend} {name} gradients"] = sample(
+                    subject, mesh
+                )
         if mesh.tp == SAVED_AT:
             found["misplaced"] = sample_misplaced(subject, mesh)
         subject.switch.draw = DRAWS["soft"]
         through_checkpoint(subject, mesh, folder)
-        found["reloaded"], (found["reloaded masks"], _) = gather_logits(subject, mesh), sample(subject, mesh)
+        found["reloaded"], (found["reloaded masks"], _) = (
+            gather_logits(subject, mesh),
+            sample(subject, mesh),
+        )
         return found if rank == 0 else {}
 
 
 def sample(subject: Subject, mesh: Mesh) -> tuple[Tensors, Tensors]:
-    """Masks (O, I) and gradients at the logits (O, C, G) of the draw that is set, whole, by HF module name."""
+    """Masks (O, I) and gradients at the logits (O, C, G) of the draw that is set, whole, by HF
+    module name.
+    """
     masks, gradients = {}, {}
     for name, linear in subject.linears.items():
         masks[name] = linear.masked_weight(torch.ones_like(linear.weight)).detach()
@@ -68,10 +78,15 @@ def sample(subject: Subject, mesh: Mesh) -> tuple[Tensors, Tensors]:
 
 
 def sample_misplaced(subject: Subject, mesh: Mesh) -> Tensors:
-    """Masks when a rank takes its local group numbers for global ones: what the comparison must notice."""
+    """Masks when a rank takes its local group numbers for global ones: what the comparison must
+    notice.
+    """
     right = {name: linear.site for name, linear in subject.linears.items()}
     for linear in subject.linears.values():
-        linear.site = replace(linear.site, placement=Placement.whole(linear.weight.shape[0], linear.mask_logits.shape[-1]))
+        linear.site = replace(
+            linear.site,
+            placement=Placement.whole(linear.weight.shape[0], linear.mask_logits.shape[-1]),
+        )
     masks, _ = sample(subject, mesh)
     for name, linear in subject.linears.items():
         linear.site = right[name]
@@ -80,7 +95,11 @@ def sample_misplaced(subject: Subject, mesh: Mesh) -> Tensors:
 
 def through_checkpoint(subject: Subject, mesh: Mesh, folder: Path) -> None:
     """Put recognisable logits into a checkpoint at TP 2, read them at any TP."""
-    logits = {key: value for key, value in sharded_state(subject.model).items() if key.endswith(".mask_logits")}
+    logits = {
+        key: value
+        for key, value in sharded_state(subject.model).items()
+        if key.endswith(".mask_logits")
+    }
     if mesh.tp == SAVED_AT:
         with torch.no_grad():
             for number, linear in enumerate(subject.linears.values()):
@@ -93,9 +112,13 @@ def through_checkpoint(subject: Subject, mesh: Mesh, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def by_tp(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Tensors]]:
+def by_tp(
+    tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, Tensors]]:
     folder = tmp_path_factory.mktemp("logits") / "saved"
-    return {tp: run_ranks(look, tp, config_of(tiny_run, tp), folder)[0] for tp in (SAVED_AT, 1, 4, 8)}
+    return {
+        tp: run_ranks(look, tp, config_of(tiny_run, tp), folder)[0] for tp in (SAVED_AT, 1, 4, 8)
+    }
 
 
 def assert_same_bits(found: Tensors, expected: Tensors) -> None:
@@ -105,7 +128,9 @@ def assert_same_bits(found: Tensors, expected: Tensors) -> None:
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
-def test_masks_and_gradients_have_the_same_bits_at_every_tp(by_tp: dict[int, dict[str, Tensors]], tp: int) -> None:
+def test_masks_and_gradients_have_the_same_bits_at_every_tp(
+    by_tp: dict[int, dict[str, Tensors]], tp: int
+) -> None:
     for what in (key for key in by_tp[1] if key.startswith(("torch", "numba"))):
         assert_same_bits(by_tp[tp][what], by_tp[1][what])
 
@@ -121,26 +146,36 @@ def test_the_draws_are_not_trivially_equal(by_tp: dict[int, dict[str, Tensors]])
     up = linear.replace("gate", "up")  # rows of the gate and up rows draw different noise
     assert not torch.equal(masks["numba hard masks"][linear], masks["numba hard masks"][up])
     other_layer = linear.replace("layers.0", "layers.1")
-    assert not torch.equal(masks["numba hard masks"][linear], masks["numba hard masks"][other_layer])
+    assert not torch.equal(
+        masks["numba hard masks"][linear], masks["numba hard masks"][other_layer]
+    )
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
-def test_initial_logits_have_the_same_bits_at_every_tp(by_tp: dict[int, dict[str, Tensors]], tp: int) -> None:
+def test_initial_logits_have_the_same_bits_at_every_tp(
+    by_tp: dict[int, dict[str, Tensors]], tp: int
+) -> None:
     assert_same_bits(by_tp[tp]["initial"], by_tp[1]["initial"])
 
 
 @pytest.mark.parametrize("tp", [1, 4, 8])
-def test_logits_saved_at_tp_2_are_the_same_at_every_tp(by_tp: dict[int, dict[str, Tensors]], tp: int) -> None:
+def test_logits_saved_at_tp_2_are_the_same_at_every_tp(
+    by_tp: dict[int, dict[str, Tensors]], tp: int
+) -> None:
     assert_same_bits(by_tp[tp]["reloaded"], by_tp[SAVED_AT]["reloaded"])
     assert_same_bits(by_tp[tp]["reloaded masks"], by_tp[SAVED_AT]["reloaded masks"])
-    assert not torch.equal(*(by_tp[tp][what]["model.layers.0.mlp.gate_proj"] for what in ("initial", "reloaded")))
+    assert not torch.equal(
+        *(by_tp[tp][what]["model.layers.0.mlp.gate_proj"] for what in ("initial", "reloaded"))
+    )
 
 
 # --- splits of the same global batch into replicas and accumulations
 
 
 def draws_of_a_step(rank: int, configs: list[Config]) -> list[dict[int, dict[str, Any]]]:
-    """Every micro-batch of step 3 that this replica runs in each layout: its tokens and the masks sampled for it, on TP rank 0."""
+    """Every micro-batch of step 3 that this replica runs in each layout: its tokens and the masks
+    sampled for it, on TP rank 0.
+    """
     found = []
     for config in configs:
         found.append(draws_of_one(config))
@@ -154,16 +189,26 @@ def draws_of_one(config: Config) -> dict[int, dict[str, Any]]:
         learner, seen = Learner(config, mesh, subject), {}
         learn = config.learn
         plan = BatchPlan(Chains(), learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)
-        subject.model.register_forward_pre_hook(lambda module, args, kwargs: record(seen, subject, mesh, kwargs), with_kwargs=True)
+        subject.model.register_forward_pre_hook(
+            lambda module, args, kwargs: record(seen, subject, mesh, kwargs), with_kwargs=True
+        )
         learner.step(3, plan)
         return seen if mesh.tp_rank == 0 else {}
 
 
-def record(seen: dict[int, dict[str, Any]], subject: Subject, mesh: Mesh, inputs: dict[str, Any]) -> None:
+def record(
+    seen: dict[int, dict[str, Any]], subject: Subject, mesh: Mesh, inputs: dict[str, Any]
+) -> None:
     draw = subject.switch.draw
     assert draw is not None
-    masks = {name: linear.masked_weight(torch.ones_like(linear.weight)).detach() for name, linear in subject.linears.items()}
-    seen[draw.key.micro_batch] = {"tokens": inputs["input_ids"].clone(), **gather_hf(masks, subject, mesh)}
+    masks = {
+        name: linear.masked_weight(torch.ones_like(linear.weight)).detach()
+        for name, linear in subject.linears.items()
+    }
+    seen[draw.key.micro_batch] = {
+        "tokens": inputs["input_ids"].clone(),
+        **gather_hf(masks, subject, mesh),
+    }
 
 
 def merge(ranks: tuple[dict[int, dict[str, Any]], ...]) -> dict[int, dict[str, Any]]:
@@ -181,7 +226,9 @@ def test_splits_of_a_global_batch_draw_the_same_masks(tiny_run: Path) -> None:
 
     (one,) = job(1, 1)  # 1 replica x 4 accumulations
     assert sorted(one) == [0, 1, 2, 3]
-    assert not torch.equal(one[0]["model.layers.0.mlp.up_proj"], one[1]["model.layers.0.mlp.up_proj"])
+    assert not torch.equal(
+        one[0]["model.layers.0.mlp.up_proj"], one[1]["model.layers.0.mlp.up_proj"]
+    )
     for split in job(4, 1, 2):  # replicas x accumulations: 4 x 1, and 2 x 2 at TP 2
         assert sorted(split) == sorted(one)
         for number, expected in one.items():

@@ -1,4 +1,6 @@
-"""Snapshots as masks: what two ranks saved, one process reads and any layout and distribution can start from."""
+"""Snapshots as masks: what two ranks saved, one process reads and any layout and distribution can
+start from.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from megamask.learn.setup import build_subject
+from megamask.learn.gumbel import Learner
+from megamask.learn.masked_model import build_subject
 from megamask.learn.snapshot import Progress, Snapshots
-from megamask.learn.step import Learner
-from megamask.masks.snapshot import load_snapshot
-from megamask.model.masks import gather_masks
+from megamask.masks.from_snapshot import load_snapshot
+from megamask.model.mask_shards import gather_masks
 from megamask.parallel.mesh import Mesh, start
 from megamask.weights.architecture import read_architecture
 from tests.parallel.ranks import meet_again, run_ranks
@@ -38,21 +40,33 @@ KINDS = {
     "categorical-bf16": Kind("2:4", "categorical", "bf16"),
     "linear-bf16": Kind("2:4", "linear", "bf16"),
 }
-HEIR = {"categorical": "linear", "linear": "categorical"}  # the distribution of the run that starts from the snapshot
+HEIR = {
+    "categorical": "linear",
+    "linear": "categorical",
+}  # the distribution of the run that starts from the snapshot
 
 
 def config(run_dir: Path, tp: int, kind: Kind, prior: str | None, distribution: str) -> Any:
-    learn = {"distribution": distribution, "state": {"logits": kind.logits}, "prior": {"mask": prior}, "sampling": {"initial_noise": False}}
+    learn = {
+        "distribution": distribution,
+        "state": {"logits": kind.logits},
+        "prior": {"mask": prior},
+        "sampling": {"initial_noise": False},
+    }
     made = config_of(run_dir, tp, learn)
     return made.model_copy(update={"pattern": kind.pattern})
 
 
-def winners(subject: Any, mesh: Mesh) -> Masks:
-    return gather_masks({name: linear.winner_mask() for name, linear in subject.linears.items()}, subject.arch, mesh)
+def hard_codes(subject: Any, mesh: Mesh) -> Masks:
+    return gather_masks(
+        {name: linear.hard_mask() for name, linear in subject.linears.items()}, subject.arch, mesh
+    )
 
 
 def save_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, tuple[Masks, Masks]]:
-    """By kind: the winners of random logits with many ties, and the masks that this rank reads from their snapshot."""
+    """By kind: the winners of random logits with many ties, and the masks that this rank reads from
+    their snapshot.
+    """
     found = {}
     for name, kind in KINDS.items():
         settings = config(run_dir, tp, kind, None, kind.distribution)
@@ -60,10 +74,17 @@ def save_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, tuple
             subject = build_subject(settings, mesh)
             for number, logits in enumerate(subject.mask_logits):
                 generator = torch.Generator().manual_seed(100 * rank + number)
-                logits.data.copy_(torch.randint(-3, 4, logits.shape, generator=generator) / 64)  # exact in bf16
-            snapshots = Snapshots(folder / name, settings, mesh, subject, Learner(settings, mesh, subject))
+                logits.data.copy_(
+                    torch.randint(-3, 4, logits.shape, generator=generator) / 64
+                )  # exact in bf16
+            snapshots = Snapshots(
+                folder / name, settings, mesh, subject, Learner(settings, mesh, subject)
+            )
             snapshots.save(Progress(step=7))
-            found[name] = winners(subject, mesh), dict(load_snapshot(folder / name, subject.arch))
+            found[name] = (
+                hard_codes(subject, mesh),
+                dict(load_snapshot(folder / name, subject.arch)),
+            )
         meet_again()
     return found
 
@@ -74,7 +95,7 @@ def start_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, Mask
     for name, kind in KINDS.items():
         settings = config(run_dir, tp, kind, str(folder / name), HEIR[kind.distribution])
         with start(settings) as mesh:
-            found[name] = winners(build_subject(settings, mesh), mesh)
+            found[name] = hard_codes(build_subject(settings, mesh), mesh)
         meet_again()
     return found
 
@@ -97,20 +118,28 @@ def same(one: Masks, other: Masks) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_snapshot_of_two_ranks_is_read_as_their_winners(tiny_run: Path, folder: Path, saved: dict[str, Any], kind: str) -> None:
+def test_a_snapshot_of_two_ranks_is_read_as_their_winners(
+    tiny_run: Path, folder: Path, saved: dict[str, Any], kind: str
+) -> None:
     expected, read_by_a_rank = saved[kind]
     masks = load_snapshot(folder / kind / "step-00000007", read_architecture(tiny_run / "hf"))
     masks.verify()
     assert same(dict(masks), expected) and same(read_by_a_rank, expected)
     assert str(masks.pattern) == KINDS[kind].pattern and masks.meta["data"]["step"] == 7
-    assert {name: masks.shape(name) for name in masks} == {name: tuple(mask.shape) for name, mask in expected.items()}
+    assert {name: masks.shape(name) for name in masks} == {
+        name: tuple(mask.shape) for name, mask in expected.items()
+    }
     name = next(iter(expected))
     assert torch.equal(masks.index(name), masks.pattern.index_of(expected[name]))
-    assert not same({**dict(masks), name: expected[name].roll(1, dims=0)}, expected)  # the comparison sees rows that are out of place
+    assert not same(
+        {**dict(masks), name: expected[name].roll(1, dims=0)}, expected
+    )  # the comparison sees rows that are out of place
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_run_starts_from_it_in_any_layout_and_distribution(tiny_run: Path, folder: Path, saved: dict[str, Any], tp: int) -> None:
+def test_a_run_starts_from_it_in_any_layout_and_distribution(
+    tiny_run: Path, folder: Path, saved: dict[str, Any], tp: int
+) -> None:
     started = run_ranks(start_all, tp, tiny_run, folder, tp)[0]
     for kind in KINDS:
         assert same(started[kind], saved[kind][0]), kind

@@ -1,4 +1,6 @@
-"""Every byte of state a weight: what a learner really holds after a step is what ``state_bytes`` says, part by part."""
+"""Every byte of state a weight: what a learner really holds after a step is what ``state_bytes``
+says, part by part.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from megamask.config import Config
 from megamask.config.load import build_config
 from megamask.config.presets import FOOTPRINTS
 from megamask.data.batches import BatchPlan
-from megamask.learn.setup import build_subject
-from megamask.learn.step import Learner
-from megamask.learn.survey import Survey
+from megamask.learn.gumbel import Learner
+from megamask.learn.masked_model import build_subject
+from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.parallel.mesh import start
 from megamask.plan.bytes import state_bytes
 from megamask.plan.workload import Workload
@@ -35,7 +37,10 @@ RUNS: dict[str, Mapping[str, Any]] = {
     "leanest": FOOTPRINTS["leanest"],
     "step": {"learn": {"sampling": {"draws": "step"}}},
     "lean-step": {  # bf16 gradients at the masked weights would be gone between steps
-        "learn": {"state": {**FOOTPRINTS["lean"]["learn"]["state"], "grads": "fp32"}, "sampling": {"draws": "step"}}
+        "learn": {
+            "state": {**FOOTPRINTS["lean"]["learn"]["state"], "grads": "fp32"},
+            "sampling": {"draws": "step"},
+        }
     },
     "lion": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "lion"}}},
     "lion8bit-fp32": {"learn": {"optimizer": {"kind": "lion8bit"}}},
@@ -44,7 +49,8 @@ RUNS: dict[str, Mapping[str, Any]] = {
     "adamw8bit": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "adamw8bit"}}},
 }
 DISTRIBUTED: dict[str, Mapping[str, Any]] = {  # on two replicas
-    kind: {"learn": {"global_batch": 8, "optimizer": {"kind": kind, "distributed": True}}} for kind in ("adamw", "lion8bit")
+    kind: {"learn": {"global_batch": 8, "optimizer": {"kind": kind, "distributed": True}}}
+    for kind in ("adamw", "lion8bit")
 }
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 # bytes a weight in bf16, the masked weight kept for the backward pass and the winners apart
@@ -52,22 +58,38 @@ TARGETS = {"default": 26.0, "lean": 15.0, "leanest": 11.0}
 
 
 def config_for(run_dir: Path, run: Mapping[str, Any]) -> Config:
-    return config_of(run_dir, learn={"global_batch": 4, "micro_batch": 2, "steps": 4, **run.get("learn", {}), "prior": {"mask": None}})
+    return config_of(
+        run_dir,
+        learn={
+            "global_batch": 4,
+            "micro_batch": 2,
+            "steps": 4,
+            **run.get("learn", {}),
+            "prior": {"mask": None},
+        },
+    )
 
 
-def count_all(rank: int, run_dir: Path, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def count_all(
+    rank: int, run_dir: Path, runs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
     found = {}
     for name, run in runs.items():
         config = config_for(run_dir, run)
         with start(config) as mesh:
             subject = build_subject(config, mesh)
-            plan = BatchPlan(Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank)
+            plan = BatchPlan(
+                Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
+            )
             lab = Lab(config, mesh, subject, Learner(config, mesh, subject), plan)
-            survey = Survey(subject, mesh, config.learn.state.movement)
+            mask_statistics = MaskStatistics(subject, mesh, config.learn.state.movement)
             kept = kept_for_backward(lab)
-            survey()
+            mask_statistics()
             weights = sum(linear.weight.numel() for linear in subject.linears.values())
-            found[name] = {part: size / weights for part, size in {**count(lab, survey), KEPT: kept}.items()}
+            found[name] = {
+                part: size / weights
+                for part, size in {**count(lab, mask_statistics), KEPT: kept}.items()
+            }
         meet_again()
     return found
 
@@ -79,14 +101,17 @@ def counted(tiny_run: Path) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_counted_is_allocated(counted: dict[str, dict[str, float]], tiny_run: Path, name: str) -> None:
+def test_counted_is_allocated(
+    counted: dict[str, dict[str, float]], tiny_run: Path, name: str
+) -> None:
     if name not in counted:
         pytest.skip("torchao is not installed")
     learn = config_for(tiny_run, RUNS[name]).learn
     settings = (Pattern(2, 4), learn.state, learn.optimizer, learn.sampling)
     expected = state_bytes(*settings, ACCUMULATIONS, "fp32", distribution=learn.distribution)
     for part, size in expected.items():
-        # Step counters and code tables do not grow with the weights: 2 KiB at most for each layer of 4,096 weights or more here.
+        # Step counters and code tables do not grow with the weights: 2 KiB at most for each layer
+        # of 4,096 weights or more here.
         fixed = 0.51 if name == "adamw8bit" and part == "optimizer moments" else 0.002
         assert size <= counted[name].get(part, 0.0) <= size + fixed, part
 
@@ -98,13 +123,17 @@ def test_a_distributed_optimizer_divides_its_moments(tiny_run: Path) -> None:
         work = Workload(config_for(tiny_run, run), read_architecture(tiny_run / "hf"), dp=2).check()
         assert work.updated_share == pytest.approx(0.5, abs=0.05)
         for part, size in work.state.items():
-            assert size <= max(counted[name].get(part, 0.0) for counted in by_rank) <= size + 0.002, part
+            assert (
+                size <= max(counted[name].get(part, 0.0) for counted in by_rank) <= size + 0.002
+            ), part
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_targets(name: str) -> None:
     learn = build_config(dict(RUNS[name])).learn
-    parts = state_bytes(Pattern(2, 4), learn.state, learn.optimizer, learn.sampling, ACCUMULATIONS, "bf16")
+    parts = state_bytes(
+        Pattern(2, 4), learn.state, learn.optimizer, learn.sampling, ACCUMULATIONS, "bf16"
+    )
     total = sum(parts.values()) - parts[KEPT] - parts["winners of the survey"]
     assert total <= TARGETS[name]
     assert total == pytest.approx({"default": 26, "lean": 14, "leanest": 9.53}[name], abs=0.005)

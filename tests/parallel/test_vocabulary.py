@@ -1,4 +1,5 @@
-"""The fused vocabulary losses against fp64 at TP 1, 2 and 4, with and without sequence parallel: padded, tied, ranks without real rows.
+"""The fused vocabulary losses against fp64 at TP 1, 2 and 4, with and without sequence parallel:
+padded, tied, ranks without real rows.
 
 Shapes: S sequence, B batch, T = S x B tokens, V vocabulary, H hidden.
 """
@@ -14,7 +15,7 @@ from megamask.config import Config
 from megamask.model import vocabulary
 from megamask.model.build import build_model
 from megamask.model.distillation import Distillation
-from megamask.model.loss import LanguageModel
+from megamask.model.language_model import LanguageModel
 from megamask.model.vocabulary import CrossEntropy, Objective
 from megamask.parallel.mesh import start
 from megamask.weights.architecture import Architecture
@@ -25,12 +26,16 @@ SEQUENCE, BATCH, HIDDEN = 12, 3, 32
 
 @dataclass(frozen=True)
 class Case:
-    """A vocabulary that does not divide by 2 or 4; of 5 tokens at TP 4, the last rank has no real row."""
+    """A vocabulary that does not divide by 2 or 4; of 5 tokens at TP 4, the last rank has no real
+    row.
+    """
 
     vocab: int
     tied: bool
     dtype: str = "fp32"
-    kd: tuple[float, int | None, float] | None = None  # temperature, top_k and share of distillation
+    kd: tuple[float, int | None, float] | None = (
+        None  # temperature, top_k and share of distillation
+    )
 
 
 CASES = [
@@ -51,7 +56,9 @@ LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
 
 
 def inputs(case: Case) -> tuple[torch.Tensor, ...]:
-    """Hidden states (S, B, H), weight (V, H), labels (B, S), a weight for each token's loss (B, S), a teacher's hidden states (S, B, H)."""
+    """Hidden states (S, B, H), weight (V, H), labels (B, S), a weight for each token's loss (B, S),
+    a teacher's hidden states (S, B, H).
+    """
     generator = torch.Generator().manual_seed(case.vocab)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
     hidden_SBH = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator).to(dtype)
@@ -63,8 +70,10 @@ def inputs(case: Case) -> tuple[torch.Tensor, ...]:
 
 
 def run_cases(rank: int, tp: int, sequence_parallel: bool) -> list[list[torch.Tensor]]:
-    """Losses (B, S) and gradient at this rank's hidden states of every case. Eight tokens a chunk; four a block (of distillation two) if
-    padding did not count, which it must: ranks that held less of it would meet the others fewer times."""
+    """Losses (B, S) and gradient at this rank's hidden states of every case. Eight tokens a chunk;
+    four a block (of distillation two) if
+    padding did not count, which it must: ranks that held less of it would meet the others fewer
+    times."""
     vocabulary.CPU_CHUNK, vocabulary.CPU_BLOCK_BYTES = 8, 4 * 4 * (131 // tp)
     found = []
     for case in CASES:
@@ -76,8 +85,20 @@ def run_cases(rank: int, tp: int, sequence_parallel: bool) -> list[list[torch.Te
 def run_case(case: Case, tp: int, sequence_parallel: bool) -> list[torch.Tensor]:
     parallel = {"tp": tp, "threads": 1, "sequence_parallel": sequence_parallel}
     config = Config.model_validate({"device": "cpu", "dtype": case.dtype, "parallel": parallel})
-    arch = Architecture("llama", num_layers=1, hidden=HIDDEN, ffn=64, heads=4, kv_heads=4, head_dim=8, vocab=case.vocab,
-                        max_positions=SEQUENCE, tied=case.tied, norm_eps=1e-5, rope_theta=1e4)  # fmt: skip
+    arch = Architecture(
+        "llama",
+        num_layers=1,
+        hidden=HIDDEN,
+        ffn=64,
+        heads=4,
+        kv_heads=4,
+        head_dim=8,
+        vocab=case.vocab,
+        max_positions=SEQUENCE,
+        tied=case.tied,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+    )
     hidden_SBH, weight_VH, labels_BS, upstream_BS, teacher_SBH = inputs(case)
     with start(config) as mesh:
         model = build_model(config, arch, mesh)
@@ -87,7 +108,9 @@ def run_case(case: Case, tp: int, sequence_parallel: bool) -> list[torch.Tensor]
             assert len(mine) == model.shard.real
             head.weight.fill_(torch.nan)[: len(mine)] = mine
         if sequence_parallel:
-            hidden_SBH, teacher_SBH = (one.chunk(tp)[mesh.tp_rank] for one in (hidden_SBH, teacher_SBH))
+            hidden_SBH, teacher_SBH = (
+                one.chunk(tp)[mesh.tp_rank] for one in (hidden_SBH, teacher_SBH)
+            )
         leaf = hidden_SBH.clone().requires_grad_()
         objective_BS, *parts = model.losses(leaf, objective(case, model, labels_BS, teacher_SBH))
         objective_BS.backward(upstream_BS)
@@ -95,15 +118,22 @@ def run_case(case: Case, tp: int, sequence_parallel: bool) -> list[torch.Tensor]
         return [objective_BS.detach(), *parts, leaf.grad]
 
 
-def objective(case: Case, model: LanguageModel, labels_BS: torch.Tensor, teacher_SBH: torch.Tensor) -> Objective:
+def objective(
+    case: Case, model: LanguageModel, labels_BS: torch.Tensor, teacher_SBH: torch.Tensor
+) -> Objective:
     labels_T = labels_BS.t().flatten()
     if case.kd is None:
         return CrossEntropy(labels_T, model.shard)
-    teacher_TH, weight_VH = model.whole(teacher_SBH).flatten(0, 1), model.head_VH[: model.shard.real]
+    teacher_TH, weight_VH = (
+        model.whole(teacher_SBH).flatten(0, 1),
+        model.head_VH[: model.shard.real],
+    )
     return Distillation(labels_T, teacher_TH, weight_VH, model.shard, *case.kd)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"tp{layout[0]}{'-sp' * layout[1]}")
+@pytest.fixture(
+    scope="module", params=LAYOUTS, ids=lambda layout: f"tp{layout[0]}{'-sp' * layout[1]}"
+)
 def found(request: pytest.FixtureRequest) -> list[list[torch.Tensor]]:
     """Losses (B, S) and gradient (S, B, H) of every case; the ranks agree to the last bit."""
     tp, sequence_parallel = request.param
@@ -114,7 +144,9 @@ def found(request: pytest.FixtureRequest) -> list[list[torch.Tensor]]:
         for kind in losses:
             assert all(torch.equal(one, kind[0]) for one in kind)
         assert sequence_parallel or all(torch.equal(one, grads[0]) for one in grads)
-        joined.append([*(kind[0] for kind in losses), torch.cat(grads) if sequence_parallel else grads[0]])
+        joined.append(
+            [*(kind[0] for kind in losses), torch.cat(grads) if sequence_parallel else grads[0]]
+        )
     return joined
 
 
@@ -122,12 +154,19 @@ def reference(case: Case) -> list[torch.Tensor]:
     """fp64 on one process, differentiated by autograd."""
     hidden_SBH, weight_VH, labels_BS, upstream_BS, teacher_SBH = inputs(case)
     leaf = hidden_SBH.double().requires_grad_()
-    logits_SBV, teacher_SBV = (hidden @ weight_VH.double().T for hidden in (leaf, teacher_SBH.double()))
-    lm_BS = torch.nn.functional.cross_entropy(logits_SBV.permute(1, 2, 0), labels_BS, reduction="none")
+    logits_SBV, teacher_SBV = (
+        hidden @ weight_VH.double().T for hidden in (leaf, teacher_SBH.double())
+    )
+    lm_BS = torch.nn.functional.cross_entropy(
+        logits_SBV.permute(1, 2, 0), labels_BS, reduction="none"
+    )
     losses = [lm_BS]
     if case.kd is not None:
         temperature, top_k, share = case.kd
-        kd_BS = temperature**2 * divergence(teacher_SBV / temperature, logits_SBV / temperature, top_k).t()
+        kd_BS = (
+            temperature**2
+            * divergence(teacher_SBV / temperature, logits_SBV / temperature, top_k).t()
+        )
         losses = [(1 - share) * lm_BS + share * kd_BS, lm_BS, kd_BS]
     losses[0].backward(upstream_BS.double())
     assert leaf.grad is not None
@@ -135,25 +174,37 @@ def reference(case: Case) -> list[torch.Tensor]:
 
 
 def divergence(teacher_V: torch.Tensor, student_V: torch.Tensor, top_k: int | None) -> torch.Tensor:
-    """KL of softmax over the last axis; with ``top_k``, of the teacher's first k and all others together."""
+    """KL of softmax over the last axis; with ``top_k``, of the teacher's first k and all others
+    together.
+    """
     p, q = teacher_V.softmax(-1), student_V.softmax(-1)
     if top_k is not None and top_k < p.shape[-1]:
         order = teacher_V.argsort(-1, descending=True)
         p, q = (one.gather(-1, order) for one in (p, q))
-        p, q = (torch.cat([one[..., :top_k], one[..., top_k:].sum(-1, keepdim=True)], -1) for one in (p, q))
+        p, q = (
+            torch.cat([one[..., :top_k], one[..., top_k:].sum(-1, keepdim=True)], -1)
+            for one in (p, q)
+        )
     return (p * (p / q).log()).sum(-1)
 
 
-# Of the root mean square. fp32: sums over 32 and 131 numbers, 6e-8 a rounding; seen 3e-7. bf16: 2^-9 = 2e-3 a rounding of logits of size
-# 6, of the gradient at them, of each rank's gradient and of their sum; seen 6e-3.
+# Of the root mean square. fp32: sums over 32 and 131 numbers, 6e-8 a rounding; seen 3e-7. bf16:
+# 2^-9 = 2e-3 a rounding of logits of size 6, of the gradient at them, of each rank's gradient and
+# of their sum; seen 6e-3.
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2}
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    return float(
+        (found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    )
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{case.vocab}-{'tied' * case.tied}-{case.dtype}-{case.kd}" for case in CASES])
+@pytest.mark.parametrize(
+    "number",
+    range(len(CASES)),
+    ids=[f"{case.vocab}-{'tied' * case.tied}-{case.dtype}-{case.kd}" for case in CASES],
+)
 def test_every_layout_says_what_fp64_says(found: list[list[torch.Tensor]], number: int) -> None:
     case = CASES[number]
     for one, expected in zip(found[number], reference(case), strict=True):

@@ -12,21 +12,26 @@ from safetensors.torch import load_file
 
 from megamask.config import Config
 from megamask.config.load import build_config
-from megamask.learn.setup import Subject
+from megamask.learn.masked_model import Subject
 from megamask.masks.file import save_masks
-from megamask.model import convert
-from megamask.model.masks import linear_rules
+from megamask.model.mask_shards import linear_rules
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.pattern import Pattern
+from megamask.verbs import convert
 from megamask.weights.architecture import read_architecture
 from megamask.weights.fingerprint import fingerprint_hf
-from megamask.weights.table import linear_shapes
+from megamask.weights.mapping import linear_shapes
 from tests.parallel.ranks import ROOT, run_ranks
 
-GQA = {"num_attention_heads": 16, "head_dim": 4}  # with the file's 8 KV heads: two queries a KV head, and TP up to 8
+GQA = {
+    "num_attention_heads": 16,
+    "head_dim": 4,
+}  # with the file's 8 KV heads: two queries a KV head, and TP up to 8
 
 
-def make_hf(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+def make_hf(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
     """A random Llama in the shape of configs/models/tiny-llama.json, saved by transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,8 +56,17 @@ def make_run(folder: Path) -> Path:
     hf = make_hf(folder / "hf", **GQA)
     run_ranks(convert_rank, 1, config_of(folder))
     weights, pattern = load_file(hf / "model.safetensors"), Pattern(2, 4)
-    masks = {name: pattern.best(weights[f"{name}.weight"].abs()) for name in linear_shapes(read_architecture(hf))}
-    save_masks(folder / "masks" / "magnitude.safetensors", masks, pattern, fingerprint=fingerprint_hf(hf), method="magnitude")
+    masks = {
+        name: pattern.best(weights[f"{name}.weight"].abs())
+        for name in linear_shapes(read_architecture(hf))
+    }
+    save_masks(
+        folder / "masks" / "magnitude.safetensors",
+        masks,
+        pattern,
+        fingerprint=fingerprint_hf(hf),
+        method="magnitude",
+    )
     return folder
 
 
@@ -65,9 +79,19 @@ PAPER = {
 }
 
 
-def config_of(run_dir: Path, tp: int = 1, learn: Mapping[str, Any] | None = None, **parallel: Any) -> Config:
-    """Settings of a short fp32 run on such a folder; the global batch is 8 samples in micro-batches of 2."""
-    section: dict[str, Any] = {**PAPER, "steps": 20, "micro_batch": 2, "global_batch": 8, "prior": {"mask": "magnitude"}}
+def config_of(
+    run_dir: Path, tp: int = 1, learn: Mapping[str, Any] | None = None, **parallel: Any
+) -> Config:
+    """Settings of a short fp32 run on such a folder; the global batch is 8 samples in micro-batches
+    of 2.
+    """
+    section: dict[str, Any] = {
+        **PAPER,
+        "steps": 20,
+        "micro_batch": 2,
+        "global_batch": 8,
+        "prior": {"mask": "magnitude"},
+    }
     for key, value in (learn or {}).items():
         section[key] = {**section[key], **value} if isinstance(section.get(key), Mapping) else value
     return build_config(
@@ -83,7 +107,9 @@ def config_of(run_dir: Path, tp: int = 1, learn: Mapping[str, Any] | None = None
 
 
 class Chains:
-    """Samples that can be learned from: each token follows from the last by one fixed rule, now and then at random."""
+    """Samples that can be learned from: each token follows from the last by one fixed rule, now and
+    then at random.
+    """
 
     def __init__(self, vocab: int = 512, length: int = 32, seed: int = 0) -> None:
         self.vocab, self.length, self.seed = vocab, length, seed
@@ -99,8 +125,12 @@ class Chains:
         return {"tokens": torch.tensor(tokens[:-1]), "labels": torch.tensor(tokens[1:])}
 
 
-def gather_hf(local: Mapping[str, torch.Tensor], subject: Subject, mesh: Mesh) -> dict[str, torch.Tensor]:
-    """Whole tensors by HF module name from every rank's shards by Megatron name: masks (O, I) or logits (O, C, G)."""
+def gather_hf(
+    local: Mapping[str, torch.Tensor], subject: Subject, mesh: Mesh
+) -> dict[str, torch.Tensor]:
+    """Whole tensors by HF module name from every rank's shards by Megatron name: masks (O, I) or
+    logits (O, C, G).
+    """
     table, whole = linear_rules(subject.arch), {}
     for name, tensor in local.items():
         rule = table[name]
@@ -111,4 +141,6 @@ def gather_hf(local: Mapping[str, torch.Tensor], subject: Subject, mesh: Mesh) -
 
 def gather_logits(subject: Subject, mesh: Mesh) -> dict[str, torch.Tensor]:
     """The mask logits of the whole model by HF module name."""
-    return gather_hf({name: linear.mask_logits for name, linear in subject.linears.items()}, subject, mesh)
+    return gather_hf(
+        {name: linear.mask_logits for name, linear in subject.linears.items()}, subject, mesh
+    )

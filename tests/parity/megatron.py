@@ -1,4 +1,6 @@
-"""The Megatron side of the comparisons with transformers; works in the test's process and in the ranks of a job."""
+"""The Megatron side of the comparisons with transformers; works in the test's process and in the
+ranks of a job.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,15 @@ import torch
 from megamask.config import Config, load_config
 from megamask.model.build import build_model
 from megamask.model.checkpoint import fill_from_hf, load_weights, megatron_to_hf
-from megamask.model.convert import run as convert
-from megamask.model.loss import LanguageModel, full_logits
+from megamask.model.language_model import LanguageModel, full_logits
 from megamask.model.perplexity import perplexity
 from megamask.parallel.mesh import Mesh, start
+from megamask.verbs.convert import run as convert
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.hf_files import HFReader, open_checked
 
-# fp32 rounding through a few dozen layers gives about 1e-6 of the logits' root mean square; the bound leaves room for other libraries.
+# fp32 rounding through a few dozen layers gives about 1e-6 of the logits' root mean square; the
+# bound leaves room for other libraries.
 LOGITS = 1e-3
 PERPLEXITY = 5e-5  # half a unit of the fourth digit
 Change = Callable[[Architecture, HFReader], tuple[Architecture, Any]]
@@ -28,7 +31,9 @@ Change = Callable[[Architecture, HFReader], tuple[Architecture, Any]]
 
 @dataclass(frozen=True)
 class Output:
-    """What a model says about windows of tokens: logits (N, S, V) fp32 and the perplexity of their S - 1 targets."""
+    """What a model says about windows of tokens: logits (N, S, V) fp32 and the perplexity of their
+    S - 1 targets.
+    """
 
     logits: torch.Tensor
     perplexity: float
@@ -39,23 +44,40 @@ class Output:
 
     def agrees(self, other: Output) -> bool:
         """Whether logits and perplexity are those of ``other``."""
-        return self.distance(other) <= LOGITS and abs(self.perplexity / other.perplexity - 1) <= PERPLEXITY
+        return (
+            self.distance(other) <= LOGITS
+            and abs(self.perplexity / other.perplexity - 1) <= PERPLEXITY
+        )
 
 
 def settings(tp: int, run_dir: Path | None = None, hf: Path | None = None) -> Config:
     """fp32 on the CPU."""
-    chosen = {"device": "cpu", "dtype": "fp32", "parallel.tp": tp, "run_dir": run_dir, "model.hf": hf}
-    return load_config(None, [f"{key}={value}" for key, value in chosen.items() if value is not None])
+    chosen = {
+        "device": "cpu",
+        "dtype": "fp32",
+        "parallel.tp": tp,
+        "run_dir": run_dir,
+        "model.hf": hf,
+    }
+    return load_config(
+        None, [f"{key}={value}" for key, value in chosen.items() if value is not None]
+    )
 
 
 @torch.no_grad()
 def transformers_output(hf: Path, tokens_NS: torch.Tensor) -> Output:
-    """The reference. The losses are fp64: PyTorch's fp32 cross entropy over 49,152 classes is off by 1e-5 on a CPU."""
+    """The reference. The losses are fp64: PyTorch's fp32 cross entropy over 49,152 classes is off
+    by 1e-5 on a CPU.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, local_files_only=True
+    ).eval()
     logits = torch.cat([model(rows).logits for rows in tokens_NS.split(2)])
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens_NS[:, 1:].flatten(), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).double(), tokens_NS[:, 1:].flatten(), reduction="none"
+    )
     return Output(logits, math.exp(losses.mean()))
 
 
@@ -64,8 +86,12 @@ def unchanged(arch: Architecture, reader: HFReader) -> tuple[Architecture, HFRea
     return arch, reader
 
 
-def outputs_of_folders(rank: int, folders: list[Path], tokens_NS: torch.Tensor, tp: int, change: Change = unchanged) -> list[Output]:
-    """Megatron's outputs for Hugging Face folders at this TP, weights read straight from the files, after ``change``."""
+def outputs_of_folders(
+    rank: int, folders: list[Path], tokens_NS: torch.Tensor, tp: int, change: Change = unchanged
+) -> list[Output]:
+    """Megatron's outputs for Hugging Face folders at this TP, weights read straight from the files,
+    after ``change``.
+    """
     found = []
     config = settings(tp)
     with start(config) as mesh:

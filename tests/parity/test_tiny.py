@@ -1,4 +1,6 @@
-"""Random tiny Llamas: logits and perplexity through Megatron equal those of transformers, at TP 1 and 2; wrong readings do not."""
+"""Random tiny Llamas: logits and perplexity through Megatron equal those of transformers, at TP 1
+and 2; wrong readings do not.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,16 @@ LLAMA3 = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "gqa, untied": {"num_key_value_heads": 2},
-    "tied, linear rope": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-    "gqa, biases, llama3 rope": {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    "tied, linear rope": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    },
+    "gqa, biases, llama3 rope": {
+        "num_key_value_heads": 4,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": LLAMA3,
+    },
     "wide heads, other theta": {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -40,13 +50,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("llamas")
-    return [make_llama(root / str(number), number, changes) for number, changes in enumerate(VARIANTS.values())]
+    return [
+        make_llama(root / str(number), number, changes)
+        for number, changes in enumerate(VARIANTS.values())
+    ]
 
 
 def make_llama(folder: Path, seed: int, changes: dict[str, Any]) -> Path:
     """Large random weights, norms and biases, so that everything shows in the logits."""
     torch.manual_seed(seed)
-    plain: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 8}
+    plain: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+    }
     plain |= {"num_key_value_heads": 8, "vocab_size": VOCAB, "max_position_embeddings": 128}
     model = LlamaForCausalLM(LlamaConfig(**(plain | changes)))
     with torch.no_grad():
@@ -66,11 +84,15 @@ def expected(folders: list[Path], tokens_NS: torch.Tensor) -> list[Output]:
     return [transformers_output(folder, tokens_NS) for folder in folders]
 
 
-def test_outputs_are_those_of_transformers_at_tp_1(folders: list[Path], tokens_NS: torch.Tensor, expected: list[Output]) -> None:
+def test_outputs_are_those_of_transformers_at_tp_1(
+    folders: list[Path], tokens_NS: torch.Tensor, expected: list[Output]
+) -> None:
     assert_equal(outputs_of_folders(0, folders, tokens_NS, 1), expected)
 
 
-def test_outputs_are_those_of_transformers_at_tp_2(folders: list[Path], tokens_NS: torch.Tensor, expected: list[Output]) -> None:
+def test_outputs_are_those_of_transformers_at_tp_2(
+    folders: list[Path], tokens_NS: torch.Tensor, expected: list[Output]
+) -> None:
     for found in run_ranks(outputs_of_folders, 2, folders, tokens_NS, 2):
         assert_equal(found, expected)
 
@@ -109,14 +131,28 @@ def forget_scaling(arch: Architecture, reader: Any) -> tuple[Architecture, Any]:
 
 
 @pytest.mark.parametrize("wrong", [swap_keys_and_values, change_theta])
-def test_a_wrong_reading_shows(wrong: Any, folders: list[Path], tokens_NS: torch.Tensor, expected: list[Output]) -> None:
-    for found, other in zip(outputs_of_folders(0, folders, tokens_NS, 1, wrong), expected, strict=True):
+def test_a_wrong_reading_shows(
+    wrong: Any, folders: list[Path], tokens_NS: torch.Tensor, expected: list[Output]
+) -> None:
+    for found, other in zip(
+        outputs_of_folders(0, folders, tokens_NS, 1, wrong), expected, strict=True
+    ):
         assert found.distance(other) > 10 * LOGITS and not found.agrees(other)
 
 
-def test_a_forgotten_rope_scaling_shows(folders: list[Path], tokens_NS: torch.Tensor, expected: list[Output]) -> None:
-    scaled = [number for number, changes in enumerate(VARIANTS.values()) if "factor" in changes.get("rope_parameters", {})]
+def test_a_forgotten_rope_scaling_shows(
+    folders: list[Path], tokens_NS: torch.Tensor, expected: list[Output]
+) -> None:
+    scaled = [
+        number
+        for number, changes in enumerate(VARIANTS.values())
+        if "factor" in changes.get("rope_parameters", {})
+    ]
     assert len(scaled) == 2
-    found = outputs_of_folders(0, [folders[number] for number in scaled], tokens_NS, 1, forget_scaling)
+    found = outputs_of_folders(
+        0, [folders[number] for number in scaled], tokens_NS, 1, forget_scaling
+    )
     for number, output in zip(scaled, found, strict=True):
-        assert output.distance(expected[number]) > 10 * LOGITS and not output.agrees(expected[number])
+        assert output.distance(expected[number]) > 10 * LOGITS and not output.agrees(
+            expected[number]
+        )

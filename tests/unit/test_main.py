@@ -10,9 +10,24 @@ from megamask.errors import ConfigError
 
 
 def test_arguments_stand_for_settings_in_their_order() -> None:
-    verb, recipe, overrides = parse(["diff", "run_dir=runs/x", "wanda", "--json", "out.json", "a: b/m.safetensors", "--picture=p.png"])
+    verb, recipe, overrides = parse(
+        [
+            "diff",
+            "run_dir=runs/x",
+            "wanda",
+            "--json",
+            "out.json",
+            "a: b/m.safetensors",
+            "--picture=p.png",
+        ]
+    )
     config = load_config(recipe, overrides)
-    assert (verb, config.run_dir, config.diff.out, config.diff.picture) == ("diff", "runs/x", "out.json", "p.png")
+    assert (verb, config.run_dir, config.diff.out, config.diff.picture) == (
+        "diff",
+        "runs/x",
+        "out.json",
+        "p.png",
+    )
     assert (config.diff.a, config.diff.b) == ("wanda", "a: b/m.safetensors")
 
 
@@ -23,15 +38,27 @@ def test_an_argument_is_taken_to_the_letter(word: str) -> None:
 
 
 def test_a_path_with_an_equals_sign_can_be_given_as_a_setting() -> None:
-    assert load_config(None, parse(["diff", "wanda", "diff.b=runs/lr=3/m.safetensors"])[2]).diff.b == "runs/lr=3/m.safetensors"
+    assert (
+        load_config(None, parse(["diff", "wanda", "diff.b=runs/lr=3/m.safetensors"])[2]).diff.b
+        == "runs/lr=3/m.safetensors"
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["diff", "a", "b", "c"], "argument = 'c': diff takes A B, and key.sub=value. Leave it out."),
-        (["diff", "a", "--jsn", "x"], "option = '--jsn': --config FILE, or key.sub=value without dashes; diff also has --json, --picture"),
-        (["extract", "a", "--json", "x"], "option = '--json': --config FILE, or key.sub=value without dashes. Run"),
+        (
+            ["diff", "a", "b", "c"],
+            "argument = 'c': diff takes A B, and key.sub=value. Leave it out.",
+        ),
+        (
+            ["diff", "a", "--jsn", "x"],
+            "option = '--jsn': --config FILE, or key.sub=value without dashes; diff also has --json, --picture",
+        ),
+        (
+            ["extract", "a", "--json", "x"],
+            "option = '--json': --config FILE, or key.sub=value without dashes. Run",
+        ),
         (["diff", "a", "--json"], "--json = '': needs a value"),
         (["dif", "a", "b"], "Did you mean diff?"),
     ],

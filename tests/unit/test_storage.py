@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from megamask.errors import ArtifactError
-from megamask.storage import atomic_dir, atomic_file, read_json, remove_leftovers, require_writable, write_json
+from megamask.storage import (
+    atomic_dir,
+    atomic_file,
+    read_json,
+    remove_leftovers,
+    require_writable,
+    write_json,
+)
 
 
 class BrokenError(Exception):
@@ -28,7 +35,9 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.bin"
     with atomic_file(path) as temporary:
         temporary.write_bytes(b"whole")
-        assert not path.exists() and temporary.parent == path.parent  # same file system, so the rename is atomic
+        assert (
+            not path.exists() and temporary.parent == path.parent
+        )  # same file system, so the rename is atomic
     assert path.read_bytes() == b"whole" and names(path.parent) == {"a.bin"}
 
 
@@ -83,8 +92,12 @@ while True:
 
 @pytest.mark.parametrize("delay", [0.0, 0.003, 0.011, 0.027, 0.05])
 def test_a_killed_writer_leaves_whole_artefacts(tmp_path: Path, delay: float) -> None:
-    """SIGKILL at some moment of an endless rewrite: each path holds one whole version, or (a folder, between its two renames) nothing."""
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    """SIGKILL at some moment of an endless rewrite: each path holds one whole version, or (a
+    folder, between its two renames) nothing.
+    """
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert writer.stdout is not None
     try:
         writer.stdout.readline()  # the first version is there
@@ -131,7 +144,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "run_dir" in caught.value.fix and str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nobody can make a file")
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="needs /proc, where nobody can make a file"
+)
 def test_a_file_system_that_refuses_files() -> None:
     with pytest.raises(ArtifactError, match="export.out"):
         require_writable(Path("/proc/self"), "export.out")
@@ -145,7 +160,9 @@ def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
 def test_json(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"path": Path("x"), "value": 1.5})
-    assert read_json(path, "Make it.") == {"path": "x", "value": 1.5} and path.read_text().endswith("}\n")
+    assert read_json(path, "Make it.") == {"path": "x", "value": 1.5} and path.read_text().endswith(
+        "}\n"
+    )
     path.write_text(json.dumps({"a": 1})[:-1])
     with pytest.raises(ArtifactError, match="Make it."):
         read_json(path, "Make it.")

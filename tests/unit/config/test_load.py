@@ -22,14 +22,25 @@ def recipe(folder: Path, text: str) -> Path:
 def test_defaults() -> None:
     """They are the preset ``best``: what a recipe that says nothing about learning gets."""
     config = load_config()
-    assert (config.pattern, config.dtype, config.learn.steps, config.learn.optimizer.lr) == ("2:4", "bf16", 2000, None)
-    assert (config.learn.distribution, config.learn.sampling.initial_noise, config.learn.sampling.tau) == ("linear", False, (1.0, 0.05))
+    assert (config.pattern, config.dtype, config.learn.steps, config.learn.optimizer.lr) == (
+        "2:4",
+        "bf16",
+        2000,
+        None,
+    )
+    assert (
+        config.learn.distribution,
+        config.learn.sampling.initial_noise,
+        config.learn.sampling.tau,
+    ) == ("linear", False, (1.0, 0.05))
     assert config == load_config(None, ["learn.preset=best"])
 
 
 def test_a_later_layer_wins(tmp_path: Path) -> None:
     """Defaults < preset < recipe < override, each for the keys it names and no others."""
-    path = recipe(tmp_path, "learn: {preset: maskllm, global_batch: 64, optimizer: {weight_decay: 0.2}}")
+    path = recipe(
+        tmp_path, "learn: {preset: maskllm, global_batch: 64, optimizer: {weight_decay: 0.2}}"
+    )
     config = load_config(path, ["learn.global_batch=32", "learn.sampling.mode=hard"])
     assert config.learn.optimizer.lr == 5e-4  # preset over default
     assert config.learn.optimizer.weight_decay == 0.2  # recipe over preset
@@ -45,9 +56,14 @@ def test_a_preset_from_the_command_line_stays_below_the_recipe(tmp_path: Path) -
 
 
 def test_recompute_is_a_switch_or_a_part() -> None:
-    found = [load_config(None, [f"parallel.recompute={text}"]).parallel.recompute for text in ("true", "false", "mlp")]
+    found = [
+        load_config(None, [f"parallel.recompute={text}"]).parallel.recompute
+        for text in ("true", "false", "mlp")
+    ]
     assert found == [True, False, "mlp"]
-    with pytest.raises(ConfigError, match="parallel.recompute = 'attention': Input should be False, True or 'mlp'"):
+    with pytest.raises(
+        ConfigError, match="parallel.recompute = 'attention': Input should be False, True or 'mlp'"
+    ):
         load_config(None, ["parallel.recompute=attention"])
 
 
@@ -58,7 +74,11 @@ def test_the_last_of_two_overrides_wins() -> None:
 def test_preset_maskllm_holds_the_values_of_the_paper() -> None:
     """MaskLLM, Table 7 (LLaMA-2 7B) and appendix A, copied by hand from the paper."""
     learn = load_config(None, ["learn.preset=maskllm"]).learn
-    assert (learn.distribution, learn.sampling.initial_noise, learn.weight_norm.decay) == ("categorical", True, "none")
+    assert (learn.distribution, learn.sampling.initial_noise, learn.weight_norm.decay) == (
+        "categorical",
+        True,
+        "none",
+    )
     assert (learn.optimizer.warmup_steps, learn.optimizer.eps_rms) == (0, 0)
     assert learn.steps == 2000
     assert learn.global_batch == 256
@@ -77,10 +97,16 @@ def test_a_pattern_stays_text(tmp_path: Path, text: str) -> None:
     assert load_config(None, [f"pattern={text}"]).pattern == text
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1E-3", 1e-3), ("2e-4", 2e-4), ("0.5", 0.5), (".5", 0.5), ("1", 1.0)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1E-3", 1e-3), ("2e-4", 2e-4), ("0.5", 0.5), (".5", 0.5), ("1", 1.0)],
+)
 def test_a_number_is_a_number(tmp_path: Path, text: str, value: float) -> None:
     """YAML 1.1 reads 1e-3 as text."""
-    assert load_config(recipe(tmp_path, f"learn: {{optimizer: {{lr: {text}}}}}")).learn.optimizer.lr == value
+    assert (
+        load_config(recipe(tmp_path, f"learn: {{optimizer: {{lr: {text}}}}}")).learn.optimizer.lr
+        == value
+    )
     assert load_config(None, [f"learn.optimizer.lr={text}"]).learn.optimizer.lr == value
 
 
@@ -105,7 +131,11 @@ def test_overrides_are_yaml_values() -> None:
         ("learn.stepz=3", "learn.stepz", "Did you mean learn.steps?"),
         ("patern=2:4", "patern", "Did you mean pattern?"),
         ("steps=3", "steps", "Did you mean learn.steps?"),
-        ("learn.optimizer.learning_rates=3", "learn.optimizer.learning_rates", "learn.optimizer has: kind,"),
+        (
+            "learn.optimizer.learning_rates=3",
+            "learn.optimizer.learning_rates",
+            "learn.optimizer has: kind,",
+        ),
         ("learn.steps=0", "learn.steps", "greater than 0"),
         ("learn.steps=many", "learn.steps", "integer"),
         ("dtype=fp16", "dtype", "'bf16' or 'fp32'"),
@@ -149,14 +179,28 @@ def test_the_quickstart_learns_by_the_preset_best() -> None:
     """And a setting on the command line, or another learner, still wins."""
     quickstart = Path(__file__).parents[3] / "configs" / "recipes" / "quickstart.yaml"
     learn = load_config(quickstart, ["learn.optimizer.lr=5e-4"]).learn
-    assert (learn.distribution, learn.sampling.initial_noise, learn.sampling.tau) == ("linear", False, (1.0, 0.05))
-    assert (learn.prior.mask, learn.weight_norm.decay, learn.optimizer.lr) == ("sparsegpt", "linear", 5e-4)
+    assert (learn.distribution, learn.sampling.initial_noise, learn.sampling.tau) == (
+        "linear",
+        False,
+        (1.0, 0.05),
+    )
+    assert (learn.prior.mask, learn.weight_norm.decay, learn.optimizer.lr) == (
+        "sparsegpt",
+        "linear",
+        5e-4,
+    )
     maskpro = load_config(quickstart, ["learn.learner=maskpro"]).learn
-    assert (maskpro.distribution, maskpro.sampling.mode, maskpro.sampling.initial_noise) == ("linear", "hard", False)
+    assert (maskpro.distribution, maskpro.sampling.mode, maskpro.sampling.initial_noise) == (
+        "linear",
+        "hard",
+        False,
+    )
 
 
 def test_presets_are_not_changed_by_reading() -> None:
-    load_config(None, ["learn.preset=maskllm", "learn.optimizer.lr=1.0", "learn.sampling.tau=[1, 1]"])
+    load_config(
+        None, ["learn.preset=maskllm", "learn.optimizer.lr=1.0", "learn.sampling.tau=[1, 1]"]
+    )
     assert load_config(None, ["learn.preset=maskllm"]).learn.optimizer.lr == 5e-4
 
 
@@ -167,12 +211,17 @@ def test_the_resolved_settings_can_be_read_back() -> None:
 
 def test_leaf_keys_are_dotted() -> None:
     keys = leaf_keys(Config)
-    assert {"seed", "learn.steps", "learn.optimizer.lr"} <= set(keys) and len(keys) == len(set(keys))
+    assert {"seed", "learn.steps", "learn.optimizer.lr"} <= set(keys) and len(keys) == len(
+        set(keys)
+    )
 
 
 def test_paths_follow_the_run_directory_unless_set(tmp_path: Path) -> None:
     paths = run_paths(load_config(None, [f"run_dir={tmp_path}"]))
-    assert paths.hf == tmp_path / "hf" and paths.mask("learned") == tmp_path / "masks" / "learned.safetensors"
+    assert (
+        paths.hf == tmp_path / "hf"
+        and paths.mask("learned") == tmp_path / "masks" / "learned.safetensors"
+    )
     assert paths.updated_weights("sparsegpt_update").parent == tmp_path
     elsewhere = run_paths(load_config(None, ["model.hf=/models/a", "export.out=/out/b"]))
     assert (elsewhere.hf, elsewhere.export) == (Path("/models/a"), Path("/out/b"))

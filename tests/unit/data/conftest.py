@@ -19,13 +19,16 @@ def make_document(number: int) -> str:
     """A document that names itself in every sentence."""
     choose = random.Random(number)
     sentences = [
-        " ".join(choose.choices(SENTENCE.split(), k=choose.randint(5, 12))) + f" doc{number}x." for _ in range(choose.randint(3, 12))
+        " ".join(choose.choices(SENTENCE.split(), k=choose.randint(5, 12))) + f" doc{number}x."
+        for _ in range(choose.randint(3, 12))
     ]
     return " ".join(sentences)
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
-    path.write_text("".join(json.dumps({field: text, "id": index}) + "\n" for index, text in enumerate(texts)))
+    path.write_text(
+        "".join(json.dumps({field: text, "id": index}) + "\n" for index, text in enumerate(texts))
+    )
     return path
 
 
@@ -53,7 +56,9 @@ def _train_bpe(folder: Path, vocab_size: int) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator([make_document(number) for number in range(40)], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -75,11 +80,22 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_config(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Config]:
-    """Settings of a run in ``tmp_path`` with the given domains and other keys of the section data."""
+    """Settings of a run in ``tmp_path`` with the given domains and other keys of the section
+    data.
+    """
 
-    def make(domains: dict[str, Any], *, calibration: Any = None, evaluate: Any = None, **data: Any) -> Config:
+    def make(
+        domains: dict[str, Any], *, calibration: Any = None, evaluate: Any = None, **data: Any
+    ) -> Config:
         data = {"tokenizer": str(tokenizer_folder), "domains": domains, **data}
-        return build_config({"run_dir": str(tmp_path / "run"), "data": data, "calibration": calibration or {}, "evaluate": evaluate or {}})
+        return build_config(
+            {
+                "run_dir": str(tmp_path / "run"),
+                "data": data,
+                "calibration": calibration or {},
+                "evaluate": evaluate or {},
+            }
+        )
 
     return make
 
@@ -89,6 +105,9 @@ def two_domains(tmp_path: Path, make_config: Callable[..., Config]) -> Callable[
     """Domains a (documents 0-59) and b (documents 100-159), a quarter of each held out."""
     domains = {}
     for name, first in (("a", 0), ("b", 100)):
-        path = write_jsonl(tmp_path / f"{name}.jsonl", [make_document(number) for number in range(first, first + 60)])
+        path = write_jsonl(
+            tmp_path / f"{name}.jsonl",
+            [make_document(number) for number in range(first, first + 60)],
+        )
         domains[name] = {"kind": "jsonl", "path": str(path), "heldout": 0.25}
     return lambda **more: make_config(domains, **more)

@@ -13,10 +13,10 @@ import torch
 from tokenizers import Tokenizer
 
 from megamask.config import Config, run_paths
-from megamask.data import tokenize
 from megamask.data.blend import blend_weights, train_dataset
 from megamask.data.shards import read_shards
 from megamask.errors import ArtifactError, ConfigError
+from megamask.verbs import tokenize
 
 SEQ = 32
 
@@ -31,24 +31,39 @@ def document_numbers(dataset: Any, count: int, tokenizer_folder: Path) -> set[in
     return {int(number) for text in texts for number in re.findall(r"doc(\d+)x", text)}
 
 
-def test_samples_are_stretches_of_training_text_with_shifted_labels(two_domains: Callable[..., Config]) -> None:
+def test_samples_are_stretches_of_training_text_with_shifted_labels(
+    two_domains: Callable[..., Config],
+) -> None:
     config = two_domains(blend={"a": 1, "b": 0})
     tokenize.run(config)
     dataset = train_dataset(config, 50, SEQ, seed=3)
     stream = read_shards(run_paths(config).shards / "a").stream("train").tolist()
-    documents = {tuple(map(int, part.split())) for part in " ".join(map(str, stream)).replace(" 0 ", " 0|").split("|")}
+    documents = {
+        tuple(map(int, part.split()))
+        for part in " ".join(map(str, stream)).replace(" 0 ", " 0|").split("|")
+    }
     inside = {text[start : start + 8] for text in documents for start in range(len(text) - 7)}
     for index in range(50):
         sample = dataset[index]
-        assert sample["tokens"].shape == sample["labels"].shape == (SEQ,) and sample["tokens"].dtype == torch.int64
-        assert torch.equal(sample["tokens"][1:], sample["labels"][:-1]) and "attention_mask" not in sample
+        assert (
+            sample["tokens"].shape == sample["labels"].shape == (SEQ,)
+            and sample["tokens"].dtype == torch.int64
+        )
+        assert (
+            torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+            and "attention_mask" not in sample
+        )
         row = sample["tokens"].tolist()
-        pieces = [row[start : start + 8] for start in range(SEQ - 7) if 0 not in row[start : start + 7]]
+        pieces = [
+            row[start : start + 8] for start in range(SEQ - 7) if 0 not in row[start : start + 7]
+        ]
         assert all(tuple(piece) in inside for piece in pieces)
         assert tuple(reversed(pieces[0])) not in inside  # the check can fail
 
 
-def test_blend_ratio_and_many_epochs(two_domains: Callable[..., Config], tokenizer_folder: Path) -> None:
+def test_blend_ratio_and_many_epochs(
+    two_domains: Callable[..., Config], tokenizer_folder: Path
+) -> None:
     config = two_domains(blend={"a": 7, "b": 3})
     tokenize.run(config)
     count = 2000  # far more than one pass over either domain
@@ -59,7 +74,9 @@ def test_blend_ratio_and_many_epochs(two_domains: Callable[..., Config], tokeniz
     assert all(dataset[index]["dataset_id"] in (0, 1) for index in range(20))
 
 
-def test_held_out_documents_are_never_trained_on(two_domains: Callable[..., Config], tokenizer_folder: Path) -> None:
+def test_held_out_documents_are_never_trained_on(
+    two_domains: Callable[..., Config], tokenizer_folder: Path
+) -> None:
     config = two_domains()
     tokenize.run(config)
     plain = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
@@ -75,10 +92,14 @@ def test_held_out_documents_are_never_trained_on(two_domains: Callable[..., Conf
         corpus["heldout"] = 0.0
     leaky = Config.model_validate(settings)
     tokenize.run(leaky)
-    assert held <= document_numbers(train_dataset(leaky, 1500, SEQ, seed=3), 1500, tokenizer_folder)  # the check can fail
+    assert held <= document_numbers(
+        train_dataset(leaky, 1500, SEQ, seed=3), 1500, tokenizer_folder
+    )  # the check can fail
 
 
-def test_order_is_fixed_by_config_and_seed_and_survives_a_lost_or_stale_cache(two_domains: Callable[..., Config], tmp_path: Path) -> None:
+def test_order_is_fixed_by_config_and_seed_and_survives_a_lost_or_stale_cache(
+    two_domains: Callable[..., Config], tmp_path: Path
+) -> None:
     config = two_domains()
     tokenize.run(config)
     first = tokens(train_dataset(config, 100, SEQ, seed=3), 100)
@@ -103,21 +124,29 @@ def test_order_is_fixed_by_config_and_seed_and_survives_a_lost_or_stale_cache(tw
         ({"a": 1}, r"data\.blend.*b has none"),
     ],
 )
-def test_blend_weights_that_cannot_work(two_domains: Callable[..., Config], blend: dict[str, float], message: str) -> None:
+def test_blend_weights_that_cannot_work(
+    two_domains: Callable[..., Config], blend: dict[str, float], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):  # an infinite one when the settings are read
         blend_weights(two_domains(blend=blend))
     with pytest.raises(ConfigError, match=message):
         tokenize.run(two_domains(blend=blend))
 
 
-def test_blend_weights(two_domains: Callable[..., Config], make_config: Callable[..., Config]) -> None:
+def test_blend_weights(
+    two_domains: Callable[..., Config], make_config: Callable[..., Config]
+) -> None:
     assert blend_weights(two_domains()) == {"a": 0.5, "b": 0.5}
     assert blend_weights(two_domains(blend={"b": 3, "a": 1})) == {"a": 0.25, "b": 0.75}
     assert blend_weights(two_domains(blend={"b": 0, "a": 5})) == {"a": 1.0}
-    assert blend_weights(make_config({"a": {"kind": "stdlib"}, "test": {"kind": "text", "heldout": 1}})) == {"a": 1.0}
+    assert blend_weights(
+        make_config({"a": {"kind": "stdlib"}, "test": {"kind": "text", "heldout": 1}})
+    ) == {"a": 1.0}
 
 
-def test_shards_that_do_not_fit_are_refused(two_domains: Callable[..., Config], other_tokenizer_folder: Path) -> None:
+def test_shards_that_do_not_fit_are_refused(
+    two_domains: Callable[..., Config], other_tokenizer_folder: Path
+) -> None:
     config = two_domains()
     with pytest.raises(ArtifactError, match="verb tokenize"):
         train_dataset(config, 10, SEQ, seed=3)

@@ -24,7 +24,13 @@ def texts(**corpus: Any) -> list[str]:
 
 def test_text_reads_a_file_a_folder_and_a_glob_in_sorted_order(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name, text in (("b.txt", "bee"), ("a.txt", "ant"), ("sub/c.txt", "cat"), (".hidden", "no"), ("blank.txt", " \n")):
+    for name, text in (
+        ("b.txt", "bee"),
+        ("a.txt", "ant"),
+        ("sub/c.txt", "cat"),
+        (".hidden", "no"),
+        ("blank.txt", " \n"),
+    ):
         (tmp_path / name).write_text(text)
     assert texts(kind="text", path=str(tmp_path / "b.txt")) == ["bee"]
     assert texts(kind="text", path=str(tmp_path)) == ["ant", "bee", "cat"]
@@ -51,7 +57,11 @@ def test_stdlib_is_python_source_without_tests() -> None:
     assert sources == texts(kind="stdlib", max_bytes=600_000)
     assert sum(len(source.encode()) for source in sources) in range(599_990, 600_001)
     ast.parse(sources[0])
-    names = {part for file in stdlib._files(Path(ast.__file__).parent) for part in file.relative_to(Path(ast.__file__).parent).parts}
+    names = {
+        part
+        for file in stdlib._files(Path(ast.__file__).parent)
+        for part in file.relative_to(Path(ast.__file__).parent).parts
+    }
     assert {"ast.py", "json", "decoder.py"} <= names
     assert names.isdisjoint({"test", "tests", "idlelib", "site-packages", "pydoc_data"})
 
@@ -63,7 +73,11 @@ def test_pydocs_are_prose_keyed_by_their_source_without_repeated_paragraphs() ->
     topics = [document for document in found if document.key not in sources]
     assert len(of_modules) > 20 and len(topics) > 20
     assert all(document.key != document.text for document in of_modules)
-    paragraphs = [" ".join(paragraph.split()) for document in found[:-1] for paragraph in document.text.split("\n\n")]
+    paragraphs = [
+        " ".join(paragraph.split())
+        for document in found[:-1]
+        for paragraph in document.text.split("\n\n")
+    ]
     long = [paragraph for paragraph in paragraphs if len(paragraph) >= stdlib.MIN_PARAGRAPH]
     assert len(long) == len(set(long))
 
@@ -72,16 +86,23 @@ def test_prose_of_a_held_out_file_is_held_out_and_the_help_topics_are_no_code() 
     sides: dict[str, dict[str, set[str]]] = {}
     for kind in ("stdlib", "pydocs"):
         sides[kind] = {"train": set(), "heldout": set()}
-        for side, document in split_documents(documents("d", CorpusSection(kind=kind, max_bytes=1_000_000)), 0.1):
+        for side, document in split_documents(
+            documents("d", CorpusSection(kind=kind, max_bytes=1_000_000)), 0.1
+        ):
             sides[kind][side].add(document.key)
     assert sides["stdlib"]["heldout"] & sides["pydocs"]["heldout"]
     assert sides["stdlib"]["train"].isdisjoint(sides["pydocs"]["heldout"])
     assert sides["pydocs"]["train"].isdisjoint(sides["stdlib"]["heldout"])
-    assert not any("topics = {" in source[:500] for source in sides["stdlib"]["train"] | sides["stdlib"]["heldout"])
+    assert not any(
+        "topics = {" in source[:500]
+        for source in sides["stdlib"]["train"] | sides["stdlib"]["heldout"]
+    )
 
 
 def test_pydocs_go_on_without_help_topics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # what the import system itself uses for "not there"
+    monkeypatch.setitem(
+        sys.modules, "pydoc_data.topics", None
+    )  # what the import system itself uses for "not there"
     found = list(documents("d", CorpusSection(kind="pydocs", max_bytes=50_000)))
     assert found[0].key in set(stdlib.sources())
 
@@ -89,7 +110,9 @@ def test_pydocs_go_on_without_help_topics(monkeypatch: pytest.MonkeyPatch) -> No
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), tmp_path / "a.parquet"
+    )
     assert texts(kind="parquet", path=str(tmp_path)) == ["one", "two"]
     with pytest.raises(ConfigError, match=r"data\.domains\.d\.field.*n, text"):
         texts(kind="parquet", path=str(tmp_path), field="body")
@@ -102,7 +125,9 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_hf_streams_a_dataset(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed")
-    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"text": "two"}) + "\n")
+    (tmp_path / "train.jsonl").write_text(
+        json.dumps({"text": "one"}) + "\n" + json.dumps({"text": "two"}) + "\n"
+    )
     assert texts(kind="hf", path=str(tmp_path)) == ["one", "two"]
     with pytest.raises(ConfigError, match=r"data\.domains\.d\.field"):
         texts(kind="hf", path=str(tmp_path), field="body")
@@ -111,7 +136,9 @@ def test_hf_streams_a_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "library"), [("parquet", "pyarrow"), ("hf", "datasets")])
-def test_a_missing_library_is_named(kind: str, library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_library_is_named(
+    kind: str, library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for module in (library, f"{library}.parquet"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"data\.domains\.d\.kind.*pip install {library}"):
@@ -142,7 +169,9 @@ def test_a_path_that_matches_nothing(tmp_path: Path) -> None:
         (b"\xff\xfe", ArtifactError, r"data\.domains\.d\.path"),
     ],
 )
-def test_jsonl_that_cannot_be_used(content: bytes, error: type[Exception], message: str, tmp_path: Path) -> None:
+def test_jsonl_that_cannot_be_used(
+    content: bytes, error: type[Exception], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(error, match=message):
         texts(kind="jsonl", path=str(tmp_path))

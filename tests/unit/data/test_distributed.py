@@ -1,4 +1,6 @@
-"""The dataset under torch.distributed: rank 0 writes the cache, every rank reads the same samples as one process alone."""
+"""The dataset under torch.distributed: rank 0 writes the cache, every rank reads the same samples
+as one process alone.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from pathlib import Path
 import torch
 
 from megamask.config import Config
-from megamask.data import tokenize
 from megamask.data.blend import train_dataset
+from megamask.verbs import tokenize
 
 PROGRAM = """
 import sys, torch
@@ -27,11 +29,17 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_ranks_read_what_one_process_reads(two_domains: Callable[..., Config], tmp_path: Path) -> None:
+def test_two_ranks_read_what_one_process_reads(
+    two_domains: Callable[..., Config], tmp_path: Path
+) -> None:
     config = two_domains()
     tokenize.run(config)
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path)]
     ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
     try:

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from megamask.config import Config, run_paths
-from megamask.data import tokenize
 from megamask.data.blend import train_dataset
 from megamask.data.heldout import calibration_description, calibration_tokens, heldout_windows
 from megamask.data.shards import read_shards
 from megamask.errors import ArtifactError, ConfigError
+from megamask.verbs import tokenize
 
 
-def test_windows_cut_the_held_out_stream_and_drop_the_tail(two_domains: Callable[..., Config]) -> None:
+def test_windows_cut_the_held_out_stream_and_drop_the_tail(
+    two_domains: Callable[..., Config],
+) -> None:
     config = two_domains()
     tokenize.run(config)
     stream = np.array(read_shards(run_paths(config).shards / "a").stream("heldout"), dtype=np.int64)
@@ -47,7 +49,9 @@ def test_windows_that_cannot_be(two_domains: Callable[..., Config]) -> None:
         heldout_windows(config, "c", 20, None)
 
 
-def test_a_tokenizer_without_bos(two_domains: Callable[..., Config], tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_bos(
+    two_domains: Callable[..., Config], tokenizer_folder: Path, tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -68,7 +72,17 @@ def test_calibration_is_seeded_and_recorded(two_domains: Callable[..., Config]) 
     assert torch.equal(found, calibration_tokens(config))
     dataset = train_dataset(config, 6, 24, 5)
     assert torch.equal(found, torch.stack([dataset[index]["tokens"] for index in range(6)]))
-    assert not torch.equal(found, calibration_tokens(two_domains(calibration={**settings, "seed": 6}, blend={"a": 3, "b": 1})))
+    assert not torch.equal(
+        found,
+        calibration_tokens(
+            two_domains(calibration={**settings, "seed": 6}, blend={"a": 3, "b": 1})
+        ),
+    )
     described = calibration_description(config)
-    assert {key: described[key] for key in settings} == settings and described["blend"] == {"a": 0.75, "b": 0.25}
-    assert described["shards_sha256"]["a"] == read_shards(run_paths(config).shards / "a").digests("train")
+    assert {key: described[key] for key in settings} == settings and described["blend"] == {
+        "a": 0.75,
+        "b": 0.25,
+    }
+    assert described["shards_sha256"]["a"] == read_shards(run_paths(config).shards / "a").digests(
+        "train"
+    )

@@ -26,7 +26,9 @@ def test_hugging_face_folder(tokenizer_folder: Path) -> None:
     tokenizer = load(tokenizer_folder)
     assert (tokenizer.eod, tokenizer.bos, tokenizer.vocab_size) == (0, 1, 320)
     ids = tokenizer.encode(TEXT)
-    assert 0 not in ids and 0 in plain.encode(TEXT).ids  # a special token spelled out in the text is text
+    assert (
+        0 not in ids and 0 in plain.encode(TEXT).ids
+    )  # a special token spelled out in the text is text
     assert plain.decode(ids) == TEXT
     assert tokenizer.encode_batch(["two", TEXT]) == [tokenizer.encode("two"), ids]
 
@@ -36,7 +38,9 @@ def test_a_tokenizer_written_in_python(tmp_path: Path) -> None:
 
     ByT5Tokenizer().save_pretrained(tmp_path)
     tokenizer = load(tmp_path)
-    assert tokenizer.encode("two") == [ord(letter) + 3 for letter in "two"]  # ByT5: bytes after three special ids
+    assert tokenizer.encode("two") == [
+        ord(letter) + 3 for letter in "two"
+    ]  # ByT5: bytes after three special ids
     assert tokenizer.eod == 1 and tokenizer.bos is None
     assert 1 not in tokenizer.encode("a </s> b")
     assert tokenizer.fingerprint == load(tmp_path).fingerprint
@@ -47,7 +51,11 @@ def test_sentencepiece_model(sentencepiece_model: Path) -> None:
 
     plain = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     tokenizer = load(sentencepiece_model)
-    assert (tokenizer.eod, tokenizer.bos, tokenizer.vocab_size) == (plain.eos_id(), plain.bos_id(), 120)
+    assert (tokenizer.eod, tokenizer.bos, tokenizer.vocab_size) == (
+        plain.eos_id(),
+        plain.bos_id(),
+        120,
+    )
     assert tokenizer.encode(TEXT) == plain.encode(TEXT)
     assert plain.decode(tokenizer.encode("the mask keeps two")) == "the mask keeps two"
 
@@ -60,7 +68,9 @@ def test_eod_token_can_be_chosen(tokenizer_folder: Path, sentencepiece_model: Pa
             load(path, "<absent>")
 
 
-def test_fingerprint_follows_the_vocabulary_and_not_the_place(tokenizer_folder: Path, other_tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_fingerprint_follows_the_vocabulary_and_not_the_place(
+    tokenizer_folder: Path, other_tokenizer_folder: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(tokenizer_folder, tmp_path / "copy")
     parts = json.loads((copy / "tokenizer.json").read_text())
     (copy / "tokenizer.json").write_text(json.dumps(parts, indent=7))

@@ -10,8 +10,9 @@ from megamask.config import build_config
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.apply import apply_masks
 from megamask.masks.file import load_masks, save_masks
-from megamask.masks.inspect import run, verify
+from megamask.masks.verify import verify
 from megamask.sparsity.pattern import Pattern
+from megamask.verbs.inspect import run
 from megamask.weights.fingerprint import fingerprint_model, model_linears
 
 P24 = Pattern(2, 4)
@@ -19,7 +20,13 @@ P24 = Pattern(2, 4)
 
 def tiny_model(seed=0, **changes):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, "vocab_size": 50, **changes}))
 
 
@@ -96,7 +103,14 @@ def test_inspect_prints_what_is_in_the_file(tmp_path, capsys):
     save_for(model, tmp_path / "masks" / "learned.safetensors")
     run(build_config({"run_dir": str(tmp_path)}))
     out = capsys.readouterr().out
-    for fact in ("magnitude", "2:4 (6 candidates", "density          0.5", "linears          7", "bits per weight", "belongs to"):
+    for fact in (
+        "magnitude",
+        "2:4 (6 candidates",
+        "density          0.5",
+        "linears          7",
+        "bits per weight",
+        "belongs to",
+    ):
         assert fact in out
     tiny_model(seed=1).save_pretrained(tmp_path / "hf")
     with pytest.raises(ArtifactError, match="another base model"):

@@ -20,7 +20,11 @@ def test_round_trip(base):
     rng = np.random.default_rng(base)
     digits = digits_per_word(base)
     for count in (1, digits - 1, digits, digits + 1, 10 * digits + 3):
-        for index in (rng.integers(base, size=count), np.full(count, base - 1), np.zeros(count, dtype=int)):
+        for index in (
+            rng.integers(base, size=count),
+            np.full(count, base - 1),
+            np.zeros(count, dtype=int),
+        ):
             words = pack(index, base)
             assert words.dtype == np.uint64 and words.shape == (num_words(count, base),)
             assert np.array_equal(unpack(words, count, base), index)
@@ -32,7 +36,10 @@ def test_words_are_those_of_plain_arithmetic(base):
     index = np.random.default_rng(0).integers(base, size=100)
     digits = digits_per_word(base)
     assert base**digits <= 2**64 < base ** (digits + 1)
-    expected = [sum(int(one) * base**place for place, one in enumerate(index[at : at + digits])) for at in range(0, 100, digits)]
+    expected = [
+        sum(int(one) * base**place for place, one in enumerate(index[at : at + digits]))
+        for at in range(0, 100, digits)
+    ]
     assert [int(word) for word in pack(index, base)] == expected
 
 

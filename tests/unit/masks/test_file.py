@@ -20,12 +20,21 @@ SHAPES = {"model.layers.0.mlp.up_proj": (6, 16), "model.layers.0.mlp.down_proj":
 
 def random_masks(pattern, seed=0, shapes=SHAPES):
     generator = torch.Generator().manual_seed(seed)
-    return {name: pattern.best(torch.rand(shape, generator=generator)) for name, shape in shapes.items()}
+    return {
+        name: pattern.best(torch.rand(shape, generator=generator)) for name, shape in shapes.items()
+    }
 
 
 @pytest.fixture
 def path(tmp_path):
-    save_masks(tmp_path / "m.safetensors", random_masks(P24), P24, fingerprint="f" * 64, method="magnitude", data={"seed": 1})
+    save_masks(
+        tmp_path / "m.safetensors",
+        random_masks(P24),
+        P24,
+        fingerprint="f" * 64,
+        method="magnitude",
+        data={"seed": 1},
+    )
     return tmp_path / "m.safetensors"
 
 
@@ -42,16 +51,44 @@ def rewrite(path, header=None, tensors=None, sign=True):
 
 
 @pytest.mark.parametrize(
-    "pattern", [Pattern(1, 2), P24, Pattern(1, 4), Pattern(3, 4), Pattern(4, 8), Pattern(1, 16), Pattern(2, 16), Pattern(8, 16)], ids=str
+    "pattern",
+    [
+        Pattern(1, 2),
+        P24,
+        Pattern(1, 4),
+        Pattern(3, 4),
+        Pattern(4, 8),
+        Pattern(1, 16),
+        Pattern(2, 16),
+        Pattern(8, 16),
+    ],
+    ids=str,
 )
 def test_round_trip(tmp_path, pattern):
     masks = random_masks(pattern)
-    save_masks(tmp_path / "sub" / "m.safetensors", masks, pattern, fingerprint="ab", method="wanda", data=[1], evaluation={"ppl": 2.5})
+    save_masks(
+        tmp_path / "sub" / "m.safetensors",
+        masks,
+        pattern,
+        fingerprint="ab",
+        method="wanda",
+        data=[1],
+        evaluation={"ppl": 2.5},
+    )
     back = load_masks(tmp_path / "sub" / "m.safetensors")
     assert set(back) == set(masks) and len(back) == 2 and back.pattern == pattern
-    assert (back.fingerprint, back.method, back.meta["data"], back.meta["evaluation"]) == ("ab", "wanda", [1], {"ppl": 2.5})
+    assert (back.fingerprint, back.method, back.meta["data"], back.meta["evaluation"]) == (
+        "ab",
+        "wanda",
+        [1],
+        {"ppl": 2.5},
+    )
     for name, mask in masks.items():
-        assert back[name].dtype == torch.bool and torch.equal(back[name], mask) and back.shape(name) == tuple(mask.shape)
+        assert (
+            back[name].dtype == torch.bool
+            and torch.equal(back[name], mask)
+            and back.shape(name) == tuple(mask.shape)
+        )
         assert torch.equal(back.index(name), pattern.index_of(mask))
     back.verify()
 
@@ -152,7 +189,11 @@ def test_digits_out_of_range_are_found_even_with_a_matching_checksum(path):
     broken = load_file(path)[UP]
     broken[-1] = np.uint64(2**64 - 1)
     digest = hashlib.sha256(broken.tobytes()).hexdigest()
-    rewrite(path, lambda meta: meta["tensors"][UP].update(sha256=digest), lambda data: data.update({UP: broken}))
+    rewrite(
+        path,
+        lambda meta: meta["tensors"][UP].update(sha256=digest),
+        lambda data: data.update({UP: broken}),
+    )
     with pytest.raises(ArtifactError, match="digits out of range"):
         load_masks(path).verify()
 

@@ -19,9 +19,12 @@ from megamask.model.vocabulary import VocabularyShard, fused_loss
 
 VOCAB, HIDDEN, TOKENS = 301, 24, 37
 SHARD = VocabularyShard(0, VOCAB, VOCAB)
-# One rounding of fp32 is 6e-8; a logit is a sum over 24 products of size up to 10, a divergence and a gradient sums over 301. Seen: 6e-7.
+# One rounding of fp32 is 6e-8; a logit is a sum over 24 products of size up to 10, a divergence and
+# a gradient sums over 301. Seen: 6e-7.
 FP32 = 5e-6
-SUMS = 2e-6  # absolute, of a divergence: a difference of numbers of size 10, each rounded by 6e-8 of that; seen: 4e-7
+# absolute, of a divergence: a difference of numbers of size 10, each rounded by 6e-8 of that; seen:
+# 4e-7
+SUMS = 2e-6
 
 
 @pytest.fixture(autouse=True)
@@ -38,25 +41,48 @@ def inputs(scale: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[torc
     weight_VH = torch.randn(VOCAB, HIDDEN, generator=generator)
     labels_T = torch.randint(VOCAB, (TOKENS,), generator=generator)
     upstream_T = torch.randn(TOKENS, generator=generator)
-    return (scale * student_TH).to(dtype), (scale * (student_TH + 0.3 * noise_TH)).to(dtype), weight_VH.to(dtype), labels_T, upstream_T
+    return (
+        (scale * student_TH).to(dtype),
+        (scale * (student_TH + 0.3 * noise_TH)).to(dtype),
+        weight_VH.to(dtype),
+        labels_T,
+        upstream_T,
+    )
 
 
-def fused(given: tuple[torch.Tensor, ...], temperature: float = 1.0, top_k: int | None = None, share: float = 1.0) -> list[torch.Tensor]:
+def fused(
+    given: tuple[torch.Tensor, ...],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    share: float = 1.0,
+) -> list[torch.Tensor]:
     """Objective, lm, kd, and the gradient at the student's hidden states."""
     student_TH, teacher_TH, weight_VH, labels_T, upstream_T = given
     leaf = student_TH.clone().requires_grad_()
-    losses = fused_loss(leaf, weight_VH, SHARD, Distillation(labels_T, teacher_TH, weight_VH, SHARD, temperature, top_k, share))
+    losses = fused_loss(
+        leaf,
+        weight_VH,
+        SHARD,
+        Distillation(labels_T, teacher_TH, weight_VH, SHARD, temperature, top_k, share),
+    )
     return [*(one.detach() for one in losses), torch.autograd.grad(losses[0], leaf, upstream_T)[0]]
 
 
 def reference(
-    given: tuple[torch.Tensor, ...], temperature: float = 1.0, top_k: int | None = None, share: float = 1.0
+    given: tuple[torch.Tensor, ...],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    share: float = 1.0,
 ) -> list[torch.Tensor]:
     student_TH, teacher_TH, weight_VH, labels_T, upstream_T = given
     leaf = student_TH.double().requires_grad_()
-    student_TV, teacher_TV = (hidden.double() @ weight_VH.double().T for hidden in (leaf, teacher_TH))
+    student_TV, teacher_TV = (
+        hidden.double() @ weight_VH.double().T for hidden in (leaf, teacher_TH)
+    )
     lm_T = F.cross_entropy(student_TV, labels_T, reduction="none")
-    log_q, log_p = (events(one / temperature, teacher_TV, top_k) for one in (student_TV, teacher_TV))
+    log_q, log_p = (
+        events(one / temperature, teacher_TV, top_k) for one in (student_TV, teacher_TV)
+    )
     kd_T = temperature**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
     objective_T = (1 - share) * lm_T + share * kd_T
     (grad_TH,) = torch.autograd.grad(objective_T, leaf, upstream_T.double())
@@ -74,15 +100,23 @@ def events(logits_TV: torch.Tensor, teacher_TV: torch.Tensor, top_k: int | None)
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square of the difference over that of the expected."""
-    return float((found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    return float(
+        (found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    )
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3])
 @pytest.mark.parametrize("top_k", [None, 1, 7, 300])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
-def test_losses_and_gradient_are_those_of_fp64(temperature: float, top_k: int | None, share: float) -> None:
+def test_losses_and_gradient_are_those_of_fp64(
+    temperature: float, top_k: int | None, share: float
+) -> None:
     given = inputs()
-    for found, expected in zip(fused(given, temperature, top_k, share), reference(given, temperature, top_k, share), strict=True):
+    for found, expected in zip(
+        fused(given, temperature, top_k, share),
+        reference(given, temperature, top_k, share),
+        strict=True,
+    ):
         assert error(found, expected) < FP32
 
 
@@ -92,15 +126,24 @@ def test_the_comparison_sees_what_could_be_wrong() -> None:
     student_TH, teacher_TH, *rest = given
     right = fused(given, 2.0, 7, 0.3)
     exchanged = reference((teacher_TH, student_TH, *rest), 2.0, 7, 0.3)
-    for wrong in (exchanged, reference(given, 2.0, 8, 0.3), reference(given, 2.0, 7, 0.301), reference(given, 2.05, 7, 0.3)):
+    for wrong in (
+        exchanged,
+        reference(given, 2.0, 8, 0.3),
+        reference(given, 2.0, 7, 0.301),
+        reference(given, 2.05, 7, 0.3),
+    ):
         assert error(right[0], wrong[0]) > 20 * FP32 and error(right[3], wrong[3]) > 20 * FP32
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 7, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_models_have_nothing_to_learn_from_each_other(dtype: torch.dtype, temperature: float, top_k: int | None) -> None:
-    """Both go through the same operations; a vectorised exponential may round the same number in two ways."""
+def test_equal_models_have_nothing_to_learn_from_each_other(
+    dtype: torch.dtype, temperature: float, top_k: int | None
+) -> None:
+    """Both go through the same operations; a vectorised exponential may round the same number in
+    two ways.
+    """
     student_TH, _, *rest = inputs(dtype=dtype)
     objective_T, lm_T, kd_T, grad_TH = fused((student_TH, student_TH, *rest), temperature, top_k)
     *_, lm_grad_TH = fused((student_TH, student_TH, *rest), share=0.0)
@@ -123,7 +166,9 @@ def test_the_top_tokens_and_a_rest_tell_less_than_all_tokens_but_never_less_than
 
 
 def test_the_student_is_told_how_much_is_left_for_the_rest() -> None:
-    """With the teacher's proportions among its three likeliest tokens but twice their mass, renormalised distributions would be equal."""
+    """With the teacher's proportions among its three likeliest tokens but twice their mass,
+    renormalised distributions would be equal.
+    """
     teacher_TV = torch.tensor([[3.0, 2.0, 1.0, 0.0, 0.0, 0.0]])
     student_TV = teacher_TV + torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]])
     shard, identity = VocabularyShard(0, 6, 6), torch.eye(6)
@@ -132,23 +177,38 @@ def test_the_student_is_told_how_much_is_left_for_the_rest() -> None:
     kd_T = fused_loss(leaf, identity, shard, objective)[0]
     kd_T.sum().backward()
     p, q = (float(one.softmax(1)[0, 3:].sum()) for one in (teacher_TV, student_TV.detach()))
-    torch.testing.assert_close(kd_T.detach(), torch.tensor([p]).log().sub(torch.tensor([q]).log()) * p
-                               + (torch.tensor([1 - p]) / (1 - q)).log() * (1 - p), rtol=FP32, atol=0)  # fmt: skip
+    torch.testing.assert_close(
+        kd_T.detach(),
+        torch.tensor([p]).log().sub(torch.tensor([q]).log()) * p
+        + (torch.tensor([1 - p]) / (1 - q)).log() * (1 - p),
+        rtol=FP32,
+        atol=0,
+    )
     assert leaf.grad is not None and (leaf.grad[0, :3] > 0).all() and (leaf.grad[0, 3:] < 0).all()
 
 
 @pytest.mark.parametrize("top_k", [None, 7])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_logits_far_apart_neither_overflow_nor_vanish(temperature: float, top_k: int | None) -> None:
+def test_logits_far_apart_neither_overflow_nor_vanish(
+    temperature: float, top_k: int | None
+) -> None:
     given = inputs(scale=1e3)
-    for found, expected in zip(fused(given, temperature, top_k, 0.3), reference(given, temperature, top_k, 0.3), strict=True):
+    for found, expected in zip(
+        fused(given, temperature, top_k, 0.3),
+        reference(given, temperature, top_k, 0.3),
+        strict=True,
+    ):
         assert error(found, expected) < FP32
-    far_TH = given[0].flip(0)  # another token's hidden states: the student is sure of something else
+    far_TH = given[0].flip(
+        0
+    )  # another token's hidden states: the student is sure of something else
     assert all(one.isfinite().all() for one in fused((far_TH, *given[1:]), temperature, top_k, 0.3))
 
 
 @pytest.mark.parametrize("top_k", [None, 7])
-def test_the_size_of_chunks_and_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch, top_k: int | None) -> None:
+def test_the_size_of_chunks_and_blocks_does_not_show(
+    monkeypatch: pytest.MonkeyPatch, top_k: int | None
+) -> None:
     """But for the order of sums within a matmul."""
     given = inputs()
     pieces = fused(given, 2.0, top_k, 0.3)
@@ -160,13 +220,25 @@ def test_the_size_of_chunks_and_blocks_does_not_show(monkeypatch: pytest.MonkeyP
 
 def test_only_the_objective_passes_gradients_on() -> None:
     student_TH, teacher_TH, weight_VH, labels_T, _ = inputs()
-    losses = fused_loss(student_TH.requires_grad_(), weight_VH, SHARD, Distillation(labels_T, teacher_TH, weight_VH, SHARD))
+    losses = fused_loss(
+        student_TH.requires_grad_(),
+        weight_VH,
+        SHARD,
+        Distillation(labels_T, teacher_TH, weight_VH, SHARD),
+    )
     assert [one.requires_grad for one in losses] == [True, False, False]
     with torch.no_grad():
         assert all(
             torch.equal(one, same)
             for one, same in zip(
-                fused_loss(student_TH, weight_VH, SHARD, Distillation(labels_T, teacher_TH, weight_VH, SHARD)), losses, strict=True
+                fused_loss(
+                    student_TH,
+                    weight_VH,
+                    SHARD,
+                    Distillation(labels_T, teacher_TH, weight_VH, SHARD),
+                ),
+                losses,
+                strict=True,
             )
         )
 
@@ -175,7 +247,11 @@ def test_only_the_objective_passes_gradients_on() -> None:
 def test_nothing_of_tokens_times_vocabulary_is_kept_or_made(top_k: int | None) -> None:
     """After the forward pass, the gradient at the hidden states; within it, chunks of 16 tokens."""
     student_TH, teacher_TH, weight_VH, labels_T, _ = inputs()
-    student_TH, teacher_TH, labels_T = student_TH.repeat(10, 1).requires_grad_(), teacher_TH.repeat(10, 1), labels_T.repeat(10)
+    student_TH, teacher_TH, labels_T = (
+        student_TH.repeat(10, 1).requires_grad_(),
+        teacher_TH.repeat(10, 1),
+        labels_T.repeat(10),
+    )
     gc.collect()
     before = {id(one) for one in gc.get_objects() if isinstance(one, torch.Tensor)}
     made, saved = [], []
@@ -197,13 +273,19 @@ def test_nothing_of_tokens_times_vocabulary_is_kept_or_made(top_k: int | None) -
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
         losses = learn()
     assert len(losses[0]) == 370 and max(saved) == 370 * HIDDEN
-    assert max(made) == max(16 * VOCAB, 370 * HIDDEN)  # the logits of a chunk, the gradient of all tokens
+    assert max(made) == max(
+        16 * VOCAB, 370 * HIDDEN
+    )  # the logits of a chunk, the gradient of all tokens
     assert largest_new(before) <= 370 * HIDDEN
 
 
 def largest_new(before: set[int]) -> int:
     gc.collect()
-    return max(one.untyped_storage().nbytes() // 4 for one in gc.get_objects() if isinstance(one, torch.Tensor) and id(one) not in before)
+    return max(
+        one.untyped_storage().nbytes() // 4
+        for one in gc.get_objects()
+        if isinstance(one, torch.Tensor) and id(one) not in before
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The fused vocabulary loss on one process, against plain fp64 and against separate logits, softmax and gradient.
+"""The fused vocabulary loss on one process, against plain fp64 and against separate logits, softmax
+and gradient.
 
 Shapes: T tokens, V vocabulary, H hidden.
 """
@@ -16,7 +17,8 @@ from megamask.model import vocabulary
 from megamask.model.vocabulary import CrossEntropy, VocabularyShard, fused_loss
 
 VOCAB, HIDDEN = 301, 24
-# One rounding of fp32 is 6e-8; a logit is a sum over 24 products of size up to 10, a gradient one over 301. Seen: 8e-8 and 4e-7.
+# One rounding of fp32 is 6e-8; a logit is a sum over 24 products of size up to 10, a gradient one
+# over 301. Seen: 8e-8 and 4e-7.
 FP32 = 5e-6
 Answer = tuple[torch.Tensor, torch.Tensor]  # losses (T,), gradient at the hidden states (T, H)
 
@@ -28,7 +30,9 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "CPU_BLOCK_BYTES", 5 * 4 * VOCAB)
 
 
-def inputs(tokens: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[torch.Tensor, ...]:
+def inputs(
+    tokens: int, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> tuple[torch.Tensor, ...]:
     """Hidden states, weight, labels, and a weight for each token's loss."""
     generator = torch.Generator().manual_seed(tokens)
     hidden_TH = torch.randn(tokens, HIDDEN, generator=generator).mul(scale).to(dtype)
@@ -41,7 +45,11 @@ def whole(weight_VH: torch.Tensor) -> VocabularyShard:
     return VocabularyShard(0, len(weight_VH), len(weight_VH))
 
 
-def answer(function: Callable[[torch.Tensor], torch.Tensor], hidden_TH: torch.Tensor, upstream_T: torch.Tensor) -> Answer:
+def answer(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    hidden_TH: torch.Tensor,
+    upstream_T: torch.Tensor,
+) -> Answer:
     leaf = hidden_TH.detach().clone().requires_grad_()
     losses = function(leaf)
     losses.backward(upstream_T.to(losses.dtype))
@@ -49,17 +57,42 @@ def answer(function: Callable[[torch.Tensor], torch.Tensor], hidden_TH: torch.Te
     return losses.detach(), leaf.grad
 
 
-def fused(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, upstream_T: torch.Tensor) -> Answer:
+def fused(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    labels_T: torch.Tensor,
+    upstream_T: torch.Tensor,
+) -> Answer:
     shard = whole(weight_VH)
-    return answer(lambda leaf: fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard))[0], hidden_TH, upstream_T)
+    return answer(
+        lambda leaf: fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard))[0],
+        hidden_TH,
+        upstream_T,
+    )
 
 
-def separate(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, upstream_T: torch.Tensor) -> Answer:
-    """What Megatron does: logits in the compute dtype, softmax and its gradient in fp32, rounded for the matmul back."""
-    return answer(lambda leaf: F.cross_entropy(F.linear(leaf, weight_VH).float(), labels_T, reduction="none"), hidden_TH, upstream_T)
+def separate(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    labels_T: torch.Tensor,
+    upstream_T: torch.Tensor,
+) -> Answer:
+    """What Megatron does: logits in the compute dtype, softmax and its gradient in fp32, rounded
+    for the matmul back.
+    """
+    return answer(
+        lambda leaf: F.cross_entropy(F.linear(leaf, weight_VH).float(), labels_T, reduction="none"),
+        hidden_TH,
+        upstream_T,
+    )
 
 
-def reference(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, upstream_T: torch.Tensor) -> Answer:
+def reference(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    labels_T: torch.Tensor,
+    upstream_T: torch.Tensor,
+) -> Answer:
     """fp64, the gradient by hand."""
     logits_TV = hidden_TH.double() @ weight_VH.double().T
     chosen = torch.arange(len(labels_T)), labels_T
@@ -71,10 +104,14 @@ def reference(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square of the difference over that of the expected."""
-    return float((found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    return float(
+        (found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    )
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 16, 37, 48])  # one, a block, a chunk, ragged chunks and blocks, whole chunks
+@pytest.mark.parametrize(
+    "tokens", [1, 5, 16, 37, 48]
+)  # one, a block, a chunk, ragged chunks and blocks, whole chunks
 def test_losses_and_gradients_are_those_of_fp64(tokens: int) -> None:
     given = inputs(tokens)
     for found, expected in zip(fused(*given), reference(*given), strict=True):
@@ -87,7 +124,10 @@ def test_the_comparison_sees_a_wrong_label_and_a_forgotten_weight_of_a_token() -
     expected = reference(hidden_TH, weight_VH, labels_T, upstream_T)
     wrong = labels_T.clone()
     wrong[36] = (wrong[36] + 1) % VOCAB
-    assert all(error(a, b) > 100 * FP32 for a, b in zip(fused(hidden_TH, weight_VH, wrong, upstream_T), expected, strict=True))
+    assert all(
+        error(a, b) > 100 * FP32
+        for a, b in zip(fused(hidden_TH, weight_VH, wrong, upstream_T), expected, strict=True)
+    )
     upstream_T[36] *= 1.1
     assert error(fused(hidden_TH, weight_VH, labels_T, upstream_T)[1], expected[1]) > 100 * FP32
 
@@ -95,21 +135,27 @@ def test_the_comparison_sees_a_wrong_label_and_a_forgotten_weight_of_a_token() -
 @pytest.mark.parametrize("scale", [0.3, 1.0, 30.0])  # flat, ordinary and one-sided distributions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_is_as_exact_as_separate_logits(dtype: torch.dtype, scale: float) -> None:
-    """Over 512 tokens. It makes the same roundings, in fp32 in another order of sums; seen: 4 %, of errors below 1e-6.
+    """Over 512 tokens. It makes the same roundings, in fp32 in another order of sums; seen: 4 %, of
+    errors below 1e-6.
 
-    The weight of a token multiplies the finished gradient instead of the one at the logits: in bf16 one more rounding unless it is a
-    power of two, which shows where the others are small; seen: 10 %.
+    The weight of a token multiplies the finished gradient instead of the one at the logits: in bf16
+    one more rounding unless it is a power of two, which shows where the others are small; seen: 10
+    %.
     """
     hidden_TH, weight_VH, labels_T, upstream_T = inputs(512, dtype, scale)
     for weights_T, allowed in ((torch.full_like(upstream_T, 1 / 512), 1.06), (upstream_T, 1.2)):
         given = hidden_TH, weight_VH, labels_T, weights_T
-        for new, old, expected in zip(fused(*given), separate(*given), reference(*given), strict=True):
+        for new, old, expected in zip(
+            fused(*given), separate(*given), reference(*given), strict=True
+        ):
             assert error(new, expected) < allowed * error(old, expected)
 
 
 def test_logits_far_apart_neither_overflow_nor_vanish() -> None:
     hidden_TH, weight_VH, labels_T, upstream_T = inputs(16, scale=1e3)
-    for found, expected in zip(*(f(hidden_TH, weight_VH, labels_T, upstream_T) for f in (fused, reference)), strict=True):
+    for found, expected in zip(
+        *(f(hidden_TH, weight_VH, labels_T, upstream_T) for f in (fused, reference)), strict=True
+    ):
         assert error(found, expected) < FP32
 
 
@@ -117,7 +163,11 @@ def test_padding_is_not_read() -> None:
     hidden_TH, weight_VH, labels_T, upstream_T = inputs(37)
     padded_VH = torch.cat([weight_VH, torch.full((3, HIDDEN), torch.nan)])
     shard = VocabularyShard(0, VOCAB, VOCAB + 3)
-    found = answer(lambda leaf: fused_loss(leaf, padded_VH, shard, CrossEntropy(labels_T, shard))[0], hidden_TH, upstream_T)
+    found = answer(
+        lambda leaf: fused_loss(leaf, padded_VH, shard, CrossEntropy(labels_T, shard))[0],
+        hidden_TH,
+        upstream_T,
+    )
     for one, other in zip(found, fused(hidden_TH, weight_VH, labels_T, upstream_T), strict=True):
         assert torch.equal(one, other)
     unaware = fused(hidden_TH, padded_VH, labels_T, upstream_T)
@@ -138,19 +188,25 @@ def test_without_need_no_gradient_is_made(grad_mode: bool) -> None:
     with torch.set_grad_enabled(grad_mode):
         (losses,) = fused_loss(hidden_TH.requires_grad_(not grad_mode), weight_VH, shard, spy)
     assert asked == [False] * 3 and not losses.requires_grad
-    assert torch.equal(losses, fused_loss(hidden_TH.detach().requires_grad_(), weight_VH, shard, objective)[0])
+    assert torch.equal(
+        losses, fused_loss(hidden_TH.detach().requires_grad_(), weight_VH, shard, objective)[0]
+    )
 
 
 def test_a_retained_graph_gives_the_same_twice() -> None:
     hidden_TH, weight_VH, labels_T, upstream_T = inputs(37)
     leaf, shard = hidden_TH.requires_grad_(), whole(weight_VH)
     (losses,) = fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard))
-    first, second = (torch.autograd.grad(losses, leaf, upstream_T, retain_graph=True)[0] for _ in range(2))
+    first, second = (
+        torch.autograd.grad(losses, leaf, upstream_T, retain_graph=True)[0] for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
 def largest_kept(function: Callable[[], torch.Tensor]) -> int:
-    """Elements of the largest tensor that lives between forward and backward, seen by the collector or saved in the graph."""
+    """Elements of the largest tensor that lives between forward and backward, seen by the collector
+    or saved in the graph.
+    """
     sizes: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,7 +218,11 @@ def largest_kept(function: Callable[[], torch.Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = function()
     gc.collect()
-    sizes += [one.untyped_storage().nbytes() // 4 for one in gc.get_objects() if isinstance(one, torch.Tensor) and id(one) not in before]
+    sizes += [
+        one.untyped_storage().nbytes() // 4
+        for one in gc.get_objects()
+        if isinstance(one, torch.Tensor) and id(one) not in before
+    ]
     del losses
     return max(sizes)
 
@@ -170,6 +230,11 @@ def largest_kept(function: Callable[[], torch.Tensor]) -> int:
 def test_nothing_of_tokens_times_vocabulary_stays() -> None:
     hidden_TH, weight_VH, labels_T, _ = inputs(200)
     leaf, shard = hidden_TH.requires_grad_(), whole(weight_VH)
-    assert largest_kept(lambda: fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard))[0]) == 200 * HIDDEN
-    separate_kept = largest_kept(lambda: F.cross_entropy(F.linear(leaf, weight_VH), labels_T, reduction="none"))
+    assert (
+        largest_kept(lambda: fused_loss(leaf, weight_VH, shard, CrossEntropy(labels_T, shard))[0])
+        == 200 * HIDDEN
+    )
+    separate_kept = largest_kept(
+        lambda: F.cross_entropy(F.linear(leaf, weight_VH), labels_T, reduction="none")
+    )
     assert separate_kept >= 200 * VOCAB

@@ -31,7 +31,10 @@ def plain_mask(score: list[list[float]], n: int, m: int) -> torch.Tensor:
 def example() -> tuple[torch.Tensor, torch.Tensor, InputStats]:
     generator = torch.Generator().manual_seed(0)
     weight_OI = torch.randn(12, 32, generator=generator)
-    x_TI = torch.randn(100, 32, generator=generator) * torch.logspace(-1.5, 1.5, 32)[torch.randperm(32, generator=generator)]
+    x_TI = (
+        torch.randn(100, 32, generator=generator)
+        * torch.logspace(-1.5, 1.5, 32)[torch.randperm(32, generator=generator)]
+    )
     stats = InputStats(32, hessian=False)
     stats.add(x_TI)
     return weight_OI, x_TI, stats
@@ -43,21 +46,32 @@ def test_magnitude(pattern: Pattern, dtype: torch.dtype) -> None:
     weight_OI = example()[0].to(dtype)
     pruned = magnitude(weight_OI, pattern)
     assert pruned.weight_OI is None
-    assert torch.equal(pruned.mask_OI, plain_mask(weight_OI.double().abs().tolist(), pattern.n, pattern.m))
+    assert torch.equal(
+        pruned.mask_OI, plain_mask(weight_OI.double().abs().tolist(), pattern.n, pattern.m)
+    )
     assert pattern.is_valid(pruned.mask_OI)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_wanda(pattern: Pattern) -> None:
     weight_OI, x_TI, stats = example()
-    score = [[abs(w) * x_TI[:, i].double().norm().item() for i, w in enumerate(row)] for row in weight_OI.tolist()]
+    score = [
+        [abs(w) * x_TI[:, i].double().norm().item() for i, w in enumerate(row)]
+        for row in weight_OI.tolist()
+    ]
     pruned = wanda(weight_OI, stats, pattern)
-    # fp32 against fp64 scores: no two scores of this seed's groups are as near as rounding (1e-7), so masks are equal
+    # fp32 against fp64 scores: no two scores of this seed's groups are as near as rounding (1e-7),
+    # so masks are equal
     assert torch.equal(pruned.mask_OI, plain_mask(score, pattern.n, pattern.m))
     assert pruned.weight_OI is None
     assert not torch.equal(pruned.mask_OI, magnitude(weight_OI, pattern).mask_OI)
-    wrong = [[abs(w) * x_TI[:, i].double().square().sum().item() for i, w in enumerate(row)] for row in weight_OI.tolist()]
-    assert not torch.equal(pruned.mask_OI, plain_mask(wrong, pattern.n, pattern.m))  # a forgotten square root shows
+    wrong = [
+        [abs(w) * x_TI[:, i].double().square().sum().item() for i, w in enumerate(row)]
+        for row in weight_OI.tolist()
+    ]
+    assert not torch.equal(
+        pruned.mask_OI, plain_mask(wrong, pattern.n, pattern.m)
+    )  # a forgotten square root shows
 
 
 @pytest.mark.parametrize("name", sorted(CRITERIA))
@@ -84,7 +98,9 @@ def test_check_refuses_a_block_before_calibration() -> None:
     settings = PruneSection(block=20)
     CRITERIA["sparsegpt"].check(Pattern(2, 4), settings)
     CRITERIA["magnitude"].check(Pattern(4, 8), settings)
-    with pytest.raises(ConfigError, match=r"prune\.block = 20.*multiple of M, here 8.*prune\.block=16"):
+    with pytest.raises(
+        ConfigError, match=r"prune\.block = 20.*multiple of M, here 8.*prune\.block=16"
+    ):
         CRITERIA["sparsegpt"].check(Pattern(4, 8), settings)
 
 

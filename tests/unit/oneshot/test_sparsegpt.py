@@ -1,4 +1,6 @@
-"""SparseGPT against a textbook Optimal Brain Surgeon sweep in fp64: explicit inverse Hessian, Gaussian elimination, no Cholesky."""
+"""SparseGPT against a textbook Optimal Brain Surgeon sweep in fp64: explicit inverse Hessian,
+Gaussian elimination, no Cholesky.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ from megamask.sparsity.pattern import Pattern
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8)]
 DAMP = 0.01
-# fp32 work against fp64: rounding (6e-8) grows at worst by the condition number of the damped Hessians here (600), to 4e-5;
-# over 6 seeds and 3 patterns it was 3e-7 of the largest weight, so this leaves a factor of ten and more
+# fp32 work against fp64: rounding (6e-8) grows at worst by the condition number of the damped
+# Hessians here (600), to 4e-5; over 6 seeds and 3 patterns it was 3e-7 of the largest weight, so
+# this leaves a factor of ten and more
 WEIGHT_TOLERANCE = 5e-6
-# groups whose n-th and (n+1)-th score are nearer than this (relative) may be chosen differently in fp32, for the same reason
+# groups whose n-th and (n+1)-th score are nearer than this (relative) may be chosen differently in
+# fp32, for the same reason
 NEAR_TIE = 1e-5
 
 
@@ -38,7 +42,9 @@ def eliminate(inverse: torch.Tensor) -> torch.Tensor:
     return inverse[1:, 1:] - torch.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
 
 
-def reference(weight_OI: torch.Tensor, hessian_II: torch.Tensor, pattern: Pattern, sign: float = 1.0) -> Reference:
+def reference(
+    weight_OI: torch.Tensor, hessian_II: torch.Tensor, pattern: Pattern, sign: float = 1.0
+) -> Reference:
     """Column by column; ``sign=-1`` is the deliberate mistake of spreading errors the wrong way."""
     weight, hessian = weight_OI.double().clone(), hessian_II.double().clone()
     dead = hessian.diagonal() == 0
@@ -64,19 +70,27 @@ def reference(weight_OI: torch.Tensor, hessian_II: torch.Tensor, pattern: Patter
     return Reference(mask, weight * mask, torch.stack(margins, 1))
 
 
-def example(out: int = 24, inp: int = 64, tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, InputStats]:
+def example(
+    out: int = 24, inp: int = 64, tokens: int = 400, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, InputStats]:
     """A weight and correlated inputs of unequal scale, where order and updates matter."""
     generator = torch.Generator().manual_seed(seed)
     weight_OI = torch.randn(out, inp, generator=generator)
     mixing_II = torch.randn(inp, inp, generator=generator) / inp**0.5 + torch.eye(inp)
-    x_TI = torch.randn(tokens, inp, generator=generator) @ mixing_II * torch.logspace(-0.5, 0.5, inp)
+    x_TI = (
+        torch.randn(tokens, inp, generator=generator) @ mixing_II * torch.logspace(-0.5, 0.5, inp)
+    )
     stats = InputStats(inp, hessian=True)
     stats.add(x_TI)
     return weight_OI, x_TI, stats
 
 
-def disagreement(mask_OI: torch.Tensor, weight_OI: torch.Tensor, expected: Reference, m: int) -> str | None:
-    """What differs, or None. A row may part from the reference at a near tie; it is compared no further."""
+def disagreement(
+    mask_OI: torch.Tensor, weight_OI: torch.Tensor, expected: Reference, m: int
+) -> str | None:
+    """What differs, or None. A row may part from the reference at a near tie; it is compared no
+    further.
+    """
     differs_OG = (mask_OI != expected.mask_OI).unflatten(1, (-1, m)).any(-1)
     same_O = ~differs_OG.any(1)
     for row in (~same_O).nonzero().flatten().tolist():
@@ -85,7 +99,9 @@ def disagreement(mask_OI: torch.Tensor, weight_OI: torch.Tensor, expected: Refer
             return f"mask of row {row}, group {first}"
     if same_O.float().mean() < 0.9:
         return "more than a tenth of the rows rest on near ties"
-    worst = (weight_OI.double() - expected.weight_OI)[same_O].abs().max() / expected.weight_OI.abs().max()
+    worst = (weight_OI.double() - expected.weight_OI)[
+        same_O
+    ].abs().max() / expected.weight_OI.abs().max()
     return f"weights by {worst:.1e}" if worst > WEIGHT_TOLERANCE else None
 
 
@@ -96,7 +112,15 @@ def test_equals_optimal_brain_surgeon(pattern: Pattern, block: int) -> None:
     before_OI = weight_OI.clone()
     pruned = sparsegpt(weight_OI, stats, pattern, DAMP, block)
     assert pruned.weight_OI is not None and pruned.damp == DAMP
-    assert disagreement(pruned.mask_OI, pruned.weight_OI, reference(weight_OI, stats.hessian_II, pattern), pattern.m) is None
+    assert (
+        disagreement(
+            pruned.mask_OI,
+            pruned.weight_OI,
+            reference(weight_OI, stats.hessian_II, pattern),
+            pattern.m,
+        )
+        is None
+    )
     assert pattern.is_valid(pruned.mask_OI)
     assert torch.equal(weight_OI, before_OI)  # the caller's weight is untouched
 
@@ -124,9 +148,16 @@ def test_the_factor_is_of_the_inverse_and_upper() -> None:
     assert used == DAMP
     assert torch.equal(factor_II, factor_II.triu())
     # fp32 rounding times the condition number, as above
-    torch.testing.assert_close(factor_II.double().T @ factor_II.double(), inverse_II, rtol=1e-4, atol=1e-4 * inverse_II.max().item())
+    torch.testing.assert_close(
+        factor_II.double().T @ factor_II.double(),
+        inverse_II,
+        rtol=1e-4,
+        atol=1e-4 * inverse_II.max().item(),
+    )
     transposed_II = factor_II.double() @ factor_II.double().T
-    assert not torch.allclose(transposed_II, inverse_II, rtol=1e-2, atol=1e-2 * inverse_II.max().item())
+    assert not torch.allclose(
+        transposed_II, inverse_II, rtol=1e-2, atol=1e-2 * inverse_II.max().item()
+    )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -144,10 +175,13 @@ def test_update_lowers_the_output_error(pattern: Pattern) -> None:
     def error(sparse_OI: torch.Tensor) -> float:
         return float((x_TI @ (sparse_OI - weight_OI).T).square().mean())
 
-    # no rounding in play: with 16 directions and 16 or 32 kept inputs, most of the error can be made up for
+    # no rounding in play: with 16 directions and 16 or 32 kept inputs, most of the error can be
+    # made up for
     assert error(pruned.weight_OI) < 0.7 * error(weight_OI * pruned.mask_OI)
     assert error(pruned.weight_OI) < 0.7 * error(weight_OI * pattern.best(weight_OI.abs()))
-    upside_down_OI = 2 * weight_OI * pruned.mask_OI - pruned.weight_OI  # the same update with the wrong sign
+    upside_down_OI = (
+        2 * weight_OI * pruned.mask_OI - pruned.weight_OI
+    )  # the same update with the wrong sign
     assert error(upside_down_OI) > error(weight_OI * pruned.mask_OI)
 
 
@@ -162,7 +196,9 @@ def test_without_update_the_mask_is_the_same() -> None:
 def test_rows_are_independent() -> None:
     weight_OI, _, stats = example()
     whole = sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP)
-    parts = [sparsegpt(part, stats, Pattern(2, 4), DAMP) for part in (weight_OI[:23], weight_OI[23:])]  # the last has one row
+    parts = [
+        sparsegpt(part, stats, Pattern(2, 4), DAMP) for part in (weight_OI[:23], weight_OI[23:])
+    ]  # the last has one row
     assert torch.equal(torch.cat([part.mask_OI for part in parts]), whole.mask_OI)
     joined_OI = torch.cat([part.weight_OI for part in parts if part.weight_OI is not None])
     # the matmuls of another shape may sum in another order: fp32 rounding
@@ -173,7 +209,10 @@ def test_scale_of_the_statistics_does_not_matter() -> None:
     weight_OI, x_TI, stats = example()
     doubled = InputStats(64, hessian=True)
     doubled.add(x_TI * 2)  # the Hessian times 4, exactly
-    expected, found = sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP), sparsegpt(weight_OI, doubled, Pattern(2, 4), DAMP)
+    expected, found = (
+        sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP),
+        sparsegpt(weight_OI, doubled, Pattern(2, 4), DAMP),
+    )
     assert expected.weight_OI is not None and found.weight_OI is not None
     assert torch.equal(expected.mask_OI, found.mask_OI)
     # a factor of two is exact in floating point, so only the order of sums may differ
@@ -191,11 +230,18 @@ def test_dead_columns_go_first() -> None:
     assert pruned.weight_OI is not None
     expected = reference(weight_OI, stats.hessian_II, pattern)
     # group 0 has three dead columns, so one is kept, a tie in the reference: compare the others
-    assert torch.equal(pruned.mask_OI[:, :4], torch.tensor([True, False, False, True]).expand(24, 4))
+    assert torch.equal(
+        pruned.mask_OI[:, :4], torch.tensor([True, False, False, True]).expand(24, 4)
+    )
     assert torch.equal(pruned.mask_OI[:, 4:], expected.mask_OI[:, 4:])
     assert not pruned.mask_OI[:, [9, 40, 41]].any()
     assert not pruned.weight_OI[:, dead].any()
-    torch.testing.assert_close(pruned.weight_OI.double(), expected.weight_OI, rtol=0, atol=WEIGHT_TOLERANCE * weight_OI.abs().max().item())
+    torch.testing.assert_close(
+        pruned.weight_OI.double(),
+        expected.weight_OI,
+        rtol=0,
+        atol=WEIGHT_TOLERANCE * weight_OI.abs().max().item(),
+    )
 
 
 def test_inputs_that_are_all_zero() -> None:
@@ -219,7 +265,9 @@ def test_fewer_tokens_than_columns_raise_the_damping() -> None:
     pruned = sparsegpt(weight_OI, stats, Pattern(2, 4), damp=1e-12)
     assert pruned.damp is not None and pruned.damp > 1e-12
     assert pruned.weight_OI is not None and pruned.weight_OI.isfinite().all()
-    assert sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP).damp == DAMP  # the usual damping is enough as it is
+    assert (
+        sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP).damp == DAMP
+    )  # the usual damping is enough as it is
 
 
 def test_refuses_what_damping_cannot_fix() -> None:
@@ -227,7 +275,9 @@ def test_refuses_what_damping_cannot_fix() -> None:
     assert stats.sum_outer_II is not None
     stats.sum_outer_II -= 1e9  # no sum of squares
     stats.sum_outer_II.diagonal().add_(1e9)
-    with pytest.raises(ConfigError, match=r"prune\.damp = 0\.01.*positive definite.*calibration\.samples"):
+    with pytest.raises(
+        ConfigError, match=r"prune\.damp = 0\.01.*positive definite.*calibration\.samples"
+    ):
         sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP)
     with pytest.raises(ConfigError, match=r"prune\.block = 6.*multiple of M, here 4"):
         sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP, block=6)

@@ -20,7 +20,9 @@ from megamask.parallel.cpu import emulates_bf16
         ({"architecture": "unknown"}, False),
     ],
 )
-def test_emulated_bf16_is_known(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], expected: bool) -> None:
+def test_emulated_bf16_is_known(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], expected: bool
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert emulates_bf16() is expected
 

@@ -1,4 +1,6 @@
-"""Layouts that cannot work are refused before anything starts; what runs on a CPU leaves no trace."""
+"""Layouts that cannot work are refused before anything starts; what runs on a CPU leaves no
+trace.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,10 @@ from megamask.parallel.partition import largest_share, owners
 
 def loads(sizes: list[int], replicas: int) -> list[int]:
     found = owners(sizes, replicas)
-    return [sum(size for size, owner in zip(sizes, found, strict=True) if owner == replica) for replica in range(replicas)]
+    return [
+        sum(size for size, owner in zip(sizes, found, strict=True) if owner == replica)
+        for replica in range(replicas)
+    ]
 
 
 def test_the_largest_first() -> None:
@@ -23,10 +26,15 @@ def test_the_largest_first() -> None:
 @pytest.mark.parametrize("replicas", [2, 3, 8, 16, 100])
 def test_nobody_is_far_above_the_mean(replicas: int) -> None:
     sizes = [3, 1, 5, 2] * 32  # in the proportions of a layer's linears
-    assert max(loads(sizes, replicas)) <= sum(sizes) / replicas + max(sizes)  # of any list, largest first
+    assert max(loads(sizes, replicas)) <= sum(sizes) / replicas + max(
+        sizes
+    )  # of any list, largest first
     assert min(loads(sizes, replicas)) > 0
 
 
 def test_a_replica_without_a_layer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="learn.optimizer.distributed = True: false on more replicas than masked layers, here 4 and 3"):
+    with pytest.raises(
+        ConfigError,
+        match="learn.optimizer.distributed = True: false on more replicas than masked layers, here 4 and 3",
+    ):
         owners([1, 1, 1], 4)

@@ -19,14 +19,23 @@ def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
     config: Config = load_config(None, ["learn.distribution=categorical", *overrides])
     learn = config.learn
     settings = (Pattern.parse(config.pattern), learn.state, learn.optimizer, learn.sampling)
-    return state_bytes(*settings, accumulations, config.dtype, distribution=learn.distribution, learner=learn.learner)
+    return state_bytes(
+        *settings,
+        accumulations,
+        config.dtype,
+        distribution=learn.distribution,
+        learner=learn.learner,
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ([], 2 + 6 + 6 + 12 + 0.5 + 2),
-        (["learn.state.masked_weight=regenerate", "learn.state.movement=false"], 26.0),  # AdamW in fp32
+        (
+            ["learn.state.masked_weight=regenerate", "learn.state.movement=false"],
+            26.0,
+        ),  # AdamW in fp32
         (["learn.footprint=lean"], 2 + 3 + 3 + 6 + 0.5),
         (["learn.footprint=leanest"], 2 + 3 + 3 + 1.5 * (1 + 1 / 48)),
         (["dtype=fp32"], 4 + 6 + 6 + 12 + 0.5 + 4),
@@ -34,7 +43,10 @@ def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
         (["pattern=4:8"], 2 + 8.75 * 16 + 0.25 + 2),  # 70 candidates of 8 weights
         (["learn.distribution=linear"], 2 + 16 + 0.5 + 2),  # one logit a weight
         (["learn.distribution=linear", "pattern=8:16"], 2 + 16 + 0.25 + 2),  # winners of 16 bits
-        ([*MASKPRO], 2 + 4 + 3 * 0.25),  # no gradients, no moments, nothing kept; m_0 beside two winners
+        (
+            [*MASKPRO],
+            2 + 4 + 3 * 0.25,
+        ),  # no gradients, no moments, nothing kept; m_0 beside two winners
         ([*MASKPRO, "learn.state.movement=false", "pattern=8:16"], 2 + 4 + 2 / 16),
         (["learn.distribution=linear", "learn.footprint=leanest"], 2 + 2 + 2 + 1 * (1 + 1 / 32)),
     ],
@@ -59,8 +71,13 @@ def test_one_draw_a_step_keeps_masked_weights_and_their_gradients() -> None:
     assert parts("learn.state.masked_weight=regenerate")[KEPT] == 0 == parts()[STEP_GRADIENTS]
 
 
-@pytest.mark.parametrize(("kind", "bytes_each"), [("adamw", 8), ("adamw8bit", 2 + 8 / 256), ("lion", 2), ("lion8bit", 1 + 1 / 48)])
+@pytest.mark.parametrize(
+    ("kind", "bytes_each"),
+    [("adamw", 8), ("adamw8bit", 2 + 8 / 256), ("lion", 2), ("lion8bit", 1 + 1 / 48)],
+)
 def test_moments(kind: str, bytes_each: float) -> None:
     assert parts(f"learn.optimizer.kind={kind}")[MOMENTS] == pytest.approx(1.5 * bytes_each)
     in_bf16 = 4 if kind == "adamw" else bytes_each
-    assert parts(f"learn.optimizer.kind={kind}", "learn.state.logits=bf16")[MOMENTS] == pytest.approx(1.5 * in_bf16)
+    assert parts(f"learn.optimizer.kind={kind}", "learn.state.logits=bf16")[
+        MOMENTS
+    ] == pytest.approx(1.5 * in_bf16)

@@ -1,4 +1,6 @@
-"""The planner's arithmetic, against sums done by hand for LLaMA-2-7B: 32 layers, H = 4096, F = 11008, 32 heads of 128, 32,000 words."""
+"""The planner's arithmetic, against sums done by hand for LLaMA-2-7B: 32 layers, H = 4096, F =
+11008, 32 heads of 128, 32,000 words.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from megamask.plan import bytes as state
 from megamask.plan.bytes import MOMENTS
 from megamask.plan.fit import advice, check_fits, check_free, footprint_applies, remedies
 from megamask.plan.hardware import GIB, GPUS
-from megamask.plan.memory import ACTIVATIONS, ALLOWANCE, LOSS, ONE_LAYER, OTHER_WEIGHTS, layer_activations, memory_of
+from megamask.plan.memory import (
+    ACTIVATIONS,
+    ALLOWANCE,
+    LOSS,
+    ONE_LAYER,
+    OTHER_WEIGHTS,
+    layer_activations,
+    memory_of,
+)
 from megamask.plan.time import (
     ATTENTION,
     DP_LINKS,
@@ -50,12 +60,24 @@ def plan(*settings: str, model: str = "llama2-7b", dp: int = 1) -> Workload:
     ],
 )
 def test_prunable_weights(model: str, billions: float) -> None:
-    """The published sizes without embedding, head (twice the vocabulary but for SmolLM2) and norms."""
-    assert plan("parallel.tp=1", model=model).all_masked_weights == pytest.approx(billions * 1e9, rel=5e-4)
+    """The published sizes without embedding, head (twice the vocabulary but for SmolLM2) and
+    norms.
+    """
+    assert plan("parallel.tp=1", model=model).all_masked_weights == pytest.approx(
+        billions * 1e9, rel=5e-4
+    )
 
 
 def test_every_shape_is_read() -> None:
-    assert {"llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "llama3-70b", "smollm2-135m", "toy"} == set(SHAPES)
+    assert {
+        "llama2-7b",
+        "llama2-13b",
+        "llama2-70b",
+        "llama3-8b",
+        "llama3-70b",
+        "smollm2-135m",
+        "toy",
+    } == set(SHAPES)
     with pytest.raises(ConfigError, match="llama2-7b"):
         read_shape("llama9")
 
@@ -63,18 +85,25 @@ def test_every_shape_is_read() -> None:
 def test_flops_of_a_token() -> None:
     flops = flops_per_token(plan())
     assert flops[MATMULS] == 6 * 6_476_005_376
-    assert flops[HEAD] == 4 * 32000 * 4096  # forward and gradient at the hidden states: the head is frozen
+    assert (
+        flops[HEAD] == 4 * 32000 * 4096
+    )  # forward and gradient at the hidden states: the head is frozen
     assert flops[ATTENTION] == 6 * 32 * 4096 * 4096
     assert sum(flops.values()) == pytest.approx(42.6e9, rel=1e-3)
 
 
 def test_a_linear_kept_dense_has_no_weight_gradient() -> None:
     layer = WEIGHTS_7B / 32
-    assert flops_per_token(plan("model.exclude=[model.layers.31.*]"))[MATMULS] == 31 * 6 * layer + 4 * layer
+    assert (
+        flops_per_token(plan("model.exclude=[model.layers.31.*]"))[MATMULS]
+        == 31 * 6 * layer + 4 * layer
+    )
 
 
 def test_the_paper_s_run() -> None:
-    """2,000 steps x 256 x 4,096 tokens took 1,280 A100 hours: 6 % of the peak. Every A100 plan of the same run is several times shorter."""
+    """2,000 steps x 256 x 4,096 tokens took 1,280 A100 hours: 6 % of the peak. Every A100 plan of
+    the same run is several times shorter.
+    """
     work = plan("parallel.tp=8", dp=8)
     assert work.config.learn.steps * work.tokens_a_step == 2_097_152_000
     floor = 2_097_152_000 * sum(flops_per_token(work).values()) / 312e12 / 3600
@@ -95,20 +124,35 @@ def test_seconds_by_hand() -> None:
     )  # logits, W, dW, gradients both ways
     assert parts[OPTIMIZER] == pytest.approx(local * (2 * 6 + 2 * 12 + 3 * 6) / rate)
     hidden = 4096 * 4096 * 2
-    assert parts[TP_LINKS] == pytest.approx(micro_batches * (4 * 32 + 1) * hidden * 2 * 7 / 8 / (450e9 * 0.75))
-    assert parts[DP_LINKS] == pytest.approx(local * 6 * 2 * 7 / 8 / (50e9 * 0.75))  # 64 GPUs: between nodes
+    assert parts[TP_LINKS] == pytest.approx(
+        micro_batches * (4 * 32 + 1) * hidden * 2 * 7 / 8 / (450e9 * 0.75)
+    )
+    assert parts[DP_LINKS] == pytest.approx(
+        local * 6 * 2 * 7 / 8 / (50e9 * 0.75)
+    )  # 64 GPUs: between nodes
 
 
 def test_one_draw_a_step_takes_the_sampling_out_of_the_micro_batches() -> None:
-    often, once = time_of(plan(), GPUS["h200"]), time_of(plan("learn.sampling.draws=step"), GPUS["h200"])
-    assert once.parts[SAMPLING_BACKWARD] < often.parts[SAMPLING_BACKWARD] / 2 and once.seconds < often.seconds
+    often, once = (
+        time_of(plan(), GPUS["h200"]),
+        time_of(plan("learn.sampling.draws=step"), GPUS["h200"]),
+    )
+    assert (
+        once.parts[SAMPLING_BACKWARD] < often.parts[SAMPLING_BACKWARD] / 2
+        and once.seconds < often.seconds
+    )
 
 
 def test_plain_pytorch_samples_slower_and_in_more_memory() -> None:
     fused, eager = plan("learn.sampling.backend=triton"), plan("learn.sampling.backend=torch")
-    assert time_of(eager, GPUS["h100"]).parts[SAMPLING_BACKWARD] == 5 * time_of(fused, GPUS["h100"]).parts[SAMPLING_BACKWARD]
+    assert (
+        time_of(eager, GPUS["h100"]).parts[SAMPLING_BACKWARD]
+        == 5 * time_of(fused, GPUS["h100"]).parts[SAMPLING_BACKWARD]
+    )
     more = memory_of(eager, GPUS["h100"]).total - memory_of(fused, GPUS["h100"]).total
-    assert more == pytest.approx(32 * 1.5 * 2 * 4096 * 11008, rel=0.1)  # of the largest linear, gate and up together
+    assert more == pytest.approx(
+        32 * 1.5 * 2 * 4096 * 11008, rel=0.1
+    )  # of the largest linear, gate and up together
 
 
 def test_a_gpu_that_is_faster_than_its_host_waits() -> None:
@@ -117,41 +161,58 @@ def test_a_gpu_that_is_faster_than_its_host_waits() -> None:
 
 
 def test_activations_by_hand() -> None:
-    """Per token, H = Q = K: two norms in fp32, and bf16 of H + Q + H + F linear inputs, 3 H fused q/k/v, 2 H rotated, 4 F of the gate."""
+    """Per token, H = Q = K: two norms in fp32, and bf16 of H + Q + H + F linear inputs, 3 H fused
+    q/k/v, 2 H rotated, 4 F of the gate.
+    """
     numbers = 2 * 4096 + 4096 + 11008 + 3 * 4096 + 2 * 4096 + 4 * 11008
     rotary = 4 * 4096 * 128 * 2
     assert layer_activations(plan()) == 4096 * (2 * numbers + 8 * 4096 + 4 * 32) + rotary
     shared = layer_activations(plan("parallel.tp=8", "parallel.sequence_parallel=true")) - rotary
-    assert shared == pytest.approx((layer_activations(plan()) - rotary) / 8)  # nothing is held twice
+    assert shared == pytest.approx(
+        (layer_activations(plan()) - rotary) / 8
+    )  # nothing is held twice
 
 
 def test_memory_by_hand() -> None:
     memory = memory_of(plan("parallel.tp=8", dp=8), GPUS["a100"])
     local = WEIGHTS_7B / 8
     assert memory.state[state.WEIGHTS] == 2 * local and memory.state[state.LOGITS] == 6 * local
-    assert memory.state[state.MOMENTS] == 12 * local and memory.state[state.WINNERS] == local / 2
+    assert memory.state[state.MOMENTS] == 12 * local and memory.state[state.HARD_CODES] == local / 2
     assert memory.state[OTHER_WEIGHTS] == 2 * (2 * 32000 * 4096 / 8 + 65 * 4096)
     assert memory.step[state.KEPT] == 2 * local
     assert memory.total == sum(memory.parts.values()) and memory.parts[ALLOWANCE] > 1.5 * GIB
 
 
 def test_recomputation_holds_one_layer() -> None:
-    plain, thrifty = memory_of(plan(), GPUS["h200"]), memory_of(plan("parallel.recompute=true"), GPUS["h200"])
+    plain, thrifty = (
+        memory_of(plan(), GPUS["h200"]),
+        memory_of(plan("parallel.recompute=true"), GPUS["h200"]),
+    )
     assert thrifty.step[ACTIVATIONS] < plain.step[ACTIVATIONS] / 8
     assert thrifty.step[state.KEPT] == 0 < plain.step[state.KEPT]
 
 
 def test_recomputation_of_the_mlp_by_hand() -> None:
-    """All layers keep what they keep but 5 F a token, and their four attention matrices; one MLP is there at the busiest moment."""
+    """All layers keep what they keep but 5 F a token, and their four attention matrices; one MLP is
+    there at the busiest moment.
+    """
     work, gpu = plan("parallel.recompute=mlp"), GPUS["h100"]
     wide, mlp = 4096 * 2 * 5 * 11008, 3 * 4096 * 11008
     memory = memory_of(work, gpu)
     assert memory.step[ACTIVATIONS] == 32 * (layer_activations(work) - wide) + wide
-    assert memory.step[state.KEPT] == pytest.approx(2 * 32 * 4 * 4096 * 4096) and memory.step[ONE_LAYER] == 2 * mlp
+    assert (
+        memory.step[state.KEPT] == pytest.approx(2 * 32 * 4 * 4096 * 4096)
+        and memory.step[ONE_LAYER] == 2 * mlp
+    )
     assert 0.45 < memory.step[ACTIVATIONS] / memory_of(plan(), gpu).step[ACTIVATIONS] < 0.55
-    plain, some, whole = (time_of(plan(*more), gpu).parts for more in ([], ["parallel.recompute=mlp"], ["parallel.recompute=true"]))
+    plain, some, whole = (
+        time_of(plan(*more), gpu).parts
+        for more in ([], ["parallel.recompute=mlp"], ["parallel.recompute=true"])
+    )
     rate = 3.35e12 * 0.8
-    assert some[RECOMPUTE] == pytest.approx(256 * 32 * 4096 * (2 * mlp / (989e12 * 0.55) + 14 * 11008 / rate))
+    assert some[RECOMPUTE] == pytest.approx(
+        256 * 32 * 4096 * (2 * mlp / (989e12 * 0.55) + 14 * 11008 / rate)
+    )
     assert 0.45 < some[RECOMPUTE] / whole[RECOMPUTE] < 0.55
     share = mlp / (mlp + 4 * 4096 * 4096)
     assert some[SAMPLING_FORWARD] == pytest.approx(plain[SAMPLING_FORWARD] * (1 + share))
@@ -160,8 +221,13 @@ def test_recomputation_of_the_mlp_by_hand() -> None:
 
 def test_recomputation_repeats_all_reduces() -> None:
     policies = ("false", "mlp", "true")
-    once, some, whole = (time_of(plan("parallel.tp=8", f"parallel.recompute={one}"), GPUS["h100"]).parts[TP_LINKS] for one in policies)
-    assert some / once == pytest.approx((5 * 32 + 1) / (4 * 32 + 1)) and whole / once == pytest.approx((6 * 32 + 1) / (4 * 32 + 1))
+    once, some, whole = (
+        time_of(plan("parallel.tp=8", f"parallel.recompute={one}"), GPUS["h100"]).parts[TP_LINKS]
+        for one in policies
+    )
+    assert some / once == pytest.approx(
+        (5 * 32 + 1) / (4 * 32 + 1)
+    ) and whole / once == pytest.approx((6 * 32 + 1) / (4 * 32 + 1))
 
 
 def test_a_recomputed_linear_without_a_mask_is_not_drawn_again() -> None:
@@ -176,22 +242,31 @@ def test_the_vocabulary_loss_never_holds_all_logits() -> None:
 
 
 def test_what_fits_is_not_refused() -> None:
-    check_fits(load_config(None, [*PAPER, "parallel.tp=8"]), read_shape("llama2-7b"), GPUS["a100"], dp=8)
+    check_fits(
+        load_config(None, [*PAPER, "parallel.tp=8"]), read_shape("llama2-7b"), GPUS["a100"], dp=8
+    )
 
 
 def test_what_does_not_fit_is_refused_with_what_does() -> None:
     config = load_config(None, [*PAPER, "parallel.tp=1"])
-    with pytest.raises(ConfigError, match=r"memory of a rank = '\d+\.\d GiB': more than the 79.2 GiB of H100 80GB") as refused:
+    with pytest.raises(
+        ConfigError, match=r"memory of a rank = '\d+\.\d GiB': more than the 79.2 GiB of H100 80GB"
+    ) as refused:
         check_fits(config, read_shape("llama2-7b"), GPUS["h100"])
     assert "parallel.recompute=mlp learn.footprint=leanest (" in str(refused.value)
-    named = Workload(load_config(None, [*PAPER, "parallel.recompute=mlp", "learn.footprint=leanest"]), read_shape("llama2-7b"))
+    named = Workload(
+        load_config(None, [*PAPER, "parallel.recompute=mlp", "learn.footprint=leanest"]),
+        read_shape("llama2-7b"),
+    )
     assert memory_of(named, GPUS["h100"]).total <= GPUS["h100"].capacity
 
 
 def test_a_device_that_is_half_full_is_refused_before_loading() -> None:
     config, arch = load_config(None, [*PAPER, "parallel.tp=8"]), read_shape("llama2-7b")
     check_free(config, arch, 8, 40 * GIB, "NVIDIA X")
-    with pytest.raises(ConfigError, match="of NVIDIA X .free now.*learn.optimizer.distributed=true [(]"):
+    with pytest.raises(
+        ConfigError, match="of NVIDIA X .free now.*learn.optimizer.distributed=true [(]"
+    ):
         check_free(config, arch, 8, 29 * GIB, "NVIDIA X")
 
 
@@ -201,10 +276,19 @@ def test_a_distributed_optimizer_divides_moments_and_their_update() -> None:
     parts = plan("parallel.tp=8", "learn.optimizer.distributed=true", dp=8)
     assert one.updated_share == 1 and parts.updated_share == pytest.approx(1 / 8, rel=0.01)
     assert parts.state[MOMENTS] == one.state[MOMENTS] * parts.updated_share
-    assert time_of(parts, gpu).parts[OPTIMIZER] < 0.3 * time_of(one, gpu).parts[OPTIMIZER]  # all gradients are cleared on each replica
-    assert time_of(parts, gpu).parts[DP_LINKS] == pytest.approx(time_of(one, gpu).parts[DP_LINKS])  # fp32 logits and gradients
-    assert memory_of(parts, gpu).total < memory_of(one, gpu).total - 7 / 8 * 12 * one.masked_weights + 2**20
-    with pytest.raises(ConfigError, match="learn.optimizer.distributed = True: .* here 256 and 128"):
+    assert (
+        time_of(parts, gpu).parts[OPTIMIZER] < 0.3 * time_of(one, gpu).parts[OPTIMIZER]
+    )  # all gradients are cleared on each replica
+    assert time_of(parts, gpu).parts[DP_LINKS] == pytest.approx(
+        time_of(one, gpu).parts[DP_LINKS]
+    )  # fp32 logits and gradients
+    assert (
+        memory_of(parts, gpu).total
+        < memory_of(one, gpu).total - 7 / 8 * 12 * one.masked_weights + 2**20
+    )
+    with pytest.raises(
+        ConfigError, match="learn.optimizer.distributed = True: .* here 256 and 128"
+    ):
         plan("learn.optimizer.distributed=true", dp=256)
 
 
@@ -219,7 +303,9 @@ def test_less_memory_asks_for_more() -> None:
     assert "parallel.recompute=mlp (" in fix(190) and "parallel.recompute=true (" in fix(175)
     assert "parallel.tp=2" in fix(39) and "leanest" in fix(39)
     assert "plan.gpu=a100 " in fix(5)
-    assert "Nothing in reach" in advice(plan("pattern=4:8", model="llama3-70b"), GPUS["h200"])  # 8.75 logits a weight
+    assert "Nothing in reach" in advice(
+        plan("pattern=4:8", model="llama3-70b"), GPUS["h200"]
+    )  # 8.75 logits a weight
 
 
 def test_remedies_only_name_what_can_work() -> None:
@@ -253,7 +339,9 @@ def test_what_no_memory_mends(settings: list[str], says: str) -> None:
 
 
 def test_a_teacher_costs_a_forward_pass_and_its_hidden_states() -> None:
-    """2 FLOPs a weight and token, and what is not matmuls; 4096 x 4096 numbers of 2 bytes, and a chunk of 2048 tokens' logits."""
+    """2 FLOPs a weight and token, and what is not matmuls; 4096 x 4096 numbers of 2 bytes, and a
+    chunk of 2048 tokens' logits.
+    """
     text, both = plan("parallel.tp=1"), plan("parallel.tp=1", "learn.loss.kind=mix")
     gpu = GPUS["h100"]
     before, after = time_of(text, gpu).parts, time_of(both, gpu).parts

@@ -27,14 +27,27 @@ def test_density_and_difference_by_layer_and_kind(tmp_path: Path) -> None:
     save_masks(tmp_path / "b.safetensors", prior, pattern, fingerprint="f", method="sparsegpt")
     table = read_layers(*(load_masks(tmp_path / f"{name}.safetensors") for name in "ab"))
 
-    rows = zip(learned["model.layers.2.mlp.down_proj"].tolist(), prior["model.layers.2.mlp.down_proj"].tolist(), strict=True)
+    rows = zip(
+        learned["model.layers.2.mlp.down_proj"].tolist(),
+        prior["model.layers.2.mlp.down_proj"].tolist(),
+        strict=True,
+    )
     differ = [row[i : i + 4] != other[i : i + 4] for row, other in rows for i in range(0, 24, 4)]
     assert table.kinds == ["q_proj", "down_proj"] and table.layers == 3
-    assert table.density_L == [0.5, (64 + 96) / 256, 0.5]  # in layer 1 the 64 weights of q_proj are all kept
+    assert table.density_L == [
+        0.5,
+        (64 + 96) / 256,
+        0.5,
+    ]  # in layer 1 the 64 weights of q_proj are all kept
     assert table.difference_KL is not None
-    assert table.difference_KL[0][0] == table.difference_KL[0][2] == 0 and math.isnan(table.difference_KL[0][1])
+    assert table.difference_KL[0][0] == table.difference_KL[0][2] == 0 and math.isnan(
+        table.difference_KL[0][1]
+    )
     # a float32 mean against a Python one
-    assert table.difference_KL[1] == [0, 0, pytest.approx(sum(differ) / len(differ), rel=1e-6)] and sum(differ) > 0
+    assert (
+        table.difference_KL[1] == [0, 0, pytest.approx(sum(differ) / len(differ), rel=1e-6)]
+        and sum(differ) > 0
+    )
     assert read_layers(load_masks(tmp_path / "a.safetensors"), None).difference_KL is None
 
 

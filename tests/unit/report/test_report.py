@@ -1,4 +1,6 @@
-"""Reports of small real run directories: real mask files, real metrics, pictures that are read back."""
+"""Reports of small real run directories: real mask files, real metrics, pictures that are read
+back.
+"""
 
 import json
 import re
@@ -16,8 +18,8 @@ from megamask.masks.file import save_masks
 from megamask.report.html import findings
 from megamask.report.pictures import loss_picture
 from megamask.report.reading import mask_provenance, read_metrics
-from megamask.report.run import run
 from megamask.sparsity.pattern import Pattern
+from megamask.verbs.report import run
 
 RESULTS: dict[str, Any] = {
     "perplexity": {
@@ -39,9 +41,26 @@ def config_of(folder: Path) -> Config:
 def write_metrics(folder: Path, steps: int) -> None:
     lines = []
     for step in range(1, steps + 1):
-        lines.append({"kind": "train", "step": step, "tokens": step * 64, "seconds": step, "lm_loss": 4.0 - step / steps, "max_prob": 0.5})
+        lines.append(
+            {
+                "kind": "train",
+                "step": step,
+                "tokens": step * 64,
+                "seconds": step,
+                "lm_loss": 4.0 - step / steps,
+                "max_prob": 0.5,
+            }
+        )
         if step % 2 == 0:
-            lines.append({"kind": "evaluation", "step": step, "tokens": step * 64, "seconds": step, "perplexity": {"english": 90.0 / step}})
+            lines.append(
+                {
+                    "kind": "evaluation",
+                    "step": step,
+                    "tokens": step * 64,
+                    "seconds": step,
+                    "perplexity": {"english": 90.0 / step},
+                }
+            )
     (folder / "learn").mkdir(parents=True)
     (folder / "learn/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -57,7 +76,12 @@ def write_masks(folder: Path) -> None:
     del learned[names[0]]
     for method, masks in (("sparsegpt", prior), ("learned", learned)):
         save_masks(
-            folder / f"masks/{method}.safetensors", masks, pattern, fingerprint="abc", method=method, data={"samples": {"english": 3}}
+            folder / f"masks/{method}.safetensors",
+            masks,
+            pattern,
+            fingerprint="abc",
+            method=method,
+            data={"samples": {"english": 3}},
         )
 
 
@@ -71,7 +95,11 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.links += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "data", "action")
+        ]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -87,13 +115,30 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     (tmp_path / "learn/versions.json").write_text('{"torch": "9.9"}')
     run(config_of(tmp_path))
-    pictures = {path.stem: matplotlib.image.imread(path) for path in (tmp_path / "pictures").iterdir()}
+    pictures = {
+        path.stem: matplotlib.image.imread(path) for path in (tmp_path / "pictures").iterdir()
+    }
     assert set(pictures) == PICTURES
-    assert all(picture.shape[0] > 200 and picture.std() > 0.01 for picture in pictures.values())  # something is drawn
+    assert all(
+        picture.shape[0] > 200 and picture.std() > 0.01 for picture in pictures.values()
+    )  # something is drawn
     page = page_of(tmp_path)
-    assert len(page.links) == len(PICTURES) and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert len(page.links) == len(PICTURES) and all(
+        link.startswith("data:image/png;base64,") for link in page.links
+    )
     assert "http" not in re.sub(r'"data:[^"]*"', "", (tmp_path / "report.html").read_text())
-    for text in ("113.00", "1.12", "window 512", "convert 9", "620 s", "seed = 1234", "torch", "9.9", "kappa", "data.samples.english"):
+    for text in (
+        "113.00",
+        "1.12",
+        "window 512",
+        "convert 9",
+        "620 s",
+        "seed = 1234",
+        "torch",
+        "9.9",
+        "kappa",
+        "data.samples.english",
+    ):
         assert text in page.text, text
     assert "not there yet" not in page.text
     printed = capsys.readouterr().out
@@ -107,7 +152,9 @@ def test_missing_parts_are_said(tmp_path: Path, part: str) -> None:
     elif part == "masks":
         write_masks(tmp_path)
     else:
-        (tmp_path / "results.json").write_text(json.dumps({"perplexity": {"wanda": {"english": 3.0}}}))
+        (tmp_path / "results.json").write_text(
+            json.dumps({"perplexity": {"wanda": {"english": 3.0}}})
+        )
     run(config_of(tmp_path))
     expected = {"metrics": {"loss", "mask"}, "masks": {"layers"}, "results": {"methods"}}[part]
     assert {path.stem for path in (tmp_path / "pictures").iterdir()} == expected
@@ -127,22 +174,36 @@ def test_broken_results_name_the_file(tmp_path: Path) -> None:
 
 
 def test_what_the_run_says_cannot_become_markup(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps({"perplexity": {"<script>x</script>": {"<b>": 3.0}}}))
+    (tmp_path / "results.json").write_text(
+        json.dumps({"perplexity": {"<script>x</script>": {"<b>": 3.0}}})
+    )
     run(config_of(tmp_path))
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text and "<b>" not in text and "&lt;script&gt;" in text
 
 
 def test_metrics_of_a_killed_and_resumed_run_come_once(tmp_path: Path) -> None:
-    lines = ['{"kind": "train", "step": 2, "x": 1}', '{"kind": "train", "step": 1}', '{"kind": "train", "step": 2, "x": 2}', '{"kind": "tr']
+    lines = [
+        '{"kind": "train", "step": 2, "x": 1}',
+        '{"kind": "train", "step": 1}',
+        '{"kind": "train", "step": 2, "x": 2}',
+        '{"kind": "tr',
+    ]
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
-    assert read_metrics(tmp_path / "m.jsonl") == [{"kind": "train", "step": 1}, {"kind": "train", "step": 2, "x": 2}]
+    assert read_metrics(tmp_path / "m.jsonl") == [
+        {"kind": "train", "step": 1},
+        {"kind": "train", "step": 2, "x": 2},
+    ]
 
 
 def test_mask_provenance_is_flat(tmp_path: Path) -> None:
     write_masks(tmp_path)
     found = mask_provenance(tmp_path / "masks/learned.safetensors")
-    assert found["method"] == "learned" and found["pattern"] == "2:4" and found["data.samples.english"] == "3"
+    assert (
+        found["method"] == "learned"
+        and found["pattern"] == "2:4"
+        and found["data.samples.english"] == "3"
+    )
     assert found["linears"] == "3" and found["weights"] == "96"
     (tmp_path / "masks/learned.safetensors").write_bytes(b"torn")
     with pytest.raises(ArtifactError, match="not a mask file"):
@@ -161,6 +222,8 @@ def test_findings_compare_with_dense_and_the_best_oneshot_mask() -> None:
 
 @pytest.mark.parametrize("kd", [False, True])
 def test_distillation_has_a_panel_of_its_own_where_it_took_part(kd: bool) -> None:
-    train = [{"tokens": step, "lm_loss": 3.0, **({"kd_loss": 0.7} if kd else {})} for step in range(3)]
+    train = [
+        {"tokens": step, "lm_loss": 3.0, **({"kd_loss": 0.7} if kd else {})} for step in range(3)
+    ]
     titles = [axes.get_title(loc="left") for axes in loss_picture(train).axes]
     assert len(titles) == 3 + kd and any("Distillation" in title for title in titles) == kd

@@ -1,4 +1,5 @@
-"""The fused CPU kernels against the PyTorch backend, in both weight dtypes, and independent of threads and of the place in memory.
+"""The fused CPU kernels against the PyTorch backend, in both weight dtypes, and independent of
+threads and of the place in memory.
 
 Shapes: O out_features, I in_features, G groups per row, C candidates.
 """
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from megamask.errors import ConfigError
-from megamask.sparsity import categorical, fused_cpu
 from megamask.sparsity.backends import backend_by_name, choose_backend
-from megamask.sparsity.draw import Draw, Placement, Site
+from megamask.sparsity.categorical import gumbel_softmax
+from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.kernels import numba_host
+from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sample_mask
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.philox import NoiseKey
+from megamask.sparsity.shard import Placement
 
 ROWS, GROUPS = 12, 37  # GROUPS is no multiple of a vector's lanes
 KEY = NoiseKey(seed=2**32 - 1, step=2**31, micro_batch=5, parameter=2**32 - 7)
@@ -31,7 +34,9 @@ PATTERNS = [(2, 4), (1, 4), (4, 8)]
 EPS = 2.0**-24  # fp32 rounds to 24 bits
 
 
-def problem(n: int, m: int, dtype: torch.dtype) -> tuple[Site, torch.Tensor, torch.Tensor, torch.Tensor]:
+def problem(
+    n: int, m: int, dtype: torch.dtype
+) -> tuple[Site, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Site of a gated shard, logits (O, C, G), weight and gradient (O, I)."""
     site = Site(Pattern(n, m), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2))
     generator = torch.Generator().manual_seed(n * 10 + m)
@@ -43,8 +48,9 @@ def problem(n: int, m: int, dtype: torch.dtype) -> tuple[Site, torch.Tensor, tor
 def index_error(logits: torch.Tensor, draw: Draw) -> float:
     """Largest difference to expect in the relaxed index.
 
-    The scores are (kappa pi + g) / tau with |g| < 17; each side rounds kappa pi, g (two logs, a few ulp each) and the sum,
-    about 8 roundings of the score's size, and d softmax <= d score / 2 (both sides: once each).
+    The scores are (kappa pi + g) / tau with |g| < 17; each side rounds kappa pi, g (two logs, a few
+    ulp each) and the sum, about 8 roundings of the score's size, and d softmax <= d score / 2 (both
+    sides: once each).
     """
     largest = (draw.kappa * float(logits.abs().max()) + 17) / draw.tau
     return 8 * EPS * largest
@@ -53,50 +59,73 @@ def index_error(logits: torch.Tensor, draw: Draw) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("draw", DRAWS, ids=["soft-warm", "soft-cool", "soft-cold", "hard"])
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
-def test_the_fused_kernels_equal_the_plain_backend(n: int, m: int, draw: Draw, dtype: torch.dtype) -> None:
+def test_the_fused_kernels_equal_the_plain_backend(
+    n: int, m: int, draw: Draw, dtype: torch.dtype
+) -> None:
     site, logits, weight, grad = problem(n, m, dtype)
     error, candidates = index_error(logits, draw), site.pattern.num_candidates
-    expected, (expected_norm, _), _ = categorical.forward(logits, weight, site, draw)
-    masked, (norm, _), _ = fused_cpu.forward(logits, weight, site, draw)
+    expected, (expected_norm, _), _ = gumbel_softmax.forward(logits, weight, site, draw)
+    masked, (norm, _), _ = numba_host.forward(logits, weight, site, draw)
     assert masked.dtype == dtype
-    # A mask entry sums at most C index entries that err together (they sum to 1): twice the index error, times |W| < 5; a result
-    # in bf16 (8 bits, so neighbours up to 2^-7 apart) may also round to the neighbour.
+    # A mask entry sums at most C index entries that err together (they sum to 1): twice the index
+    # error, times |W| < 5; a result in bf16 (8 bits, so neighbours up to 2^-7 apart) may also round
+    # to the neighbour.
     slack = 2 * error * 5
-    torch.testing.assert_close(masked.float(), expected.float(), rtol=2.0**-7 if dtype == torch.bfloat16 else 4 * EPS, atol=slack)
+    torch.testing.assert_close(
+        masked.float(),
+        expected.float(),
+        rtol=2.0**-7 if dtype == torch.bfloat16 else 4 * EPS,
+        atol=slack,
+    )
     torch.testing.assert_close(norm, expected_norm, rtol=4 * error + 1e-6, atol=0)
 
-    expected_dlogits = categorical.backward(grad, logits, weight, site, draw)
-    dlogits = fused_cpu.backward(grad, logits, weight, site, draw)
-    # dpi = kappa / tau * y * (dy - mean dy): |dy| sums n products of size |dW W| < 25, y errs by ``error``, and dy by n roundings.
+    expected_dlogits = gumbel_softmax.backward(grad, logits, weight, site, draw)
+    dlogits = numba_host.backward(grad, logits, weight, site, draw)
+    # dpi = kappa / tau * y * (dy - mean dy): |dy| sums n products of size |dW W| < 25, y errs by
+    # ``error``, and dy by n roundings.
     size = draw.kappa / draw.tau * n * 25
-    torch.testing.assert_close(dlogits, expected_dlogits, rtol=0, atol=size * (4 * error + 4 * n * EPS))
-    assert float(expected_dlogits.abs().max()) > 100 * size * (4 * error + 4 * n * EPS) or draw.tau == 0.05
+    torch.testing.assert_close(
+        dlogits, expected_dlogits, rtol=0, atol=size * (4 * error + 4 * n * EPS)
+    )
+    assert (
+        float(expected_dlogits.abs().max()) > 100 * size * (4 * error + 4 * n * EPS)
+        or draw.tau == 0.05
+    )
 
-    winner, largest = fused_cpu.survey(logits, site, draw.kappa)
-    expected_winner, expected_largest = categorical.survey(logits, site, draw.kappa)
-    assert torch.equal(winner, expected_winner)
+    hard_codes, largest = numba_host.mask_statistics(logits, site, draw.kappa)
+    expected_winner, expected_largest = gumbel_softmax.mask_statistics(logits, site, draw.kappa)
+    assert torch.equal(hard_codes, expected_winner)
     # exp of differences below 2 kappa max|pi|, with C terms of which each rounds.
     survey_error = EPS * (4 * draw.kappa * float(logits.abs().max()) + 4 * candidates)
     torch.testing.assert_close(largest, expected_largest, rtol=survey_error, atol=0)
 
 
-@pytest.mark.parametrize("change", [{"kappa": -100.0}, {"kappa": 1.0}, {"tau": 1.0}, {"hard": True}, {"norm_coef": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"kappa": -100.0}, {"kappa": 1.0}, {"tau": 1.0}, {"hard": True}, {"norm_coef": 0.0}],
+    ids=str,
+)
 def test_a_wrong_kernel_would_be_seen(change: dict[str, float]) -> None:
     site, logits, weight, grad = problem(2, 4, torch.float32)
     draw = DRAWS[0]
     wrong = replace(draw, **change)
     tolerance = draw.kappa / draw.tau * 2 * 25 * (4 * index_error(logits, draw) + 8 * EPS)
-    expected = categorical.backward(grad, logits, weight, site, draw)
+    expected = gumbel_softmax.backward(grad, logits, weight, site, draw)
     # ``hard`` shows in the gradient through the norm term alone.
-    assert (fused_cpu.backward(grad, logits, weight, site, wrong) - expected).abs().max() > 10 * tolerance
+    assert (
+        numba_host.backward(grad, logits, weight, site, wrong) - expected
+    ).abs().max() > 10 * tolerance
 
 
 def test_hard_masks_differ_between_the_backends_only_at_near_ties() -> None:
     site, logits, weight, _ = problem(2, 4, torch.float32)
     draw = Draw(KEY, 100.0, 1.0, hard=True)
-    plain, fused = (backend.forward(logits, torch.ones_like(weight), site, draw)[0] for backend in (categorical, fused_cpu))
+    plain, fused = (
+        backend.forward(logits, torch.ones_like(weight), site, draw)[0]
+        for backend in (gumbel_softmax, numba_host)
+    )
     assert site.pattern.is_valid(fused)
-    top = categorical.soft_index(logits, site, draw).topk(2, dim=1).values
+    top = gumbel_softmax.soft_index(logits, site, draw).topk(2, dim=1).values
     clear = (top[:, 0] - top[:, 1] > 4 * index_error(logits, draw)).repeat_interleave(4, dim=1)
     assert torch.equal(plain[clear], fused[clear])
     assert float(clear.float().mean()) > 0.99
@@ -111,7 +140,12 @@ def test_the_result_does_not_depend_on_threads_or_on_the_slice(hard: bool) -> No
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append((fused_cpu.forward(logits, weight, site, draw)[0], fused_cpu.backward(grad, logits, weight, site, draw)))
+            results.append(
+                (
+                    numba_host.forward(logits, weight, site, draw)[0],
+                    numba_host.backward(grad, logits, weight, site, draw),
+                )
+            )
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -120,26 +154,34 @@ def test_the_result_does_not_depend_on_threads_or_on_the_slice(hard: bool) -> No
     part = Site(site.pattern, replace(site.placement, first_group=first))
     cut = slice(4 * first, 4 * (first + count))
     some = (logits[..., first : first + count].contiguous(), weight[:, cut], part, draw)
-    assert torch.equal(fused_cpu.forward(*some)[0], results[0][0][:, cut])
-    assert torch.equal(fused_cpu.backward(grad[:, cut], *some), results[0][1][..., first : first + count])
+    assert torch.equal(numba_host.forward(*some)[0], results[0][0][:, cut])
+    assert torch.equal(
+        numba_host.backward(grad[:, cut], *some), results[0][1][..., first : first + count]
+    )
 
 
 def test_extreme_logits_stay_finite() -> None:
     site, logits, weight, grad = problem(2, 4, torch.float32)
     draw = Draw(KEY, kappa=500.0, tau=0.05, norm_coef=0.1)
     for scale in (1.0, 100.0, 1e4):
-        masked, (norm, _), _ = fused_cpu.forward(scale * logits, weight, site, draw)
-        dlogits = fused_cpu.backward(grad, scale * logits, weight, site, draw)
+        masked, (norm, _), _ = numba_host.forward(scale * logits, weight, site, draw)
+        dlogits = numba_host.backward(grad, scale * logits, weight, site, draw)
         assert all(bool(torch.isfinite(one).all()) for one in (masked, norm, dlogits))
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_the_dtype_of_the_gradient_at_the_mask_makes_no_difference(n: int, m: int) -> None:
-    """One draw per step sums dW in fp32 beside bf16 weights: for values that bf16 holds, the same arithmetic and the same bits."""
+    """One draw per step sums dW in fp32 beside bf16 weights: for values that bf16 holds, the same
+    arithmetic and the same bits.
+    """
     site, logits, weight, grad = problem(n, m, torch.bfloat16)
-    narrow, wide = (fused_cpu.backward(one, logits, weight, site, DRAWS[0]) for one in (grad, grad.float()))
+    narrow, wide = (
+        numba_host.backward(one, logits, weight, site, DRAWS[0]) for one in (grad, grad.float())
+    )
     assert torch.equal(narrow, wide)
-    assert not torch.equal(narrow, fused_cpu.backward(grad.float() + 2.0**-12, logits, weight, site, DRAWS[0]))
+    assert not torch.equal(
+        narrow, numba_host.backward(grad.float() + 2.0**-12, logits, weight, site, DRAWS[0])
+    )
 
 
 def test_gradients_that_are_not_contiguous() -> None:
@@ -147,21 +189,29 @@ def test_gradients_that_are_not_contiguous() -> None:
     leaf = logits.clone().requires_grad_()
     masked = sample_mask(leaf, weight, site, DRAWS[0], "numba").masked
     masked.backward(grad.T.contiguous().T)
-    assert torch.equal(leaf.grad, fused_cpu.backward(grad, logits, weight, site, DRAWS[0]))
+    assert torch.equal(leaf.grad, numba_host.backward(grad, logits, weight, site, DRAWS[0]))
 
 
 def test_choosing_a_backend() -> None:
     cpu = torch.device("cpu")
-    assert [choose_backend(name, cpu) for name in ("torch", "numba", "auto")] == ["torch", "numba", "numba"]
-    assert backend_by_name("torch") is categorical and backend_by_name("numba") is fused_cpu
+    assert [choose_backend(name, cpu) for name in ("torch", "numba", "auto")] == [
+        "torch",
+        "numba",
+        "numba",
+    ]
+    assert backend_by_name("torch") is gumbel_softmax and backend_by_name("numba") is numba_host
     with pytest.raises(ConfigError, match="learn.sampling.backend"):
         choose_backend("numba", torch.device("cuda"))
     with pytest.raises(ConfigError, match="learn.sampling.backend"):
         choose_backend("triton", cpu)
 
 
-def test_without_its_package_auto_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "numba" else object())
+def test_without_its_package_auto_falls_back_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "numba" else object()
+    )
     with caplog.at_level(logging.WARNING):
         assert choose_backend("auto", torch.device("cpu")) == "torch"
     assert "numba is not installed" in caplog.text

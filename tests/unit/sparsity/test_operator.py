@@ -1,4 +1,6 @@
-"""The custom op: schema, fake tensors, autograd, torch.compile, recomputation, gradients added in place, what it keeps and watches."""
+"""The custom op: schema, fake tensors, autograd, torch.compile, recomputation, gradients added in
+place, what it keeps and watches.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from megamask.sparsity import categorical
-from megamask.sparsity.draw import Draw, Placement, Site
+from megamask.sparsity.categorical import gumbel_softmax
+from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import _numbers, sample_mask
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.philox import NoiseKey
+from megamask.sparsity.shard import Placement
 
 ROWS, GROUPS = 6, 10
 SITE = Site(Pattern(2, 4), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2))
@@ -37,10 +40,15 @@ def test_pytorch_finds_nothing_wrong_with_the_ops(backend: str) -> None:
     site, key, scale, hard, watch, fresh = _numbers(SITE, DRAW)
     ops = torch.ops.megamask
     trained = logits.clone().requires_grad_()
-    torch.library.opcheck(ops.sample_mask.default, (trained, weight, None, site, key, scale, hard, watch, fresh, backend))
+    torch.library.opcheck(
+        ops.sample_mask.default,
+        (trained, weight, None, site, key, scale, hard, watch, fresh, backend),
+    )
     backward = (grad, logits, weight, site, key, scale, hard)
     torch.library.opcheck(ops.sample_mask_backward.default, (*backward, backend))
-    torch.library.opcheck(ops.sample_mask_backward_.default, (torch.zeros_like(logits), *backward, fresh, backend))
+    torch.library.opcheck(
+        ops.sample_mask_backward_.default, (torch.zeros_like(logits), *backward, fresh, backend)
+    )
 
 
 def test_fake_tensors_have_the_real_shapes() -> None:
@@ -51,7 +59,11 @@ def test_fake_tensors_have_the_real_shapes() -> None:
             inputs = (mode.from_tensor(logits), mode.from_tensor(weight))
             fake = torch.ops.megamask.sample_mask(*inputs, None, *_numbers(SITE, draw), "torch")
         for one, other in zip(fake, real, strict=True):
-            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+            assert (one.shape, one.dtype, one.stride()) == (
+                other.shape,
+                other.dtype,
+                other.stride(),
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -67,7 +79,10 @@ def test_compiled_code_gives_the_same_and_is_not_compiled_for_every_step(backend
         draw = replace(DRAW, key=replace(DRAW.key, step=step), tau=tau)
         return x @ sample_mask(pi, weight, SITE, draw, backend).masked.T
 
-    x, compiled = torch.randn(3, 4 * GROUPS), torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x, compiled = (
+        torch.randn(3, 4 * GROUPS),
+        torch.compile(layer, backend="aot_eager", fullgraph=True),
+    )
     torch._dynamo.reset()
     for step in range(6):
         results = []
@@ -76,7 +91,9 @@ def test_compiled_code_gives_the_same_and_is_not_compiled_for_every_step(backend
             y = function(x, pi, step, 4.0 - 0.5 * step)
             y.backward(torch.ones_like(y))
             results.append((y.detach(), pi.grad))
-        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+        assert torch.equal(results[0][0], results[1][0]) and torch.equal(
+            results[0][1], results[1][1]
+        )
     torch._dynamo.reset()
     counting = torch.compile(layer, backend=count, fullgraph=True)
     for step in range(6):
@@ -88,13 +105,19 @@ def test_only_the_inputs_are_kept_for_the_backward() -> None:
     logits, weight, _ = problem()
     logits.requires_grad_()
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
+    ):
         sample_mask(logits, weight, SITE, DRAW, "numba")
     assert kept == [logits.data_ptr(), weight.data_ptr()]
     kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
         torch.ops.megamask.sample_mask(logits, weight, None, *_numbers(SITE, DRAW), "numba")
-    assert kept == [logits.numel(), weight.numel(), 3], "logits, weight, and the three numbers of the draw"
+    assert kept == [logits.numel(), weight.numel(), 3], (
+        "logits, weight, and the three numbers of the draw"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,44 +139,64 @@ def test_recomputation_draws_the_same(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gradients_can_be_added_where_they_are_collected(backend: str, dtype: torch.dtype) -> None:
     logits, weight, grad = problem()
-    expected = categorical.backward(grad, logits, weight, SITE, DRAW)
+    expected = gumbel_softmax.backward(grad, logits, weight, SITE, DRAW)
     logits.requires_grad_()
     into = torch.ones(logits.shape, dtype=dtype)
     for _ in range(2):
         sample_mask(logits, weight, SITE, DRAW, backend, into).masked.backward(grad)
     assert logits.grad is None
-    # two roundings to bf16 (2^-9 of a value up to 1 + 2 max), or fp32's 2^-24 and the two ways to take logs (test_backends.py)
+    # two roundings to bf16 (2^-9 of a value up to 1 + 2 max), or fp32's 2^-24 and the two ways to
+    # take logs (test_backends.py)
     bound = (2.0**-8 if dtype == torch.bfloat16 else 1e-4) * float(1 + 2 * expected.abs().max())
     assert float((into.float() - 1 - 2 * expected).abs().max()) < bound
     assert float((into.float() - 1 - expected).abs().max()) > bound, "adding once would have passed"
-    sample_mask(logits, weight, SITE, replace(DRAW, fresh=True), backend, into).masked.backward(grad)
+    sample_mask(logits, weight, SITE, replace(DRAW, fresh=True), backend, into).masked.backward(
+        grad
+    )
     assert float((into.float() - expected).abs().max()) < bound, "a fresh gradient replaces the old"
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 def test_for_a_fixed_draw_the_gradient_is_linear_in_that_of_the_masked_weight(hard: bool) -> None:
-    """What lets one draw serve a step: sum the dW of its micro-batches, run the mask backward once. fp64."""
+    """What lets one draw serve a step: sum the dW of its micro-batches, run the mask backward once.
+    fp64.
+    """
     logits, weight, _ = problem(torch.float64)
     grads = [torch.randn(weight.shape, dtype=torch.float64) for _ in range(5)]
     each = replace(DRAW, hard=hard, norm_coef=1e-3 / len(grads))
-    one_by_one = sum(categorical.backward(grad, logits, weight, SITE, each) for grad in grads)
-    once = categorical.backward(sum(grads), logits, weight, SITE, replace(each, norm_coef=1e-3))  # type: ignore[arg-type]
-    assert float((once - one_by_one).abs().max()) < 1e-12 * float(once.abs().max())  # fp64 rounds at 1e-16, sums of 5 x 4 terms
+    one_by_one = sum(gumbel_softmax.backward(grad, logits, weight, SITE, each) for grad in grads)
+    once = gumbel_softmax.backward(sum(grads), logits, weight, SITE, replace(each, norm_coef=1e-3))  # type: ignore[arg-type]
+    assert float((once - one_by_one).abs().max()) < 1e-12 * float(
+        once.abs().max()
+    )  # fp64 rounds at 1e-16, sums of 5 x 4 terms
     other = replace(each, key=replace(DRAW.key, micro_batch=9))
-    several = sum(categorical.backward(grad, logits, weight, SITE, draw) for grad, draw in zip(grads, [each, *[other] * 4], strict=True))
-    assert float((once - several).abs().max()) > 1e-3 * float(once.abs().max()), "fresh draws are another sum"
+    several = sum(
+        gumbel_softmax.backward(grad, logits, weight, SITE, draw)
+        for grad, draw in zip(grads, [each, *[other] * 4], strict=True)
+    )
+    assert float((once - several).abs().max()) > 1e-3 * float(once.abs().max()), (
+        "fresh draws are another sum"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_the_pass_watches_is_what_a_survey_sees(backend: str) -> None:
     logits, weight, _ = problem()
     seen = sample_mask(logits, weight, SITE, DRAW, backend)
-    winner, largest = categorical.survey(logits, SITE, DRAW.kappa)
-    assert torch.equal(seen.winner, winner)
-    assert float(seen.sums[1]) == pytest.approx(float(largest), rel=1e-6)  # fp32 softmax of 60 groups, summed in fp64
-    assert float(seen.sums[0]) == pytest.approx(float(seen.masked.double().square().sum()), rel=1e-6)
+    hard_codes, largest = gumbel_softmax.mask_statistics(logits, SITE, DRAW.kappa)
+    assert torch.equal(seen.hard_codes, hard_codes)
+    assert float(seen.sums[1]) == pytest.approx(
+        float(largest), rel=1e-6
+    )  # fp32 softmax of 60 groups, summed in fp64
+    assert float(seen.sums[0]) == pytest.approx(
+        float(seen.masked.double().square().sum()), rel=1e-6
+    )
     blind = sample_mask(logits, weight, SITE, replace(DRAW, watch=False), backend)
-    assert blind.winner.numel() == 0 and float(blind.sums[1]) == 0 and torch.equal(blind.masked, seen.masked)
+    assert (
+        blind.hard_codes.numel() == 0
+        and float(blind.sums[1]) == 0
+        and torch.equal(blind.masked, seen.masked)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,7 +9,7 @@ import torch
 
 from megamask.errors import ConfigError
 from megamask.sparsity.pattern import Pattern
-from tests.unit.sparsity.reference import candidate_table
+from tests.unit.sparsity.categorical.reference import candidate_table
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 5)]
 
@@ -19,7 +19,9 @@ def test_candidates_are_all_words_with_n_ones_in_order(n: int, m: int) -> None:
     pattern = Pattern(n, m)
     assert torch.equal(pattern.candidates(torch.float64), candidate_table(n, m))
     assert pattern.num_candidates == len(candidate_table(n, m))
-    assert pattern.kept_positions == [tuple(row.nonzero().flatten().tolist()) for row in candidate_table(n, m)]
+    assert pattern.kept_positions == [
+        tuple(row.nonzero().flatten().tolist()) for row in candidate_table(n, m)
+    ]
 
 
 def test_the_order_of_2_4_is_the_one_that_mask_files_hold() -> None:
@@ -42,10 +44,14 @@ def test_index_and_mask_undo_each_other(n: int, m: int) -> None:
 def test_candidates_without_a_table_are_in_the_same_order(n: int, m: int) -> None:
     pattern, some = Pattern(n, m), torch.arange(1000)
     last = pattern.num_candidates - 1
-    index = torch.cat([some.clamp(max=last), (last - some).clamp(min=0), torch.randint(last + 1, some.shape)]).view(2, -1)
+    index = torch.cat(
+        [some.clamp(max=last), (last - some).clamp(min=0), torch.randint(last + 1, some.shape)]
+    ).view(2, -1)
     mask = pattern.mask_of(index)
     assert pattern.is_valid(mask) and torch.equal(pattern.index_of(mask), index)
-    first = itertools.islice(itertools.combinations(range(m), n), 1000)  # as the tables of small patterns are ordered
+    first = itertools.islice(
+        itertools.combinations(range(m), n), 1000
+    )  # as the tables of small patterns are ordered
     for number, kept in enumerate(first):
         assert mask[0, number * m : (number + 1) * m].nonzero().flatten().tolist() == list(kept)
 
@@ -59,7 +65,9 @@ def test_a_group_is_valid_when_it_keeps_n(n: int, m: int) -> None:
 
 def test_what_is_not_a_mask_is_not_valid() -> None:
     pattern = Pattern(2, 4)
-    assert not pattern.is_valid(torch.tensor([[1.0, 1.0, 0.5, 0.0]]))  # not 0 or 1, although it rounds to a mask
+    assert not pattern.is_valid(
+        torch.tensor([[1.0, 1.0, 0.5, 0.0]])
+    )  # not 0 or 1, although it rounds to a mask
     assert not pattern.is_valid(torch.tensor([[2, 0, 0, 0]]))
     assert not pattern.is_valid(torch.tensor([[1, 1, 0, 0, 1, 1]]))  # no whole number of groups
     with pytest.raises(ValueError, match="2:4"):
@@ -88,7 +96,9 @@ def test_parse_and_print() -> None:
 
 def test_rows_that_m_does_not_divide_and_patterns_with_too_many_candidates_are_refused() -> None:
     assert Pattern(2, 4).groups(12) == 3
-    with pytest.raises(ConfigError, match=r"in_features of x, here 6 after splitting over parallel.tp=2"):
+    with pytest.raises(
+        ConfigError, match=r"in_features of x, here 6 after splitting over parallel.tp=2"
+    ):
         Pattern(2, 4).groups(6, "in_features of x", tp=2)
     with pytest.raises(ConfigError, match=r"12,870.* Set learn.distribution=linear"):
         Pattern(8, 16).candidates()

@@ -15,8 +15,12 @@ def test_already_fits() -> None:
     assert not pattern.already_fits(weight_OI)
     assert pattern.already_fits(pruned_OI)
     assert pattern.already_fits(pruned_OI.bfloat16())
-    assert not Pattern(1, 4).already_fits(pruned_OI)  # 2 zeros a group are not the 3 that 1:4 removes
-    assert pattern.already_fits(weight_OI * Pattern(1, 4).best(weight_OI.abs()))  # sparser than asked for
+    assert not Pattern(1, 4).already_fits(
+        pruned_OI
+    )  # 2 zeros a group are not the 3 that 1:4 removes
+    assert pattern.already_fits(
+        weight_OI * Pattern(1, 4).best(weight_OI.abs())
+    )  # sparser than asked for
     assert not Pattern(2, 5).already_fits(pruned_OI)  # M does not divide the row
     pruned_OI[3, 4:8] = 1.0  # one dense group
     assert not pattern.already_fits(pruned_OI)

@@ -1,4 +1,5 @@
-"""Initial logits: keyed normal noise, and the pull of a prior mask (MaskLLM, Eq. 9 and 10) by brute force.
+"""Initial logits: keyed normal noise, and the pull of a prior mask (MaskLLM, Eq. 9 and 10) by brute
+force.
 
 Shapes: O out_features, I in_features, G groups per row, C candidates.
 """
@@ -8,10 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamask.sparsity.draw import Placement, Site
+from megamask.sparsity.draw import Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.prior import initial_noise, prior_bonus, similarity
-from tests.unit.sparsity.reference import candidate_table
+from megamask.sparsity.shard import Placement
+from tests.unit.sparsity.categorical.reference import candidate_table
 
 PATTERNS = [(2, 4), (1, 4), (4, 8)]
 
@@ -21,7 +23,9 @@ def site_of(n: int, m: int, rows: int, groups: int) -> Site:
 
 
 def some_mask(n: int, m: int, rows: int, groups: int) -> torch.Tensor:
-    return Pattern(n, m).best(torch.rand(rows, groups * m, generator=torch.Generator().manual_seed(3)))
+    return Pattern(n, m).best(
+        torch.rand(rows, groups * m, generator=torch.Generator().manual_seed(3))
+    )
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
@@ -30,11 +34,17 @@ def test_similarity_is_the_overlap_minus_its_mean_over_candidates(n: int, m: int
     sim = similarity(mask, site_of(n, m, 3, 4))
     for o in range(3):
         for g in range(4):
-            overlap = [float(mask[o, g * m : (g + 1) * m].double() @ candidate) for candidate in table]
+            overlap = [
+                float(mask[o, g * m : (g + 1) * m].double() @ candidate) for candidate in table
+            ]
             mean = sum(overlap) / len(overlap)
-            assert sim[o, :, g].tolist() == pytest.approx([one - mean for one in overlap], abs=1e-6)  # fp32 of numbers below 8
+            assert sim[o, :, g].tolist() == pytest.approx(
+                [one - mean for one in overlap], abs=1e-6
+            )  # fp32 of numbers below 8
     assert sim.mean(1).abs().max() < 1e-6
-    assert float(sim.amax(1).min()) == pytest.approx(n - n * n / m)  # each group's largest is that of the prior itself
+    assert float(sim.amax(1).min()) == pytest.approx(
+        n - n * n / m
+    )  # each group's largest is that of the prior itself
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
@@ -43,9 +53,10 @@ def test_the_prior_wins_without_noise_and_with_small_noise(n: int, m: int) -> No
     bonus = prior_bonus(mask, site, strength=3.0, std=0.01)
     assert torch.equal(site.pattern.mask_of(bonus.argmax(1)), mask)
     assert not torch.equal(site.pattern.mask_of((-bonus).argmax(1)), mask)
-    # alpha = 3 lifts the prior 3 std above the nearest other; noise of one std overturns few groups, of ten std most.
-    winner = (bonus + initial_noise(site, 32, 0.01, seed=1, parameter=2)).argmax(1)
-    assert 0.5 < float((winner == site.pattern.index_of(mask)).float().mean()) < 1
+    # alpha = 3 lifts the prior 3 std above the nearest other; noise of one std overturns few
+    # groups, of ten std most.
+    hard_codes = (bonus + initial_noise(site, 32, 0.01, seed=1, parameter=2)).argmax(1)
+    assert 0.5 < float((hard_codes == site.pattern.index_of(mask)).float().mean()) < 1
     loud = (bonus + initial_noise(site, 32, 0.1, seed=1, parameter=2)).argmax(1)
     assert float((loud == site.pattern.index_of(mask)).float().mean()) < 0.5
 

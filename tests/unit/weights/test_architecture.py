@@ -12,12 +12,32 @@ from megamask.errors import ArtifactError, ConfigError
 from megamask.weights.architecture import read_architecture
 
 V4 = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 5e5, "rope_scaling": None, "attention_bias": False,
-    "pretraining_tp": 1, "torch_dtype": "bfloat16", "attention_dropout": 0.1, "use_cache": True,
-}  # fmt: skip
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_theta": 5e5,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "pretraining_tp": 1,
+    "torch_dtype": "bfloat16",
+    "attention_dropout": 0.1,
+    "use_cache": True,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def read(tmp_path, **changes):
@@ -28,22 +48,51 @@ def read(tmp_path, **changes):
 
 def test_transformers_4_spelling(tmp_path):
     arch = read(tmp_path)
-    assert (arch.num_layers, arch.hidden, arch.ffn, arch.heads, arch.kv_heads, arch.head_dim, arch.vocab) == (2, 32, 64, 8, 2, 4, 50)
-    assert (arch.tied, arch.norm_eps, arch.rope_theta, arch.rope_scaling, arch.dtype) == (True, 1e-5, 5e5, None, torch.bfloat16)
+    assert (
+        arch.num_layers,
+        arch.hidden,
+        arch.ffn,
+        arch.heads,
+        arch.kv_heads,
+        arch.head_dim,
+        arch.vocab,
+    ) == (2, 32, 64, 8, 2, 4, 50)
+    assert (arch.tied, arch.norm_eps, arch.rope_theta, arch.rope_scaling, arch.dtype) == (
+        True,
+        1e-5,
+        5e5,
+        None,
+        torch.bfloat16,
+    )
 
 
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
 def test_rope_scaling_in_both_spellings(tmp_path, kind):
     expected = {"type": "llama3", **LLAMA3}
     assert read(tmp_path, rope_scaling={kind: "llama3", **LLAMA3}).rope_scaling == expected
-    both = read(tmp_path, rope_theta="absent", rope_scaling="absent", rope_parameters={kind: "llama3", "rope_theta": 7.0, **LLAMA3})
+    both = read(
+        tmp_path,
+        rope_theta="absent",
+        rope_scaling="absent",
+        rope_parameters={kind: "llama3", "rope_theta": 7.0, **LLAMA3},
+    )
     assert both.rope_scaling == expected and both.rope_theta == 7.0
-    assert read(tmp_path, rope_scaling={kind: "linear", "factor": 2.0}).rope_scaling == {"type": "linear", "factor": 2.0}
+    assert read(tmp_path, rope_scaling={kind: "linear", "factor": 2.0}).rope_scaling == {
+        "type": "linear",
+        "factor": 2.0,
+    }
     assert read(tmp_path, rope_scaling={kind: "default"}).rope_scaling is None
 
 
 def test_what_transformers_5_writes_is_understood(tmp_path):
-    config = LlamaConfig(hidden_size=32, num_attention_heads=8, head_dim=16, attention_bias=True, mlp_bias=True, dtype="float16")
+    config = LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=8,
+        head_dim=16,
+        attention_bias=True,
+        mlp_bias=True,
+        dtype="float16",
+    )
     config.save_pretrained(tmp_path)
     arch = read_architecture(tmp_path)
     assert arch.head_dim == 16 and arch.attention_bias and arch.attention_out_bias and arch.mlp_bias
@@ -53,11 +102,20 @@ def test_what_transformers_5_writes_is_understood(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("sliding_window", 4096), ("pretraining_tp", 2), ("hidden_act", "gelu"), ("quantization_config", {"bits": 4}),
-        ("rope_interleaved", True), ("partial_rotary_factor", 0.5), ("logit_softcap", 30.0), ("model_type", "mamba"),
-        ("hidden_size", "absent"), ("num_key_value_heads", 3), ("torch_dtype", "float8_e4m3fn"), ("auto_map", {"AutoModel": "x.Y"}),
+        ("sliding_window", 4096),
+        ("pretraining_tp", 2),
+        ("hidden_act", "gelu"),
+        ("quantization_config", {"bits": 4}),
+        ("rope_interleaved", True),
+        ("partial_rotary_factor", 0.5),
+        ("logit_softcap", 30.0),
+        ("model_type", "mamba"),
+        ("hidden_size", "absent"),
+        ("num_key_value_heads", 3),
+        ("torch_dtype", "float8_e4m3fn"),
+        ("auto_map", {"AutoModel": "x.Y"}),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_built_is_refused_by_name(tmp_path, key, value):
     with pytest.raises(ConfigError, match=rf"config\.json: {key}"):
         read(tmp_path, **{key: value})

@@ -1,4 +1,6 @@
-"""HF folders: streamed reading and writing, and what is said when files are missing, torn or of another model."""
+"""HF folders: streamed reading and writing, and what is said when files are missing, torn or of
+another model.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,21 @@ from megamask.errors import ArtifactError
 from megamask.weights.architecture import read_architecture
 from megamask.weights.fingerprint import fingerprint_hf, fingerprint_model
 from megamask.weights.hf_files import HFReader, open_checked, write_hf
-from megamask.weights.table import expected_tensors, linear_shapes
+from megamask.weights.mapping import expected_tensors, linear_shapes
 
 
 def tiny_model(tied=False, seed=0):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=tied, attention_bias=True, **sizes))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, tie_word_embeddings=tied, attention_bias=True, **sizes)
+    )
 
 
 @pytest.fixture
@@ -42,24 +52,45 @@ def test_table_names_every_tensor_of_a_real_llama(tmp_path, tied):
     model.save_pretrained(tmp_path)
     arch = read_architecture(tmp_path)
     open_checked(tmp_path)
-    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    state = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
     assert expected_tensors(arch) == state
 
 
 @pytest.mark.parametrize("limit", [10**9, 20_000])
 def test_write_and_read_back(folder, tmp_path, limit):
     with open_checked(folder) as source:
-        write_hf(tmp_path / "out", ((name, source.tensor(name)) for name in source.names()), folder, max_shard_bytes=limit)
+        write_hf(
+            tmp_path / "out",
+            ((name, source.tensor(name)) for name in source.names()),
+            folder,
+            max_shard_bytes=limit,
+        )
         with open_checked(tmp_path / "out") as back:
             assert set(back.names()) == set(source.names())
-            assert all(torch.equal(back.tensor(name), source.tensor(name)) for name in source.names())
+            assert all(
+                torch.equal(back.tensor(name), source.tensor(name)) for name in source.names()
+            )
             name = "model.layers.0.self_attn.q_proj.weight"
-            assert torch.equal(back.read(name, slice(3, 7), slice(8, 16)), source.tensor(name)[3:7, 8:16])
+            assert torch.equal(
+                back.read(name, slice(3, 7), slice(8, 16)), source.tensor(name)[3:7, 8:16]
+            )
     shards = list((tmp_path / "out").glob("*.safetensors"))
     assert (len(shards) == 1) == (limit == 10**9) and (tmp_path / "out" / "tokenizer.json").exists()
-    assert all(os.stat(shard).st_mode & 0o777 == os.stat(tmp_path / "out" / "config.json").st_mode & 0o777 for shard in shards)
+    assert all(
+        os.stat(shard).st_mode & 0o777 == os.stat(tmp_path / "out" / "config.json").st_mode & 0o777
+        for shard in shards
+    )
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), tiny_model().state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            loaded.state_dict().values(), tiny_model().state_dict().values(), strict=True
+        )
+    )
 
 
 def test_views_of_one_tensor_can_be_written(folder, tmp_path):
@@ -88,8 +119,14 @@ NORM = "model.norm.weight"
     ("change", "message"),
     [
         (lambda tensors: tensors.pop(NORM), rf"misses tensors: {NORM}"),
-        (lambda tensors: tensors.update({"model.layers.0.router": torch.zeros(2)}), r"unknown tensors: model\.layers\.0\.router"),
-        (lambda tensors: tensors.update({NORM: torch.zeros(3)}), rf"wrongly shaped tensors: {NORM} \(3,\), expected \(32,\)"),
+        (
+            lambda tensors: tensors.update({"model.layers.0.router": torch.zeros(2)}),
+            r"unknown tensors: model\.layers\.0\.router",
+        ),
+        (
+            lambda tensors: tensors.update({NORM: torch.zeros(3)}),
+            rf"wrongly shaped tensors: {NORM} \(3,\), expected \(32,\)",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(folder, change, message):
@@ -101,8 +138,16 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
 def test_leftovers_of_old_checkpoints_are_accepted(tmp_path):
     tiny_model(tied=True).save_pretrained(tmp_path)
     key = "lm_head.weight"
-    rewrite(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
-    rewrite(tmp_path, lambda tensors: tensors.update({key: tensors["model.embed_tokens.weight"].clone()}))
+    rewrite(
+        tmp_path,
+        lambda tensors: tensors.update(
+            {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+        ),
+    )
+    rewrite(
+        tmp_path,
+        lambda tensors: tensors.update({key: tensors["model.embed_tokens.weight"].clone()}),
+    )
     open_checked(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({key: tensors[key] + 1}))
     with pytest.raises(ArtifactError, match=key):
@@ -121,7 +166,12 @@ def test_missing_and_torn_files_are_named(folder, tmp_path):
 
 def test_an_index_that_disagrees_is_refused(folder, tmp_path):
     with open_checked(folder) as source:
-        write_hf(tmp_path / "out", ((name, source.tensor(name)) for name in source.names()), folder, max_shard_bytes=20_000)
+        write_hf(
+            tmp_path / "out",
+            ((name, source.tensor(name)) for name in source.names()),
+            folder,
+            max_shard_bytes=20_000,
+        )
     index = tmp_path / "out" / "model.safetensors.index.json"
     listed = json.loads(index.read_text())
     first = next(iter(listed["weight_map"]))

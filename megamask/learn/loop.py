@@ -1,0 +1,213 @@
+"""The verb learn: the driver of a learning run, under plain python or torchrun, at any TP x DP."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamask.config import Config, RunPaths
+from megamask.data.batches import BatchPlan
+from megamask.data.blend import blend_weights, train_dataset
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, MegamaskError
+from megamask.learn.evaluation import hard_mask_perplexity, mean_log_perplexity, monitor_windows
+from megamask.learn.gumbel import Learner
+from megamask.learn.masked_model import build_subject
+from megamask.learn.maskpro.policy_gradient import MaskPro
+from megamask.learn.maskpro.samples import Reused
+from megamask.learn.metrics.mask_stats import MaskStatistics
+from megamask.learn.metrics.monitor import Monitor
+from megamask.learn.metrics.provenance import write_provenance
+from megamask.learn.signals import StopRequest
+from megamask.learn.snapshot import Snapshots
+from megamask.masks.file import load_masks, save_masks
+from megamask.model.mask_shards import gather_masks
+from megamask.model.spec import has_transformer_engine
+from megamask.optim.schedule import learning_rates
+from megamask.parallel.cpu import emulates_bf16
+from megamask.parallel.mesh import Mesh
+from megamask.plan.fit import check_free
+from megamask.weights.architecture import read_architecture
+
+log = logging.getLogger(__name__)
+LEARNERS: dict[str, type[Learner] | type[MaskPro]] = {"gumbel": Learner, "maskpro": MaskPro}
+
+
+def learning_samples(config: Config) -> Any:
+    """The samples by number, in the order of learning."""
+    learn = config.learn
+    count, whole = learn.maskpro.samples, learn.steps * learn.global_batch
+    if learn.learner == "gumbel":
+        return train_dataset(config, whole, config.data.seq_length, config.seed)
+    return Reused(
+        train_dataset(config, count or whole, config.data.seq_length, config.seed),
+        count,
+        config.seed,
+    )
+
+
+class Run:
+    """A learning run: what it stands on, and the loop."""
+
+    def __init__(self, config: Config, mesh: Mesh, paths: RunPaths) -> None:
+        self.config, self.mesh, self.paths = config, mesh, paths
+        learn = config.learn
+        self.windows = monitor_windows(config)
+        self.plan = BatchPlan(
+            learning_samples(config), learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank
+        )
+        if mesh.device.type == "cuda":
+            free, name = (
+                torch.cuda.mem_get_info(mesh.device)[0],
+                torch.cuda.get_device_name(mesh.device),
+            )
+            check_free(config, read_architecture(paths.weights), mesh.dp, free, name)
+        self.subject = build_subject(config, mesh)
+        self.mask_statistics = MaskStatistics(self.subject, mesh, learn.state.movement)
+        self.learner = LEARNERS[learn.learner](config, mesh, self.subject)
+        self.snapshots = Snapshots(
+            paths.learn / "snapshots", config, mesh, self.subject, self.learner
+        )
+        self.progress = self.snapshots.restore()
+        if self.progress.step:
+            self.mask_statistics.forget_latest()
+        tokens = learn.global_batch * config.data.seq_length
+        self.monitor = Monitor(
+            paths.learn, config, learn.steps, tokens, mesh.is_main, self.progress.step
+        )
+        self._announce()
+
+    def learn(self, stop: StopRequest) -> int:
+        """Steps, evaluations and snapshots until the last step, an early stop or a signal."""
+        learn, progress = self.config.learn, self.progress
+        try:
+            if self.mesh.any(self.mesh.is_main and self._is_done()):
+                self.monitor.note(
+                    f"{self.paths.mask('learned')} is there already, learned in {progress.step} steps"
+                )
+                return EXIT_OK
+            if progress.step == 0:
+                self._evaluate()
+            while progress.step < learn.steps and not self._is_patience_over():
+                result = self.learner.step(progress.step, self.plan)
+                progress.step += 1
+                self.monitor.train(
+                    progress.step, {**asdict(result), **asdict(self.mask_statistics())}
+                )
+                if (
+                    learn.monitor.evaluate_every
+                    and progress.step % learn.monitor.evaluate_every == 0
+                    and progress.step < learn.steps
+                ):
+                    self._evaluate()
+                if self.mesh.any(bool(stop)):
+                    return self._leave(stop)
+                if progress.step % learn.snapshot.every == 0:
+                    self.snapshots.save(progress)
+            self._finish()
+            return EXIT_OK
+        finally:
+            self.monitor.close()
+
+    def _evaluate(self) -> dict[str, float]:
+        progress, micro_batch = self.progress, self.config.evaluate.micro_batch
+        by_domain = hard_mask_perplexity(self.subject, self.mesh, self.windows, micro_batch)
+        score = mean_log_perplexity(by_domain)
+        if progress.best_score is None or score < progress.best_score:
+            progress.best_score, progress.best_step, progress.evaluations_without_gain = (
+                score,
+                progress.step,
+                0,
+            )
+            if progress.step:
+                self._save_mask(self.paths.mask("learned-best"), by_domain)
+        else:
+            progress.evaluations_without_gain += 1
+        self.monitor.evaluation(progress.step, by_domain)
+        return by_domain
+
+    def _is_done(self) -> bool:
+        if self.progress.step < self.config.learn.steps and not self._is_patience_over():
+            return False
+        try:
+            return bool(
+                load_masks(self.paths.mask("learned")).meta["evaluation"]["step"]
+                == self.progress.step
+            )
+        except MegamaskError:
+            return False
+
+    def _is_patience_over(self) -> bool:
+        patience = self.config.learn.monitor.patience
+        return patience > 0 and self.progress.evaluations_without_gain >= patience
+
+    def _leave(self, stop: StopRequest) -> int:
+        self.snapshots.save(self.progress)
+        self.monitor.note(
+            f"{stop.received or 'another process'}: saved at step {self.progress.step}; start again to go on"
+        )
+        return EXIT_INTERRUPTED
+
+    def _finish(self) -> None:
+        by_domain = self._evaluate()
+        self._save_mask(self.paths.mask("learned"), by_domain)
+        if self.progress.step not in self.snapshots.steps():
+            self.snapshots.save(self.progress)
+        self.monitor.note(
+            f"wrote {self.paths.mask('learned')}; best held-out step {self.progress.best_step}"
+        )
+
+    def _save_mask(self, path: Path, by_domain: dict[str, float]) -> None:
+        local = {name: linear.hard_mask() for name, linear in self.subject.linears.items()}
+        masks = gather_masks(local, self.subject.arch, self.mesh)
+        if self.mesh.is_main:
+            save_masks(
+                path,
+                masks,
+                self.subject.pattern,
+                fingerprint=self.subject.fingerprint,
+                method="learned",
+                data=self._mask_data(),
+                evaluation={
+                    "step": self.progress.step,
+                    "window": self.config.evaluate.window,
+                    "perplexity": by_domain,
+                },
+            )
+        self.mesh.barrier()
+
+    def _mask_data(self) -> dict[str, object]:
+        tokens = self.progress.step * self.config.learn.global_batch * self.config.data.seq_length
+        learnt = {
+            "tokens": tokens,
+            "seconds": round(self.monitor.seconds, 1),
+            "prior": self.subject.prior_method,
+        }
+        learnt["learner"] = self.config.learn.learner
+        return {
+            "blend": blend_weights(self.config),
+            "seq_length": self.config.data.seq_length,
+            **learnt,
+        }
+
+    def _announce(self) -> None:
+        subject, mesh = self.subject, self.mesh
+        if not mesh.is_main:
+            return
+        write_provenance(self.paths.learn, self.config)
+        backend = next(iter(subject.linears.values())).backend
+        weights = sum(linear.weight.numel() for linear in subject.linears.values()) * mesh.tp / 1e6
+        engine = "Transformer Engine" if has_transformer_engine(mesh.device) else "PyTorch"
+        self.monitor.note(
+            f"{subject.pattern} masks for {len(subject.linears)} linears, {weights:.0f} M weights; prior {subject.prior_method}; "
+            f"{mesh.device}, TP {mesh.tp} x DP {mesh.dp}; sampling by {backend}, norm and attention by {engine}"
+        )
+        if self.config.learn.learner == "gumbel":
+            self.monitor.note(
+                "learning rate {:.2g}, falling to {:.2g}".format(*learning_rates(self.config.learn))
+            )
+        if self.config.dtype == "bf16" and mesh.device.type == "cpu" and emulates_bf16():
+            self.monitor.note("bf16 is emulated on this CPU: dtype=fp32 is faster")

@@ -1,0 +1,258 @@
+"""MaskPro (arXiv 2506.12876): learns masks from the losses of drawn masks, with forward passes
+alone.
+
+A step draws K masks m_k from the logits (score.py), measures the loss of each on
+the step's samples, and moves
+
+    logits -= lr / K * sum_k (r_k - b_k) * score(m_k),   r_k = loss(W * m_k) - loss(W * m_0)
+
+with m_0 the prior mask, from which the logits start: ``initial_logit`` where it keeps a weight,
+else 0. The score is the gradient of log P(m_k), so with any b_k that does not depend on m_k the
+mean of the move is - lr times the gradient of the expected loss. What b_k decides is its variance
+(learn.maskpro.baseline):
+
+- tracker: the moving average of past residuals, delta = a delta + (1 - a) r (the paper's). It lags
+  behind what is learned, and residuals differ between samples.
+- leave_one_out: the mean residual of the step's other masks.
+- winner: the loss of the winner mask, the likeliest, on the same samples, in a forward pass of its
+  own. A mask gains only if it beats what would be the result now.
+
+Masks divide the micro-batches of a step (data=split: mask k sees micro-batches k, k + K, ...), or
+each sees all of them (data=shared: K times the work, and what makes samples hard cancels from
+differences between masks). Then, and with winner, m_0 cancels altogether.
+
+Nothing is kept for a backward pass: a masked weight exists while its layer computes. Masks are not
+stored either, since keyed noise draws them again for the update. Ranks that share layers (TP)
+exchange no gradients, replicas (DP) only K sums of losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from statistics import fmean
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from megamask.config import Config
+from megamask.data.batches import BatchPlan
+from megamask.errors import LearningError
+from megamask.learn.masked_model import Subject
+from megamask.learn.maskpro import score, score_numba
+from megamask.learn.maskpro.samples import InitialLosses, numbers_of
+from megamask.learn.maskpro.score import choose_score, draw_of
+from megamask.model.objective import token_losses
+from megamask.parallel.masked_linear import MaskedLinear
+from megamask.parallel.mesh import Mesh
+from megamask.sparsity.draw import Draw
+from megamask.sparsity.noise import NoiseKey
+
+
+@dataclass(frozen=True)
+class PolicyResult:
+    """What a step measured, means over its masks.
+
+    Attributes:
+        lm_loss: of the drawn masks; ``loss`` is the same.
+        residual: how much worse than the mask that they are compared with, m_0 or the winner; None
+            where m_0 cancels.
+        advantage: root mean square of r_k - b_k, in nats; times lr / K, it is how far a drawn
+            member moves.
+    """
+
+    lm_loss: float
+    loss: float
+    residual: float | None
+    advantage: float
+    lr: float
+
+
+class Tracker:
+    """The moving average of residuals, and the whole state of this learner beside the logits.
+    Snapshots ask it as they ask an optimizer.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.delta = decay, 0.0
+
+    def update(self, residual: float) -> float:
+        """Take in a step's residual and return the average."""
+        self.delta = self.decay * self.delta + (1 - self.decay) * residual
+        return self.delta
+
+    def sharded_state_dict(
+        self, logits: dict[str, Any], is_loading: bool = False
+    ) -> dict[str, Any]:
+        """For a snapshot."""
+        return {"tracker": self.delta}
+
+    def load_state_dict(self, loaded: dict[str, Any]) -> None:
+        """Take over a loaded ``sharded_state_dict``."""
+        self.delta = loaded["tracker"]
+
+
+def advantages(baseline: str, residuals_K: list[float], tracker: Tracker) -> list[float]:
+    """r_k - b_k of every mask. The tracker takes in the step first: of one mask, r - delta is decay
+    times r less the delta before.
+    """
+    if baseline == "winner":  # what residuals are relative to already
+        return residuals_K
+    if baseline == "tracker":
+        delta = tracker.update(fmean(residuals_K))
+        return [residual - delta for residual in residuals_K]
+    total, others = sum(residuals_K), len(residuals_K) - 1
+    return [residual - (total - residual) / others for residual in residuals_K]
+
+
+class MaskPro:
+    """The policy-gradient learner.
+
+    Args:
+        config: settings that ``check_maskpro`` has seen.
+        mesh: the processes.
+        subject: the model; its logits hold the prior, and are set to ``initial_logit`` times m_0.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, subject: Subject) -> None:
+        self.config, self.mesh, self.subject = config, mesh, subject
+        self.section = config.learn.maskpro
+        self.score = choose_score(self.section.score, subject.pattern)
+        self.optimizer = Tracker(self.section.tracker_decay)
+        self.initial = {
+            linear.parameter_id: linear.mask_statistics(1.0)[0]
+            for linear in subject.linears.values()
+        }
+        self.initial_losses: InitialLosses | None = None
+        for linear in subject.linears.values():
+            _set_logits(linear, self._initial_mask(linear), self.section.initial_logit)
+
+    @torch.no_grad()
+    def step(self, step: int, plan: BatchPlan) -> PolicyResult:
+        """Learn from the global batch of ``step`` (counted from 0); the samples of ``plan`` are
+        ``Reused``.
+
+        Raises:
+            LearningError: a loss is not finite; the logits are unchanged.
+        """
+        losses_K, residuals_K = self._measure(step, plan)
+        if not all(map(math.isfinite, losses_K)):
+            fix = "Lower learn.maskpro.lr; start again to go on from the last snapshot."
+            raise LearningError(
+                f"step {step + 1}: the losses of the drawn masks are {losses_K}, not finite. {fix}"
+            )
+        advantages_K, rate = (
+            advantages(self.section.baseline, residuals_K, self.optimizer),
+            self.section.lr,
+        )
+        coefficients = [-rate / len(advantages_K) * advantage for advantage in advantages_K]
+        for linear in self.subject.linears.values():
+            assert linear.mask_logits is not None
+            key = NoiseKey(self.config.seed, step).of(linear.parameter_id)
+            _arithmetic(linear).add_scores(
+                linear.mask_logits, linear.site, key, coefficients, self.score
+            )
+        loss, size = fmean(losses_K), math.sqrt(fmean(one * one for one in advantages_K))
+        return PolicyResult(loss, loss, fmean(residuals_K) if self._compares else None, size, rate)
+
+    def _measure(self, step: int, plan: BatchPlan) -> tuple[list[float], list[float]]:
+        """(loss, residual) of every mask, means over all samples that it saw, on any replica."""
+        self.subject.model.eval()
+        masks, split = self.section.masks, self.section.data == "split"
+        sums = torch.zeros(2, masks, dtype=torch.float64, device=self.mesh.device)
+        key, watch = NoiseKey(self.config.seed, step), True
+        for number, tokens, labels in plan.micro_batches(step):
+            compared = self._compared_losses(plan, numbers_of(plan, step, number), tokens, labels)
+            for mask in [number % masks] if split else range(masks):
+                with self._drawing(draw_of(replace(key, micro_batch=mask), watch)):
+                    losses = self._losses(tokens, labels)
+                sums[:, mask] += torch.stack([losses.mean(), (losses - compared).mean()]).to(
+                    sums.device
+                )
+                watch = False
+        count = plan.accumulations * (
+            1 if not split else 1 / masks
+        )  # micro-batches of a mask, a replica's share
+        losses_K, residuals_K = (self.mesh.mean_over_dp(sums) / count).tolist()
+        return losses_K, residuals_K
+
+    def _compared_losses(
+        self, plan: BatchPlan, numbers: list[int], tokens: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """What each sample of a micro-batch costs without exploring, (B,): under the winner mask,
+        under m_0, or 0 where that cancels.
+        """
+        if self.section.baseline == "winner":
+            with self._masked(lambda linear: linear.hard_mask()):
+                return self._losses(tokens, labels)
+        if not self._compares:
+            return torch.zeros(len(numbers), dtype=torch.float64)
+        if self.initial_losses is None:
+            self.initial_losses = InitialLosses(
+                plan.dataset, plan.micro_batch, self._losses_of_initial
+            )
+        return self.initial_losses(numbers)
+
+    def _losses_of_initial(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with self._masked(self._initial_mask):
+            return self._losses(tokens, labels)
+
+    def _losses(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean loss of every sample, (B,) fp64 on the CPU, under what the linears now see."""
+        device = self.mesh.device
+        return (
+            token_losses(self.subject.model, tokens.to(device), labels.to(device))
+            .double()
+            .mean(1)
+            .cpu()
+        )
+
+    @property
+    def _compares(self) -> bool:
+        """Whether residuals count: between masks that see the same samples, what they are relative
+        to cancels.
+        """
+        return self.section.baseline != "leave_one_out" or self.section.data == "split"
+
+    def _initial_mask(self, linear: MaskedLinear) -> torch.Tensor:
+        return linear.site.mask_of(self.initial[linear.parameter_id])
+
+    @contextmanager
+    def _drawing(self, draw: Draw) -> Iterator[None]:
+        self.subject.switch.draw = draw
+        try:
+            yield
+        finally:
+            self.subject.switch.draw = None
+
+    @contextmanager
+    def _masked(self, mask_of: Callable[[MaskedLinear], torch.Tensor]) -> Iterator[None]:
+        """Fold a mask into each linear when it starts to compute, and let go of the masked weight
+        when it is done.
+        """
+        with ExitStack() as stack:
+            for linear in self.subject.linears.values():
+                module: Any = linear
+                stack.callback(
+                    module.register_forward_pre_hook(lambda one, _: one.fold(mask_of(one))).remove
+                )
+                stack.callback(module.register_forward_hook(lambda one, *_: one.fold(None)).remove)
+            yield
+
+
+@torch.no_grad()
+def _set_logits(linear: MaskedLinear, mask_OI: torch.Tensor, kept: float) -> None:
+    assert linear.mask_logits is not None
+    linear.mask_logits.copy_(
+        mask_OI.unflatten(1, (-1, linear.site.pattern.m)).transpose(1, 2)
+    ).mul_(kept)
+
+
+def _arithmetic(linear: MaskedLinear) -> ModuleType:
+    """The module with ``add_scores`` whose draws are those of the forward pass."""
+    if linear.backend == "numba":
+        return score_numba
+    return score

@@ -1,0 +1,117 @@
+"""What a run was made with: the resolved settings and the versions of everything under it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import megamask
+from megamask.config import Config, load_config
+from megamask.storage import atomic_file, write_json
+
+ABSENT = "absent"
+# distribution -> a module that only the right package has (the "apex" on PyPI is something else)
+_OPTIONAL = {"transformer-engine": "transformer_engine", "apex": "apex.normalization"}
+_PACKAGES = ("megatron-core", "transformers", "numba", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the packages and the code, and the names of the machine's parts; what is
+    not there is ``"absent"``.
+    """
+    own = getattr(megamask, "__version__", None) or _version("megamask")
+    found = {
+        "megamask": own,
+        "git commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    found |= {name: _version(name) for name in _PACKAGES}
+    found |= {
+        name: _version(name) if _has_module(module) else ABSENT
+        for name, module in _OPTIONAL.items()
+    }
+    return found | {"platform": platform.platform(), "cpu": _cpu_name(), "gpu": _gpu_name()}
+
+
+def write_provenance(folder: Path, config: Config) -> None:
+    """Write ``config.yaml`` (every setting; ``--config`` reads it back to the same settings) and
+    ``versions.json``.
+    """
+    path = folder / "config.yaml"
+    with atomic_file(path) as temporary:
+        temporary.write_text(
+            yaml.dump(
+                config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+            )
+        )
+    assert load_config(path) == config, "the written settings read back differently"
+    write_json(folder / "versions.json", versions())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text value: ``2:4`` and ``1e-3`` must stay text for YAML 1.1 and 1.2 readers
+    alike.
+    """
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> Any:
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isidentifier() else '"'
+    )
+
+
+_Dumper.add_representer(str, _quoted)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ABSENT
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except Exception:  # a parent package that breaks on import is as good as absent
+        return False
+
+
+def _git_commit() -> str:
+    root = Path(megamask.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ABSENT
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ABSENT
+    return answer.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str:
+    if not torch.cuda.is_available():
+        return ABSENT
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"

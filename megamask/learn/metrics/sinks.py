@@ -1,0 +1,271 @@
+"""The places a learning run's metrics go to: a JSON-lines file, TensorBoard, wandb, the terminal
+and a text log.
+
+A record is one flat dictionary; its ``kind`` is ``train`` or ``evaluation``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from megamask.config import Config
+from megamask.errors import ConfigError
+from megamask.storage import atomic_file
+
+Record = dict[str, Any]
+_log = logging.getLogger(__name__)
+_BOOKKEEPING = {"kind", "step", "tokens", "seconds"}
+
+
+class Sink(Protocol):
+    """Somewhere that records go."""
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, flushed line by line, so that a killed process
+    loses at most the line it was writing.
+
+    A step has one record of a kind: the last evaluation, which a resumed run does again, is not
+    written again.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = trim_metrics(path, resume_step)
+        self.seconds = float(kept[-1].get("seconds") or 0.0) if kept else 0.0
+        self._known = {(record.get("kind"), record.get("step")) for record in kept}
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append a line; numbers that are not finite become null, because JSON has no word for
+        them.
+        """
+        if (key := (record["kind"], record["step"])) in self._known:
+            return
+        self._known.add(key)
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def trim_metrics(path: Path, resume_step: int) -> list[Record]:
+    """Cut ``path`` back to the steps a resumed run will not repeat, and return the records kept.
+
+    Lines later than ``resume_step`` and torn lines go; with ``resume_step`` 0 the run starts over
+    and all lines go. The file is replaced atomically, so that dying here loses nothing.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # the line that a killed process was writing
+    kept = [
+        record
+        for record in records
+        if resume_step > 0 and isinstance(record, dict) and record.get("step", 0) <= resume_step
+    ]
+    with atomic_file(path) as temporary:
+        temporary.write_text(
+            "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
+        )
+    return kept
+
+
+class TensorBoard:
+    """Event files in ``folder``; on resume TensorBoard itself drops the events that will be written
+    again (``purge_step``).
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
+
+    def write(self, record: Record) -> None:
+        """Add one scalar per metric at the record's step, and flush: what a kill loses here would
+        not come back on resume.
+        """
+        for tag, value in scalars(record).items():
+            self._writer.add_scalar(tag, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class Wandb:
+    """A wandb run whose x-axis is the step of the record. A resumed run keeps its identity, so that
+    syncing appends to it.
+
+    Raises:
+        ConfigError: wandb cannot start (online without a login or a network).
+    """
+
+    def __init__(self, folder: Path, config: Config, resume_step: int) -> None:
+        import wandb
+
+        mode = config.learn.monitor.wandb
+        identity = folder / "wandb_id.txt"
+        if resume_step == 0 or not identity.exists():
+            with atomic_file(identity) as temporary:
+                temporary.write_text(uuid.uuid4().hex[:8])
+        try:
+            self._run = wandb.init(
+                project=config.learn.monitor.wandb_project,
+                dir=str(folder),
+                mode="online" if mode == "online" else "offline",
+                id=identity.read_text().strip(),
+                resume="allow" if mode == "online" else None,
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            fix = "Run `wandb login`, or set learn.monitor.wandb=offline."
+            raise ConfigError(
+                "learn.monitor.wandb", mode, f"wandb could not start ({error})", fix
+            ) from error
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Record) -> None:
+        """Log the metrics and the step and tokens they belong to."""
+        self._run.log({"step": record["step"], "tokens": record["tokens"], **scalars(record)})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The metrics of a record by the name they have in TensorBoard and wandb: ``train/loss``,
+    ``perplexity/english``.
+    """
+    named = {
+        f"perplexity/{domain}": value for domain, value in record.get("perplexity", {}).items()
+    }
+    for key, value in record.items():
+        if key not in _BOOKKEEPING and isinstance(value, int | float):
+            named[f"{record['kind']}/{key}"] = value
+    return {tag: float(value) for tag, value in named.items() if value is not None}
+
+
+def open_optional_sinks(folder: Path, config: Config, resume_step: int) -> list[Sink]:
+    """TensorBoard and wandb as configured; a package that is not installed is said in the log and
+    is no error.
+    """
+    sinks: list[Sink] = []
+    if config.learn.monitor.tensorboard:
+        try:
+            sinks.append(TensorBoard(folder / "tensorboard", resume_step))
+        except ImportError:
+            _log.info(
+                "tensorboard is not installed, so nothing is written for it (pip install tensorboard)"
+            )
+    if config.learn.monitor.wandb != "off":
+        try:
+            sinks.append(Wandb(folder, config, resume_step))
+        except ImportError:
+            _log.info("wandb is not installed, so nothing is written for it (pip install wandb)")
+    return sinks
+
+
+class Console:
+    """Messages, and below them one live line: rewritten in place on a terminal, printed at most
+    every ``interval`` seconds elsewhere.
+    """
+
+    def __init__(self, stream: TextIO | None = None, interval: float = 10.0) -> None:
+        self._stream = stream or sys.stderr
+        self._interval = interval
+        self._in_place = self._stream.isatty()
+        self._line = ""
+        self._next_print = -math.inf
+
+    def is_due(self) -> bool:
+        """Whether ``interval`` has passed since this last said yes."""
+        due = time.monotonic() >= self._next_print
+        if due:
+            self._next_print = time.monotonic() + self._interval
+        return due
+
+    def progress(self, line: str, is_due: bool) -> None:
+        """Show ``line`` as the live line."""
+        if self._in_place:
+            self._line = line[: shutil.get_terminal_size().columns - 1]
+            self._stream.write(f"\r\033[K{self._line}")
+        elif is_due:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def message(self, text: str) -> None:
+        """Print ``text`` above the live line."""
+        self._stream.write(f"\r\033[K{text}\n{self._line}" if self._in_place else text + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Leave the last live line standing."""
+        if self._line:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._line = ""
+
+
+class PackageLog:
+    """While open, everything the package logs goes to ``log.txt`` and above the live line; whatever
+    handlers it had come back on close.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self._logger = logging.getLogger("megamask")
+        self._before = (self._logger.handlers, self._logger.propagate, self._logger.level)
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._logger.handlers = [file, _ConsoleHandler(console)]
+        self._logger.propagate = False
+        self._logger.setLevel(logging.INFO)
+
+    def close(self) -> None:
+        """Close the file and give the package's logger its former handlers back."""
+        for handler in self._logger.handlers:
+            handler.close()
+        self._logger.handlers, self._logger.propagate = self._before[:2]
+        self._logger.setLevel(self._before[2])
+
+
+class _ConsoleHandler(logging.Handler):
+    """Messages to the console, but for those marked ``file_only``."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not getattr(record, "file_only", False):
+            self._console.message(self.format(record))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,63 @@
+"""The prior mask of a run: opened by name or path, checked against pattern, model and the linears
+to prune.
+"""
+
+from __future__ import annotations
+
+from megamask.config import Config, run_paths
+from megamask.errors import ArtifactError, ConfigError
+from megamask.masks.file import MaskSet
+from megamask.masks.find import mask_path, open_masks
+from megamask.sparsity.pattern import Pattern
+from megamask.weights.architecture import Architecture
+from megamask.weights.mapping import linear_shapes, prunable
+
+KEY = "learn.prior.mask"
+
+
+def load_prior(config: Config, arch: Architecture, fingerprint: str) -> MaskSet | None:
+    """The masks that ``learn.prior.mask`` names; None when it is null.
+
+    Raises:
+        ArtifactError: missing, torn, or made for another pattern, model or set of linears.
+        ConfigError: a snapshot of this very run.
+    """
+    name = config.learn.prior.mask
+    if name is None:
+        return None
+    own = run_paths(config).learn.resolve()
+    if mask_path(name, run_paths(config)).resolve().is_relative_to(own):
+        allowed = (
+            "a mask, or a snapshot of another run: those of this run are replaced while it learns"
+        )
+        raise ConfigError(
+            KEY,
+            name,
+            allowed,
+            "Set another run_dir, or write it to a mask file first: megamask extract.",
+        )
+    masks = open_masks(name, config, arch)
+    masks.check(
+        pattern=Pattern.parse(config.pattern), shapes=linear_shapes(arch), fingerprint=fingerprint
+    )
+    missing = [
+        module
+        for module in prunable(arch, config.model.include, config.model.exclude)
+        if module not in masks
+    ]
+    if missing:
+        problem = f"has no mask for {missing[0]}" + (
+            f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        )
+        raise ArtifactError(
+            masks.path,
+            problem,
+            "Use the model.include and model.exclude that it was made with, or another prior.",
+        )
+    return masks
+
+
+def description(prior: MaskSet, config: Config) -> str:
+    """How the prior was made, and where it lies unless it is a mask of this run."""
+    is_own = prior.path == run_paths(config).mask(prior.method)
+    return prior.method if is_own else f"{prior.method}, {prior.path}"

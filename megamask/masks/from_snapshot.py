@@ -1,0 +1,224 @@
+"""A snapshot read as masks: the winners of its logits, whatever its distribution and learner and
+whatever layout saved it.
+
+Needs neither Megatron-Core nor a process group. Shapes: O out_features, I in_features, L logits a
+group, G groups per row.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megamask.errors import ArtifactError, ConfigError
+from megamask.masks.file import MaskSet
+from megamask.sparsity.distributions import logits_per_group
+from megamask.sparsity.pattern import Pattern
+from megamask.storage import read_json
+from megamask.weights.architecture import Architecture
+from megamask.weights.mapping import rules
+from megamask.weights.rule import Rule
+
+NOTE = "megamask.json"  # beside the tensors
+LOGITS = ".mask_logits"
+_STEP = re.compile(r"step-\d{8}")
+
+
+class SnapshotMasks(MaskSet):
+    """Winner masks of a snapshot, by HF module name; the logits of one linear at a time are read
+    when a mask is asked for.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        meta: dict[str, Any],
+        distribution: str,
+        index: Metadata,
+        table: Mapping[str, Rule],
+    ) -> None:
+        super().__init__(path, None, meta)
+        self._distribution, self._index = distribution, index
+        self._rules = {name: rule for rule in table.values() for name in rule.modules}
+        self._latest: tuple[Rule | None, dict[str, Tensor]] = (None, {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        rule = self._rules[name]
+        if self._latest[0] is not rule:
+            parts = rule.to_hf(self._hard_codes(_key(rule)))
+            self._latest = rule, {hf.rpartition(".")[0]: part for hf, part in parts.items()}
+        return self._latest[1][name]
+
+    def index(self, name: str) -> Tensor:
+        """Candidate index of every group, (O, G) int64."""
+        return self.pattern.index_of(self[name])
+
+    def check_whole(self) -> None:
+        """Nothing is left to check: the sizes of the files were compared when the snapshot was
+        opened.
+        """
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, optimizer state included."""
+        return sum(file.stat().st_size for file in self.path.iterdir())
+
+    def _hard_codes(self, key: str) -> Tensor:
+        """Mask (O, I) of the largest logits of a Megatron linear; ties go where
+        ``MaskedLinear.hard_mask`` sends them.
+        """
+        saved = self._index.state_dict_metadata[key]
+        assert isinstance(saved, TensorStorageMetadata)  # checked when it was opened
+        logits_OLG = torch.empty(saved.size, dtype=saved.properties.dtype)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # "assuming the intent is to load in a single process"
+                dcp.load(
+                    {key: logits_OLG}, storage_reader=dcp.FileSystemReader(self.path), no_dist=True
+                )
+        except (
+            Exception,
+            dcp.CheckpointException,
+        ) as error:  # the library raises many kinds, this one beside Exception
+            _torn(self.path, error)
+        if self._distribution == "linear":
+            return self.pattern.best(logits_OLG.float().transpose(1, 2).flatten(1))
+        return self.pattern.mask_of(logits_OLG.float().max(dim=1).indices)
+
+
+def newest_snapshot(folder: Path) -> Path:
+    """``folder`` if it is a snapshot, else the newest of those that it holds.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    if _STEP.fullmatch(folder.resolve().name):
+        return folder
+    steps = sorted(path for path in folder.glob("step-*") if _STEP.fullmatch(path.name))
+    if not steps:
+        below = folder / "learn" / "snapshots"
+        fix = (
+            f"Name {below}"
+            if below.is_dir()
+            else "Name RUN/learn/snapshots (the newest), one RUN/learn/snapshots/step-NNNNNNNN"
+        )
+        raise ArtifactError(
+            folder,
+            "is a folder without snapshots",
+            f"{fix}, or a mask file RUN/masks/NAME.safetensors.",
+        )
+    return steps[-1]
+
+
+def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
+    """Open a snapshot, or the newest of a folder of them, as masks of a model of architecture
+    ``arch``.
+
+    Raises:
+        ArtifactError: there is none, it is torn, or its logits are not those of such a model.
+    """
+    path = newest_snapshot(folder)
+    note = read_json(path / NOTE, _fix(path))
+    try:
+        index = dcp.FileSystemReader(path).read_metadata()
+        _check_sizes(path, index)
+    except (Exception, dcp.CheckpointException) as error:  # unpickling raises many kinds
+        _torn(path, error)
+    try:
+        settings, fingerprint, step = (
+            note["settings"],
+            note["fingerprint"],
+            note["progress"]["step"],
+        )
+        pattern, distribution = (
+            Pattern.parse(settings["pattern"]),
+            settings["learn"].get("distribution", "categorical"),
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ArtifactError(
+            path / NOTE, f"is not the note of a snapshot ({error!r})", _fix(path)
+        ) from None
+    table = {
+        _key(rule): rule
+        for rule in rules(arch)
+        if rule.is_linear and _key(rule) in index.state_dict_metadata
+    }
+    _check_shapes(path, index, table, pattern, logits_per_group(pattern, distribution))
+    shapes = {
+        name: {"shape": list(shape)}
+        for rule in table.values()
+        for name, shape in zip(rule.modules, rule.shapes, strict=True)
+    }
+    data = {
+        "snapshot": str(path),
+        "step": step,
+        "distribution": distribution,
+        "blend": settings["data"].get("blend"),
+    }
+    meta = {
+        "pattern": str(pattern),
+        "fingerprint": fingerprint,
+        "method": "learned",
+        "data": data,
+        "tensors": shapes,
+    }
+    return SnapshotMasks(path, meta, distribution, index, table)
+
+
+def _key(rule: Rule) -> str:
+    return rule.megatron.removesuffix(".weight") + LOGITS
+
+
+def _check_sizes(path: Path, index: Metadata) -> None:
+    """Every stored piece lies within its file: a file that was cut is seen without reading it."""
+    for piece in index.storage_data.values():
+        size = (path / piece.relative_path).stat().st_size
+        if size < piece.offset + piece.length:
+            raise ValueError(
+                f"{piece.relative_path} has {size} bytes, at least {piece.offset + piece.length} were written"
+            )
+
+
+def _check_shapes(
+    path: Path, index: Metadata, table: Mapping[str, Rule], pattern: Pattern, width: int
+) -> None:
+    fix = "Use a snapshot that was learned on this model."
+    saved = {
+        key: one
+        for key, one in index.state_dict_metadata.items()
+        if key.endswith(LOGITS) and not key.startswith("optimizer.")
+    }
+    if not saved:
+        raise ArtifactError(path, "holds no mask logits", fix)
+    for key, one in saved.items():
+        if key not in table:
+            raise ArtifactError(path, f"holds {key}, which the model does not have", fix)
+        rows, columns = table[key].shape()
+        shape = list(one.size) if isinstance(one, TensorStorageMetadata) else None
+        if columns % pattern.m or shape != [rows, width, columns // pattern.m]:
+            raise ArtifactError(
+                path,
+                f"holds {key} of shape {shape}, which does not fit {rows} x {columns} weights of the model",
+                fix,
+            )
+
+
+def _fix(path: Path) -> str:
+    return f"Name another snapshot in {path.parent}, or a mask file of that run."
+
+
+def _torn(path: Path, error: BaseException) -> NoReturn:
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    raise ArtifactError(path, f"is torn or no snapshot ({reason})", _fix(path)) from error

@@ -1,0 +1,195 @@
+"""What quickstart.sh asks between the stages: what is done already, with which settings, and how
+long each stage took.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from megamask.config import Config, RunPaths, load_config, run_paths
+from megamask.errors import EXIT_USER_ERROR, ConfigError, MegamaskError
+from megamask.storage import read_json, write_json
+
+# The settings each stage reads itself, and those below them that may change without changing what
+# it makes.
+READS = {
+    "gguf": ("model.gguf",),
+    "convert": ("model.hf",),
+    "tokenize": ("data.tokenizer", "data.domains", "data.append_eod"),
+    "prune": (
+        "pattern",
+        "dtype",
+        "model.include",
+        "model.exclude",
+        "data.blend",
+        "data.seq_length",
+        "calibration",
+        "prune",
+    ),
+    "learn": (
+        "pattern",
+        "dtype",
+        "seed",
+        "model.include",
+        "model.exclude",
+        "data.blend",
+        "data.seq_length",
+        "learn",
+    ),
+    "export": ("export",),
+    "evaluate": ("dtype", "evaluate"),
+}
+FREE = (
+    "learn.resume",
+    "learn.snapshot",
+    "learn.monitor",
+    "calibration.micro_batch",
+    "evaluate.micro_batch",
+)
+REMADE = ("export", "evaluate")  # cheap: made again where the others would be refused
+
+
+def artefacts(stage: str, config: Config, paths: RunPaths) -> list[Path]:
+    """The paths whose presence says that a stage is done. ``report`` is always made anew: it prints
+    the table.
+    """
+    return {
+        "gguf": [paths.hf],
+        "convert": [paths.weights],
+        "tokenize": [paths.shards],
+        "prune": [paths.mask(method) for method in config.prune.methods],
+        "learn": [paths.mask("learned")],
+        "export": [paths.export],
+        "evaluate": [paths.results],
+    }.get(stage, [])
+
+
+def is_done(stage: str, config: Config, paths: RunPaths) -> bool:
+    """Whether every artefact is there and, for those made from the learned mask, made from this one
+    in this way.
+    """
+    found = artefacts(stage, config, paths)
+    if not found or not all(path.exists() for path in found):
+        return False
+    learned = paths.mask("learned")
+    newer_mask = learned.exists() and learned.stat().st_mtime > found[0].stat().st_mtime
+    return stage not in REMADE or not (newer_mask or changes(stage, config, paths))
+
+
+def check(config: Config, paths: RunPaths) -> None:
+    """Refuse to reuse what was made with other settings.
+
+    Raises:
+        ConfigError: naming the first setting that differs.
+    """
+    for stage in READS:
+        if stage not in REMADE and is_done(stage, config, paths):
+            for key, (before, now) in changes(stage, config, paths).items():
+                fix = (
+                    "Start afresh in another folder: RUN_DIR=runs/other ./launch/quickstart.sh ..."
+                )
+                raise ConfigError(
+                    key, now, f"{stage} in {paths.run_dir} was made with {before!r}", fix
+                )
+
+
+def changes(stage: str, config: Config, paths: RunPaths) -> dict[str, tuple[Any, Any]]:
+    """key -> (value the finished stage was made with, value now), where they differ."""
+    now = settings_of(stage, config, paths)
+    before = _read(paths.run_dir / "quickstart.json").get(stage, now)
+    return {
+        key: (before.get(key), now.get(key))
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key)
+    }
+
+
+def settings_of(stage: str, config: Config, paths: RunPaths) -> dict[str, Any]:
+    """Dotted settings that decide what a stage makes."""
+    flat = _flat(config.model_dump(mode="json"), paths.run_dir)
+
+    def below(key: str, sections: tuple[str, ...]) -> bool:
+        return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+    return {
+        key: value
+        for key, value in flat.items()
+        if below(key, READS.get(stage, ())) and not below(key, FREE)
+    }
+
+
+def record(stage: str, seconds: float, code: int, config: Config, paths: RunPaths) -> None:
+    """Put the seconds of a stage beside those of the others in stages.json, and its settings beside
+    theirs.
+
+    Interrupted attempts count towards the one that ends.
+    """
+    file = paths.run_dir / "stages.json"
+    known = _read(file)
+    unfinished = f"{stage} (unfinished)"
+    total = known.pop(unfinished, 0) + seconds
+    write_json(file, {**known, (unfinished if code else stage): total})
+    if not code and stage in READS:
+        settings = paths.run_dir / "quickstart.json"
+        write_json(settings, {**_read(settings), stage: settings_of(stage, config, paths)})
+
+
+def print_outputs(paths: RunPaths) -> None:
+    """Name the files a user wants next."""
+    named = {
+        "learned mask": paths.mask("learned"),
+        "masked model": paths.export,
+        "numbers": paths.results,
+    }
+    reports = sorted(paths.run_dir.rglob("report.html"))
+    for name, path in {**named, **({"report": reports[0]} if reports else {})}.items():
+        print(f"{name:<13} {path}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(path, "Delete it.") if path.exists() else {}
+    return found
+
+
+def _flat(tree: dict[str, Any], run_dir: Path, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; paths below the run folder are kept relative to it, so that the folder can be
+    moved.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, run_dir, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = (
+                value.replace(str(run_dir), "{run_dir}") if isinstance(value, str) else value
+            )
+    return flat
+
+
+def main() -> int:
+    """``stages.py check|is-done|record|outputs [STAGE [SECONDS CODE]] --config RECIPE key=value
+    ...``
+    """
+    split = sys.argv.index("--config")
+    command, *rest = sys.argv[1:split]
+    try:
+        config = load_config(Path(sys.argv[split + 1]), sys.argv[split + 2 :])
+        paths = run_paths(config)
+        if command == "is-done":
+            return 0 if is_done(rest[0], config, paths) else 1
+        if command == "check":
+            check(config, paths)
+        elif command == "record":
+            record(rest[0], float(rest[1]), int(rest[2]), config, paths)
+        else:
+            print_outputs(paths)
+    except MegamaskError as error:
+        print(f"quickstart: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

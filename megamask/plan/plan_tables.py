@@ -1,0 +1,143 @@
+"""The verb plan: memory, time and GPU-hours of a learning run, predicted; refuses what cannot
+fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megamask.plan.fit import advice
+from megamask.plan.hardware import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    GIB,
+    LAUNCH_SECONDS,
+    Device,
+)
+from megamask.plan.memory import Memory, memory_of
+from megamask.plan.time import Time, flops_per_token
+from megamask.plan.workload import Workload
+from megamask.tables import table
+
+
+def headline(work: Workload) -> str:
+    """What is planned."""
+    config, learn = work.config, work.config.learn
+    flops = sum(flops_per_token(work).values())
+    options = [
+        f"footprint {learn.footprint}",
+        f"a draw per {learn.sampling.draws.replace('_', '-')}",
+    ]
+    options += {False: [], "mlp": ["recompute of the mlp"], True: ["recompute"]}[
+        config.parallel.recompute
+    ]
+    options += ["sequence_parallel"] if config.parallel.sequence_parallel else []
+    return (
+        f"{config.plan.model or config.model.hf or config.run_dir}, {work.pattern}: "
+        f"{work.all_masked_weights / 1e9:,.3f} B prunable weights, {flops / 1e9:,.2f} GFLOP a token\n"
+        f"TP {work.tp} x DP {work.dp}; {learn.steps:,} steps of {learn.global_batch} x {config.data.seq_length:,} tokens; "
+        f"on each replica {work.accumulations} micro-batches of {learn.micro_batch}; {', '.join(options)}"
+    )
+
+
+def memory_table(memory: Memory) -> list[str]:
+    """GiB of one rank by part, and bytes per prunable weight of the parts that grow with the
+    weights.
+    """
+    rows = [[part, f"{size / GIB:,.2f}"] for part, size in memory.parts.items() if size]
+    return table(
+        ["memory of one rank, by part", "GiB"], [*rows, ["**sum**", f"{memory.total / GIB:,.2f}"]]
+    )
+
+
+def time_table(
+    work: Workload, devices: Sequence[Device], memories: Sequence[Memory], times: Sequence[Time]
+) -> list[str]:
+    """Devices side by side."""
+    fits = [
+        memory.total <= device.capacity for device, memory in zip(devices, memories, strict=True)
+    ]
+    rows = [
+        [
+            "memory, GiB of GiB",
+            *(
+                f"{m.total / GIB:,.1f} of {d.capacity / GIB:,.1f}"
+                for d, m in zip(devices, memories, strict=True)
+            ),
+        ]
+    ]
+    rows.append(["fits", *("yes" if one else "**no**" for one in fits)])
+    used = [part for part in times[0].parts if any(time.parts[part] for time in times)]
+    rows += [[f"{part}, ms", *(f"{t.parts[part] * 1e3:,.1f}" for t in times)] for part in used]
+    rows.append(["**step, s**", *(f"{t.seconds:,.2f}" for t in times)])
+    rows.append(["tokens/s", *(f"{t.tokens_per_second:,.0f}" for t in times)])
+    rows.append(["model FLOP utilisation", *(f"{t.mfu:.0%}" for t in times)])
+    steps, kind = work.config.learn.steps, "CPU" if devices[0].is_cpu else "GPU"
+    rows.append(
+        [f"**{kind}-hours, {steps:,} steps**", *(f"{t.gpu_hours(steps):,.1f}" for t in times)]
+    )
+    return table(["time of one step, by part", *(device.title for device in devices)], rows)
+
+
+def footer(devices: Sequence[Device]) -> list[str]:
+    """What the figures rest on."""
+    lines = [
+        "Predicted, not measured. Nothing overlaps in this model; start-up, evaluation and snapshots are not in it. It assumes:"
+    ]
+    for one in devices:
+        lines.append(
+            f"- {one.title}: {one.flops / 1e12:,.3g} TFLOP/s dense bf16, of which matmuls reach {one.matmul:.0%} and attention "
+            f"{one.attention:.0%}; memory {one.bandwidth / 1e9:,.0f} GB/s, of which {one.copy:.0%}; links {one.node_link / 1e9:,.0f} GB/s "
+            f"each way in a node and {one.fabric / 1e9:,.0f} between nodes, of which {one.link:.0%}; {one.capacity / GIB:,.1f} GiB."
+        )
+    if not devices[0].is_cpu:
+        lines.append(
+            f"- {CONTEXT_BYTES / GIB:.1f} GiB for CUDA context, cuBLAS and NCCL; {FRAGMENTATION:.0%} of a step's own memory lost to "
+            f"fragmentation; {LAUNCH_SECONDS * 1e3:.0f} ms of the host to launch a layer."
+        )
+    return lines
+
+
+def as_json(
+    work: Workload,
+    devices: Sequence[Device],
+    memories: Sequence[Memory],
+    times: Sequence[Time],
+    target: Device,
+) -> dict[str, Any]:
+    """The same figures in bytes and seconds."""
+    steps = work.config.learn.steps
+    rows = {}
+    for device, memory, time in zip(devices, memories, times, strict=True):
+        found = {
+            "memory_bytes": memory.parts,
+            "total_bytes": memory.total,
+            "fits": memory.total <= device.capacity,
+        }
+        found |= {
+            "seconds": time.parts,
+            "step_seconds": time.seconds,
+            "tokens_per_second": time.tokens_per_second,
+            "mfu": time.mfu,
+        }
+        rows[device.title] = {
+            **found,
+            "gpu_hours": time.gpu_hours(steps),
+            "assumed": asdict(device),
+        }
+    fits = memory_of(work, target).total <= target.capacity
+    return {
+        "predicted": "not measured",
+        "prunable_weights": work.all_masked_weights,
+        "flops_per_token": flops_per_token(work),
+        "bytes_per_weight": work.state,
+        "tokens_per_step": work.tokens_a_step,
+        "devices": rows,
+        "target": target.title,
+        "advice": None if fits else advice(work, target),
+        "settings": work.config.model_dump(
+            include={"pattern", "dtype", "parallel", "learn", "plan"}
+        ),
+    }

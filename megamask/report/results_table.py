@@ -1,0 +1,148 @@
+"""The result table: perplexity by method and domain, always with the dense value and the protocol
+beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megamask.tables import aligned
+
+METHOD_LABELS = {
+    "dense": "dense",
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT mask",
+    "sparsegpt_update": "SparseGPT + weight update",
+    "learned": "learned mask",
+}
+
+
+def method_label(method: str) -> str:
+    """The name a method has in tables and pictures."""
+    return METHOD_LABELS.get(method, method)
+
+
+def methods_in_order(results: dict[str, Any]) -> list[str]:
+    """Methods of ``results["perplexity"]``: the known ones from dense to learned, then others as
+    they come.
+    """
+    present = results.get("perplexity", {})
+    others = [method for method in present if method not in METHOD_LABELS]
+    known = [method for method in METHOD_LABELS if method in present]
+    return known[:-1] + others + known[-1:] if known and known[-1] == "learned" else known + others
+
+
+def domains_of(results: dict[str, Any]) -> list[str]:
+    """Domains in order of appearance."""
+    return list(
+        dict.fromkeys(
+            domain for by_domain in results.get("perplexity", {}).values() for domain in by_domain
+        )
+    )
+
+
+def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table, as text. Columns nothing is known about are left out."""
+    domains, methods = domains_of(results), methods_in_order(results)
+    extras = [
+        (title, results[key], show)
+        for title, key, show in _EXTRAS
+        if any(method in results.get(key, {}) for method in methods)
+    ]
+    header = ["method"]
+    for domain in domains:
+        header += [f"{domain} perplexity", "x dense"]
+    header += [title for title, _, _ in extras]
+    rows = []
+    for method in methods:
+        row = [method_label(method)]
+        for domain in domains:
+            row += [_perplexity(_value(results, method, domain)), _ratio(results, method, domain)]
+        row += [show(values[method]) if method in values else "–" for _, values, show in extras]
+        rows.append(row)
+    return header, rows
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """The table as aligned Markdown, which also reads well on a terminal, with the protocol and the
+    times below it.
+
+    Args:
+        results: what ``results.json`` holds: ``{"perplexity": {method: {domain: value}},
+            "protocol": …, "seconds": …, "density": …, "mask_bytes": …}``; all but the perplexity
+            may be missing.
+    """
+    notes = [
+        ("Protocol", format_protocol(results.get("protocol", {}))),
+        ("Seconds", format_stages(results)),
+    ]
+    return "\n".join(
+        [*aligned(*table_cells(results)), *(f"\n{title}: {text}" for title, text in notes if text)]
+    )
+
+
+def format_protocol(protocol: dict[str, Any]) -> str:
+    """``window 512, stride 512, tail dropped, bos no, dtype bf16, tokens code 16,384 / english
+    16,384``.
+    """
+    return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in protocol.items())
+
+
+def format_stages(results: dict[str, Any]) -> str:
+    """Times of the stages that are not rows of the table."""
+    stages = {
+        stage: value
+        for stage, value in results.get("seconds", {}).items()
+        if stage not in results.get("perplexity", {})
+    }
+    return ", ".join(f"{stage} {value:.0f}" for stage, value in stages.items())
+
+
+def format_bytes(count: float) -> str:
+    """``512 B``, ``33.2 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _density(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s"
+
+
+_EXTRAS = (
+    ("density", "density", _density),
+    ("mask file", "mask_bytes", format_bytes),
+    ("time", "seconds", _seconds),
+)
+
+
+def _value(results: dict[str, Any], method: str, domain: str) -> float | None:
+    value = results["perplexity"].get(method, {}).get(domain)
+    return None if value is None else float(value)
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _ratio(results: dict[str, Any], method: str, domain: str) -> str:
+    value = _value(results, method, domain)
+    dense = _value(results, "dense", domain) if "dense" in results["perplexity"] else None
+    return "–" if value is None or not dense else f"{value / dense:,.2f}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return " / ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,70 @@
+"""The verb convert: Hugging Face folder -> Megatron weights, at any TP, tensor by tensor."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from megamask import storage
+from megamask.config import Config, run_paths
+from megamask.errors import MegamaskError
+from megamask.model.build import build_model, padded_vocab
+from megamask.model.checkpoint import NOTE, fill_from_hf, save_sharded, sharded_state
+from megamask.parallel.mesh import start
+from megamask.weights.architecture import read_architecture
+from megamask.weights.fingerprint import fingerprint_hf
+from megamask.weights.hf_files import open_checked
+from megamask.weights.mapping import check_tp
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> None:
+    """Write ``run_paths(config).weights``; in the source's dtype; does nothing when it already
+    holds this model.
+
+    Raises:
+        ConfigError: a model feature that is not supported, or a TP that the heads do not split
+            over.
+        ArtifactError: files that are missing or do not fit config.json, or an output that cannot be
+            written.
+    """
+    paths = run_paths(config)
+    arch = read_architecture(paths.hf)
+    check_tp(arch, config.parallel.tp)
+    storage.require_writable(paths.run_dir)
+    with open_checked(paths.hf) as reader, start(config) as mesh:
+        note = {
+            "fingerprint": fingerprint_hf(paths.hf),
+            "dtype": str(arch.dtype).removeprefix("torch."),
+            "padded_vocab": padded_vocab(arch, mesh.tp),
+            "source": str(paths.hf),
+        }
+        if _is_done(config, note):
+            if mesh.is_main:
+                log.info("%s already holds this model", paths.weights)
+            return
+        begin = time.perf_counter()
+        model = build_model(config, arch, mesh, dtype=arch.dtype)
+        fill_from_hf(model, arch, mesh, reader)
+        save_sharded(
+            sharded_state(model), paths.weights, mesh, note, files=[paths.hf / "config.json"]
+        )
+        if mesh.is_main:
+            parameters = sum(parameter.numel() for parameter in model.parameters()) * mesh.tp / 1e6
+            seconds = time.perf_counter() - begin
+            log.info(
+                "wrote %s: about %.0f M parameters in %s, %.1f s",
+                paths.weights,
+                parameters,
+                arch.dtype,
+                seconds,
+            )
+
+
+def _is_done(config: Config, note: dict[str, object]) -> bool:
+    try:
+        found = storage.read_json(run_paths(config).weights / NOTE, "")
+    except MegamaskError:
+        return False
+    return all(found.get(key) == note[key] for key in ("fingerprint", "dtype", "padded_vocab"))

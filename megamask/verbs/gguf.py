@@ -1,0 +1,27 @@
+"""The verb gguf: a GGUF file becomes a plain Hugging Face folder in bf16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megamask.config import Config, run_paths
+from megamask.errors import ConfigError
+from megamask.weights.from_gguf import unpack
+
+
+def run(config: Config) -> None:
+    """Unpack model.gguf into model.hf. Done before with the same file, it does nothing.
+
+    Raises:
+        ConfigError: model.gguf is not set.
+        ArtifactError: the file is missing, or the folder holds something else.
+    """
+    if not config.model.gguf:
+        raise ConfigError(
+            "model.gguf",
+            None,
+            "a GGUF file",
+            "Set model.gguf=FILE, or point model.hf at a Hugging Face folder.",
+        )
+    source, out = Path(config.model.gguf), run_paths(config).hf
+    unpack(source, out)

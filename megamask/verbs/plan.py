@@ -1,0 +1,97 @@
+"""The verb plan: memory, time and GPU-hours of a learning run, predicted; refuses what cannot
+fit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megamask import storage
+from megamask.config import Config, run_paths
+from megamask.errors import ArtifactError, ConfigError
+from megamask.plan.fit import check_fits
+from megamask.plan.hardware import GPUS, device_named
+from megamask.plan.memory import memory_of
+from megamask.plan.plan_tables import as_json, footer, headline, memory_table, time_table
+from megamask.plan.time import time_of
+from megamask.plan.workload import Workload
+from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.shapes import SHAPES, read_shape
+
+
+def run(config: Config) -> None:
+    """Print the plan, write ``plan.out`` if it is set.
+
+    Raises:
+        ConfigError: it fits neither ``plan.gpu`` nor, without that, any GPU; the message names the
+            nearest settings that fit. Also a layout, a batch or a model that cannot work.
+        ArtifactError: the model's config.json cannot be read.
+    """
+    arch = find_architecture(config)
+    work = Workload(with_paper_batch(config, arch), arch, config.plan.dp).check()
+    devices = [device_named("cpu")] if config.plan.gpu == "cpu" else list(GPUS.values())
+    memories, times = (
+        [memory_of(work, one) for one in devices],
+        [time_of(work, one) for one in devices],
+    )
+    target = (
+        device_named(config.plan.gpu)
+        if config.plan.gpu
+        else max(devices, key=lambda one: one.capacity)
+    )
+    tables = [memory_table(memories[0]), time_table(work, devices, memories, times)]
+    print("\n\n".join("\n".join(lines) for lines in ([headline(work)], *tables, footer(devices))))
+    if config.plan.out:
+        storage.write_json(Path(config.plan.out), as_json(work, devices, memories, times, target))
+    check_fits(work.config, arch, target, work.dp)
+
+
+def find_architecture(config: Config) -> Architecture:
+    """Of ``plan.model``, else of the run's Hugging Face folder, else of its converted weights.
+
+    Raises:
+        ConfigError: there is no model to plan for.
+        ArtifactError: ``model.hf`` was given and cannot be read.
+    """
+    if config.plan.model:
+        return read_shape(config.plan.model)
+    paths = run_paths(config)
+    for folder in (paths.hf, paths.weights):
+        if (folder / "config.json").exists():
+            return read_architecture(folder)
+    if config.model.hf:
+        raise ArtifactError(
+            paths.hf / "config.json",
+            "is missing",
+            "Correct model.hf, or name a shape with --model.",
+        )
+    raise ConfigError(
+        "--model",
+        None,
+        f"one of {', '.join(SHAPES)}, or a Hugging Face folder",
+        "Name one, or set model.hf.",
+    )
+
+
+def with_paper_batch(config: Config, arch: Architecture) -> Config:
+    """The paper's batch (MaskLLM, Table 7) where ``plan.model`` was given and the batch was not:
+    the defaults of the tree suit a laptop.
+    """
+    if not config.plan.model:
+        return config
+    learn, data = config.learn.model_fields_set, config.data.model_fields_set
+    open_keys = {
+        "learn.micro_batch": "micro_batch" in learn,
+        "learn.global_batch": "global_batch" in learn,
+        "data.seq_length": "seq_length" in data,
+    }
+    paper = {
+        "learn.micro_batch": 1,
+        "learn.global_batch": 256,
+        "data.seq_length": min(4096, arch.max_positions),
+    }
+    return (
+        Workload(config, arch)
+        .changed({key: paper[key] for key, is_given in open_keys.items() if not is_given})
+        .config
+    )

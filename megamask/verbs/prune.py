@@ -1,0 +1,247 @@
+"""The verb prune: one-shot masks of the dense model, under plain python or torchrun, at any TP x
+DP.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamask import storage
+from megamask.config import Config, run_paths
+from megamask.data.heldout import calibration_description, calibration_tokens
+from megamask.data.shards import check_vocabulary
+from megamask.errors import ArtifactError, ConfigError, MegamaskError
+from megamask.masks.file import load_masks, save_masks
+from megamask.model.build import build_model, masked_linears, padded_vocab, prunable_linears
+from megamask.model.checkpoint import NOTE, load_weights, save_sharded, sharded_state
+from megamask.model.mask_shards import gather_masks
+from megamask.oneshot.criteria import CRITERIA
+from megamask.oneshot.layerwise import Subject, damping, prune_layerwise
+from megamask.oneshot.pruned import Pruned
+from megamask.parallel.mesh import Mesh, check_layout, start
+from megamask.sparsity.pattern import Pattern
+from megamask.weights.architecture import read_architecture
+from megamask.weights.mapping import prunable
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> None:
+    """Write ``run_paths(config).mask(method)`` for every method of ``prune.methods`` that has no
+    such mask yet.
+
+    ``sparsegpt_update`` also writes ``updated_weights``: Megatron weights in the dtype of the dense
+    ones.
+
+    Raises:
+        MegamaskError: a setting or an artefact that does not fit, before the first layer where
+            possible.
+    """
+    check_early(config)
+    base = storage.read_json(run_paths(config).weights / NOTE, "Run the verb convert.")
+    recipes = {
+        method: recipe(config, method, base["fingerprint"]) for method in config.prune.methods
+    }
+    todo = {method: one for method, one in recipes.items() if not is_done(config, method, one)}
+    if not todo:
+        return
+    with start(config) as mesh:
+        subject = load_subject(config, mesh)
+        tokens_NS = (
+            calibration_tokens(config)
+            if any(CRITERIA[method].needs_stats for method in todo)
+            else None
+        )
+        for method, one in todo.items():
+            prune(subject, method, tokens_NS, one, base)
+
+
+def check_early(config: Config) -> None:
+    """Everything that can be refused before the model is loaded.
+
+    Raises:
+        MegamaskError: a layout, pattern, block or output folder that cannot work.
+    """
+    check_layout(config)
+    pattern = Pattern.parse(config.pattern)
+    for method in config.prune.methods:
+        CRITERIA[method].check(pattern, config.prune)
+    if config.parallel.sequence_parallel and config.calibration.seq_length % config.parallel.tp:
+        allowed = f"a multiple of parallel.tp={config.parallel.tp} under sequence parallel"
+        raise ConfigError(
+            "calibration.seq_length",
+            config.calibration.seq_length,
+            allowed,
+            "Change it, or switch sequence parallel off.",
+        )
+    storage.require_writable(run_paths(config).masks)
+
+
+def recipe(config: Config, method: str, fingerprint: str) -> dict[str, Any]:
+    """Everything that decides the masks of ``method``, JSON-able; layout and micro-batch only round
+    differently.
+
+    Raises:
+        MegamaskError: ``model.include`` and ``model.exclude`` do not fit the model, or the
+            calibration text is not there.
+    """
+    criterion, paths = CRITERIA[method], run_paths(config)
+    settings: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "pattern": str(Pattern.parse(config.pattern)),
+    }
+    settings["linears"] = prunable(
+        read_architecture(paths.weights), config.model.include, config.model.exclude
+    )
+    if criterion.needs_stats:
+        settings |= {"dtype": config.dtype, "calibration": calibration_description(config)}
+    if criterion.needs_hessian:
+        settings |= {"damp": config.prune.damp, "block": config.prune.block}
+    plain: dict[str, Any] = json.loads(json.dumps(settings))  # what a file gives back
+    return plain
+
+
+def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
+    """Whether the mask file of ``method``, and its updated weights, were made from the ``wanted``
+    recipe. Says what is reused.
+    """
+    path, updated = run_paths(config).mask(method), run_paths(config).updated_weights(method)
+    if not path.exists():
+        return False
+    try:
+        masks = load_masks(path)
+        masks.verify()
+        found = {
+            **masks.meta["data"],
+            "fingerprint": masks.fingerprint,
+            "pattern": str(masks.pattern),
+            "linears": list(masks),
+        }
+        same = all(found[key] == value for key, value in wanted.items())
+        if same and CRITERIA[method].updates_weight:
+            same = storage.read_json(updated / NOTE, "")["recipe"] == wanted
+    except (MegamaskError, KeyError, TypeError):  # torn, or written by something else
+        same = False
+    log.info("%s: %s", path, "reused" if same else "made from other inputs or settings: made again")
+    return same
+
+
+def load_subject(config: Config, mesh: Mesh) -> Subject:
+    """The dense model in ``config.dtype`` and the linears to prune.
+
+    Raises:
+        ConfigError: M does not divide a local row.
+        ArtifactError: weights that are missing, torn, or pruned already.
+    """
+    weights, pattern = run_paths(config).weights, Pattern.parse(config.pattern)
+    arch = read_architecture(weights)
+    check_vocabulary(config, arch.vocab)
+    model = build_model(config, arch, mesh).eval()
+    linears = prunable_linears(model, config, arch)
+    for name, linear in linears.items():
+        linear.groups(pattern, name)
+    load_weights(model, weights)
+    subject = Subject(config, mesh, arch, pattern, model, linears)
+    for name, linear in linears.items():
+        if mesh.any(pattern.already_fits(linear.weight)):
+            problem = (
+                f"hold a model that is pruned already: {subject.hf_names(name)} is {pattern} sparse"
+            )
+            raise ArtifactError(
+                weights,
+                problem,
+                "Convert the dense model, or keep that linear out with model.exclude.",
+            )
+    return subject
+
+
+def prune(
+    subject: Subject,
+    method: str,
+    tokens_NS: torch.Tensor | None,
+    made_from: dict[str, Any],
+    base: dict[str, Any],
+) -> None:
+    """Run one method and write what it makes; the mask file comes last, so that it vouches for the
+    weights.
+    """
+    paths, mesh, begin = run_paths(subject.config), subject.mesh, time.perf_counter()
+    if mesh.is_main:
+        log.info("%s: %s of %d linears", method, subject.pattern, len(subject.linears))
+    pruned = prune_layerwise(subject, CRITERIA[method], tokens_NS)
+    if CRITERIA[method].updates_weight:
+        write_updated(
+            subject,
+            pruned,
+            paths.updated_weights(method),
+            {**base, "method": method, "recipe": made_from},
+        )
+    masks = gather_masks({name: one.mask_OI for name, one in pruned.items()}, subject.arch, mesh)
+    if mesh.is_main:
+        write_masks(
+            paths.mask(method),
+            method,
+            masks,
+            made_from,
+            damping(subject, pruned),
+            time.perf_counter() - begin,
+        )
+    mesh.barrier()
+
+
+def write_masks(
+    path: Path,
+    method: str,
+    masks: dict[str, torch.Tensor],
+    made_from: dict[str, Any],
+    raised_damp: dict[str, float],
+    seconds: float,
+) -> None:
+    """Write the mask file. What of the recipe has no place of its own in the header goes under
+    ``data``.
+    """
+    own = ("fingerprint", "pattern", "linears")
+    data = {key: value for key, value in made_from.items() if key not in own} | {
+        "seconds": round(seconds, 2)
+    }
+    if raised_damp:
+        data["raised_damp"] = raised_damp
+    ordered = {name: masks[name] for name in made_from["linears"]}
+    save_masks(
+        path,
+        ordered,
+        Pattern.parse(made_from["pattern"]),
+        fingerprint=made_from["fingerprint"],
+        method=method,
+        data=data,
+    )
+    log.info("wrote %s, %.1f s", path, seconds)
+
+
+def write_updated(
+    subject: Subject, pruned: Mapping[str, Pruned], path: Path, note: dict[str, Any]
+) -> None:
+    """Save the dense weights with those of ``pruned`` in place of the linears', in the dtype of the
+    dense ones on disk.
+
+    A second model in that dtype holds them until they are written, so that what is not pruned keeps
+    every bit.
+    """
+    mesh, dense = subject.mesh, run_paths(subject.config).weights
+    model = build_model(subject.config, subject.arch, mesh, dtype=getattr(torch, note["dtype"]))
+    load_weights(model, dense)
+    linears = masked_linears(model)
+    for name, one in pruned.items():
+        assert one.weight_OI is not None
+        linears[name].weight.data.copy_(one.weight_OI)
+    note = {**note, "padded_vocab": padded_vocab(subject.arch, mesh.tp)}
+    save_sharded(sharded_state(model), path, mesh, note, files=[dense / "config.json"])
+    if mesh.is_main:
+        log.info("wrote %s", path)

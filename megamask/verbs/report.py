@@ -1,0 +1,33 @@
+"""The verb report: pictures, one HTML page and the table, from whatever the run directory holds."""
+
+from __future__ import annotations
+
+from megamask.config import Config, run_paths
+from megamask.report.compose import draw_pictures
+from megamask.report.html import render_report
+from megamask.report.reading import read_run
+from megamask.report.results_table import format_table
+from megamask.storage import atomic_file, require_writable
+
+
+def run(config: Config) -> None:
+    """Write ``report.html`` and ``pictures/*.png`` in the run directory, and print the table.
+
+    Parts whose artefacts are missing are said to be not there yet.
+
+    Raises:
+        ArtifactError: nothing to report, a broken artefact, or a folder that cannot be written.
+    """
+    data = read_run(config)
+    run_dir = run_paths(config).run_dir
+    require_writable(run_dir / "pictures")
+    pictures = draw_pictures(config, data, run_dir / "pictures")
+    page = render_report(config, data, pictures)
+    with atomic_file(run_dir / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    if data.results.get("perplexity"):
+        print(format_table(data.results))
+    for picture in pictures:
+        if picture.path is None:
+            print(f"{picture.title}: not there yet. {picture.missing}")
+    print(f"\nReport: {run_dir / 'report.html'}")

@@ -1,0 +1,92 @@
+"""The verb tokenize: text domains -> token shards, split into training and held-out documents."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from megamask.config import Config, run_paths
+from megamask.data.blend import blend_weights
+from megamask.data.corpora import documents
+from megamask.data.shards import read_shards
+from megamask.data.tokenizer import TextTokenizer, load_tokenizer
+from megamask.data.write_shards import _is_current, _say, _settings_digest, _summary, _write_domain
+from megamask.errors import ConfigError
+from megamask.storage import remove_leftovers, require_writable
+
+
+def run(config: Config) -> None:
+    """Write ``{run_dir}/shards/<domain>`` for every domain; shards that fit the settings are kept.
+    One process does it.
+
+    Raises:
+        ConfigError, ArtifactError: settings, text or tokenizer that cannot work, found before
+            anything is tokenized.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    _check_domains(config)
+    folder = run_paths(config).shards
+    require_writable(folder)
+    remove_leftovers(folder)
+    tokenizer = load_tokenizer(config)
+    _check_eod(config, tokenizer)
+    digests = {name: _settings_digest(config, name, tokenizer) for name in config.data.domains}
+    stale = [name for name in config.data.domains if not _is_current(folder / name, digests[name])]
+    for name in stale:
+        next(
+            iter(documents(name, config.data.domains[name]))
+        )  # the errors of a corpus show at its first document
+    for name in config.data.domains:
+        if name in stale:
+            _write_domain(config, name, tokenizer, digests[name])
+        _say(
+            _summary(
+                name,
+                read_shards(folder / name),
+                "tokenized" if name in stale else "kept, settings and tokenizer are the same",
+            )
+        )
+
+
+def _check_domains(config: Config) -> None:
+    domains = config.data.domains
+    if not domains:
+        raise ConfigError(
+            "data.domains",
+            domains,
+            "at least one text domain",
+            "Name one, for example data.domains.code.kind=stdlib.",
+        )
+    for name in domains:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "cache":
+            raise ConfigError(
+                "data.domains",
+                name,
+                "letters, digits, _ and - (not 'cache'): it names a folder",
+                "Rename the domain.",
+            )
+    blend_weights(config)
+    shares = {
+        f"data.domains.{name}.heldout": corpus.heldout
+        for name, corpus in domains.items()
+        if corpus.kind in ("stdlib", "pydocs")
+    }
+    if len(set(shares.values())) > 1:
+        allowed = (
+            "one value, for the kinds stdlib and pydocs share text and must hold out the same files"
+        )
+        raise ConfigError(
+            ", ".join(shares), list(shares.values()), allowed, "Set them to the same share."
+        )
+
+
+def _check_eod(config: Config, tokenizer: TextTokenizer) -> None:
+    if config.data.append_eod and tokenizer.eod is None:
+        allowed = f"false for the tokenizer {tokenizer.name}, which has no end-of-text token"
+        raise ConfigError(
+            "data.append_eod",
+            True,
+            allowed,
+            "Name one with data.eod_token, or set data.append_eod=false.",
+        )

@@ -1,0 +1,101 @@
+"""The verb gguf: a GGUF file becomes a plain Hugging Face folder in bf16."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from megamask.errors import ArtifactError
+from megamask.storage import atomic_dir, read_json, require_writable, write_json
+from megamask.weights.hf_files import require_own, share
+
+STAMP = "megamask_gguf.json"  # in the folder that is made: which file it came from
+# The settings of a Llama that a GGUF file can carry; the loaded config also holds what only its
+# loader needs.
+KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "attention_bias",
+    "mlp_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def unpack(source: Path, out: Path) -> None:
+    """Write the model and tokenizer of the GGUF file ``source`` to ``out``.
+
+    Raises:
+        ArtifactError: the file is missing or not a GGUF of a Llama, or ``out`` holds something
+            else.
+    """
+    stamp = _stamp(source)
+    require_own(out, STAMP, "model.hf")
+    if (out / STAMP).exists() and read_json(out / STAMP, f"Remove {out}.") == stamp:
+        print(f"{out}: already unpacked from {source.name}")
+        return
+    require_writable(out.parent, "model.hf")
+    model, tokenizer = _load(source)
+    with atomic_dir(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        share(folder)
+        write_json(folder / STAMP, stamp)
+    print(
+        f"{out}: {sum(one.numel() for one in model.parameters()):,} weights in bf16 from {source.name}"
+    )
+
+
+def _stamp(source: Path) -> dict[str, Any]:
+    try:
+        digest = hashlib.sha256()
+        with source.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return {"file": source.name, "sha256": digest.hexdigest()}
+    except OSError as error:
+        raise ArtifactError(
+            source, f"cannot be read ({error.strerror})", "Point model.gguf at a GGUF file."
+        ) from error
+
+
+def _load(source: Path) -> tuple[LlamaForCausalLM, Any]:
+    where = {"gguf_file": source.name, "local_files_only": True}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
+    except Exception as error:  # the loaders raise many kinds, bare Exception among them
+        raise ArtifactError(
+            source,
+            f"cannot be loaded as a GGUF model ({error})",
+            "Use a GGUF file of a Llama model.",
+        ) from error
+    if loaded.config.model_type != "llama":
+        raise ArtifactError(
+            source, f"holds a {loaded.config.model_type} model", "Use a GGUF file of a Llama model."
+        )
+    # A fresh model carries no trace of the GGUF loader, so that save_pretrained writes a plain
+    # folder.
+    settings = loaded.config.to_dict()
+    config = LlamaConfig(
+        **{key: settings[key] for key in KEPT if key in settings}, dtype=torch.bfloat16
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    return model, tokenizer

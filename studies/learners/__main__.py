@@ -1,0 +1,224 @@
+"""The comparison of learners and the ablations: every arm a real ``megamask learn`` and
+``evaluate``, resumable, with a report.
+
+    ./launch/quickstart.sh                                                   # makes the base run:
+    model, text, one-shot masks python -m studies.learners.__main__ --base runs/quickstart --out
+    runs/learners --list python -m studies.learners.__main__ --base runs/quickstart --out
+    runs/learners --arms '*-2of4' --seeds 1234 1235 1236
+    python -m studies.learners.__main__ --base runs/quickstart --out runs/learners
+    # all the others python -m studies.learners.__main__ --base runs/quickstart --out runs/learners
+    --report-only --report-to docs/results
+
+Run it again: what is done is skipped, a run that was interrupted goes on from its snapshot, other
+settings are another run. Several processes may work on one ``--out``. The report has all results
+that fit the settings of the command. At full length, on a bigger machine:
+
+    python -m studies.learners.__main__ --base RUN --out runs/learners-long --steps 2000
+    --tokens-per-step 65536 learn.sampling.tau='[4,0.05]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from megamask.config import load_config
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
+from megamask.storage import require_writable
+from studies.learners.arms import ARMS, Arm
+from studies.learners.child import REPO, ArmError
+from studies.learners.report import write_report
+from studies.learners.runs import Bench, Budget, run_arm, time_arm
+
+EXIT_SOME_FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is asked, then write the report."""
+    options = read_options(sys.argv[1:] if argv is None else argv)
+    try:
+        bench = open_bench(options)
+        arms = select(options.arms)
+        if options.list:
+            print("\n".join(state(bench, arm) for arm in arms))
+            return EXIT_OK
+        failed = 0 if options.report_only else run_all(bench, arms, options)
+        print(f"wrote {write_report(bench, options.report_to or bench.out)}")
+        return EXIT_SOME_FAILED if failed else EXIT_OK
+    except MegamaskError as error:
+        print(f"learners: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("learners: interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def read_options(words: Sequence[str]) -> argparse.Namespace:
+    """The options, and what looks like ``key=value`` as settings, wherever it stands."""
+    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    options = parser().parse_args([word for word in words if word not in settings])
+    options.settings = settings
+    return options
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options. The defaults fit two CPU cores: an arm takes about five minutes there."""
+    options = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] [key=value ...]",
+    )
+    options.add_argument(
+        "--base",
+        type=Path,
+        default=REPO / "runs" / "quickstart",
+        metavar="RUN",
+        help="prepared run: weights, shards",
+    )
+    options.add_argument("--out", type=Path, default=REPO / "runs" / "learners", metavar="DIR")
+    options.add_argument(
+        "--recipe",
+        type=Path,
+        default=REPO / "configs" / "recipes" / "quickstart.yaml",
+        help="all but learn is read",
+    )
+    options.add_argument(
+        "--arms",
+        nargs="+",
+        action="extend",
+        metavar="GLOB",
+        help="which arms, in this order (default: all)",
+    )
+    options.add_argument("--seeds", nargs="+", type=int, default=[1234], metavar="N")
+    options.add_argument("--steps", type=int, default=60)
+    options.add_argument(
+        "--tokens-per-step", type=int, metavar="N", help="default: one micro-batch"
+    )
+    options.add_argument("--micro-batch", type=int, default=4, help="sequences")
+    options.add_argument(
+        "--evaluate-every",
+        type=int,
+        metavar="STEPS",
+        help="points of the curve (default: a third of the steps)",
+    )
+    options.add_argument(
+        "--evaluate-tokens",
+        type=int,
+        default=16384,
+        help="held-out tokens of each domain for the final masks",
+    )
+    options.add_argument("--minutes", type=float, default=600, help="longest time of one verb")
+    options.add_argument(
+        "--time",
+        type=int,
+        metavar="STEPS",
+        help="measure the time of a step instead, on a machine with nothing else to do",
+    )
+    options.add_argument("--list", action="store_true", help="name the arms and what is done")
+    options.add_argument("--report-only", action="store_true")
+    options.add_argument(
+        "--report-to",
+        type=Path,
+        metavar="DIR",
+        help="folder of learners.md and learners.png (default: --out)",
+    )
+    return options
+
+
+def open_bench(options: argparse.Namespace) -> Bench:
+    """The folders and the budget.
+
+    Raises:
+        MegamaskError: a folder or a setting that cannot work.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    require_writable(options.out, "--out")
+    seq = load_config(options.recipe, options.settings).data.seq_length
+    tokens = options.tokens_per_step or options.micro_batch * seq
+    if tokens % (options.micro_batch * seq):
+        allowed = f"a multiple of a micro-batch, {options.micro_batch} x {seq} tokens"
+        raise ConfigError("--tokens-per-step", tokens, allowed, "Change it, or --micro-batch.")
+    every = options.evaluate_every or max(1, options.steps // 3)
+    budget = Budget(
+        options.steps,
+        options.micro_batch,
+        tokens // seq,
+        every,
+        options.evaluate_tokens,
+        options.minutes,
+    )
+    bench = Bench(options.out.resolve(), options.base.resolve(), budget, tuple(options.settings))
+    bench.prepare(options.recipe)
+    return bench
+
+
+def select(patterns: Sequence[str] | None) -> list[Arm]:
+    """Arms by shell-style patterns, in the order of the patterns.
+
+    Raises:
+        ConfigError: a pattern that matches none.
+    """
+    chosen: dict[str, Arm] = {}
+    for pattern in patterns or ["*"]:
+        found = {arm.name: arm for arm in ARMS if fnmatch.fnmatch(arm.name, pattern)}
+        if not found:
+            raise ConfigError(
+                "--arms",
+                pattern,
+                f"one of {', '.join(arm.name for arm in ARMS)}",
+                "Name an arm, or use * and ?.",
+            )
+        chosen |= {name: arm for name, arm in found.items() if name not in chosen}
+    return list(chosen.values())
+
+
+def run_all(bench: Bench, arms: list[Arm], options: argparse.Namespace) -> int:
+    """All seeds of an arm, then the next arm; an arm that fails is told of and the others go on.
+
+    Raises:
+        MegamaskError: settings that cannot work, of any arm, before the first runs.
+    """
+    for arm in arms:
+        bench.config(arm)
+    signal.signal(signal.SIGTERM, _as_keyboard_interrupt)
+    failed = []
+    for arm in arms:
+        for seed in options.seeds if arm.learns else options.seeds[:1]:
+            if not (bench.is_done(arm, seed) if options.time is None else not arm.learns):
+                print(f"{arm.name}, seed {seed} ...", flush=True)
+                try:
+                    if options.time is None:
+                        run_arm(bench, arm, seed)
+                    else:
+                        time_arm(bench, arm, options.time)
+                except ArmError as error:
+                    failed.append(arm.name)
+                    print(f"{arm.name}, seed {seed}: {error}", file=sys.stderr, flush=True)
+    if failed:
+        print(f"not done: {', '.join(dict.fromkeys(failed))}", file=sys.stderr)
+    return len(failed)
+
+
+def state(bench: Bench, arm: Arm) -> str:
+    """One line about an arm."""
+    try:
+        seeds = [str(result["seed"]) for result in bench.results(arm)]
+    except MegamaskError as error:
+        return f"{arm.name:<24} cannot run: {error}"
+    done = ("done" if not arm.learns else f"done: {' '.join(seeds)}") if seeds else ""
+    return f"{arm.name:<24} {arm.pattern:<5} {arm.group:<18} {arm.label:<38} {done}".rstrip()
+
+
+def _as_keyboard_interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

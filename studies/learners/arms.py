@@ -1,0 +1,350 @@
+"""The arms of ``studies.learners.__main__``: every run of the comparison and of the ablations, in
+one table.
+
+Settings are dotted, below ``learn`` unless they begin with another section. Two arms with equal
+settings are one run, so an ablation may name the comparison's setting again for a whole row of
+values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megamask.sparsity.pattern import Pattern
+
+Settings = dict[str, Any]
+
+# What all Gumbel learners share: the defaults (the preset ``best``), every ablated setting by name.
+# Steps, batch and rate come from the command line. A short run has no time to undo random flips, so
+# it starts from the prior alone and with nearly hard masks.
+GUMBEL: Settings = {
+    "distribution": "linear",
+    "sampling.mode": "soft",
+    "sampling.draws": "micro_batch",
+    "sampling.kappa": [100, 500],
+    "sampling.tau": [1, 0.05],
+    "sampling.initial_noise": False,
+    "prior.mask": "sparsegpt",
+    "prior.strength": 3,
+    "optimizer.kind": "adamw",
+    "optimizer.eps_rms": 0.1,
+    "weight_norm.coef": 1e-5,
+    "weight_norm.decay": "linear",
+}
+CATEGORICAL: Settings = {"distribution": "categorical"}
+# The paper's reference settings but for steps and batch, which are those of all arms.
+MASKPRO: Settings = {"learner": "maskpro", "preset": "maskpro"}
+# Settings that show progress in a short run from a weak prior: four masks a step on the same
+# samples, compared with each other.
+MASKPRO_SHORT: Settings = {
+    "learner": "maskpro",
+    "prior.mask": "magnitude",
+    "maskpro.masks": 4,
+    "maskpro.data": "shared",
+    "maskpro.baseline": "leave_one_out",
+    "maskpro.lr": 2000,
+    "maskpro.initial_logit": 9,
+}
+ONESHOT = ("magnitude", "wanda", "sparsegpt", "sparsegpt_update")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row (or, for one-shot masks, one row a method).
+
+    Attributes:
+        name: what ``--arms`` selects by.
+        group: key of ``GROUPS``.
+        label: first column of the table.
+        settings: on top of ``common``.
+        pattern: N:M.
+        paper: the perplexity that MaskLLM's paper reports for this setting, where it does.
+        common: what the settings stand on; None for arms that learn nothing.
+        share_of_steps: of the budget's, where an arm is to take the time of the others rather than
+            their tokens.
+        rate: of the budget's learning rate.
+    """
+
+    name: str
+    group: str
+    label: str
+    settings: Settings = field(default_factory=dict)
+    pattern: str = "2:4"
+    paper: float | None = None
+    common: Settings | None = field(default_factory=lambda: GUMBEL)
+    share_of_steps: float = 1.0
+    rate: float = 1.0
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is something to learn, rather than one-shot masks alone."""
+        return self.common is not None
+
+    @property
+    def prior(self) -> str | None:
+        """The mask that learning starts from; a preset that names none has SparseGPT's."""
+        return {"prior.mask": "sparsegpt", **(self.common or {}), **self.settings}["prior.mask"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One table of the report.
+
+    Attributes:
+        title: its heading.
+        reference: the arm that the others are compared with.
+        text: what is varied, and where the paper does it.
+    """
+
+    title: str
+    reference: str
+    text: str
+
+
+BASE = "linear-2of4"
+_SAME = f"All else as `{BASE}`."
+GROUPS: dict[str, Group] = {
+    "comparison-2of4": Group("2:4", "categorical-2of4", "Half of the weights."),
+    "comparison-1of4": Group(
+        "1:4",
+        "linear-1of4",
+        "A quarter of the weights. With one member a mask, both distributions are the same law.",
+    ),
+    "comparison-4of8": Group(
+        "4:8", "linear-4of8", "Half of the weights, 70 masks a group instead of 6."
+    ),
+    "comparison-8of16": Group(
+        "8:16",
+        "linear-8of16",
+        "Half of the weights, 12,870 masks a group: one logit a weight is the only way.",
+    ),
+    "prior": Group(
+        "Prior (the paper's Table 2)", BASE, f"The mask that learning starts from. {_SAME}"
+    ),
+    "kappa": Group("Scale of the logits, kappa (Table 9)", BASE, f"First and last value. {_SAME}"),
+    "tau": Group("Temperature, tau (Table 8)", BASE, f"First and last value. {_SAME}"),
+    "alpha": Group(
+        "Prior strength, alpha (Table 10)",
+        BASE,
+        f"{_SAME} Without initial noise, alpha in units of std 0.01.",
+    ),
+    "weight-norm": Group(
+        "Weight-norm term (Tables 3 and 14)",
+        BASE,
+        f"Coefficient, and whether it falls to 0. {_SAME}",
+    ),
+    "hard": Group(
+        "Soft against hard masks", BASE, f"Hard: one-hot samples with the soft gradient. {_SAME}"
+    ),
+    "draws": Group(
+        "Draws per step", "draws-4", "The same 4 sequences a step, one in each of 4 micro-batches."
+    ),
+    "optimizer": Group("Optimizer", BASE, _SAME),
+    "noise": Group(
+        "Starting noise",
+        BASE,
+        f"The paper's N(0, 0.01) logits below the prior, or the prior alone. {_SAME}",
+    ),
+    "distillation": Group(
+        "Distillation", BASE, f"The dense model as teacher, at temperature 1. {_SAME}"
+    ),
+    "rate": Group(
+        "Learning rate",
+        BASE,
+        f"It falls to a tenth along a cosine. The reference has 0.0155 over the root of the steps. {_SAME}",
+    ),
+    "warmup": Group("Warm-up of the learning rate", BASE, _SAME),
+    "eps": Group(
+        "AdamW's epsilon",
+        BASE,
+        f"In units of the clipped gradient's root mean square, beside 1e-8. {_SAME}",
+    ),
+}
+
+
+def _comparison(pattern: str, learners: dict[str, tuple[str, Settings, Settings]]) -> list[Arm]:
+    tag = pattern.replace(":", "of")
+    group = f"comparison-{tag}"
+    learned = [
+        Arm(f"{name}-{tag}", group, label, more, pattern, None, common)
+        for name, (label, more, common) in learners.items()
+    ]
+    return [Arm(f"oneshot-{tag}", group, "one-shot", {}, pattern, None, None), *learned]
+
+
+_CATEGORICAL: tuple[str, Settings, Settings] = (
+    "categorical, a logit per mask",
+    CATEGORICAL,
+    GUMBEL,
+)
+_LEAN: tuple[str, Settings, Settings] = (
+    "categorical, `lean` state (default: 15 GiB)",
+    {**CATEGORICAL, "footprint": "lean"},
+    GUMBEL,
+)
+_LINEAR: tuple[str, Settings, Settings] = ("linear, a logit per weight", {}, GUMBEL)
+_MASKPRO: tuple[str, Settings, Settings] = ("MaskPro, forward passes only", MASKPRO, {})
+
+
+def _ablation(
+    group: str, rows: dict[str, tuple[str, Settings] | tuple[str, Settings, float]]
+) -> list[Arm]:
+    return [
+        Arm(f"{group}-{name}", group, label, settings, paper=paper[0] if paper else None)
+        for name, (label, settings, *paper) in rows.items()
+    ]
+
+
+# Paper: GPT-3 843M on WikiText, 2,000 steps.
+ARMS: list[Arm] = [
+    *_comparison(
+        "2:4",
+        {
+            "categorical": _CATEGORICAL,
+            "linear": _LINEAR,
+            "maskpro": _MASKPRO,
+            "maskpro-magnitude": (
+                "MaskPro from magnitude's mask, 4 masks a step",
+                MASKPRO_SHORT,
+                {},
+            ),
+        },
+    ),
+    *_comparison("1:4", {"categorical": _CATEGORICAL, "linear": _LINEAR, "maskpro": _MASKPRO}),
+    *_comparison("4:8", {"linear": _LINEAR, "categorical": _LEAN, "maskpro": _MASKPRO}),
+    *_comparison("8:16", {"linear": _LINEAR, "maskpro": _MASKPRO}),
+    *_ablation(
+        "prior",
+        {
+            "sparsegpt": ("SparseGPT", {"prior.mask": "sparsegpt"}, 15.39),
+            "wanda": ("Wanda", {"prior.mask": "wanda"}, 16.39),
+            "magnitude": ("magnitude", {"prior.mask": "magnitude"}, 16.07),
+            "none": (
+                "none: N(0, 0.01) logits",
+                {"prior.mask": None, "sampling.initial_noise": True},
+                18.62,
+            ),
+        },
+    ),
+    *_ablation(
+        "kappa",
+        {
+            "1": ("1 to 5", {"sampling.kappa": [1, 5]}, 5.97e6),
+            "1e2": ("1e2 to 5e2", {"sampling.kappa": [100, 500]}, 15.39),
+            "1e3": ("1e3 to 5e3", {"sampling.kappa": [1000, 5000]}, 15.59),
+            "1e5": ("1e5 to 5e5", {"sampling.kappa": [100000, 500000]}, 24.81),
+        },
+    ),
+    *_ablation(
+        "tau",
+        {
+            "1": ("1 to 0.05", {"sampling.tau": [1, 0.05]}, 17.52),
+            "2": ("2 to 0.05", {"sampling.tau": [2, 0.05]}, 16.69),
+            "4": ("4 to 0.05", {"sampling.tau": [4, 0.05]}, 15.39),
+            "10": ("10 to 0.05", {"sampling.tau": [10, 0.05]}, 15.68),
+        },
+    ),
+    *_ablation(
+        "alpha",
+        {
+            "1": ("1", {"prior.strength": 1}, 23.65),
+            "2": ("2", {"prior.strength": 2}, 15.59),
+            "3": ("3", {"prior.strength": 3}, 15.39),
+            "5": ("5", {"prior.strength": 5}, 15.48),
+        },
+    ),
+    *_ablation(
+        "weight-norm",
+        {
+            "off": ("off", {"weight_norm.coef": 0.0, "weight_norm.decay": "none"}),
+            "annealed": (
+                "1e-5, falling to 0",
+                {"weight_norm.coef": 1e-5, "weight_norm.decay": "linear"},
+            ),
+            "on": ("1e-5, constant", {"weight_norm.coef": 1e-5, "weight_norm.decay": "none"}),
+            "strong": ("1e-4, constant", {"weight_norm.coef": 1e-4, "weight_norm.decay": "none"}),
+        },
+    ),
+    *_ablation(
+        "hard",
+        {"soft": ("soft", {"sampling.mode": "soft"}), "hard": ("hard", {"sampling.mode": "hard"})},
+    ),
+    *_ablation(
+        "draws",
+        {
+            "4": ("one per micro-batch: 4", {"micro_batch": 1, "sampling.draws": "micro_batch"}),
+            "1": ("one per step", {"micro_batch": 1, "sampling.draws": "step"}),
+        },
+    ),
+    *_ablation(
+        "optimizer",
+        {
+            "adamw": ("AdamW", {"optimizer.kind": "adamw"}),
+            "adamw-bf16": ("AdamW with bf16 state (`lean`)", {"footprint": "lean"}),
+            "adamw8bit": ("AdamW, 8 bits (CUDA)", {"optimizer.kind": "adamw8bit"}),
+        },
+    ),
+    Arm(
+        "optimizer-lion",
+        "optimizer",
+        "Lion, 0.35 of the rate",
+        {"optimizer.kind": "lion", "optimizer.betas": [0.9, 0.99]},
+        rate=0.35,
+    ),
+    Arm(
+        "optimizer-lion8bit",
+        "optimizer",
+        "Lion, 8 bits (`leanest`), 0.35 of the rate",
+        {"footprint": "leanest", "optimizer.kind": "lion8bit"},
+        rate=0.35,
+    ),
+    *_ablation(
+        "noise",
+        {
+            "off": ("the prior alone", {"sampling.initial_noise": False}),
+            "on": ("the paper's: noise and prior", {"sampling.initial_noise": True}),
+        },
+    ),
+    *_ablation(
+        "distillation",
+        {
+            "lm": ("the text's loss", {}),
+            "kd": ("the teacher's distribution", {"loss.kind": "kd"}),
+            "mix": ("half of each", {"loss.kind": "mix"}),
+        },
+    ),
+    Arm(
+        "distillation-kd-time",
+        "distillation",
+        "the teacher's, in the time of the text's",
+        {"loss.kind": "kd"},
+        share_of_steps=0.8,
+    ),
+    Arm("rate-quarter", "rate", "a quarter of the reference's", rate=0.25),
+    Arm("rate-half", "rate", "half", rate=0.5),
+    Arm("rate-one", "rate", "the reference's"),
+    Arm("rate-twice", "rate", "twice", rate=2),
+    *_ablation(
+        "warmup",
+        {"tenth": ("a tenth of the steps", {}), "none": ("none", {"optimizer.warmup_steps": 0})},
+    ),
+    *_ablation(
+        "eps",
+        {
+            "0": ("0", {"optimizer.eps_rms": 0.0}),
+            "0.03": ("0.03", {"optimizer.eps_rms": 0.03}),
+            "0.1": ("0.1", {"optimizer.eps_rms": 0.1}),
+            "0.3": ("0.3", {"optimizer.eps_rms": 0.3}),
+        },
+    ),
+]
+
+
+def by_name() -> dict[str, Arm]:
+    """Arms by name."""
+    return {arm.name: arm for arm in ARMS}
+
+
+assert len(by_name()) == len(ARMS) and all(arm.group in GROUPS for arm in ARMS)
+assert all(str(Pattern.parse(arm.pattern)) == arm.pattern for arm in ARMS)

@@ -1,0 +1,142 @@
+"""One logit per weight at 8:16: the same bits of draws and starts at every TP, the same learning,
+winners that become the same masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamask.config import Config
+from megamask.data.batches import BatchPlan
+from megamask.learn.gumbel import Learner, StepResult
+from megamask.learn.masked_model import build_subject
+from megamask.learn.metrics.mask_stats import MaskStatistics, MaskStats
+from megamask.model.mask_shards import gather_masks
+from megamask.parallel.mesh import start
+from megamask.sparsity.backends import choose_backend
+from megamask.sparsity.draw import Draw
+from megamask.sparsity.noise import NoiseKey
+from megamask.sparsity.pattern import Pattern
+from tests.parallel.ranks import run_ranks
+from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
+
+pytestmark = pytest.mark.slow
+STEPS = 6
+DRAWS = {
+    "soft": Draw(NoiseKey(1234, 7, 3), 100.0, 4.0, norm_coef=1e-3),
+    "hard": Draw(NoiseKey(1234, 7, 3), 300.0, 1.0, hard=True),
+}
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Outcome:
+    """What one layout made, whole, by HF module name."""
+
+    bits: dict[str, Tensors]
+    results: list[StepResult]
+    movements: list[MaskStats]
+    logits: Tensors
+    masks: Tensors
+
+
+def settings(run_dir: Path, tp: int, backend: str = "auto") -> Config:
+    optimizer = {
+        "lr": 2e-3,
+        "warmup_steps": 1,
+        "eps_rms": 0.1,
+    }  # the whole model's logits decide epsilon
+    learn = {
+        "distribution": "linear",
+        "steps": STEPS,
+        "optimizer": optimizer,
+        "prior": {"mask": None},
+        "sampling": {"backend": backend},
+    }
+    return config_of(run_dir, tp, learn).model_copy(update={"pattern": "8:16"})
+
+
+def learn(rank: int, config: Config) -> Outcome:
+    with start(config) as mesh:
+        subject = build_subject(config, mesh)
+        bits = {"initial": gather_logits(subject, mesh)}
+        for backend in ("torch", "numba"):
+            for name, draw in DRAWS.items():
+                masks, gradients = {}, {}
+                for key, linear in subject.linears.items():
+                    linear.backend, subject.switch.draw = (
+                        choose_backend(backend, mesh.device, "linear"),
+                        draw,
+                    )
+                    masks[key] = linear.masked_weight(torch.ones_like(linear.weight)).detach()
+                    linear.masked_weight(linear.weight).backward(linear.weight + 1)
+                    gradients[key], linear.mask_logits.grad = linear.mask_logits.grad, None
+                bits[f"{backend} {name} masks"] = gather_hf(masks, subject, mesh)
+                bits[f"{backend} {name} gradients"] = gather_hf(gradients, subject, mesh)
+        subject.switch.draw = None
+        subject.switch.norms.clear()
+        learner, mask_statistics = Learner(config, mesh, subject), MaskStatistics(subject, mesh)
+        plan = BatchPlan(
+            Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
+        )
+        results, movements = [], []
+        for step in range(STEPS):
+            results.append(learner.step(step, plan))
+            movements.append(mask_statistics())
+        masks = gather_masks(
+            {name: linear.hard_mask() for name, linear in subject.linears.items()},
+            subject.arch,
+            mesh,
+        )
+        return Outcome(bits, results, movements, gather_logits(subject, mesh), masks)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_run: Path) -> dict[int, Outcome]:
+    return {tp: run_ranks(learn, tp, settings(tiny_run, tp))[0] for tp in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_starts_draws_and_gradients_have_the_same_bits(
+    outcomes: dict[int, Outcome], tp: int
+) -> None:
+    for what, expected in outcomes[1].bits.items():
+        found = outcomes[tp].bits[what]
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == [], (
+            what
+        )
+    assert all(logits.shape[1] == 16 for logits in outcomes[tp].logits.values())
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_learning_is_the_same(outcomes: dict[int, Outcome], tp: int) -> None:
+    """Layouts sum in fp32 in different orders; test_learning_layouts.py says where these tolerances
+    come from.
+    """
+    found, one = outcomes[tp], outcomes[1]
+    for a, b in zip(found.results, one.results, strict=True):
+        assert a.lm_loss == pytest.approx(b.lm_loss, rel=1e-6) and a.weight_norm == pytest.approx(
+            b.weight_norm, rel=1e-6
+        )
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=2e-5)
+    for name, logits in one.logits.items():
+        assert float((found.logits[name] - logits).abs().max()) < 1e-4, name
+    for a, b in zip(found.movements, one.movements, strict=True):
+        assert a.max_prob == pytest.approx(b.max_prob, rel=1e-3)
+
+
+def test_winners_are_the_largest_logits_and_move(outcomes: dict[int, Outcome]) -> None:
+    one, pattern = outcomes[1], Pattern(8, 16)
+    for name, mask in one.masks.items():
+        assert torch.equal(mask, pattern.best(one.logits[name].transpose(1, 2).flatten(1))), name
+    assert 0 < one.movements[-1].prior_difference < 1 and 0 < one.movements[-1].max_prob < 1
+    changed = [
+        name
+        for name, logits in one.bits["initial"].items()
+        if not torch.equal(logits, one.logits[name])
+    ]
+    assert len(changed) == len(one.logits)

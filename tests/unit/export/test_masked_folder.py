@@ -1,0 +1,151 @@
+"""The verb export: what it writes loads in plain transformers and holds exactly the masked
+weights.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import megamask
+from megamask.config import build_config
+from megamask.errors import ArtifactError, ConfigError
+from megamask.export import masked_folder as export_room
+from megamask.export.masked_folder import STAMP, check_export
+from megamask.masks.file import load_masks, save_masks
+from megamask.sparsity.pattern import Pattern
+from megamask.verbs.export import run
+from megamask.weights.fingerprint import fingerprint_hf, model_linears
+
+P24 = Pattern(2, 4)
+
+
+def save_model(folder, seed=0, tied=True):
+    torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50, tie_word_embeddings=tied)).to(
+        torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A run folder with a model and its learned mask."""
+    model = save_model(tmp_path / "hf")
+    masks = {name: P24.best(linear.weight.abs()) for name, linear in model_linears(model).items()}
+    path = tmp_path / "masks" / "learned.safetensors"
+    save_masks(path, masks, P24, fingerprint=fingerprint_hf(tmp_path / "hf"), method="learned")
+    return tmp_path, model
+
+
+def config(folder, pattern="2:4", **export):
+    return build_config({"run_dir": str(folder), "pattern": pattern, "export": export})
+
+
+def test_export_equals_apply_masks(made, capsys):
+    folder, model = made
+    run(config(folder))
+    expected = megamask.apply_masks(model, folder / "masks" / "learned.safetensors").state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "export").state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(
+        torch.equal(loaded[name].view(torch.int16), expected[name].view(torch.int16))
+        for name in loaded
+    )
+    assert (folder / "export" / "config.json").read_text() == (
+        folder / "hf" / "config.json"
+    ).read_text()
+    assert (
+        load_file(folder / "export" / "model.safetensors").keys()
+        == load_file(folder / "hf" / "model.safetensors").keys()
+    )
+    assert "verified" in capsys.readouterr().out
+    assert json.loads((folder / "export" / STAMP).read_text())["mask"]["method"] == "learned"
+    run(config(folder))  # its own folder may be written again
+
+
+def test_dense_export_changes_nothing(made):
+    folder, _ = made
+    run(config(folder, mask="dense"))
+    source, written = (load_file(folder / one / "model.safetensors") for one in ("hf", "export"))
+    assert source.keys() == written.keys() and all(
+        torch.equal(source[name], written[name]) for name in source
+    )
+
+
+def test_megatron_weights_are_written_instead(made, monkeypatch):
+    import sys
+    import types
+
+    folder, model = made
+    doubled = {
+        name: 2 * tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+    }
+    fake = types.ModuleType("megamask.model.checkpoint")
+    fake.megatron_to_hf = lambda path, arch: iter(doubled.items())
+    monkeypatch.setitem(sys.modules, "megamask.model.checkpoint", fake)
+    with pytest.raises(ArtifactError, match=r"export\.weights"):
+        run(config(folder, weights=str(folder / "none")))
+    (folder / "weights").mkdir()
+    run(config(folder, weights=str(folder / "weights")))
+    written = load_file(folder / "export" / "model.safetensors")
+    assert torch.equal(written["model.norm.weight"], doubled["model.norm.weight"])
+    name = "model.layers.0.mlp.up_proj"
+    mask = load_masks(folder / "masks" / "learned.safetensors")[name]
+    assert torch.equal(written[f"{name}.weight"][mask], doubled[f"{name}.weight"][mask])
+
+
+@pytest.mark.parametrize("value", [-0.0, 1.0])
+def test_the_check_finds_what_should_not_be_there(made, value):
+    folder, _ = made
+    run(config(folder))
+    masks = load_masks(folder / "masks" / "learned.safetensors")
+    check_export(folder / "export", masks)
+    name = "model.layers.0.self_attn.o_proj"
+    tensors = load_file(folder / "export" / "model.safetensors")
+    row, column = (~masks[name]).nonzero()[5]
+    tensors[f"{name}.weight"][row, column] = value
+    save_file(tensors, folder / "export" / "model.safetensors")
+    with pytest.raises(ArtifactError, match="o_proj"):
+        check_export(folder / "export", masks)
+
+
+def test_a_failed_check_leaves_no_folder(made, monkeypatch):
+    folder, _ = made
+    monkeypatch.setattr(export_room, "masked", lambda weight, mask: weight * mask)  # leaves -0.0
+    with pytest.raises(ArtifactError, match=r"\+0\.0"):
+        run(config(folder))
+    assert {path.name for path in folder.iterdir()} == {"hf", "masks"}
+
+
+def test_what_does_not_fit_is_refused_before_writing(made):
+    folder, _ = made
+    with pytest.raises(ArtifactError, match="holds 2:4 masks, wanted 1:4"):
+        run(config(folder, pattern="1:4"))
+    with pytest.raises(ArtifactError, match=r"none\.safetensors: is missing"):
+        run(config(folder, mask=str(folder / "none.safetensors")))
+    with pytest.raises(ConfigError, match=r"export\.out"):
+        run(config(folder, out=str(folder / "hf")))
+    (folder / "mine").mkdir()
+    (folder / "mine" / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"did not make.*export\.out"):
+        run(config(folder, out=str(folder / "mine")))
+    save_model(folder / "hf", seed=1)
+    with pytest.raises(ArtifactError, match="another base model"):
+        run(config(folder))
+    (folder / "hf" / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: is missing"):
+        run(config(folder))
+    assert not (folder / "export").exists()

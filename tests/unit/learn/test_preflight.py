@@ -1,0 +1,115 @@
+"""What is refused before a model is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megamask.config.load import build_config, load_config
+from megamask.config.tree import SamplingSection
+from megamask.errors import ConfigError
+from megamask.learn.preflight import check_rows, check_schedules, unused_settings
+from megamask.masks import from_snapshot
+from megamask.model import checkpoint
+from megamask.weights.architecture import read_architecture
+
+TINY = (
+    Path(__file__).resolve().parents[3] / "configs" / "models" / "tiny-llama.json"
+)  # hidden 64, ffn 128
+
+
+@pytest.mark.parametrize(
+    ("pattern", "tp", "where"),
+    [
+        ("2:7", 1, r"in_features of decoder\.layers\.0\.self_attention\.\w+, here 64\."),
+        (
+            "1:64",
+            2,
+            r"in_features of decoder\.layers\.0\.self_attention\.linear_proj, here 32 after splitting over parallel\.tp=2\.",
+        ),
+        (
+            "1:32",
+            4,
+            r"in_features of decoder\.layers\.0\.self_attention\.linear_proj, here 16 after splitting over parallel\.tp=4\.",
+        ),
+    ],
+)
+def test_a_row_that_m_does_not_divide(pattern: str, tp: int, where: str) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=f"pattern = '{pattern}': M must divide {where} Choose another pattern, a smaller parallel.tp",
+    ):
+        check_rows(
+            build_config({"pattern": pattern, "parallel": {"tp": tp}}), read_architecture(TINY)
+        )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "tp", "exclude"),
+    [("1:64", 1, []), ("1:32", 2, []), ("1:64", 2, ["*o_proj"]), ("1:32", 4, ["*o_proj"])],
+)
+def test_rows_that_fit(pattern: str, tp: int, exclude: list[str]) -> None:
+    """Of the row-parallel linears o_proj has 64 inputs and down_proj 128; what stays dense is not
+    looked at.
+    """
+    check_rows(
+        build_config({"pattern": pattern, "parallel": {"tp": tp}, "model": {"exclude": exclude}}),
+        read_architecture(TINY),
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("tau", (1.0, 2.0), "a temperature that falls"),
+        ("kappa", (2.0, 1.0), "a scale that grows or stays"),
+        ("kappa", (0.0, 0.0), "must end above 0"),
+    ],
+)
+def test_a_schedule_that_ends_below_its_range(
+    setting: str, value: tuple[float, float], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"learn\.sampling\.{setting} = .*{said}"):
+        check_schedules(SamplingSection.model_validate({setting: value}))
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"tau": (1.0, 1.0)}, {"kappa": (5.0, 5.0)}, {"kappa": (0.0, 1.0)}]
+)
+def test_a_schedule_that_stays_or_hardens(values: dict[str, tuple[float, float]]) -> None:
+    check_schedules(SamplingSection.model_validate(values))
+
+
+def test_the_note_has_one_name() -> None:
+    """Snapshots are read as masks without the room that writes them."""
+    assert from_snapshot.NOTE == checkpoint.NOTE
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ([], []),
+        (
+            ["learn.loss.temperature=2", "learn.loss.top_k=5"],
+            ["learn.loss.temperature", "learn.loss.top_k"],
+        ),
+        (["learn.loss.kind=kd", "learn.loss.temperature=2"], []),
+        (["learn.loss.kind=kd", "learn.loss.share=0.1"], ["learn.loss.share"]),
+        (["learn.loss.kind=mix", "learn.loss.share=0.1", "learn.optimizer.lr=1"], []),
+        (["learn.maskpro.lr=3"], ["learn.maskpro.lr"]),
+        (["learn.learner=maskpro", "learn.maskpro.lr=3"], []),
+        (
+            [
+                "learn.preset=maskpro",
+                "learn.loss.kind=lm",
+                "learn.optimizer.lr=1",
+                "learn.weight_norm.coef=0",
+            ],
+            ["learn.optimizer.lr", "learn.weight_norm.coef"],
+        ),
+        (["learn.preset=maskllm", "learn.footprint=leanest"], []),
+    ],
+)
+def test_settings_that_change_nothing_are_named(given: list[str], unused: list[str]) -> None:
+    assert unused_settings(load_config(None, given).learn) == unused

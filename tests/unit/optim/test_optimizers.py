@@ -1,0 +1,245 @@
+"""Settings that are refused, the norm and clipping, AdamW with the clip factor inside its update,
+the schedule's way into an optimizer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megamask.config.load import build_config, load_config
+from megamask.config.tree import LearnSection
+from megamask.errors import ConfigError
+from megamask.learn.preflight import check_optimizer
+from megamask.optim import adamw_8bit
+from megamask.optim.adamw import AdamW
+from megamask.optim.adamw_bf16 import AdamWBf16
+from megamask.optim.clip import clip_factor, gradient_norm
+from megamask.optim.lion import Lion
+from megamask.optim.optimizers import build_optimizer
+from megamask.optim.schedule import build_scheduler, learning_rates, set_learning_rate
+from tests.unit.optim.lean import SEED, linear, random_grad, random_logits, section, take_step
+
+ONE_RANK: Any = SimpleNamespace(sum_over_tp=lambda one: one)
+
+
+@pytest.mark.parametrize(
+    ("kind", "logits", "grads", "key", "fix"),
+    [
+        ("adamw", "fp32", "bf16", "learn.state.grads", "Use learn.state.logits=bf16 too"),
+        ("lion8bit", "fp32", "bf16", "learn.state.grads", "Use learn.state.logits=bf16 too"),
+        ("adamw", "bf16", "fp32", None, ""),
+        ("adamw", "bf16", "bf16", None, ""),
+        ("lion", "bf16", "fp32", None, ""),
+        ("lion", "fp32", "fp32", None, ""),
+        ("lion8bit", "bf16", "bf16", None, ""),
+        ("adamw", "fp32", "fp32", None, ""),
+    ],
+)
+def test_combinations(kind: str, logits: str, grads: str, key: str | None, fix: str) -> None:
+    config = build_config(
+        {"learn": {"state": {"logits": logits, "grads": grads}, "optimizer": {"kind": kind}}}
+    )
+    if key is None:
+        check_optimizer(config)
+    else:
+        with pytest.raises(ConfigError, match=f"(?s){key} = .*{fix}"):
+            check_optimizer(config)
+
+
+@pytest.mark.parametrize("footprint", ["default", "lean", "leanest"])
+def test_footprints_are_allowed(footprint: str) -> None:
+    check_optimizer(load_config(None, [f"learn.footprint={footprint}"]))
+
+
+def test_the_lean_footprint_keeps_the_optimizer() -> None:
+    assert (
+        load_config(None, ["learn.footprint=lean"]).learn.optimizer
+        == load_config(None).learn.optimizer
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [
+        (["learn.optimizer.kind=lion", "learn.optimizer.lr=2e-3"], 1),
+        (["learn.optimizer.kind=lion", "learn.steps=1"], 1),
+        (["learn.optimizer.kind=lion"], 0),
+        (["learn.footprint=leanest", "learn.optimizer.lr=1e-3"], 1),
+        (["learn.footprint=leanest"], 0),
+        (["learn.footprint=lean", "learn.optimizer.lr=1e-3"], 0),
+    ],
+)
+def test_a_rate_of_adamw_for_lion_is_warned_of_once(
+    settings: list[str], times: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(None, settings)
+    check_optimizer(config)
+    build_optimizer(config, [linear(random_logits(2, 8))])
+    assert caplog.text.count("use about a third of AdamW's learning rate") == times
+
+
+def test_the_logits_dtype_decides_between_the_two_adamw() -> None:
+    for state, kind in (("fp32", AdamW), ("bf16", AdamWBf16)):
+        config = load_config(None, [f"learn.state.logits={state}"])
+        assert type(build_optimizer(config, [linear(random_logits(2, 8))])) is kind
+
+
+def no_module(*missing: str) -> Callable[[str], Any]:
+    found = importlib.util.find_spec
+    return lambda name, *rest: None if name in missing else found(name, *rest)
+
+
+def test_what_8_bit_adamw_needs_is_asked_for_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_config({"device": "cpu", "learn": {"optimizer": {"kind": "adamw8bit"}}})
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", no_module("torchao"))
+        with pytest.raises(
+            ConfigError, match=r"(?s)learn.optimizer.kind.*pip install 'megamask\[eight-bit\]'"
+        ):
+            check_optimizer(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", no_module("triton"))
+        with pytest.raises(ConfigError, match="Install triton"):
+            adamw_8bit.check_available("cuda")
+    pytest.importorskip("torchao")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"(?s)g\+\+ is not there.*CXX"):
+        check_optimizer(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_factor(dtype: torch.dtype) -> None:
+    grads = [random_grad(step, random_logits(), dtype) for step in range(3)]
+    expected = torch.cat([grad.double().flatten() for grad in grads]).norm()
+    norm = gradient_norm(grads, ONE_RANK)
+    assert float(norm) == pytest.approx(
+        float(expected), rel=1e-5
+    )  # fp32 sums over 5,760 squares each; bf16 sums would be off by 1e-3
+    assert float(clip_factor(norm, 0.1)) == pytest.approx(0.1 / float(expected), rel=1e-5)
+    assert float(clip_factor(norm, 1e3)) == 1.0
+    assert float(clip_factor(norm, 0.0)) == 1.0
+    assert clip_factor(norm, 0.1).dtype == torch.float32
+
+
+def clipped_by_hand(start: torch.Tensor, steps: int, clip: float) -> torch.Tensor:
+    """PyTorch's plain AdamW on gradients that were multiplied before."""
+    logits = torch.nn.Parameter(start.double())
+    adamw = torch.optim.AdamW(
+        [logits], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=False, foreach=False
+    )
+    for step in range(steps):
+        logits.grad = random_grad(step, start).double() * clip
+        adamw.step()
+    return logits.detach()
+
+
+def test_adamw_clips_inside_its_update() -> None:
+    start = random_logits()
+    ours = AdamW(section("adamw"), [linear(start)], SEED)
+    for step in range(5):
+        take_step(ours, step, [random_grad(step, start)], rate=1e-3, clip=0.01)
+    # Ratios of fp32 moments to 1e-6 or so, times five steps of 1e-3.
+    assert float((ours.logits[0].detach() - clipped_by_hand(start, 5, 0.01)).abs().max()) < 5e-8
+    assert (
+        float((ours.logits[0].detach() - clipped_by_hand(start, 5, 1.0)).abs().max()) > 1e-7
+    )  # eps is all that is not scale free
+    assert float(ours.moments()["exp_avg"][0].abs().max()) < 0.01 * 0.01 * 5
+    assert ours.logits[0].grad is None
+    assert ours.steps_done() == 5
+
+
+def test_adamw_goes_on_exactly() -> None:
+    start = random_logits()
+    ours = AdamW(section("adamw"), [linear(start)], SEED)
+    for step in range(3):
+        take_step(ours, step, [random_grad(step, start)])
+    again = AdamW(section("adamw"), [linear(ours.logits[0].detach())], SEED)
+    again.load_moments(
+        {name: [one.clone() for one in ones] for name, ones in ours.moments().items()},
+        ours.steps_done(),
+    )
+    for one in (ours, again):
+        take_step(one, 3, [random_grad(3, start)])
+    assert torch.equal(ours.logits[0], again.logits[0])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion"])
+def test_the_scheduler_reaches_every_kind(kind: str) -> None:
+    chosen = section(kind, lr=9e-4, min_lr=1e-4, warmup_steps=2, schedule="linear")
+    linears = [linear(random_logits(2, 8))]
+    optimizer = (
+        AdamW(chosen, linears, SEED) if kind == "adamw" else Lion(chosen, linears, SEED, False)
+    )
+    scheduler = build_scheduler(LearnSection(steps=10, optimizer=chosen), optimizer)
+    assert [set_learning_rate(scheduler, step) for step in (0, 1, 2, 6, 10)] == pytest.approx(
+        [3e-4, 6e-4, 9e-4, 5e-4, 1e-4]
+    )
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(9, 0), (20, 2), (2000, 200)])
+def test_a_tenth_of_the_steps_is_warm_up(steps: int, warmup: int) -> None:
+    chosen = section("adamw", lr=1e-3, schedule="constant")
+    scheduler = build_scheduler(
+        LearnSection(steps=steps, optimizer=chosen),
+        AdamW(chosen, [linear(random_logits(2, 8))], SEED),
+    )
+    rates = [set_learning_rate(scheduler, step) for step in range(steps)]
+    assert rates == pytest.approx(
+        [1e-3 * min(1, (step + 1) / (warmup + 1)) for step in range(steps)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "highest", "last"),
+    [
+        (["learn.steps=225"], 1e-3, 1e-4),  # 3 x 0.01 / 2 / 15
+        (["learn.steps=900"], 5e-4, 5e-5),
+        (
+            ["learn.steps=900", "learn.prior.strength=6", "learn.sampling.logit_std=0.02"],
+            2e-3,
+            2e-4,
+        ),
+        (["learn.steps=25", "learn.prior.mask=null"], 1e-3, 1e-4),  # to cross one std of noise
+        (["learn.steps=25", "learn.prior.strength=0"], 1e-3, 1e-4),
+        (["learn.steps=225", "learn.footprint=leanest"], 1e-3 / 3, 1e-4 / 3),
+        (
+            ["learn.preset=maskllm", "learn.steps=225", "learn.footprint=leanest"],
+            1e-3 / 3,
+            1e-4 / 3,
+        ),  # not AdamW's 5e-4
+        (["learn.footprint=leanest", "learn.optimizer.lr=2e-4"], 2e-4, 2e-5),
+        (["learn.steps=225", "learn.optimizer.lr=2e-3"], 2e-3, 2e-4),
+        (["learn.steps=225", "learn.optimizer.min_lr=0"], 1e-3, 0),
+        (["learn.preset=maskllm"], 5e-4, 1e-4),
+    ],
+)
+def test_a_rate_that_was_not_given_follows_from_steps_and_prior(
+    given: list[str], highest: float, last: float
+) -> None:
+    assert learning_rates(load_config(None, given).learn) == pytest.approx((highest, last))
+
+
+@pytest.mark.parametrize(
+    ("tp", "shape", "rms"), [(1, (1, 4, 25), 0.1), (2, (1, 2, 25), 0.1), (1, (4, 4, 25), 0.05)]
+)
+def test_eps_is_in_units_of_a_clipped_gradient(
+    tp: int, shape: tuple[int, int, int], rms: float
+) -> None:
+    """A gradient of norm 1 over 100 logits has the root mean square 0.1, also where a rank holds
+    half of them; over 400, 0.05.
+    """
+    chosen = [
+        "device=cpu",
+        f"parallel.tp={tp}",
+        "learn.optimizer.eps=1e-3",
+        "learn.optimizer.eps_rms=0.5",
+        "learn.optimizer.clip=2",
+    ]
+    optimizer: Any = build_optimizer(load_config(None, chosen), [linear(torch.zeros(shape))])
+    assert optimizer.adamw.param_groups[0]["eps"] == pytest.approx(1e-3 + 0.5 * 2 * rms)

@@ -1,0 +1,99 @@
+"""One draw for a whole step: the same bits whether the layers are drawn in turn or side by side,
+and noted in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+
+from megamask.config import Config
+from megamask.parallel.mask_context import MaskSwitch
+from megamask.parallel.masked_linear import MaskedColumnParallelLinear
+from megamask.parallel.mesh import start
+from megamask.parallel.step_draw import begin_step, end_step
+from megamask.sparsity.draw import Draw
+from megamask.sparsity.noise import NoiseKey
+from megamask.sparsity.pattern import Pattern
+
+SIZES = [(8, 24), (64, 256), (16, 12), (32, 128), (8, 8)]  # (O, I): the second takes longest
+DRAW = Draw(NoiseKey(3, 1), kappa=100.0, tau=1.0, norm_coef=1e-3, watch=True, fresh=True)
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    with start(Config.model_validate({"device": "cpu", "parallel": {"threads": request.param}})):
+        yield request.param
+    torch.set_num_threads(before)
+
+
+def layers(backend: str) -> tuple[list[Any], MaskSwitch]:
+    """Linears with random bf16 weights and logits, and room for the gradient at the logits."""
+    settings, switch, made = (
+        ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False),
+        MaskSwitch(),
+        [],
+    )
+    for number, (rows, columns) in enumerate(SIZES):
+        linear = MaskedColumnParallelLinear(
+            columns,
+            rows,
+            config=settings,
+            init_method=torch.nn.init.zeros_,
+            bias=False,
+            skip_bias_add=False,
+            gather_output=False,
+        )
+        noise = torch.Generator().manual_seed(number)
+        linear.weight.data = torch.randn(rows, columns, generator=noise).bfloat16()
+        linear.requires_grad_(False)
+        linear.attach_logits(linear.make_site(Pattern(2, 4), "x"), 10 - number, switch, backend)
+        linear.mask_logits.data.normal_(std=0.01, generator=noise)
+        linear.mask_logits.main_grad = torch.full_like(
+            linear.mask_logits, float("nan"), requires_grad=False
+        )  # replaced, not added to
+        made.append(linear)
+    return made, switch
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_step_of_all_layers_is_that_of_each(backend: str, threads: int) -> None:
+    linears, switch = layers(backend)
+    begin_step(linears, DRAW, sums_in_fp32=True)
+    assert (
+        list(switch.norms) == list(switch.watched) == [10 - number for number in range(len(SIZES))]
+    )
+    drawn = [linear.step_draw.masked.detach().clone() for linear in linears]
+    for micro_batch in range(2):
+        sum(
+            (linear(torch.ones(2, 1, linear.weight.shape[1]).bfloat16())[0] * (1 + micro_batch))
+            .float()
+            .sum()
+            for linear in linears
+        ).backward()
+    assert list(end_step(linears)) == list(range(len(SIZES)))
+
+    for linear, masked in zip(linears, drawn, strict=True):
+        alone = linear._sampler.forward(
+            linear.mask_logits.detach(), linear.weight, linear.site, linear.step_draw.draw
+        )
+        assert torch.equal(alone.masked, masked)
+        assert torch.equal(alone.sums[0], switch.norms[linear.parameter_id])
+        weight_grad = torch.full(
+            masked.shape, 2.0 + 4.0
+        )  # two rows of ones, once weighed 1 and once 2
+        assert torch.equal(linear.step_draw.weight_grad, weight_grad)
+        expected = linear._sampler.backward(
+            weight_grad,
+            linear.mask_logits.detach(),
+            linear.weight,
+            linear.site,
+            linear.step_draw.draw,
+        )
+        assert torch.equal(linear.mask_logits.main_grad, expected)
+        linear.drop_draw()

@@ -1,0 +1,46 @@
+from megamask.report.results_table import format_bytes, format_table, methods_in_order
+
+EXPECTED = """\
+| method         | code perplexity | x dense | density | mask file |  time |
+| -------------- | --------------: | ------: | ------: | --------: | ----: |
+| dense          |            8.70 |    1.00 |  100.0% |         – |     – |
+| SparseGPT mask |           1,234 |  141.84 |   50.0% |   8.0 MiB |  61 s |
+| mine           |               – |       – |       – |         – |     – |
+| learned mask   |           12.30 |    1.41 |   50.0% |   8.0 MiB | 620 s |
+
+Protocol: window 512, bos no, tokens code 16,384
+
+Seconds: convert 9"""
+
+
+def test_table_is_aligned_markdown_in_a_fixed_order() -> None:
+    results = {
+        "perplexity": {
+            "learned": {"code": 12.3},
+            "mine": {"code": None},
+            "sparsegpt": {"code": 1234.0},
+            "dense": {"code": 8.7},
+        },
+        "protocol": {"window": 512, "bos": False, "tokens": {"code": 16384}},
+        "seconds": {"convert": 9.2, "learned": 620.0, "sparsegpt": 60.6},
+        "density": {"dense": 1.0, "sparsegpt": 0.5, "learned": 0.5},
+        "mask_bytes": {"sparsegpt": 8 * 2**20, "learned": 8 * 2**20},
+    }
+    assert format_table(results) == EXPECTED
+
+
+def test_only_the_perplexity_is_needed() -> None:
+    assert (
+        format_table({"perplexity": {"wanda": {"a": 2.0}}}).splitlines()[2]
+        == "| Wanda  |         2.00 |       – |"
+    )
+    assert methods_in_order({}) == []
+
+
+def test_bytes() -> None:
+    assert [format_bytes(count) for count in (12, 2048, 8.5 * 2**20, 3 * 2**30)] == [
+        "12 B",
+        "2.0 KiB",
+        "8.5 MiB",
+        "3.0 GiB",
+    ]

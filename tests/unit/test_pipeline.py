@@ -1,0 +1,137 @@
+"""What the quickstart asks between its stages: what is done, with which settings, how long it
+took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+RECIPE = REPO / "configs" / "recipes" / "quickstart.yaml"
+
+
+def ask(
+    run_dir: Path, *command: str, settings: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    arguments = [*command, "--config", str(RECIPE), f"run_dir={run_dir}", *settings]
+    return subprocess.run(
+        [sys.executable, "-m", "megamask.pipeline", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def touch(path: Path, age: float = 0.0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    os.utime(path, (1e9 - age, 1e9 - age))
+
+
+def test_a_stage_is_done_when_every_artefact_is_there(tmp_path: Path) -> None:
+    assert ask(tmp_path, "is-done", "gguf").returncode == 1
+    (tmp_path / "hf").mkdir()
+    assert ask(tmp_path, "is-done", "gguf").returncode == 0
+    touch(tmp_path / "masks" / "magnitude.safetensors")
+    assert ask(tmp_path, "is-done", "prune").returncode == 1  # one of several masks
+    assert (
+        ask(tmp_path, "is-done", "prune", settings=("prune.methods=[magnitude]",)).returncode == 0
+    )
+    assert ask(tmp_path, "is-done", "report").returncode == 1  # it prints the table each time
+
+
+def test_results_older_than_the_learned_mask_are_made_again(tmp_path: Path) -> None:
+    touch(tmp_path / "results.json", age=10)
+    touch(tmp_path / "masks" / "learned.safetensors")
+    assert ask(tmp_path, "is-done", "evaluate").returncode == 1
+    touch(tmp_path / "results.json", age=-10)
+    assert ask(tmp_path, "is-done", "evaluate").returncode == 0
+
+
+def test_what_was_made_with_other_settings_is_not_reused(tmp_path: Path) -> None:
+    five, six = ("learn.steps=5",), ("learn.steps=6",)
+    assert ask(tmp_path, "record", "learn", "1", "0", settings=five).returncode == 0
+    assert (
+        ask(tmp_path, "check", settings=six).returncode == 0
+    )  # there is no learned mask to be mistaken for another
+    touch(tmp_path / "masks" / "learned.safetensors")
+    refused = ask(tmp_path, "check", settings=six)
+    assert (
+        refused.returncode == 2
+        and "learn.steps = 6" in refused.stderr
+        and "RUN_DIR=" in refused.stderr
+    )
+    assert (
+        ask(
+            tmp_path, "check", settings=(*five, "parallel.tp=3", "device=cpu", "evaluate.window=64")
+        ).returncode
+        == 0
+    )  # the same mask
+
+
+def test_a_stage_that_failed_holds_no_settings(tmp_path: Path) -> None:
+    """A wrong setting can be corrected and the script run again."""
+    assert ask(tmp_path, "record", "prune", "1", "2", settings=("pattern=2:5",)).returncode == 0
+    touch(tmp_path / "masks" / "magnitude.safetensors")
+    assert ask(tmp_path, "check", settings=("prune.methods=[magnitude]",)).returncode == 0
+
+
+def test_another_protocol_evaluates_again(tmp_path: Path) -> None:
+    touch(tmp_path / "results.json")
+    assert ask(tmp_path, "record", "evaluate", "1", "0").returncode == 0
+    assert ask(tmp_path, "is-done", "evaluate").returncode == 0
+    assert ask(tmp_path, "is-done", "evaluate", settings=("evaluate.window=256",)).returncode == 1
+
+
+def test_a_moved_folder_is_the_same_run(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "hf").mkdir(parents=True)
+    assert (
+        ask(
+            old, "record", "gguf", "1", "0", settings=(f"model.gguf={old}/cache/a.gguf",)
+        ).returncode
+        == 0
+    )
+    old.rename(new)
+    assert ask(new, "check", settings=(f"model.gguf={new}/cache/a.gguf",)).returncode == 0
+    assert ask(new, "check", settings=("model.gguf=other.gguf",)).returncode == 2
+
+
+def test_seconds_are_merged_and_interrupted_attempts_count(tmp_path: Path) -> None:
+    for stage, seconds, code in (
+        ("prune", 10, 0),
+        ("learn", 20, 75),
+        ("learn", 30, 75),
+        ("learn", 5, 0),
+    ):
+        assert ask(tmp_path, "record", stage, str(seconds), str(code)).returncode == 0
+    assert json.loads((tmp_path / "stages.json").read_text()) == {"prune": 10, "learn": 55}
+
+
+def test_the_stages_are_verbs() -> None:
+    from megamask import pipeline as stages
+    from megamask.__main__ import VERBS
+    from megamask.config import load_config, run_paths
+
+    config = load_config(RECIPE)
+    script = (REPO / "launch" / "quickstart.sh").read_text()
+    named = [line.split()[1] for line in script.splitlines() if line.startswith("stage ")]
+    assert named == [
+        "gguf",
+        "convert",
+        "tokenize",
+        "prune",
+        "learn",
+        "export",
+        "evaluate",
+        "report",
+    ] and set(named) <= set(VERBS)
+    assert set(stages.READS) == set(named) - {"report"}
+    assert all(stages.settings_of(stage, config, run_paths(config)) for stage in stages.READS)
+    assert all(
+        stages.artefacts(stage, config, run_paths(config)) for stage in named if stage != "report"
+    )

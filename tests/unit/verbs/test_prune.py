@@ -1,0 +1,246 @@
+"""The verb prune on one process: what it writes, what it reuses, what it refuses. Calibration
+tokens are random here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megamask.config import Config, load_config, run_paths
+from megamask.errors import ArtifactError, ConfigError
+from megamask.masks.file import load_masks
+from megamask.model.checkpoint import NOTE, megatron_to_hf
+from megamask.parallel.mesh import start
+from megamask.sparsity.pattern import Pattern
+from megamask.storage import read_json
+from megamask.verbs import convert, prune
+from megamask.weights.architecture import read_architecture
+
+VOCAB = 40
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, num_key_value_heads=1, initializer_range=0.1, dtype=torch.bfloat16)
+    ).bfloat16()
+    folder = tmp_path_factory.mktemp("hf")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run_dir(hf: Path, tmp_path: Path) -> Path:
+    convert.run(configured(tmp_path, hf))
+    return tmp_path
+
+
+def configured(run_dir: Path, hf: Path, *overrides: str) -> Config:
+    methods = "prune.methods=[magnitude, wanda, sparsegpt, sparsegpt_update]"
+    return load_config(
+        None,
+        [
+            f"run_dir={run_dir}",
+            f"model.hf={hf}",
+            "device=cpu",
+            "dtype=fp32",
+            "calibration.samples=8",
+            methods,
+            *overrides,
+        ],
+    )
+
+
+@pytest.fixture(autouse=True)
+def random_calibration(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for text, of which other tests take care; returns a list that gets an entry per
+    draw.
+    """
+    draws: list[str] = []
+
+    def tokens(config: Config) -> torch.Tensor:
+        draws.append("drawn")
+        return torch.randint(
+            VOCAB,
+            (config.calibration.samples, 16),
+            generator=torch.Generator().manual_seed(config.calibration.seed),
+        )
+
+    def description(config: Config) -> dict[str, Any]:
+        return {"samples": config.calibration.samples, "seed": config.calibration.seed}
+
+    monkeypatch.setattr(prune, "calibration_tokens", tokens)
+    monkeypatch.setattr(prune, "calibration_description", description)
+    return draws
+
+
+def stamps(run_dir: Path) -> dict[str, int]:
+    return {path.stem: path.stat().st_mtime_ns for path in (run_dir / "masks").iterdir()}
+
+
+def test_writes_masks_and_updated_weights(run_dir: Path, hf: Path) -> None:
+    config = configured(run_dir, hf)
+    prune.run(config)
+    dense, arch, paths = (
+        load_file(hf / "model.safetensors"),
+        read_architecture(hf),
+        run_paths(config),
+    )
+    for method in config.prune.methods:
+        masks = load_masks(paths.mask(method))
+        masks.verify()
+        masks.check(
+            pattern=Pattern(2, 4),
+            shapes={name.removesuffix(".weight"): tuple(one.shape) for name, one in dense.items()},
+        )
+        assert len(masks) == 14 and masks.method == method and masks.meta["data"]["seconds"] >= 0
+        assert ("calibration" in masks.meta["data"]) == (method != "magnitude")
+    magnitude = load_masks(paths.mask("magnitude"))
+    assert all(
+        torch.equal(mask, Pattern(2, 4).best(dense[f"{name}.weight"].abs()))
+        for name, mask in magnitude.items()
+    )
+
+    updated_folder, updated_masks = (
+        paths.updated_weights("sparsegpt_update"),
+        load_masks(paths.mask("sparsegpt_update")),
+    )
+    note = read_json(updated_folder / NOTE, "")
+    assert (
+        note["fingerprint"] == updated_masks.fingerprint and note["dtype"] == "bfloat16"
+    )  # as stored, not as computed
+    with start(config):
+        updated = dict(megatron_to_hf(updated_folder, arch))
+    assert set(updated) == set(dense)
+    for name, weight in updated.items():
+        assert weight.dtype == torch.bfloat16
+        if (module := name.removesuffix(".weight")) in updated_masks:
+            assert not weight[~updated_masks[module]].any() and not torch.equal(weight, dense[name])
+        else:
+            assert torch.equal(weight, dense[name])  # every bit
+
+
+def test_reuses_what_fits_and_redoes_the_rest(
+    run_dir: Path, hf: Path, random_calibration: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="megamask")
+    prune.run(configured(run_dir, hf))
+    first = stamps(run_dir)
+    prune.run(configured(run_dir, hf))
+    assert stamps(run_dir) == first and len(random_calibration) == 1
+    assert caplog.text.count("reused") == 4
+
+    def changed(*overrides: str) -> set[str]:
+        before = stamps(run_dir)
+        prune.run(configured(run_dir, hf, *overrides))
+        return {method for method, stamp in stamps(run_dir).items() if stamp != before[method]}
+
+    assert changed("prune.damp=0.02") == {"sparsegpt", "sparsegpt_update"}
+    assert changed("prune.damp=0.02", "calibration.seed=1") == {
+        "wanda",
+        "sparsegpt",
+        "sparsegpt_update",
+    }
+    assert (
+        changed("prune.damp=0.02", "calibration.seed=1", "calibration.micro_batch=2") == set()
+    )  # another way to the same masks
+    last: Sequence[str] = (
+        "prune.damp=0.02",
+        "calibration.seed=1",
+        "model.exclude=[model.layers.0.mlp.down_proj]",
+    )
+    assert changed(*last) == set(first)
+    (run_dir / "masks" / "wanda.safetensors").write_bytes(b"torn")
+    (run_dir / "weights-sparsegpt_update" / NOTE).unlink()
+    assert changed(*last) == {"wanda", "sparsegpt_update"}
+
+
+def test_magnitude_needs_no_text(run_dir: Path, hf: Path, random_calibration: list[str]) -> None:
+    prune.run(configured(run_dir, hf, "prune.methods=[magnitude]"))
+    assert not random_calibration
+    assert set(stamps(run_dir)) == {"magnitude"}
+
+
+def test_raised_damping_is_recorded_and_named(
+    run_dir: Path, hf: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prune.run(
+        configured(
+            run_dir, hf, "prune.methods=[sparsegpt]", "prune.damp=1e-12", "calibration.samples=1"
+        )
+    )
+    raised = load_masks(run_dir / "masks" / "sparsegpt.safetensors").meta["data"]["raised_damp"]
+    assert raised["model.layers.0.mlp.down_proj"] > 1e-12  # 16 tokens for 48 features
+    assert "model.layers.0.mlp.down_proj: prune.damp=1e-12 is too little" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prune.block=30"], r"prune\.block = 30.*multiple of M"),
+        (
+            ["pattern=1:32"],
+            r"M must divide in_features of decoder\.layers\.0\.mlp\.linear_fc2, here 48.*model\.exclude",
+        ),
+        (["model.include=[nothing*]"], r"model\.include"),
+        (["parallel.tp=2"], r"parallel\.tp"),
+    ],
+)
+def test_refuses_settings_before_calibration(
+    run_dir: Path, hf: Path, overrides: list[str], message: str, random_calibration: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prune.run(configured(run_dir, hf, *overrides))
+    assert not random_calibration
+
+
+def test_refuses_weights_that_are_pruned_already(
+    hf: Path, tmp_path: Path, random_calibration: list[str]
+) -> None:
+    weights = load_file(hf / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    weights[name] = weights[name] * Pattern(2, 4).best(weights[name].abs())
+    sparse = tmp_path / "sparse"
+    sparse.mkdir()
+    (sparse / "config.json").write_bytes((hf / "config.json").read_bytes())
+    save_file(weights, sparse / "model.safetensors", {"format": "pt"})
+    config = configured(tmp_path / "run", sparse)
+    convert.run(config)
+    with pytest.raises(
+        ArtifactError,
+        match=r"model\.layers\.1\.self_attn\.o_proj is 2:4 sparse.*Convert the dense model",
+    ):
+        prune.run(config)
+    assert not random_calibration
+
+
+def test_refuses_what_is_not_there(
+    run_dir: Path, hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ArtifactError, match="Run the verb convert"):
+        prune.run(configured(run_dir / "empty", hf))
+    monkeypatch.undo()  # the real description looks for shards
+    with pytest.raises((ConfigError, ArtifactError), match=r"data\.domains|data\.blend|tokenizer"):
+        prune.run(configured(run_dir, hf))
+
+
+def test_refuses_an_output_that_cannot_be_written(run_dir: Path, hf: Path) -> None:
+    (run_dir / "masks").write_text("a file in the way")
+    with pytest.raises(ArtifactError, match=r"cannot be written.*run_dir"):
+        prune.run(configured(run_dir, hf))
