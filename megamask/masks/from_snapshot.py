@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
+from megamask.safe_checkpoint import read_index
 from megamask.sparsity.distributions import logits_per_group
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import read_json
@@ -129,11 +130,7 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
     """
     path = newest_snapshot(folder)
     note = read_json(path / NOTE, _fix(path))
-    try:
-        index = dcp.FileSystemReader(path).read_metadata()
-        _check_sizes(path, index)
-    except (Exception, dcp.CheckpointException) as error:  # unpickling raises many kinds
-        _torn(path, error)
+    index = read_index(path, _fix(path))
     try:
         settings, fingerprint, step = (
             note["settings"],
@@ -179,16 +176,6 @@ def _key(rule: Rule) -> str:
     return rule.megatron.removesuffix(".weight") + LOGITS
 
 
-def _check_sizes(path: Path, index: Metadata) -> None:
-    """Every stored piece lies within its file: a file that was cut is seen without reading it."""
-    for piece in index.storage_data.values():
-        size = (path / piece.relative_path).stat().st_size
-        if size < piece.offset + piece.length:
-            raise ValueError(
-                f"{piece.relative_path} has {size} bytes, at least {piece.offset + piece.length} were written"
-            )
-
-
 def _check_shapes(
     path: Path, index: Metadata, table: Mapping[str, Rule], pattern: Pattern, width: int
 ) -> None:
@@ -221,4 +208,4 @@ def _torn(path: Path, error: BaseException) -> NoReturn:
     if isinstance(error, dcp.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    raise ArtifactError(path, f"is torn or no snapshot ({reason})", _fix(path)) from error
+    raise ArtifactError(path, f"is torn or no checkpoint ({reason})", _fix(path)) from error

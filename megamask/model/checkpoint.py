@@ -20,6 +20,7 @@ from megamask.errors import ArtifactError
 from megamask.model.build import model_rules
 from megamask.model.language_model import LanguageModel
 from megamask.parallel.mesh import Mesh
+from megamask.safe_checkpoint import check_common, read_index
 from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import HFReader
 from megamask.weights.mapping import rules
@@ -59,9 +60,14 @@ def save_sharded(
 def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
     """Load the tensors that ``state`` describes from the folder ``path``.
 
+    Megatron-Core unpickles the folder's index, so the safe reader checks the index first.
+
     Raises:
-        ArtifactError: missing, torn, or of another shape; ``fix`` says what to do.
+        ArtifactError: missing, torn, of another shape, or not of tensors alone; ``fix`` says what
+            to do.
     """
+    read_index(path, fix)
+    check_common(path, fix)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(
             state, str(path), validate_access_integrity=True

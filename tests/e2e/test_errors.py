@@ -322,10 +322,10 @@ def test_a_prior_that_cannot_serve(
 
 
 SNAPSHOT_TEARS = {
-    "tensors cut": ("__0_0.distcp", True, "is torn or no snapshot (ValueError: __0_0.distcp has "),
-    "tensors gone": ("__0_1.distcp", False, "is torn or no snapshot (FileNotFoundError"),
-    "index cut": (".metadata", True, "is torn or no snapshot"),
-    "index gone": (".metadata", False, "is torn or no snapshot"),
+    "tensors cut": ("__0_0.distcp", True, "is torn or no checkpoint (__0_0.distcp has "),
+    "tensors gone": ("__0_1.distcp", False, "is torn or no checkpoint (__0_1.distcp"),
+    "index cut": (".metadata", True, "is torn or no checkpoint"),
+    "index gone": (".metadata", False, "is torn or no checkpoint"),
     "note cut": ("megamask.json", True, "is not valid JSON"),
     "note gone": ("megamask.json", False, "is missing"),
 }

@@ -1,0 +1,154 @@
+"""Reading a distributed checkpoint without running what a stranger put into it.
+
+Megatron-Core and PyTorch unpickle the file ``.metadata`` of a checkpoint folder. A pickle can name
+any function of any module and have it called, so a snapshot from somebody else could run code.
+Every reader of this package therefore opens ``.metadata`` here first: the unpickler of this module
+admits the classes that a checkpoint of plain tensors needs, and nothing else. A checkpoint that
+holds other objects than tensors is refused as well, because PyTorch unpickles such objects freely.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megamask.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+INDEX = ".metadata"
+COMMON = "common.pt"
+ADVICE = "Use a checkpoint that megamask wrote, from somebody you trust."
+
+# The classes and functions that the index of a checkpoint of plain tensors names (torch 2.6 to 2.13).
+ADMITTED: dict[str, frozenset[str]] = {
+    "collections": frozenset({"OrderedDict"}),
+    "pathlib": frozenset({"PosixPath", "PurePosixPath"}),
+    "pathlib._local": frozenset({"PosixPath", "PurePosixPath"}),  # Python 3.13
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo", "_StoragePrefix"}),
+    "torch.distributed.checkpoint.metadata": frozenset(
+        {
+            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        }
+    ),
+    "torch.distributed.checkpoint.planner": frozenset(
+        {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"}
+    ),
+    "torch.serialization": frozenset({"_get_layout"}),
+}  # fmt: skip
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """An unpickler that knows the admitted names, ``torch.Size`` and the dtypes of tensors."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class or function of that name.
+
+        Raises:
+            UnpicklingError: the name is not admitted; nothing of it has been imported or called.
+        """
+        import torch
+
+        if module == "torch" and (
+            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return getattr(torch, name)
+        if name in ADMITTED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor needs")
+
+
+def read_index(folder: Path, fix: str = ADVICE) -> Metadata:
+    """Read the index of the checkpoint in ``folder`` and check that its tensors can be read safely.
+
+    Args:
+        folder: a folder that ``dist_checkpointing.save`` wrote.
+        fix: what the user can do if the checkpoint is torn.
+
+    Raises:
+        ArtifactError: the index is missing, torn or names anything but tensors, or a stored piece
+            lies outside its file or outside the folder.
+    """
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+    path = folder / INDEX
+    try:
+        with path.open("rb") as file:
+            index = _TensorsOnly(file).load()
+    except OSError as error:
+        raise _torn(folder, f"{INDEX}: {error.strerror}", fix) from error
+    except Exception as error:  # a torn pickle raises whatever its bytes happen to ask for
+        raise _torn(folder, f"{INDEX}: {type(error).__name__}: {error}", fix) from error
+    entries = getattr(index, "state_dict_metadata", None)
+    if not isinstance(index, Metadata) or not isinstance(entries, dict):
+        raise _torn(folder, f"{INDEX} holds a {type(index).__name__}", fix)
+    for key, entry in entries.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            problem = f"holds {key}, which is no tensor ({type(entry).__name__})"
+            raise ArtifactError(folder, problem, ADVICE)
+        if not isinstance(key, str) or not _is_described(entry):
+            raise _torn(folder, f"{INDEX} does not describe {key!r}", fix)
+    _check_pieces(folder, index, fix)
+    return index
+
+
+def check_common(folder: Path, fix: str = ADVICE) -> None:
+    """Check that ``common.pt``, which holds what is no tensor, has plain numbers and texts alone.
+
+    Raises:
+        ArtifactError: the file is missing, torn or names other classes.
+    """
+    import torch
+
+    try:
+        torch.load(folder / COMMON, map_location="cpu", weights_only=True)
+    except Exception as error:  # a missing file, a torn archive, a class that is not admitted
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise _torn(folder, f"{COMMON}: {reason}", fix) from error
+
+
+def _is_described(entry: Any) -> bool:
+    """Whether an entry says the shape and the dtype of a tensor and of each of its chunks."""
+    import torch
+
+    def is_shape(size: object) -> bool:
+        return isinstance(size, torch.Size) and all(number >= 0 for number in size)
+
+    try:
+        chunks = [(chunk.sizes, chunk.offsets) for chunk in entry.chunks]
+        return (
+            is_shape(entry.size)
+            and isinstance(entry.properties.dtype, torch.dtype)
+            and all(is_shape(sizes) and is_shape(offsets) for sizes, offsets in chunks)
+        )
+    except (AttributeError, TypeError):
+        return False
+
+
+def _check_pieces(folder: Path, index: Metadata, fix: str) -> None:
+    """Check that every stored piece lies within a file of the folder: a cut file shows unread."""
+    sizes: dict[str, int] = {}
+    try:
+        pieces = [
+            (str(piece.relative_path), int(piece.offset), int(piece.length))
+            for piece in index.storage_data.values()
+        ]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _torn(folder, f"{INDEX}: {error}", fix) from error
+    for name, offset, length in pieces:
+        if name != Path(name).name or (folder / name).is_symlink():
+            raise ArtifactError(folder, f"keeps a piece in {name!r}, outside the folder", ADVICE)
+        try:
+            size = sizes.setdefault(name, (folder / name).stat().st_size)
+        except (OSError, ValueError) as error:  # a zero byte in a name is a ValueError
+            raise _torn(folder, f"{name!r}: {error}", fix) from error
+        if offset < 0 or length < 0 or size < offset + length:
+            problem = f"{name} has {size} bytes, at least {offset + length} were written"
+            raise _torn(folder, problem, fix)
+
+
+def _torn(folder: Path, reason: str, fix: str) -> ArtifactError:
+    return ArtifactError(folder, f"is torn or no checkpoint ({reason[:300]})", fix)

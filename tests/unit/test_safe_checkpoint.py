@@ -1,0 +1,133 @@
+"""A checkpoint from a stranger runs nothing: neither its index nor its other files."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from megamask.errors import ArtifactError
+from megamask.safe_checkpoint import COMMON, INDEX, check_common, read_index
+
+MUTATIONS = 6000
+
+
+class Payload:
+    """Unpickled, it makes the folder that it was given."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two tensors, as PyTorch writes one."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "whole"
+    tensors = {"a.mask_logits": torch.arange(12.0).view(3, 4), "b": torch.ones(2).bfloat16()}
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    torch.save({"steps": 3, "name": "x"}, folder / COMMON)
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def test_a_checkpoint_of_tensors_is_read(folder: Path) -> None:
+    index = read_index(folder)
+    assert set(index.state_dict_metadata) == {"a.mask_logits", "b"}
+    check_common(folder)
+
+
+@pytest.mark.parametrize("depth", ["whole file", "inside the metadata"])
+def test_a_payload_in_the_index_never_runs(folder: Path, tmp_path: Path, depth: str) -> None:
+    target = tmp_path / "made-by-the-payload"
+    if depth == "whole file":
+        (folder / INDEX).write_bytes(pickle.dumps(Payload(target)))
+    else:
+        index = pickle.loads((folder / INDEX).read_bytes())
+        index.planner_data = Payload(target)
+        (folder / INDEX).write_bytes(pickle.dumps(index))
+    with pytest.raises(ArtifactError, match=r"posix\.mkdir, which no tensor needs"):
+        read_index(folder)
+    assert not target.exists()
+    pickle.loads((folder / INDEX).read_bytes())  # the payload is real: a plain reader runs it
+    assert target.is_dir()
+
+
+def test_a_payload_in_the_common_file_never_runs(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "made-by-the-payload"
+    torch.save({"steps": Payload(target)}, folder / COMMON)
+    with pytest.raises(ArtifactError, match=COMMON):
+        check_common(folder)
+    assert not target.exists()
+    torch.load(folder / COMMON, weights_only=False)
+    assert target.is_dir()
+
+
+def test_objects_beside_tensors_are_refused(folder: Path) -> None:
+    """PyTorch unpickles an entry of bytes without any restriction when it is loaded."""
+    index = pickle.loads((folder / INDEX).read_bytes())
+    index.state_dict_metadata["optimizer"] = BytesStorageMetadata()
+    (folder / INDEX).write_bytes(pickle.dumps(index))
+    with pytest.raises(ArtifactError, match="BytesStorageMetadata"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "link.distcp"])
+def test_pieces_outside_the_folder_are_refused(folder: Path, name: str) -> None:
+    (folder / "link.distcp").symlink_to("/etc/hostname")
+    index = pickle.loads((folder / INDEX).read_bytes())
+    for piece in index.storage_data.values():
+        piece.relative_path = name
+    (folder / INDEX).write_bytes(pickle.dumps(index))
+    with pytest.raises(ArtifactError, match="outside the folder"):
+        read_index(folder)
+
+
+def test_a_cut_file_and_a_missing_index_are_named(folder: Path) -> None:
+    data = next(folder.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="bytes, at least"):
+        read_index(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(ArtifactError, match=r"is torn or no checkpoint \(\.metadata: No such file"):
+        read_index(folder)
+
+
+def test_mutated_indexes_are_read_or_refused(folder: Path) -> None:
+    """Whatever bytes an index has: it is read as tensors, or it is one error of ours."""
+    original, choose = (folder / INDEX).read_bytes(), random.Random(0)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(MUTATIONS):
+        mutated = bytearray(original)
+        for _ in range(choose.randint(1, 4)):
+            place = choose.randrange(len(mutated))
+            mutated[place] = choose.randrange(256)
+        if choose.random() < 0.2:
+            del mutated[choose.randrange(len(mutated)) :]
+        (folder / INDEX).write_bytes(mutated)
+        try:
+            assert isinstance(read_index(folder), Metadata)
+            outcomes["read"] += 1
+        except ArtifactError:
+            outcomes["refused"] += 1
+    assert outcomes["read"] > 50 and outcomes["refused"] > 500, outcomes
+
+
+def test_a_plain_unpickler_admits_more() -> None:
+    """The wrong answer: without the list, the very same bytes give the function."""
+    assert pickle.loads(pickle.dumps(io.open)) is io.open
