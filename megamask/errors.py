@@ -1,16 +1,16 @@
-"""The errors a user can cause, each with the key, the value, what is allowed and the fix."""
+"""The errors that a user can cause. Each message names the cause, what is allowed and the fix."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: a snapshot was saved, start again to go on
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: a snapshot was saved, and the same command goes on from it
 
 
 class MegamaskError(Exception):
-    """Base of every error that the command line prints as one message, without a traceback."""
+    """Base class of the errors that the command line prints as one message without a traceback."""
 
 
 class ConfigError(MegamaskError):
@@ -18,12 +18,12 @@ class ConfigError(MegamaskError):
 
     Args:
         key: the setting, dotted as on the command line (``learn.steps``).
-        value: what was given.
-        allowed: what would be accepted.
-        fix: what to do now.
+        value: the given value.
+        allowed: the values that are accepted.
+        fix: the next action of the user.
     """
 
-    def __init__(self, key: str, value: Any, allowed: str, fix: str) -> None:
+    def __init__(self, key: str, value: object, allowed: str, fix: str) -> None:
         self.key, self.value, self.allowed, self.fix = key, value, allowed, fix
         super().__init__(f"{key} = {value!r}: {allowed}. {fix}")
 
@@ -33,14 +33,14 @@ class ArtifactError(MegamaskError):
 
     Args:
         path: the file or folder.
-        problem: what is wrong with it.
-        fix: what to do now.
+        problem: a predicate for the path, as "is missing".
+        fix: the next action of the user.
     """
 
-    def __init__(self, path: Any, problem: str, fix: str) -> None:
+    def __init__(self, path: Path | str, problem: str, fix: str) -> None:
         self.path, self.problem, self.fix = str(path), problem, fix
         super().__init__(f"{path}: {problem}. {fix}")
 
 
 class LearningError(MegamaskError):
-    """Learning cannot go on (a loss that is not finite, for example); what was saved stays."""
+    """Learning cannot go on, for example after a loss that is not finite. Saved snapshots stay."""

@@ -1,9 +1,11 @@
-"""Outputs are written under a temporary name and renamed, so that a path either holds a whole
-artefact or nothing.
+"""Files and folders that are written whole or not at all.
+
+Every output is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,10 +23,14 @@ def _temporary_name(path: Path) -> Path:
 
 
 def require_writable(folder: Path, key: str = "run_dir") -> None:
-    """Make ``folder`` and prove that it can be written, before any long work.
+    """Make ``folder`` and write a probe file into it, before any long work.
+
+    Args:
+        folder: the folder to make.
+        key: the setting that chose the folder, for the message.
 
     Raises:
-        ArtifactError: naming ``key``, the setting that chose the folder.
+        ArtifactError: the folder cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,9 +47,7 @@ def require_writable(folder: Path, key: str = "run_dir") -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it onto ``path`` when the block ends without
-    an error.
-    """
+    """Yield a temporary path beside ``path``, and rename it to ``path`` when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
@@ -57,8 +61,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Yield a new temporary folder; rename it to ``path`` (replacing what was there) when the block
-    ends without an error.
+    """Yield a new temporary folder, and rename it to ``path`` when the block succeeds.
+
+    A folder that was at ``path`` before is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
@@ -71,9 +76,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 
 def commit_dir(temporary: Path, path: Path) -> None:
-    """Rename the finished folder ``temporary`` to ``path``, moving aside and deleting what was
-    there.
-    """
+    """Rename the finished folder ``temporary`` to ``path``, and delete the folder it replaces."""
     for file in temporary.rglob("*"):
         if file.is_file():
             _sync(file)
@@ -103,7 +106,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, fix: str) -> Any:
-    """Read JSON; ``fix`` says what makes the file.
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        fix: the action that makes the file, for the message.
 
     Raises:
         ArtifactError: the file is missing or is not JSON.
@@ -114,6 +121,15 @@ def read_json(path: Path, fix: str) -> Any:
         raise ArtifactError(path, "is missing", fix) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise ArtifactError(path, f"is not valid JSON ({error})", fix) from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of the content of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

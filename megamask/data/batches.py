@@ -17,9 +17,9 @@ class BatchPlan:
     """The micro-batches of a step in data order, dealt to the replicas in turn.
 
     Step s covers samples [s * global_batch, (s + 1) * global_batch). Its micro-batch j covers
-    ``micro_batch`` of them, and is accumulation j // replicas of replica j % replicas: the split
-    into replicas and accumulations changes neither the batch nor a micro-batch's number, which keys
-    its noise.
+    ``micro_batch`` of these samples, and is accumulation j // replicas of replica j % replicas.
+    So the split into replicas and accumulations changes neither the batch nor the number of a
+    micro-batch, which is part of the key of its noise.
 
     Raises:
         ConfigError: global_batch is not a multiple of micro_batch x replicas.
@@ -41,9 +41,7 @@ class BatchPlan:
         return self.global_batch // (self.micro_batch * self.replicas)
 
     def micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (micro-batch number j within the step, tokens_BS, labels_BS), both int64, for this
-        replica.
-        """
+        """Yield this replica's (number j within the step, int64 tokens_BS, int64 labels_BS)."""
         for accumulation in range(self.accumulations):
             number = accumulation * self.replicas + self.replica
             first = step * self.global_batch + number * self.micro_batch
@@ -59,14 +57,17 @@ def check_batch(global_batch: int, micro_batch: int, replicas: int) -> None:
     """Check that a global batch can be dealt out evenly.
 
     Raises:
-        ConfigError: naming the nearest global batches that can.
+        ConfigError: the batch cannot be dealt out; the message names the nearest that can.
     """
     unit = micro_batch * replicas
     if global_batch % unit == 0:
         return
     below = global_batch // unit * unit
     nearest = f"{below} or {below + unit}" if below else f"{unit}"
-    allowed = f"a multiple of learn.micro_batch x data-parallel replicas = {micro_batch} x {replicas} = {unit}"
+    allowed = (
+        "a multiple of learn.micro_batch x data-parallel replicas = "
+        f"{micro_batch} x {replicas} = {unit}"
+    )
     raise ConfigError(
         "learn.global_batch",
         global_batch,

@@ -1,7 +1,7 @@
-"""Training samples: Megatron's GPTDataset over each domain's train shards, blended by weight, and
-cut into micro-batches.
+"""Training samples: Megatron's GPTDataset over the training shards of each domain, blended by
+weight.
 
-Shapes: B micro-batch, S sequence.
+Shapes: S sequence.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from megamask.storage import atomic_dir
 
 @dataclasses.dataclass(frozen=True)
 class _DatasetTokenizer:
-    """What GPTDataset asks of a tokenizer. The pad id is one that no shard holds: GPTDataset
-    rewrites pad tokens.
+    """The attributes that GPTDataset reads from a tokenizer.
+
+    GPTDataset rewrites pad tokens, so the pad id is a number that no shard holds.
     """
 
     fingerprint: str
@@ -40,19 +41,19 @@ class _DatasetTokenizer:
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """Names the tokenizer in GPTDataset's cache key."""
+        """The tokenizer's part of GPTDataset's cache key."""
         return {"fingerprint": self.fingerprint}
 
 
 def blend_weights(config: Config) -> dict[str, float]:
     """Domain -> weight, positive and summing to one, in the order of ``data.domains``.
 
-    A weight of 0 keeps a domain for evaluation only. Without ``data.blend``, domains that have
-    training text weigh the same.
+    A weight of 0 keeps a domain for evaluation only. Without ``data.blend``, all domains that have
+    training text get the same weight.
 
     Raises:
-        ConfigError: a weight that is negative or not finite, weights that sum to zero, a domain
-            that is unknown or left out.
+        ConfigError: a weight is negative or not finite, the weights sum to zero, or a domain is
+            unknown or has no weight.
     """
     domains, given = config.data.domains, dict(config.data.blend)
     given = given or {name: float(corpus.heldout < 1) for name, corpus in domains.items()}
@@ -91,12 +92,11 @@ def blend_weights(config: Config) -> dict[str, float]:
 
 
 def train_dataset(config: Config, num_samples: int, seq_length: int, seed: int) -> Any:
-    """At least ``num_samples`` samples, in the order fixed by (config, seed): ``dataset[i]`` has
-    int64 ``tokens`` and ``labels`` (S,).
+    """At least ``num_samples`` training samples, in the order fixed by (config, seed).
 
-    Domains shorter than their part are read again, shuffled anew. Where torch.distributed runs,
-    every rank must call this; rank 0 writes the index cache (``shards/cache``) and the others wait
-    for it.
+    ``dataset[i]`` has int64 ``tokens`` and ``labels`` (S,). A domain that is shorter than its part
+    of the blend is read again in another order. Where torch.distributed runs, every rank must call
+    this function: rank 0 writes the index cache (``shards/cache``) and the other ranks wait for it.
 
     Raises:
         ConfigError: see :func:`blend_weights`.
@@ -104,10 +104,12 @@ def train_dataset(config: Config, num_samples: int, seq_length: int, seed: int) 
     """
     weights, tokenizer = blend_weights(config), load_tokenizer(config)
     shards = {name: open_shards(config, name, TRAIN, tokenizer) for name in weights}
-    # One more than its part: the blend runs over a domain's exact part by less than one sample.
+    # The blend takes up to one sample more than the exact part of a domain.
     sizes = {name: math.ceil(num_samples * weight) + 1 for name, weight in weights.items()}
     settings = _dataset_config(shards, weights, tokenizer, seq_length, seed)
     cache = run_paths(config).shards / "cache" / _cache_key(shards, sizes, settings)
+
+    # Rank 0 builds the index cache, then every rank reads it.
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if (not distributed or torch.distributed.get_rank() == 0) and not cache.is_dir():
         with atomic_dir(cache) as temporary:
@@ -149,7 +151,10 @@ def _dataset_config(
 
 
 def _cache_key(shards: dict[str, Shards], sizes: dict[str, int], settings: Any) -> str:
-    """Megatron's own key knows the path of a shard but not its content; this one knows both."""
+    """Name of the cache folder: a hash over the paths and the content of the shards.
+
+    Megatron's own cache key covers the paths only, so rewritten shards would find a stale cache.
+    """
     content = [
         [shard.prefix(TRAIN), shard.digests(TRAIN), sizes[name]] for name, shard in shards.items()
     ]
@@ -180,8 +185,10 @@ def _domain_datasets(
 
 
 def _blended(parts: list[Any], weights: list[float], num_samples: int, settings: Any) -> Any:
-    """Interleave the parts. No cache: the interleaving is quick, and Megatron caches it only where
-    torch.distributed runs.
+    """Interleave the datasets of the domains by weight.
+
+    The interleaving has no cache: it is quick, and Megatron caches it only where torch.distributed
+    runs.
     """
     from megatron.core.datasets.blended_dataset import BlendedDataset
 

@@ -1,4 +1,8 @@
-"""Where text comes from: one reader per corpus kind, all yielding documents in a fixed order."""
+"""Sources of text: one reader for each corpus kind; every reader yields documents in a fixed order.
+
+A new corpus kind is a reader function here, a line in ``READERS`` and a value of
+``CorpusSection.kind``.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,12 @@ SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parqu
 
 @dataclass(frozen=True)
 class Document:
-    """One document. The hash of ``key`` decides whether it is held out: its own text, or the text
-    that it was taken from.
+    """One document of a corpus.
+
+    Attributes:
+        text: the text itself.
+        key: the hash of this string decides whether the document is held out. It is the document's
+            own text, or the text that the document was taken from.
     """
 
     text: str
@@ -29,13 +37,14 @@ class Document:
 
 
 def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
-    """The documents of domain ``name`` in a fixed order, blank ones left out, cut after
-    ``corpus.max_bytes`` bytes of UTF-8.
+    """The documents of domain ``name`` in a fixed order, without blank documents.
+
+    The stream ends after ``corpus.max_bytes`` bytes of UTF-8; the last document is cut there.
 
     Raises:
-        ConfigError: a setting ``data.domains.<name>.*`` that cannot work (no such file, no such
-            column, missing library).
-        ArtifactError: a file that cannot be read as its kind, or a corpus without any text.
+        ConfigError: a setting ``data.domains.<name>.*`` cannot work (no such file, no such column,
+            missing library).
+        ArtifactError: a file cannot be read as its kind, or the corpus holds no text.
     """
     left = corpus.max_bytes if corpus.max_bytes is not None else sys.maxsize
     empty = True
@@ -61,11 +70,13 @@ def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
 
 
 def source_stamp(name: str, corpus: CorpusSection) -> list[Any]:
-    """What tells that the source changed without a changed setting: names, sizes and times of
-    files, or the Python version.
+    """Facts that change when the source changes although no setting did.
+
+    For files these are names, sizes and times of modification; for the text of the Python
+    installation it is the Python version.
 
     Raises:
-        ConfigError: as :func:`documents`, for a path that is not given or matches nothing.
+        ConfigError: the path is not given or matches nothing.
     """
     if corpus.kind in SUFFIXES:
         stats = [(str(path), path.stat()) for path in _files(name, corpus)]
@@ -76,22 +87,20 @@ def source_stamp(name: str, corpus: CorpusSection) -> list[Any]:
 
 
 def _files(name: str, corpus: CorpusSection) -> list[Path]:
-    """The files of a path that is a file, a folder (files of the kind below it) or a glob,
-    sorted.
-    """
+    """The sorted files of a path: a file, a glob, or all files of the kind below a folder."""
     given = _required_path(name, corpus)
     path = Path(given).expanduser()
     if path.is_dir():
-        found = [
+        candidates = [
             file
             for file in path.rglob("*")
             if file.name.endswith(SUFFIXES[corpus.kind]) and not _hidden(file.relative_to(path))
         ]
     elif path.is_file():
-        found = [path]
+        candidates = [path]
     else:
-        found = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    files = sorted(file for file in found if file.is_file())
+        candidates = [Path(match) for match in glob.glob(str(path), recursive=True)]
+    files = sorted(file for file in candidates if file.is_file())
     if not files:
         allowed = f"a file, folder or glob with {corpus.kind} files; nothing was found there"
         raise ConfigError(f"data.domains.{name}.path", given, allowed, "Correct the path.")
@@ -131,12 +140,12 @@ def _missing_library(name: str, corpus: CorpusSection, library: str) -> ConfigEr
     )
 
 
-def _same(text: str) -> Document:
-    return Document(text, text)
+def _own_key(text: str) -> Document:
+    return Document(text, key=text)
 
 
 def _read_stdlib(name: str, corpus: CorpusSection) -> Iterator[Document]:
-    return (_same(source) for source in stdlib.sources())
+    return (_own_key(source) for source in stdlib.sources())
 
 
 def _read_pydocs(name: str, corpus: CorpusSection) -> Iterator[Document]:
@@ -146,7 +155,7 @@ def _read_pydocs(name: str, corpus: CorpusSection) -> Iterator[Document]:
 def _read_text(name: str, corpus: CorpusSection) -> Iterator[Document]:
     for file in _files(name, corpus):
         try:
-            yield _same(file.read_text(encoding="utf-8"))
+            yield _own_key(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ArtifactError(
                 file,
@@ -159,7 +168,7 @@ def _read_jsonl(name: str, corpus: CorpusSection) -> Iterator[Document]:
     for file in _files(name, corpus):
         for number, line in enumerate(_lines(name, file), 1):
             if line.strip():
-                yield _same(
+                yield _own_key(
                     _text_of(
                         name, corpus, _parse(name, file, number, line), f"{file}, line {number}"
                     )
@@ -198,7 +207,7 @@ def _parse(name: str, file: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _text_of(name: str, corpus: CorpusSection, record: dict[str, Any], where: str) -> str:
-    """The text of one record; a null counts as blank."""
+    """The text of one record; a null is a blank text."""
     if corpus.field not in record:
         raise _missing_column(name, corpus, where, record)
     value = record[corpus.field]
@@ -231,7 +240,7 @@ def _read_parquet(name: str, corpus: CorpusSection) -> Iterator[Document]:
             raise _missing_column(name, corpus, file, table.schema_arrow.names)
         for batch in table.iter_batches(columns=[corpus.field]):
             yield from (
-                _same(_text_of(name, corpus, record, str(file))) for record in batch.to_pylist()
+                _own_key(_text_of(name, corpus, record, str(file))) for record in batch.to_pylist()
             )
 
 
@@ -243,10 +252,12 @@ def _read_hf(name: str, corpus: CorpusSection) -> Iterator[Document]:
         raise _missing_library(name, corpus, "datasets") from None
     try:
         stream = datasets.load_dataset(path, corpus.config, split=corpus.split, streaming=True)
-    except (
-        Exception
-    ) as error:  # the library raises many kinds: not found, offline, unknown split or configuration
-        allowed = f"a dataset that can be opened with config={corpus.config!r}, split={corpus.split!r} ({error})"
+    # The library raises errors of many types: not found, offline, unknown split or configuration.
+    except Exception as error:
+        allowed = (
+            f"a dataset that can be opened with config={corpus.config!r}, "
+            f"split={corpus.split!r} ({error})"
+        )
         raise ConfigError(
             f"data.domains.{name}.path",
             path,
@@ -254,7 +265,7 @@ def _read_hf(name: str, corpus: CorpusSection) -> Iterator[Document]:
             "Check the name, config and split, and the network.",
         ) from error
     for record in stream:
-        yield _same(_text_of(name, corpus, record, path))
+        yield _own_key(_text_of(name, corpus, record, path))
 
 
 READERS: dict[str, Callable[[str, CorpusSection], Iterator[Document]]] = {

@@ -1,5 +1,7 @@
-"""Fixed sets of tokens: held-out windows for perplexity, calibration samples for the one-shot
-criteria. N windows, S sequence.
+"""Fixed sets of tokens: held-out windows for perplexity, and calibration samples for the one-shot
+criteria.
+
+Shapes: N windows, S sequence.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from megamask.errors import ArtifactError, ConfigError
 
 
 def heldout_windows(config: Config, domain: str, window: int, max_tokens: int | None) -> Tensor:
-    """The held-out stream of a domain (documents as stored, EOD after each) in non-overlapping
-    windows: int64 (N, window).
+    """The held-out stream of a domain in non-overlapping windows: int64 (N, window).
 
-    The stream begins with one BOS if ``evaluate.bos``, is cut after ``max_tokens``, and its tail
-    shorter than a window is dropped.
+    The stream holds the documents as stored, each with an EOD after it. It begins with one BOS if
+    ``evaluate.bos`` is set, and ends after ``max_tokens`` tokens. A tail that is shorter than a
+    window is dropped.
 
     Raises:
-        ConfigError: unknown domain, ``evaluate.bos`` without a BOS in the tokenizer, ``max_tokens``
-            below one window.
-        ArtifactError: see :func:`megamask.data.shards.open_shards`, or too little text for one
-            window.
+        ConfigError: the domain is unknown, ``evaluate.bos`` is set for a tokenizer without a BOS,
+            or ``max_tokens`` is below one window.
+        ArtifactError: see :func:`megamask.data.shards.open_shards`; or the text is too short for
+            one window.
     """
     tokenizer = load_tokenizer(config)
     shards = open_shards(config, domain, HELDOUT, tokenizer)
@@ -45,7 +47,10 @@ def heldout_windows(config: Config, domain: str, window: int, max_tokens: int | 
     )[:max_tokens]
     count = len(stream) // window
     if count == 0:
-        fix = f"Lower evaluate.window, or raise data.domains.{domain}.heldout (or its text) and run the verb tokenize."
+        fix = (
+            f"Lower evaluate.window, or raise data.domains.{domain}.heldout (or its text) "
+            "and run the verb tokenize."
+        )
         raise ArtifactError(
             shards.folder,
             f"has {len(stream)} held-out tokens, too few for one window of {window}",
@@ -66,11 +71,13 @@ def _first_tokens(config: Config, tokenizer: TextTokenizer) -> Any:
 
 
 def calibration_tokens(config: Config) -> Tensor:
-    """The calibration samples, int64 (samples, S), drawn from the training blend with
+    """The calibration samples, int64 (samples, S), taken from the training blend with
     ``calibration.seed``.
 
-    Every rank must call it where torch.distributed runs. Raises as
-    :func:`megamask.data.blend.train_dataset`.
+    Where torch.distributed runs, every rank must call this function.
+
+    Raises:
+        ConfigError, ArtifactError: see :func:`megamask.data.blend.train_dataset`.
     """
     section = config.calibration
     dataset = train_dataset(config, section.samples, section.seq_length, section.seed)
@@ -78,9 +85,7 @@ def calibration_tokens(config: Config) -> Tensor:
 
 
 def calibration_description(config: Config) -> dict[str, Any]:
-    """What the calibration samples were, for the record: settings, blend and SHA-256 of the
-    shards.
-    """
+    """The record of the calibration samples: their settings, blend and SHA-256 of the shards."""
     weights, tokenizer = blend_weights(config), load_tokenizer(config)
     section = config.calibration
     return {

@@ -1,5 +1,6 @@
-"""Token shards on disk: one folder a domain with {train,heldout}.bin/.idx (Megatron's indexed
-dataset) and meta.json.
+"""Token shards on disk.
+
+Each domain has one folder with {train,heldout}.bin/.idx (Megatron's indexed dataset) and meta.json.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenize
 
     Raises:
         ConfigError: ``domain`` is not in data.domains.
-        ArtifactError: missing or torn shards, shards of another tokenizer, or no token in
-            ``split``.
+        ArtifactError: the shards are missing or torn, another tokenizer made them, or ``split``
+            holds no token.
     """
     if domain not in config.data.domains:
         raise ConfigError(
@@ -83,8 +84,7 @@ def read_shards(folder: Path) -> Shards:
     """Read and check a shard folder, whatever tokenizer made it.
 
     Raises:
-        ArtifactError: a file is missing, has another size than was written, or is of another
-            format.
+        ArtifactError: a file is missing, has another size than was written, or has another format.
     """
     meta = read_json(folder / "meta.json", TOKENIZE)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
@@ -98,11 +98,14 @@ def read_shards(folder: Path) -> Shards:
 
 
 def check_vocabulary(config: Config, vocab: int) -> None:
-    """Check that the shards of every domain hold only tokens below ``vocab``, the size of the
-    model's vocabulary.
+    """Check that the shards of every domain hold only token ids that the model knows.
+
+    Args:
+        config: names the domains and the run directory.
+        vocab: size of the model's vocabulary; every token id must be below it.
 
     Raises:
-        ArtifactError: they do not, or they are missing or torn.
+        ArtifactError: shards hold a larger id, or they are missing or torn.
     """
     for domain in config.data.domains:
         shards = read_shards(run_paths(config).shards / domain)
@@ -119,12 +122,16 @@ def check_vocabulary(config: Config, vocab: int) -> None:
 def _check_size(file: Path, size: int) -> None:
     if not file.is_file():
         raise ArtifactError(file, "is missing", TOKENIZE)
-    found = file.stat().st_size
-    if found != size:
-        state = "truncated" if found < size else "overwritten"
-        raise ArtifactError(file, f"is {state}: {found} bytes, {size} were written", TOKENIZE_AGAIN)
+    size_now = file.stat().st_size
+    if size_now != size:
+        state = "truncated" if size_now < size else "overwritten"
+        problem = f"is {state}: {size_now} bytes, {size} were written"
+        raise ArtifactError(file, problem, TOKENIZE_AGAIN)
 
 
 def _more_text(domain: str, split: str) -> str:
     direction = "Raise" if split == HELDOUT else "Lower"
-    return f"{direction} data.domains.{domain}.heldout, or give the domain two documents or more, and run the verb tokenize."
+    return (
+        f"{direction} data.domains.{domain}.heldout, or give the domain two documents or more, "
+        "and run the verb tokenize."
+    )

@@ -1,5 +1,6 @@
-"""Which documents are held out: decided by a hash, so that a document stays on its side whatever
-else joins the corpus.
+"""The split of documents into training and held-out text.
+
+A hash of the document decides, so a document stays on its side when others join the corpus.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ def unit_hash(key: str) -> float:
 
 
 def split_documents(documents: Iterable[Document], share: float) -> Iterator[tuple[str, Document]]:
-    """Yield (side, document), side ``heldout`` where the hash of the document's key is below
-    ``share``.
+    """Yield (side, document) for every document; the order may differ from that of ``documents``.
 
-    Equal keys land on one side. Where the hash would leave one side empty, the key nearest to the
-    threshold goes there, so two different documents are enough for both sides; the others do not
-    move. Only the documents of that one key are kept in memory.
+    The side is ``heldout`` where the hash of the document's key is below ``share``, so documents
+    with equal keys get the same side. Where the hash would leave one side empty, the documents of
+    the key whose hash is nearest to ``share`` move there; so two different documents are enough for
+    both sides, and no other document moves. Only the documents of that key are kept in memory.
     """
     first_side = ""
-    both = share in (0.0, 1.0)  # one side is meant to be empty
-    others = False  # documents of the first side beside the nearest
-    nearest: list[Document] = []
+    both = share in (0.0, 1.0)  # whether both sides have documents, or one side is meant empty
+    others = False  # whether the first side has documents of other keys than the nearest
+    nearest: list[Document] = []  # the documents of the key that may still move
     nearest_distance = 0.0
     for document in documents:
         unit = unit_hash(document.key)

@@ -1,9 +1,9 @@
-"""Text that every Python installation carries: the standard library's source, and the English prose
-in it.
+"""Text that every Python installation carries: the source of the standard library, and the English
+prose in it.
 
-The two domains share text (a docstring is part of its file), so the prose of a file comes with the
-file's source: whoever splits both by the hash of the source keeps a held-out docstring out of the
-training files too.
+The two domains share text, because a docstring is part of its file. So the prose of a file comes
+with the source of the file: a split of both domains by the hash of the source keeps a held-out
+docstring out of the training files too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-# pydoc_data is the prose domain's; encodings are tables that repeat one another.
+# pydoc_data belongs to the prose domain; encodings holds tables that repeat each other.
 SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -27,7 +27,7 @@ SKIPPED_FOLDERS = {
     "encodings",
 }
 SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize")  # written for one machine
-MIN_PARAGRAPH = 40  # characters; shorter ones may repeat ("Return True.")
+MIN_PARAGRAPH = 40  # characters; a shorter paragraph may repeat ("Return True.")
 MIN_DOCSTRING = 120
 MIN_DOCUMENT = 400
 MIN_PROSE_SHARE = 0.85  # letters and spaces among the characters
@@ -44,11 +44,11 @@ def sources() -> Iterator[str]:
 
 
 def prose() -> Iterator[tuple[str, str]]:
-    """Pairs (English prose, the text it was taken from): Python's help topics, then the docstrings
-    of each library file.
+    """Pairs (English prose, the text that it was taken from).
 
-    A paragraph is kept where it comes first only: topics quote one another, and a quoted paragraph
-    would be both trained on and held out.
+    The pairs are Python's help topics, then the docstrings of each library file. A paragraph stays
+    only where it comes first: topics quote each other, and a quoted paragraph could otherwise be
+    in the training text and in the held-out text.
     """
     seen: set[str] = set()
     for topic in _topics():
@@ -110,12 +110,12 @@ def _is_prose(text: str) -> bool:
 
 
 def _unseen_paragraphs(text: str, seen: set[str]) -> str:
-    kept: list[str] = []
+    unseen: list[str] = []
     for paragraph in text.split("\n\n"):
         words = " ".join(paragraph.split())
         if words in seen:
             continue
         if len(words) >= MIN_PARAGRAPH:
             seen.add(words)
-        kept.append(paragraph.rstrip())
-    return "\n\n".join(kept).strip()
+        unseen.append(paragraph.rstrip())
+    return "\n\n".join(unseen).strip()

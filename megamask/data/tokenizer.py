@@ -1,4 +1,4 @@
-"""One small face for the tokenizers that models come with: a Hugging Face folder, or a
+"""One interface for both kinds of tokenizers that models come with: a Hugging Face folder, or a
 sentencepiece ``.model`` file.
 """
 
@@ -22,11 +22,13 @@ class TextTokenizer:
     """Text to token ids.
 
     Attributes:
-        name: where it came from.
-        vocab_size: ids are below it.
-        eod: the id that ends a document, if there is one.
-        bos: the id that begins a text, if there is one.
-        fingerprint: SHA-256 over what defines the ids; equal fingerprints give equal ids.
+        name: the path of the tokenizer.
+        vocab_size: a number that is larger than every id.
+        eod: the id that ends a document, or None.
+        bos: the id that begins a text, or None.
+        fingerprint: SHA-256 over the parts that decide the ids; tokenizers with equal fingerprints
+            give equal ids.
+        encode_batch: texts to ids, without special tokens.
     """
 
     name: str
@@ -37,8 +39,9 @@ class TextTokenizer:
     encode_batch: Encode = field(repr=False)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; no special token is added, and one spelled out in the text is taken
-        as plain text.
+        """The ids of ``text``.
+
+        No special token is added, and the name of a special token in the text is plain text.
         """
         return self.encode_batch([text])[0]
 
@@ -47,8 +50,8 @@ def load_tokenizer(config: Config) -> TextTokenizer:
     """The tokenizer of ``data.tokenizer``, or of the model's own folder.
 
     Raises:
-        ArtifactError: there is no tokenizer at that place, or it cannot be read.
-        ConfigError: ``data.eod_token`` is not in its vocabulary.
+        ArtifactError: there is no tokenizer at that path, or the tokenizer cannot be read.
+        ConfigError: ``data.eod_token`` is not in the vocabulary.
     """
     path = (
         Path(config.data.tokenizer).expanduser() if config.data.tokenizer else run_paths(config).hf
@@ -111,7 +114,7 @@ def _slow_encoder(tokenizer: Any) -> Encode:
 
 
 def _hash_fast(serialized: str) -> str:
-    """Hash of the parts that decide the ids; padding, truncation, templates and decoding do not."""
+    """Hash of the parts that decide the ids: not padding, truncation, templates and decoding."""
     parts = json.loads(serialized)
     deciding = {
         key: parts.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")
@@ -127,11 +130,11 @@ def _load_sentencepiece(path: Path, eod_token: str | None) -> TextTokenizer:
     from sentencepiece import SentencePieceProcessor
 
     processor: Any = SentencePieceProcessor(model_file=str(path))
-    known = {processor.id_to_piece(index): index for index in range(processor.vocab_size())}
+    vocabulary = {processor.id_to_piece(index): index for index in range(processor.vocab_size())}
     return TextTokenizer(
         name=str(path),
         vocab_size=processor.vocab_size(),
-        eod=_eod_id(eod_token, known.get, _id_or_none(processor.eos_id())),
+        eod=_eod_id(eod_token, vocabulary.get, _id_or_none(processor.eos_id())),
         bos=_id_or_none(processor.bos_id()),
         fingerprint=_sha256(path.read_bytes()),
         encode_batch=lambda texts: processor.encode(list(texts)),

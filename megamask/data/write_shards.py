@@ -1,6 +1,4 @@
-"""The verb ``tokenize``: text domains -> token shards, split into training and held-out
-documents.
-"""
+"""Text domains to token shards, split into training and held-out documents."""
 
 from __future__ import annotations
 
@@ -20,15 +18,14 @@ from megamask.data.shards import FORMAT, SPLITS, SUFFIXES, Shards, read_shards
 from megamask.data.split import split_documents
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ArtifactError
-from megamask.storage import atomic_dir, write_json
+from megamask.storage import atomic_dir, file_sha256, write_json
 
-BATCH_CHARACTERS = (
-    2**20
-)  # text handed to the tokenizer at once; it works on a batch's documents in parallel
+# Text that the tokenizer gets at once; it works on the documents of a batch in parallel.
+BATCH_CHARACTERS = 2**20
 
 
-def _settings_digest(config: Config, name: str, tokenizer: TextTokenizer) -> str:
-    """Hash of all that decides a domain's shards."""
+def settings_digest(config: Config, name: str, tokenizer: TextTokenizer) -> str:
+    """Hash over everything that decides the shards of a domain."""
     corpus = config.data.domains[name]
     deciding = [
         FORMAT,
@@ -44,14 +41,20 @@ def _end(config: Config, tokenizer: TextTokenizer) -> list[int]:
     return [tokenizer.eod] if config.data.append_eod and tokenizer.eod is not None else []
 
 
-def _is_current(folder: Path, digest: str) -> bool:
+def is_current(folder: Path, digest: str) -> bool:
+    """Whether the shards in ``folder`` are whole and were made with the settings of ``digest``."""
     try:
         return bool(read_shards(folder).meta["settings_sha256"] == digest)
     except ArtifactError:
         return False
 
 
-def _write_domain(config: Config, name: str, tokenizer: TextTokenizer, digest: str) -> None:
+def write_domain(config: Config, name: str, tokenizer: TextTokenizer, digest: str) -> None:
+    """Tokenize a domain and write its shard folder, ``meta.json`` included.
+
+    Raises:
+        ConfigError, ArtifactError: see :func:`megamask.data.corpora.documents`.
+    """
     corpus = config.data.domains[name]
     with atomic_dir(run_paths(config).shards / name) as folder:
         dtype = _token_type(tokenizer.vocab_size)
@@ -79,7 +82,8 @@ def _write_domain(config: Config, name: str, tokenizer: TextTokenizer, digest: s
 def _token_type(vocab_size: int) -> np.dtype[Any]:
     from megatron.core.datasets.indexed_dataset import DType
 
-    return np.dtype(DType.optimal_dtype(vocab_size))
+    dtype: np.dtype[Any] = np.dtype(DType.optimal_dtype(vocab_size))
+    return dtype
 
 
 def _write_tokens(
@@ -90,8 +94,10 @@ def _write_tokens(
     tokenizer: TextTokenizer,
     end: list[int],
 ) -> dict[str, dict[str, int]]:
-    """Tokenize and write the documents of both sides; returns documents, tokens and bytes of text
-    per side.
+    """Tokenize and write the documents of both sides.
+
+    Returns:
+        Side -> number of documents, tokens and bytes of text, and the largest token id.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -104,20 +110,17 @@ def _write_tokens(
     }
     started = time.monotonic()
     for batch in _batches(sided):
-        for (split, document), ids in zip(
-            batch, tokenizer.encode_batch([document.text for _, document in batch]), strict=True
-        ):
+        encoded = tokenizer.encode_batch([document.text for _, document in batch])
+        for (split, document), ids in zip(batch, encoded, strict=True):
             ids = ids + end
             if not ids:
                 continue
             builders[split].add_document(ids, [len(ids)])
-            for key, more in (
-                ("documents", 1),
-                ("tokens", len(ids)),
-                ("bytes", len(document.text.encode())),
-            ):
-                counts[split][key] += more
-            counts[split]["largest_id"] = max(counts[split]["largest_id"], *ids)
+            count = counts[split]
+            count["documents"] += 1
+            count["tokens"] += len(ids)
+            count["bytes"] += len(document.text.encode())
+            count["largest_id"] = max(count["largest_id"], *ids)
         _say_progress(name, counts, time.monotonic() - started)
     for split, builder in builders.items():
         builder.finalize(str(folder / f"{split}.idx"))
@@ -140,36 +143,27 @@ def _batches(sided: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, 
 def _describe_files(folder: Path, split: str) -> dict[str, dict[str, Any]]:
     described: dict[str, dict[str, Any]] = {}
     for file in (folder / f"{split}{suffix}" for suffix in SUFFIXES):
-        described[file.name] = {"size": file.stat().st_size, "sha256": _hash_file(file)}
+        described[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     return described
 
 
-def _hash_file(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _say(line: str, end: str = "\n") -> None:
+def say(line: str, end: str = "\n") -> None:
+    """Write a line to stderr."""
     print(line, file=sys.stderr, end=end, flush=True)
 
 
 def _say_progress(name: str, counts: dict[str, dict[str, int]], seconds: float) -> None:
     if sys.stderr.isatty():
-        megabytes, tokens = (
-            sum(count[key] for count in counts.values()) for key in ("bytes", "tokens")
-        )
-        _say(
-            f"{name}: {megabytes / 1e6:.1f} MB, {tokens:,} tokens, {megabytes / 1e6 / max(seconds, 1e-9):.1f} MB/s   ",
-            end="\r",
-        )
+        megabytes = sum(count["bytes"] for count in counts.values()) / 1e6
+        tokens = sum(count["tokens"] for count in counts.values())
+        speed = megabytes / max(seconds, 1e-9)
+        say(f"{name}: {megabytes:.1f} MB, {tokens:,} tokens, {speed:.1f} MB/s   ", end="\r")
 
 
-def _summary(name: str, shards: Shards, state: str) -> str:
-    sides = (
-        f"{shards.meta['splits'][split]['documents']:,} {split} documents, {shards.tokens(split):,} tokens"
-        for split in SPLITS
-    )
+def summary(name: str, shards: Shards, state: str) -> str:
+    """A line with the documents and tokens of both sides of a domain."""
+    sides = []
+    for split in SPLITS:
+        count = shards.meta["splits"][split]["documents"]
+        sides.append(f"{count:,} {split} documents, {shards.tokens(split):,} tokens")
     return f"{name}: {state}; {'; '.join(sides)}"

@@ -10,18 +10,19 @@ from megamask.data.blend import blend_weights
 from megamask.data.corpora import documents
 from megamask.data.shards import read_shards
 from megamask.data.tokenizer import TextTokenizer, load_tokenizer
-from megamask.data.write_shards import _is_current, _say, _settings_digest, _summary, _write_domain
+from megamask.data.write_shards import is_current, say, settings_digest, summary, write_domain
 from megamask.errors import ConfigError
 from megamask.storage import remove_leftovers, require_writable
 
 
 def run(config: Config) -> None:
-    """Write ``{run_dir}/shards/<domain>`` for every domain; shards that fit the settings are kept.
-    One process does it.
+    """Write ``{run_dir}/shards/<domain>`` for every domain, unless its shards fit the settings.
+
+    Only rank 0 works; the other ranks return at once.
 
     Raises:
-        ConfigError, ArtifactError: settings, text or tokenizer that cannot work, found before
-            anything is tokenized.
+        ConfigError, ArtifactError: settings, text or tokenizer cannot work; found before anything
+            is tokenized.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -31,22 +32,17 @@ def run(config: Config) -> None:
     remove_leftovers(folder)
     tokenizer = load_tokenizer(config)
     _check_eod(config, tokenizer)
-    digests = {name: _settings_digest(config, name, tokenizer) for name in config.data.domains}
-    stale = [name for name in config.data.domains if not _is_current(folder / name, digests[name])]
+    digests = {name: settings_digest(config, name, tokenizer) for name in config.data.domains}
+    stale = [name for name in config.data.domains if not is_current(folder / name, digests[name])]
+    # The first document of a corpus shows the errors of its settings.
     for name in stale:
-        next(
-            iter(documents(name, config.data.domains[name]))
-        )  # the errors of a corpus show at its first document
+        next(iter(documents(name, config.data.domains[name])))
     for name in config.data.domains:
+        state = "kept, settings and tokenizer are the same"
         if name in stale:
-            _write_domain(config, name, tokenizer, digests[name])
-        _say(
-            _summary(
-                name,
-                read_shards(folder / name),
-                "tokenized" if name in stale else "kept, settings and tokenizer are the same",
-            )
-        )
+            write_domain(config, name, tokenizer, digests[name])
+            state = "tokenized"
+        say(summary(name, read_shards(folder / name), state))
 
 
 def _check_domains(config: Config) -> None:

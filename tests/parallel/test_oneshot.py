@@ -324,6 +324,7 @@ def test_names_the_linear_whose_inputs_are_not_finite(
     model.save_pretrained(tmp_path)
     with pytest.raises(
         RanksError,
-        match=rf"{ConfigError.__name__}.*model\.layers\.1\.mlp\.down_proj: activations must be finite",
+        match=rf"{ConfigError.__name__}.*"
+        r"model\.layers\.1\.mlp\.down_proj: activations must be finite",
     ):
         run_ranks(prune_in_rank, 2, str(tmp_path), tokens_NS, 2, False, ["wanda"])

@@ -118,12 +118,12 @@ def test_outputs_are_those_of_transformers(
     converted: tuple[int, Path], tokens_NS: torch.Tensor, expected: Output
 ) -> None:
     tp, run_dir = converted
-    assert (
-        5 < expected.perplexity < 40
-    )  # a language model that reads English, not noise that agrees with noise
+    # The model reads English; two models of noise would agree with each other too.
+    assert 5 < expected.perplexity < 40
     for found in run_ranks(output_of_weights, tp, run_dir / "weights", tokens_NS, tp):
         print(
-            f"logits differ by {found.distance(expected):.1e} of their scale, perplexity {found.perplexity:.6g}, {expected.perplexity:.6g}"
+            f"logits differ by {found.distance(expected):.1e} of their scale, "
+            f"perplexity {found.perplexity:.6g}, {expected.perplexity:.6g}"
         )
         assert found.agrees(expected)
 

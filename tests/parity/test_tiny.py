@@ -100,7 +100,8 @@ def test_outputs_are_those_of_transformers_at_tp_2(
 def assert_equal(found: list[Output], expected: list[Output]) -> None:
     for variant, one, other in zip(VARIANTS, found, expected, strict=True):
         print(
-            f"{variant}: logits differ by {one.distance(other):.1e} of their scale, perplexity {one.perplexity:.6g}, {other.perplexity:.6g}"
+            f"{variant}: logits differ by {one.distance(other):.1e} of their scale, "
+            f"perplexity {one.perplexity:.6g}, {other.perplexity:.6g}"
         )
         assert one.agrees(other), variant
 

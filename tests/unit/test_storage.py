@@ -117,7 +117,10 @@ def test_a_killed_writer_leaves_whole_artefacts(tmp_path: Path, delay: float) ->
 
 def test_a_plain_write_would_be_torn(tmp_path: Path) -> None:
     """The check above can fail: the same kill tears a file that is written in place."""
-    code = f"h = open({str(tmp_path / 'file')!r}, 'wb'); h.write(b'x' * 4096); h.flush(); print(1, flush=True); import time; time.sleep(60)"
+    code = (
+        f"h = open({str(tmp_path / 'file')!r}, 'wb'); h.write(b'x' * 4096); h.flush(); "
+        "print(1, flush=True); import time; time.sleep(60)"
+    )
     writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert writer.stdout is not None
     writer.stdout.readline()

@@ -12,7 +12,10 @@ import pytest
 
 from megamask.config import Config, build_config
 
-SENTENCE = "the mask keeps two of every four weights in a row and learns which ones matter for the text that it reads"
+SENTENCE = (
+    "the mask keeps two of every four weights in a row and learns which ones matter "
+    "for the text that it reads"
+)
 
 
 def make_document(number: int) -> str:

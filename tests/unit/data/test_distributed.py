@@ -22,9 +22,12 @@ from pathlib import Path
 from megamask.config import Config
 from megamask.data.blend import train_dataset
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-dataset = train_dataset(Config.model_validate_json((folder / "config.json").read_text()), 30, 16, seed=1)
-torch.save(torch.stack([dataset[index]["tokens"] for index in range(30)]), folder / f"rank{rank}.pt")
+meeting = f"file://{folder}/meet"
+torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+config = Config.model_validate_json((folder / "config.json").read_text())
+dataset = train_dataset(config, 30, 16, seed=1)
+tokens = torch.stack([dataset[index]["tokens"] for index in range(30)])
+torch.save(tokens, folder / f"rank{rank}.pt")
 torch.distributed.destroy_process_group()
 """
 

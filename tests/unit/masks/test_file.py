@@ -97,7 +97,11 @@ def test_the_public_names_are_lazy(path):
     import subprocess
     import sys
 
-    code = "import sys, megamask; assert 'torch' not in sys.modules and megamask.__version__; megamask.load_masks"
+    code = (
+        "import sys, megamask; "
+        "assert 'torch' not in sys.modules and megamask.__version__; "
+        "megamask.load_masks"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert megamask.verify(path).method == "magnitude"
     assert set(megamask.__all__) <= set(dir(megamask)) and megamask.save_masks is save_masks

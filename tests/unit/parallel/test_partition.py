@@ -35,6 +35,7 @@ def test_nobody_is_far_above_the_mean(replicas: int) -> None:
 def test_a_replica_without_a_layer_is_refused() -> None:
     with pytest.raises(
         ConfigError,
-        match="learn.optimizer.distributed = True: false on more replicas than masked layers, here 4 and 3",
+        match="learn.optimizer.distributed = True: "
+        "false on more replicas than masked layers, here 4 and 3",
     ):
         owners([1, 1, 1], 4)
