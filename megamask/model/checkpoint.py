@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from megamask.weights.hf_files import HFReader
 from megamask.weights.mapping import rules
 
 NOTE = "megamask.json"
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
@@ -47,7 +51,8 @@ def save_sharded(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     mesh.barrier()
-    dist_checkpointing.save(state, str(temporary), validate_access_integrity=True)
+    with _deaf_helpers():
+        dist_checkpointing.save(state, str(temporary), validate_access_integrity=True)
     mesh.barrier()
     if mesh.is_main:
         storage.write_json(temporary / NOTE, note)
@@ -55,6 +60,25 @@ def save_sharded(
             shutil.copy(file, temporary)
         storage.commit_dir(temporary, path)
     mesh.barrier()
+
+
+@contextmanager
+def _deaf_helpers() -> Iterator[None]:
+    """Start the helper processes of Megatron's writer deaf to the signals that end a run.
+
+    A launcher signals the whole process group. Megatron's writer starts a helper at the first save
+    and keeps it: with the default reaction to SIGTERM or SIGUSR1 the helper died with the group,
+    and the save that the signal asks for failed. A process inherits the signals that its parent
+    blocks. This process itself loses none: a blocked signal waits until the block ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        # Python's resource tracker comes first: its start unblocks SIGINT and SIGTERM in passing.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ alone, or says what to do.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -218,6 +219,25 @@ def test_sigusr1_saves_and_a_restart_ends_the_same(
     stop(run_dir, settings, signal.SIGUSR1)
     megamask("learn", *settings(run_dir), *RUN)
     assert_same_run(run_dir, whole)
+
+
+@pytest.mark.parametrize("launch", [None, 2], ids=["plain", "torchrun"])
+def test_a_signal_to_the_whole_group_after_a_periodic_snapshot_saves(
+    run_dir: Path, settings: Settings, launch: int | None
+) -> None:
+    """Launchers signal process groups, and Megatron's writer keeps a helper process after the first
+    save: the helper must not die of the signal that asks for the next one.
+    """
+    ranks = ["learn.global_batch=4"] if launch else []
+    with Program("learn", *settings(run_dir), *RUN, *ranks, launch=launch) as program:
+        program.wait_until(lambda: newest_step(run_dir) >= EVERY and last_step(run_dir) > EVERY)
+        os.killpg(program.process.pid, signal.SIGTERM)
+        finished = program.wait()
+    # torchrun reports 1, whatever its processes ended with
+    assert finished.code == (1 if launch else EXIT_INTERRUPTED), finished.stderr
+    assert f"SIGTERM: saved at step {last_step(run_dir)}" in finished.stderr
+    assert newest_step(run_dir) == last_step(run_dir) < STEPS
+    assert not list((run_dir / "learn" / "snapshots").glob(".*")), "a half-written snapshot"
 
 
 def test_starting_over_puts_the_old_snapshots_aside(
