@@ -27,7 +27,7 @@ class EagerSide:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        pattern, device = lab.subject.pattern, lab.mesh.device
+        pattern, device = lab.masked_model.pattern, lab.mesh.device
         self.table_CM = pattern.candidates(torch.bfloat16, device)
         self.logits = {
             name: torch.randn(
@@ -39,7 +39,7 @@ class EagerSide:
             .mul_(LOGIT_STD)
             .to(linear.weight.dtype)
             .requires_grad_()
-            for name, linear in lab.subject.linears.items()
+            for name, linear in lab.masked_model.linears.items()
         }
         self.masters = [one.detach().float() for one in self.logits.values()]
         self.optimizer = torch.optim.AdamW(
@@ -56,20 +56,20 @@ class EagerSide:
 
     def step(self, number: int) -> None:
         """One global batch: forward, backward, clipping, AdamW."""
-        lab, settings = self.lab, self.lab.subject.model.config
+        lab, settings = self.lab, self.lab.masked_model.model.config
         with ExitStack() as stack:
             stack.enter_context(
                 patch.multiple(settings, no_sync_func=None, finalize_model_grads_func=None)
             )
-            for name, linear in lab.subject.linears.items():
+            for name, linear in lab.masked_model.linears.items():
                 stack.enter_context(
                     patch.object(linear, "masked_weight", partial(self.masked_weight, name))
                 )
-            lab.subject.model.train()
+            lab.masked_model.model.train()
             get_forward_backward_func()(
                 forward_step_func=self._forward,
                 data_iterator=lab.plan.micro_batches(number),
-                model=[lab.subject.model],
+                model=[lab.masked_model.model],
                 num_microbatches=lab.plan.accumulations,
                 seq_length=lab.config.data.seq_length,
                 micro_batch_size=lab.plan.micro_batch,

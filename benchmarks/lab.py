@@ -18,7 +18,7 @@ import torch
 from megamask.config import Config, load_config
 from megamask.data.batches import BatchPlan
 from megamask.learn.gumbel import Learner
-from megamask.learn.masked_model import Subject
+from megamask.learn.masked_model import MaskedModel
 from megamask.model.build import attach_logits, build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
 from megamask.model.language_model import LanguageModel
@@ -37,7 +37,7 @@ class Lab:
 
     config: Config
     mesh: Mesh
-    subject: Subject
+    masked_model: MaskedModel
     learner: Learner | None
     plan: BatchPlan
 
@@ -93,10 +93,10 @@ def open_lab(options: argparse.Namespace, steps: int, with_learner: bool = True)
     """
     config = read_config(options)
     with start(config) as mesh, tempfile.TemporaryDirectory() as folder:
-        subject = random_subject(config, mesh, options, with_learner)
+        masked_model = random_masked_model(config, mesh, options, with_learner)
         dataset = random_tokens(
             Path(folder),
-            subject.arch.vocab,
+            masked_model.arch.vocab,
             steps * config.learn.global_batch,
             options.seq,
             config.seed,
@@ -105,13 +105,17 @@ def open_lab(options: argparse.Namespace, steps: int, with_learner: bool = True)
             dataset, config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
         )
         yield Lab(
-            config, mesh, subject, Learner(config, mesh, subject) if with_learner else None, plan
+            config,
+            mesh,
+            masked_model,
+            Learner(config, mesh, masked_model) if with_learner else None,
+            plan,
         )
 
 
-def random_subject(
+def random_masked_model(
     config: Config, mesh: Mesh, options: argparse.Namespace, with_logits: bool = True
-) -> Subject:
+) -> MaskedModel:
     """The model under mask logits N(0, 0.01)."""
     arch, pattern = architecture(options), Pattern.parse(config.pattern)
     model = build_model(config, arch, mesh)
@@ -131,10 +135,10 @@ def random_subject(
             config.learn.state.logits,
             config.learn.distribution,
         )
-    subject = Subject(arch, pattern, "", model, linears, switch, None)
-    for logits in subject.mask_logits:
+    masked_model = MaskedModel(arch, pattern, "", model, linears, switch, None)
+    for logits in masked_model.mask_logits:
         torch.nn.init.normal_(logits, std=LOGIT_STD)
-    return subject
+    return masked_model
 
 
 def architecture(options: argparse.Namespace) -> Architecture:

@@ -36,12 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     options = known.parse_args(argv)
     with open_lab(options, steps=2) as lab:
         kept = kept_for_backward(lab)
-        mask_statistics = MaskStatistics(lab.subject, lab.mesh, lab.config.learn.state.movement)
+        mask_statistics = MaskStatistics(
+            lab.masked_model, lab.mesh, lab.config.learn.state.movement
+        )
         assert lab.learner is not None
         lab.learner.step(1, lab.plan)
         mask_statistics()
         state = count(lab, mask_statistics)
-        weights = sum(linear.weight.numel() for linear in lab.subject.linears.values())
+        weights = sum(linear.weight.numel() for linear in lab.masked_model.linears.values())
         on_device = torch.cuda.memory_allocated() if lab.mesh.device.type == "cuda" else None
         device = lab.mesh.device
     parts = {**state, KEPT: kept}
@@ -74,7 +76,7 @@ def count(lab: Lab, mask_statistics: MaskStatistics) -> dict[str, int]:
     that holds it.
     """
     assert lab.learner is not None
-    linears, logits = lab.subject.linears.values(), lab.subject.mask_logits
+    linears, logits = lab.masked_model.linears.values(), lab.masked_model.mask_logits
     kinds: dict[str, Iterable[Any]] = {
         "frozen weights": [linear.weight for linear in linears],
         "mask logits": logits,
@@ -122,7 +124,7 @@ def new_bytes(tensor: torch.Tensor, seen: set[int]) -> int:
 def kept_for_backward(lab: Lab) -> int:
     """Bytes of masked weights that autograd saves in the forward pass of the first micro-batch."""
     assert lab.learner is not None
-    linear = next(iter(lab.subject.linears.values()))
+    linear = next(iter(lab.masked_model.linears.values()))
     backend = backend_by_name(linear.backend, linear.site.distribution)
     made: dict[int, Any] = {}  # holds the storages, so that no other tensor gets their address
     saved: dict[int, int] = {}
@@ -130,7 +132,7 @@ def kept_for_backward(lab: Lab) -> int:
 
     def recording_forward(*args: Any) -> Any:
         sampled = forward(*args)
-        if len(made) < len(lab.subject.linears):
+        if len(made) < len(lab.masked_model.linears):
             made[sampled.masked.untyped_storage().data_ptr()] = sampled.masked.untyped_storage()
         return sampled
 

@@ -231,7 +231,7 @@ def learn(
     settings = [*options.settings, f"learn.sampling.backend={backend}"]
     chosen = argparse.Namespace(**{**vars(options), "device": device, "settings": settings})
     with open_lab(chosen, STEPS) as lab:
-        parameters = dict(lab.subject.model.named_parameters())
+        parameters = dict(lab.masked_model.model.named_parameters())
         with torch.no_grad():
             for name, value in (initial or {}).items():
                 parameters[name].copy_(value)
@@ -244,7 +244,7 @@ def learn(
 
 def hard_codes(lab: Lab) -> list[torch.Tensor]:
     """The winner masks, on the CPU."""
-    return [linear.hard_mask().cpu() for linear in lab.subject.linears.values()]
+    return [linear.hard_mask().cpu() for linear in lab.masked_model.linears.values()]
 
 
 if __name__ == "__main__":

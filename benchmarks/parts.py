@@ -83,7 +83,7 @@ def time_parts(lab: Lab, parts: Parts) -> Iterator[None]:
                 )
             )
         stack.enter_context(patch.object(BatchPlan, "micro_batches", _timed_batches(parts)))
-        stack.callback(_time_vocabulary(lab.subject.model, parts))
+        stack.callback(_time_vocabulary(lab.masked_model.model, parts))
         yield
     seconds = parts.steps[-1]
     total = now(parts.device) - begin
@@ -108,7 +108,7 @@ def _sampling(lab: Lab, draws_once: bool) -> list[tuple[Any, str, str]]:
             (step_module, "begin_step", "sampling forward"),
             (step_module, "end_step", "sampling backward"),
         ]
-    linear = next(iter(lab.subject.linears.values()))
+    linear = next(iter(lab.masked_model.linears.values()))
     backend = backend_by_name(linear.backend, linear.site.distribution)
     return [(backend, "forward", "sampling forward"), (backend, "backward", "sampling backward")]
 

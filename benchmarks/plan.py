@@ -62,7 +62,7 @@ def measure(lab: Lab, rounds: int) -> tuple[dict[str, int], float, float]:
     """(bytes held between steps, by part; peak bytes; median seconds of a step)."""
     learner, device, numbers = lab.learner, lab.mesh.device, iter(range(10**9))
     assert learner is not None
-    mask_statistics = MaskStatistics(lab.subject, lab.mesh, lab.config.learn.state.movement)
+    mask_statistics = MaskStatistics(lab.masked_model, lab.mesh, lab.config.learn.state.movement)
 
     def step() -> None:
         learner.step(next(numbers), lab.plan)
@@ -70,7 +70,7 @@ def measure(lab: Lab, rounds: int) -> tuple[dict[str, int], float, float]:
 
     step()
     # the profiler does not see memory go that it did not see come
-    lab.subject.switch.watched.clear()
+    lab.masked_model.switch.watched.clear()
     held = count(lab, mask_statistics)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

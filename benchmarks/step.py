@@ -42,7 +42,7 @@ class DenseSide:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        self.weights = [linear.weight for linear in lab.subject.linears.values()]
+        self.weights = [linear.weight for linear in lab.masked_model.linears.values()]
 
     def step(self, number: int) -> None:
         """One global batch; the gradients are dropped at the end."""
@@ -51,7 +51,7 @@ class DenseSide:
             get_forward_backward_func()(
                 forward_step_func=self._forward,
                 data_iterator=lab.plan.micro_batches(number),
-                model=[lab.subject.model],
+                model=[lab.masked_model.model],
                 num_microbatches=lab.plan.accumulations,
                 seq_length=lab.config.data.seq_length,
                 micro_batch_size=lab.plan.micro_batch,
@@ -70,12 +70,12 @@ class DenseSide:
         """Weights that train, and none of the gradient sums that the learner put into the model's
         settings.
         """
-        settings = self.lab.subject.model.config
+        settings = self.lab.masked_model.model.config
         hooks = settings.no_sync_func, settings.finalize_model_grads_func
         settings.no_sync_func = settings.finalize_model_grads_func = None
         for weight in self.weights:
             weight.requires_grad_(True)
-        self.lab.subject.model.train()
+        self.lab.masked_model.model.train()
         try:
             yield
         finally:
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         timings, parts = measure(lab, options.rounds, options.eager)
         seconds = {side: timings.median(side) for side in timings.seconds}
         device, tokens = lab.mesh.device, lab.tokens_per_step
-        flops = sum(flops_per_token(Workload(lab.config, lab.subject.arch)).values()) * tokens
+        flops = sum(flops_per_token(Workload(lab.config, lab.masked_model.arch)).values()) * tokens
     ratio = timings.ratio(MASKED, DENSE)
     figures = {
         "ratio": ratio,
@@ -151,7 +151,7 @@ def measure(lab: Lab, rounds: int, with_eager: bool) -> tuple[Timings, dict[str,
     numbers = {side: iter(range(10**9)) for side in (MASKED, DENSE, EAGER)}
     dense, mask_statistics, device = (
         DenseSide(lab),
-        MaskStatistics(lab.subject, lab.mesh),
+        MaskStatistics(lab.masked_model, lab.mesh),
         lab.mesh.device,
     )
     sides: dict[str, Work] = {

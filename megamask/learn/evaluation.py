@@ -9,7 +9,7 @@ import torch
 
 from megamask.config import Config
 from megamask.data.heldout import heldout_windows
-from megamask.learn.masked_model import Subject
+from megamask.learn.masked_model import MaskedModel
 from megamask.model.perplexity import perplexity
 from megamask.parallel.mesh import Mesh
 
@@ -29,21 +29,21 @@ def monitor_windows(config: Config) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def hard_mask_perplexity(
-    subject: Subject, mesh: Mesh, windows: Mapping[str, torch.Tensor], micro_batch: int
+    masked_model: MaskedModel, mesh: Mesh, windows: Mapping[str, torch.Tensor], micro_batch: int
 ) -> dict[str, float]:
     """Perplexity per domain of the model under its winner mask, which is folded into the weights
     once.
     """
-    for linear in subject.linears.values():
+    for linear in masked_model.linears.values():
         linear.fold(linear.hard_mask())
     try:
-        subject.model.eval()
+        masked_model.model.eval()
         return {
-            domain: perplexity(subject.model, mesh, tokens, micro_batch)
+            domain: perplexity(masked_model.model, mesh, tokens, micro_batch)
             for domain, tokens in windows.items()
         }
     finally:
-        for linear in subject.linears.values():
+        for linear in masked_model.linears.values():
             linear.fold(None)
 
 

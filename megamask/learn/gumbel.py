@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
-from megamask.learn.masked_model import Subject
+from megamask.learn.masked_model import MaskedModel
 from megamask.learn.schedules import linear, weight_norm_coef
 from megamask.model.objective import objective_losses
 from megamask.optim.clip import clip_factor, gradient_norm
@@ -60,23 +60,23 @@ class Learner:
             optimizer has layers for.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, subject: Subject) -> None:
-        self.config, self.mesh, self.subject = config, mesh, subject
+    def __init__(self, config: Config, mesh: Mesh, masked_model: MaskedModel) -> None:
+        self.config, self.mesh, self.masked_model = config, mesh, masked_model
         learn = config.learn
         in_fp32 = learn.state.grads == "fp32"  # else in the dtype of the logits
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=False, use_distributed_optimizer=False
         )
-        model_config = subject.model.config
+        model_config = masked_model.model.config
         self.ddp = DistributedDataParallel(
-            config=model_config, ddp_config=settings, module=subject.model
+            config=model_config, ddp_config=settings, module=masked_model.model
         )
         self.replicas = self._divide()
         model_config.no_sync_func = self.replicas.no_sync if self.replicas else self.ddp.no_sync
         model_config.finalize_model_grads_func = self._finalize
-        subject.switch.regenerate = learn.state.masked_weight == "regenerate"
+        masked_model.switch.regenerate = learn.state.masked_weight == "regenerate"
         self.draws_once = learn.sampling.draws == "step"
-        self.optimizer = build_optimizer(config, list(subject.linears.values()), self.replicas)
+        self.optimizer = build_optimizer(config, list(masked_model.linears.values()), self.replicas)
         self.scheduler = build_scheduler(learn, self.optimizer)
 
     def step(self, step: int, plan: BatchPlan) -> StepResult:
@@ -127,7 +127,7 @@ class Learner:
             if self.mesh.is_main:
                 log.warning("learn.optimizer.distributed has no effect: there is one replica")
             return None
-        return Replicas(self.subject.mask_logits, self.mesh)
+        return Replicas(self.masked_model.mask_logits, self.mesh)
 
     def _draw(self, step: int, accumulations: int) -> Draw:
         learn = self.config.learn
@@ -160,21 +160,21 @@ class Learner:
                 forward_only=False,
             )
         finally:
-            self.subject.switch.draw = None
-            for masked in self.subject.linears.values():
+            self.masked_model.switch.draw = None
+            for masked in self.masked_model.linears.values():
                 masked.drop_draw()
 
     def _draw_for_step(self, draw: Draw, accumulations: int) -> None:
         once = replace(draw, norm_coef=draw.norm_coef * accumulations, watch=True, fresh=True)
         in_fp32 = accumulations > 1 and self.config.learn.state.grads == "fp32"
-        begin_step(list(self.subject.linears.values()), once, in_fp32)
+        begin_step(list(self.masked_model.linears.values()), once, in_fp32)
 
     def _finalize(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
         """All micro-batches are done: turn summed weight gradients into logit gradients, then
         reduce over replicas.
         """
         if self.draws_once:
-            for number in end_step(list(self.subject.linears.values())):
+            for number in end_step(list(self.masked_model.linears.values())):
                 if self.replicas:
                     self.replicas.start_sum(number)
         if self.replicas:
@@ -186,7 +186,7 @@ class Learner:
         self, draw: Draw, first: int, micro_batches: Iterator[MicroBatch], model: Any
     ) -> tuple[torch.Tensor, Any]:
         number, tokens, labels = next(micro_batches)
-        switch, device = self.subject.switch, self.mesh.device
+        switch, device = self.masked_model.switch, self.mesh.device
         if not self.draws_once:
             switch.draw = replace(
                 draw,

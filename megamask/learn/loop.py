@@ -15,7 +15,7 @@ from megamask.data.blend import blend_weights, train_dataset
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, MegamaskError
 from megamask.learn.evaluation import hard_mask_perplexity, mean_log_perplexity, monitor_windows
 from megamask.learn.gumbel import Learner
-from megamask.learn.masked_model import build_subject
+from megamask.learn.masked_model import build_masked_model
 from megamask.learn.maskpro.policy_gradient import MaskPro
 from megamask.learn.maskpro.samples import Reused
 from megamask.learn.metrics.mask_stats import MaskStatistics
@@ -65,11 +65,11 @@ class Run:
                 torch.cuda.get_device_name(mesh.device),
             )
             check_free(config, read_architecture(paths.weights), mesh.dp, free, name)
-        self.subject = build_subject(config, mesh)
-        self.mask_statistics = MaskStatistics(self.subject, mesh, learn.state.movement)
-        self.learner = LEARNERS[learn.learner](config, mesh, self.subject)
+        self.masked_model = build_masked_model(config, mesh)
+        self.mask_statistics = MaskStatistics(self.masked_model, mesh, learn.state.movement)
+        self.learner = LEARNERS[learn.learner](config, mesh, self.masked_model)
         self.snapshots = Snapshots(
-            paths.learn / "snapshots", config, mesh, self.subject, self.learner
+            paths.learn / "snapshots", config, mesh, self.masked_model, self.learner
         )
         self.progress = self.snapshots.restore()
         if self.progress.step:
@@ -114,7 +114,7 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         progress, micro_batch = self.progress, self.config.evaluate.micro_batch
-        by_domain = hard_mask_perplexity(self.subject, self.mesh, self.windows, micro_batch)
+        by_domain = hard_mask_perplexity(self.masked_model, self.mesh, self.windows, micro_batch)
         score = mean_log_perplexity(by_domain)
         if progress.best_score is None or score < progress.best_score:
             progress.best_score, progress.best_step, progress.evaluations_without_gain = (
@@ -161,14 +161,14 @@ class Run:
         )
 
     def _save_mask(self, path: Path, by_domain: dict[str, float]) -> None:
-        local = {name: linear.hard_mask() for name, linear in self.subject.linears.items()}
-        masks = gather_masks(local, self.subject.arch, self.mesh)
+        local = {name: linear.hard_mask() for name, linear in self.masked_model.linears.items()}
+        masks = gather_masks(local, self.masked_model.arch, self.mesh)
         if self.mesh.is_main:
             save_masks(
                 path,
                 masks,
-                self.subject.pattern,
-                fingerprint=self.subject.fingerprint,
+                self.masked_model.pattern,
+                fingerprint=self.masked_model.fingerprint,
                 method="learned",
                 data=self._mask_data(),
                 evaluation={
@@ -184,7 +184,7 @@ class Run:
         learnt = {
             "tokens": tokens,
             "seconds": round(self.monitor.seconds, 1),
-            "prior": self.subject.prior_method,
+            "prior": self.masked_model.prior_method,
         }
         learnt["learner"] = self.config.learn.learner
         return {
@@ -194,15 +194,17 @@ class Run:
         }
 
     def _announce(self) -> None:
-        subject, mesh = self.subject, self.mesh
+        masked_model, mesh = self.masked_model, self.mesh
         if not mesh.is_main:
             return
         write_provenance(self.paths.learn, self.config)
-        backend = next(iter(subject.linears.values())).backend
-        weights = sum(linear.weight.numel() for linear in subject.linears.values()) * mesh.tp / 1e6
+        backend = next(iter(masked_model.linears.values())).backend
+        weights = (
+            sum(linear.weight.numel() for linear in masked_model.linears.values()) * mesh.tp / 1e6
+        )
         engine = "Transformer Engine" if has_transformer_engine(mesh.device) else "PyTorch"
         self.monitor.note(
-            f"{subject.pattern} masks for {len(subject.linears)} linears, {weights:.0f} M weights; prior {subject.prior_method}; "
+            f"{masked_model.pattern} masks for {len(masked_model.linears)} linears, {weights:.0f} M weights; prior {masked_model.prior_method}; "
             f"{mesh.device}, TP {mesh.tp} x DP {mesh.dp}; sampling by {backend}, norm and attention by {engine}"
         )
         if self.config.learn.learner == "gumbel":

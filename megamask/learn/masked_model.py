@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Subject:
+class MaskedModel:
     """The frozen model and the masks that are learned on it."""
 
     arch: Architecture
@@ -46,7 +46,7 @@ class Subject:
         ]
 
 
-def build_subject(config: Config, mesh: Mesh) -> Subject:
+def build_masked_model(config: Config, mesh: Mesh) -> MaskedModel:
     """Load the model and initialise its mask logits.
 
     Raises:
@@ -78,7 +78,7 @@ def build_subject(config: Config, mesh: Mesh) -> Subject:
             mesh,
             None if prior is None else local_mask(prior, linear_rules(arch)[name], mesh),
         )
-    return Subject(
+    return MaskedModel(
         arch,
         pattern,
         fingerprint,

@@ -85,7 +85,7 @@ def unused_settings(learn: LearnSection) -> list[str]:
     return sorted(given & settings_without_effect(learn))
 
 
-def check_subject(config: Config) -> None:
+def check_artefacts(config: Config) -> None:
     """Check pattern and prior against the converted model, whose weights are not read.
 
     Raises:
@@ -209,7 +209,7 @@ def check_early(config: Config, paths: RunPaths) -> None:
         check_optimizer(config)
         check_schedules(config.learn.sampling)
     storage.require_writable(paths.run_dir)
-    check_subject(config)
+    check_artefacts(config)
     if unused := unused_settings(config.learn):
         choice = f"learn.learner={config.learn.learner}, learn.loss.kind={config.learn.loss.kind}"
         log.warning("without effect here (%s): %s", choice, ", ".join(unused))

@@ -16,7 +16,7 @@ from megamask import storage
 from megamask.config import Config
 from megamask.errors import ArtifactError, ConfigError
 from megamask.learn.gumbel import Learner
-from megamask.learn.masked_model import Subject
+from megamask.learn.masked_model import MaskedModel
 from megamask.learn.maskpro.policy_gradient import MaskPro
 from megamask.learn.preflight import settings_without_effect
 from megamask.model.checkpoint import NOTE, load_sharded, save_sharded, sharded_state
@@ -50,13 +50,18 @@ class Snapshots:
     """The snapshots of one run, in ``folder``/step-NNNNNNNN."""
 
     def __init__(
-        self, folder: Path, config: Config, mesh: Mesh, subject: Subject, learner: Learner | MaskPro
+        self,
+        folder: Path,
+        config: Config,
+        mesh: Mesh,
+        masked_model: MaskedModel,
+        learner: Learner | MaskPro,
     ) -> None:
-        self.folder, self.config, self.mesh, self.subject, self.learner = (
+        self.folder, self.config, self.mesh, self.masked_model, self.learner = (
             folder,
             config,
             mesh,
-            subject,
+            masked_model,
             learner,
         )
         if mesh.is_main:
@@ -69,7 +74,7 @@ class Snapshots:
         note = {
             "progress": asdict(progress),
             "settings": deciding_settings(self.config),
-            "fingerprint": self.subject.fingerprint,
+            "fingerprint": self.masked_model.fingerprint,
         }
         save_sharded(self._state(), self.folder / f"step-{progress.step:08d}", self.mesh, note)
         if self.mesh.is_main:
@@ -97,7 +102,7 @@ class Snapshots:
         note = storage.read_json(path / NOTE, fix)
         self._check(note, path)
         loaded = load_sharded(self._state(is_loading=True), path, fix)
-        self.subject.model.load_state_dict(
+        self.masked_model.model.load_state_dict(
             {key: value for key, value in loaded.items() if key != "optimizer"}, strict=False
         )
         self.learner.optimizer.load_state_dict(loaded["optimizer"])
@@ -127,7 +132,7 @@ class Snapshots:
     def _state(self, is_loading: bool = False) -> dict[str, Any]:
         logits = {
             key: value
-            for key, value in sharded_state(self.subject.model).items()
+            for key, value in sharded_state(self.masked_model.model).items()
             if key.endswith(".mask_logits")
         }
         return {
@@ -136,7 +141,7 @@ class Snapshots:
         }
 
     def _check(self, note: dict[str, Any], path: Path) -> None:
-        if note["fingerprint"] != self.subject.fingerprint:
+        if note["fingerprint"] != self.masked_model.fingerprint:
             raise ArtifactError(
                 path,
                 "was made for another base model",

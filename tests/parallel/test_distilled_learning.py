@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megamask.learn.gumbel import Learner, StepResult
-from megamask.learn.masked_model import Subject, build_subject
+from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.learn.snapshot import Snapshots
 from megamask.model.objective import TokenLosses, dense_hidden, objective_losses, token_losses
 from megamask.parallel.mesh import start
@@ -97,11 +97,13 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     }
     config = config_of(run_dir, job.tp, settings, **job.parallel)
     with start(config) as mesh:
-        subject = build_subject(config, mesh)
+        masked_model = build_masked_model(config, mesh)
         name = "saved" if job.save or job.resume else "none"
-        snapshots = Snapshots(folder / name, config, mesh, subject, Learner(config, mesh, subject))
+        snapshots = Snapshots(
+            folder / name, config, mesh, masked_model, Learner(config, mesh, masked_model)
+        )
         first, results = take_steps(snapshots, Chains(), SAVED_AT if job.save else None, job.resume)
-        return Outcome(first, results, gather_logits(subject, mesh))
+        return Outcome(first, results, gather_logits(masked_model, mesh))
 
 
 @pytest.fixture(scope="module")
@@ -207,33 +209,33 @@ def look_at_teachers(rank: int, run_dir: Path) -> dict[str, Any]:
     """
     config, found = config_of(run_dir, 1, {"loss": {"kind": "kd"}}), {}
     with start(config) as mesh:
-        subject = build_subject(config, mesh)
+        masked_model = build_masked_model(config, mesh)
         batch = [
             torch.stack([Chains()[number][key] for number in range(2)])
             for key in ("tokens", "labels")
         ]
-        found["plain"] = look(subject, config, batch)
+        found["plain"] = look(masked_model, config, batch)
         draw = Draw(NoiseKey(0, 0), 100.0, 1.0)
-        subject.switch.draw = draw
-        found["drawn"] = look(subject, config, batch)
-        subject.switch.draw = None
-        for linear in subject.linears.values():
+        masked_model.switch.draw = draw
+        found["drawn"] = look(masked_model, config, batch)
+        masked_model.switch.draw = None
+        for linear in masked_model.linears.values():
             linear.begin_step(draw, False)
-        found["step"] = look(subject, config, batch)
-        for linear in subject.linears.values():
+        found["step"] = look(masked_model, config, batch)
+        for linear in masked_model.linears.values():
             linear.drop_draw()
             linear.fold(linear.hard_mask())
-        found["folded"] = look(subject, config, batch)
-        found["folded-lm"] = token_losses(subject.model, *batch).detach()
+        found["folded"] = look(masked_model, config, batch)
+        found["folded-lm"] = token_losses(masked_model.model, *batch).detach()
     return found
 
 
 def look(
-    subject: Subject, config: Any, batch: list[torch.Tensor]
+    masked_model: MaskedModel, config: Any, batch: list[torch.Tensor]
 ) -> tuple[torch.Tensor, TokenLosses]:
     with torch.no_grad():
-        return dense_hidden(subject.model, batch[0], subject.switch), objective_losses(
-            subject.model, *batch, config.learn.loss, subject.switch
+        return dense_hidden(masked_model.model, batch[0], masked_model.switch), objective_losses(
+            masked_model.model, *batch, config.learn.loss, masked_model.switch
         )
 
 

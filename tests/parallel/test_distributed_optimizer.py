@@ -14,7 +14,7 @@ import torch
 
 from megamask.config.presets import FOOTPRINTS
 from megamask.learn.gumbel import Learner, StepResult
-from megamask.learn.masked_model import build_subject
+from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Snapshots
 from megamask.optim.zero1 import Replicas
 from megamask.parallel.mesh import start
@@ -111,10 +111,10 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     optimizer = {**section.get("optimizer", {}), "distributed": job.distributed}
     config = config_of(run_dir, job.tp, {**section, "steps": STEPS, "optimizer": optimizer})
     with start(config) as mesh:
-        subject = build_subject(config, mesh)
-        learner = Learner(config, mesh, subject)
+        masked_model = build_masked_model(config, mesh)
+        learner = Learner(config, mesh, masked_model)
         snapshots = Snapshots(
-            folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner
+            folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner
         )
         outcome = Outcome()
         if learner.replicas:
@@ -127,7 +127,7 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
             SAVED_AT if job.save_to else None,
             resume=job.resume_from is not None,
         )
-        outcome.logits = gather_logits(subject, mesh)
+        outcome.logits = gather_logits(masked_model, mesh)
         outcome.moment_bytes = sum(one.nbytes for one in learner.optimizer.state_tensors())
         return outcome
 

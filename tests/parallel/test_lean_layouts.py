@@ -14,7 +14,7 @@ import torch
 
 from megamask.data.batches import BatchPlan
 from megamask.learn.gumbel import Learner, StepResult
-from megamask.learn.masked_model import Subject, build_subject
+from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.learn.snapshot import Progress, Snapshots
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.noise import NoiseKey, uniform, words
@@ -88,49 +88,49 @@ def run_one(run_dir: Path, folder: Path, job: Job) -> Outcome:
     config = config_of(run_dir, job.tp, {"steps": STEPS, "state": state, "optimizer": optimizer})
     outcome = Outcome()
     with start(config) as mesh:
-        subject = build_subject(config, mesh)
-        learner = Learner(config, mesh, subject)
+        masked_model = build_masked_model(config, mesh)
+        learner = Learner(config, mesh, masked_model)
         snapshots = Snapshots(
-            folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner
+            folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner
         )
         first = snapshots.restore().step if job.resume_from else 0
         if job.forgets:
             for tensor in learner.optimizer.state_tensors():
                 tensor.zero_()
-        outcome.first = everything(subject, learner, mesh)
+        outcome.first = everything(masked_model, learner, mesh)
         plan = BatchPlan(
             Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
         )
         for step in range(first, ROUNDING if job.keyed else STEPS):
             if job.keyed:
-                keyed_step(subject, learner, step)
+                keyed_step(masked_model, learner, step)
             else:
                 outcome.results.append(learner.step(step, plan))
             if job.save_to and step + 1 == SAVED_AT:
                 snapshots.save(Progress(step=SAVED_AT))
-                outcome.saved = everything(subject, learner, mesh)
-        outcome.last = everything(subject, learner, mesh)
+                outcome.saved = everything(masked_model, learner, mesh)
+        outcome.last = everything(masked_model, learner, mesh)
     return outcome
 
 
 def everything(
-    subject: Subject, learner: Learner, mesh: Mesh
+    masked_model: MaskedModel, learner: Learner, mesh: Mesh
 ) -> dict[str, dict[str, torch.Tensor]]:
     moments = {
-        name: dict(zip(subject.linears, ones, strict=True))
+        name: dict(zip(masked_model.linears, ones, strict=True))
         for name, ones in learner.optimizer.moments().items()
     }
     return {
-        "logits": gather_logits(subject, mesh),
-        **{name: gather_hf(ones, subject, mesh) for name, ones in moments.items()},
+        "logits": gather_logits(masked_model, mesh),
+        **{name: gather_hf(ones, masked_model, mesh) for name, ones in moments.items()},
     }
 
 
-def keyed_step(subject: Subject, learner: Learner, step: int) -> None:
+def keyed_step(masked_model: MaskedModel, learner: Learner, step: int) -> None:
     """An update from gradients that are a function of the global group alone, hence the same in
     every layout.
     """
-    for linear in subject.linears.values():
+    for linear in masked_model.linears.values():
         logits: Any = linear.mask_logits
         noise = words(
             NoiseKey(77, step).of(linear.parameter_id),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megamask.learn.gumbel import Learner, StepResult
-from megamask.learn.masked_model import build_subject
+from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Snapshots
 from megamask.parallel.mesh import start
 from tests.parallel.learning import in_turn, take_steps
@@ -90,16 +90,18 @@ def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> lis
 def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     config = config_of(run_dir, job.tp, {**SETTINGS, **job.learn}, **job.parallel)
     with start(config) as mesh:
-        subject = build_subject(config, mesh)
+        masked_model = build_masked_model(config, mesh)
         name = job.save_to or job.resume_from or "none"
-        snapshots = Snapshots(folder / name, config, mesh, subject, Learner(config, mesh, subject))
+        snapshots = Snapshots(
+            folder / name, config, mesh, masked_model, Learner(config, mesh, masked_model)
+        )
         first, results = take_steps(
             snapshots,
             Chains(),
             SAVED_AT if job.save_to else None,
             resume=job.resume_from is not None,
         )
-        return Outcome(first, results, gather_logits(subject, mesh))
+        return Outcome(first, results, gather_logits(masked_model, mesh))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.memory import live_tensors, new_bytes
 from megamask.data.batches import BatchPlan
-from megamask.learn.masked_model import build_subject
+from megamask.learn.masked_model import build_masked_model
 from megamask.learn.maskpro.policy_gradient import MaskPro, PolicyResult
 from megamask.learn.maskpro.samples import Reused
 from megamask.learn.metrics.mask_stats import MaskStatistics
@@ -97,17 +97,17 @@ def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> lis
 def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     config = config_of(run_dir, job.tp, settings(job))
     with start(config) as mesh:
-        subject = build_subject(config, mesh)
-        learner = MaskPro(config, mesh, subject)
+        masked_model = build_masked_model(config, mesh)
+        learner = MaskPro(config, mesh, masked_model)
         reused = Reused(Chains(), config.learn.maskpro.samples, config.seed)
         snapshots = Snapshots(
-            folder / (job.save_to or job.resume_from or "none"), config, mesh, subject, learner
+            folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner
         )
         _, results = take_steps(
             snapshots, reused, SAVED_AT if job.save_to else None, resume=job.resume_from is not None
         )
         known = len(learner.initial_losses.known) if learner.initial_losses else 0
-        return Outcome(results, gather_logits(subject, mesh), known)
+        return Outcome(results, gather_logits(masked_model, mesh), known)
 
 
 @pytest.fixture(scope="module")
@@ -190,18 +190,23 @@ def count_bytes(rank: int, run_dir: Path) -> tuple[float, int, int]:
     config = config_of(run_dir, 1, settings(Job()))
     with start(config) as mesh:
         before = {tensor.untyped_storage().data_ptr() for tensor in live_tensors(mesh.device)}
-        subject = build_subject(config, mesh)
-        mask_statistics, learner = MaskStatistics(subject, mesh), MaskPro(config, mesh, subject)
+        masked_model = build_masked_model(config, mesh)
+        mask_statistics, learner = (
+            MaskStatistics(masked_model, mesh),
+            MaskPro(config, mesh, masked_model),
+        )
         plan = BatchPlan(Reused(Chains(), SAMPLES, 1), 8, 2, 1, 0)
         most = most_masked_weights(learner, plan, keeps=False)
         mask_statistics()
         rest = [
             p
-            for p in subject.model.parameters()
-            if not p.requires_grad and not is_prunable(p, subject.model)
+            for p in masked_model.model.parameters()
+            if not p.requires_grad and not is_prunable(p, masked_model.model)
         ]
-        seen = before | {p.untyped_storage().data_ptr() for p in [*rest, *subject.model.buffers()]}
-        weights = sum(linear.weight.numel() for linear in subject.linears.values())
+        seen = before | {
+            p.untyped_storage().data_ptr() for p in [*rest, *masked_model.model.buffers()]
+        }
+        weights = sum(linear.weight.numel() for linear in masked_model.linears.values())
         counted = sum(new_bytes(one, seen) for one in live_tensors(mesh.device)) / weights
         return counted, most, most_masked_weights(learner, plan, keeps=True)
 
@@ -212,7 +217,7 @@ def most_masked_weights(learner: MaskPro, plan: BatchPlan, keeps: bool) -> int:
     """
     backend, numbers, kept = backend_by_name("numba", "linear"), [], []
     shapes, forward = (
-        {linear.weight.shape for linear in learner.subject.linears.values()},
+        {linear.weight.shape for linear in learner.masked_model.linears.values()},
         backend.forward,
     )
 

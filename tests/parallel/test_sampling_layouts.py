@@ -15,7 +15,7 @@ import torch
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.learn.gumbel import Learner
-from megamask.learn.masked_model import Subject, build_subject
+from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.backends import choose_backend
@@ -43,72 +43,72 @@ def look(rank: int, config: Config, folder: Path) -> dict[str, Tensors]:
     checkpoint written at TP 2.
     """
     with start(config) as mesh:
-        subject = build_subject(config, mesh)
-        found = {"initial": gather_logits(subject, mesh)}
+        masked_model = build_masked_model(config, mesh)
+        found = {"initial": gather_logits(masked_model, mesh)}
         for backend in ("torch", "numba"):
-            for linear in subject.linears.values():
+            for linear in masked_model.linears.values():
                 linear.backend = choose_backend(backend, mesh.device)
             for name, draw in DRAWS.items():
-                subject.switch.draw = draw
+                masked_model.switch.draw = draw
                 found[f"{backend} {name} masks"], found[f"{backend} {name} gradients"] = sample(
-                    subject, mesh
+                    masked_model, mesh
                 )
         if mesh.tp == SAVED_AT:
-            found["misplaced"] = sample_misplaced(subject, mesh)
-        subject.switch.draw = DRAWS["soft"]
-        through_checkpoint(subject, mesh, folder)
+            found["misplaced"] = sample_misplaced(masked_model, mesh)
+        masked_model.switch.draw = DRAWS["soft"]
+        through_checkpoint(masked_model, mesh, folder)
         found["reloaded"], (found["reloaded masks"], _) = (
-            gather_logits(subject, mesh),
-            sample(subject, mesh),
+            gather_logits(masked_model, mesh),
+            sample(masked_model, mesh),
         )
         return found if rank == 0 else {}
 
 
-def sample(subject: Subject, mesh: Mesh) -> tuple[Tensors, Tensors]:
+def sample(masked_model: MaskedModel, mesh: Mesh) -> tuple[Tensors, Tensors]:
     """Masks (O, I) and gradients at the logits (O, C, G) of the draw that is set, whole, by HF
     module name.
     """
     masks, gradients = {}, {}
-    for name, linear in subject.linears.items():
+    for name, linear in masked_model.linears.items():
         masks[name] = linear.masked_weight(torch.ones_like(linear.weight)).detach()
         linear.mask_logits.grad = None
         linear.masked_weight(linear.weight).backward(linear.weight + 1)
         gradients[name] = linear.mask_logits.grad
-    return gather_hf(masks, subject, mesh), gather_hf(gradients, subject, mesh)
+    return gather_hf(masks, masked_model, mesh), gather_hf(gradients, masked_model, mesh)
 
 
-def sample_misplaced(subject: Subject, mesh: Mesh) -> Tensors:
+def sample_misplaced(masked_model: MaskedModel, mesh: Mesh) -> Tensors:
     """Masks when a rank takes its local group numbers for global ones: what the comparison must
     notice.
     """
-    right = {name: linear.site for name, linear in subject.linears.items()}
-    for linear in subject.linears.values():
+    right = {name: linear.site for name, linear in masked_model.linears.items()}
+    for linear in masked_model.linears.values():
         linear.site = replace(
             linear.site,
             placement=Placement.whole(linear.weight.shape[0], linear.mask_logits.shape[-1]),
         )
-    masks, _ = sample(subject, mesh)
-    for name, linear in subject.linears.items():
+    masks, _ = sample(masked_model, mesh)
+    for name, linear in masked_model.linears.items():
         linear.site = right[name]
     return masks
 
 
-def through_checkpoint(subject: Subject, mesh: Mesh, folder: Path) -> None:
+def through_checkpoint(masked_model: MaskedModel, mesh: Mesh, folder: Path) -> None:
     """Put recognisable logits into a checkpoint at TP 2, read them at any TP."""
     logits = {
         key: value
-        for key, value in sharded_state(subject.model).items()
+        for key, value in sharded_state(masked_model.model).items()
         if key.endswith(".mask_logits")
     }
     if mesh.tp == SAVED_AT:
         with torch.no_grad():
-            for number, linear in enumerate(subject.linears.values()):
+            for number, linear in enumerate(masked_model.linears.values()):
                 linear.mask_logits.mul_(1.25 + number)
         save_sharded(logits, folder, mesh, {})
     else:
-        for linear in subject.linears.values():
+        for linear in masked_model.linears.values():
             linear.mask_logits.data.fill_(torch.nan)
-        subject.model.load_state_dict(load_sharded(logits, folder, ""), strict=False)
+        masked_model.model.load_state_dict(load_sharded(logits, folder, ""), strict=False)
 
 
 @pytest.fixture(scope="module")
@@ -185,29 +185,29 @@ def draws_of_a_step(rank: int, configs: list[Config]) -> list[dict[int, dict[str
 
 def draws_of_one(config: Config) -> dict[int, dict[str, Any]]:
     with start(config) as mesh:
-        subject = build_subject(config, mesh)
-        learner, seen = Learner(config, mesh, subject), {}
+        masked_model = build_masked_model(config, mesh)
+        learner, seen = Learner(config, mesh, masked_model), {}
         learn = config.learn
         plan = BatchPlan(Chains(), learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)
-        subject.model.register_forward_pre_hook(
-            lambda module, args, kwargs: record(seen, subject, mesh, kwargs), with_kwargs=True
+        masked_model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: record(seen, masked_model, mesh, kwargs), with_kwargs=True
         )
         learner.step(3, plan)
         return seen if mesh.tp_rank == 0 else {}
 
 
 def record(
-    seen: dict[int, dict[str, Any]], subject: Subject, mesh: Mesh, inputs: dict[str, Any]
+    seen: dict[int, dict[str, Any]], masked_model: MaskedModel, mesh: Mesh, inputs: dict[str, Any]
 ) -> None:
-    draw = subject.switch.draw
+    draw = masked_model.switch.draw
     assert draw is not None
     masks = {
         name: linear.masked_weight(torch.ones_like(linear.weight)).detach()
-        for name, linear in subject.linears.items()
+        for name, linear in masked_model.linears.items()
     }
     seen[draw.key.micro_batch] = {
         "tokens": inputs["input_ids"].clone(),
-        **gather_hf(masks, subject, mesh),
+        **gather_hf(masks, masked_model, mesh),
     }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megamask.learn.gumbel import Learner
-from megamask.learn.masked_model import build_subject
+from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Progress, Snapshots
 from megamask.masks.from_snapshot import load_snapshot
 from megamask.model.mask_shards import gather_masks
@@ -57,9 +57,11 @@ def config(run_dir: Path, tp: int, kind: Kind, prior: str | None, distribution: 
     return made.model_copy(update={"pattern": kind.pattern})
 
 
-def hard_codes(subject: Any, mesh: Mesh) -> Masks:
+def hard_codes(masked_model: Any, mesh: Mesh) -> Masks:
     return gather_masks(
-        {name: linear.hard_mask() for name, linear in subject.linears.items()}, subject.arch, mesh
+        {name: linear.hard_mask() for name, linear in masked_model.linears.items()},
+        masked_model.arch,
+        mesh,
     )
 
 
@@ -71,19 +73,19 @@ def save_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, tuple
     for name, kind in KINDS.items():
         settings = config(run_dir, tp, kind, None, kind.distribution)
         with start(settings) as mesh:
-            subject = build_subject(settings, mesh)
-            for number, logits in enumerate(subject.mask_logits):
+            masked_model = build_masked_model(settings, mesh)
+            for number, logits in enumerate(masked_model.mask_logits):
                 generator = torch.Generator().manual_seed(100 * rank + number)
                 logits.data.copy_(
                     torch.randint(-3, 4, logits.shape, generator=generator) / 64
                 )  # exact in bf16
             snapshots = Snapshots(
-                folder / name, settings, mesh, subject, Learner(settings, mesh, subject)
+                folder / name, settings, mesh, masked_model, Learner(settings, mesh, masked_model)
             )
             snapshots.save(Progress(step=7))
             found[name] = (
-                hard_codes(subject, mesh),
-                dict(load_snapshot(folder / name, subject.arch)),
+                hard_codes(masked_model, mesh),
+                dict(load_snapshot(folder / name, masked_model.arch)),
             )
         meet_again()
     return found
@@ -95,7 +97,7 @@ def start_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, Mask
     for name, kind in KINDS.items():
         settings = config(run_dir, tp, kind, str(folder / name), HEIR[kind.distribution])
         with start(settings) as mesh:
-            found[name] = hard_codes(build_subject(settings, mesh), mesh)
+            found[name] = hard_codes(build_masked_model(settings, mesh), mesh)
         meet_again()
     return found
 

@@ -18,7 +18,7 @@ from megamask.config.load import build_config
 from megamask.config.presets import FOOTPRINTS
 from megamask.data.batches import BatchPlan
 from megamask.learn.gumbel import Learner
-from megamask.learn.masked_model import build_subject
+from megamask.learn.masked_model import build_masked_model
 from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.parallel.mesh import start
 from megamask.plan.bytes import state_bytes
@@ -77,15 +77,15 @@ def count_all(
     for name, run in runs.items():
         config = config_for(run_dir, run)
         with start(config) as mesh:
-            subject = build_subject(config, mesh)
+            masked_model = build_masked_model(config, mesh)
             plan = BatchPlan(
                 Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
             )
-            lab = Lab(config, mesh, subject, Learner(config, mesh, subject), plan)
-            mask_statistics = MaskStatistics(subject, mesh, config.learn.state.movement)
+            lab = Lab(config, mesh, masked_model, Learner(config, mesh, masked_model), plan)
+            mask_statistics = MaskStatistics(masked_model, mesh, config.learn.state.movement)
             kept = kept_for_backward(lab)
             mask_statistics()
-            weights = sum(linear.weight.numel() for linear in subject.linears.values())
+            weights = sum(linear.weight.numel() for linear in masked_model.linears.values())
             found[name] = {
                 part: size / weights
                 for part, size in {**count(lab, mask_statistics), KEPT: kept}.items()

@@ -13,7 +13,7 @@ import torch
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.learn.gumbel import Learner, StepResult
-from megamask.learn.masked_model import build_subject
+from megamask.learn.masked_model import build_masked_model
 from megamask.learn.metrics.mask_stats import MaskStatistics, MaskStats
 from megamask.model.mask_shards import gather_masks
 from megamask.parallel.mesh import start
@@ -62,24 +62,27 @@ def settings(run_dir: Path, tp: int, backend: str = "auto") -> Config:
 
 def learn(rank: int, config: Config) -> Outcome:
     with start(config) as mesh:
-        subject = build_subject(config, mesh)
-        bits = {"initial": gather_logits(subject, mesh)}
+        masked_model = build_masked_model(config, mesh)
+        bits = {"initial": gather_logits(masked_model, mesh)}
         for backend in ("torch", "numba"):
             for name, draw in DRAWS.items():
                 masks, gradients = {}, {}
-                for key, linear in subject.linears.items():
-                    linear.backend, subject.switch.draw = (
+                for key, linear in masked_model.linears.items():
+                    linear.backend, masked_model.switch.draw = (
                         choose_backend(backend, mesh.device, "linear"),
                         draw,
                     )
                     masks[key] = linear.masked_weight(torch.ones_like(linear.weight)).detach()
                     linear.masked_weight(linear.weight).backward(linear.weight + 1)
                     gradients[key], linear.mask_logits.grad = linear.mask_logits.grad, None
-                bits[f"{backend} {name} masks"] = gather_hf(masks, subject, mesh)
-                bits[f"{backend} {name} gradients"] = gather_hf(gradients, subject, mesh)
-        subject.switch.draw = None
-        subject.switch.norms.clear()
-        learner, mask_statistics = Learner(config, mesh, subject), MaskStatistics(subject, mesh)
+                bits[f"{backend} {name} masks"] = gather_hf(masks, masked_model, mesh)
+                bits[f"{backend} {name} gradients"] = gather_hf(gradients, masked_model, mesh)
+        masked_model.switch.draw = None
+        masked_model.switch.norms.clear()
+        learner, mask_statistics = (
+            Learner(config, mesh, masked_model),
+            MaskStatistics(masked_model, mesh),
+        )
         plan = BatchPlan(
             Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
         )
@@ -88,11 +91,11 @@ def learn(rank: int, config: Config) -> Outcome:
             results.append(learner.step(step, plan))
             movements.append(mask_statistics())
         masks = gather_masks(
-            {name: linear.hard_mask() for name, linear in subject.linears.items()},
-            subject.arch,
+            {name: linear.hard_mask() for name, linear in masked_model.linears.items()},
+            masked_model.arch,
             mesh,
         )
-        return Outcome(bits, results, movements, gather_logits(subject, mesh), masks)
+        return Outcome(bits, results, movements, gather_logits(masked_model, mesh), masks)
 
 
 @pytest.fixture(scope="module")

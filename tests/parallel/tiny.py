@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megamask.config import Config
 from megamask.config.load import build_config
-from megamask.learn.masked_model import Subject
+from megamask.learn.masked_model import MaskedModel
 from megamask.masks.file import save_masks
 from megamask.model.mask_shards import linear_rules
 from megamask.parallel.mesh import Mesh
@@ -126,12 +126,12 @@ class Chains:
 
 
 def gather_hf(
-    local: Mapping[str, torch.Tensor], subject: Subject, mesh: Mesh
+    local: Mapping[str, torch.Tensor], masked_model: MaskedModel, mesh: Mesh
 ) -> dict[str, torch.Tensor]:
     """Whole tensors by HF module name from every rank's shards by Megatron name: masks (O, I) or
     logits (O, C, G).
     """
-    table, whole = linear_rules(subject.arch), {}
+    table, whole = linear_rules(masked_model.arch), {}
     for name, tensor in local.items():
         rule = table[name]
         parts = rule.to_hf(rule.join(mesh.gather_over_tp(tensor.detach())))
@@ -139,8 +139,10 @@ def gather_hf(
     return whole
 
 
-def gather_logits(subject: Subject, mesh: Mesh) -> dict[str, torch.Tensor]:
+def gather_logits(masked_model: MaskedModel, mesh: Mesh) -> dict[str, torch.Tensor]:
     """The mask logits of the whole model by HF module name."""
     return gather_hf(
-        {name: linear.mask_logits for name, linear in subject.linears.items()}, subject, mesh
+        {name: linear.mask_logits for name, linear in masked_model.linears.items()},
+        masked_model,
+        mesh,
     )

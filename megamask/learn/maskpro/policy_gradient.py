@@ -41,7 +41,7 @@ import torch
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
-from megamask.learn.masked_model import Subject
+from megamask.learn.masked_model import MaskedModel
 from megamask.learn.maskpro import score, score_numba
 from megamask.learn.maskpro.samples import InitialLosses, numbers_of
 from megamask.learn.maskpro.score import choose_score, draw_of
@@ -114,20 +114,20 @@ class MaskPro:
     Args:
         config: settings that ``check_maskpro`` has seen.
         mesh: the processes.
-        subject: the model; its logits hold the prior, and are set to ``initial_logit`` times m_0.
+        masked_model: the model; its logits hold the prior, and are set to ``initial_logit`` times m_0.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, subject: Subject) -> None:
-        self.config, self.mesh, self.subject = config, mesh, subject
+    def __init__(self, config: Config, mesh: Mesh, masked_model: MaskedModel) -> None:
+        self.config, self.mesh, self.masked_model = config, mesh, masked_model
         self.section = config.learn.maskpro
-        self.score = choose_score(self.section.score, subject.pattern)
+        self.score = choose_score(self.section.score, masked_model.pattern)
         self.optimizer = Tracker(self.section.tracker_decay)
         self.initial = {
             linear.parameter_id: linear.mask_statistics(1.0)[0]
-            for linear in subject.linears.values()
+            for linear in masked_model.linears.values()
         }
         self.initial_losses: InitialLosses | None = None
-        for linear in subject.linears.values():
+        for linear in masked_model.linears.values():
             _set_logits(linear, self._initial_mask(linear), self.section.initial_logit)
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class MaskPro:
             self.section.lr,
         )
         coefficients = [-rate / len(advantages_K) * advantage for advantage in advantages_K]
-        for linear in self.subject.linears.values():
+        for linear in self.masked_model.linears.values():
             assert linear.mask_logits is not None
             key = NoiseKey(self.config.seed, step).of(linear.parameter_id)
             _arithmetic(linear).add_scores(
@@ -160,7 +160,7 @@ class MaskPro:
 
     def _measure(self, step: int, plan: BatchPlan) -> tuple[list[float], list[float]]:
         """(loss, residual) of every mask, means over all samples that it saw, on any replica."""
-        self.subject.model.eval()
+        self.masked_model.model.eval()
         masks, split = self.section.masks, self.section.data == "split"
         sums = torch.zeros(2, masks, dtype=torch.float64, device=self.mesh.device)
         key, watch = NoiseKey(self.config.seed, step), True
@@ -204,7 +204,7 @@ class MaskPro:
         """Mean loss of every sample, (B,) fp64 on the CPU, under what the linears now see."""
         device = self.mesh.device
         return (
-            token_losses(self.subject.model, tokens.to(device), labels.to(device))
+            token_losses(self.masked_model.model, tokens.to(device), labels.to(device))
             .double()
             .mean(1)
             .cpu()
@@ -222,11 +222,11 @@ class MaskPro:
 
     @contextmanager
     def _drawing(self, draw: Draw) -> Iterator[None]:
-        self.subject.switch.draw = draw
+        self.masked_model.switch.draw = draw
         try:
             yield
         finally:
-            self.subject.switch.draw = None
+            self.masked_model.switch.draw = None
 
     @contextmanager
     def _masked(self, mask_of: Callable[[MaskedLinear], torch.Tensor]) -> Iterator[None]:
@@ -234,7 +234,7 @@ class MaskPro:
         when it is done.
         """
         with ExitStack() as stack:
-            for linear in self.subject.linears.values():
+            for linear in self.masked_model.linears.values():
                 module: Any = linear
                 stack.callback(
                     module.register_forward_pre_hook(lambda one, _: one.fold(mask_of(one))).remove

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megamask.learn.masked_model import Subject
+from megamask.learn.masked_model import MaskedModel
 from megamask.parallel.mesh import Mesh
 
 
@@ -33,17 +33,17 @@ class MaskStatistics:
     the step before and of the start.
 
     Args:
-        subject: the model; its logits are still the initial ones.
+        masked_model: the model; its logits are still the initial ones.
         mesh: the processes.
         movement: keep winners, 2 x (O, G) uint8 a linear, to count flips.
     """
 
-    def __init__(self, subject: Subject, mesh: Mesh, movement: bool = True) -> None:
-        self.subject, self.mesh = subject, mesh
+    def __init__(self, masked_model: MaskedModel, mesh: Mesh, movement: bool = True) -> None:
+        self.masked_model, self.mesh = masked_model, mesh
         self.initial = (
             {
                 linear.parameter_id: linear.mask_statistics(1.0)[0]
-                for linear in subject.linears.values()
+                for linear in masked_model.linears.values()
             }
             if movement
             else {}
@@ -52,7 +52,7 @@ class MaskStatistics:
         self._groups = self._sum(
             [
                 torch.tensor(float(linear.mask_logits[:, 0].numel()))
-                for linear in subject.linears.values()
+                for linear in masked_model.linears.values()
             ]
         )  # type: ignore[index]
 
@@ -64,7 +64,7 @@ class MaskStatistics:
 
     def __call__(self) -> MaskStats:
         """What the last step saw."""
-        watched = self.subject.switch.watched
+        watched = self.masked_model.switch.watched
         largest = self._sum(total for _, total in watched.values())
         flips, moved = self._differing(self.latest), self._differing(self.initial)
         if self.initial:
@@ -74,7 +74,7 @@ class MaskStatistics:
 
     def _differing(self, hard_codes: dict[int, torch.Tensor]) -> float | None:
         """Share of groups whose winner is another now; None when ``hard_codes`` were not kept."""
-        watched = self.subject.switch.watched
+        watched = self.masked_model.switch.watched
         return (
             self._sum(
                 torch.count_nonzero(watched[key][0] != old) for key, old in hard_codes.items()
