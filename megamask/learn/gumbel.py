@@ -21,9 +21,8 @@ from megamask.errors import LearningError
 from megamask.learn.masked_model import MaskedModel
 from megamask.learn.schedules import linear, weight_norm_coef
 from megamask.model.objective import objective_losses
-from megamask.optim.clip import clip_factor, gradient_norm
 from megamask.optim.optimizers import build_optimizer
-from megamask.optim.schedule import build_scheduler, set_learning_rate
+from megamask.optim.schedule import Schedule, gradient_norm
 from megamask.optim.zero1 import Replicas
 from megamask.parallel.mesh import Mesh
 from megamask.parallel.step_draw import begin_step, end_step
@@ -52,8 +51,8 @@ class StepResult:
 
 
 class Learner:
-    """The Gumbel-softmax learner (MaskLLM, Alg. 1) on Megatron's schedule, DDP, optimizer and
-    scheduler.
+    """The Gumbel-softmax learner (MaskLLM, Alg. 1) on Megatron's schedule of micro-batches and its
+    DDP.
 
     Raises:
         ConfigError: an optimizer schedule that cannot work, more replicas than a distributed
@@ -77,7 +76,7 @@ class Learner:
         masked_model.switch.regenerate = learn.state.masked_weight == "regenerate"
         self.draws_once = learn.sampling.draws == "step"
         self.optimizer = build_optimizer(config, list(masked_model.linears.values()), self.replicas)
-        self.scheduler = build_scheduler(learn, self.optimizer)
+        self.schedule = Schedule(learn)
 
     def step(self, step: int, plan: BatchPlan) -> StepResult:
         """Learn from the global batch of ``step`` (counted from 0).
@@ -97,8 +96,8 @@ class Learner:
         grad_norm = float(norm)
         term = draw.norm_coef * plan.accumulations * weight_norm
         self._refuse_nan(step, objective, grad_norm)
-        rate = set_learning_rate(self.scheduler, step)
-        self.optimizer.step(step, rate, clip_factor(norm, self.config.learn.optimizer.clip))
+        rate = self.schedule.rate(step)
+        self.optimizer.step(step, rate, self.schedule.clip_factor(norm))
         if self.replicas:
             self.replicas.share_logits()
         return StepResult(

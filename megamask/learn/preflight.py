@@ -15,7 +15,7 @@ from megamask.errors import ConfigError
 from megamask.learn.maskpro.score import choose_score
 from megamask.learn.prior_mask import load_prior
 from megamask.model.checkpoint import read_note
-from megamask.optim.optimizers import check_optimizer
+from megamask.optim.requirements import check_optimizer
 from megamask.parallel.mesh import check_layout, world_size
 from megamask.sparsity.distributions import logits_per_group
 from megamask.sparsity.pattern import Pattern

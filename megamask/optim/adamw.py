@@ -1,32 +1,42 @@
-"""PyTorch's fused AdamW for fp32 logits, with fp32 gradients and moments. The clip factor enters in
-the same pass over the gradients.
+"""AdamW (Loshchilov and Hutter, 2019, "Decoupled Weight Decay Regularization"). Logits in fp32 are
+updated by PyTorch's fused AdamW with fp32 moments, logits in bf16 by ``AdamWBf16``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from megamask.config.tree import OptimizerSection
-from megamask.optim.base import MaskOptimizer
-from megamask.parallel.masked_linear import MaskedLinear
+from megamask.optim.adamw_bf16 import AdamWBf16
+from megamask.optim.base import MaskOptimizer, UpdateRule
+
+if TYPE_CHECKING:
+    from megamask.parallel.masked_linear import MaskedLinear
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(MaskOptimizer):
-    """8 bytes of moments a logit."""
+    """PyTorch's fused AdamW. fp32 moments take 8 bytes a logit. The clip factor is applied in the
+    same pass over the gradients.
+    """
 
     def __init__(
-        self, section: OptimizerSection, linears: Sequence[MaskedLinear], seed: int
+        self,
+        section: OptimizerSection,
+        linears: Sequence[MaskedLinear],
+        seed: int,
+        epsilon: float = 1e-8,
     ) -> None:
         super().__init__(section, linears, seed)
         self.adamw = torch.optim.AdamW(
             self.logits,
             lr=0.0,
             betas=section.betas,
-            eps=section.eps,
+            eps=epsilon,
             weight_decay=section.weight_decay,
             fused=True,
         )
@@ -35,13 +45,16 @@ class AdamW(MaskOptimizer):
             self.adamw.state[logits] = {"step": torch.zeros((), device=logits.device), **moments}
 
     def step(self, step: int, rate: float, clip_factor: torch.Tensor) -> None:
-        """PyTorch divides every gradient by ``grad_scale`` as it reads it, and writes it back."""
+        """Update all logits. PyTorch divides each gradient by ``grad_scale`` when it reads it, and
+        writes the quotient back.
+        """
         self.adamw.param_groups[0]["lr"] = rate
         self.adamw.grad_scale = 1 / clip_factor  # type: ignore[attr-defined]
         for logits in self.logits:
             logits.grad = logits.main_grad  # type: ignore[attr-defined]
         self.adamw.step()
-        self.adamw.zero_grad()  # or the next backward would add to main_grad twice
+        # autograd would add the next gradient to logits.grad, which is main_grad, once more
+        self.adamw.zero_grad()
 
     def state_tensors(self) -> list[torch.Tensor]:
         """Both moments, and the step counters."""
@@ -55,7 +68,7 @@ class AdamW(MaskOptimizer):
 
     @torch.no_grad()
     def load_moments(self, moments: dict[str, list[torch.Tensor]], steps: int) -> None:
-        """Exact."""
+        """Restore the moments exactly."""
         for number, logits in enumerate(self.logits):
             state = self.adamw.state[logits]
             state["step"].fill_(steps)
@@ -63,5 +76,30 @@ class AdamW(MaskOptimizer):
                 state[name].copy_(moments[name][number])
 
     def steps_done(self) -> int:
-        """Updates so far, for the bias correction."""
+        """The number of updates so far, for the bias correction."""
         return int(self.adamw.state[self.logits[0]]["step"]) if self.logits else 0
+
+
+class AdamWRule(UpdateRule):
+    """AdamW whose two moments have the dtype of the logits."""
+
+    name = "adamw"
+
+    def moment_bytes(self, logits_dtype: str, logits_per_group: int) -> float:
+        """Two moments: 8 bytes in fp32, 4 in bf16."""
+        return 8.0 if logits_dtype == "fp32" else 4.0
+
+    def build(
+        self,
+        section: OptimizerSection,
+        linears: Sequence[MaskedLinear],
+        seed: int,
+        *,
+        use_numba: bool,
+        logits_dtype: str,
+        epsilon: float,
+    ) -> MaskOptimizer:
+        """PyTorch's AdamW for fp32 logits, stochastic rounding for bf16 logits."""
+        if logits_dtype == "fp32":
+            return AdamW(section, linears, seed, epsilon)
+        return AdamWBf16(section, linears, seed, use_numba, epsilon)

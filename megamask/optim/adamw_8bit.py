@@ -1,11 +1,12 @@
-"""AdamW with 8-bit moments: torchao's AdamW8bit (Dettmers et al., 2022, block-wise quantization),
-an optional dependency.
+"""AdamW with 8-bit moments: torchao's AdamW8bit (Dettmers et al., 2022, "8-bit Optimizers via
+Block-wise Quantization"), an optional dependency.
 
-Made for CUDA: on a CPU its code lookups took about 140 ns a logit where Lion took 2 (one busy
-core). It compiles its update (torch.compile), so it needs a C++ compiler on CPUs and Triton on
-CUDA. Its scales belong to 256 consecutive logits of the local shard and its stochastic rounding
-draws from PyTorch's generator, which is seeded here from (seed, step, parameter): a resume in the
-same layout is exact, but unlike Lion it does not learn the same bits in another layout.
+It is made for CUDA. On one busy CPU core its code look-ups took about 140 ns a logit, Lion 2. It
+compiles its update by torch.compile, which needs a C++ compiler on CPUs and Triton on CUDA.
+
+A scale belongs to 256 consecutive logits of the local shard. Stochastic rounding draws from
+PyTorch's generator, which is seeded here from (seed, step, parameter). A resume in the same layout
+is therefore exact, but another layout learns other bits, unlike Lion.
 """
 
 from __future__ import annotations
@@ -15,62 +16,45 @@ import os
 import shutil
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megamask.config.tree import OptimizerSection
 from megamask.errors import ConfigError
-from megamask.optim.base import MaskOptimizer
-from megamask.parallel.masked_linear import MaskedLinear
+from megamask.optim.base import MaskOptimizer, UpdateRule
 
-KEY, NAME = "learn.optimizer.kind", "adamw8bit"
+if TYPE_CHECKING:
+    from megamask.parallel.masked_linear import MaskedLinear
+
+BLOCK = 256  # consecutive logits that share one fp32 scale
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_available(device: str) -> None:
-    """Check that AdamW8bit can run on ``device`` ("cpu" or "cuda").
-
-    Raises:
-        ConfigError: torchao or the compiler that it needs is missing.
-    """
-    if importlib.util.find_spec("torchao") is None:
-        fix = "Install torchao: pip install 'megamask[eight-bit]'. Or use lion8bit."
-        raise ConfigError(KEY, NAME, "an optimizer that is installed", fix)
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ConfigError(
-            KEY,
-            NAME,
-            "an optimizer that can be compiled",
-            "Install triton. Or use lion8bit, which needs no compiler.",
-        )
-    compiler = os.environ.get("CXX", "g++")
-    if device == "cpu" and not (shutil.which(compiler) or shutil.which("clang++")):
-        fix = "Install a C++ compiler or name it in the environment variable CXX. Or use lion8bit, which needs none."
-        raise ConfigError(
-            KEY, NAME, f"an optimizer that can be compiled, but {compiler} is not there", fix
-        )
-
-
 class AdamW8bit(MaskOptimizer):
-    """1 byte a moment and 1/64 byte of scales. A layer of few logits, or not a multiple of 256,
-    keeps them in the dtype of its logits.
+    """torchao's AdamW8bit. A moment takes 1 byte a logit and 1/64 byte of scales. A layer of fewer
+    than 4,096 logits, or of a number that 256 does not divide, keeps its moments in the dtype of
+    its logits.
     """
 
     def __init__(
-        self, section: OptimizerSection, linears: Sequence[MaskedLinear], seed: int
+        self,
+        section: OptimizerSection,
+        linears: Sequence[MaskedLinear],
+        seed: int,
+        epsilon: float = 1e-8,
     ) -> None:
         super().__init__(section, linears, seed)
         from torchao.optim import AdamW8bit as TorchAdamW8bit
 
-        decay = section.weight_decay
         self.torchao = TorchAdamW8bit(
             self.logits,
             lr=0.0,
             betas=section.betas,
-            eps=section.eps,
-            weight_decay=decay,
+            eps=epsilon,
+            weight_decay=section.weight_decay,
             bf16_stochastic_round=True,
+            block_size=BLOCK,
         )
         for logits in self.logits:
             moments = {
@@ -81,8 +65,8 @@ class AdamW8bit(MaskOptimizer):
 
     @torch.no_grad()
     def step(self, step: int, rate: float, clip_factor: torch.Tensor) -> None:
-        """One parameter at a time, so that only one has a clipped gradient of its own dtype beside
-        ``main_grad``.
+        """Update one parameter after the other: then only one of them has a clipped gradient in the
+        dtype of its logits beside ``main_grad``.
         """
         self.torchao.param_groups[0]["lr"].fill_(rate)
         devices = [clip_factor.device] if clip_factor.device.type == "cuda" else []
@@ -96,16 +80,16 @@ class AdamW8bit(MaskOptimizer):
 
     def state_tensors(self) -> list[torch.Tensor]:
         """Codes, scales and code tables of the moments."""
-        whole = [self.torchao.state[logits][name] for logits in self.logits for name in _MOMENTS]
         return [
             part
-            for one in whole
-            for part in (_parts(one).values() if _is_quantized(one) else [one])
+            for logits in self.logits
+            for name in _MOMENTS
+            for part in _parts(self.torchao.state[logits][name])
         ]
 
     def moments(self) -> dict[str, list[torch.Tensor]]:
-        """Per moment its codes, and every logit's scale: together exact in any layout, at 5 bytes a
-        logit while a snapshot is written.
+        """The codes of each moment, and the scale of each logit. Both together are exact in any
+        layout. They take 5 bytes a logit while a snapshot is written.
         """
         found: dict[str, list[torch.Tensor]] = {}
         for name in _MOMENTS:
@@ -119,8 +103,9 @@ class AdamW8bit(MaskOptimizer):
 
     @torch.no_grad()
     def load_moments(self, moments: dict[str, list[torch.Tensor]], steps: int) -> None:
-        """Exact where every block comes back with one scale, as in the layout that saved it; else
-        quantized again, to within 1 % of it.
+        """Restore the moments. A block whose logits all have one scale, as in the layout of the
+        snapshot, is exact. Other moments are quantized again, to within 1 % of the largest of a
+        block.
         """
         for name in _MOMENTS:
             for logits, codes, scales in zip(
@@ -131,20 +116,72 @@ class AdamW8bit(MaskOptimizer):
                 _load(state, codes, scales)
 
     def steps_done(self) -> int:
-        """Updates so far, for the bias correction."""
+        """The number of updates so far, for the bias correction."""
         return int(self.torchao.state[self.logits[0]]["step"]) if self.logits else 0
 
 
+class AdamW8bitRule(UpdateRule):
+    """AdamW with two 8-bit moments and an fp32 scale per 256 logits of each."""
+
+    name = "adamw8bit"
+
+    def check(self, device: str) -> None:
+        """Check for torchao and the compiler that it needs.
+
+        Raises:
+            ConfigError: torchao, Triton (on CUDA) or a C++ compiler (on CPUs) is missing.
+        """
+        if importlib.util.find_spec("torchao") is None:
+            fix = "Install torchao: pip install 'megamask[eight-bit]'. Or use lion8bit."
+            raise self._missing("an optimizer that is installed", fix)
+        if device == "cuda" and importlib.util.find_spec("triton") is None:
+            fix = "Install triton. Or use lion8bit, which needs no compiler."
+            raise self._missing("an optimizer that can be compiled", fix)
+        compiler = os.environ.get("CXX", "g++")
+        if device == "cpu" and not (shutil.which(compiler) or shutil.which("clang++")):
+            fix = (
+                "Install a C++ compiler or name it in the environment variable CXX. "
+                "Or use lion8bit, which needs none."
+            )
+            raise self._missing(
+                f"an optimizer that can be compiled, but {compiler} is not there", fix
+            )
+
+    def _missing(self, allowed: str, fix: str) -> ConfigError:
+        return ConfigError("learn.optimizer.kind", self.name, allowed, fix)
+
+    def moment_bytes(self, logits_dtype: str, logits_per_group: int) -> float:
+        """Two moments of 1 byte and a share of a scale. Tables of 256 entries do not count: they do
+        not grow with the logits.
+        """
+        return 2 * (1 + 4 / BLOCK)
+
+    def build(
+        self,
+        section: OptimizerSection,
+        linears: Sequence[MaskedLinear],
+        seed: int,
+        *,
+        use_numba: bool,
+        logits_dtype: str,
+        epsilon: float,
+    ) -> MaskOptimizer:
+        """torchao's optimizer, for logits of either dtype."""
+        return AdamW8bit(section, linears, seed, epsilon)
+
+
 def _is_quantized(moment: Any) -> bool:
+    """Whether torchao stores this moment in 8 bits."""
     return hasattr(moment, "codes")
 
 
-def _parts(moment: Any) -> dict[str, torch.Tensor]:
-    return {"codes": moment.codes, "scale": moment.scale, "qmap": moment.qmap}
+def _parts(moment: Any) -> list[torch.Tensor]:
+    """The tensors that store a moment."""
+    return [moment.codes, moment.scale, moment.qmap] if _is_quantized(moment) else [moment]
 
 
 def _scale_of_each(moment: Any) -> torch.Tensor:
-    """Each element's scale, fp32, in the shape of the logits."""
+    """The fp32 scale of each logit, in the shape of the logits."""
     whole: torch.Tensor = (
         moment.scale[:, None].expand(-1, moment.block_size).reshape(moment.codes.shape)
     )
@@ -152,7 +189,7 @@ def _scale_of_each(moment: Any) -> torch.Tensor:
 
 
 def _load(state: Any, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Fill a moment from codes and each element's scale."""
+    """Fill a moment from the codes and the scale of each logit."""
     if not _is_quantized(state):
         state.copy_(codes)
         return

@@ -1,18 +1,28 @@
-"""AdamW (Loshchilov and Hutter, 2019, "Decoupled Weight Decay Regularization", Alg. 2) with bf16
-logits and moments.
+"""AdamW (Loshchilov and Hutter, 2019, "Decoupled Weight Decay Regularization", Alg. 2) for bf16
+logits, with bf16 moments.
 
-    m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2
+    m <- beta1 m + (1 - beta1) g
+    v <- beta2 v + (1 - beta2) g^2
     p <- p - lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + decay p)
 
-The logits move by the moments before these are rounded; all three are rounded stochastically (see
-stochastic_rounding.py).
+The logits p are updated from the moments in fp32, before the moments are rounded. Logits and
+moments are then rounded stochastically (see stochastic_rounding.py).
+
+Shapes: O rows, C logits of a group, G groups per row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 
-from megamask.optim.stochastic_rounding import RoundingOptimizer, store, words
+from megamask.config.tree import OptimizerSection
+from megamask.optim.stochastic_rounding import RoundingOptimizer, noise_words, store
+
+if TYPE_CHECKING:
+    from megamask.parallel.masked_linear import MaskedLinear
 
 
 def adamw_update(
@@ -24,11 +34,11 @@ def adamw_update(
     key: torch.Tensor,
     numbers: torch.Tensor,
 ) -> None:
-    """Update ``logits``, ``mean`` and ``square`` (O, C, G) in place: the plain reference, and what
-    runs on other devices than CPUs.
+    """Update ``logits``, ``mean`` and ``square`` (O, C, G) in place. This is the reference of the
+    CPU kernel, and the code that runs on CUDA.
     """
     rate, decay, beta1, rest1, beta2, rest2, root, eps, clip = numbers.unbind()
-    noise = words(key, ids_OG, logits.shape[1])
+    noise = noise_words(key, ids_OG, logits.shape[1])
     slope, value = grad.float() * clip, logits.float()
     m = beta1 * mean.float() + rest1 * slope
     v = beta2 * square.float() + rest2 * (slope * slope)
@@ -38,40 +48,61 @@ def adamw_update(
 
 
 def _root(value: torch.Tensor) -> torch.Tensor:
-    """The nearest fp32. PyTorch's own root of fp32 on CPUs is one bit off in 0.6 % of all cases."""
+    """The fp32 number that is nearest to the square root. PyTorch's root of fp32 on CPUs is off by
+    one bit in 0.6 % of all cases.
+    """
     return value.double().sqrt().float() if value.device.type == "cpu" else value.sqrt()
 
 
 class AdamWBf16(RoundingOptimizer):
-    """4 bytes of moments a logit. On average over the roundings it does what fp32 AdamW does."""
+    """AdamW with 4 bytes of moments a logit. Its mean over the roundings is fp32 AdamW's update."""
 
-    names, update, kernel = ("exp_avg", "exp_avg_sq"), staticmethod(adamw_update), "adamw"
-    updates = 0
+    names, update = ("exp_avg", "exp_avg_sq"), staticmethod(adamw_update)
+
+    def __init__(
+        self,
+        section: OptimizerSection,
+        linears: Sequence[MaskedLinear],
+        seed: int,
+        use_numba: bool,
+        epsilon: float = 1e-8,
+    ) -> None:
+        super().__init__(section, linears, seed, use_numba)
+        self.epsilon, self.updates = epsilon, 0
+
+    @staticmethod
+    def kernel() -> Callable[..., Any]:
+        """``adamw_update`` in one pass on the CPU."""
+        from megamask.optim.stochastic_rounding_numba import adamw
+
+        return adamw
 
     def numbers(self, rate: float) -> list[float]:
-        """Rate / (1 - beta1^t), rate * decay, beta1, 1 - beta1, beta2, 1 - beta2, 1 / sqrt(1 -
-        beta2^t), eps.
+        """rate / (1 - beta1^t), rate decay, beta1, 1 - beta1, beta2, 1 - beta2,
+        1 / sqrt(1 - beta2^t), eps.
         """
         one, two = self.section.betas
-        fixed = [one, 1 - one, two, 1 - two]
         return [
             rate / (1 - one**self.updates),
             rate * self.section.weight_decay,
-            *fixed,
+            one,
+            1 - one,
+            two,
+            1 - two,
             (1 - two**self.updates) ** -0.5,
-            self.section.eps,
+            self.epsilon,
         ]
 
     def step(self, step: int, rate: float, clip_factor: torch.Tensor) -> None:
-        """One update of every logit."""
+        """Count the update, and update all logits."""
         self.updates += 1
         super().step(step, rate, clip_factor)
 
     def load_moments(self, moments: dict[str, list[torch.Tensor]], steps: int) -> None:
-        """Exact."""
+        """Restore the moments exactly, and the count of updates."""
         super().load_moments(moments, steps)
         self.updates = steps
 
     def steps_done(self) -> int:
-        """Updates so far, for the bias correction."""
+        """The number of updates so far, for the bias correction."""
         return self.updates

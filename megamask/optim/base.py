@@ -1,32 +1,31 @@
-"""What the step and the snapshots ask of an optimizer of mask logits."""
+"""The two sides of an update rule: ``UpdateRule`` states facts about it before a model exists,
+``MaskOptimizer`` is the rule at work on the mask logits of one rank.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-
-import torch
-from megatron.core.dist_checkpointing.optimizer import (
-    get_param_id_to_sharded_param_map,
-    make_sharded_optimizer_tensor,
-)
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megamask.config.tree import OptimizerSection
-from megamask.parallel.masked_linear import MaskedLinear
+
+if TYPE_CHECKING:  # Megatron's import takes seconds, and megamask.plan needs the facts alone
+    import torch
+
+    from megamask.parallel.masked_linear import MaskedLinear
 
 
 class MaskOptimizer(ABC):
-    """An update rule for the mask logits of ``linears``. It reads ``main_grad``, the gradient that
-    Megatron's DDP has summed.
+    """An update rule at work on the mask logits of ``linears``. It reads ``main_grad``, the
+    gradient that is summed over micro-batches and replicas.
 
     Attributes:
-        linears: whose logits it updates.
-        logits: those logits, in the same order.
-        param_groups: one group, in which Megatron's scheduler sets the learning rate before every
-            step.
-        is_sole_owner: whether no other replica has these logits in its optimizer.
+        linears: the masked linears whose logits it updates.
+        logits: their logits, in the same order.
+        is_sole_owner: whether no other replica updates these logits.
     """
 
     is_sole_owner = False
@@ -38,41 +37,45 @@ class MaskOptimizer(ABC):
         self.logits = [
             linear.mask_logits for linear in self.linears if linear.mask_logits is not None
         ]
-        self.param_groups: list[dict[str, Any]] = [
-            {"lr": 0.0, "weight_decay": section.weight_decay}
-        ]
         assert len(self.logits) == len(self.linears)
 
     @abstractmethod
     def step(self, step: int, rate: float, clip_factor: torch.Tensor) -> None:
-        """Update every logit at learning rate ``rate`` with its gradient times ``clip_factor`` (0-d
-        fp32). Leaves main_grad undefined.
+        """Update all logits at learning rate ``rate`` from their gradients times ``clip_factor``
+        (0-d fp32). The contents of ``main_grad`` are undefined afterwards.
         """
 
     @abstractmethod
     def state_tensors(self) -> list[torch.Tensor]:
-        """Every tensor it keeps between steps."""
+        """All tensors that the rule keeps between steps."""
 
     @abstractmethod
     def moments(self) -> dict[str, list[torch.Tensor]]:
-        """Its state for a snapshot, by name: a tensor shaped like its logits for each of them, the
-        same in every layout.
+        """The state for a snapshot, by name: for each logits tensor a tensor of the same shape,
+        whose values do not depend on the layout.
         """
 
     @abstractmethod
     def load_moments(self, moments: dict[str, list[torch.Tensor]], steps: int) -> None:
-        """Take over what ``moments`` gave, after ``steps`` updates."""
+        """Restore the state from ``moments()`` of an optimizer that had made ``steps`` updates."""
 
     def steps_done(self) -> int:
-        """Updates so far, for rules that count them."""
+        """The number of updates so far. Rules that do not count them return 0."""
         return 0
 
     def sharded_state_dict(
         self, logits: dict[str, Any], is_loading: bool = False
     ) -> dict[str, Any]:
-        """Megatron's sharded state, split as ``logits``, the model's sharded state, is."""
+        """Megatron's sharded state, split in the same way as ``logits``, the sharded state of the
+        model.
+        """
+        from megatron.core.dist_checkpointing.optimizer import (
+            get_param_id_to_sharded_param_map,
+            make_sharded_optimizer_tensor,
+        )
+
         by_number = get_param_id_to_sharded_param_map(logits, self.logits)
-        if self.is_sole_owner:  # else the first replica writes what all of them have
+        if self.is_sole_owner:  # without ZeRO-1 the first replica writes the state of all
             by_number = {number: replace(one, replica_id=0) for number, one in by_number.items()}
         state = {
             name: {
@@ -86,7 +89,7 @@ class MaskOptimizer(ABC):
         return {"state": state, "steps": self.steps_done()}
 
     def load_state_dict(self, loaded: dict[str, Any]) -> None:
-        """Take over a loaded ``sharded_state_dict``."""
+        """Restore the state from a loaded ``sharded_state_dict``."""
         self.load_moments(
             {
                 name: [ones[number] for number in range(len(ones))]
@@ -94,3 +97,59 @@ class MaskOptimizer(ABC):
             },
             loaded["steps"],
         )
+
+
+class UpdateRule(ABC):
+    """The facts about an update rule that are needed before a model exists, and the way to build
+    its optimizer.
+
+    Attributes:
+        name: value of ``learn.optimizer.kind``.
+        rate_divisor: the derived learning rate is divided by it. AdamW, for which the rate is
+            derived, has 1.
+        warning_rate: the learning rate from which a warning is logged.
+        rate_advice: the text of that warning.
+    """
+
+    name: ClassVar[str]
+    rate_divisor: ClassVar[float] = 1.0
+    warning_rate: ClassVar[float] = math.inf
+    rate_advice: ClassVar[str] = ""
+
+    def check(self, device: str) -> None:  # noqa: B027 (most rules need nothing)
+        """Check that everything the rule needs on ``device`` ("cpu" or "cuda") is installed.
+
+        Raises:
+            ConfigError: a package or a compiler is missing.
+        """
+
+    @abstractmethod
+    def moment_bytes(self, logits_dtype: str, logits_per_group: int) -> float:
+        """Bytes of optimizer state per mask logit.
+
+        Args:
+            logits_dtype: dtype of the logits, "fp32" or "bf16".
+            logits_per_group: logits of each group of M weights.
+        """
+
+    @abstractmethod
+    def build(
+        self,
+        section: OptimizerSection,
+        linears: Sequence[MaskedLinear],
+        seed: int,
+        *,
+        use_numba: bool,
+        logits_dtype: str,
+        epsilon: float,
+    ) -> MaskOptimizer:
+        """The optimizer of the mask logits of ``linears``.
+
+        Args:
+            section: ``learn.optimizer``.
+            linears: the masked linears of this rank, of those alone that this replica updates.
+            seed: of stochastic rounding.
+            use_numba: whether the logits lie on a CPU and compiled CPU kernels may be used.
+            logits_dtype: dtype of the logits, "fp32" or "bf16".
+            epsilon: the number that a rule adds to the root of a mean square gradient.
+        """

@@ -1,108 +1,116 @@
-"""From the settings to an optimizer of the mask logits, Megatron's schedule of its rate, and the
-gradient norm over all shards.
+"""The registry of update rules, and the way from the settings to an optimizer of the mask logits.
+
+A new rule is one file with a class that derives from ``UpdateRule``, and one line in
+``UPDATE_RULES``.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
-import logging
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from megamask.config import Config
 from megamask.config.tree import OptimizerSection
-from megamask.optim import adamw_8bit
-from megamask.optim.adamw import AdamW
-from megamask.optim.adamw_bf16 import AdamWBf16
-from megamask.optim.base import MaskOptimizer
-from megamask.optim.lion import Lion, Lion8bit
-from megamask.optim.schedule import LION, LION_RATE, check_schedule, check_state, learning_rates
-from megamask.optim.stochastic_rounding import RoundingOptimizer
-from megamask.optim.zero1 import Replicas
-from megamask.parallel.masked_linear import MaskedLinear
+from megamask.errors import ConfigError
+from megamask.optim.adamw import AdamWRule
+from megamask.optim.adamw_8bit import AdamW8bitRule
+from megamask.optim.base import MaskOptimizer, UpdateRule
+from megamask.optim.lion import LionRule
+from megamask.optim.lion_8bit import Lion8bitRule
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from megamask.optim.zero1 import Replicas
+    from megamask.parallel.masked_linear import MaskedLinear
 
-
-ROUNDING: dict[str, type[RoundingOptimizer]] = {
-    "adamw": AdamWBf16,
-    "lion": Lion,
-    "lion8bit": Lion8bit,
+UPDATE_RULES: dict[str, UpdateRule] = {
+    "adamw": AdamWRule(),
+    "adamw8bit": AdamW8bitRule(),
+    "lion": LionRule(),
+    "lion8bit": Lion8bitRule(),
 }
 
 
-def check_optimizer(config: Config) -> None:
-    """Everything about optimizer and state that can be refused before the model is loaded. Warns of
-    a rate that is too high for Lion.
+def find_rule(name: str) -> UpdateRule:
+    """The update rule ``learn.optimizer.kind = name``.
 
     Raises:
-        ConfigError: a combination that does not exist, a missing package or compiler, a schedule
-            that cannot work.
+        ConfigError: there is no such rule.
     """
-    _refuse(config)
-    kind, highest = config.learn.optimizer.kind, learning_rates(config.learn)[0]
-    if kind in LION and highest >= LION_RATE:
-        advice = (
-            "Lion moves every logit by the full rate: use about a third of AdamW's learning rate"
-        )
-        log.warning("learn.optimizer.lr=%g with kind=%s: %s", highest, kind, advice)
+    if name not in UPDATE_RULES:
+        near = difflib.get_close_matches(name, UPDATE_RULES, n=1)
+        fix = f"Did you mean {near[0]}?" if near else "Choose one of them."
+        raise ConfigError("learn.optimizer.kind", name, f"one of {', '.join(UPDATE_RULES)}", fix)
+    return UPDATE_RULES[name]
 
 
-def _refuse(config: Config) -> None:
-    learn = config.learn
-    check_schedule(learn)
-    check_state(learn)
-    if learn.optimizer.kind == adamw_8bit.NAME:
-        is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        adamw_8bit.check_available("cuda" if is_cuda else "cpu")
+def check_rule(config: Config) -> UpdateRule:
+    """Check that the update rule exists, is installed, and can update such logits from such
+    gradients; return it.
+
+    Raises:
+        ConfigError: an unknown rule, bf16 gradients of fp32 logits, a missing package or compiler.
+    """
+    state, rule = config.learn.state, find_rule(config.learn.optimizer.kind)
+    if state.grads == "bf16" and state.logits == "fp32":
+        fix = "Use learn.state.logits=bf16 too, or learn.state.grads=fp32."
+        raise ConfigError("learn.state.grads", "bf16", "fp32 while learn.state.logits=fp32", fix)
+    is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    rule.check("cuda" if is_cuda else "cpu")
+    return rule
 
 
 def build_optimizer(
     config: Config, linears: Sequence[MaskedLinear], replicas: Replicas | None = None
 ) -> MaskOptimizer:
-    """The optimizer ``learn.optimizer.kind`` of the logits of ``linears``, of those alone that
-    ``replicas`` leaves to this one.
+    """The optimizer of the mask logits of ``linears``, or of the part of them that this replica
+    updates.
+
+    Args:
+        config: all settings.
+        linears: all masked linears of this rank.
+        replicas: the division of their logits among replicas; None: each replica updates all.
 
     Raises:
-        ConfigError: as ``check_optimizer``.
+        ConfigError: as ``check_rule``.
     """
-    _refuse(config)
+    rule, learn = check_rule(config), config.learn
     logits = config.parallel.tp * sum(
         linear.mask_logits.numel() for linear in linears if linear.mask_logits is not None
     )
-    section = config.learn.optimizer.model_copy(
-        update={"eps": epsilon(config.learn.optimizer, logits)}
-    )
-    optimizer = _build(
-        section, config, [linears[number] for number in replicas.mine] if replicas else linears
+    mine = [linears[number] for number in replicas.mine] if replicas else linears
+    optimizer = rule.build(
+        learn.optimizer,
+        mine,
+        config.seed,
+        use_numba=_may_use_numba(config, mine),
+        logits_dtype=learn.state.logits,
+        epsilon=epsilon(learn.optimizer, logits),
     )
     optimizer.is_sole_owner = replicas is not None
     return optimizer
 
 
 def epsilon(section: OptimizerSection, logits: int) -> float:
-    """What AdamW adds to the root of its second moment.
+    """The number that AdamW adds to the root of its second moment, for a model of ``logits`` mask
+    logits.
 
-    Without it every logit moves by about the rate, whatever its gradient, so that noise flips as
-    many groups as evidence does, of which there is most where gradients are large. A gradient of
-    norm ``clip`` has the root mean square clip / sqrt(logits).
+    Without it all logits move by about the rate, whatever their gradients. Noise then flips as many
+    groups as evidence does, although evidence is strongest where gradients are large. The relative
+    part is in units of a clipped gradient: one of norm ``clip`` has the root mean square
+    clip / sqrt(logits).
     """
     return section.eps + section.eps_rms * section.clip / math.sqrt(logits)
 
 
-def _build(
-    section: OptimizerSection, config: Config, linears: Sequence[MaskedLinear]
-) -> MaskOptimizer:
-    if section.kind == "adamw" and config.learn.state.logits == "fp32":
-        return AdamW(section, linears, config.seed)
-    if section.kind == "adamw8bit":
-        return adamw_8bit.AdamW8bit(section, linears, config.seed)
-    on_cpu = all(linear.weight.device.type == "cpu" for linear in linears)
-    use_numba = (
-        on_cpu
+def _may_use_numba(config: Config, linears: Sequence[MaskedLinear]) -> bool:
+    """Whether compiled CPU kernels can update these logits."""
+    return (
+        all(linear.weight.device.type == "cpu" for linear in linears)
         and config.learn.sampling.backend != "torch"
         and importlib.util.find_spec("numba") is not None
     )
-    return ROUNDING[section.kind](section, linears, config.seed, use_numba)

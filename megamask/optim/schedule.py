@@ -1,48 +1,105 @@
-"""The learning rate of the mask logits: derived from the run, warmed up and decayed by Megatron's
-scheduler.
+"""The learning rate and the gradient clipping of each step.
+
+The highest rate is derived from the run. It is reached by a warm-up and then falls in one of three
+shapes, in the same numbers as Megatron's OptimizerParamScheduler gives.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+import torch
 
 from megamask.config.tree import LearnSection
 from megamask.errors import ConfigError
-from megamask.optim.base import MaskOptimizer
+from megamask.optim.optimizers import find_rule
 
-LION = ("lion", "lion8bit")
+if TYPE_CHECKING:
+    from megamask.optim.zero1 import Replicas
+    from megamask.parallel.mesh import Mesh
+
+# The share of the fall from the highest to the last rate that is still to come, by progress in
+# [0, 1] since the warm-up.
+FALLS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (math.cos(math.pi * progress) + 1.0),
+    "linear": lambda progress: 1.0 - progress,
+}
 
 
-# from here on Lion destroyed a mask within a hundred steps; at a third of it few groups changed
-LION_RATE = 1e-3
+class Schedule:
+    """The learning rates of a run, and its clipping of gradients.
 
-
-def check_state(learn: LearnSection) -> None:
-    """Check that the optimizer can update such logits from such gradients.
+    Attributes:
+        highest: the rate at the end of the warm-up.
+        last: the rate at the end of the run.
+        warmup: number of steps in which the rate rises.
 
     Raises:
-        ConfigError: bf16 gradients of fp32 logits.
+        ConfigError: as ``check_schedule``.
     """
-    if learn.state.grads == "bf16" and learn.state.logits == "fp32":
-        fix = "Use learn.state.logits=bf16 too, or learn.state.grads=fp32."
-        raise ConfigError("learn.state.grads", "bf16", "fp32 while learn.state.logits=fp32", fix)
+
+    def __init__(self, learn: LearnSection) -> None:
+        check_schedule(learn)
+        section = learn.optimizer
+        self.highest, self.last = learning_rates(learn)
+        self.warmup = learn.steps // 10 if section.warmup_steps is None else section.warmup_steps
+        self.steps, self.clip = learn.steps, section.clip
+        self._fall = None if section.schedule == "constant" else FALLS[section.schedule]
+
+    def rate(self, step: int) -> float:
+        """The learning rate of ``step`` (counted from 0).
+
+        In the warm-up it is highest (step + 1) / (warm-up + 1), so that no step has a rate of 0.
+        """
+        if 0 < self.warmup >= step:
+            first = self.highest / (self.warmup + 1)
+            return first + (self.highest - first) * step / self.warmup
+        if self._fall is None:
+            return self.highest
+        progress = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
+        return self.last + self._fall(progress) * (self.highest - self.last)
+
+    def clip_factor(self, norm: torch.Tensor) -> torch.Tensor:
+        """The factor, 0-d fp32, that makes gradients of norm ``norm`` no longer than
+        ``learn.optimizer.clip``. A clip of 0 means no limit.
+        """
+        if self.clip > 0:
+            return (self.clip / norm.clamp(min=self.clip)).float()
+        return torch.ones_like(norm, dtype=torch.float32)
+
+
+@torch.no_grad()
+def gradient_norm(
+    grads: Sequence[torch.Tensor], mesh: Mesh, replicas: Replicas | None = None
+) -> torch.Tensor:
+    """The norm of all gradients of the model, 0-d fp64.
+
+    Args:
+        grads: the gradients of this rank, or of the part of them that this replica updates.
+        mesh: the ranks, over whose shards the squares are summed.
+        replicas: the division among replicas, if there is one.
+    """
+    norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32))
+    squares = norms.double().square()
+    return mesh.sum_over_tp((replicas.from_all(squares) if replicas else squares).sum()).sqrt()
 
 
 def learning_rates(learn: LearnSection) -> tuple[float, float]:
-    """The highest rate and the last one.
+    """The highest rate and the last rate.
 
-    A group leaves the prior when its logits have crossed the prior's gap, strength x logit_std.
-    AdamW's steps are about as long as the rate. Noise adds them up like the root of their number,
-    evidence like their number: a rate of gap / (2 sqrt(steps)) keeps noise within half the gap in a
-    run of any length, and the longer the run, the weaker the evidence that crosses it.
+    A group leaves the prior when its logits have crossed the gap of the prior, strength x
+    logit_std. A step of AdamW is about as long as the rate. The steps of noise add up to the root
+    of their number, the steps of evidence to their number. A rate of gap / (2 sqrt(steps)) keeps
+    noise within half the gap in a run of any length, and the longer the run, the weaker the
+    evidence that crosses the gap. Other rules divide this rate by their ``rate_divisor``.
     """
-    section = learn.optimizer
-    gap = learn.sampling.logit_std * max(
-        learn.prior.strength if learn.prior.mask else 0.0, 1.0
-    )  # without a prior, noise is what to cross
-    derived = gap / (2 * math.sqrt(learn.steps)) / (3 if section.kind in LION else 1)
+    section, rule = learn.optimizer, find_rule(learn.optimizer.kind)
+    # without a prior, the gap to cross is one std of the initial logits
+    strength = max(learn.prior.strength if learn.prior.mask else 0.0, 1.0)
+    gap = learn.sampling.logit_std * strength
+    derived = gap / (2 * math.sqrt(learn.steps)) / rule.rate_divisor
     highest = derived if section.lr is None else section.lr
     return highest, highest / 10 if section.min_lr is None else section.min_lr
 
@@ -55,49 +112,8 @@ def check_schedule(learn: LearnSection) -> None:
     """
     warmup, (highest, last) = learn.optimizer.warmup_steps, learning_rates(learn)
     if warmup is not None and warmup >= learn.steps:
-        raise ConfigError(
-            "learn.optimizer.warmup_steps",
-            warmup,
-            f"below learn.steps, here {learn.steps}",
-            "Lower it.",
-        )
+        allowed = f"below learn.steps, here {learn.steps}"
+        raise ConfigError("learn.optimizer.warmup_steps", warmup, allowed, "Lower it.")
     if last > highest:
-        raise ConfigError(
-            "learn.optimizer.min_lr",
-            last,
-            f"at most learn.optimizer.lr, here {highest:g}",
-            "Lower it.",
-        )
-
-
-def build_scheduler(learn: LearnSection, optimizer: MaskOptimizer) -> OptimizerParamScheduler:
-    """Megatron's warm-up and decay of the learning rate; weight decay stays constant. Raises as
-    ``check_schedule``.
-
-    The rate of step s is lr (s + 1) / (warm-up + 1) in the warm-up, so that no step is made with a
-    rate of 0.
-    """
-    check_schedule(learn)
-    section, (highest, last) = learn.optimizer, learning_rates(learn)
-    warmup = learn.steps // 10 if section.warmup_steps is None else section.warmup_steps
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=highest / (warmup + 1),
-        max_lr=highest,
-        min_lr=last,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=learn.steps,
-        lr_decay_style=section.schedule,
-        start_wd=section.weight_decay,
-        end_wd=section.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )
-
-
-def set_learning_rate(scheduler: OptimizerParamScheduler, step: int) -> float:
-    """Put the rate of ``step`` (counted from 0) into the optimizer and return it."""
-    scheduler.num_steps = step
-    scheduler.step(increment=0)
-    rate: float = scheduler.optimizer.param_groups[0]["lr"]
-    return rate
+        allowed = f"at most learn.optimizer.lr, here {highest:g}"
+        raise ConfigError("learn.optimizer.min_lr", last, allowed, "Lower it.")

@@ -5,12 +5,11 @@ tests compare it with real allocations.
 from __future__ import annotations
 
 from megamask.config.tree import OptimizerSection, SamplingSection, StateSection
+from megamask.optim.optimizers import find_rule
 from megamask.sparsity.distributions import code_dtype, logits_per_group
 from megamask.sparsity.pattern import Pattern
 
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes a number
-ADAM_BLOCK = 256  # 8-bit AdamW: one fp32 scale for so many logits
-LION_BLOCK = 8  # 8-bit Lion: one byte of scale for all logits of so many groups
 
 WEIGHTS = "frozen weights"
 LOGITS = "mask logits"
@@ -43,10 +42,9 @@ def state_bytes(
     - mask logits: 4 r (fp32) or 2 r (bf16).
     - gradients: the buffer in which micro-batches add up, 4 r or 2 r. The gradient of one layer
       that exists for a moment on top of it is no state.
-    - optimizer moments: adamw 8 r or 4 r (two, in the dtype of the logits), adamw8bit 2 r and two
-      fp32 scales per 256 logits, lion 2 r (one, bf16), lion8bit r and one byte per 8 groups. Tables
-      of 256 entries and step counters do not grow with the weights. With optimizer.distributed a
-      replica keeps ``moments_share`` of them.
+    - optimizer moments: r times the ``moment_bytes`` of the update rule (adamw 8 r in fp32, 4 r in
+      bf16). Tables of 256 entries and step counters do not grow with the weights. With
+      optimizer.distributed a replica keeps ``moments_share`` of them.
     - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.movement`` is off;
       linear takes 2 bytes each for M > 8, 4 for M > 16.
     - masked weights: one width of the weight when every layer's is held between forward and
@@ -76,7 +74,7 @@ def state_bytes(
         learner: ``learn.learner``.
 
     Raises:
-        ConfigError: the pattern is too large for the distribution.
+        ConfigError: the pattern is too large for the distribution, or an unknown update rule.
     """
     group = logits_per_group(pattern, distribution)
     logits, weight = group / pattern.m, WIDTH[dtype]
@@ -95,7 +93,7 @@ def state_bytes(
         WEIGHTS: weight,
         LOGITS: WIDTH[state.logits] * logits,
         GRADIENTS: WIDTH[state.grads] * logits,
-        MOMENTS: moment_bytes(optimizer.kind, state.logits, group)
+        MOMENTS: find_rule(optimizer.kind).moment_bytes(state.logits, group)
         * logits
         * (moments_share if optimizer.distributed else 1.0),
         HARD_CODES: 2 * hard_codes if state.movement else 0.0,
@@ -108,16 +106,3 @@ def state_bytes(
         if step_draw
         else 0.0,
     }
-
-
-def moment_bytes(kind: str, dtype: str, group: int) -> float:
-    """Bytes of optimizer state per mask logit of ``dtype``, of which ``group`` belong to each
-    group.
-    """
-    adam_scale, lion_scale = 4 / ADAM_BLOCK, 1 / (LION_BLOCK * group)
-    return {
-        "adamw": 2.0 * WIDTH[dtype],
-        "adamw8bit": 2 * (1 + adam_scale),
-        "lion": 2.0,
-        "lion8bit": 1 + lion_scale,
-    }[kind]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megamask.optim.lion import BLOCK, Lion, Lion8bit, dequantize
+from megamask.optim.lion import Lion
+from megamask.optim.lion_8bit import BLOCK, Lion8bit, dequantize
 from tests.unit.optim.lean import (
     BETAS,
     SEED,
@@ -83,15 +84,15 @@ def test_plain_bf16_loses_small_updates_and_stochastic_rounding_does_not() -> No
     rate, steps, count = 1e-5, 200, 4096
     exact = 0.05 - rate * steps
     plain = torch.full((count,), 0.05, dtype=BF16)
-    keyed = linear(torch.full((16, 4, count // 64), 0.05, dtype=BF16))
-    lion = Lion(section(weight_decay=0.0), [keyed], SEED, True)
+    rounded = linear(torch.full((16, 4, count // 64), 0.05, dtype=BF16))
+    lion = Lion(section(weight_decay=0.0), [rounded], SEED, True)
     for step in range(steps):
         plain -= rate
-        take_step(lion, step, [torch.ones_like(keyed.mask_logits, dtype=FP32)], rate)
+        take_step(lion, step, [torch.ones_like(rounded.mask_logits, dtype=FP32)], rate)
     assert float(plain[0]) == float(torch.tensor(0.05, dtype=BF16)), (
         "plain bf16 moved: the test shows nothing"
     )
-    found = keyed.mask_logits.detach().double()
+    found = rounded.mask_logits.detach().double()
     start_error = float(torch.tensor(0.05, dtype=BF16)) - 0.05
     # The mean of `count` independent roundings: five of its own standard errors.
     assert (

@@ -13,16 +13,11 @@ import pytest
 import torch
 
 from megamask.config.load import build_config, load_config
-from megamask.config.tree import LearnSection
 from megamask.errors import ConfigError
-from megamask.learn.preflight import check_optimizer
-from megamask.optim import adamw_8bit
 from megamask.optim.adamw import AdamW
 from megamask.optim.adamw_bf16 import AdamWBf16
-from megamask.optim.clip import clip_factor, gradient_norm
-from megamask.optim.lion import Lion
-from megamask.optim.optimizers import build_optimizer
-from megamask.optim.schedule import build_scheduler, learning_rates, set_learning_rate
+from megamask.optim.optimizers import build_optimizer, find_rule
+from megamask.optim.requirements import check_optimizer
 from tests.unit.optim.lean import SEED, linear, random_grad, random_logits, section, take_step
 
 ONE_RANK: Any = SimpleNamespace(sum_over_tp=lambda one: one)
@@ -106,25 +101,11 @@ def test_what_8_bit_adamw_needs_is_asked_for_early(monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", no_module("triton"))
         with pytest.raises(ConfigError, match="Install triton"):
-            adamw_8bit.check_available("cuda")
+            find_rule("adamw8bit").check("cuda")
     pytest.importorskip("torchao")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"(?s)g\+\+ is not there.*CXX"):
         check_optimizer(config)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_and_factor(dtype: torch.dtype) -> None:
-    grads = [random_grad(step, random_logits(), dtype) for step in range(3)]
-    expected = torch.cat([grad.double().flatten() for grad in grads]).norm()
-    norm = gradient_norm(grads, ONE_RANK)
-    assert float(norm) == pytest.approx(
-        float(expected), rel=1e-5
-    )  # fp32 sums over 5,760 squares each; bf16 sums would be off by 1e-3
-    assert float(clip_factor(norm, 0.1)) == pytest.approx(0.1 / float(expected), rel=1e-5)
-    assert float(clip_factor(norm, 1e3)) == 1.0
-    assert float(clip_factor(norm, 0.0)) == 1.0
-    assert clip_factor(norm, 0.1).dtype == torch.float32
 
 
 def clipped_by_hand(start: torch.Tensor, steps: int, clip: float) -> torch.Tensor:
@@ -167,62 +148,6 @@ def test_adamw_goes_on_exactly() -> None:
     for one in (ours, again):
         take_step(one, 3, [random_grad(3, start)])
     assert torch.equal(ours.logits[0], again.logits[0])
-
-
-@pytest.mark.parametrize("kind", ["adamw", "lion"])
-def test_the_scheduler_reaches_every_kind(kind: str) -> None:
-    chosen = section(kind, lr=9e-4, min_lr=1e-4, warmup_steps=2, schedule="linear")
-    linears = [linear(random_logits(2, 8))]
-    optimizer = (
-        AdamW(chosen, linears, SEED) if kind == "adamw" else Lion(chosen, linears, SEED, False)
-    )
-    scheduler = build_scheduler(LearnSection(steps=10, optimizer=chosen), optimizer)
-    assert [set_learning_rate(scheduler, step) for step in (0, 1, 2, 6, 10)] == pytest.approx(
-        [3e-4, 6e-4, 9e-4, 5e-4, 1e-4]
-    )
-
-
-@pytest.mark.parametrize(("steps", "warmup"), [(9, 0), (20, 2), (2000, 200)])
-def test_a_tenth_of_the_steps_is_warm_up(steps: int, warmup: int) -> None:
-    chosen = section("adamw", lr=1e-3, schedule="constant")
-    scheduler = build_scheduler(
-        LearnSection(steps=steps, optimizer=chosen),
-        AdamW(chosen, [linear(random_logits(2, 8))], SEED),
-    )
-    rates = [set_learning_rate(scheduler, step) for step in range(steps)]
-    assert rates == pytest.approx(
-        [1e-3 * min(1, (step + 1) / (warmup + 1)) for step in range(steps)]
-    )
-
-
-@pytest.mark.parametrize(
-    ("given", "highest", "last"),
-    [
-        (["learn.steps=225"], 1e-3, 1e-4),  # 3 x 0.01 / 2 / 15
-        (["learn.steps=900"], 5e-4, 5e-5),
-        (
-            ["learn.steps=900", "learn.prior.strength=6", "learn.sampling.logit_std=0.02"],
-            2e-3,
-            2e-4,
-        ),
-        (["learn.steps=25", "learn.prior.mask=null"], 1e-3, 1e-4),  # to cross one std of noise
-        (["learn.steps=25", "learn.prior.strength=0"], 1e-3, 1e-4),
-        (["learn.steps=225", "learn.footprint=leanest"], 1e-3 / 3, 1e-4 / 3),
-        (
-            ["learn.preset=maskllm", "learn.steps=225", "learn.footprint=leanest"],
-            1e-3 / 3,
-            1e-4 / 3,
-        ),  # not AdamW's 5e-4
-        (["learn.footprint=leanest", "learn.optimizer.lr=2e-4"], 2e-4, 2e-5),
-        (["learn.steps=225", "learn.optimizer.lr=2e-3"], 2e-3, 2e-4),
-        (["learn.steps=225", "learn.optimizer.min_lr=0"], 1e-3, 0),
-        (["learn.preset=maskllm"], 5e-4, 1e-4),
-    ],
-)
-def test_a_rate_that_was_not_given_follows_from_steps_and_prior(
-    given: list[str], highest: float, last: float
-) -> None:
-    assert learning_rates(load_config(None, given).learn) == pytest.approx((highest, last))
 
 
 @pytest.mark.parametrize(

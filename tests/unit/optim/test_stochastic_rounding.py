@@ -1,5 +1,5 @@
-"""What the keyed update rules share: kernels that give the bits of their PyTorch, unbiased
-rounding, layouts, snapshots.
+"""What the update rules with stochastic rounding share: kernels that give the bits of PyTorch,
+unbiased rounding, layouts, snapshots.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from megamask.optim.adamw_bf16 import AdamWBf16
-from megamask.optim.lion import Lion, Lion8bit
-from megamask.optim.stochastic_rounding import RoundingOptimizer, round_stochastically, words
+from megamask.optim.lion import Lion
+from megamask.optim.lion_8bit import Lion8bit
+from megamask.optim.stochastic_rounding import RoundingOptimizer, noise_words, round_stochastically
 from megamask.sparsity import noise
 from megamask.sparsity.shard import Placement, RowBlock
 from tests.unit.optim.lean import (
@@ -80,7 +81,7 @@ def test_words_are_those_of_the_generator() -> None:
         noise.NoiseKey(1, 2, 3, 4),
     )
     assert torch.equal(
-        words(torch.tensor([1, 2, 3, 4]), ids, 6), noise.words(key, ids, 6).movedim(0, 1)
+        noise_words(torch.tensor([1, 2, 3, 4]), ids, 6), noise.words(key, ids, 6).movedim(0, 1)
     )
 
 
