@@ -93,8 +93,11 @@ def save_tokenizer(folder: Path, vocab_size: int, reserved: int = 0) -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``prose/`` with text files and ``code.jsonl``."""
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "prose").mkdir()
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_corpus(folder: Path) -> Path:
+    (folder / "prose").mkdir(parents=True)
     for number in range(40):
         (folder / "prose" / f"{number:02d}.txt").write_text(prose(number))
     (folder / "code.jsonl").write_text(
@@ -108,17 +111,17 @@ def settings(model: Path, corpus: Path) -> Callable[[Path], list[str]]:
     """``settings(run_dir)``: the overrides that make the debug recipe a run on the tiny model and
     both domains.
     """
+    return lambda run_dir: run_settings(run_dir, model, corpus)
 
-    def overrides(run_dir: Path) -> list[str]:
-        return [
-            f"run_dir={run_dir}",
-            f"model.hf={model}",
-            f"data.domains.prose={{kind: text, path: {corpus / 'prose'}, heldout: 0.2}}",
-            f"data.domains.code={{kind: jsonl, path: {corpus / 'code.jsonl'}, heldout: 0.2}}",
-            "data.blend={prose: 0.7, code: 0.3}",
-        ]
 
-    return overrides
+def run_settings(run_dir: Path, model: Path, corpus: Path) -> list[str]:
+    return [
+        f"run_dir={run_dir}",
+        f"model.hf={model}",
+        f"data.domains.prose={{kind: text, path: {corpus / 'prose'}, heldout: 0.2}}",
+        f"data.domains.code={{kind: jsonl, path: {corpus / 'code.jsonl'}, heldout: 0.2}}",
+        "data.blend={prose: 0.7, code: 0.3}",
+    ]
 
 
 @pytest.fixture(scope="session")
