@@ -13,12 +13,15 @@ __all__ = ["Architecture", "read_architecture"]
 
 
 def read_architecture(hf_dir: Path) -> Architecture:
-    """Read ``hf_dir``/config.json (or the .json file itself), in the spelling of transformers 4 or
-    5.
+    """Read the architecture of a model.
+
+    Args:
+        hf_dir: a Hugging Face folder, or the path of its config.json. Both the keys of
+            transformers 4 and those of transformers 5 are known.
 
     Raises:
-        ArtifactError: no config.json, or not JSON.
-        ConfigError: another family, or a feature that is not built, named by its key.
+        ArtifactError: config.json is missing or is not JSON.
+        ConfigError: the family is not supported, or a key asks for a feature that is not built.
     """
     path = hf_dir if hf_dir.suffix == ".json" else hf_dir / "config.json"
     config = read_json(

@@ -1,6 +1,4 @@
-"""What a model family gives: the numbers that fix its arithmetic, how it reads them, and its
-mapping table.
-"""
+"""The facts of a model family: how its config.json is read, and its mapping table."""
 
 from __future__ import annotations
 
@@ -16,12 +14,17 @@ from megamask.weights.rule import Rule
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers that fix a decoder's arithmetic, whatever the family.
+    """The numbers that fix the arithmetic of a decoder; they are the same for every family.
 
-    ``rope_scaling`` is None or a dict: ``{"type": "linear", "factor": f}`` or ``{"type": "llama3",
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}``.
-    ``attention_bias`` is the bias of q, k and v, ``attention_out_bias`` that of the output
-    projection. ``dtype`` is the dtype that the config names.
+    Attributes:
+        family: key of ``megamask.weights.families.FAMILIES``.
+        rope_scaling: None, or ``{"type": "linear", "factor": f}``, or ``{"type": "llama3"}`` with
+            the keys ``factor``, ``low_freq_factor``, ``high_freq_factor`` and
+            ``original_max_position_embeddings``.
+        attention_bias: whether the projections of queries, keys and values have a bias.
+        attention_out_bias: whether the output projection of the attention has a bias.
+        tied: whether the head shares the weight of the embedding.
+        dtype: the dtype that the config names.
     """
 
     family: str
@@ -45,8 +48,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Family:
-    """One family: ``read`` checks a parsed config.json, ``rules`` is its mapping table (second
-    argument: padded vocabulary).
+    """A model family.
+
+    Attributes:
+        read: ``read(config, path)`` checks a parsed config.json and returns the architecture; it
+            raises ConfigError for a key that it does not know.
+        rules: ``rules(arch, padded_vocab)`` returns the mapping table in the order of the model.
     """
 
     read: Callable[[dict[str, Any], Path], Architecture]

@@ -1,9 +1,9 @@
-"""Which base model a mask belongs to: a hash that is cheap, and the same whether the weights are on
-disk or loaded.
+"""The fingerprint of a base model: a cheap hash that tells which model a mask belongs to.
 
-sha256 over the prunable linears in name order: name, shape, and the bf16 bytes of a 16 x 16 grid of
-evenly spaced elements. The bf16 cast makes bf16 and fp32 copies of a model agree (fp16 copies need
-not: they round differently).
+The fingerprint is the same for weights on disk and for a loaded model. It is the SHA-256 over the
+prunable linears in the order of their names: name, shape, and the bf16 bytes of a 16 x 16 grid of
+evenly spaced elements. The cast to bf16 makes bf16 and fp32 copies of a model agree; an fp16 copy
+may differ, because it rounds in another way.
 """
 
 from __future__ import annotations
@@ -28,37 +28,38 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]], row: Callable[[str, int],
 
     Args:
         shapes: HF module name -> (O, I) of every prunable linear.
-        row: gives one row (I,) of a linear's weight.
+        row: ``row(name, index)`` returns a row (I,) of the weight of a linear.
     """
     digest = hashlib.sha256(b"megamask-fingerprint-v1")
     for name in sorted(shapes):
         digest.update(f"{name}:{tuple(shapes[name])}".encode())
         rows, columns = (_spread(size) for size in shapes[name])
-        grid = torch.stack([row(name, one).detach()[columns].cpu() for one in rows])
+        grid = torch.stack([row(name, index).detach()[columns].cpu() for index in rows])
         digest.update(grid.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
 def fingerprint_hf(hf_dir: Path) -> str:
-    """Fingerprint of a Hugging Face folder, reading 16 rows of each linear.
+    """Fingerprint of a Hugging Face folder; 16 rows of each linear are read.
 
     Raises:
-        ArtifactError, ConfigError: the folder is incomplete or of a kind that is not built.
+        ArtifactError: the folder is incomplete.
+        ConfigError: the model's family is not supported, or a key of its config is not.
     """
     shapes = linear_shapes(read_architecture(hf_dir))
     with open_checked(hf_dir) as reader:
-        return fingerprint(
-            shapes, lambda name, one: reader.read(f"{name}.weight", slice(one, one + 1))[0]
-        )
+
+        def row(name: str, index: int) -> Tensor:
+            return reader.read(f"{name}.weight", slice(index, index + 1))[0]
+
+        return fingerprint(shapes, row)
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """Fingerprint of a transformers model in memory: of all its linears but the head."""
+    """Fingerprint of a transformers model in memory, over all its linears except the head."""
     linears = model_linears(model)
-    return fingerprint(
-        {name: tuple(one.weight.shape) for name, one in linears.items()},
-        lambda name, one: linears[name].weight[one],
-    )
+    shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
+    return fingerprint(shapes, lambda name, index: linears[name].weight[index])
 
 
 def model_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -66,9 +67,9 @@ def model_linears(model: nn.Module) -> dict[str, nn.Linear]:
     find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()
     return {
-        name: one
-        for name, one in model.named_modules()
-        if isinstance(one, nn.Linear) and one is not head
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
     }
 
 

@@ -1,8 +1,7 @@
-"""The verb gguf: a GGUF file becomes a plain Hugging Face folder in bf16."""
+"""A GGUF file to a plain Hugging Face folder in bf16."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megamask.errors import ArtifactError
-from megamask.storage import atomic_dir, read_json, require_writable, write_json
+from megamask.storage import atomic_dir, file_sha256, read_json, require_writable, write_json
 from megamask.weights.hf_files import require_own, share
 
-STAMP = "megamask_gguf.json"  # in the folder that is made: which file it came from
-# The settings of a Llama that a GGUF file can carry; the loaded config also holds what only its
-# loader needs.
+STAMP = "megamask_gguf.json"  # this file in the new folder names the GGUF file
+# The settings of a Llama that a GGUF file can carry. The loaded config also holds settings that
+# only the loader needs.
 KEPT = (
     "vocab_size",
     "hidden_size",
@@ -42,8 +41,8 @@ def unpack(source: Path, out: Path) -> None:
     """Write the model and tokenizer of the GGUF file ``source`` to ``out``.
 
     Raises:
-        ArtifactError: the file is missing or not a GGUF of a Llama, or ``out`` holds something
-            else.
+        ArtifactError: the file is missing or is no GGUF file of a Llama, or ``out`` holds other
+            files.
     """
     stamp = _stamp(source)
     require_own(out, STAMP, "model.hf")
@@ -57,18 +56,13 @@ def unpack(source: Path, out: Path) -> None:
         tokenizer.save_pretrained(folder)
         share(folder)
         write_json(folder / STAMP, stamp)
-    print(
-        f"{out}: {sum(one.numel() for one in model.parameters()):,} weights in bf16 from {source.name}"
-    )
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{out}: {weights:,} weights in bf16 from {source.name}")
 
 
-def _stamp(source: Path) -> dict[str, Any]:
+def _stamp(source: Path) -> dict[str, str]:
     try:
-        digest = hashlib.sha256()
-        with source.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return {"file": source.name, "sha256": digest.hexdigest()}
+        return {"file": source.name, "sha256": file_sha256(source)}
     except OSError as error:
         raise ArtifactError(
             source, f"cannot be read ({error.strerror})", "Point model.gguf at a GGUF file."
@@ -80,7 +74,7 @@ def _load(source: Path) -> tuple[LlamaForCausalLM, Any]:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
-    except Exception as error:  # the loaders raise many kinds, bare Exception among them
+    except Exception as error:  # the loaders raise errors of many types, also bare Exception
         raise ArtifactError(
             source,
             f"cannot be loaded as a GGUF model ({error})",
@@ -90,8 +84,7 @@ def _load(source: Path) -> tuple[LlamaForCausalLM, Any]:
         raise ArtifactError(
             source, f"holds a {loaded.config.model_type} model", "Use a GGUF file of a Llama model."
         )
-    # A fresh model carries no trace of the GGUF loader, so that save_pretrained writes a plain
-    # folder.
+    # A new model carries no settings of the GGUF loader, so save_pretrained writes a plain folder.
     settings = loaded.config.to_dict()
     config = LlamaConfig(
         **{key: settings[key] for key in KEPT if key in settings}, dtype=torch.bfloat16

@@ -1,4 +1,4 @@
-"""Hugging Face folders, streamed: read any block of any tensor, write tensor by tensor."""
+"""Hugging Face (HF) folders: read any block of any tensor, and write tensor by tensor."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-FIX = "Download the model again, or point model.hf at a complete Hugging Face folder with .safetensors files."
+FIX = (
+    "Download the model again, or point model.hf at a complete Hugging Face folder "
+    "with .safetensors files."
+)
 
 
 class HFReader:
-    """Tensors of an HF folder. Nothing is read until it is asked for; usable as a context manager.
+    """The tensors of an HF folder, read block by block. The reader is a context manager.
 
     Raises:
-        ArtifactError: no safetensors, a missing or torn shard, an index that disagrees with the
-            shards.
+        ArtifactError: there are no safetensors, a file is missing or torn, or the index disagrees
+            with the files.
     """
 
     def __init__(self, hf_dir: Path) -> None:
@@ -58,25 +61,24 @@ class HFReader:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> Tensor:
-        """That block of a tensor (``cols`` along the second axis); a ``Read`` for the mapping
-        table.
-        """
-        part = self._slice(name)
-        return part[rows] if cols is None else part[rows, cols]
+        """A block of a tensor, ``cols`` along the second axis: a ``Read`` for the mapping table."""
+        stored = self._slice(name)
+        part: Tensor = stored[rows] if cols is None else stored[rows, cols]
+        return part
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
-        self._slice(name)
-        return self._handles[self._file_of[name]].get_tensor(name)
+        whole: Tensor = self._handle(name).get_tensor(name)
+        return whole
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Check that the folder holds exactly the tensors ``expected`` (name -> shape).
 
-        Old checkpoints also carry rotary frequencies, which are derived, and tied ones a copy of
-        the embedding as the head.
+        Two kinds of extra tensors are allowed: the rotary frequencies of old checkpoints, which
+        follow from the config, and a head that is a copy of the tied embedding.
 
         Raises:
-            ArtifactError: missing, unknown or wrongly shaped tensors, by name.
+            ArtifactError: tensors are missing, unknown or wrongly shaped; the message names them.
         """
         extra = [
             name
@@ -92,11 +94,10 @@ class HFReader:
                 if name in self._file_of and self.shape(name) != shape
             ],
         }
-        found = [f"{what} tensors: {_some(names)}" for what, names in problems.items() if names]
-        if found:
-            raise ArtifactError(
-                self.hf_dir, "; ".join(found), "The files must match config.json. " + FIX
-            )
+        faults = [f"{what} tensors: {_some(names)}" for what, names in problems.items() if names]
+        if faults:
+            fix = "The files must match config.json. " + FIX
+            raise ArtifactError(self.hf_dir, "; ".join(faults), fix)
 
     def __enter__(self) -> HFReader:
         return self
@@ -110,6 +111,7 @@ class HFReader:
         self._handles.clear()
 
     def _index(self) -> dict[str, Path]:
+        """Tensor name -> file, from the files themselves; an index must agree with them."""
         index = self.hf_dir / INDEX
         if not index.exists():
             return dict.fromkeys(self._open(self.hf_dir / SINGLE).keys(), self.hf_dir / SINGLE)
@@ -117,11 +119,9 @@ class HFReader:
             name: self.hf_dir / file
             for name, file in read_json(index, FIX).get("weight_map", {}).items()
         }
-        held = {
-            name: path
-            for path in sorted(set(listed.values()))
-            for name in self._open(path).keys()  # noqa: SIM118 - not a dict
-        }
+        held: dict[str, Path] = {}
+        for path in sorted(set(listed.values())):
+            held.update(dict.fromkeys(self._open(path).keys(), path))
         if held != listed:
             wrong = [
                 name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name)
@@ -141,10 +141,14 @@ class HFReader:
                 ) from error
         return self._handles[path]
 
-    def _slice(self, name: str) -> Any:
+    def _handle(self, name: str) -> Any:
+        """The open file that holds a tensor."""
         if name not in self._file_of:
             raise ArtifactError(self.hf_dir, f"misses tensors: {name}", FIX)
-        return self._open(self._file_of[name]).get_slice(name)
+        return self._open(self._file_of[name])
+
+    def _slice(self, name: str) -> Any:
+        return self._handle(name).get_slice(name)
 
     def _is_copy_of_embedding(self, name: str) -> bool:
         embedding = "model.embed_tokens.weight"
@@ -156,7 +160,7 @@ class HFReader:
 
 
 def open_checked(hf_dir: Path) -> HFReader:
-    """A reader of a folder whose tensors were checked against its config.json.
+    """Open a folder and check its tensors against its config.json.
 
     Raises:
         ArtifactError, ConfigError: see ``HFReader.check`` and ``read_architecture``.
@@ -174,16 +178,17 @@ def write_hf(
     max_shard_bytes: int = 5 * 10**9,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write an HF folder tensor by tensor; config, generation config, tokenizer and licence come
-    from ``source_dir``.
+    """Write an HF folder tensor by tensor.
+
+    Config, generation config, tokenizer and licence are copied from ``source_dir``.
 
     Args:
-        out_dir: replaced as a whole when everything is written, or left as it was.
-        tensors: name and tensor, any device; one shard of them is held in memory.
-        source_dir: folder that the side files are copied from.
-        max_shard_bytes: a new file is begun before this size.
-        finish: run on the whole folder before it takes its name, to check it or add to it; an error
-            leaves ``out_dir`` as it was.
+        out_dir: the folder; replaced when everything is written, and unchanged after an error.
+        tensors: pairs of name and tensor on any device; the tensors of one file are in memory.
+        source_dir: the folder of the side files.
+        max_shard_bytes: size limit of a weight file, in bytes.
+        finish: called with the written folder before it is renamed to ``out_dir``, to check it or
+            to add files.
     """
     with atomic_dir(out_dir) as folder:
         shards = _write_shards(folder, tensors, max_shard_bytes)
@@ -198,11 +203,15 @@ def write_hf(
 
 
 def require_own(out_dir: Path, stamp: str, key: str) -> None:
-    """Check that ``out_dir`` may be replaced: it is not there, empty, or holds the file ``stamp``
-    that an earlier run wrote.
+    """Check that a folder may be replaced.
+
+    Args:
+        out_dir: the folder; it may be missing, empty, or the output of an earlier run.
+        stamp: name of the file that an earlier run left in its output.
+        key: the setting that chose the folder, for the message.
 
     Raises:
-        ArtifactError: naming ``key``, the setting that chose the folder.
+        ArtifactError: the folder holds other files.
     """
     if out_dir.exists() and not (
         out_dir.is_dir() and ((out_dir / stamp).exists() or not any(out_dir.iterdir()))
@@ -215,8 +224,9 @@ def require_own(out_dir: Path, stamp: str, key: str) -> None:
 
 
 def share(folder: Path) -> None:
-    """Give weight files the mode of an ordinary new file (safetensors lets only the owner read
-    them).
+    """Give weight files the mode of an ordinary new file.
+
+    safetensors writes files that only the owner can read.
     """
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)
@@ -225,7 +235,7 @@ def share(folder: Path) -> None:
 def _write_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
 ) -> list[dict[str, int]]:
-    """Write numbered files; per file the bytes of each tensor."""
+    """Write numbered files, and return the bytes of each tensor for each file."""
     shards: list[dict[str, int]] = []
     held: dict[str, Tensor] = {}
 
@@ -236,16 +246,16 @@ def _write_shards(
             held.clear()
 
     for name, tensor in tensors:
-        if held and sum(one.nbytes for one in held.values()) + tensor.nbytes > limit:
+        if held and sum(waiting.nbytes for waiting in held.values()) + tensor.nbytes > limit:
             flush()
-        # A copy of its own: views of one fused tensor share storage, which safetensors refuses.
+        # Every tensor is copied: safetensors refuses views of a fused tensor that share storage.
         held[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     flush()
     return shards
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    """Give the files their final names, which hold the number of files, and write the index."""
+    """Give the files their final names, which contain the number of files, and write the index."""
     if len(shards) == 1:
         (folder / "0.part").rename(folder / SINGLE)
         return

@@ -1,5 +1,6 @@
-"""The Llama family: its config keys and its mapping table (names of megatron-core's GPTModel with
-the local layer spec).
+"""The Llama family: its config keys and its mapping table.
+
+The names are those of megatron-core's GPTModel with the layer spec of ``megamask.model.spec``.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ HARMLESS = {
     "unsloth_version",
     "license",
 }
-# Keys that would change the arithmetic, with the values that do not.
+# Keys that can change the arithmetic, with the values that leave it unchanged.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "pretraining_tp": (1,),
@@ -110,7 +111,7 @@ def read(config: dict[str, Any], path: Path) -> Architecture:
     """Read a parsed config.json. Absent keys have the defaults of transformers' LlamaConfig.
 
     Raises:
-        ConfigError: a key that is missing, unknown, or changes the arithmetic in a way that is not
+        ConfigError: a key is missing or unknown, or changes the arithmetic in a way that is not
             built.
     """
     _refuse_unknown(config, path)
@@ -153,35 +154,23 @@ def read(config: dict[str, Any], path: Path) -> Architecture:
 
 
 def rules(arch: Architecture, padded_vocab: int) -> list[Rule]:
-    """The mapping table, in the order in which a model is read: embedding, layers, final norm,
-    head.
-    """
-    h = arch.hidden
-    table = [
-        Rule(
-            "embedding.word_embeddings.weight",
-            ("model.embed_tokens.weight",),
-            "vocab",
-            ((arch.vocab, h),),
-            padded_rows=padded_vocab,
-        )
-    ]
+    """The mapping table in the order of the model: embedding, layers, final norm, head."""
+    vocabulary = ((arch.vocab, arch.hidden),)
+
+    def vocabulary_rule(megatron: str, hf: str) -> Rule:
+        return Rule(megatron, (hf,), "vocab", vocabulary, padded_rows=padded_vocab)
+
+    table = [vocabulary_rule("embedding.word_embeddings.weight", "model.embed_tokens.weight")]
     for layer in range(arch.num_layers):
         table += _layer_rules(arch, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
-    table.append(
-        Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicate", ((h,),))
-    )
+    table.append(_norm_rule("decoder.final_layernorm", "model.norm", arch))
     if not arch.tied:
-        table.append(
-            Rule(
-                "output_layer.weight",
-                ("lm_head.weight",),
-                "vocab",
-                ((arch.vocab, h),),
-                padded_rows=padded_vocab,
-            )
-        )
+        table.append(vocabulary_rule("output_layer.weight", "lm_head.weight"))
     return table
+
+
+def _norm_rule(megatron: str, hf: str, arch: Architecture) -> Rule:
+    return Rule(f"{megatron}.weight", (f"{hf}.weight",), "replicate", ((arch.hidden,),))
 
 
 def _layer_rules(arch: Architecture, megatron: str, hf: str) -> list[Rule]:
@@ -194,12 +183,7 @@ def _layer_rules(arch: Architecture, megatron: str, hf: str) -> list[Rule]:
     }
     gated = {f"{mlp}gate_proj": (arch.ffn, h), f"{mlp}up_proj": (arch.ffn, h)}
     return [
-        Rule(
-            f"{megatron}input_layernorm.weight",
-            (f"{hf}input_layernorm.weight",),
-            "replicate",
-            ((h,),),
-        ),
+        _norm_rule(f"{megatron}input_layernorm", f"{hf}input_layernorm", arch),
         *_linear(
             f"{megatron}self_attention.linear_qkv", qkv, "qkv", arch.attention_bias, arch.kv_heads
         ),
@@ -209,12 +193,7 @@ def _layer_rules(arch: Architecture, megatron: str, hf: str) -> list[Rule]:
             "row",
             arch.attention_out_bias,
         ),
-        Rule(
-            f"{megatron}pre_mlp_layernorm.weight",
-            (f"{hf}post_attention_layernorm.weight",),
-            "replicate",
-            ((h,),),
-        ),
+        _norm_rule(f"{megatron}pre_mlp_layernorm", f"{hf}post_attention_layernorm", arch),
         *_linear(f"{megatron}mlp.linear_fc1", gated, "gated", arch.mlp_bias),
         *_linear(
             f"{megatron}mlp.linear_fc2", {f"{mlp}down_proj": (h, arch.ffn)}, "row", arch.mlp_bias
@@ -225,6 +204,7 @@ def _layer_rules(arch: Architecture, megatron: str, hf: str) -> list[Rule]:
 def _linear(
     megatron: str, hf: dict[str, tuple[int, int]], kind: Kind, bias: bool, kv_groups: int = 1
 ) -> list[Rule]:
+    """The rules of a linear: its weight and, with ``bias``, its bias; ``hf`` is name -> (O, I)."""
     shapes = tuple(hf.values())
     table = [
         Rule(
@@ -236,7 +216,7 @@ def _linear(
             kv_groups,
         )
     ]
-    # a row-parallel linear adds its bias after the sum over ranks, so every rank holds all of it
+    # A row-parallel linear adds its bias after the sum over ranks, so every rank holds all of it.
     if bias:
         kind = "replicate" if kind == "row" else kind
         table.append(
@@ -265,13 +245,14 @@ def _refuse_unknown(config: dict[str, Any], path: Path) -> None:
                 path,
             )
         if value not in neutral:
-            allowed = " or ".join(repr(one) for one in neutral) or "null"
+            allowed = " or ".join(map(repr, neutral)) or "null"
             raise _error(key, value, f"only {allowed} is built for the Llama family", path)
 
 
 def _read_rope(config: dict[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling, in the spelling of transformers 4 (rope_theta, rope_scaling) or 5
-    (rope_parameters).
+    """Base and scaling of the rotary embedding.
+
+    transformers 4 writes them as rope_theta and rope_scaling, transformers 5 as rope_parameters.
     """
     key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
     rope = dict(config.get(key, {}))
@@ -311,7 +292,10 @@ def _read_dtype(config: dict[str, Any], path: Path) -> torch.dtype:
 
 
 def _error(key: str, value: Any, problem: str, path: Path) -> ConfigError:
-    fix = f"Point model.hf at a plain Llama checkpoint, or correct {path} if the key has no effect there."
+    fix = (
+        "Point model.hf at a plain Llama checkpoint, "
+        f"or correct {path} if the key has no effect there."
+    )
     return ConfigError(f"config.json: {key}", value, problem, fix)
 
 

@@ -1,5 +1,7 @@
-"""The mapping table of an architecture: one list of rules for weights, masks, indices and logits,
-in both directions.
+"""The mapping table of an architecture.
+
+The same list of rules converts weights, masks, candidate indices and mask logits between Hugging
+Face (HF) and Megatron, in both directions.
 """
 
 from __future__ import annotations
@@ -26,8 +28,12 @@ __all__ = [
 
 
 def rules(arch: Architecture, padded_vocab: int | None = None) -> list[Rule]:
-    """The table of ``arch``. ``padded_vocab`` >= vocab adds rows of zeros to embedding and head in
-    Megatron.
+    """The mapping table of ``arch``, in the order of the model.
+
+    Args:
+        arch: the model.
+        padded_vocab: number of rows of embedding and head in Megatron; the rows beyond the
+            vocabulary are zeros. None adds no rows.
     """
     assert padded_vocab is None or padded_vocab >= arch.vocab
     return FAMILIES[arch.family].rules(arch, padded_vocab or arch.vocab)
@@ -53,11 +59,12 @@ def linear_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def check_tp(arch: Architecture, tp: int) -> None:
-    """Check that heads, KV heads and FFN split over ``tp`` ranks. The vocabulary may be padded, so
-    it is not checked.
+    """Check that heads, KV heads and FFN split over ``tp`` ranks.
+
+    The vocabulary is not checked, because it may be padded.
 
     Raises:
-        ConfigError: naming parallel.tp and the values that work.
+        ConfigError: they do not split; the message names the values of parallel.tp that work.
     """
     sizes = {
         "num_attention_heads": arch.heads,
@@ -67,9 +74,9 @@ def check_tp(arch: Architecture, tp: int) -> None:
     bad = [f"{name} = {size}" for name, size in sizes.items() if size % tp]
     if bad:
         works = [
-            one
-            for one in range(1, arch.kv_heads + 1)
-            if not any(size % one for size in sizes.values())
+            number
+            for number in range(1, arch.kv_heads + 1)
+            if not any(size % number for size in sizes.values())
         ]
         allowed = f"must divide {', '.join(bad)}; this model allows {', '.join(map(str, works))}"
         raise ConfigError(
@@ -83,18 +90,21 @@ def prunable(arch: Architecture, include: Sequence[str], exclude: Sequence[str])
     Args:
         arch: the model.
         include: shell-style patterns of the linears to prune.
-        exclude: patterns of those of them that stay dense.
+        exclude: patterns of linears that stay dense although ``include`` matches them.
 
     Raises:
-        ConfigError: a pattern that matches nothing, nothing left to prune, or a part of a fused
-            linear kept dense.
+        ConfigError: a pattern matches no linear, no linear is left to prune, or only a part of a
+            fused linear is kept dense.
     """
     names = list(linear_shapes(arch))
     for key, patterns in (("model.include", include), ("model.exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0]
-                fix = f"The nearest one is {near}. Embeddings, norms and the head are never pruned and need no pattern."
+                fix = (
+                    f"The nearest name is {near}. "
+                    "Embeddings, norms and the head are never pruned and need no pattern."
+                )
                 raise ConfigError(key, pattern, "a pattern that matches at least one linear", fix)
     chosen = {name for name in names if _matches(name, include) and not _matches(name, exclude)}
     if not chosen:
@@ -116,10 +126,10 @@ def _refuse_split_fusions(arch: Architecture, chosen: set[str]) -> None:
     for rule in rules(arch):
         dense = [name for name in rule.modules if name not in chosen]
         if rule.is_linear and 0 < len(dense) < len(rule.modules):
-            kept = ", ".join(dense)
-            raise ConfigError(
-                "model.exclude",
-                kept,
-                f"Megatron fuses {', '.join(rule.modules)} into one linear: prune all of them or none",
-                f"Exclude all of them, or also prune {kept}.",
+            excluded = ", ".join(dense)
+            allowed = (
+                f"Megatron fuses {', '.join(rule.modules)} into one linear: "
+                "prune all of them or none"
             )
+            fix = f"Exclude all of them, or also prune {excluded}."
+            raise ConfigError("model.exclude", excluded, allowed, fix)

@@ -1,5 +1,6 @@
-"""Architectures of well-known models, without weights: to plan a run and to benchmark one before
-anything is downloaded.
+"""Architectures of well-known models without weights.
+
+They serve to plan and to benchmark a run before anything is downloaded.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ def read_shape(name: str, key: str = "--model") -> Architecture:
 
     Args:
         name: one of ``SHAPES``, or a path.
-        key: the setting that asked, for messages.
+        key: the setting that chose the name, for messages.
 
     Raises:
-        ConfigError: neither a shape nor a path.
-        ArtifactError: a folder without config.json.
+        ConfigError: the name is neither a shape nor a path.
+        ArtifactError: the folder has no config.json.
     """
     if name in SHAPES:
         return read_architecture(FOLDER / f"{name}.json")

@@ -1,6 +1,4 @@
-"""The mapping table: HF -> every rank's Megatron tensor -> full -> HF, bit for bit, in pure
-torch.
-"""
+"""The mapping table in pure torch: HF -> each rank's Megatron tensor -> full -> HF, bit for bit."""
 
 from __future__ import annotations
 
@@ -50,6 +48,11 @@ def reader(tensors):
     return lambda name, rows, cols: block(tensors[name], rows, cols)
 
 
+def to_megatron(rule, tensors):
+    """The full (TP = 1) Megatron tensor from whole HF tensors."""
+    return rule.shard(reader(tensors), 0, 1)
+
+
 def padded(arch, tp):
     return -(-arch.vocab // tp) * tp
 
@@ -64,7 +67,7 @@ def test_round_trip_is_bitwise(arch, tp):
         shards = [rule.shard(reader(source), rank, tp) for rank in range(tp)]
         assert {tuple(shard.shape) for shard in shards} == {rule.shape(tp)}
         full = rule.join(shards)
-        assert torch.equal(full, rule.to_megatron(source)) and full.shape == rule.shape(1)
+        assert torch.equal(full, to_megatron(rule, source)) and full.shape == rule.shape(1)
         back.update(rule.to_hf(full))
     assert back.keys() == source.keys()
     assert all(torch.equal(back[name], source[name]) for name in source)
@@ -95,7 +98,7 @@ def test_layouts_are_those_of_megatron():
     table = {rule.megatron: rule for rule in rules(TINY)}
     d, per_group = TINY.head_dim, TINY.heads // TINY.kv_heads
     q, k, v = (source[f"model.layers.1.self_attn.{one}_proj.weight"] for one in "qkv")
-    qkv = table["decoder.layers.1.self_attention.linear_qkv.weight"].to_megatron(source)
+    qkv = to_megatron(table["decoder.layers.1.self_attention.linear_qkv.weight"], source)
     second = qkv[(per_group + 2) * d : 2 * (per_group + 2) * d]
     assert torch.equal(
         second, torch.cat([q[per_group * d : 2 * per_group * d], k[d : 2 * d], v[d : 2 * d]])
@@ -119,7 +122,7 @@ def test_a_wrong_interleave_fails():
     source = random_checkpoint(TINY)
     rule = next(rule for rule in rules(TINY) if rule.kind == "qkv")
     plain = torch.cat([source[name] for name in rule.hf])
-    assert plain.shape == rule.shape() and not torch.equal(plain, rule.to_megatron(source))
+    assert plain.shape == rule.shape() and not torch.equal(plain, to_megatron(rule, source))
     back = rule.to_hf(plain)
     assert not any(torch.equal(back[name], source[name]) for name in rule.hf)
     gated = next(rule for rule in rules(TINY) if rule.kind == "gated")
