@@ -13,8 +13,8 @@ import torch
 
 from megamask import storage
 from megamask.config import Config, RunPaths
-from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet
+from megamask.masks.find import own_weights
 from megamask.model.build import build_model, masked_linears
 from megamask.model.checkpoint import load_weights
 from megamask.model.mask_shards import fold_masks
@@ -56,14 +56,7 @@ class Rows:
 
     def masked(self, method: str, masks: MaskSet) -> dict[str, float]:
         """The model under ``masks``, with the weights that the method updated, if it did."""
-        updated = self.paths.updated_weights(masks.method)
-        if masks.method == "sparsegpt_update" and not updated.is_dir():
-            raise ArtifactError(
-                updated,
-                "is missing",
-                "Delete the mask sparsegpt_update and run the verb prune again.",
-            )
-        return self._row(method, updated if updated.is_dir() else self.paths.weights, masks)
+        return self._row(method, own_weights(masks, self.paths) or self.paths.weights, masks)
 
     def _row(self, method: str, weights: Path, masks: MaskSet | None) -> dict[str, float]:
         if weights != self.loaded:

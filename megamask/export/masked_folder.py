@@ -18,8 +18,7 @@ from megamask.errors import ArtifactError
 from megamask.masks.apply import masked
 from megamask.masks.file import MaskSet
 from megamask.storage import write_json
-from megamask.weights.architecture import read_architecture
-from megamask.weights.hf_files import HFReader, open_checked, write_hf
+from megamask.weights.hf_files import open_checked, write_hf
 
 STAMP = "megamask_export.json"  # in the folder that is written: which mask it holds
 
@@ -88,22 +87,6 @@ def _masked_tensors(
             name,
             masked(tensor, masks[module]) if leaf == "weight" and module in masks else tensor,
         )
-
-
-def _weights(reader: HFReader, hf_dir: Path, megatron: Path | None) -> Iterator[tuple[str, Tensor]]:
-    if megatron is None:
-        return ((name, reader.tensor(name)) for name in reader.names())
-    if not megatron.is_dir():
-        raise ArtifactError(
-            megatron,
-            "is missing",
-            "Point export.weights at Megatron weights that convert or prune made.",
-        )
-    from megamask.model.checkpoint import (
-        megatron_to_hf,  # needs Megatron-Core, which an export of HF weights does not
-    )
-
-    return megatron_to_hf(megatron, read_architecture(hf_dir))
 
 
 def _size(path: Path) -> int:

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet, load_masks
 from megamask.weights.fingerprint import fingerprint_model, model_linears
 
@@ -30,10 +31,17 @@ def apply_masks(
         ``hf_model``.
 
     Raises:
-        ArtifactError: a corrupt file, names or shapes that the model does not have, another base
+        ArtifactError: masks that belong to updated weights, a corrupt file, names or shapes that the model does not have, another base
             model.
     """
     mask_set = masks if isinstance(masks, MaskSet) else load_masks(masks)
+    if mask_set.has_own_weights and check_fingerprint:
+        raise ArtifactError(
+            mask_set.path,
+            f"belongs to weights that {mask_set.method} updated, not to those of this model",
+            f"Run megamask export export.mask={mask_set.method} and load the folder that it writes, "
+            "or use a mask of the frozen weights.",
+        )
     linears = model_linears(hf_model)
     mask_set.check(shapes={name: tuple(one.weight.shape) for name, one in linears.items()})
     if check_fingerprint:

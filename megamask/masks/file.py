@@ -28,6 +28,8 @@ from megamask.sparsity.pattern import CANDIDATE_ORDER, Pattern
 from megamask.storage import atomic_file
 
 FORMAT_VERSION = 1
+UPDATED = "updated"  # the header of masks that belong to weights of their own
+UPDATING_METHODS = ("sparsegpt_update",)  # files of version 0.1.0 do not say so themselves
 AXIS = "in_features"
 FIX = "Make the mask file again, or copy it again from where it came."
 FACTS: dict[str, type | tuple[type, ...]] = {
@@ -56,6 +58,11 @@ class MaskSet(Mapping[str, Tensor]):
         self.pattern = Pattern.parse(meta["pattern"])
         self.fingerprint: str = meta["fingerprint"]
         self.method: str = meta["method"]
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether the masks were made together with updated weights, and mean nothing without."""
+        return self.meta.get("weights") == UPDATED or self.method in UPDATING_METHODS
 
     def __getitem__(self, name: str) -> Tensor:
         return self.pattern.mask_of(self.index(name))
@@ -171,6 +178,7 @@ def save_masks(
     method: str,
     data: Any = None,
     evaluation: Any = None,
+    updated_weights: bool = False,
 ) -> None:
     """Write a mask file, atomically.
 
@@ -182,6 +190,7 @@ def save_masks(
         method: how the masks were made.
         data: what they were made from, JSON-able.
         evaluation: how good they are, JSON-able.
+        updated_weights: the method also changed the kept weights, so that the masks belong to those.
 
     Raises:
         ValueError: a mask that is not (O, I) or does not keep exactly n of every m.
@@ -206,6 +215,7 @@ def save_masks(
         "data": _plain(data),
         "evaluation": _plain(evaluation),
         "tensors": tensors,
+        **({"weights": UPDATED} if updated_weights else {}),
     }
     header["sha256"] = _header_digest(header)
     with atomic_file(Path(path)) as temporary:

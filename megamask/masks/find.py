@@ -12,6 +12,7 @@ from megamask.config import Config, RunPaths, run_paths
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.from_snapshot import NOTE, load_snapshot, newest_snapshot
+from megamask.storage import read_json
 from megamask.weights.architecture import Architecture, read_architecture
 
 
@@ -86,3 +87,33 @@ def _architecture_of(snapshot: Path, paths: RunPaths) -> Architecture:
             return read_architecture(folder)
     problem = "was learned on a model whose config.json is not found"
     raise ArtifactError(snapshot, problem, "Set model.hf to the Hugging Face folder of that model.")
+
+
+def own_weights(masks: MaskSet, paths: RunPaths) -> Path | None:
+    """The folder of Megatron weights that a mask was made with, where these are not the model's.
+
+    A method that updates the kept weights, such as ``sparsegpt_update``, writes a mask and weights
+    that belong together: measured and handed out are both or neither.
+
+    Args:
+        masks: masks of the run or of a mask file. A file RUN/masks/METHOD.safetensors belongs to
+            the weights in RUN.
+        paths: of the configured run, where the weights are looked for if the file lies elsewhere.
+
+    Raises:
+        ArtifactError: the weights are missing, or were made with another mask.
+    """
+    if not masks.has_own_weights:
+        return None
+    folder = masks.path.parent.parent / f"weights-{masks.method}"
+    if masks.path.parent.name != "masks" or not folder.is_dir():
+        folder = paths.updated_weights(masks.method)
+    fix = f"Delete the mask {masks.method} and run the verb prune again, in the run of that mask."
+    if not folder.is_dir():
+        problem = f"is missing: the mask {masks.path} belongs to these updated weights"
+        raise ArtifactError(folder, problem, fix)
+    note = read_json(folder / NOTE, fix)
+    about = (note.get("fingerprint"), note.get("method")) if isinstance(note, dict) else None
+    if about != (masks.fingerprint, masks.method):
+        raise ArtifactError(folder, f"does not belong to the mask {masks.path}", fix)
+    return folder

@@ -11,7 +11,7 @@ from megamask.data.shards import check_vocabulary
 from megamask.errors import ConfigError
 from megamask.evaluate.rows import DENSE, Rows, log, results
 from megamask.masks.file import MaskSet
-from megamask.masks.find import open_masks
+from megamask.masks.find import open_masks, own_weights
 from megamask.model.checkpoint import read_note
 from megamask.parallel.mesh import check_layout, start
 from megamask.weights.architecture import Architecture, read_architecture
@@ -69,4 +69,5 @@ def find_masks(
     masks = {name: open_masks(text, config, arch) for name, text in named.items()}
     for found in masks.values():
         found.check(shapes=linear_shapes(arch), fingerprint=fingerprint)
+        own_weights(found, paths)
     return masks

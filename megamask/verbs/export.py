@@ -4,15 +4,21 @@ transformers loads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from megamask.config import Config, run_paths
-from megamask.errors import ConfigError
-from megamask.export.masked_folder import STAMP, _weights, export
+from megamask.errors import ArtifactError, ConfigError
+from megamask.export.masked_folder import STAMP, export
+from megamask.masks.find import own_weights
 from megamask.masks.verify import check_strictly, configured_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import require_writable
-from megamask.weights.hf_files import open_checked, require_own
+from megamask.weights.architecture import read_architecture
+from megamask.weights.hf_files import HFReader, open_checked, require_own
 
 
 def run(config: Config) -> None:
@@ -39,4 +45,31 @@ def run(config: Config) -> None:
         check_strictly(masks, paths.hf)
         masks.check(pattern=Pattern.parse(config.pattern))
     weights = Path(config.export.weights) if config.export.weights else None
-    export(paths.hf, paths.export, _weights(reader, paths.hf, weights), masks)
+    if weights is None and masks is not None:
+        weights = own_weights(masks, paths)
+    with tensors_of(config, reader, weights) as tensors:
+        export(paths.hf, paths.export, tensors, masks)
+
+
+@contextmanager
+def tensors_of(
+    config: Config, reader: HFReader, weights: Path | None
+) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """The tensors to export, by Hugging Face name: those of Megatron ``weights``, else the model's.
+
+    Raises:
+        ArtifactError: ``weights`` are missing or torn.
+    """
+    if weights is None:
+        yield ((name, reader.tensor(name)) for name in reader.names())
+        return
+    if not weights.is_dir():
+        fix = "Point export.weights at Megatron weights that convert or prune made."
+        raise ArtifactError(weights, "is missing", fix)
+    # Only an export of Megatron weights needs Megatron-Core, and then one process on the CPU.
+    from megamask.model.checkpoint import megatron_to_hf
+    from megamask.parallel.mesh import start
+
+    alone = config.parallel.model_copy(update={"tp": 1, "sequence_parallel": False})
+    with start(config.model_copy(update={"parallel": alone, "device": "cpu"})):
+        yield megatron_to_hf(weights, read_architecture(run_paths(config).hf))

@@ -44,6 +44,12 @@ def run(config: Config) -> None:
     require_writable(out.parent, "extract.out")
     about = {key: masks.meta.get(key) for key in ("data", "evaluation")}
     save_masks(
-        out, masks, masks.pattern, fingerprint=masks.fingerprint, method=masks.method, **about
+        out,
+        masks,
+        masks.pattern,
+        fingerprint=masks.fingerprint,
+        method=masks.method,
+        updated_weights=masks.has_own_weights,
+        **about,
     )
     log.info("wrote %s: %s masks of %d linears from %s", out, masks.pattern, len(masks), masks.path)

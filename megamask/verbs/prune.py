@@ -221,6 +221,7 @@ def write_masks(
         fingerprint=made_from["fingerprint"],
         method=method,
         data=data,
+        updated_weights=CRITERIA[method].updates_weight,
     )
     log.info("wrote %s, %.1f s", path, seconds)
 

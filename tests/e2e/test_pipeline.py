@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from megamask import load_masks
+from megamask import apply_masks, load_masks
+from megamask.errors import ArtifactError
 from megamask.sparsity.pattern import Pattern
-from tests.e2e.program import Finished, contents, in_process, megamask
+from tests.e2e.program import Finished, contents, in_process, megamask, refusal
 
 pytestmark = pytest.mark.slow
 
@@ -163,6 +164,69 @@ def test_transformers_agrees_with_evaluate(
     assert dense != pytest.approx(
         exported, rel=1e-2
     )  # the comparison sees a mask that is not applied
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_is_exported_is_what_was_measured(
+    pipeline: tuple[Path, Any],
+    results: dict[str, Any],
+    settings: Callable[[Path], list[str]],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    """Also of a method with weights of its own, which are exported with its mask."""
+    run_dir, out = pipeline[0], tmp_path / "out"
+    done = in_process("export", *settings(run_dir), f"export.mask={method}", f"export.out={out}")
+    assert done.code == 0, done.stderr
+    measured = results["perplexity"]
+    for domain in DOMAINS:
+        found = transformers_perplexity(out, run_dir, domain)
+        assert found == pytest.approx(measured[method][domain], rel=2e-5)  # fp32, as above
+        others = {measured[row][domain] for row in measured if row != method}
+        assert all(found != pytest.approx(other, rel=2e-5) for other in others)
+
+
+def test_megatron_weights_become_the_folder_that_they_were_converted_from(
+    pipeline: tuple[Path, Any],
+    settings: Callable[[Path], list[str]],
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    from safetensors.torch import load_file
+
+    run_dir, out = pipeline[0], tmp_path / "out"
+    weights = [f"export.weights={run_dir / 'weights'}", "export.mask=dense"]
+    done = in_process("export", *settings(run_dir), *weights, f"export.out={out}")
+    assert done.code == 0, done.stderr
+    found, expected = (load_file(folder / "model.safetensors") for folder in (out, model))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_mask_of_updated_weights_is_not_applied_to_others(
+    pipeline: tuple[Path, Any], model: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    with pytest.raises(ArtifactError, match="megamask export export.mask=sparsegpt_update"):
+        apply_masks(loaded, pipeline[0] / "masks" / "sparsegpt_update.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_updated_weights_that_are_gone_or_others_are_refused(
+    pipeline: tuple[Path, Any], settings: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(pipeline[0], tmp_path / "run"))
+    weights = run_dir / "weights-sparsegpt_update"
+    note = json.loads((weights / "megamask.json").read_text())
+    (weights / "megamask.json").write_text(json.dumps({**note, "fingerprint": "0" * 64}))
+    for problem in ("does not belong to the mask", "is missing"):
+        for verb, key in (("export", "export.mask"), ("evaluate", "evaluate.masks.row")):
+            done = in_process(verb, *settings(run_dir), f"{key}=sparsegpt_update")
+            assert problem in refusal(done)
+        shutil.rmtree(weights, ignore_errors=True)
 
 
 def test_the_exported_folder_is_plain_and_holds_the_mask(
