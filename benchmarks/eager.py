@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the usual name
+import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from benchmarks.lab import LOGIT_STD, Lab

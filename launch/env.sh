@@ -68,7 +68,7 @@ megamask_env() {
     local extras="$1" stamp key torch_version options started=$SECONDS
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         die "$PYTHON is missing or older than Python 3.10. Name another one with PYTHON=/path/to/python3."
-    key="$(cat "$REPO/setup.py" "$REPO/constraints.txt" <(printf '%s\n' "$extras" "$REPO" "$("$PYTHON" -VV)") | cksum | tr ' ' -)"
+    key="$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" <(printf '%s\n' "$extras" "$REPO" "$("$PYTHON" -VV)") | cksum | tr ' ' -)"
     stamp="$VENV/.installed-$key"
     if [ ! -e "$stamp" ] || [ ! -x "$VENV/bin/python" ]; then
         torch_version="$(host_torch || true)"

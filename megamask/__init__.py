@@ -15,7 +15,7 @@ _LAZY = {
     "apply_masks": "megamask.masks.apply",
     "verify": "megamask.masks.verify",
 }
-__all__ = ["__version__", *_LAZY]  # noqa: PLE0604 - names, all of them
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the usual name
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.config import Config

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the usual name
+import torch.nn.functional as F
 
 from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size, from_ranks, pieces
 

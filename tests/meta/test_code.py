@@ -1,0 +1,89 @@
+"""Nothing in the package is dead, and no rule is written twice."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vulture import Vulture
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGE = sorted((REPO / "megamask").rglob("*.py"))
+KINDS = {"function", "method", "class", "property", "import"}
+# Names that only others use -> who does.
+USED_ELSEWHERE = {
+    "__getattr__": "Python",
+    "__dir__": "Python",
+    "_": "torch.library",
+    "add_gradient": "torch.library",
+    "apply_masks": "users of the package",
+    "unique_identifiers": "Megatron's blended dataset",
+    "full_logits": "tests of parity",
+}
+LONG = 40  # characters of a literal that must not stand in two files
+
+
+def unused(paths: list[Path]) -> dict[str, str]:
+    """Name -> place of every function, method, class, property and import that nobody names."""
+    vulture = Vulture()
+    vulture.scavenge([str(path) for path in paths])
+    found = [item for item in vulture.get_unused_code(min_confidence=60) if item.typ in KINDS]
+    return {item.name: f"{item.filename}:{item.first_lineno}" for item in found}
+
+
+def test_everything_is_used() -> None:
+    users = [path for room in ("benchmarks", "studies") for path in (REPO / room).rglob("*.py")]
+    found = unused([*PACKAGE, *users])
+    here = {name: place for name, place in found.items() if "/megamask/" in place}
+    dead = {name: place for name, place in here.items() if name not in USED_ELSEWHERE}
+    assert not dead, "remove it, or say in USED_ELSEWHERE who uses it"
+
+
+def test_a_dead_function_is_found(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("def used(): ...\ndef dead(): ...\nused()\n")
+    assert list(unused([tmp_path / "module.py"])) == ["dead"]
+
+
+def literals(path: Path) -> Iterator[str]:
+    """Long string literals of a file, and the constant parts of its f-strings; no docstrings."""
+    tree = ast.parse(path.read_text())
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in docstrings and len(node.value.strip()) >= LONG:
+            yield node.value.strip()
+
+
+def repeated(paths: list[Path]) -> dict[str, list[str]]:
+    """Literal -> the files that hold it, where these are several."""
+    places = defaultdict(set)
+    for path in paths:
+        for literal in literals(path):
+            places[literal].add(path.name)
+    return {literal: sorted(names) for literal, names in places.items() if len(names) > 1}
+
+
+def test_no_rule_is_written_twice() -> None:
+    """An error message in two files tells one rule in two places: one of them will be forgotten."""
+    assert repeated(PACKAGE) == {}
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [("x = 'A' + f'{{y}}{0}'", 1), ("def f():\n    '''{0}'''\n", 0), ("x = '{0}, no'", 0)],
+)
+def test_a_repeated_rule_is_found(tmp_path: Path, second: str, expected: int) -> None:
+    rule = "every row of the mask must keep the same number"
+    first, other = tmp_path / "first.py", tmp_path / "other.py"
+    first.write_text(f"raise ValueError('{rule}')\n")
+    other.write_text(second.format(rule) + "\n")
+    assert len(repeated([first, other])) == expected
