@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from benchmarks.lab import LOGIT_STD, Lab
-from megamask.model.objective import token_losses
 
 
 class EagerSide:
@@ -81,7 +80,7 @@ class EagerSide:
         _, tokens, labels = next(micro_batches)
         device = self.lab.mesh.device
         self.norms.clear()
-        losses = token_losses(model, tokens.to(device), labels.to(device))
+        losses = model.token_losses(tokens.to(device), labels.to(device))
         penalty = 1e-5 * torch.stack(self.norms).sum() / self.lab.plan.accumulations
         return losses, lambda output: (output.mean() - penalty, output.mean().detach())
 

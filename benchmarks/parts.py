@@ -17,6 +17,7 @@ import megamask.learn.gumbel as step_module
 from benchmarks.common import now
 from benchmarks.lab import Lab
 from megamask.data.batches import BatchPlan
+from megamask.model.language_model import LanguageModel
 from megamask.sparsity.backends import backend_by_name
 
 REST = "rest of the model"
@@ -83,7 +84,7 @@ def time_parts(lab: Lab, parts: Parts) -> Iterator[None]:
                 )
             )
         stack.enter_context(patch.object(BatchPlan, "micro_batches", _timed_batches(parts)))
-        stack.callback(_time_vocabulary(lab.masked_model.model, parts))
+        stack.enter_context(_vocabulary_timed(lab.masked_model.model, parts))
         yield
     seconds = parts.steps[-1]
     total = now(parts.device) - begin
@@ -132,11 +133,12 @@ def _timed_batches(parts: Parts) -> Callable[..., Any]:
     return micro_batches
 
 
-def _time_vocabulary(model: Any, parts: Parts) -> Callable[[], None]:
-    """Time what lies after the last layer, forward and backward, through hooks on its input and
-    output. Returns how to stop.
+@contextmanager
+def _vocabulary_timed(model: LanguageModel, parts: Parts) -> Iterator[None]:
+    """Time the way from the hidden states to the losses: forward as a call, backward from the
+    gradient of the losses to the gradient of the hidden states.
     """
-    mark: dict[str, float] = {}
+    original, mark = model.losses, {"backward": 0.0}
 
     def start_backward(_: torch.Tensor) -> None:
         mark["backward"] = now(parts.device)
@@ -144,21 +146,13 @@ def _time_vocabulary(model: Any, parts: Parts) -> Callable[[], None]:
     def end_backward(_: torch.Tensor) -> None:
         parts.add("vocabulary backward", mark["backward"])
 
-    def after_layers(_module: Any, _inputs: Any, hidden: torch.Tensor) -> None:
-        hidden.register_hook(end_backward)
-        mark["forward"] = now(parts.device)
+    def losses(hidden_SBH: torch.Tensor, objective: Any) -> tuple[torch.Tensor, ...]:
+        hidden_SBH.register_hook(end_backward)
+        begin = now(parts.device)
+        found = original(hidden_SBH, objective)
+        parts.add("vocabulary forward", begin)
+        found[0].register_hook(start_backward)
+        return found
 
-    def after_model(_module: Any, _inputs: Any, losses: torch.Tensor) -> None:
-        parts.add("vocabulary forward", mark["forward"])
-        losses.register_hook(start_backward)
-
-    handles = [
-        model.decoder.register_forward_hook(after_layers),
-        model.register_forward_hook(after_model),
-    ]
-
-    def stop() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return stop
+    with patch.object(model, "losses", losses):
+        yield

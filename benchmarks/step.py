@@ -26,7 +26,6 @@ from benchmarks.lab import Lab, add_model_options, open_lab
 from benchmarks.parts import Parts, time_parts
 from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.learn.metrics.monitor import peak_memory_gib
-from megamask.model.objective import token_losses
 from megamask.plan.hardware import GPUS
 from megamask.plan.time import flops_per_token
 from megamask.plan.workload import Workload
@@ -62,7 +61,7 @@ class DenseSide:
     def _forward(self, micro_batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
         _, tokens, labels = next(micro_batches)
         device = self.lab.mesh.device
-        losses = token_losses(model, tokens.to(device), labels.to(device))
+        losses = model.token_losses(tokens.to(device), labels.to(device))
         return losses, lambda output: (output.mean(), output.mean().detach())
 
     @contextmanager

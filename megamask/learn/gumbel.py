@@ -20,7 +20,7 @@ from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
 from megamask.learn.masked_model import MaskedModel
 from megamask.learn.schedules import linear, weight_norm_coef
-from megamask.model.objective import objective_losses
+from megamask.model.objective import loss_of
 from megamask.optim.optimizers import build_optimizer
 from megamask.optim.schedule import Schedule, gradient_norm
 from megamask.optim.zero1 import Replicas
@@ -74,6 +74,7 @@ class Learner:
         model_config.no_sync_func = self.replicas.no_sync if self.replicas else self.ddp.no_sync
         model_config.finalize_model_grads_func = self._finalize
         masked_model.switch.regenerate = learn.state.masked_weight == "regenerate"
+        self.loss = loss_of(learn.loss, masked_model.switch)
         self.draws_once = learn.sampling.draws == "step"
         self.optimizer = build_optimizer(config, list(masked_model.linears.values()), self.replicas)
         self.schedule = Schedule(learn)
@@ -193,9 +194,7 @@ class Learner:
                 watch=number == first,
                 fresh=number == first,
             )
-        losses = objective_losses(
-            model, tokens.to(device), labels.to(device), self.config.learn.loss, switch
-        )
+        losses = self.loss(self.masked_model.model, tokens.to(device), labels.to(device))
         norm = self.mesh.sum_over_tp(
             torch.stack([one.to(device) for one in switch.norms.values()]).sum()
         )

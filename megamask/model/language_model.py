@@ -1,8 +1,12 @@
-"""A GPTModel whose vocabulary may be padded, with a loss that never holds all logits."""
+"""Megatron's GPTModel that gives hidden states, and the losses that are made of them without ever
+holding all logits.
+
+Shapes: S tokens of a sequence, B sequences, H hidden, V rows of the vocabulary on this rank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,38 +16,79 @@ from megatron.core.models.gpt import GPTModel
 from megamask.model.vocabulary import CrossEntropy, Objective, VocabularyShard, fused_loss
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """The losses of every target, (B, S) fp32 in nats, equal on all TP ranks.
+
+    Attributes:
+        objective: the loss to minimise, differentiable.
+        lm: cross entropy.
+        kd: the divergence from the dense model times the squared temperature; None without a
+            teacher.
+    """
+
+    objective: torch.Tensor
+    lm: torch.Tensor
+    kd: torch.Tensor | None = None
+
+
 class LanguageModel(GPTModel):  # type: ignore[misc]
-    """GPTModel with a fused loss that knows which of this rank's vocabulary rows are real; the
-    others never take part in a softmax.
+    """A GPTModel whose forward pass ends with the hidden states after the last norm.
+
+    Losses are made of the hidden states by :meth:`losses`, which knows the real rows of this rank's
+    vocabulary: rows that only pad it never take part in a softmax. The model runs without the
+    wrapper of Megatron's DDP, whose own forward pass only calls it.
     """
 
     shard: VocabularyShard
 
-    def losses(self, hidden_SBH: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, ...]:
-        """The objective's loss of every token, and what else it measured, (B, S) fp32 each.
+    def hidden_states(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last norm, (S, B, H); with sequence parallel, this rank's part of
+        S.
+        """
+        hidden_SBH: torch.Tensor = self(
+            input_ids=tokens_BS, position_ids=positions(tokens_BS), attention_mask=None
+        )
+        return hidden_SBH
 
-        From the last layer's output; with sequence parallel, this rank's part of S. The objective's
-        tokens are S x B, in that order.
+    def token_losses(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of every target, (B, S) fp32 in nats, equal on all TP ranks."""
+        objective = CrossEntropy(labels_BS.t().flatten(), self.shard)
+        return self.losses(self.hidden_states(tokens_BS), objective)[0]
+
+    def losses(self, hidden_SBH: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, ...]:
+        """The objective's loss of every token and the other quantities that it measures, (B, S)
+        fp32 each.
+
+        Args:
+            hidden_SBH: as ``hidden_states`` returns them.
+            objective: a loss of S x B tokens, in that order.
         """
         hidden_SBH = self.whole(hidden_SBH)
         found = fused_loss(hidden_SBH.flatten(0, 1), self.head_VH, self.shard, objective)
         return tuple(one.view(hidden_SBH.shape[:2]).t().contiguous() for one in found)
 
+    def full_logits(self, tokens_BS: torch.Tensor, vocab: int) -> torch.Tensor:
+        """All logits on every rank, (B, S, ``vocab``): for comparisons, too large for learning."""
+        local_SBV, _ = self.output_layer(self.hidden_states(tokens_BS), weight=self.head_VH)
+        whole: torch.Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(local_SBV)
+        return whole.transpose(0, 1)[..., :vocab].contiguous()
+
     def whole(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        """Hidden states of all of S, as the head of this rank sees them; backward, the ranks'
-        gradients are summed.
+        """Hidden states of all of S, as the head of this rank needs them; the backward pass sums
+        the gradients of the ranks.
         """
         if self.config.sequence_parallel:
             whole_SBH: torch.Tensor = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_SBH
-            )  # backward: each keeps its part
+            )  # backward: each rank keeps its part
             return whole_SBH
         same_SBH: torch.Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH)
         return same_SBH
 
     @property
     def head_VH(self) -> torch.Tensor:
-        """This rank's rows of the vocabulary matrix, with those that pad."""
+        """This rank's rows of the vocabulary matrix, with the rows that only pad it."""
         tied = self.share_embeddings_and_output_weights
         weight: torch.Tensor = (
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
@@ -59,36 +104,11 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
             if layer.weight is not None:
                 layer.weight[self.shard.real :] = 0
 
-    def _postprocess(self, *, hidden_states: torch.Tensor, labels: Any = None, **rest: Any) -> Any:
-        """Megatron's seam after the last layer (called by keyword from 0.14 on): without labels,
-        its own logits.
-
-        Labels (B, S) give the fused loss. Labels that are a ``Reading`` give whatever that makes of
-        the hidden states.
+    def _postprocess(self, *, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Megatron calls this method after the last layer (by keyword from 0.14 on) to make logits
+        or a loss; this model returns the hidden states as they are.
         """
-        if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
-        if isinstance(labels, torch.Tensor):
-            return self.losses(hidden_states, CrossEntropy(labels.t().flatten(), self.shard))[0]
-        return labels(self, hidden_states)
-
-
-Reading = Callable[
-    [LanguageModel, torch.Tensor], Any
-]  # of hidden states (S, B, H) after the last norm, within the model's forward pass
-
-
-def _read(model: Any, tokens_BS: torch.Tensor, labels: torch.Tensor | Reading | None = None) -> Any:
-    return model(
-        input_ids=tokens_BS, position_ids=positions(tokens_BS), attention_mask=None, labels=labels
-    )
-
-
-def full_logits(model: LanguageModel, tokens_BS: torch.Tensor, vocab: int) -> torch.Tensor:
-    """All logits on every rank, (B, S, V): for comparisons, not for learning."""
-    local = _read(model, tokens_BS)
-    whole: torch.Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(local)
-    return whole[..., :vocab]
+        return hidden_states
 
 
 def positions(tokens_BS: torch.Tensor) -> torch.Tensor:

@@ -1,91 +1,73 @@
-"""A GPTModel whose vocabulary may be padded, and what is learned from its outputs: the text, the
-dense model, or both.
-"""
+"""The losses that a masked model can learn from: of the text, of the dense model, or of both."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from megamask.config.tree import LossSection
 from megamask.model.distillation import Distillation
-from megamask.model.language_model import LanguageModel, _read
+from megamask.model.language_model import LanguageModel, TokenLosses
 from megamask.parallel.mask_context import MaskSwitch
 
-
-@dataclass(frozen=True)
-class TokenLosses:
-    """What a model makes of every target, (B, S) fp32 nats, equal on all TP ranks.
-
-    Attributes:
-        objective: what is minimised, differentiable.
-        lm: cross entropy.
-        kd: divergence from the dense model, with its temperature's square; None where it takes no
-            part.
-    """
-
-    objective: torch.Tensor
-    lm: torch.Tensor
-    kd: torch.Tensor | None = None
+# (model, tokens (B, S), labels (B, S)) -> losses of every target
+Loss = Callable[[LanguageModel, torch.Tensor, torch.Tensor], TokenLosses]
 
 
-def objective_losses(
-    model: Any,
+def loss_of(section: LossSection, switch: MaskSwitch) -> Loss:
+    """The loss that ``learn.loss`` asks for, of models whose masks ``switch`` controls."""
+    if section.kind == "lm":
+        return text_losses
+    return partial(distilled_losses, section=section, switch=switch)
+
+
+def text_losses(
+    model: LanguageModel, tokens_BS: torch.Tensor, labels_BS: torch.Tensor
+) -> TokenLosses:
+    """The cross entropy of every target, and nothing else."""
+    losses_BS = model.token_losses(tokens_BS, labels_BS)
+    return TokenLosses(losses_BS, losses_BS.detach())
+
+
+def distilled_losses(
+    model: LanguageModel,
     tokens_BS: torch.Tensor,
     labels_BS: torch.Tensor,
-    settings: LossSection,
+    section: LossSection,
     switch: MaskSwitch,
     teacher_SBH: torch.Tensor | None = None,
 ) -> TokenLosses:
-    """The losses of every target under ``learn.loss``. ``model`` may be wrapped for DDP.
+    """The divergence from the dense model at every target (kd), alone or mixed with the cross
+    entropy.
 
     Args:
-        switch: of the model's masks, which are as they should be; a teacher runs without them.
-        teacher_SBH: ``dense_hidden`` of the same tokens, where it is at hand; None makes it where
-            it is needed.
+        model: the student, under the masks that ``switch`` has set.
+        tokens_BS: input tokens.
+        labels_BS: targets.
+        section: ``learn.loss`` with ``kind`` kd or mix.
+        switch: turns the masks off for the teacher.
+        teacher_SBH: ``dense_hidden`` of the same tokens; None computes it.
     """
-    if settings.kind == "lm":
-        losses = token_losses(model, tokens_BS, labels_BS)
-        return TokenLosses(losses, losses.detach())
     dense_SBH = dense_hidden(model, tokens_BS, switch) if teacher_SBH is None else teacher_SBH
-
-    def compare(inner: LanguageModel, hidden_SBH: torch.Tensor) -> TokenLosses:
-        teacher_TH, weight_VH = (
-            inner.whole(dense_SBH).flatten(0, 1),
-            inner.head_VH[: inner.shard.real],
-        )
-        share = settings.share if settings.kind == "mix" else 1.0
-        labels_T = labels_BS.t().flatten()
-        objective = Distillation(
-            labels_T,
-            teacher_TH,
-            weight_VH,
-            inner.shard,
-            settings.temperature,
-            settings.top_k,
-            share,
-        )
-        return TokenLosses(*inner.losses(hidden_SBH, objective))
-
-    found: TokenLosses = _read(model, tokens_BS, compare)
-    return found
+    hidden_SBH = model.hidden_states(tokens_BS)
+    objective = Distillation(
+        labels_T=labels_BS.t().flatten(),
+        teacher_TH=model.whole(dense_SBH).flatten(0, 1),
+        weight_VH=model.head_VH[: model.shard.real],
+        shard=model.shard,
+        temperature=section.temperature,
+        top_k=section.top_k,
+        share=section.share if section.kind == "mix" else 1.0,
+    )
+    return TokenLosses(*model.losses(hidden_SBH, objective))
 
 
 @torch.no_grad()
-def dense_hidden(model: Any, tokens_BS: torch.Tensor, switch: MaskSwitch) -> torch.Tensor:
-    """Hidden states of the model without masks, after the last norm: (S, B, H); with sequence
-    parallel, this rank's part of S.
+def dense_hidden(model: LanguageModel, tokens_BS: torch.Tensor, switch: MaskSwitch) -> torch.Tensor:
+    """Hidden states of the model without masks, (S, B, H); with sequence parallel, this rank's part
+    of S.
     """
     with switch.without_masks():
-        hidden_SBH: torch.Tensor = _read(model, tokens_BS, lambda _, hidden_SBH: hidden_SBH)
-    return hidden_SBH
-
-
-def token_losses(model: Any, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of every target, (B, S) fp32 nats, equal on all TP ranks. ``model`` may be
-    wrapped for DDP.
-    """
-    losses: torch.Tensor = _read(model, tokens_BS, labels_BS)
-    return losses
+        return model.hidden_states(tokens_BS)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
-from megamask.model.objective import token_losses
+from megamask.model.language_model import LanguageModel
 from megamask.parallel.mesh import Mesh
 
 
 @torch.no_grad()
-def perplexity(model: Any, mesh: Mesh, windows_NS: torch.Tensor, micro_batch: int) -> float:
+def perplexity(
+    model: LanguageModel, mesh: Mesh, windows_NS: torch.Tensor, micro_batch: int
+) -> float:
     """exp of the mean cross entropy over the S - 1 targets of every window.
 
     Windows are dealt to the data-parallel copies in turn; the sums are fp64, so their order does
@@ -22,7 +23,7 @@ def perplexity(model: Any, mesh: Mesh, windows_NS: torch.Tensor, micro_batch: in
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in batches[mesh.dp_rank :: mesh.dp]:
         batch = batch.to(mesh.device)
-        losses = token_losses(model, batch, batch.roll(-1, dims=1))[:, :-1]
+        losses = model.token_losses(batch, batch.roll(-1, dims=1))[:, :-1]
         total += torch.stack(
             [
                 losses.sum(dtype=torch.float64),

@@ -15,7 +15,8 @@ import torch
 from megamask.learn.gumbel import Learner, StepResult
 from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.learn.snapshot import Snapshots
-from megamask.model.objective import TokenLosses, dense_hidden, objective_losses, token_losses
+from megamask.model.language_model import TokenLosses
+from megamask.model.objective import dense_hidden, loss_of
 from megamask.parallel.mesh import start
 from megamask.sparsity.draw import Draw
 from megamask.sparsity.noise import NoiseKey
@@ -226,7 +227,7 @@ def look_at_teachers(rank: int, run_dir: Path) -> dict[str, Any]:
             linear.drop_draw()
             linear.fold(linear.hard_mask())
         found["folded"] = look(masked_model, config, batch)
-        found["folded-lm"] = token_losses(masked_model.model, *batch).detach()
+        found["folded-lm"] = masked_model.model.token_losses(*batch).detach()
     return found
 
 
@@ -234,9 +235,9 @@ def look(
     masked_model: MaskedModel, config: Any, batch: list[torch.Tensor]
 ) -> tuple[torch.Tensor, TokenLosses]:
     with torch.no_grad():
-        return dense_hidden(masked_model.model, batch[0], masked_model.switch), objective_losses(
-            masked_model.model, *batch, config.learn.loss, masked_model.switch
-        )
+        return dense_hidden(masked_model.model, batch[0], masked_model.switch), loss_of(
+            config.learn.loss, masked_model.switch
+        )(masked_model.model, *batch)
 
 
 def test_the_teacher_has_no_masks_whatever_is_drawn(tiny_run: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from megamask.config import Config, load_config
 from megamask.model.build import build_model
 from megamask.model.checkpoint import fill_from_hf, load_weights, megatron_to_hf
-from megamask.model.language_model import LanguageModel, full_logits
+from megamask.model.language_model import LanguageModel
 from megamask.model.perplexity import perplexity
 from megamask.parallel.mesh import Mesh, start
 from megamask.verbs.convert import run as convert
@@ -129,5 +129,5 @@ def hf_tensors(weights: Path) -> dict[str, torch.Tensor]:
 def output(model: LanguageModel, arch: Architecture, mesh: Mesh, tokens_NS: torch.Tensor) -> Output:
     """Logits and perplexity; every rank gets both."""
     model.eval()
-    logits = torch.cat([full_logits(model, rows, arch.vocab) for rows in tokens_NS.split(2)])
+    logits = torch.cat([model.full_logits(rows, arch.vocab) for rows in tokens_NS.split(2)])
     return Output(logits, perplexity(model, mesh, tokens_NS, 2))

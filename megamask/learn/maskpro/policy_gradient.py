@@ -45,7 +45,6 @@ from megamask.learn.masked_model import MaskedModel
 from megamask.learn.maskpro import score, score_numba
 from megamask.learn.maskpro.samples import InitialLosses, numbers_of
 from megamask.learn.maskpro.score import choose_score, draw_of
-from megamask.model.objective import token_losses
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.draw import Draw
@@ -204,7 +203,7 @@ class MaskPro:
         """Mean loss of every sample, (B,) fp64 on the CPU, under what the linears now see."""
         device = self.mesh.device
         return (
-            token_losses(self.masked_model.model, tokens.to(device), labels.to(device))
+            self.masked_model.model.token_losses(tokens.to(device), labels.to(device))
             .double()
             .mean(1)
             .cpu()
