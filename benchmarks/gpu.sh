@@ -81,7 +81,7 @@ learning_run() {
     set -e
     local settings first="convert tokenize prune"
     settings=(--config "${RECIPE:-configs/recipes/quickstart.yaml}" "run_dir=$WORK/run" "device=$DEVICE" "learn.steps=${STEPS:-100}")
-    settings+=(learn.monitor.tensorboard=false learn.monitor.wandb=off "prune.methods=[sparsegpt]")
+    settings+=("learn.monitor.sinks=[]" "prune.methods=[sparsegpt]")
     if [ -n "${GGUF:-}" ]; then
         settings+=("model.gguf=$GGUF")
         first="gguf $first"
@@ -120,10 +120,10 @@ benchmark parity parity "${parity[@]}"
 benchmark sampling sampling "${sampling[@]}"
 benchmark step step "${step[@]}"
 benchmark step-one-draw step "${once[@]}" learn.sampling.draws=step
-benchmark step-whole-model step "${whole[@]}" learn.footprint=leanest learn.sampling.draws=step
+benchmark step-whole-model step "${whole[@]}" learn.memory=leanest learn.sampling.draws=step
 benchmark plan plan "${plan[@]}"
-for footprint in default lean leanest; do
-    benchmark "memory-$footprint" memory "${memory[@]}" "learn.footprint=$footprint"
+for state in default lean leanest; do
+    benchmark "memory-$state" memory "${memory[@]}" "learn.memory=$state"
 done
 if [ -n "${HF:-}${GGUF:-}" ]; then
     export -f learning_run verbs

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megamask.config import Config, load_config
+from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.data.batches import BatchPlan
 from megamask.learn.gumbel import Learner
 from megamask.learn.masked_model import MaskedModel
@@ -71,7 +72,7 @@ def read_config(options: argparse.Namespace) -> Config:
         "device": options.device,
         "dtype": options.dtype,
         "data.seq_length": options.seq,
-        "learn.distribution": "categorical",
+        "learn.method": "categorical",
         "learn.micro_batch": options.micro,
         "learn.global_batch": options.micro * options.accumulate,
     }
@@ -133,7 +134,7 @@ def random_masked_model(
             config.learn.sampling.backend,
             mesh.device,
             config.learn.state.logits,
-            config.learn.distribution,
+            DISTRIBUTION_OF[config.learn.method],
         )
     masked_model = MaskedModel(arch, pattern, "", model, linears, switch, None)
     for logits in masked_model.mask_logits:

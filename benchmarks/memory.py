@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     with open_lab(options, steps=2) as lab:
         kept = kept_for_backward(lab)
         mask_statistics = MaskStatistics(
-            lab.masked_model, lab.mesh, lab.config.learn.state.movement
+            lab.masked_model, lab.mesh, lab.config.learn.state.track_flips
         )
         assert lab.learner is not None
         lab.learner.step(1, lab.plan)

@@ -118,7 +118,7 @@ def build(
         None,
         [
             f"device={device.type}",
-            "learn.distribution=categorical",
+            "learn.method=categorical",
             *(f"learn.{key}={value}" for key, value in settings.items()),
         ],
     )

@@ -62,7 +62,7 @@ def measure(lab: Lab, rounds: int) -> tuple[dict[str, int], float, float]:
     """(bytes held between steps, by part; peak bytes; median seconds of a step)."""
     learner, device, numbers = lab.learner, lab.mesh.device, iter(range(10**9))
     assert learner is not None
-    mask_statistics = MaskStatistics(lab.masked_model, lab.mesh, lab.config.learn.state.movement)
+    mask_statistics = MaskStatistics(lab.masked_model, lab.mesh, lab.config.learn.state.track_flips)
 
     def step() -> None:
         learner.step(next(numbers), lab.plan)

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import Timings, copy_bandwidth, interleave, parser, report, table
 from benchmarks.lab import LOGIT_STD
-from megamask.config.tree import SamplingSection
+from megamask.config.learn_tree import SamplingSection
 from megamask.errors import ConfigError
 from megamask.parallel.mesh import choose_device
 from megamask.sparsity.backends import backend_by_name, choose_backend

@@ -1,94 +1,60 @@
-"""``python -m megamask VERB --config FILE key=value``: a table of verbs. Nothing heavy is imported
-until a verb runs.
+"""``python -m megamask VERB --config FILE key=value``. Nothing heavy is imported until a verb
+runs.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
+from megamask.verbs.table import VERBS, Verb, words_of
 
-VERBS: dict[str, tuple[str, str]] = {  # verb: ("module:function", what it does)
-    "gguf": ("megamask.verbs.gguf:run", "unpack a GGUF file into a Hugging Face folder"),
-    "convert": (
-        "megamask.verbs.convert:run",
-        "Hugging Face folder -> Megatron weights, for any tensor parallel size",
-    ),
-    "tokenize": (
-        "megamask.verbs.tokenize:run",
-        "text domains -> token shards, some documents held out for evaluation",
-    ),
-    "prune": ("megamask.verbs.prune:run", "one-shot masks: magnitude, Wanda, SparseGPT"),
-    "plan": (
-        "megamask.verbs.plan:run",
-        "memory, time and GPU-hours of a learning run, before anything is launched",
-    ),
-    "learn": (
-        "megamask.verbs.learn:run",
-        "learn the mask of the frozen model; resumes from the last snapshot",
-    ),
-    "evaluate": (
-        "megamask.verbs.evaluate:run",
-        "held-out perplexity of the dense model and of every mask",
-    ),
-    "export": (
-        "megamask.verbs.export:run",
-        "Hugging Face folder + mask file -> masked Hugging Face folder",
-    ),
-    "report": ("megamask.verbs.report:run", "pictures and report.html of a run"),
-    "inspect": ("megamask.verbs.inspect:run", "print a mask file and verify it strictly"),
-    "diff": ("megamask.verbs.diff:run", "how two masks differ, by layer and by kind of linear"),
-    "extract": ("megamask.verbs.extract:run", "a snapshot's winners -> mask file"),
-}
 
-FLAGS: dict[str, dict[str, str]] = {  # verb: {flag: the setting it stands for}
-    "plan": {
-        "--model": "plan.model",
-        "--pattern": "pattern",
-        "--tp": "parallel.tp",
-        "--dp": "plan.dp",
-        "--gpu": "plan.gpu",
-        "--micro": "learn.micro_batch",
-        "--global-batch": "learn.global_batch",
-        "--seq": "data.seq_length",
-        "--steps": "learn.steps",
-        "--footprint": "learn.footprint",
-        "--json": "plan.out",
-    },
-    "diff": {"--json": "diff.out", "--picture": "diff.picture"},
-}
-ARGUMENTS: dict[
-    str, dict[str, str]
-] = {  # verb: {argument, by its place: the setting it stands for}
-    "diff": {"A": "diff.a", "B": "diff.b"},
-    "extract": {"SNAPSHOT": "extract.mask", "FILE": "extract.out"},
-}
+@dataclass
+class Request:
+    """A command line, taken apart.
+
+    Attributes:
+        verb: its name.
+        recipe: the file after ``--config``.
+        overrides: ``key.sub=value`` words.
+        arguments: of the verb itself, by the name of their field, as text.
+    """
+
+    verb: str
+    recipe: Path | None = None
+    overrides: list[str] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code (0 done, 2 user error, 75 interrupted after a snapshot,
     130 Ctrl-C).
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or "-h" in arguments or "--help" in arguments:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or "-h" in words or "--help" in words:
         print(_help())
-        return EXIT_OK if arguments else EXIT_USER_ERROR
+        return EXIT_OK if words else EXIT_USER_ERROR
     try:
-        verb, recipe, overrides = parse(arguments)
-        from megamask.config import load_config  # pydantic and yaml: not needed for --help
+        request = parse(words)
+        from megamask.config.load import read_settings  # pydantic and yaml: not needed for --help
 
-        config = load_config(recipe, overrides)
         _talk()
-        module, function = VERBS[verb][0].split(":")
-        return getattr(importlib.import_module(module), function)(config) or EXIT_OK
+        config, arguments = read_settings(request.recipe, request.overrides)
+        verb = VERBS[request.verb]
+        given = arguments.get(request.verb, {}) | request.arguments
+        run = importlib.import_module(verb.module).run
+        code = run(config, build_arguments(request.verb, given)) if verb.fields else run(config)
+        return code or EXIT_OK
     except MegamaskError as error:
         who = "" if os.environ.get("RANK", "0") == "0" else f" (rank {os.environ['RANK']})"
         print(f"megamask: error{who}: {error}", file=sys.stderr, flush=True)
@@ -98,63 +64,113 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, Path | None, list[str]]:
-    """Split the command line into verb, recipe and overrides; flags and arguments become overrides.
+def parse(words: Sequence[str]) -> Request:
+    """Take a command line apart. Shortcuts become overrides.
 
     Raises:
         ConfigError: no such verb (with the nearest name), an option that does not exist,
             ``--config`` without a file, an argument too many.
     """
-    verb, *rest = arguments
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+    name, *rest = words
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
         raise ConfigError(
             "verb",
-            verb,
+            name,
             f"one of {', '.join(VERBS)}",
             f"Did you mean {near[0]}?" if near else "Run megamask --help.",
         )
-    recipe: Path | None = None
-    overrides: list[str] = []
-    flags, arguments_left = FLAGS.get(verb, {}), list(ARGUMENTS.get(verb, {}).values())
+    verb, request = VERBS[name], Request(name)
+    positional = list(verb.positional)
     while rest:
         word = rest.pop(0)
-        if word == "--config" or word.startswith("--config="):
-            if not (name := word.partition("=")[2] or (rest.pop(0) if rest else "")):
-                raise ConfigError(
-                    "--config",
-                    name,
-                    "needs a recipe file",
-                    "Write --config configs/recipes/quickstart.yaml.",
-                )
-            recipe = Path(name)
-        elif word.partition("=")[0] in flags:
-            flag, given, value = word.partition("=")
-            if not given and not rest:
-                raise ConfigError(flag, "", "needs a value", "Write it after the flag.")
-            overrides.append(f"{flags[flag]}={value if given else rest.pop(0)}")
-        elif word.startswith("-"):
-            allowed = "--config FILE, or key.sub=value without dashes" + (
-                f"; {verb} also has {', '.join(flags)}" if flags else ""
+        flag, has_value, value = word.partition("=")
+        if flag == "--config":
+            request.recipe = Path(_value(flag, value, has_value, rest))
+        elif flag in verb.flags:
+            request.arguments[verb.flags[flag].name] = _value(flag, value, has_value, rest)
+        elif flag in verb.shortcuts:
+            request.overrides.append(
+                f"{verb.shortcuts[flag]}={_value(flag, value, has_value, rest)}"
             )
-            raise ConfigError("option", word, allowed, "Run megamask --help.")
-        elif verb in ARGUMENTS and "=" not in word:
-            if not arguments_left:
-                raise ConfigError(
-                    "argument",
-                    word,
-                    f"{verb} takes {' '.join(ARGUMENTS[verb])}, and key.sub=value",
-                    "Leave it out.",
-                )
-            overrides.append(f"{arguments_left.pop(0)}={json.dumps(word)}")  # quoted, for YAML
+        elif word.startswith("-"):
+            raise ConfigError("option", word, _options(name, verb), f"Run megamask {name} --help.")
+        elif verb.positional and not _is_override(word):
+            if not positional:
+                takes = " ".join(words_of(one) for one in verb.positional)
+                allowed = f"{name} takes {takes}, and key.sub=value"
+                raise ConfigError("argument", word, allowed, "Leave it out.")
+            request.arguments[positional.pop(0).name] = word
         else:
-            overrides.append(word)
-    return verb, recipe, overrides
+            request.overrides.append(word)
+    return request
+
+
+def build_arguments(name: str, given: dict[str, Any]) -> Any:
+    """The arguments dataclass of the verb ``name``.
+
+    Raises:
+        ConfigError: an argument that is missing or has a value that is not allowed.
+    """
+    verb = VERBS[name]
+    assert verb.arguments is not None
+    checked = {one.name: _checked(one, given[one.name]) for one in verb.fields if one.name in given}
+    for one in verb.fields:
+        if one.name not in checked and one.default is MISSING:
+            takes = " ".join(words_of(other) for other in verb.positional)
+            fix = f"Write megamask {name} {takes}."
+            raise ConfigError(words_of(one), None, str(one.metadata["help"]), fix)
+    return verb.arguments(**checked)
+
+
+def _checked(one: Field[Any], value: Any) -> Any:
+    flag = words_of(one).partition(" ")[0]
+    if value is None:
+        return None
+    if one.metadata["kind"] is int:
+        text = str(value)
+        if not text.isdecimal() or int(text) == 0:
+            raise ConfigError(flag, value, "a whole number above 0", "Correct it.")
+        return int(text)
+    choices = one.metadata["choices"]
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        fix = f"Did you mean {near[0]}?" if near else "Correct it, or leave it out."
+        raise ConfigError(flag, value, f"one of {', '.join(choices)}", fix)
+    return str(value)
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word sets a setting: ``a.b=c``, while a path may hold = after a slash."""
+    key, sign, _ = word.partition("=")
+    return bool(sign) and "/" not in key
+
+
+def _value(flag: str, value: str, has_value: str, rest: list[str]) -> str:
+    """The value of a flag: after its =, or the next word."""
+    if not has_value and rest:
+        return rest.pop(0)
+    if not value:
+        fix = "Write --config configs/recipes/quickstart.yaml."
+        allowed = "needs a recipe file" if flag == "--config" else "needs a value"
+        raise ConfigError(
+            flag, "", allowed, fix if flag == "--config" else "Write it after the flag."
+        )
+    return value
+
+
+def _options(name: str, verb: Verb) -> str:
+    own = ", ".join([*verb.flags, *(one for one in verb.shortcuts if one not in HIDDEN)])
+    allowed = "--config FILE, or key.sub=value without dashes"
+    return f"{allowed}; {name} also has {own}" if own else allowed
+
+
+HIDDEN = ("--footprint",)  # words of before
 
 
 def _talk() -> None:
-    """What verbs log goes to the terminal, from the main process; Megatron's remarks on optional
-    packages do not.
+    """Send what verbs log to the terminal, from the main process; Megatron's remarks on optional
+    packages stay out of it.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     handler = (
@@ -169,27 +185,19 @@ def _help() -> str:
     lines = [
         "usage: megamask VERB [--config FILE] [key.sub=value ...]",
         "",
-        *(f"  {verb:<9} {what}" for verb, (_, what) in VERBS.items()),
+        *(f"  {name:<9} {verb.summary}" for name, verb in VERBS.items()),
+        "",
     ]
-    lines.append("")
-    for verb in dict.fromkeys([*ARGUMENTS, *FLAGS]):
-        lines.append(
-            " ".join(
-                [
-                    "megamask",
-                    verb,
-                    *ARGUMENTS.get(verb, {}),
-                    *(f"[{flag} …]" for flag in FLAGS.get(verb, {})),
-                ]
-            )
-        )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Settings and their defaults: megamask/config/tree.py. Recipes: configs/recipes/.",
-        ]
-    )
+    for name, verb in VERBS.items():
+        if verb.fields:
+            words = [words_of(one) for one in verb.positional]
+            flags = [*verb.flags, *(one for one in verb.shortcuts if one not in HIDDEN)]
+            lines.append(" ".join(["megamask", name, *words, *(f"[{flag} …]" for flag in flags)]))
+    lines += [
+        "",
+        "Settings and their defaults: megamask/config/tree.py. Recipes: configs/recipes/.",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,46 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megamask.config import Config, RunPaths, load_config, run_paths
+from megamask.config import Config, RunPaths, deciding, load_config, run_paths
+from megamask.config.legacy import upgrade_note
 from megamask.errors import EXIT_USER_ERROR, ConfigError, MegamaskError
 from megamask.storage import read_json, write_json
 
-# The settings each stage reads itself, and those below them that may change without changing what
-# it makes.
 READS = {
-    "gguf": ("model.gguf",),
-    "convert": ("model.hf",),
-    "tokenize": ("data.tokenizer", "data.domains", "data.append_eod"),
-    "prune": (
-        "pattern",
-        "dtype",
-        "model.include",
-        "model.exclude",
-        "data.blend",
-        "data.seq_length",
-        "calibration",
-        "prune",
-    ),
-    "learn": (
-        "pattern",
-        "dtype",
-        "seed",
-        "model.include",
-        "model.exclude",
-        "data.blend",
-        "data.seq_length",
-        "learn",
-    ),
-    "export": ("export",),
-    "evaluate": ("dtype", "evaluate"),
+    "gguf": deciding.GGUF,
+    "convert": deciding.CONVERT,
+    "tokenize": deciding.TOKENIZE,
+    "prune": deciding.PRUNE,
+    "learn": deciding.LEARN,
+    "export": deciding.EXPORT,
+    "evaluate": deciding.EVALUATE,
 }
-FREE = (
-    "learn.resume",
-    "learn.snapshot",
-    "learn.monitor",
-    "calibration.micro_batch",
-    "evaluate.micro_batch",
-)
 REMADE = ("export", "evaluate")  # cheap: made again where the others would be refused
 
 
@@ -96,28 +70,17 @@ def check(config: Config, paths: RunPaths) -> None:
 
 
 def changes(stage: str, config: Config, paths: RunPaths) -> dict[str, tuple[Any, Any]]:
-    """key -> (value the finished stage was made with, value now), where they differ."""
-    now = settings_of(stage, config, paths)
-    before = _read(paths.run_dir / "quickstart.json").get(stage, now)
-    return {
-        key: (before.get(key), now.get(key))
-        for key in sorted(now.keys() | before.keys())
-        if now.get(key) != before.get(key)
-    }
+    """key -> (value the finished stage was made with, value now), where they differ and count."""
+    before = _read(paths.run_dir / "quickstart.json").get(stage)
+    if before is None:
+        return {}
+    found = deciding.changes(upgrade_note(before), config, READS[stage])
+    if stage != "learn" or not found:
+        return found
+    from megamask.learn.preflight import settings_without_effect  # torch, where settings differ
 
-
-def settings_of(stage: str, config: Config, paths: RunPaths) -> dict[str, Any]:
-    """Dotted settings that decide what a stage makes."""
-    flat = _flat(config.model_dump(mode="json"), paths.run_dir)
-
-    def below(key: str, sections: tuple[str, ...]) -> bool:
-        return any(key == section or key.startswith(f"{section}.") for section in sections)
-
-    return {
-        key: value
-        for key, value in flat.items()
-        if below(key, READS.get(stage, ())) and not below(key, FREE)
-    }
+    ignored = settings_without_effect(config.learn)
+    return {key: values for key, values in found.items() if key not in ignored}
 
 
 def record(stage: str, seconds: float, code: int, config: Config, paths: RunPaths) -> None:
@@ -133,7 +96,9 @@ def record(stage: str, seconds: float, code: int, config: Config, paths: RunPath
     write_json(file, {**known, (unfinished if code else stage): total})
     if not code and stage in READS:
         settings = paths.run_dir / "quickstart.json"
-        write_json(settings, {**_read(settings), stage: settings_of(stage, config, paths)})
+        write_json(
+            settings, {**_read(settings), stage: deciding.deciding_settings(config, READS[stage])}
+        )
 
 
 def print_outputs(paths: RunPaths) -> None:
@@ -151,21 +116,6 @@ def print_outputs(paths: RunPaths) -> None:
 def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = read_json(path, "Delete it.") if path.exists() else {}
     return found
-
-
-def _flat(tree: dict[str, Any], run_dir: Path, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; paths below the run folder are kept relative to it, so that the folder can be
-    moved.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, run_dir, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = (
-                value.replace(str(run_dir), "{run_dir}") if isinstance(value, str) else value
-            )
-    return flat
 
 
 def main() -> int:

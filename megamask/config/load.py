@@ -4,6 +4,7 @@ the fix.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megamask.config.presets import FOOTPRINTS, LEARNERS, PRESETS
+from megamask.config import legacy
+from megamask.config.presets import merge, named_settings, plain
 from megamask.config.tree import Config
 from megamask.errors import ConfigError
 
@@ -51,7 +53,20 @@ def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Co
     Raises:
         ConfigError: unknown key (with the nearest name), value out of range, unreadable recipe.
     """
-    given: dict[str, Any] = _read_recipe(recipe) if recipe is not None else {}
+    return read_settings(recipe, overrides)[0]
+
+
+def read_settings(
+    recipe: Path | None, overrides: Sequence[str]
+) -> tuple[Config, dict[str, dict[str, Any]]]:
+    """As ``load_config``, and the arguments of verbs that were given as settings, as they were
+    before: verb -> argument -> value.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    from_recipe: dict[str, Any] = _read_recipe(recipe) if recipe is not None else {}
+    from_overrides: dict[str, Any] = {}
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -61,22 +76,38 @@ def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Co
                 "an override has the form key.sub=value",
                 "Write it as, for example, learn.steps=100.",
             )
-        _merge(given, _nest(key.strip().split("."), _parse_scalar(key, text)))
-    layered: dict[str, Any] = {}
-    learn = given.get("learn")
-    for key, named in (("learner", LEARNERS), ("preset", PRESETS), ("footprint", FOOTPRINTS)):
-        name = learn.get(key) if isinstance(learn, dict) else None
-        _merge(layered, named.get(name, {}) if isinstance(name, str) else {})
-    _merge(layered, given)
-    return build_config(layered)
+        merge(from_overrides, legacy.nest({key.strip(): _parse_scalar(key, text)}))
+    layers = [from_recipe, from_overrides]
+    arguments: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        merge(arguments, legacy.take_arguments(layer))
+    return _checked(_upgrade(layers)), arguments
+
+
+def _upgrade(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The layers merged, with their old words replaced."""
+    silent: dict[str, Any] = {}
+    for layer in layers:
+        merge(silent, legacy.upgrade(copy.deepcopy(layer), silent, say=False))
+    whole = named_settings(silent)
+    given: dict[str, Any] = {}
+    for layer in layers:
+        new = legacy.upgrade(layer, whole)
+        merge(whole, new)
+        merge(given, new)
+    return given
 
 
 def build_config(values: dict[str, Any]) -> Config:
-    """Check ``values`` against the tree.
+    """Check ``values`` against the tree, over the named settings that they ask for.
 
     Raises:
         ConfigError: the first thing that is wrong.
     """
+    return _checked(_upgrade([copy.deepcopy(plain(values))]))
+
+
+def _checked(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -95,7 +126,7 @@ def build_config(values: dict[str, Any]) -> Config:
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.load(recipe.read_text(), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        loaded = yaml.load(recipe.read_text(), Loader=_Loader)
     except OSError as error:
         raise ConfigError(
             "--config", str(recipe), f"a readable YAML file ({error.strerror})", "Check the path."
@@ -113,26 +144,9 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
 
 def _parse_scalar(key: str, text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise ConfigError(key, text, "a YAML value", "Quote it.") from None
-
-
-def _nest(path: list[str], value: Any) -> dict[str, Any]:
-    for part in reversed(path):
-        value = {part: value}
-    return value
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            _merge(below[key], value)
-        elif isinstance(value, dict):
-            below[key] = {}
-            _merge(below[key], value)
-        else:
-            below[key] = value
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:

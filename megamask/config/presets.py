@@ -1,17 +1,20 @@
-"""Named defaults. A preset sits below the recipe and the overrides: whatever they set wins."""
+"""Named settings. They lie below the recipe and the overrides: a given value wins over them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-# MaskLLM, Table 7 (LLaMA-2 7B) and Appendix A: 2,000 steps, global batch 256, AdamW(5e-4, wd 0.1),
-# kappa 1e2 -> 5e2, tau 4 -> 0.05, SparseGPT prior with alpha 3, logits N(0, 0.01), weight-norm term
-# 1e-5.
+from pydantic import BaseModel
+
+# MaskLLM, Table 7 (LLaMA-2 7B) and Appendix A: 2,000 steps, global batch 256, AdamW(5e-4, weight
+# decay 0.1), kappa 1e2 -> 5e2, tau 4 -> 0.05, SparseGPT prior with alpha 3, logits N(0, 0.01),
+# weight-norm term 1e-5.
 MASKLLM: dict[str, Any] = {
     "learn": {
+        "method": "categorical",
         "steps": 2000,
         "global_batch": 256,
-        "distribution": "categorical",
         "sampling": {
             "mode": "soft",
             "kappa": [100.0, 500.0],
@@ -26,33 +29,29 @@ MASKLLM: dict[str, Any] = {
             "weight_decay": 0.1,
             "schedule": "cosine",
             "warmup_steps": 0,
-            "eps_rms": 0.0,
+            "epsilon": [1e-8, 0.0],
         },
-        "weight_norm": {"coef": 1e-5, "decay": "none"},
+        "weight_norm": [1e-5, 1e-5],
     }
 }
 
-# The defaults of megamask/config/tree.py: what did best on SmolLM2-135M in short runs
-# (docs/results/learners.md). One logit a weight; the prior itself as the start, as there is no time
-# to undo random flips, and nearly hard masks soon, for the same reason; a weight-norm term that
-# leaves the last word to the loss; a rate that fits the number of steps, a warm-up, and an epsilon
-# that spares small gradients.
+# The defaults of the tree are the settings that did best on SmolLM2-135M in short runs
+# (docs/results/learners.md): one logit per weight; a start from the prior alone and nearly hard
+# masks soon, because a short run has no time to undo random flips; a weight-norm term that fades,
+# so that the language-model loss decides at the end; a rate that fits the number of steps; a
+# warm-up; and an epsilon with which small gradients move logits less.
 BEST: dict[str, Any] = {}
 
-# MaskPro needs one logit a weight, and starts from the prior alone.
-_POLICY: dict[str, Any] = {
-    "distribution": "linear",
-    "sampling": {"mode": "hard", "initial_noise": False},
-}
-LEARNERS: dict[str, dict[str, Any]] = {"gumbel": {}, "maskpro": {"learn": _POLICY}}
+# MaskPro draws hard masks and starts from the prior alone.
+_MASKPRO_SAMPLING: dict[str, Any] = {"sampling": {"mode": "hard", "initial_noise": False}}
 
-# MaskPro's reference settings: 10,000 steps of one mask on 32 sequences of 128 tokens out of 512,
-# logits 10 m_0, rate 50, tracker 0.99.
+# MaskPro's reference settings: 10,000 steps of one mask on 32 sequences of 128 tokens out of 512
+# sequences, logits 10 m_0, rate 50, tracker 0.99.
 MASKPRO: dict[str, Any] = {
     "data": {"seq_length": 128},
     "learn": {
-        **_POLICY,
-        "learner": "maskpro",
+        **_MASKPRO_SAMPLING,
+        "method": "maskpro",
         "steps": 10_000,
         "global_batch": 32,
         "micro_batch": 32,
@@ -68,19 +67,68 @@ MASKPRO: dict[str, Any] = {
     },
 }
 
-# Bytes a weight at 2:4, the frozen weight included: default 26, lean 14, leanest 9.5 (megamask plan
-# counts every part). Lean keeps AdamW, and with it the recipe's learning rate. Lion moves every
-# logit by the full rate whatever its gradient, so it needs about a third of AdamW's rate, and so
-# more steps for a group to overtake the prior's gap. It does not take over a preset's rate, but a
-# recipe's.
+# Bytes per weight at 2:4 with learn.method=categorical, the frozen weight included: default 26,
+# lean 14, leanest 9.5 (megamask plan counts every part). Lean keeps AdamW, and with it the recipe's
+# learning rate. Lion moves every logit by the full rate whatever its gradient is, so it needs about
+# a third of AdamW's rate. Leanest therefore drops the rate of a preset; a rate that the recipe or
+# the command line gives is kept.
 _BF16 = {"logits": "bf16", "grads": "bf16", "masked_weight": "regenerate"}
 LEAN: dict[str, Any] = {"learn": {"state": _BF16}}
 LEANEST: dict[str, Any] = {
     "learn": {
-        "state": {**_BF16, "movement": False},
+        "state": {**_BF16, "track_flips": False},
         "optimizer": {"kind": "lion8bit", "betas": [0.9, 0.99], "lr": None, "min_lr": None},
     }
 }
 
-FOOTPRINTS: dict[str, dict[str, Any]] = {"default": {}, "lean": LEAN, "leanest": LEANEST}
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {"maskpro": {"learn": _MASKPRO_SAMPLING}}
 PRESETS: dict[str, dict[str, Any]] = {"best": BEST, "maskllm": MASKLLM, "maskpro": MASKPRO}
+MEMORIES: dict[str, dict[str, Any]] = {"default": {}, "lean": LEAN, "leanest": LEANEST}
+
+
+def layered(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` over the named settings that they ask for: method < preset < memory < values.
+
+    Args:
+        values: sections by name, as mappings or as sections of the tree; of a section of the tree,
+            the settings that were given when it was made.
+    """
+    given = plain(values)
+    whole = named_settings(given)
+    merge(whole, given)
+    return whole
+
+
+def named_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The named settings that ``learn.method``, ``learn.preset`` and ``learn.memory`` of ``given``
+    ask for. A name that does not exist is left to the checks of the tree.
+    """
+    whole: dict[str, Any] = {}
+    learn = given.get("learn")
+    for key, known in (("method", METHOD_SETTINGS), ("preset", PRESETS), ("memory", MEMORIES)):
+        name = learn.get(key) if isinstance(learn, dict) else None
+        merge(whole, known.get(name, {}) if isinstance(name, str) else {})
+    return whole
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, with the sections of the tree replaced by what was given to them."""
+    return {
+        key: plain(value.model_dump(exclude_unset=True))
+        if isinstance(value, BaseModel)
+        else plain(value)
+        if isinstance(value, Mapping)
+        else value
+        for key, value in values.items()
+    }
+
+
+def merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+    """Put the values of ``above`` into ``below``, section by section."""
+    for key, value in above.items():
+        if isinstance(value, dict):
+            if not isinstance(below.get(key), dict):
+                below[key] = {}
+            merge(below[key], value)
+        else:
+            below[key] = value

@@ -51,7 +51,7 @@ def load_tokenizer(config: Config) -> TextTokenizer:
 
     Raises:
         ArtifactError: there is no tokenizer at that path, or the tokenizer cannot be read.
-        ConfigError: ``data.eod_token`` is not in the vocabulary.
+        ConfigError: ``data.eod`` is not in the vocabulary.
     """
     path = (
         Path(config.data.tokenizer).expanduser() if config.data.tokenizer else run_paths(config).hf
@@ -62,7 +62,7 @@ def load_tokenizer(config: Config) -> TextTokenizer:
         raise ArtifactError(path, "has no tokenizer: it does not exist", fix)
     load = _load_sentencepiece if path.is_file() else _load_hf
     try:
-        return load(path, config.data.eod_token)
+        return load(path, config.data.eod)
     except ImportError as error:
         raise ArtifactError(
             path,
@@ -74,7 +74,7 @@ def load_tokenizer(config: Config) -> TextTokenizer:
         raise ArtifactError(path, f"holds no tokenizer that can be read ({reason})", fix) from error
 
 
-def _load_hf(path: Path, eod_token: str | None) -> TextTokenizer:
+def _load_hf(path: Path, eod: str | None) -> TextTokenizer:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
@@ -85,7 +85,7 @@ def _load_hf(path: Path, eod_token: str | None) -> TextTokenizer:
     return TextTokenizer(
         name=str(path),
         vocab_size=max(vocabulary.values()) + 1,
-        eod=_eod_id(eod_token, vocabulary.get, tokenizer.eos_token_id),
+        eod=_eod_id(eod, vocabulary.get, tokenizer.eos_token_id),
         bos=tokenizer.bos_token_id,
         fingerprint=_hash_slow(tokenizer, vocabulary)
         if backend is None
@@ -126,7 +126,7 @@ def _hash_slow(tokenizer: Any, vocabulary: dict[str, int]) -> str:
     return _sha256(json.dumps([type(tokenizer).__name__, sorted(vocabulary.items())]).encode())
 
 
-def _load_sentencepiece(path: Path, eod_token: str | None) -> TextTokenizer:
+def _load_sentencepiece(path: Path, eod: str | None) -> TextTokenizer:
     from sentencepiece import SentencePieceProcessor
 
     processor: Any = SentencePieceProcessor(model_file=str(path))
@@ -134,7 +134,7 @@ def _load_sentencepiece(path: Path, eod_token: str | None) -> TextTokenizer:
     return TextTokenizer(
         name=str(path),
         vocab_size=processor.vocab_size(),
-        eod=_eod_id(eod_token, vocabulary.get, _id_or_none(processor.eos_id())),
+        eod=_eod_id(eod, vocabulary.get, _id_or_none(processor.eos_id())),
         bos=_id_or_none(processor.bos_id()),
         fingerprint=_sha256(path.read_bytes()),
         encode_batch=lambda texts: processor.encode(list(texts)),
@@ -143,14 +143,16 @@ def _load_sentencepiece(path: Path, eod_token: str | None) -> TextTokenizer:
 
 def _eod_id(token: str | None, lookup: Callable[[str], int | None], eos: int | None) -> int | None:
     if token is None:
+        return None
+    if token == "auto":
         return eos
     index = lookup(token)
     if index is None:
         raise ConfigError(
-            "data.eod_token",
+            "data.eod",
             token,
             "a token of the vocabulary",
-            "Correct it, or leave it out to use the tokenizer's EOS.",
+            "Correct it, or leave it out for the tokenizer's EOS.",
         )
     return index
 

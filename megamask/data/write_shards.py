@@ -38,7 +38,7 @@ def settings_digest(config: Config, name: str, tokenizer: TextTokenizer) -> str:
 
 
 def _end(config: Config, tokenizer: TextTokenizer) -> list[int]:
-    return [tokenizer.eod] if config.data.append_eod and tokenizer.eod is not None else []
+    return [tokenizer.eod] if tokenizer.eod is not None else []
 
 
 def is_current(folder: Path, digest: str) -> bool:
@@ -66,7 +66,7 @@ def write_domain(config: Config, name: str, tokenizer: TextTokenizer, digest: st
             "settings_sha256": digest,
             "corpus": corpus.model_dump(),
             "dtype": dtype.name,
-            "append_eod": config.data.append_eod,
+            "append_eod": tokenizer.eod is not None,
             "tokenizer": {
                 key: getattr(tokenizer, key)
                 for key in ("name", "fingerprint", "vocab_size", "eod", "bos")

@@ -19,7 +19,7 @@ from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
 from megamask.learn.masked_model import MaskedModel
-from megamask.learn.schedules import linear, weight_norm_coef
+from megamask.learn.schedules import linear
 from megamask.model.objective import loss_of
 from megamask.optim.optimizers import build_optimizer
 from megamask.optim.schedule import Schedule, gradient_norm
@@ -42,7 +42,7 @@ class StepResult:
     lm_loss: float  # also where it is not learned from
     weight_norm: float  # sum |W * M|^2
     weight_norm_term: float  # coef * weight_norm, subtracted from the loss
-    loss: float  # what learn.loss asks for, less the term
+    loss: float  # of the text and of the dense model, less the term
     grad_norm: float
     lr: float
     kappa: float
@@ -74,7 +74,7 @@ class Learner:
         model_config.no_sync_func = self.replicas.no_sync if self.replicas else self.ddp.no_sync
         model_config.finalize_model_grads_func = self._finalize
         masked_model.switch.regenerate = learn.state.masked_weight == "regenerate"
-        self.loss = loss_of(learn.loss, masked_model.switch)
+        self.loss = loss_of(learn.distillation, masked_model.switch)
         self.draws_once = learn.sampling.draws == "step"
         self.optimizer = build_optimizer(config, list(masked_model.linears.values()), self.replicas)
         self.schedule = Schedule(learn)
@@ -132,13 +132,13 @@ class Learner:
     def _draw(self, step: int, accumulations: int) -> Draw:
         learn = self.config.learn
         progress = step / learn.steps
-        coef = weight_norm_coef(learn.weight_norm.coef, learn.weight_norm.decay, progress)
         return Draw(
             key=NoiseKey(self.config.seed, step),
             kappa=linear(learn.sampling.kappa, progress),
             tau=linear(learn.sampling.tau, progress),
             hard=learn.sampling.mode == "hard",
-            norm_coef=coef / accumulations,  # the schedule divides the LM loss by the same number
+            # the schedule divides the LM loss by the same number
+            norm_coef=linear(learn.weight_norm, progress) / accumulations,
         )
 
     def _forward_backward(

@@ -33,14 +33,18 @@ from megamask.plan.fit import check_free
 from megamask.weights.architecture import read_architecture
 
 log = logging.getLogger(__name__)
-LEARNERS: dict[str, type[Learner] | type[MaskPro]] = {"gumbel": Learner, "maskpro": MaskPro}
+LEARNERS: dict[str, type[Learner] | type[MaskPro]] = {
+    "subset": Learner,
+    "categorical": Learner,
+    "maskpro": MaskPro,
+}
 
 
 def learning_samples(config: Config) -> Any:
     """The samples by number, in the order of learning."""
     learn = config.learn
     count, whole = learn.maskpro.samples, learn.steps * learn.global_batch
-    if learn.learner == "gumbel":
+    if learn.method != "maskpro":
         return train_dataset(config, whole, config.data.seq_length, config.seed)
     return Reused(
         train_dataset(config, count or whole, config.data.seq_length, config.seed),
@@ -66,8 +70,8 @@ class Run:
             )
             check_free(config, read_architecture(paths.weights), mesh.dp, free, name)
         self.masked_model = build_masked_model(config, mesh)
-        self.mask_statistics = MaskStatistics(self.masked_model, mesh, learn.state.movement)
-        self.learner = LEARNERS[learn.learner](config, mesh, self.masked_model)
+        self.mask_statistics = MaskStatistics(self.masked_model, mesh, learn.state.track_flips)
+        self.learner = LEARNERS[learn.method](config, mesh, self.masked_model)
         self.snapshots = Snapshots(
             paths.learn / "snapshots", config, mesh, self.masked_model, self.learner
         )
@@ -81,7 +85,7 @@ class Run:
         self._announce()
 
     def learn(self, stop: StopRequest) -> int:
-        """Steps, evaluations and snapshots until the last step, an early stop or a signal."""
+        """Steps, evaluations and snapshots until the last step or a signal."""
         learn, progress = self.config.learn, self.progress
         try:
             if self.mesh.any(self.mesh.is_main and self._is_done()):
@@ -91,7 +95,7 @@ class Run:
                 return EXIT_OK
             if progress.step == 0:
                 self._evaluate()
-            while progress.step < learn.steps and not self._is_patience_over():
+            while progress.step < learn.steps:
                 result = self.learner.step(progress.step, self.plan)
                 progress.step += 1
                 self.monitor.train(
@@ -117,20 +121,14 @@ class Run:
         by_domain = hard_mask_perplexity(self.masked_model, self.mesh, self.windows, micro_batch)
         score = mean_log_perplexity(by_domain)
         if progress.best_score is None or score < progress.best_score:
-            progress.best_score, progress.best_step, progress.evaluations_without_gain = (
-                score,
-                progress.step,
-                0,
-            )
+            progress.best_score, progress.best_step = score, progress.step
             if progress.step:
                 self._save_mask(self.paths.mask("learned-best"), by_domain)
-        else:
-            progress.evaluations_without_gain += 1
         self.monitor.evaluation(progress.step, by_domain)
         return by_domain
 
     def _is_done(self) -> bool:
-        if self.progress.step < self.config.learn.steps and not self._is_patience_over():
+        if self.progress.step < self.config.learn.steps:
             return False
         try:
             return bool(
@@ -139,10 +137,6 @@ class Run:
             )
         except MegamaskError:
             return False
-
-    def _is_patience_over(self) -> bool:
-        patience = self.config.learn.monitor.patience
-        return patience > 0 and self.progress.evaluations_without_gain >= patience
 
     def _leave(self, stop: StopRequest) -> int:
         self.snapshots.save(self.progress)
@@ -186,7 +180,7 @@ class Run:
             "seconds": round(self.monitor.seconds, 1),
             "prior": self.masked_model.prior_method,
         }
-        learnt["learner"] = self.config.learn.learner
+        learnt["method"] = self.config.learn.method
         return {
             "blend": blend_weights(self.config),
             "seq_length": self.config.data.seq_length,
@@ -207,7 +201,7 @@ class Run:
             f"{masked_model.pattern} masks for {len(masked_model.linears)} linears, {weights:.0f} M weights; prior {masked_model.prior_method}; "
             f"{mesh.device}, TP {mesh.tp} x DP {mesh.dp}; sampling by {backend}, norm and attention by {engine}"
         )
-        if self.config.learn.learner == "gumbel":
+        if self.config.learn.method != "maskpro":
             self.monitor.note(
                 "learning rate {:.2g}, falling to {:.2g}".format(*learning_rates(self.config.learn))
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megamask.config import Config, run_paths
+from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.data.shards import check_vocabulary
 from megamask.errors import ArtifactError
 from megamask.learn.prior_mask import description, load_prior
@@ -69,7 +70,7 @@ def build_masked_model(config: Config, mesh: Mesh) -> MaskedModel:
         config.learn.sampling.backend,
         mesh.device,
         config.learn.state.logits,
-        config.learn.distribution,
+        DISTRIBUTION_OF[config.learn.method],
     )
     for name, linear in linears.items():
         _initialise(

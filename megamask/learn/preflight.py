@@ -4,11 +4,14 @@ converted model.
 
 from __future__ import annotations
 
+import difflib
 import logging
 
 from megamask import storage
 from megamask.config import Config, RunPaths, run_paths
-from megamask.config.tree import LearnSection, SamplingSection, Section
+from megamask.config.learn_tree import LearnSection, SamplingSection
+from megamask.config.method_names import DISTRIBUTION_OF
+from megamask.config.section import Section
 from megamask.data.batches import check_batch
 from megamask.data.blend import blend_weights
 from megamask.errors import ConfigError
@@ -56,33 +59,43 @@ def check_schedules(section: SamplingSection) -> None:
 
 
 def settings_without_effect(learn: LearnSection) -> set[str]:
-    """Settings that change nothing, whatever their value: of another loss, or of another
-    learner.
+    """Settings that change nothing whatever their value is: those of another method, and those of
+    distillation where there is none.
     """
-    if learn.learner == "maskpro":
-        others = {
+    if learn.method == "maskpro":
+        unused = {
             f"learn.{name}.{key}"
-            for name in ("optimizer", "weight_norm", "loss")
+            for name in ("optimizer", "distillation")
             for key in type(getattr(learn, name)).model_fields
-        }
-        return others - {"learn.loss.kind"}  # one that this learner cannot have is refused
-    of_loss = {"lm": ("share", "temperature", "top_k"), "kd": ("share",), "mix": ()}[
-        learn.loss.kind
-    ]
-    return {f"learn.loss.{key}" for key in of_loss} | {
-        f"learn.maskpro.{key}" for key in type(learn.maskpro).model_fields
-    }
+        } | {"learn.weight_norm"}
+        return unused - {"learn.distillation.share"}  # check_maskpro refuses it
+    unused = {f"learn.maskpro.{key}" for key in type(learn.maskpro).model_fields}
+    if learn.distillation.share == 0:
+        unused |= {"learn.distillation.temperature", "learn.distillation.top_k"}
+    return unused
 
 
 def unused_settings(learn: LearnSection) -> list[str]:
-    """The settings without effect that were given. Those of presets and footprints count too."""
-    given = {
+    """The settings without effect that were given, by name of a preset or a memory too."""
+    given = {f"learn.{name}" for name in learn.model_fields_set} | {
         f"learn.{name}.{key}"
         for name, section in learn
         if isinstance(section, Section)
         for key in section.model_fields_set
     }
     return sorted(given & settings_without_effect(learn))
+
+
+def check_method(learn: LearnSection) -> None:
+    """Check the name of the method.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if learn.method not in DISTRIBUTION_OF:
+        near = difflib.get_close_matches(learn.method, DISTRIBUTION_OF, n=1)
+        fix = f"Did you mean {near[0]}?" if near else "Correct it, or leave it out."
+        raise ConfigError("learn.method", learn.method, f"one of {', '.join(DISTRIBUTION_OF)}", fix)
 
 
 def check_artefacts(config: Config) -> None:
@@ -123,18 +136,10 @@ def check_maskpro(config: Config) -> None:
         ConfigError: settings that it cannot work with.
     """
     learn, section = config.learn, config.learn.maskpro
-    if learn.distribution != "linear":
-        fix = "Set learn.distribution=linear, or leave it out."
-        raise ConfigError(
-            "learn.distribution",
-            learn.distribution,
-            "linear, one logit per weight, with learn.learner=maskpro",
-            fix,
-        )
     if learn.state.logits != "fp32":
-        fix = "Leave out learn.footprint and learn.state: this learner keeps no gradients and no moments anyway."
+        fix = "Leave out learn.memory and learn.state: this learner keeps no gradients and no moments anyway."
         raise ConfigError(
-            "learn.state.logits", learn.state.logits, "fp32 with learn.learner=maskpro", fix
+            "learn.state.logits", learn.state.logits, "fp32 with learn.method=maskpro", fix
         )
     if learn.prior.mask is None or learn.sampling.initial_noise:
         key, value = (
@@ -145,7 +150,7 @@ def check_maskpro(config: Config) -> None:
         raise ConfigError(
             key,
             value,
-            "learn.learner=maskpro starts from a prior mask and nothing else",
+            "learn.method=maskpro starts from a prior mask and nothing else",
             PRIOR_FIX[key],
         )
     if learn.prior.strength == 0:
@@ -153,15 +158,15 @@ def check_maskpro(config: Config) -> None:
         raise ConfigError(
             "learn.prior.strength",
             0,
-            "above 0 with learn.learner=maskpro, or the prior would not show",
+            "above 0 with learn.method=maskpro, or the prior would not show",
             fix,
         )
-    if learn.loss.kind != "lm":
+    if learn.distillation.share:
         raise ConfigError(
-            "learn.loss.kind",
-            learn.loss.kind,
-            "lm with learn.learner=maskpro",
-            "Set it to lm, or leave it out.",
+            "learn.distillation.share",
+            learn.distillation.share,
+            "0 with learn.method=maskpro, which learns from the text alone",
+            "Set it to 0, or leave it out.",
         )
     choose_score(section.score, Pattern.parse(config.pattern))
     _check_masks(learn)
@@ -176,9 +181,7 @@ PRIOR_FIX = {
 def _check_masks(learn: LearnSection) -> None:
     section, micro_batches = learn.maskpro, learn.global_batch // learn.micro_batch
     if section.baseline == "leave_one_out" and section.masks < 2:
-        fix = (
-            "Set learn.maskpro.masks to 2 or more, or learn.maskpro.baseline to tracker or winner."
-        )
+        fix = "Set learn.maskpro.masks to 2 or more, or learn.maskpro.baseline to tracker or hard_mask."
         raise ConfigError(
             "learn.maskpro.masks",
             section.masks,
@@ -201,9 +204,10 @@ def check_early(config: Config, paths: RunPaths) -> None:
     check_batch(
         config.learn.global_batch, config.learn.micro_batch, world_size() // config.parallel.tp
     )
-    logits_per_group(Pattern.parse(config.pattern), config.learn.distribution)
+    check_method(config.learn)
+    logits_per_group(Pattern.parse(config.pattern), DISTRIBUTION_OF[config.learn.method])
     blend_weights(config)
-    if config.learn.learner == "maskpro":
+    if config.learn.method == "maskpro":
         check_maskpro(config)
     else:
         check_optimizer(config)
@@ -211,5 +215,8 @@ def check_early(config: Config, paths: RunPaths) -> None:
     storage.require_writable(paths.run_dir)
     check_artefacts(config)
     if unused := unused_settings(config.learn):
-        choice = f"learn.learner={config.learn.learner}, learn.loss.kind={config.learn.loss.kind}"
+        learn = config.learn
+        choice = (
+            f"learn.method={learn.method}, learn.distillation.share={learn.distillation.share:g}"
+        )
         log.warning("without effect here (%s): %s", choice, ", ".join(unused))

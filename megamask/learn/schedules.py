@@ -7,8 +7,3 @@ def linear(first_last: tuple[float, float], progress: float) -> float:
     """From the first to the last value, linear in progress (MaskLLM, Table 7: kappa and tau)."""
     first, last = first_last
     return first + (last - first) * min(max(progress, 0.0), 1.0)
-
-
-def weight_norm_coef(coef: float, decay: str, progress: float) -> float:
-    """The weight-norm coefficient: constant, or falling linearly to 0."""
-    return linear((coef, 0.0), progress) if decay == "linear" else coef

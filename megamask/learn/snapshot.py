@@ -14,6 +14,8 @@ from typing import Any
 
 from megamask import storage
 from megamask.config import Config
+from megamask.config.deciding import LEARN, changes, deciding_settings
+from megamask.config.legacy import upgrade_note
 from megamask.errors import ArtifactError, ConfigError
 from megamask.learn.gumbel import Learner
 from megamask.learn.masked_model import MaskedModel
@@ -24,15 +26,6 @@ from megamask.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})$")
-# Settings that decide what is learned: a snapshot made under others is not continued.
-DECIDING = ("seed", "dtype", "pattern", "model", "data", "learn")
-FREE = {
-    "learn": ("snapshot", "monitor", "resume", "micro_batch", "footprint", "preset"),
-    "data": ("domains",),
-}
-
-# What was done before there was a setting, where that is not its default.
-BEFORE = {"learn.distribution": "categorical", "learn.optimizer.eps_rms": 0.0}
 
 
 @dataclass
@@ -42,7 +35,6 @@ class Progress:
     step: int = 0
     best_score: float | None = None
     best_step: int = 0
-    evaluations_without_gain: int = 0
     initial_perplexity: dict[str, float] = field(default_factory=dict)
 
 
@@ -73,7 +65,7 @@ class Snapshots:
         """Write a snapshot, then delete all but the last ``learn.snapshot.keep``."""
         note = {
             "progress": asdict(progress),
-            "settings": deciding_settings(self.config),
+            "settings": deciding_settings(self.config, LEARN),
             "fingerprint": self.masked_model.fingerprint,
         }
         save_sharded(self._state(), self.folder / f"step-{progress.step:08d}", self.mesh, note)
@@ -106,7 +98,8 @@ class Snapshots:
             {key: value for key, value in loaded.items() if key != "optimizer"}, strict=False
         )
         self.learner.optimizer.load_state_dict(loaded["optimizer"])
-        return Progress(**note["progress"])
+        fields = Progress.__dataclass_fields__.keys()
+        return Progress(**{key: note["progress"][key] for key in fields & note["progress"].keys()})
 
     def steps(self) -> list[int]:
         """Steps of the finished snapshots, ascending."""
@@ -147,42 +140,9 @@ class Snapshots:
                 "was made for another base model",
                 "Use another run_dir, or convert the model that it was made for.",
             )
-        here, defaults = (
-            _flatten(deciding_settings(self.config)),
-            _flatten(deciding_settings(Config())),
-        )
-        there = defaults | BEFORE | _flatten(note["settings"])  # it may be older than a setting
-        for key in sorted(
-            (here.keys() | there.keys()) - settings_without_effect(self.config.learn)
-        ):
-            if here.get(key) != there.get(key):
-                fix = "Set it back, use another run_dir, or start over with learn.resume=false."
-                raise ConfigError(
-                    key,
-                    here.get(key),
-                    f"the run in {path.parent} was started with {there.get(key)!r}",
-                    fix,
-                )
-
-
-def deciding_settings(config: Config) -> dict[str, Any]:
-    """The settings that must not change between snapshot and resume."""
-    whole = config.model_dump(mode="json")
-    kept = {name: whole[name] for name in DECIDING}
-    for section, free in FREE.items():
-        kept[section] = {key: value for key, value in kept[section].items() if key not in free}
-    kept["learn"]["sampling"].pop("backend")
-    kept["learn"]["optimizer"].pop("distributed")
-    for name in ("masked_weight", "movement"):  # the same bits either way
-        kept["learn"]["state"].pop(name)
-    return kept
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, inner in value.items()
-        for key, leaf in _flatten(inner, f"{prefix}.{name}".strip(".")).items()
-    }
+        ignored = settings_without_effect(self.config.learn)
+        there = upgrade_note(note["settings"])
+        for key, (before, now) in changes(there, self.config, LEARN, ignored).items():
+            fix = "Set it back, use another run_dir, or start over with learn.resume=false."
+            allowed = f"the run in {path.parent} was started with {before!r}"
+            raise ConfigError(key, now, allowed, fix)

@@ -78,7 +78,8 @@ def _architecture_of(snapshot: Path, paths: RunPaths) -> Architecture:
         paths.hf,
     ]
     try:
-        hf = json.loads((snapshot / NOTE).read_text())["settings"]["model"]["hf"]
+        settings = json.loads((snapshot / NOTE).read_text())["settings"]
+        hf = settings["model.hf"] if "model.hf" in settings else settings["model"]["hf"]
         places.insert(1, Path(hf))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # a torn note is told of when the snapshot is opened; hf may not be set

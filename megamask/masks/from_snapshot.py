@@ -18,6 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megamask.config.legacy import nest, upgrade_note
+from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.safe_checkpoint import read_index
@@ -132,16 +134,11 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
     note = read_json(path / NOTE, _fix(path))
     index = read_index(path, _fix(path))
     try:
-        settings, fingerprint, step = (
-            note["settings"],
-            note["fingerprint"],
-            note["progress"]["step"],
-        )
-        pattern, distribution = (
-            Pattern.parse(settings["pattern"]),
-            settings["learn"].get("distribution", "categorical"),
-        )
-    except (KeyError, TypeError, ConfigError) as error:
+        settings = upgrade_note(note["settings"])
+        fingerprint, step = note["fingerprint"], note["progress"]["step"]
+        pattern = Pattern.parse(settings["pattern"])
+        distribution = DISTRIBUTION_OF[settings["learn.method"]]
+    except (AttributeError, KeyError, TypeError, ConfigError) as error:
         raise ArtifactError(
             path / NOTE, f"is not the note of a snapshot ({error!r})", _fix(path)
         ) from None
@@ -160,7 +157,7 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
         "snapshot": str(path),
         "step": step,
         "distribution": distribution,
-        "blend": settings["data"].get("blend"),
+        "blend": nest(settings).get("data", {}).get("blend", {}),
     }
     meta = {
         "pattern": str(pattern),

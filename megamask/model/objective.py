@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from megamask.config.tree import LossSection
+from megamask.config.learn_tree import DistillationSection
 from megamask.model.distillation import Distillation
 from megamask.model.language_model import LanguageModel, TokenLosses
 from megamask.parallel.mask_context import MaskSwitch
@@ -16,9 +16,9 @@ from megamask.parallel.mask_context import MaskSwitch
 Loss = Callable[[LanguageModel, torch.Tensor, torch.Tensor], TokenLosses]
 
 
-def loss_of(section: LossSection, switch: MaskSwitch) -> Loss:
-    """The loss that ``learn.loss`` asks for, of models whose masks ``switch`` controls."""
-    if section.kind == "lm":
+def loss_of(section: DistillationSection, switch: MaskSwitch) -> Loss:
+    """The loss that ``learn.distillation`` asks for, of models whose masks ``switch`` controls."""
+    if section.share == 0:
         return text_losses
     return partial(distilled_losses, section=section, switch=switch)
 
@@ -35,18 +35,18 @@ def distilled_losses(
     model: LanguageModel,
     tokens_BS: torch.Tensor,
     labels_BS: torch.Tensor,
-    section: LossSection,
+    section: DistillationSection,
     switch: MaskSwitch,
     teacher_SBH: torch.Tensor | None = None,
 ) -> TokenLosses:
-    """The divergence from the dense model at every target (kd), alone or mixed with the cross
+    """The divergence from the dense model at every target alone or mixed with the cross
     entropy.
 
     Args:
         model: the student, under the masks that ``switch`` has set.
         tokens_BS: input tokens.
         labels_BS: targets.
-        section: ``learn.loss`` with ``kind`` kd or mix.
+        section: ``learn.distillation``.
         switch: turns the masks off for the teacher.
         teacher_SBH: ``dense_hidden`` of the same tokens; None computes it.
     """
@@ -59,7 +59,7 @@ def distilled_losses(
         shard=model.shard,
         temperature=section.temperature,
         top_k=section.top_k,
-        share=section.share if section.kind == "mix" else 1.0,
+        share=section.share,
     )
     return TokenLosses(*model.losses(hidden_SBH, objective))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megamask.config.tree import OptimizerSection
+from megamask.config.learn_tree import OptimizerSection
 from megamask.optim.adamw_bf16 import AdamWBf16
 from megamask.optim.base import MaskOptimizer, UpdateRule
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megamask.config.tree import OptimizerSection
+from megamask.config.learn_tree import OptimizerSection
 from megamask.errors import ConfigError
 from megamask.optim.base import MaskOptimizer, UpdateRule
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megamask.config.tree import OptimizerSection
+from megamask.config.learn_tree import OptimizerSection
 from megamask.optim.stochastic_rounding import RoundingOptimizer, noise_words, store
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megamask.config.tree import OptimizerSection
+from megamask.config.learn_tree import OptimizerSection
 
 if TYPE_CHECKING:  # Megatron's import takes seconds, and megamask.plan needs the facts alone
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megamask.config.tree import OptimizerSection
+from megamask.config.learn_tree import OptimizerSection
 from megamask.optim.base import MaskOptimizer
 from megamask.optim.lion import Lion, LionRule, move_logits
 from megamask.optim.stochastic_rounding import noise_words

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megamask.config import Config
-from megamask.config.tree import OptimizerSection
+from megamask.config.learn_tree import OptimizerSection
 from megamask.errors import ConfigError
 from megamask.optim.adamw import AdamWRule
 from megamask.optim.adamw_8bit import AdamW8bitRule
@@ -104,7 +104,8 @@ def epsilon(section: OptimizerSection, logits: int) -> float:
     part is in units of a clipped gradient: one of norm ``clip`` has the root mean square
     clip / sqrt(logits).
     """
-    return section.eps + section.eps_rms * section.clip / math.sqrt(logits)
+    absolute, relative = section.epsilon
+    return absolute + relative * section.clip / math.sqrt(logits)
 
 
 def _may_use_numba(config: Config, linears: Sequence[MaskedLinear]) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megamask.config.tree import LearnSection
+from megamask.config.learn_tree import LearnSection
 from megamask.errors import ConfigError
 from megamask.optim.optimizers import find_rule
 

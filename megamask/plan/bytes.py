@@ -4,7 +4,8 @@ tests compare it with real allocations.
 
 from __future__ import annotations
 
-from megamask.config.tree import OptimizerSection, SamplingSection, StateSection
+from megamask.config.learn_tree import OptimizerSection, SamplingSection, StateSection
+from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.optim.optimizers import find_rule
 from megamask.sparsity.distributions import code_dtype, logits_per_group
 from megamask.sparsity.pattern import Pattern
@@ -30,13 +31,12 @@ def state_bytes(
     dtype: str = "bf16",
     redrawn_share: float = 0.0,
     moments_share: float = 1.0,
-    distribution: str = "categorical",
-    learner: str = "gumbel",
+    method: str = "categorical",
 ) -> dict[str, float]:
     """Bytes per prunable weight of everything whose size grows with the weights, by part
     (``PARTS``, in this order; 0 where unused).
 
-    With r = C / M logits a weight (1.5 at 2:4), or r = 1 under learn.distribution=linear:
+    With r = C / M logits a weight (1.5 at 2:4), or r = 1 under learn.method=subset:
 
     - frozen weights: 2 (bf16) or 4 (fp32).
     - mask logits: 4 r (fp32) or 2 r (bf16).
@@ -45,18 +45,18 @@ def state_bytes(
     - optimizer moments: r times the ``moment_bytes`` of the update rule (adamw 8 r in fp32, 4 r in
       bf16). Tables of 256 entries and step counters do not grow with the weights. With
       optimizer.distributed a replica keeps ``moments_share`` of them.
-    - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.movement`` is off;
-      linear takes 2 bytes each for M > 8, 4 for M > 16.
+    - winners: two uint8 a group (initial and latest), 2 / M, unless ``state.track_flips`` is off;
+      subset takes 2 bytes each for M > 8, 4 for M > 16.
     - masked weights: one width of the weight when every layer's is held between forward and
       backward: with masked_weight=keep, or with draws=step, where they live for the whole step.
       With a draw per micro-batch 0 with regenerate, and recompute drops ``redrawn_share`` of them.
     - gradients at the masked weights: draws=step alone. 4 (fp32) when several micro-batches are
       added up and ``state.grads`` is fp32, else the width of the weight.
 
-    learner=maskpro runs no backward pass: of all that, it has weights, logits and winners, and one
+    method=maskpro runs no backward pass: of all that, it has weights, logits and winners, and one
     winner a group more, the initial mask. At 2:4 in bf16 6.75.
 
-    The total is what a lean footprint is judged by: at 2:4 in bf16 default 26.5 (26 without
+    The total is what a lean state is judged by: at 2:4 in bf16 default 26.5 (26 without
     winners), lean 14.5, leanest 9.5.
 
     Args:
@@ -70,23 +70,23 @@ def state_bytes(
             again with the activations.
         moments_share: the share of the layers that one replica updates, 1 / replicas when they
             divide evenly.
-        distribution: ``learn.distribution``.
-        learner: ``learn.learner``.
+        method: ``learn.method``.
 
     Raises:
         ConfigError: the pattern is too large for the distribution, or an unknown update rule.
     """
+    distribution = DISTRIBUTION_OF[method]
     group = logits_per_group(pattern, distribution)
     logits, weight = group / pattern.m, WIDTH[dtype]
     step_draw, hard_codes = (
         sampling.draws == "step",
         code_dtype(pattern, distribution).itemsize / pattern.m,
     )
-    if learner == "maskpro":
+    if method == "maskpro":
         kept = {
             WEIGHTS: weight,
             LOGITS: WIDTH[state.logits] * logits,
-            HARD_CODES: (3 if state.movement else 1) * hard_codes,
+            HARD_CODES: (3 if state.track_flips else 1) * hard_codes,
         }
         return {part: kept.get(part, 0.0) for part in PARTS}
     return {
@@ -96,7 +96,7 @@ def state_bytes(
         MOMENTS: find_rule(optimizer.kind).moment_bytes(state.logits, group)
         * logits
         * (moments_share if optimizer.distributed else 1.0),
-        HARD_CODES: 2 * hard_codes if state.movement else 0.0,
+        HARD_CODES: 2 * hard_codes if state.track_flips else 0.0,
         KEPT: weight
         if step_draw
         else weight * (1.0 - redrawn_share)

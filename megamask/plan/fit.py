@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megamask.config import Config
-from megamask.config.presets import FOOTPRINTS
+from megamask.config.presets import MEMORIES
 from megamask.errors import ConfigError
 from megamask.plan.hardware import CONTEXT_BYTES, GIB, GPUS, Device
 from megamask.plan.memory import memory_of
@@ -120,7 +120,7 @@ def ladder(config: Config) -> Iterator[Settings]:
     ]
     yield from recompute
     leaner: list[Settings] = [
-        {"learn.footprint": name} for name in ("lean", "leanest") if footprint_applies(config, name)
+        {"learn.memory": name} for name in ("lean", "leanest") if memory_applies(config, name)
     ]
     yield from leaner
     both = [{**again, **lean} for lean in leaner for again in recompute]
@@ -136,22 +136,22 @@ def _remedy(
     work: Workload, device: Device, settings: Settings, dp: int | None = None, device_name: str = ""
 ) -> Remedy:
     names = [f"{key}={str(value).lower()}" for key, value in settings.items()]
-    names += [f"plan.dp={dp}"] if dp not in (None, work.dp) else []
-    names += [f"plan.gpu={device_name}"] if device_name else []
+    names += [f"--dp {dp}"] if dp not in (None, work.dp) else []
+    names += [f"--gpu {device_name}"] if device_name else []
     return Remedy(tuple(names), work.changed(settings, dp), device)
 
 
-def footprint_applies(config: Config, name: str) -> bool:
-    """Whether naming the footprint would change the state: a recipe's own settings of learn.state
+def memory_applies(config: Config, name: str) -> bool:
+    """Whether naming the memory would change the state: a recipe's own settings of learn.state
     and optimizer.kind win over it.
     """
     given = _choices(config.model_dump(exclude_unset=True).get("learn", {}))
     present, wanted = (
-        _choices(FOOTPRINTS[config.learn.footprint].get("learn", {})),
-        _choices(FOOTPRINTS[name]["learn"]),
+        _choices(MEMORIES[config.learn.memory].get("learn", {})),
+        _choices(MEMORIES[name]["learn"]),
     )
     own = {key: value for key, value in given.items() if present.get(key) != value}
-    return name != config.learn.footprint and all(
+    return name != config.learn.memory and all(
         wanted.get(key, value) == value for key, value in own.items()
     )
 

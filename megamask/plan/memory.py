@@ -138,7 +138,7 @@ def _at_loss(work: Workload, device: Device) -> dict[str, float]:
     block = min(rows, block_size(shard, where))
     hidden = work.tokens * work.arch.hidden * work.width
     teacher = (
-        hidden + row * rows * work.width if work.config.learn.loss.kind != "lm" else 0
+        hidden + row * rows * work.width if work.config.learn.distillation.share > 0 else 0
     )  # and a chunk of its logits; blocks are shared
     return {
         ACTIVATIONS: saved_activations(work),
@@ -211,7 +211,7 @@ def eager_bytes(work: Workload) -> float:
     """
     pattern = work.pattern
     tables = 2 * 4 * (min(pattern.n, pattern.m - pattern.n) + 1)
-    return EAGER_BYTES + (tables if work.config.learn.distribution == "linear" else 0)
+    return EAGER_BYTES + (tables if work.config.learn.method != "categorical" else 0)
 
 
 def gathered(work: Workload) -> float:

@@ -22,12 +22,12 @@ from megamask.plan.workload import Workload
 from megamask.tables import table
 
 
-def headline(work: Workload) -> str:
-    """What is planned."""
+def headline(work: Workload, name: str) -> str:
+    """What is planned, for the model that ``name`` stands for."""
     config, learn = work.config, work.config.learn
     flops = sum(flops_per_token(work).values())
     options = [
-        f"footprint {learn.footprint}",
+        f"memory {learn.memory}",
         f"a draw per {learn.sampling.draws.replace('_', '-')}",
     ]
     options += {False: [], "mlp": ["recompute of the mlp"], True: ["recompute"]}[
@@ -35,7 +35,7 @@ def headline(work: Workload) -> str:
     ]
     options += ["sequence_parallel"] if config.parallel.sequence_parallel else []
     return (
-        f"{config.plan.model or config.model.hf or config.run_dir}, {work.pattern}: "
+        f"{name}, {work.pattern}: "
         f"{work.all_masked_weights / 1e9:,.3f} B prunable weights, {flops / 1e9:,.2f} GFLOP a token\n"
         f"TP {work.tp} x DP {work.dp}; {learn.steps:,} steps of {learn.global_batch} x {config.data.seq_length:,} tokens; "
         f"on each replica {work.accumulations} micro-batches of {learn.micro_batch}; {', '.join(options)}"
@@ -137,7 +137,5 @@ def as_json(
         "devices": rows,
         "target": target.title,
         "advice": None if fits else advice(work, target),
-        "settings": work.config.model_dump(
-            include={"pattern", "dtype", "parallel", "learn", "plan"}
-        ),
+        "settings": work.config.model_dump(include={"pattern", "dtype", "parallel", "learn"}),
     }

@@ -109,7 +109,7 @@ def time_of(work: Workload, device: Device) -> Time:
         {TP_LINKS: micro * _tp_seconds(work, device), DP_LINKS: _dp_seconds(work, device)},
     )
     parts = {**compute, **sampling, OPTIMIZER: _optimizer(work, device), **links}
-    if work.config.learn.loss.kind != "lm":
+    if work.config.learn.distillation.share > 0:
         parts[TEACHER] = micro * _teacher(work, device)
     forced = (
         LAUNCH_SECONDS

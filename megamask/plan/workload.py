@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megamask.config import Config
-from megamask.config.presets import FOOTPRINTS
+from megamask.config.method_names import DISTRIBUTION_OF
+from megamask.config.presets import MEMORIES
 from megamask.data.batches import check_batch
 from megamask.errors import ConfigError
 from megamask.parallel.partition import largest_share, owners
@@ -53,7 +54,7 @@ class Workload:
                 replicas than a distributed optimizer has layers for.
         """
         learn, tp = self.config.learn, self.tp
-        logits_per_group(self.pattern, learn.distribution)
+        logits_per_group(self.pattern, self.distribution)
         check_tp(self.arch, tp)
         check_batch(learn.global_batch, learn.micro_batch, self.dp)
         if self.config.parallel.sequence_parallel and tp == 1:
@@ -80,25 +81,30 @@ class Workload:
         return Pattern.parse(self.config.pattern)
 
     @property
+    def distribution(self) -> str:
+        """Of the masks that are learned."""
+        return DISTRIBUTION_OF[self.config.learn.method]
+
+    @property
     def logits_per_group(self) -> int:
         """C or M."""
-        return logits_per_group(self.pattern, self.config.learn.distribution)
+        return logits_per_group(self.pattern, self.distribution)
 
     @property
     def code_bytes(self) -> int:
         """Of the winner of a group."""
-        return code_dtype(self.pattern, self.config.learn.distribution).itemsize
+        return code_dtype(self.pattern, self.distribution).itemsize
 
     @property
     def forward_passes(self) -> int:
-        """Passes of a micro-batch under learner=maskpro, which has no backward pass; 0 stands for
+        """Passes of a micro-batch under method=maskpro, which has no backward pass; 0 stands for
         the gradient learner.
         """
         section = self.config.learn.maskpro
-        if self.config.learn.learner == "gumbel":
+        if self.config.learn.method != "maskpro":
             return 0
         return (section.masks if section.data == "shared" else 1) + int(
-            section.baseline == "winner" or section.samples is None
+            section.baseline == "hard_mask" or section.samples is None
         )
 
     @property
@@ -206,19 +212,19 @@ class Workload:
             self.accumulations,
             self.config.dtype,
         )
-        return state_bytes(*settings, *shares, learn.distribution, learn.learner)
+        return state_bytes(*settings, *shares, learn.method)
 
     def changed(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
-        """A copy with other settings, by dotted key; ``learn.footprint`` brings what it stands
+        """A copy with other settings, by dotted key; ``learn.memory`` brings what it stands
         for.
         """
         values = self.config.model_dump(
             exclude_unset=True
         )  # so that what was given stays distinguishable from defaults
-        footprint = FOOTPRINTS[str(settings.get("learn.footprint", "default"))].get("learn", {})
+        memory = MEMORIES[str(settings.get("learn.memory", "default"))].get("learn", {})
         named = {
             f"learn.{section}.{key}": value
-            for section, inner in footprint.items()
+            for section, inner in memory.items()
             for key, value in inner.items()
         }
         for path, value in {**named, **settings}.items():

@@ -131,10 +131,10 @@ def draw(a: MaskSet, b: MaskSet, found: Mapping[str, Difference], path: Path) ->
     main, places = main_share(a, b), places_of(found)
     if not places:
         raise ConfigError(
-            "diff.picture",
+            "--picture",
             str(path),
             "linears that lie in numbered layers",
-            "Use diff.out for these masks.",
+            "Use --json for these masks.",
         )
     shares = {places[name]: found[name].shares()[main] for name in places}
     kinds = list(dict.fromkeys(kind for kind, _ in shares))

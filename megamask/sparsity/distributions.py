@@ -27,7 +27,7 @@ def logits_per_group(pattern: Pattern, distribution: str) -> int:
     if distribution == "categorical":
         return len(pattern.kept_positions)
     if pattern.m > MAX_POSITIONS:
-        limit = f"learn.distribution=linear takes M up to {MAX_POSITIONS}"
+        limit = f"learn.method=subset takes M up to {MAX_POSITIONS}"
         raise ConfigError(
             "pattern", str(pattern), limit, f"Choose a pattern with M <= {MAX_POSITIONS}."
         )

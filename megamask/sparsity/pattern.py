@@ -80,7 +80,7 @@ class Pattern:
                 "pattern",
                 str(self),
                 limit,
-                "Set learn.distribution=linear: one logit per weight, M up to 32.",
+                "Set learn.method=subset: one logit per weight, M up to 32.",
             )
         return list(itertools.combinations(range(self.m), self.n))
 

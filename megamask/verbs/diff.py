@@ -7,33 +7,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamask.config import Config
-from megamask.errors import ConfigError
 from megamask.masks.compare import differences
 from megamask.masks.find import open_masks
 from megamask.report.difference_tables import draw, figures, lines
 from megamask.storage import require_writable, write_json
+from megamask.verbs.table import DiffArguments
 
 
-def run(config: Config) -> None:
-    """Compare ``diff.a`` and ``diff.b``; print tables, write ``diff.out`` and ``diff.picture``
-    where they are set.
+def run(config: Config, arguments: DiffArguments) -> None:
+    """Compare two masks; print tables, write figures and a picture where they are asked for.
 
     Raises:
-        ConfigError: a mask to compare is not named.
         ArtifactError: masks that are missing, torn, or not of one model.
     """
-    section = config.diff
-    for key, text in (("diff.a", section.a), ("diff.b", section.b)):
-        if text is None:
-            fix = "Write megamask diff sparsegpt learned run_dir=runs/mine, or paths of mask files or snapshots."
-            raise ConfigError(key, None, "diff compares two masks", fix)
-    for key, out in (("diff.out", section.out), ("diff.picture", section.picture)):
+    for key, out in (("--json", arguments.json), ("--picture", arguments.picture)):
         if out is not None:
             require_writable(Path(out).parent, key)
-    a, b = open_masks(str(section.a), config), open_masks(str(section.b), config)
+    a, b = open_masks(arguments.a, config), open_masks(arguments.b, config)
     found = differences(a, b)
     print("\n".join(lines(a, b, found)))
-    if section.out:
-        write_json(Path(section.out), figures(a, b, found))
-    if section.picture:
-        draw(a, b, found, Path(section.picture))
+    if arguments.json:
+        write_json(Path(arguments.json), figures(a, b, found))
+    if arguments.picture:
+        draw(a, b, found, Path(arguments.picture))

@@ -1,4 +1,5 @@
-"""The verb extract: write the winners of a snapshot (or a copy of any mask) as a mask file."""
+"""The verb extract: write the hard masks of a snapshot (or a copy of any mask) as a
+mask file."""
 
 from __future__ import annotations
 
@@ -10,38 +11,27 @@ from megamask.errors import ConfigError
 from megamask.masks.file import save_masks
 from megamask.masks.find import open_masks
 from megamask.storage import require_writable
+from megamask.verbs.table import ExtractArguments
 
 log = logging.getLogger(__name__)
-USAGE = "Write megamask extract runs/mine/learn/snapshots mask.safetensors."
 
 
-def run(config: Config) -> None:
-    """Write ``extract.mask`` to the mask file ``extract.out``.
+def run(config: Config, arguments: ExtractArguments) -> None:
+    """Write the masks of ``arguments.snapshot`` to the mask file ``arguments.file``.
 
     Raises:
-        ConfigError: one of them is not given, or there is a file already.
+        ConfigError: the file is there already, or has another ending than .safetensors.
         ArtifactError: a mask or snapshot that is missing or torn.
     """
-    source, target = config.extract.mask, config.extract.out
-    if source is None or target is None:
-        key, what = (
-            ("extract.mask", "a snapshot to read")
-            if source is None
-            else ("extract.out", "a mask file to write")
-        )
-        raise ConfigError(key, None, what, USAGE)
-    out = Path(target)
+    out = Path(arguments.file)
     if out.suffix != ".safetensors":
-        raise ConfigError("extract.out", target, "a file whose name ends in .safetensors", USAGE)
+        fix = "Write megamask extract runs/mine/learn/snapshots mask.safetensors."
+        raise ConfigError("FILE", str(out), "a file whose name ends in .safetensors", fix)
     if out.exists():
-        raise ConfigError(
-            "extract.out",
-            target,
-            "a file that is not there yet",
-            "Delete it, or choose another name.",
-        )
-    masks = open_masks(source, config)
-    require_writable(out.parent, "extract.out")
+        fix = "Delete it, or choose another name."
+        raise ConfigError("FILE", str(out), "a file that is not there yet", fix)
+    masks = open_masks(arguments.snapshot, config)
+    require_writable(out.parent, "FILE")
     about = {key: masks.meta.get(key) for key in ("data", "evaluation")}
     save_masks(
         out,

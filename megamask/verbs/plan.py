@@ -15,46 +15,48 @@ from megamask.plan.memory import memory_of
 from megamask.plan.plan_tables import as_json, footer, headline, memory_table, time_table
 from megamask.plan.time import time_of
 from megamask.plan.workload import Workload
+from megamask.verbs.table import PlanArguments
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.shapes import SHAPES, read_shape
 
 
-def run(config: Config) -> None:
-    """Print the plan, write ``plan.out`` if it is set.
+def run(config: Config, arguments: PlanArguments) -> None:
+    """Print the plan, and write it to ``arguments.json`` if that is set.
 
     Raises:
-        ConfigError: it fits neither ``plan.gpu`` nor, without that, any GPU; the message names the
+        ConfigError: it fits neither ``arguments.gpu`` nor, without that, any GPU; the message names the
             nearest settings that fit. Also a layout, a batch or a model that cannot work.
         ArtifactError: the model's config.json cannot be read.
     """
-    arch = find_architecture(config)
-    work = Workload(with_paper_batch(config, arch), arch, config.plan.dp).check()
-    devices = [device_named("cpu")] if config.plan.gpu == "cpu" else list(GPUS.values())
+    arch = find_architecture(config, arguments.model)
+    if arguments.model:
+        config = with_paper_batch(config, arch)
+    work = Workload(config, arch, arguments.dp).check()
+    devices = [device_named("cpu")] if arguments.gpu == "cpu" else list(GPUS.values())
     memories, times = (
         [memory_of(work, one) for one in devices],
         [time_of(work, one) for one in devices],
     )
     target = (
-        device_named(config.plan.gpu)
-        if config.plan.gpu
-        else max(devices, key=lambda one: one.capacity)
+        device_named(arguments.gpu) if arguments.gpu else max(devices, key=lambda one: one.capacity)
     )
     tables = [memory_table(memories[0]), time_table(work, devices, memories, times)]
-    print("\n\n".join("\n".join(lines) for lines in ([headline(work)], *tables, footer(devices))))
-    if config.plan.out:
-        storage.write_json(Path(config.plan.out), as_json(work, devices, memories, times, target))
+    title = headline(work, arguments.model or config.model.hf or config.run_dir)
+    print("\n\n".join("\n".join(lines) for lines in ([title], *tables, footer(devices))))
+    if arguments.json:
+        storage.write_json(Path(arguments.json), as_json(work, devices, memories, times, target))
     check_fits(work.config, arch, target, work.dp)
 
 
-def find_architecture(config: Config) -> Architecture:
-    """Of ``plan.model``, else of the run's Hugging Face folder, else of its converted weights.
+def find_architecture(config: Config, name: str | None = None) -> Architecture:
+    """Of the shape or folder ``name``, else of the run's Hugging Face folder, else of its converted weights.
 
     Raises:
         ConfigError: there is no model to plan for.
         ArtifactError: ``model.hf`` was given and cannot be read.
     """
-    if config.plan.model:
-        return read_shape(config.plan.model)
+    if name:
+        return read_shape(name)
     paths = run_paths(config)
     for folder in (paths.hf, paths.weights):
         if (folder / "config.json").exists():
@@ -74,11 +76,9 @@ def find_architecture(config: Config) -> Architecture:
 
 
 def with_paper_batch(config: Config, arch: Architecture) -> Config:
-    """The paper's batch (MaskLLM, Table 7) where ``plan.model`` was given and the batch was not:
-    the defaults of the tree suit a laptop.
+    """The paper's batch (MaskLLM, Table 7) where the batch was not given: the defaults of the tree
+    suit a laptop.
     """
-    if not config.plan.model:
-        return config
     learn, data = config.learn.model_fields_set, config.data.model_fields_set
     open_keys = {
         "learn.micro_batch": "micro_batch" in learn,

@@ -78,11 +78,11 @@ def _check_domains(config: Config) -> None:
 
 
 def _check_eod(config: Config, tokenizer: TextTokenizer) -> None:
-    if config.data.append_eod and tokenizer.eod is None:
-        allowed = f"false for the tokenizer {tokenizer.name}, which has no end-of-text token"
+    if config.data.eod is not None and tokenizer.eod is None:
+        allowed = f"null for the tokenizer {tokenizer.name}, which has no end-of-text token"
         raise ConfigError(
-            "data.append_eod",
-            True,
+            "data.eod",
+            config.data.eod,
             allowed,
-            "Name one with data.eod_token, or set data.append_eod=false.",
+            "Name a token, or set data.eod=null for none.",
         )

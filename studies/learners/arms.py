@@ -19,7 +19,7 @@ Settings = dict[str, Any]
 # Steps, batch and rate come from the command line. A short run has no time to undo random flips, so
 # it starts from the prior alone and with nearly hard masks.
 GUMBEL: Settings = {
-    "distribution": "linear",
+    "method": "subset",
     "sampling.mode": "soft",
     "sampling.draws": "micro_batch",
     "sampling.kappa": [100, 500],
@@ -28,17 +28,16 @@ GUMBEL: Settings = {
     "prior.mask": "sparsegpt",
     "prior.strength": 3,
     "optimizer.kind": "adamw",
-    "optimizer.eps_rms": 0.1,
-    "weight_norm.coef": 1e-5,
-    "weight_norm.decay": "linear",
+    "optimizer.epsilon": [1e-8, 0.1],
+    "weight_norm": [1e-5, 0],
 }
-CATEGORICAL: Settings = {"distribution": "categorical"}
+CATEGORICAL: Settings = {"method": "categorical"}
 # The paper's reference settings but for steps and batch, which are those of all arms.
-MASKPRO: Settings = {"learner": "maskpro", "preset": "maskpro"}
+MASKPRO: Settings = {"method": "maskpro", "preset": "maskpro"}
 # Settings that show progress in a short run from a weak prior: four masks a step on the same
 # samples, compared with each other.
 MASKPRO_SHORT: Settings = {
-    "learner": "maskpro",
+    "method": "maskpro",
     "prior.mask": "magnitude",
     "maskpro.masks": 4,
     "maskpro.data": "shared",
@@ -180,7 +179,7 @@ _CATEGORICAL: tuple[str, Settings, Settings] = (
 )
 _LEAN: tuple[str, Settings, Settings] = (
     "categorical, `lean` state (default: 15 GiB)",
-    {**CATEGORICAL, "footprint": "lean"},
+    {**CATEGORICAL, "memory": "lean"},
     GUMBEL,
 )
 _LINEAR: tuple[str, Settings, Settings] = ("linear, a logit per weight", {}, GUMBEL)
@@ -257,13 +256,13 @@ ARMS: list[Arm] = [
     *_ablation(
         "weight-norm",
         {
-            "off": ("off", {"weight_norm.coef": 0.0, "weight_norm.decay": "none"}),
+            "off": ("off", {"weight_norm": [0, 0]}),
             "annealed": (
                 "1e-5, falling to 0",
-                {"weight_norm.coef": 1e-5, "weight_norm.decay": "linear"},
+                {"weight_norm": [1e-5, 0]},
             ),
-            "on": ("1e-5, constant", {"weight_norm.coef": 1e-5, "weight_norm.decay": "none"}),
-            "strong": ("1e-4, constant", {"weight_norm.coef": 1e-4, "weight_norm.decay": "none"}),
+            "on": ("1e-5, constant", {"weight_norm": [1e-5, 1e-5]}),
+            "strong": ("1e-4, constant", {"weight_norm": [1e-4, 1e-4]}),
         },
     ),
     *_ablation(
@@ -281,7 +280,7 @@ ARMS: list[Arm] = [
         "optimizer",
         {
             "adamw": ("AdamW", {"optimizer.kind": "adamw"}),
-            "adamw-bf16": ("AdamW with bf16 state (`lean`)", {"footprint": "lean"}),
+            "adamw-bf16": ("AdamW with bf16 state (`lean`)", {"memory": "lean"}),
             "adamw8bit": ("AdamW, 8 bits (CUDA)", {"optimizer.kind": "adamw8bit"}),
         },
     ),
@@ -296,7 +295,7 @@ ARMS: list[Arm] = [
         "optimizer-lion8bit",
         "optimizer",
         "Lion, 8 bits (`leanest`), 0.35 of the rate",
-        {"footprint": "leanest", "optimizer.kind": "lion8bit"},
+        {"memory": "leanest", "optimizer.kind": "lion8bit"},
         rate=0.35,
     ),
     *_ablation(
@@ -310,15 +309,15 @@ ARMS: list[Arm] = [
         "distillation",
         {
             "lm": ("the text's loss", {}),
-            "kd": ("the teacher's distribution", {"loss.kind": "kd"}),
-            "mix": ("half of each", {"loss.kind": "mix"}),
+            "kd": ("the teacher's distribution", {"distillation.share": 1}),
+            "mix": ("half of each", {"distillation.share": 0.5}),
         },
     ),
     Arm(
         "distillation-kd-time",
         "distillation",
         "the teacher's, in the time of the text's",
-        {"loss.kind": "kd"},
+        {"distillation.share": 1},
         share_of_steps=0.8,
     ),
     Arm("rate-quarter", "rate", "a quarter of the reference's", rate=0.25),
@@ -332,10 +331,10 @@ ARMS: list[Arm] = [
     *_ablation(
         "eps",
         {
-            "0": ("0", {"optimizer.eps_rms": 0.0}),
-            "0.03": ("0.03", {"optimizer.eps_rms": 0.03}),
-            "0.1": ("0.1", {"optimizer.eps_rms": 0.1}),
-            "0.3": ("0.3", {"optimizer.eps_rms": 0.3}),
+            "0": ("0", {"optimizer.epsilon": [1e-8, 0.0]}),
+            "0.03": ("0.03", {"optimizer.epsilon": [1e-8, 0.03]}),
+            "0.1": ("0.1", {"optimizer.epsilon": [1e-8, 0.1]}),
+            "0.3": ("0.3", {"optimizer.epsilon": [1e-8, 0.3]}),
         },
     ),
 ]

@@ -80,8 +80,7 @@ class Budget:
             "monitor.evaluate_every": self.evaluate_every,
             "monitor.evaluate_windows": CURVE_WINDOWS,
             "evaluate.max_tokens": self.evaluate_tokens,
-            "monitor.tensorboard": False,
-            "monitor.wandb": "off",
+            "monitor.sinks": [],
         }
 
 

@@ -40,7 +40,7 @@ def refused(run_dir: Path, settings: Settings) -> Refuse:
     return check
 
 
-CATEGORICAL = "learn.distribution=categorical"
+CATEGORICAL = "learn.method=categorical"
 EARLY = {
     "unknown key": (
         "learn",
@@ -102,12 +102,12 @@ EARLY = {
     "many candidates": (
         "learn",
         f"pattern=8:16 {CATEGORICAL}",
-        ["pattern = '8:16'", "256 candidates", "12,870", "distribution=linear"],
+        ["pattern = '8:16'", "256 candidates", "12,870", "method=subset"],
     ),
     "too many members": (
         "learn",
-        "pattern=32:64 learn.distribution=linear",
-        ["pattern = '32:64'", "linear takes M up to 32", "M <= 32"],
+        "pattern=32:64 learn.method=subset",
+        ["pattern = '32:64'", "subset takes M up to 32", "M <= 32"],
     ),
     "negative tau": (
         "learn",
@@ -134,11 +134,11 @@ EARLY = {
         "learn.sampling.kappa=[0,0]",
         ["learn.sampling.kappa = [0.0, 0.0]", "end above 0", "[100, 500]"],
     ),
-    "diff of nothing": ("diff", "", ["diff.a = None", "compares two masks", "Write megamask diff"]),
+    "diff of nothing": ("diff", "", ["A = None", "mask, named as", "Write megamask diff"]),
     "diff of one": (
         "diff",
         "a.safetensors",
-        ["diff.b = None", "compares two masks", "Write megamask diff"],
+        ["B = None", "the other mask", "Write megamask diff A B"],
     ),
     "diff of three": ("diff", "a b c", ["argument = 'c'", "diff takes A B", "Leave it out"]),
     "diff of a missing name": (
@@ -154,12 +154,12 @@ EARLY = {
     "extract to nowhere": (
         "extract",
         "learn/snapshots",
-        ["extract.out = None", "a mask file to write", "Write megamask extract"],
+        ["FILE = None", "mask file to write", "Write megamask extract"],
     ),
     "extract to no mask file": (
         "extract",
         "a b.bin",
-        ["extract.out = 'b.bin'", "ends in .safetensors", "Write megamask extract"],
+        ["FILE = 'b.bin'", "ends in .safetensors", "Write megamask extract"],
     ),
     "tau of zero": ("learn", "learn.sampling.tau=[4, 0]", ["learn.sampling.tau", "greater than 0"]),
     "rising tau": (

@@ -17,7 +17,7 @@ from tests.e2e.program import in_process, megamask, refusal
 pytestmark = pytest.mark.slow
 Settings = Callable[[Path], list[str]]
 RUN = (
-    "learn.learner=maskpro",
+    "learn.method=maskpro",
     "learn.prior.mask=magnitude",
     "learn.steps=8",
     "learn.snapshot.every=4",
@@ -49,8 +49,7 @@ def test_a_run_leaves_what_other_learners_leave(whole: Path, settings: Settings)
         load_masks(whole / "masks" / f"{name}.safetensors") for name in ("learned", "magnitude")
     )
     assert (
-        learned.meta["data"]["learner"] == "maskpro"
-        and learned.meta["data"]["prior"] == "magnitude"
+        learned.meta["data"]["method"] == "maskpro" and learned.meta["data"]["prior"] == "magnitude"
     )
     assert any(not torch.equal(learned[name], prior[name]) for name in learned)
     records = train_records(whole)
@@ -76,7 +75,7 @@ def test_a_resumed_run_and_two_replicas_learn_the_same_mask(
         "learn", *settings(resumed), *RUN, "learn.optimizer.lr=1"
     )  # which does not count here
     assert (
-        "without effect here (learn.learner=maskpro" in finished.stderr
+        "without effect here (learn.method=maskpro" in finished.stderr
         and "learn.optimizer.lr" in finished.stderr
     )
     replicas = Path(shutil.copytree(prepared, tmp_path / "replicas"))
@@ -90,9 +89,7 @@ def test_a_resumed_run_and_two_replicas_learn_the_same_mask(
     ]
 
 
-@pytest.mark.parametrize(
-    "override", ["learn.maskpro.masks=3", "learn.footprint=lean", "learn.distribution=categorical"]
-)
+@pytest.mark.parametrize("override", ["learn.maskpro.masks=3", "learn.memory=lean"])
 def test_refused_before_anything_is_loaded(
     run_dir: Path, settings: Settings, override: str
 ) -> None:

@@ -100,8 +100,8 @@ def test_without_a_gpu_of_choice_any_may_hold_it(ask: Ask) -> None:
     [
         ("plan run_dir=no/such", "--model"),
         ("plan --model llama9", "llama2-7b"),
-        ("plan --model llama2-7b --gpu b200", "plan.gpu = 'b200'"),
-        ("plan --model llama2-7b --footprint tiny", "learn.footprint"),
+        ("plan --model llama2-7b --gpu b200", "--gpu = 'b200'"),
+        ("plan --model llama2-7b --memory tiny", "learn.memory"),
         ("plan --model llama2-7b --node 3", "--global-batch"),
         ("plan --model", "needs a value"),
         ("plan --model llama2-7b --tp 3", "parallel.tp = 3"),
@@ -134,9 +134,9 @@ LINEARS = 16
 CASES = {
     "default": [],
     "regenerate": ["learn.state.masked_weight=regenerate"],
-    "recompute": ["parallel.recompute=true", "learn.footprint=leanest"],
+    "recompute": ["parallel.recompute=true", "learn.memory=leanest"],
     "mlp": ["parallel.recompute=mlp"],
-    "mlp, regenerate": ["parallel.recompute=mlp", "learn.footprint=leanest"],
+    "mlp, regenerate": ["parallel.recompute=mlp", "learn.memory=leanest"],
     "one draw": ["learn.sampling.draws=step", "dtype=fp32"],
 }
 

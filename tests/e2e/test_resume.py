@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from megamask import load_masks
+from megamask.config.legacy import nest
 from megamask.errors import EXIT_INTERRUPTED
 from tests.e2e.program import Program, assert_untouched, contents, in_process, megamask, refusal
 
@@ -33,7 +34,7 @@ RUN = (
     "learn.global_batch=2",
     "data.seq_length=16",
     # the other end-to-end tests run the defaults
-    "learn.distribution=categorical",
+    "learn.method=categorical",
     "learn.sampling.initial_noise=true",
 )
 MEASURED = (
@@ -322,16 +323,39 @@ def test_another_setting_is_no_resume(
     assert_untouched(interrupted, held)
 
 
+def in_old_words(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a note as they were written before they got their names of today."""
+    flat = {key: value for key, value in settings.items() if not key.startswith("learn.dist")}
+    (coef, last), (eps, eps_rms) = (
+        flat.pop("learn.weight_norm"),
+        flat.pop("learn.optimizer.epsilon"),
+    )
+    assert flat.pop("learn.method") == "categorical" and flat.pop("data.eod") == "auto"
+    flat |= {"learn.learner": "gumbel", "learn.distribution": "categorical"}
+    flat |= {"learn.optimizer.eps": eps, "learn.optimizer.eps_rms": eps_rms}
+    flat |= {
+        "learn.weight_norm.coef": coef,
+        "learn.weight_norm.decay": "none" if last else "linear",
+    }
+    flat |= {
+        "learn.loss.kind": "lm",
+        "learn.loss.share": 0.5,
+        "learn.loss.temperature": 1.0,
+    }
+    flat |= {"data.append_eod": True, "data.eod_token": None, "learn.loss.top_k": None}
+    return nest(flat)
+
+
 @pytest.mark.parametrize(
     ("section", "override", "before"),
     [
-        ("loss", "learn.loss.temperature=1", None),
-        ("loss", "learn.loss.temperature=2", None),  # of kd alone
-        ("loss", "learn.loss.kind=kd", "'lm'"),
-        ("optimizer.eps_rms", "learn.optimizer.eps_rms=0", None),  # there was none
-        ("optimizer.eps_rms", "learn.optimizer.eps_rms=0.1", "0.0"),  # the default, now
-        ("distribution", "learn.distribution=categorical", None),
-        ("distribution", "learn.distribution=linear", "'categorical'"),
+        ("loss", "learn.distillation.temperature=1", None),
+        ("loss", "learn.distillation.temperature=2", None),  # of distillation alone
+        ("loss", "learn.distillation.share=1", "0.0"),
+        ("optimizer.eps_rms", "learn.optimizer.epsilon=[1e-8, 0]", None),  # there was none
+        ("optimizer.eps_rms", "learn.optimizer.epsilon=[1e-8, 0.1]", "[1e-08, 0.0]"),  # default now
+        ("distribution", "learn.method=categorical", None),
+        ("distribution", "learn.method=subset", "'categorical'"),
     ],
 )
 def test_a_snapshot_older_than_a_setting_was_made_without_it(
@@ -345,6 +369,7 @@ def test_a_snapshot_older_than_a_setting_was_made_without_it(
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
     note = run_dir / "learn" / "snapshots" / snapshots(run_dir)[-1] / "megamask.json"
     content = json.loads(note.read_text())
+    content["settings"] = in_old_words(content["settings"])
     *path, last = section.split(".")
     del reduce(dict.__getitem__, path, content["settings"]["learn"])[last]
     note.write_text(json.dumps(content))

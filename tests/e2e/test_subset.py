@@ -18,7 +18,7 @@ from tests.e2e.program import Finished, contents, in_process, megamask, refusal
 
 pytestmark = pytest.mark.slow
 
-LINEAR = ("pattern=8:16", "learn.distribution=linear")
+LINEAR = ("pattern=8:16", "learn.method=subset")
 METHODS = ("magnitude", "wanda", "sparsegpt", "sparsegpt_update")
 Settings = Callable[[Path], list[str]]
 
@@ -79,7 +79,7 @@ def test_the_export_holds_the_mask_and_inspect_names_the_pattern(
     assert (run_dir / "report.html").exists()
 
 
-def test_a_second_run_changes_nothing_and_another_distribution_does_not_go_on(
+def test_a_second_run_changes_nothing_and_another_method_does_not_go_on(
     pipeline: tuple[Path, dict[str, Finished]], prepared: Path, settings: Settings, tmp_path: Path
 ) -> None:
     before = contents(pipeline[0] / "masks")
@@ -87,18 +87,14 @@ def test_a_second_run_changes_nothing_and_another_distribution_does_not_go_on(
     assert contents(pipeline[0] / "masks") == before
 
     run_dir = Path(shutil.copytree(prepared, tmp_path / "run"))  # 2:4, where both are possible
-    assert in_process("learn", *settings(run_dir), "learn.distribution=linear").code == 0
-    message = refusal(in_process("learn", *settings(run_dir), "learn.distribution=categorical"))
-    assert (
-        "learn.distribution = 'categorical'" in message and "was started with 'linear'" in message
-    )
+    assert in_process("learn", *settings(run_dir), "learn.method=subset").code == 0
+    message = refusal(in_process("learn", *settings(run_dir), "learn.method=categorical"))
+    assert "learn.method = 'categorical'" in message and "was started with 'subset'" in message
 
 
 def test_more_members_than_linear_takes(tmp_path: Path, settings: Settings) -> None:
     message = refusal(
-        in_process(
-            "learn", *settings(tmp_path / "run"), "pattern=2:64", "learn.distribution=linear"
-        )
+        in_process("learn", *settings(tmp_path / "run"), "pattern=2:64", "learn.method=subset")
     )
     assert all(
         words in message

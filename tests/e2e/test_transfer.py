@@ -37,7 +37,7 @@ def done(verb: str, *words: str) -> str:
 
 PRIORS = {
     "the learned mask": ("masks/learned.safetensors", 4, "categorical"),
-    "the newest snapshot": ("learn/snapshots", 4, "linear"),
+    "the newest snapshot": ("learn/snapshots", 4, "subset"),
     "a snapshot": ("learn/snapshots/step-00000002", 2, "categorical"),
 }
 
@@ -49,13 +49,13 @@ def test_a_domain_mask_starts_at_the_general_one_s_quality(
     """The same winners under the same windows give the same bits; without noise nothing but the
     prior decides them.
     """
-    name, step, distribution = PRIORS[case]
+    name, step, method = PRIORS[case]
     done(
         "learn",
         *settings(run_dir),
         *ON_CODE,
         f"learn.prior.mask={general / name}",
-        f"learn.distribution={distribution}",
+        f"learn.method={method}",
     )
     ours, theirs = evaluations(run_dir), evaluations(general)
     assert ours[0] == theirs[step] and ours[0] != theirs[0]
@@ -98,7 +98,7 @@ def test_another_learner_s_snapshot_is_extracted_as_its_mask(
     done(
         "learn",
         *settings(run_dir),
-        "learn.learner=maskpro",
+        "learn.method=maskpro",
         "learn.steps=2",
         "learn.maskpro.initial_logit=1",
     )
@@ -135,7 +135,7 @@ def test_a_mask_is_evaluated_exported_and_inspected_by_name(
         )
         written[name] = contents(tmp_path / "export")["model.safetensors"]
     assert written["learned"] == written[str(newest)] != written["wanda"]
-    said = done("inspect", *settings(run_dir), f"export.mask={newest}")
+    said = done("inspect", *settings(run_dir), str(newest))
     assert "2:4 (6 candidates a group)" in said and "step-00000004: valid, belongs to" in said
 
 

@@ -26,7 +26,7 @@ from tests.parallel.tiny import Chains, config_of, gather_logits
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED_AT = 6, 3
-MIX: dict[str, Any] = {"kind": "mix", "share": 0.7, "temperature": 2.0}
+MIX: dict[str, Any] = {"share": 0.7, "temperature": 2.0}
 LONGER: dict[str, Any] = {
     "steps": 20,
     "optimizer": {"lr": 5e-3, "schedule": "constant"},
@@ -92,8 +92,8 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     settings = {
         "steps": STEPS,
         "optimizer": {"lr": 2e-3},
-        "weight_norm": {"coef": 1e-4},
-        "loss": job.loss,
+        "weight_norm": (1e-4, 1e-4),
+        "distillation": job.loss,
         **job.learn,
     }
     config = config_of(run_dir, job.tp, settings, **job.parallel)
@@ -208,7 +208,7 @@ def look_at_teachers(rank: int, run_dir: Path) -> dict[str, Any]:
     """What teacher and losses are while nothing is drawn, within a draw, under a step's draw, and
     with folded masks.
     """
-    config, found = config_of(run_dir, 1, {"loss": {"kind": "kd"}}), {}
+    config, found = config_of(run_dir, 1, {"distillation": {"share": 1}}), {}
     with start(config) as mesh:
         masked_model = build_masked_model(config, mesh)
         batch = [
@@ -236,7 +236,7 @@ def look(
 ) -> tuple[torch.Tensor, TokenLosses]:
     with torch.no_grad():
         return dense_hidden(masked_model.model, batch[0], masked_model.switch), loss_of(
-            config.learn.loss, masked_model.switch
+            config.learn.distillation, masked_model.switch
         )(masked_model.model, *batch)
 
 

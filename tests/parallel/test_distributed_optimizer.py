@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megamask.config.presets import FOOTPRINTS
+from megamask.config.presets import MEMORIES
 from megamask.learn.gumbel import Learner, StepResult
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Snapshots
@@ -25,12 +25,12 @@ from tests.parallel.tiny import Chains, config_of, gather_logits
 pytestmark = pytest.mark.slow
 STEPS, SAVED_AT = 4, 2
 KINDS: dict[str, Any] = {
-    "adamw": {"weight_norm": {"coef": 1e-4}},
+    "adamw": {"weight_norm": (1e-4, 1e-4)},
     "once": {
         "sampling": {"draws": "step"}
     },  # sums start when the mask backward of a layer is done, not in the backward pass
-    "lean": FOOTPRINTS["lean"]["learn"],
-    "leanest": FOOTPRINTS["leanest"]["learn"],
+    "lean": MEMORIES["lean"]["learn"],
+    "leanest": MEMORIES["leanest"]["learn"],
 }
 
 

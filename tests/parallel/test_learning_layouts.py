@@ -25,7 +25,7 @@ STEPS, SAVED_AT = 20, 10
 SETTINGS: dict[str, Any] = {
     "steps": STEPS,
     "optimizer": {"lr": 2e-3},
-    "weight_norm": {"coef": 1e-4},
+    "weight_norm": (1e-4, 1e-4),
 }
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 STEPS, SAVED_AT, SAMPLES = 8, 4, 12  # the samples come again from step 1 on: a step reads 8
 PAPER: dict[str, Any] = {"masks": 1, "lr": 200.0}
 OTHERS: dict[str, Any] = {"masks": 4, "baseline": "leave_one_out", "lr": 400.0}
-WINNER: dict[str, Any] = {"masks": 2, "baseline": "winner", "data": "shared", "lr": 400.0}
+WINNER: dict[str, Any] = {"masks": 2, "baseline": "hard_mask", "data": "shared", "lr": 400.0}
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ JOBS: dict[int, dict[str, Job]] = {  # by world size; DP = world / TP
 def settings(job: Job) -> dict[str, Any]:
     base = {
         "steps": STEPS,
-        "learner": "maskpro",
-        "distribution": "linear",
+        "method": "maskpro",
         "sampling": {"initial_noise": False},
     }
     return {

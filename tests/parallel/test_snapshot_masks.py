@@ -30,25 +30,25 @@ class Kind:
     """How a run holds its logits."""
 
     pattern: str
-    distribution: str
+    method: str
     logits: str
 
 
 KINDS = {
     "categorical": Kind("2:4", "categorical", "fp32"),
-    "linear": Kind("4:8", "linear", "fp32"),
+    "subset": Kind("4:8", "subset", "fp32"),
     "categorical-bf16": Kind("2:4", "categorical", "bf16"),
-    "linear-bf16": Kind("2:4", "linear", "bf16"),
+    "subset-bf16": Kind("2:4", "subset", "bf16"),
 }
 HEIR = {
-    "categorical": "linear",
-    "linear": "categorical",
-}  # the distribution of the run that starts from the snapshot
+    "categorical": "subset",
+    "subset": "categorical",
+}  # the method of the run that starts from the snapshot
 
 
-def config(run_dir: Path, tp: int, kind: Kind, prior: str | None, distribution: str) -> Any:
+def config(run_dir: Path, tp: int, kind: Kind, prior: str | None, method: str) -> Any:
     learn = {
-        "distribution": distribution,
+        "method": method,
         "state": {"logits": kind.logits},
         "prior": {"mask": prior},
         "sampling": {"initial_noise": False},
@@ -71,7 +71,7 @@ def save_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, tuple
     """
     found = {}
     for name, kind in KINDS.items():
-        settings = config(run_dir, tp, kind, None, kind.distribution)
+        settings = config(run_dir, tp, kind, None, kind.method)
         with start(settings) as mesh:
             masked_model = build_masked_model(settings, mesh)
             for number, logits in enumerate(masked_model.mask_logits):
@@ -95,7 +95,7 @@ def start_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, Mask
     """By kind: the winners of a run whose prior is the snapshot."""
     found = {}
     for name, kind in KINDS.items():
-        settings = config(run_dir, tp, kind, str(folder / name), HEIR[kind.distribution])
+        settings = config(run_dir, tp, kind, str(folder / name), HEIR[kind.method])
         with start(settings) as mesh:
             found[name] = hard_codes(build_masked_model(settings, mesh), mesh)
         meet_again()
@@ -139,7 +139,7 @@ def test_a_snapshot_of_two_ranks_is_read_as_their_winners(
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_run_starts_from_it_in_any_layout_and_distribution(
+def test_a_run_starts_from_it_in_any_layout_and_method(
     tiny_run: Path, folder: Path, saved: dict[str, Any], tp: int
 ) -> None:
     started = run_ranks(start_all, tp, tiny_run, folder, tp)[0]

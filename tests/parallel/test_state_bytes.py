@@ -15,7 +15,7 @@ from benchmarks.lab import Lab
 from benchmarks.memory import KEPT, count, kept_for_backward
 from megamask.config import Config
 from megamask.config.load import build_config
-from megamask.config.presets import FOOTPRINTS
+from megamask.config.presets import MEMORIES
 from megamask.data.batches import BatchPlan
 from megamask.learn.gumbel import Learner
 from megamask.learn.masked_model import build_masked_model
@@ -32,20 +32,20 @@ pytestmark = pytest.mark.slow
 ACCUMULATIONS = 2
 
 RUNS: dict[str, Mapping[str, Any]] = {
-    "default": FOOTPRINTS["default"],
-    "lean": FOOTPRINTS["lean"],
-    "leanest": FOOTPRINTS["leanest"],
+    "default": MEMORIES["default"],
+    "lean": MEMORIES["lean"],
+    "leanest": MEMORIES["leanest"],
     "step": {"learn": {"sampling": {"draws": "step"}}},
     "lean-step": {  # bf16 gradients at the masked weights would be gone between steps
         "learn": {
-            "state": {**FOOTPRINTS["lean"]["learn"]["state"], "grads": "fp32"},
+            "state": {**MEMORIES["lean"]["learn"]["state"], "grads": "fp32"},
             "sampling": {"draws": "step"},
         }
     },
     "lion": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "lion"}}},
     "lion8bit-fp32": {"learn": {"optimizer": {"kind": "lion8bit"}}},
-    "linear": {"learn": {"distribution": "linear"}},
-    "linear-leanest": {"learn": {"distribution": "linear", **FOOTPRINTS["leanest"]["learn"]}},
+    "subset": {"learn": {"method": "subset"}},
+    "subset-leanest": {"learn": {"method": "subset", **MEMORIES["leanest"]["learn"]}},
     "adamw8bit": {"learn": {"state": {"logits": "bf16"}, "optimizer": {"kind": "adamw8bit"}}},
 }
 DISTRIBUTED: dict[str, Mapping[str, Any]] = {  # on two replicas
@@ -82,7 +82,7 @@ def count_all(
                 Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
             )
             lab = Lab(config, mesh, masked_model, Learner(config, mesh, masked_model), plan)
-            mask_statistics = MaskStatistics(masked_model, mesh, config.learn.state.movement)
+            mask_statistics = MaskStatistics(masked_model, mesh, config.learn.state.track_flips)
             kept = kept_for_backward(lab)
             mask_statistics()
             weights = sum(linear.weight.numel() for linear in masked_model.linears.values())
@@ -108,7 +108,7 @@ def test_counted_is_allocated(
         pytest.skip("torchao is not installed")
     learn = config_for(tiny_run, RUNS[name]).learn
     settings = (Pattern(2, 4), learn.state, learn.optimizer, learn.sampling)
-    expected = state_bytes(*settings, ACCUMULATIONS, "fp32", distribution=learn.distribution)
+    expected = state_bytes(*settings, ACCUMULATIONS, "fp32", method=learn.method)
     for part, size in expected.items():
         # Step counters and code tables do not grow with the weights: 2 KiB at most for each layer
         # of 4,096 weights or more here.

@@ -48,10 +48,10 @@ def settings(run_dir: Path, tp: int, backend: str = "auto") -> Config:
     optimizer = {
         "lr": 2e-3,
         "warmup_steps": 1,
-        "eps_rms": 0.1,
+        "epsilon": (1e-8, 0.1),
     }  # the whole model's logits decide epsilon
     learn = {
-        "distribution": "linear",
+        "method": "subset",
         "steps": STEPS,
         "optimizer": optimizer,
         "prior": {"mask": None},

@@ -72,10 +72,10 @@ def make_run(folder: Path) -> Path:
 
 # The paper's start, from noise and a prior: masks move within a few steps.
 PAPER = {
-    "distribution": "categorical",
+    "method": "categorical",
     "sampling": {"tau": (4, 0.05), "initial_noise": True},
-    "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 0, "eps_rms": 0},
-    "weight_norm": {"decay": "none"},
+    "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 0, "epsilon": (1e-8, 0)},
+    "weight_norm": (1e-5, 1e-5),
 }
 
 

@@ -1,47 +1,60 @@
-"""The command line: flags and arguments stand for settings."""
+"""The command line: overrides, shortcuts of settings, and arguments of the verbs themselves."""
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import pytest
 
-from megamask.__main__ import parse
-from megamask.config import load_config
+from megamask.__main__ import build_arguments, main, parse
+from megamask.config.load import load_config, read_settings
 from megamask.errors import ConfigError
+from megamask.verbs.table import DiffArguments, ExtractArguments, InspectArguments, PlanArguments
 
 
-def test_arguments_stand_for_settings_in_their_order() -> None:
-    verb, recipe, overrides = parse(
-        [
-            "diff",
-            "run_dir=runs/x",
-            "wanda",
-            "--json",
-            "out.json",
-            "a: b/m.safetensors",
-            "--picture=p.png",
-        ]
+def test_words_are_overrides_arguments_and_a_recipe_in_any_order() -> None:
+    request = parse(
+        ["diff", "run_dir=runs/x", "wanda", "--json", "out.json", "a: b/m.safetensors"]
+        + ["--picture=p.png", "--config", "recipe.yaml"]
     )
-    config = load_config(recipe, overrides)
-    assert (verb, config.run_dir, config.diff.out, config.diff.picture) == (
-        "diff",
-        "runs/x",
-        "out.json",
-        "p.png",
+    assert (request.verb, request.recipe) == ("diff", Path("recipe.yaml"))
+    assert load_config(None, request.overrides).run_dir == "runs/x"
+    assert build_arguments("diff", request.arguments) == DiffArguments(
+        a="wanda", b="a: b/m.safetensors", json="out.json", picture="p.png"
     )
-    assert (config.diff.a, config.diff.b) == ("wanda", "a: b/m.safetensors")
 
 
 @pytest.mark.parametrize("word", ["1e3", "null", "true", "2:4", "a#b", "'q'", '"', "\\n", "ä"])
 def test_an_argument_is_taken_to_the_letter(word: str) -> None:
     """Overrides are YAML; file names are not."""
-    assert load_config(None, parse(["extract", "x", word])[2]).extract.out == word
+    given = parse(["extract", "x", word]).arguments
+    assert build_arguments("extract", given) == ExtractArguments(snapshot="x", file=word)
 
 
-def test_a_path_with_an_equals_sign_can_be_given_as_a_setting() -> None:
-    assert (
-        load_config(None, parse(["diff", "wanda", "diff.b=runs/lr=3/m.safetensors"])[2]).diff.b
-        == "runs/lr=3/m.safetensors"
+def test_a_path_may_hold_an_equals_sign() -> None:
+    given = parse(["diff", "wanda", "runs/lr=3/m.safetensors", "seed=4"])
+    assert given.arguments == {"a": "wanda", "b": "runs/lr=3/m.safetensors"}
+    assert given.overrides == ["seed=4"]
+
+
+def test_shortcuts_stand_for_settings_and_the_last_word_wins() -> None:
+    request = parse(["plan", "--model", "llama2-7b", "--tp=8", "--gpu", "a100", "--gpu=h100"])
+    assert load_config(None, request.overrides).parallel.tp == 8
+    assert build_arguments("plan", request.arguments) == PlanArguments(
+        model="llama2-7b", gpu="h100"
     )
+    assert build_arguments("inspect", {}) == InspectArguments(mask=None)
+
+
+def test_arguments_that_were_settings_are_still_read(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        old = read_settings(None, ["plan.model=llama2-7b", "plan.dp=2", "extract.out=f", "seed=1"])
+    assert old[1] == {"plan": {"model": "llama2-7b", "dp": 2}, "extract": {"file": "f"}}
+    assert build_arguments("plan", old[1]["plan"]) == PlanArguments(model="llama2-7b", dp=2)
+    assert "plan.dp is --dp of megamask plan now" in caplog.text
+    with pytest.raises(ConfigError, match=r"plan\.node = 3: an argument of megamask plan: --model"):
+        read_settings(None, ["plan.node=3"])
 
 
 @pytest.mark.parametrize(
@@ -53,13 +66,15 @@ def test_a_path_with_an_equals_sign_can_be_given_as_a_setting() -> None:
         ),
         (
             ["diff", "a", "--jsn", "x"],
-            "option = '--jsn': --config FILE, or key.sub=value without dashes; diff also has --json, --picture",
+            "option = '--jsn': --config FILE, or key.sub=value without dashes; "
+            "diff also has --json, --picture",
         ),
         (
             ["extract", "a", "--json", "x"],
             "option = '--json': --config FILE, or key.sub=value without dashes. Run",
         ),
         (["diff", "a", "--json"], "--json = '': needs a value"),
+        (["learn", "--config"], "--config = '': needs a recipe file"),
         (["dif", "a", "b"], "Did you mean diff?"),
     ],
 )
@@ -69,6 +84,19 @@ def test_a_wrong_word(words: list[str], said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_other_verbs_take_no_arguments() -> None:
-    with pytest.raises(ConfigError, match="an override has the form key.sub=value"):
-        load_config(None, parse(["learn", "wanda"])[2])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["diff"], "A = None: mask, named as learn.prior.mask. Write megamask diff A B."),
+        (["extract", "a"], "FILE = None: mask file to write"),
+        (["plan", "--dp", "0"], "--dp = '0': a whole number above 0"),
+        (["plan", "--gpu", "h10"], "--gpu = 'h10': one of a100-40, a100, h100, h200, cpu. Did you"),
+        (["learn", "wanda"], "wanda = 'wanda': an override has the form key.sub=value"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_ends_with_2(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

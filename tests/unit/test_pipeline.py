@@ -114,8 +114,9 @@ def test_seconds_are_merged_and_interrupted_attempts_count(tmp_path: Path) -> No
 
 def test_the_stages_are_verbs() -> None:
     from megamask import pipeline as stages
-    from megamask.__main__ import VERBS
     from megamask.config import load_config, run_paths
+    from megamask.config.deciding import deciding_settings
+    from megamask.verbs.table import VERBS
 
     config = load_config(RECIPE)
     script = (REPO / "launch" / "quickstart.sh").read_text()
@@ -131,7 +132,7 @@ def test_the_stages_are_verbs() -> None:
         "report",
     ] and set(named) <= set(VERBS)
     assert set(stages.READS) == set(named) - {"report"}
-    assert all(stages.settings_of(stage, config, run_paths(config)) for stage in stages.READS)
+    assert all(deciding_settings(config, sections) for sections in stages.READS.values())
     assert all(
         stages.artefacts(stage, config, run_paths(config)) for stage in named if stage != "report"
     )

@@ -14,7 +14,7 @@ mean of the move is - lr times the gradient of the expected loss. What b_k decid
 - tracker: the moving average of past residuals, delta = a delta + (1 - a) r (the paper's). It lags
   behind what is learned, and residuals differ between samples.
 - leave_one_out: the mean residual of the step's other masks.
-- winner: the loss of the winner mask, the likeliest, on the same samples, in a forward pass of its
+- hard_mask: the loss of the winner mask, the likeliest, on the same samples, in a forward pass of its
   own. A mask gains only if it beats what would be the result now.
 
 Masks divide the micro-batches of a step (data=split: mask k sees micro-batches k, k + K, ...), or
@@ -98,7 +98,7 @@ def advantages(baseline: str, residuals_K: list[float], tracker: Tracker) -> lis
     """r_k - b_k of every mask. The tracker takes in the step first: of one mask, r - delta is decay
     times r less the delta before.
     """
-    if baseline == "winner":  # what residuals are relative to already
+    if baseline == "hard_mask":  # what residuals are relative to already
         return residuals_K
     if baseline == "tracker":
         delta = tracker.update(fmean(residuals_K))
@@ -184,7 +184,7 @@ class MaskPro:
         """What each sample of a micro-batch costs without exploring, (B,): under the winner mask,
         under m_0, or 0 where that cancels.
         """
-        if self.section.baseline == "winner":
+        if self.section.baseline == "hard_mask":
             with self._masked(lambda linear: linear.hard_mask()):
                 return self._losses(tokens, labels)
         if not self._compares:

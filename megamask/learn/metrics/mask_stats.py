@@ -18,9 +18,9 @@ class MaskStats:
     Attributes:
         max_prob: mean over groups of the largest probability softmax(kappa pi).
         flip_rate: share of groups whose winner changed in the step before; None right after a
-            resume and without ``learn.state.movement``.
+            resume and without ``learn.state.track_flips``.
         prior_difference: share of groups whose winner is not that of the initial logits; None
-            without ``learn.state.movement``.
+            without ``learn.state.track_flips``.
     """
 
     max_prob: float

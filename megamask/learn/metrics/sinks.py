@@ -124,7 +124,7 @@ class Wandb:
     def __init__(self, folder: Path, config: Config, resume_step: int) -> None:
         import wandb
 
-        mode = config.learn.monitor.wandb
+        is_online = "wandb" in config.learn.monitor.sinks
         identity = folder / "wandb_id.txt"
         if resume_step == 0 or not identity.exists():
             with atomic_file(identity) as temporary:
@@ -133,16 +133,19 @@ class Wandb:
             self._run = wandb.init(
                 project=config.learn.monitor.wandb_project,
                 dir=str(folder),
-                mode="online" if mode == "online" else "offline",
+                mode="online" if is_online else "offline",
                 id=identity.read_text().strip(),
-                resume="allow" if mode == "online" else None,
+                resume="allow" if is_online else None,
                 config=config.model_dump(mode="json"),
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except wandb.Error as error:
-            fix = "Run `wandb login`, or set learn.monitor.wandb=offline."
+            fix = "Run `wandb login`, or name wandb_offline in learn.monitor.sinks."
             raise ConfigError(
-                "learn.monitor.wandb", mode, f"wandb could not start ({error})", fix
+                "learn.monitor.sinks",
+                config.learn.monitor.sinks,
+                f"wandb could not start ({error})",
+                fix,
             ) from error
         self._run.define_metric("*", step_metric="step")
 
@@ -173,14 +176,15 @@ def open_optional_sinks(folder: Path, config: Config, resume_step: int) -> list[
     is no error.
     """
     sinks: list[Sink] = []
-    if config.learn.monitor.tensorboard:
+    chosen = config.learn.monitor.sinks
+    if "tensorboard" in chosen:
         try:
             sinks.append(TensorBoard(folder / "tensorboard", resume_step))
         except ImportError:
             _log.info(
                 "tensorboard is not installed, so nothing is written for it (pip install tensorboard)"
             )
-    if config.learn.monitor.wandb != "off":
+    if "wandb" in chosen or "wandb_offline" in chosen:
         try:
             sinks.append(Wandb(folder, config, resume_step))
         except ImportError:

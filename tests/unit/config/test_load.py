@@ -28,11 +28,12 @@ def test_defaults() -> None:
         2000,
         None,
     )
-    assert (
-        config.learn.distribution,
-        config.learn.sampling.initial_noise,
-        config.learn.sampling.tau,
-    ) == ("linear", False, (1.0, 0.05))
+    sampling = config.learn.sampling
+    assert (config.learn.method, sampling.initial_noise, sampling.tau) == (
+        "subset",
+        False,
+        (1.0, 0.05),
+    )
     assert config == load_config(None, ["learn.preset=best"])
 
 
@@ -46,7 +47,7 @@ def test_a_later_layer_wins(tmp_path: Path) -> None:
     assert config.learn.optimizer.weight_decay == 0.2  # recipe over preset
     assert config.learn.global_batch == 32  # override over recipe
     assert config.learn.sampling.mode == "hard"  # override over preset
-    assert config.learn.optimizer.eps == 1e-8  # default
+    assert config.learn.optimizer.betas == (0.9, 0.95)  # default
     assert load_config(path).learn.global_batch == 64
 
 
@@ -74,12 +75,8 @@ def test_the_last_of_two_overrides_wins() -> None:
 def test_preset_maskllm_holds_the_values_of_the_paper() -> None:
     """MaskLLM, Table 7 (LLaMA-2 7B) and appendix A, copied by hand from the paper."""
     learn = load_config(None, ["learn.preset=maskllm"]).learn
-    assert (learn.distribution, learn.sampling.initial_noise, learn.weight_norm.decay) == (
-        "categorical",
-        True,
-        "none",
-    )
-    assert (learn.optimizer.warmup_steps, learn.optimizer.eps_rms) == (0, 0)
+    assert (learn.method, learn.sampling.initial_noise) == ("categorical", True)
+    assert (learn.optimizer.warmup_steps, learn.optimizer.epsilon) == (0, (1e-8, 0))
     assert learn.steps == 2000
     assert learn.global_batch == 256
     assert (learn.optimizer.lr, learn.optimizer.weight_decay) == (0.0005, 0.1)
@@ -87,7 +84,7 @@ def test_preset_maskllm_holds_the_values_of_the_paper() -> None:
     assert learn.sampling.kappa == (100, 500)
     assert learn.sampling.tau == (4, 0.05)
     assert (learn.prior.mask, learn.prior.strength) == ("sparsegpt", 3)
-    assert learn.weight_norm.coef == 0.00001
+    assert learn.weight_norm == (0.00001, 0.00001)
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "12:30"])
@@ -176,25 +173,21 @@ def test_settings_are_frozen() -> None:
 
 
 def test_the_quickstart_learns_by_the_preset_best() -> None:
-    """And a setting on the command line, or another learner, still wins."""
+    """And a setting on the command line, or another method, still wins."""
     quickstart = Path(__file__).parents[3] / "configs" / "recipes" / "quickstart.yaml"
     learn = load_config(quickstart, ["learn.optimizer.lr=5e-4"]).learn
-    assert (learn.distribution, learn.sampling.initial_noise, learn.sampling.tau) == (
-        "linear",
+    assert (learn.method, learn.sampling.initial_noise, learn.sampling.tau) == (
+        "subset",
         False,
         (1.0, 0.05),
     )
-    assert (learn.prior.mask, learn.weight_norm.decay, learn.optimizer.lr) == (
+    assert (learn.prior.mask, learn.weight_norm, learn.optimizer.lr) == (
         "sparsegpt",
-        "linear",
+        (1e-5, 0),
         5e-4,
     )
-    maskpro = load_config(quickstart, ["learn.learner=maskpro"]).learn
-    assert (maskpro.distribution, maskpro.sampling.mode, maskpro.sampling.initial_noise) == (
-        "linear",
-        "hard",
-        False,
-    )
+    maskpro = load_config(quickstart, ["learn.method=maskpro"]).learn
+    assert (maskpro.sampling.mode, maskpro.sampling.initial_noise) == ("hard", False)
 
 
 def test_presets_are_not_changed_by_reading() -> None:

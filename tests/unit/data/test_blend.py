@@ -107,7 +107,7 @@ def test_order_is_fixed_by_config_and_seed_and_survives_a_lost_or_stale_cache(
     assert not torch.equal(first, tokens(train_dataset(config, 100, SEQ, seed=4), 100))
     shutil.rmtree(run_paths(config).shards / "cache")
     assert torch.equal(first, tokens(train_dataset(config, 100, SEQ, seed=3), 100))
-    other = two_domains(eod_token="<end>")  # same paths and sizes, other content
+    other = two_domains(eod="<end>")  # same paths and sizes, other content
     tokenize.run(other)
     changed = tokens(train_dataset(other, 100, SEQ, seed=3), 100)
     assert torch.equal(changed, torch.where(first == 0, 2, first))

@@ -15,8 +15,8 @@ from megamask.errors import ArtifactError, ConfigError
 TEXT = "the mask keeps two of every four weights, doc7x. <eos>"
 
 
-def load(path: Path, eod_token: str | None = None) -> TextTokenizer:
-    return load_tokenizer(build_config({"data": {"tokenizer": str(path), "eod_token": eod_token}}))
+def load(path: Path, eod: str | None = "auto") -> TextTokenizer:
+    return load_tokenizer(build_config({"data": {"tokenizer": str(path), "eod": eod}}))
 
 
 def test_hugging_face_folder(tokenizer_folder: Path) -> None:
@@ -60,11 +60,12 @@ def test_sentencepiece_model(sentencepiece_model: Path) -> None:
     assert plain.decode(tokenizer.encode("the mask keeps two")) == "the mask keeps two"
 
 
-def test_eod_token_can_be_chosen(tokenizer_folder: Path, sentencepiece_model: Path) -> None:
+def test_eod_can_be_chosen(tokenizer_folder: Path, sentencepiece_model: Path) -> None:
     assert load(tokenizer_folder, "<end>").eod == 2
     assert load(sentencepiece_model, "<s>").eod == 1
+    assert load(tokenizer_folder, None).eod is load(sentencepiece_model, None).eod is None
     for path in (tokenizer_folder, sentencepiece_model):
-        with pytest.raises(ConfigError, match=r"data\.eod_token"):
+        with pytest.raises(ConfigError, match=r"data\.eod"):
             load(path, "<absent>")
 
 

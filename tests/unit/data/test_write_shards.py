@@ -48,7 +48,7 @@ def test_shards_hold_the_tokens_of_each_side_with_eod(
 
 
 def test_without_eod(two_domains: Callable[..., Config]) -> None:
-    config = two_domains(append_eod=False)
+    config = two_domains(eod=None)
     tokenize.run(config)
     assert 0 not in read_shards(run_paths(config).shards / "a").stream("train")
 
@@ -84,7 +84,7 @@ def test_second_run_keeps_what_fits_and_redoes_the_rest(
         stream.write('{"text": "one more"}\n')
     tokenize.run(config)
     assert stamps(config, "a") == before and "b: tokenized" in capsys.readouterr().err
-    tokenize.run(two_domains(eod_token="<end>"))
+    tokenize.run(two_domains(eod="<end>"))
     assert stamps(config, "a") != before
     assert read_shards(run_paths(config).shards / "a").stream("heldout")[-1] == 2
 

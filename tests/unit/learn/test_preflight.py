@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megamask.config.learn_tree import SamplingSection
 from megamask.config.load import build_config, load_config
-from megamask.config.tree import SamplingSection
 from megamask.errors import ConfigError
 from megamask.learn.preflight import check_rows, check_schedules, unused_settings
 from megamask.masks import from_snapshot
@@ -91,24 +91,23 @@ def test_the_note_has_one_name() -> None:
     [
         ([], []),
         (
-            ["learn.loss.temperature=2", "learn.loss.top_k=5"],
-            ["learn.loss.temperature", "learn.loss.top_k"],
+            ["learn.distillation.temperature=2", "learn.distillation.top_k=5"],
+            ["learn.distillation.temperature", "learn.distillation.top_k"],
         ),
-        (["learn.loss.kind=kd", "learn.loss.temperature=2"], []),
-        (["learn.loss.kind=kd", "learn.loss.share=0.1"], ["learn.loss.share"]),
-        (["learn.loss.kind=mix", "learn.loss.share=0.1", "learn.optimizer.lr=1"], []),
+        (["learn.distillation.share=1", "learn.distillation.temperature=2"], []),
+        (["learn.distillation.share=0.1", "learn.optimizer.lr=1"], []),
         (["learn.maskpro.lr=3"], ["learn.maskpro.lr"]),
-        (["learn.learner=maskpro", "learn.maskpro.lr=3"], []),
+        (["learn.method=maskpro", "learn.maskpro.lr=3"], []),
         (
             [
                 "learn.preset=maskpro",
-                "learn.loss.kind=lm",
+                "learn.distillation.share=0",
                 "learn.optimizer.lr=1",
-                "learn.weight_norm.coef=0",
+                "learn.weight_norm=[0, 0]",
             ],
-            ["learn.optimizer.lr", "learn.weight_norm.coef"],
+            ["learn.optimizer.lr", "learn.weight_norm"],
         ),
-        (["learn.preset=maskllm", "learn.footprint=leanest"], []),
+        (["learn.preset=maskllm", "learn.memory=leanest"], []),
     ],
 )
 def test_settings_that_change_nothing_are_named(given: list[str], unused: list[str]) -> None:

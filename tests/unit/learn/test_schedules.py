@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megamask.learn.schedules import linear, weight_norm_coef
+from megamask.learn.schedules import linear
 
 
 @pytest.mark.parametrize(
@@ -19,13 +19,7 @@ def test_kappa_rises_and_tau_falls(progress: float, kappa: float, tau: float) ->
 
 
 def test_weight_norm_is_constant_or_falls_to_zero() -> None:
-    assert [weight_norm_coef(1e-5, "none", progress) for progress in (0, 0.5, 1)] == [
-        1e-5,
-        1e-5,
-        1e-5,
-    ]
-    assert [weight_norm_coef(1e-5, "linear", progress) for progress in (0, 0.5, 1)] == [
-        1e-5,
-        0.5e-5,
-        0,
-    ]
+    constant, falling = (
+        [linear(pair, progress) for progress in (0, 0.5, 1)] for pair in ((1e-5, 1e-5), (1e-5, 0))
+    )
+    assert constant == [1e-5, 1e-5, 1e-5] and falling == [1e-5, 0.5e-5, 0]

@@ -291,16 +291,15 @@ def largest_new(before: set[int]) -> int:
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"kind": "text"}, "learn.loss.kind"),
-        ({"kind": "mix", "share": 0}, "learn.loss.share"),
-        ({"kind": "mix", "share": 1}, "learn.loss.share"),
-        ({"kind": "kd", "temperature": 0}, "learn.loss.temperature"),
-        ({"kind": "kd", "temperature": 101}, "learn.loss.temperature"),
-        ({"kind": "kd", "top_k": 0}, "learn.loss.top_k"),
-        ({"kind": "kd", "topk": 5}, "learn.loss.topk"),
+        ({"share": -0.1}, "learn.distillation.share"),
+        ({"share": 1.1}, "learn.distillation.share"),
+        ({"temperature": 0}, "learn.distillation.temperature"),
+        ({"temperature": 101}, "learn.distillation.temperature"),
+        ({"top_k": 0}, "learn.distillation.top_k"),
+        ({"topk": 5}, "learn.distillation.topk"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build_config({"learn": {"loss": settings}})
+        build_config({"learn": {"distillation": settings}})
     assert caught.value.key == key

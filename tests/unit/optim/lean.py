@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megamask.config.tree import OptimizerSection
+from megamask.config.learn_tree import OptimizerSection
 from megamask.sparsity.draw import Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement

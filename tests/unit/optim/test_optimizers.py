@@ -47,14 +47,14 @@ def test_combinations(kind: str, logits: str, grads: str, key: str | None, fix: 
             check_optimizer(config)
 
 
-@pytest.mark.parametrize("footprint", ["default", "lean", "leanest"])
-def test_footprints_are_allowed(footprint: str) -> None:
-    check_optimizer(load_config(None, [f"learn.footprint={footprint}"]))
+@pytest.mark.parametrize("memory", ["default", "lean", "leanest"])
+def test_memories_are_allowed(memory: str) -> None:
+    check_optimizer(load_config(None, [f"learn.memory={memory}"]))
 
 
-def test_the_lean_footprint_keeps_the_optimizer() -> None:
+def test_lean_memory_keeps_the_optimizer() -> None:
     assert (
-        load_config(None, ["learn.footprint=lean"]).learn.optimizer
+        load_config(None, ["learn.memory=lean"]).learn.optimizer
         == load_config(None).learn.optimizer
     )
 
@@ -65,9 +65,9 @@ def test_the_lean_footprint_keeps_the_optimizer() -> None:
         (["learn.optimizer.kind=lion", "learn.optimizer.lr=2e-3"], 1),
         (["learn.optimizer.kind=lion", "learn.steps=1"], 1),
         (["learn.optimizer.kind=lion"], 0),
-        (["learn.footprint=leanest", "learn.optimizer.lr=1e-3"], 1),
-        (["learn.footprint=leanest"], 0),
-        (["learn.footprint=lean", "learn.optimizer.lr=1e-3"], 0),
+        (["learn.memory=leanest", "learn.optimizer.lr=1e-3"], 1),
+        (["learn.memory=leanest"], 0),
+        (["learn.memory=lean", "learn.optimizer.lr=1e-3"], 0),
     ],
 )
 def test_a_rate_of_adamw_for_lion_is_warned_of_once(
@@ -153,7 +153,7 @@ def test_adamw_goes_on_exactly() -> None:
 @pytest.mark.parametrize(
     ("tp", "shape", "rms"), [(1, (1, 4, 25), 0.1), (2, (1, 2, 25), 0.1), (1, (4, 4, 25), 0.05)]
 )
-def test_eps_is_in_units_of_a_clipped_gradient(
+def test_epsilon_is_in_units_of_a_clipped_gradient(
     tp: int, shape: tuple[int, int, int], rms: float
 ) -> None:
     """A gradient of norm 1 over 100 logits has the root mean square 0.1, also where a rank holds
@@ -162,8 +162,7 @@ def test_eps_is_in_units_of_a_clipped_gradient(
     chosen = [
         "device=cpu",
         f"parallel.tp={tp}",
-        "learn.optimizer.eps=1e-3",
-        "learn.optimizer.eps_rms=0.5",
+        "learn.optimizer.epsilon=[1e-3, 0.5]",
         "learn.optimizer.clip=2",
     ]
     optimizer: Any = build_optimizer(load_config(None, chosen), [linear(torch.zeros(shape))])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megamask.config.learn_tree import LearnSection, OptimizerSection
 from megamask.config.load import load_config
-from megamask.config.tree import LearnSection, OptimizerSection
 from megamask.errors import ConfigError
 from megamask.optim.schedule import Schedule, check_schedule, gradient_norm, learning_rates
 from tests.unit.optim.lean import random_grad, random_logits
@@ -123,13 +123,13 @@ def test_a_schedule_that_cannot_work_is_refused(given: dict[str, Any], key: str)
         ),
         (["learn.steps=25", "learn.prior.mask=null"], 1e-3, 1e-4),  # to cross one std of noise
         (["learn.steps=25", "learn.prior.strength=0"], 1e-3, 1e-4),
-        (["learn.steps=225", "learn.footprint=leanest"], 1e-3 / 3, 1e-4 / 3),
+        (["learn.steps=225", "learn.memory=leanest"], 1e-3 / 3, 1e-4 / 3),
         (
-            ["learn.preset=maskllm", "learn.steps=225", "learn.footprint=leanest"],
+            ["learn.preset=maskllm", "learn.steps=225", "learn.memory=leanest"],
             1e-3 / 3,
             1e-4 / 3,
         ),  # not AdamW's 5e-4
-        (["learn.footprint=leanest", "learn.optimizer.lr=2e-4"], 2e-4, 2e-5),
+        (["learn.memory=leanest", "learn.optimizer.lr=2e-4"], 2e-4, 2e-5),
         (["learn.steps=225", "learn.optimizer.lr=2e-3"], 2e-3, 2e-4),
         (["learn.steps=225", "learn.optimizer.min_lr=0"], 1e-3, 0),
         (["learn.preset=maskllm"], 5e-4, 1e-4),

@@ -8,7 +8,7 @@ from megamask.config import Config, load_config
 from megamask.plan.bytes import KEPT, MOMENTS, PARTS, STEP_GRADIENTS, state_bytes
 from megamask.sparsity.pattern import Pattern
 
-MASKPRO = ("learn.learner=maskpro", "learn.distribution=linear")
+MASKPRO = ("learn.method=maskpro",)
 
 
 def total(*overrides: str, accumulations: int = 1) -> float:
@@ -16,15 +16,14 @@ def total(*overrides: str, accumulations: int = 1) -> float:
 
 
 def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
-    config: Config = load_config(None, ["learn.distribution=categorical", *overrides])
+    config: Config = load_config(None, ["learn.method=categorical", *overrides])
     learn = config.learn
     settings = (Pattern.parse(config.pattern), learn.state, learn.optimizer, learn.sampling)
     return state_bytes(
         *settings,
         accumulations,
         config.dtype,
-        distribution=learn.distribution,
-        learner=learn.learner,
+        method=learn.method,
     )
 
 
@@ -33,22 +32,22 @@ def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
     [
         ([], 2 + 6 + 6 + 12 + 0.5 + 2),
         (
-            ["learn.state.masked_weight=regenerate", "learn.state.movement=false"],
+            ["learn.state.masked_weight=regenerate", "learn.state.track_flips=false"],
             26.0,
         ),  # AdamW in fp32
-        (["learn.footprint=lean"], 2 + 3 + 3 + 6 + 0.5),
-        (["learn.footprint=leanest"], 2 + 3 + 3 + 1.5 * (1 + 1 / 48)),
+        (["learn.memory=lean"], 2 + 3 + 3 + 6 + 0.5),
+        (["learn.memory=leanest"], 2 + 3 + 3 + 1.5 * (1 + 1 / 48)),
         (["dtype=fp32"], 4 + 6 + 6 + 12 + 0.5 + 4),
         (["pattern=1:4"], 2 + 4 + 4 + 8 + 0.5 + 2),  # one candidate a weight
         (["pattern=4:8"], 2 + 8.75 * 16 + 0.25 + 2),  # 70 candidates of 8 weights
-        (["learn.distribution=linear"], 2 + 16 + 0.5 + 2),  # one logit a weight
-        (["learn.distribution=linear", "pattern=8:16"], 2 + 16 + 0.25 + 2),  # winners of 16 bits
+        (["learn.method=subset"], 2 + 16 + 0.5 + 2),  # one logit a weight
+        (["learn.method=subset", "pattern=8:16"], 2 + 16 + 0.25 + 2),  # winners of 16 bits
         (
             [*MASKPRO],
             2 + 4 + 3 * 0.25,
         ),  # no gradients, no moments, nothing kept; m_0 beside two winners
-        ([*MASKPRO, "learn.state.movement=false", "pattern=8:16"], 2 + 4 + 2 / 16),
-        (["learn.distribution=linear", "learn.footprint=leanest"], 2 + 2 + 2 + 1 * (1 + 1 / 32)),
+        ([*MASKPRO, "learn.state.track_flips=false", "pattern=8:16"], 2 + 4 + 2 / 16),
+        (["learn.method=subset", "learn.memory=leanest"], 2 + 2 + 2 + 1 * (1 + 1 / 32)),
     ],
 )
 def test_totals(settings: list[str], expected: float) -> None:
@@ -60,7 +59,7 @@ def test_every_part_is_named() -> None:
 
 
 def test_leanest_is_what_the_issue_aims_at() -> None:
-    assert total("learn.footprint=leanest") < 11 and total("learn.footprint=lean") < 15
+    assert total("learn.memory=leanest") < 11 and total("learn.memory=lean") < 15
 
 
 def test_one_draw_a_step_keeps_masked_weights_and_their_gradients() -> None:

@@ -12,7 +12,7 @@ from megamask.config import load_config
 from megamask.errors import ConfigError
 from megamask.plan import bytes as state
 from megamask.plan.bytes import MOMENTS
-from megamask.plan.fit import advice, check_fits, check_free, footprint_applies, remedies
+from megamask.plan.fit import advice, check_fits, check_free, memory_applies, remedies
 from megamask.plan.hardware import GIB, GPUS
 from megamask.plan.memory import (
     ACTIVATIONS,
@@ -253,9 +253,9 @@ def test_what_does_not_fit_is_refused_with_what_does() -> None:
         ConfigError, match=r"memory of a rank = '\d+\.\d GiB': more than the 79.2 GiB of H100 80GB"
     ) as refused:
         check_fits(config, read_shape("llama2-7b"), GPUS["h100"])
-    assert "parallel.recompute=mlp learn.footprint=leanest (" in str(refused.value)
+    assert "parallel.recompute=mlp learn.memory=leanest (" in str(refused.value)
     named = Workload(
-        load_config(None, [*PAPER, "parallel.recompute=mlp", "learn.footprint=leanest"]),
+        load_config(None, [*PAPER, "parallel.recompute=mlp", "learn.memory=leanest"]),
         read_shape("llama2-7b"),
     )
     assert memory_of(named, GPUS["h100"]).total <= GPUS["h100"].capacity
@@ -302,7 +302,7 @@ def test_less_memory_asks_for_more() -> None:
     assert "learn.state.masked_weight=regenerate (" in fix(198)
     assert "parallel.recompute=mlp (" in fix(190) and "parallel.recompute=true (" in fix(175)
     assert "parallel.tp=2" in fix(39) and "leanest" in fix(39)
-    assert "plan.gpu=a100 " in fix(5)
+    assert "--gpu a100 " in fix(5)
     assert "Nothing in reach" in advice(
         plan("pattern=4:8", model="llama3-70b"), GPUS["h200"]
     )  # 8.75 logits a weight
@@ -314,14 +314,14 @@ def test_remedies_only_name_what_can_work() -> None:
     assert all(not one.fits for one in remedies(work, GPUS["a100"]) if one.work.tp > 1)
 
 
-def test_a_footprint_that_the_recipe_overrules_is_not_proposed() -> None:
-    assert footprint_applies(load_config(None, []), "lean")
-    assert not footprint_applies(load_config(None, ["learn.footprint=lean"]), "lean")
-    assert footprint_applies(load_config(None, ["learn.footprint=lean"]), "leanest")
-    assert not footprint_applies(load_config(None, ["learn.optimizer.kind=adamw"]), "leanest")
-    assert not footprint_applies(load_config(None, ["learn.state.logits=fp32"]), "lean")
-    assert footprint_applies(load_config(None, ["learn.optimizer.kind=adamw"]), "lean")
-    assert footprint_applies(load_config(None, ["learn.optimizer.lr=1e-3"]), "lean")
+def test_a_memory_that_the_recipe_overrules_is_not_proposed() -> None:
+    assert memory_applies(load_config(None, []), "lean")
+    assert not memory_applies(load_config(None, ["learn.memory=lean"]), "lean")
+    assert memory_applies(load_config(None, ["learn.memory=lean"]), "leanest")
+    assert not memory_applies(load_config(None, ["learn.optimizer.kind=adamw"]), "leanest")
+    assert not memory_applies(load_config(None, ["learn.state.logits=fp32"]), "lean")
+    assert memory_applies(load_config(None, ["learn.optimizer.kind=adamw"]), "lean")
+    assert memory_applies(load_config(None, ["learn.optimizer.lr=1e-3"]), "lean")
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_a_teacher_costs_a_forward_pass_and_its_hidden_states() -> None:
     """2 FLOPs a weight and token, and what is not matmuls; 4096 x 4096 numbers of 2 bytes, and a
     chunk of 2048 tokens' logits.
     """
-    text, both = plan("parallel.tp=1"), plan("parallel.tp=1", "learn.loss.kind=mix")
+    text, both = plan("parallel.tp=1"), plan("parallel.tp=1", "learn.distillation.share=0.5")
     gpu = GPUS["h100"]
     before, after = time_of(text, gpu).parts, time_of(both, gpu).parts
     assert after == {**before, TEACHER: after[TEACHER]}

@@ -100,5 +100,5 @@ def test_rows_that_m_does_not_divide_and_patterns_with_too_many_candidates_are_r
         ConfigError, match=r"in_features of x, here 6 after splitting over parallel.tp=2"
     ):
         Pattern(2, 4).groups(6, "in_features of x", tp=2)
-    with pytest.raises(ConfigError, match=r"12,870.* Set learn.distribution=linear"):
+    with pytest.raises(ConfigError, match=r"12,870.* Set learn.method=subset"):
         Pattern(8, 16).candidates()

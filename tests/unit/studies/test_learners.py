@@ -170,7 +170,7 @@ def test_an_arm_runs_once_and_other_settings_are_another_run(
         "evaluate",
     ]  # the prior is looked at once
     first = results(tmp_path / "out")
-    assert [one["settings"]["distribution"] for one in first] == ["categorical", "linear"] and {
+    assert [one["settings"]["method"] for one in first] == ["categorical", "subset"] and {
         one["seed"] for one in first
     } == {7}
     assert ran(*two) == []
@@ -253,7 +253,7 @@ def test_an_arm_that_fails_lets_the_others_run(
     usual = runs.verb
 
     def fails_for_categorical(name: str, recipe: Path, overrides: list[str], *rest: Any) -> None:
-        if "learn.distribution=categorical" in overrides:
+        if "learn.method=categorical" in overrides:
             raise ArmError("no luck")
         usual(name, recipe, overrides, *rest)
 

@@ -105,17 +105,14 @@ def test_the_tracker_is_the_papers() -> None:
 
 def test_other_baselines() -> None:
     assert advantages("leave_one_out", [1.0, 2.0, 6.0], Tracker(0.9)) == [1 - 4.0, 2 - 3.5, 6 - 1.5]
-    assert advantages("winner", [0.5, -0.1], Tracker(0.9)) == [0.5, -0.1]
+    assert advantages("hard_mask", [0.5, -0.1], Tracker(0.9)) == [0.5, -0.1]
 
 
 def test_the_preset_holds_the_reference_settings() -> None:
     config = load_config(None, ["learn.preset=maskpro"])
     learn = config.learn
-    assert (learn.learner, learn.distribution, learn.prior.mask) == (
-        "maskpro",
-        "linear",
-        "sparsegpt",
-    )
+    assert (learn.method, learn.prior.mask) == ("maskpro", "sparsegpt")
+    assert learn.sampling.mode == "hard"
     assert (learn.steps, learn.global_batch, config.data.seq_length) == (10_000, 32, 128)
     section = learn.maskpro
     assert (section.lr, section.initial_logit, section.samples) == (50, 10, 512)
@@ -123,19 +120,14 @@ def test_the_preset_holds_the_reference_settings() -> None:
     check_maskpro(config)
 
 
-def test_one_word_changes_the_learner() -> None:
-    config = load_config(None, ["learn.learner=maskpro"])
-    assert config.learn.distribution == "linear" and not config.learn.sampling.initial_noise
+def test_one_word_changes_the_method() -> None:
+    config = load_config(None, ["learn.method=maskpro"])
+    assert config.learn.sampling.mode == "hard" and not config.learn.sampling.initial_noise
     check_maskpro(config)
 
 
 REFUSED: dict[str, tuple[str, str, str]] = {
-    "learn.distribution=categorical": (
-        "learn.distribution",
-        "linear, one logit per weight",
-        "learn.distribution=linear",
-    ),
-    "learn.footprint=lean": ("learn.state.logits", "fp32", "Leave out learn.footprint"),
+    "learn.memory=lean": ("learn.state.logits", "fp32", "Leave out learn.memory"),
     "learn.prior.mask=null": ("learn.prior.mask", "starts from a prior mask", "sparsegpt"),
     "learn.sampling.initial_noise=true": (
         "learn.sampling.initial_noise",
@@ -143,7 +135,11 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "false",
     ),
     "learn.prior.strength=0": ("learn.prior.strength", "above 0", "learn.maskpro.initial_logit"),
-    "learn.loss.kind=kd": ("learn.loss.kind", "lm with learn.learner=maskpro", "Set it to lm"),
+    "learn.distillation.share=1": (
+        "learn.distillation.share",
+        "0 with learn.method=maskpro",
+        "Set it to 0",
+    ),
     "learn.maskpro.baseline=leave_one_out": (
         "learn.maskpro.masks",
         "2 or more",
@@ -162,7 +158,7 @@ def test_what_cannot_work_is_refused(override: str) -> None:
     key, allowed, fix = REFUSED[override]
     with pytest.raises(ConfigError) as refused:
         check_maskpro(
-            load_config(None, ["learn.learner=maskpro", "learn.global_batch=16", override])
+            load_config(None, ["learn.method=maskpro", "learn.global_batch=16", override])
         )
     message = str(refused.value)
     assert key in message and allowed in message and fix in message

@@ -40,10 +40,8 @@ FIELDS = {
 }
 
 
-def quiet(wandb: str = "off", tensorboard: bool = False) -> Config:
-    return build_config(
-        {"device": "cpu", "learn": {"monitor": {"wandb": wandb, "tensorboard": tensorboard}}}
-    )
+def quiet(*sinks: str) -> Config:
+    return build_config({"device": "cpu", "learn": {"monitor": {"sinks": list(sinks)}}})
 
 
 def learn(
@@ -133,7 +131,7 @@ def test_starting_over_drops_the_old_metrics(tmp_path: Path) -> None:
 
 
 def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path: Path) -> None:
-    config = quiet(tensorboard=True)
+    config = quiet("tensorboard")
     learn(tmp_path, 1, 7, config, loss=1.0)
     time.sleep(
         1.1
@@ -152,7 +150,7 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path: Path) -> Non
 
 def test_wandb_offline_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    learn(tmp_path, 1, 2, quiet(wandb="offline"))
+    learn(tmp_path, 1, 2, quiet("wandb_offline"))
     identity = (tmp_path / "wandb_id.txt").read_text()
     (run,) = (tmp_path / "wandb").glob(f"offline-run-*-{identity}")
     (store,) = run.glob("*.wandb")
@@ -170,7 +168,7 @@ def test_a_missing_wandb_is_said_and_is_no_error(
     monkeypatch.setitem(
         sys.modules, "wandb", None
     )  # what the import system does for a package that is not there
-    learn(tmp_path, 1, 1, quiet(wandb="offline"))
+    learn(tmp_path, 1, 1, quiet("wandb_offline"))
     assert (tmp_path / "log.txt").read_text().count("wandb is not installed") == 1
     assert len(records(tmp_path)) == 1
 

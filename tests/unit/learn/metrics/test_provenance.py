@@ -17,7 +17,7 @@ from megamask.learn.metrics.provenance import versions, write_provenance
         [
             "pattern=4:8",
             "run_dir='1e-3'",
-            "learn.monitor.wandb='off'",
+            "learn.monitor.sinks=[tensorboard]",
             "learn.optimizer.lr=1e-5",
             "data.domains.null={kind: stdlib, path: 'a: b'}",
         ],

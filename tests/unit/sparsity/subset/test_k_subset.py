@@ -244,7 +244,7 @@ def test_winners_of_32_members_and_no_more() -> None:
     assert torch.equal(site.mask_of(hard_codes), pattern.best(logits.transpose(1, 2).flatten(1)))
     with pytest.raises(ConfigError, match=r"3:33.*M up to 32"):
         Site(Pattern(3, 33), Placement.whole(1, 1), "linear")
-    with pytest.raises(ConfigError, match=r"8:16.*learn.distribution=linear"):
+    with pytest.raises(ConfigError, match=r"8:16.*learn.method=subset"):
         Site(Pattern(8, 16), Placement.whole(1, 1))
 
 

@@ -1,0 +1,201 @@
+"""The settings of a learning run: sections of ``learn``, their defaults and their ranges."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megamask.config.section import Above0, Below1, NonNegative, Positive, Section, Share, free
+
+
+class SamplingSection(Section):
+    """The relaxed samples of masks (MaskLLM, Eq. 6-7, or their k-subset counterpart). A pair is a
+    first and a last value, linear in progress.
+    """
+
+    mode: Literal["soft", "hard"] = Field(
+        "soft", description="relaxed masks, or hard masks with the gradient of the relaxed masks"
+    )
+    draws: Literal["micro_batch", "step"] = Field(
+        "micro_batch", description="a new mask for every micro-batch, or one for the whole step"
+    )
+    kappa: tuple[NonNegative, NonNegative] = Field(
+        (100.0, 500.0), description="scale of the logits: first and last"
+    )
+    tau: tuple[Above0, Above0] = Field((1.0, 0.05), description="temperature: first and last")
+    logit_std: Above0 = Field(
+        0.01, description="standard deviation of the initial logits, and the prior's unit"
+    )
+    initial_noise: bool = Field(
+        False,
+        description="start from N(0, logit_std) logits and the prior, not from the prior alone",
+    )
+    backend: Literal["auto", "torch", "numba", "triton"] = free(
+        "auto", description="code that draws masks; auto = the fastest one for the device"
+    )
+
+
+class PriorSection(Section):
+    """The mask that initialises the logits (MaskLLM, Eq. 9-10)."""
+
+    mask: str | None = Field(
+        "sparsegpt",
+        description="name of a mask of this run, mask file, snapshot, folder of snapshots, or null",
+    )
+    strength: NonNegative = Field(3.0, description="alpha: the prior's gap in units of logit_std")
+
+
+class StateSection(Section):
+    """What learning keeps between passes. ``learn.memory`` chooses it by name."""
+
+    logits: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16 is updated with stochastic rounding: plain bf16 loses small steps"
+    )
+    grads: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the buffer in which micro-batches add up their gradients"
+    )
+    masked_weight: Literal["keep", "regenerate"] = free(
+        "keep", description="for the backward pass: kept from the forward pass, or drawn again"
+    )
+    track_flips: bool = free(
+        True, description="keep hard masks, to report flips and the difference to the prior"
+    )
+
+
+class OptimizerSection(Section):
+    """The optimizer of the mask logits. The moments of ``adamw`` have the dtype of the logits."""
+
+    kind: str = Field("adamw", description="adamw, adamw8bit, lion or lion8bit")
+    lr: Above0 | None = Field(
+        None,
+        description="logits per step; null = half the prior's gap (strength x logit_std) over the "
+        "root of learn.steps, and a third of that for Lion",
+    )
+    min_lr: NonNegative | None = Field(
+        None, description="the rate at the end; null = a tenth of lr"
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="steps in which the rate rises; null = a tenth of learn.steps"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the rate falls from lr to min_lr"
+    )
+    weight_decay: NonNegative = Field(0.1, description="decay of the logits, times the rate")
+    betas: tuple[Below1, Below1] = Field((0.9, 0.95), description="decay rates of both moments")
+    epsilon: tuple[Above0, NonNegative] = Field(
+        (1e-8, 0.1),
+        description="AdamW: absolute part, and part in units of a clipped gradient's root mean "
+        "square; small gradients then move logits less",
+    )
+    clip: NonNegative = Field(1.0, description="largest gradient norm; 0 switches clipping off")
+    distributed: bool = free(
+        False,
+        description="each replica updates some layers, and keeps optimizer state for those layers "
+        "alone (ZeRO-1)",
+    )
+
+
+class MaskProSection(Section):
+    """The policy-gradient method (``learn.method: maskpro``): draws masks, tries them in forward
+    passes, and makes masks with a low loss likelier.
+    """
+
+    lr: Above0 = Field(50.0, description="logits per nat of loss")
+    initial_logit: Above0 = Field(
+        10.0, description="of the weights that the prior keeps; the other logits start at 0"
+    )
+    masks: Positive = Field(1, description="masks drawn per step")
+    data: Literal["split", "shared"] = Field(
+        "split",
+        description="the masks of a step divide its micro-batches, or each sees all of them",
+    )
+    baseline: Literal["tracker", "leave_one_out", "hard_mask"] = Field(
+        "tracker",
+        description="what a mask is compared with: past residuals, the step's other masks, or the "
+        "hard mask on the same data",
+    )
+    tracker_decay: Below1 = Field(0.99, description="of the moving average of past residuals")
+    score: Literal["auto", "set", "ordered"] = Field(
+        "auto", description="of the mask, or of the order of its draws; auto: set if N <= 4"
+    )
+    samples: int | None = Field(
+        512,
+        gt=0,
+        description="how many samples are learned from, again and again; null = always new ones",
+    )
+
+
+class DistillationSection(Section):
+    """How much the masked model learns from the dense model instead of the text."""
+
+    share: Share = Field(
+        0.0, description="weight of the dense model in the loss: 0 = text alone, 1 = no text"
+    )
+    temperature: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0, description="divides the logits of both models"
+    )
+    top_k: int | None = Field(
+        None,
+        gt=0,
+        description="tell apart the k tokens that are likeliest under the dense model, and count "
+        "the rest as one token; null = all tokens",
+    )
+
+
+class SnapshotSection(Section):
+    """Resumable state."""
+
+    every: Positive = free(50, description="steps between snapshots")
+    keep: Positive = free(2, description="snapshots that stay on disk")
+
+
+class MonitorSection(Section):
+    """Where metrics go and how often the hard mask is evaluated."""
+
+    evaluate_every: Annotated[int, Field(ge=0)] = free(
+        50, description="steps between evaluations; 0 = only at the end"
+    )
+    evaluate_windows: Positive = free(
+        8, description="held-out windows of each domain while learning"
+    )
+    sinks: list[Literal["tensorboard", "wandb", "wandb_offline"]] = free(
+        ["tensorboard", "wandb_offline"],
+        description="where metrics go beside metrics.jsonl; wandb uploads them at once",
+    )
+    wandb_project: str = free("megamask", description="project of wandb runs")
+
+
+class LearnSection(Section):
+    """A learning run: the step, its schedule and its bookkeeping."""
+
+    preset: Literal["best", "maskllm", "maskpro"] = free(
+        "best", description="named settings, applied below the given settings"
+    )
+    method: str = Field(
+        "subset",
+        description="subset: a logit per weight, for any N:M with M <= 32, through relaxed "
+        "samples; categorical: a logit per candidate mask of a group, through relaxed samples; "
+        "maskpro: a logit per weight, from the losses of drawn masks",
+    )
+    memory: Literal["default", "lean", "leanest"] = free(
+        "default", description="named choices of learn.state and learn.optimizer, likewise"
+    )
+    steps: Positive = Field(2000, description="steps of the whole run")
+    micro_batch: Positive = free(4, description="samples of one pass on one replica")
+    global_batch: Positive = Field(4, description="samples of a step, over all replicas")
+    resume: bool = free(
+        True, description="go on from the newest snapshot; false puts old snapshots aside"
+    )
+    sampling: SamplingSection = SamplingSection()
+    prior: PriorSection = PriorSection()
+    state: StateSection = StateSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    maskpro: MaskProSection = MaskProSection()
+    distillation: DistillationSection = DistillationSection()
+    weight_norm: tuple[NonNegative, NonNegative] = Field(
+        (1e-5, 0.0),
+        description="coefficient of the term - c * sum |W * M|^2 (MaskLLM, Eq. 8): first and last",
+    )
+    snapshot: SnapshotSection = SnapshotSection()
+    monitor: MonitorSection = MonitorSection()

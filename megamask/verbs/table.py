@@ -1,0 +1,198 @@
+"""The verbs of the command line: what each does, which settings it reads and which arguments of
+its own it takes. Nothing here imports torch, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+
+def argument(
+    words: str,
+    help: str,
+    default: Any = MISSING,
+    choices: tuple[str, ...] = (),
+    kind: type[Any] = str,
+) -> Any:
+    """A field of an arguments dataclass.
+
+    Args:
+        words: ``--flag VALUE``, or the name of a positional argument in capitals.
+        help: what it is.
+        default: its value where it is not given; without one it is required.
+        choices: the values that are allowed; empty = all.
+        kind: ``str``, or ``int`` for a number above 0.
+    """
+    facts = {"words": words, "help": help, "choices": choices, "kind": kind}
+    return field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """What the verb plan is asked."""
+
+    model: str | None = argument(
+        "--model NAME", "a shape such as llama2-7b, a Hugging Face folder or a config.json", None
+    )
+    dp: int = argument("--dp N", "replicas: number of devices / parallel.tp", 1, kind=int)
+    gpu: str | None = argument(
+        "--gpu NAME",
+        "device that must hold the run; any GPU where it is not given",
+        None,
+        choices=("a100-40", "a100", "h100", "h200", "cpu"),
+    )
+    json: str | None = argument("--json FILE", "write the figures to FILE", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffArguments:
+    """What the verb diff compares."""
+
+    a: str = argument("A", "mask, named as learn.prior.mask")
+    b: str = argument("B", "the other mask, likewise")
+    json: str | None = argument("--json FILE", "write the figures to FILE", None)
+    picture: str | None = argument(
+        "--picture FILE", "draw the groups that differ, kinds of linears x layers", None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractArguments:
+    """What the verb extract writes."""
+
+    snapshot: str = argument("SNAPSHOT", "snapshot or mask, named as learn.prior.mask")
+    file: str = argument("FILE", "mask file to write, *.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments:
+    """What the verb inspect reads."""
+
+    mask: str | None = argument(
+        "MASK", "mask, named as learn.prior.mask; export.mask or the learned mask by default", None
+    )
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb.
+
+    Attributes:
+        module: where its ``run(config)`` is, or ``run(config, arguments)`` with arguments.
+        summary: one line for the list of verbs.
+        sections: dotted sections and settings that it reads.
+        arguments: dataclass of its own arguments.
+        shortcuts: flags that stand for settings.
+    """
+
+    module: str
+    summary: str
+    sections: tuple[str, ...]
+    arguments: type[Any] | None = None
+    shortcuts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> tuple[Field[Any], ...]:
+        """The fields of ``arguments``, in order."""
+        return fields(self.arguments) if self.arguments else ()
+
+    @property
+    def positional(self) -> list[Field[Any]]:
+        """Arguments that are known by their place."""
+        return [one for one in self.fields if not words_of(one).startswith("-")]
+
+    @property
+    def flags(self) -> dict[str, Field[Any]]:
+        """Arguments that are known by their flag."""
+        return {
+            words_of(one).partition(" ")[0]: one
+            for one in self.fields
+            if words_of(one).startswith("-")
+        }
+
+
+def words_of(one: Field[Any]) -> str:
+    """How an argument is written: ``--json FILE``, or ``SNAPSHOT``."""
+    return str(one.metadata["words"])
+
+
+EVERYWHERE = ("run_dir", "device", "dtype", "parallel")
+LEARNING = ("seed", "pattern", "model", "data", "learn", "evaluate.window", "evaluate.max_tokens")
+VERBS: dict[str, Verb] = {
+    "gguf": Verb(
+        "megamask.verbs.gguf",
+        "unpack a GGUF file into a Hugging Face folder",
+        ("run_dir", "model.hf", "model.gguf"),
+    ),
+    "convert": Verb(
+        "megamask.verbs.convert",
+        "Hugging Face folder -> Megatron weights, for any tensor parallel size",
+        ("run_dir", "device", "parallel", "model.hf"),
+    ),
+    "tokenize": Verb(
+        "megamask.verbs.tokenize",
+        "text domains -> token shards, some documents held out for evaluation",
+        ("run_dir", "model.hf", "data"),
+    ),
+    "prune": Verb(
+        "megamask.verbs.prune",
+        "one-shot masks: magnitude, Wanda, SparseGPT",
+        (*EVERYWHERE, "pattern", "model", "data", "calibration", "prune"),
+    ),
+    "plan": Verb(
+        "megamask.verbs.plan",
+        "memory, time and GPU-hours of a learning run, before anything is launched",
+        ("run_dir", "dtype", "pattern", "model", "parallel", "data.seq_length", "learn"),
+        PlanArguments,
+        {
+            "--pattern": "pattern",
+            "--tp": "parallel.tp",
+            "--micro": "learn.micro_batch",
+            "--global-batch": "learn.global_batch",
+            "--seq": "data.seq_length",
+            "--steps": "learn.steps",
+            "--memory": "learn.memory",
+            "--footprint": "learn.footprint",
+        },
+    ),
+    "learn": Verb(
+        "megamask.verbs.learn",
+        "learn the mask of the frozen model; resumes from the last snapshot",
+        (*EVERYWHERE, *LEARNING, "evaluate.micro_batch"),
+    ),
+    "evaluate": Verb(
+        "megamask.verbs.evaluate",
+        "held-out perplexity of the dense model and of every mask",
+        (*EVERYWHERE, "model", "data", "evaluate"),
+    ),
+    "export": Verb(
+        "megamask.verbs.export",
+        "Hugging Face folder + mask file -> masked Hugging Face folder",
+        ("run_dir", "pattern", "model.hf", "export"),
+    ),
+    "report": Verb(
+        "megamask.verbs.report",
+        "pictures and report.html of a run",
+        ("run_dir", "seed", "model.hf", "calibration.seed", "learn.prior.mask"),
+    ),
+    "inspect": Verb(
+        "megamask.verbs.inspect",
+        "print a mask file and verify it strictly",
+        ("run_dir", "model.hf", "export.mask"),
+        InspectArguments,
+    ),
+    "diff": Verb(
+        "megamask.verbs.diff",
+        "how two masks differ, by layer and by kind of linear",
+        ("run_dir", "model.hf"),
+        DiffArguments,
+    ),
+    "extract": Verb(
+        "megamask.verbs.extract",
+        "the hard masks of a snapshot -> mask file",
+        ("run_dir", "model.hf"),
+        ExtractArguments,
+    ),
+}
