@@ -1,4 +1,4 @@
-"""Put masks on a transformers model."""
+"""Masks on a transformers model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ Model = TypeVar("Model", bound=nn.Module)
 def apply_masks(
     hf_model: Model, masks: MaskSet | Path | str, check_fingerprint: bool = True
 ) -> Model:
-    """Set the pruned weights of a transformers model to +0.0, in place. Nothing is changed unless
-    every check passes.
+    """Set the pruned weights of a transformers model to +0.0, in place.
+
+    All checks come before the first change of a weight.
 
     Args:
         hf_model: the model that the masks were made for.
-        masks: a mask file, or what ``load_masks`` gave.
+        masks: the path of a mask file, or the result of ``load_masks``.
         check_fingerprint: False also accepts changed weights (fine-tuned, updated by SparseGPT) of
             the same shapes.
 
@@ -31,8 +32,8 @@ def apply_masks(
         ``hf_model``.
 
     Raises:
-        ArtifactError: masks that belong to updated weights, a corrupt file, names or shapes that the model does not have, another base
-            model.
+        ArtifactError: the masks belong to updated weights or to another base model, the file is
+            corrupt, or the model has no linear of a mask's name and shape.
     """
     mask_set = masks if isinstance(masks, MaskSet) else load_masks(masks)
     if mask_set.has_own_weights and check_fingerprint:
@@ -43,7 +44,7 @@ def apply_masks(
             "or use a mask of the frozen weights.",
         )
     linears = model_linears(hf_model)
-    mask_set.check(shapes={name: tuple(one.weight.shape) for name, one in linears.items()})
+    mask_set.check(shapes={name: tuple(linear.weight.shape) for name, linear in linears.items()})
     if check_fingerprint:
         mask_set.check(fingerprint=fingerprint_model(hf_model))
     mask_set.verify()
@@ -55,7 +56,8 @@ def apply_masks(
 
 
 def masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
-    """The weight with +0.0 in pruned places. A product would leave -0.0, which some sparse kernels
-    take for a kept value.
+    """The weight with +0.0 in pruned places.
+
+    A product with the mask would leave -0.0, and some sparse kernels keep such a value.
     """
     return weight_OI.masked_fill(~mask_OI.to(weight_OI.device), 0.0)

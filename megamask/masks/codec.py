@@ -1,8 +1,8 @@
-"""Candidate indices <-> 64-bit words: as many base-C digits a word as fit, 0.667 bit per weight at
-2:4, 1 at 8:16.
+"""Candidate indices packed into 64-bit words.
 
-Little-endian digits: the first index is the least significant digit. Digits beyond the last index
-are zero.
+An index is a digit in base C, the number of candidates, and a word holds as many digits as fit:
+0.667 bit per weight at 2:4, 1 bit at 8:16. The first index is the least significant digit. Digits
+beyond the last index are zero.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def digits_per_word(base: int) -> int:
 
 
 def num_words(count: int, base: int) -> int:
-    """Words that ``count`` indices take."""
+    """Number of words for ``count`` indices."""
     return -(-count // digits_per_word(base))
 
 
 def pack(index: npt.NDArray[np.integer], base: int) -> Words:
-    """Words of the indices (any shape, each in [0, base)), row-major."""
+    """The words of the indices (any shape, each in [0, base)), in row-major order."""
     digits = digits_per_word(base)
     padded = np.zeros((num_words(index.size, base), digits), dtype=_digit(base))
     padded.reshape(-1)[: index.size] = index.reshape(-1)
@@ -42,8 +42,7 @@ def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.unsignedintege
     """The first ``count`` indices of ``words``, (count,), in the smallest type that holds them.
 
     Raises:
-        ValueError: the number of words is wrong, or a word holds a digit that ``pack`` never
-            writes.
+        ValueError: the number of words is wrong, or ``pack`` cannot have written a word.
     """
     if words.shape != (num_words(count, base),):
         raise ValueError(f"{words.size} words, expected {num_words(count, base)}")
@@ -59,4 +58,4 @@ def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.unsignedintege
 
 
 def _digit(base: int) -> np.dtype[np.unsignedinteger]:
-    return np.min_scalar_type(base - 1)  # type: ignore[return-value]
+    return np.min_scalar_type(base - 1)

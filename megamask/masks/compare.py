@@ -1,4 +1,4 @@
-"""How far two sets of masks are apart."""
+"""Counts of the weights and groups in which two sets of masks differ."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megamask.sparsity.pattern import Pattern
 
 @dataclass(frozen=True)
 class Difference:
-    """Counts over two masks of the same weights; those of several linears add up.
+    """Counts over two masks of the same weights. The counts of several linears can be added.
 
     Attributes:
-        weights: how many there are.
-        weights_differ: kept by one of the masks only.
-        kept_by_both: kept by both.
-        groups: of m weights; 0 when the masks have different m.
-        groups_differ: in which not the same weights are kept.
+        weights: number of weights.
+        weights_differ: number of weights that only one of the two masks keeps.
+        kept_by_both: number of weights that both masks keep.
+        groups: number of groups of m weights; 0 when the patterns of the masks differ.
+        groups_differ: number of groups in which the masks keep different weights.
     """
 
     weights: int = 0
@@ -28,55 +28,48 @@ class Difference:
     groups_differ: int = 0
 
     def __add__(self, other: Difference) -> Difference:
-        return Difference(
-            *(one + two for one, two in zip(astuple(self), astuple(other), strict=True))
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Difference(*(ours + theirs for ours, theirs in pairs))
 
     def shares(self) -> dict[str, float | None]:
-        """Share of groups that differ (None where groups cannot be compared), of weights that
-        differ, of weights kept by both.
+        """The counts as shares of all groups and of all weights.
+
+        ``groups_differ`` is None where groups cannot be compared.
         """
-        of_weights = {
-            key: getattr(self, key) / self.weights for key in ("weights_differ", "kept_by_both")
-        }
         return {
             "groups_differ": self.groups_differ / self.groups if self.groups else None,
-            **of_weights,
+            "weights_differ": self.weights_differ / self.weights,
+            "kept_by_both": self.kept_by_both / self.weights,
         }
 
 
 def unrelated(a: Pattern, b: Pattern) -> dict[str, float | None]:
-    """The shares of ``Difference.shares`` to expect of masks that have nothing to do with each
-    other.
-    """
+    """The expected ``Difference.shares`` of two independent random masks of these patterns."""
     both = a.density * b.density
-    groups = 1 - 1 / a.num_candidates if a == b else None
     return {
-        "groups_differ": groups,
+        "groups_differ": 1 - 1 / a.num_candidates if a == b else None,
         "weights_differ": a.density + b.density - 2 * both,
         "kept_by_both": both,
     }
 
 
 def differences(a: MaskSet, b: MaskSet) -> dict[str, Difference]:
-    """How the masks of every linear that both have differ, by HF module name. Groups are compared
-    where the patterns are equal.
+    """HF module name -> difference, for every linear that has a mask in both sets.
+
+    Groups are compared only where both sets have the same pattern.
 
     Raises:
-        ArtifactError: another base model, another shape, or no linear in common.
+        ArtifactError: the base models or the shapes differ, or no linear has two masks.
     """
     if a.fingerprint != b.fingerprint:
-        raise ArtifactError(
-            b.path, f"belongs to another base model than {a.path}", "Compare masks of one model."
-        )
+        problem = f"belongs to another base model than {a.path}"
+        raise ArtifactError(b.path, problem, "Compare masks of one model.")
     common = [name for name in a if name in b]
     if not common:
-        raise ArtifactError(
-            b.path, f"has no linear in common with {a.path}", "Compare masks of the same linears."
-        )
-    b.check(
-        shapes={**{name: b.shape(name) for name in b}, **{name: a.shape(name) for name in common}}
-    )
+        problem = f"has no linear in common with {a.path}"
+        raise ArtifactError(b.path, problem, "Compare masks of the same linears.")
+    own_shapes = {name: b.shape(name) for name in b}
+    b.check(shapes=own_shapes | {name: a.shape(name) for name in common})
     return {name: _difference(a, b, name) for name in common}
 
 
@@ -86,5 +79,5 @@ def _difference(a: MaskSet, b: MaskSet, name: str) -> Difference:
     counts = differ.numel(), int(differ.sum()), int((ours & theirs).sum())
     if a.pattern != b.pattern:
         return Difference(*counts)
-    groups = differ.unflatten(1, (-1, a.pattern.m)).any(-1)
+    groups = differ.view(len(differ), -1, a.pattern.m).any(-1)
     return Difference(*counts, groups.numel(), int(groups.sum()))

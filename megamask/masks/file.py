@@ -1,9 +1,15 @@
 """The mask file: a safetensors container with one packed tensor per HF linear and a JSON header.
 
-Header (metadata key ``megamask``): format_version, pattern, candidate_order, axis, fingerprint of
-the base model, method, data, evaluation, megamask (version that wrote it), tensors (name -> shape
-(O, I) of the mask, sha256 of the packed words), sha256 of the rest of the header (the same words
-mean other masks under another pattern, so the header is as precious as the words).
+The header (metadata key ``megamask``) holds:
+
+- format_version, pattern, candidate_order, axis: how the packed words are read;
+- fingerprint: the base model of the masks;
+- method, data, evaluation: how the masks were made, from what, and how good they are;
+- megamask: the version that wrote the file;
+- tensors: name -> shape (O, I) of the mask and sha256 of its packed words;
+- sha256: digest of the rest of the header, because the same words mean other masks under another
+  pattern.
+
 Shapes: O out_features, I in_features, G groups per row.
 """
 
@@ -32,7 +38,7 @@ UPDATED = "updated"  # the header of masks that belong to weights of their own
 UPDATING_METHODS = ("sparsegpt_update",)  # files of version 0.1.0 do not say so themselves
 AXIS = "in_features"
 FIX = "Make the mask file again, or copy it again from where it came."
-FACTS: dict[str, type | tuple[type, ...]] = {
+FACTS: dict[str, type] = {
     "pattern": str,
     "fingerprint": str,
     "method": str,
@@ -42,14 +48,15 @@ FACTS: dict[str, type | tuple[type, ...]] = {
 
 
 class MaskSet(Mapping[str, Tensor]):
-    """Masks of a file, by HF module name; each is decoded when it is asked for, as bool (O, I),
-    True = keep.
+    """The masks of a file: HF module name -> bool (O, I), True = keep.
+
+    A mask is decoded when it is read from the mapping.
 
     Attributes:
         path: the file.
-        pattern: N:M.
-        fingerprint: of the base model.
-        method: how the masks were made.
+        pattern: the N:M pattern of all masks.
+        fingerprint: fingerprint of the base model.
+        method: name of the method that made the masks.
         meta: the whole header.
     """
 
@@ -82,7 +89,7 @@ class MaskSet(Mapping[str, Tensor]):
         """Candidate index of every group, (O, G) int64.
 
         Raises:
-            KeyError: no mask of that name.
+            KeyError: there is no mask of that name.
             ArtifactError: the packed data is corrupt.
         """
         rows, columns = self.shape(name)
@@ -107,7 +114,7 @@ class MaskSet(Mapping[str, Tensor]):
         return self.path.stat().st_size
 
     def check_whole(self) -> None:
-        """Compare every checksum, without decoding: what was written is still there.
+        """Compare every checksum without decoding the masks.
 
         Raises:
             ArtifactError: the first mask that is corrupt.
@@ -119,7 +126,7 @@ class MaskSet(Mapping[str, Tensor]):
         """Decode every mask once.
 
         Raises:
-            ArtifactError: the first that is corrupt.
+            ArtifactError: the first mask that is corrupt.
         """
         for name in self:
             self.index(name)
@@ -131,16 +138,16 @@ class MaskSet(Mapping[str, Tensor]):
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        """Check that the masks fit a run or a model; what is None is not looked at.
+        """Check that the masks fit a run or a model. An argument that is None is not checked.
 
         Args:
-            pattern: the pattern wanted.
-            shapes: HF module name -> (O, I) of the model's linears. Linears without a mask are
+            pattern: the pattern that the masks must have.
+            shapes: HF module name -> (O, I) of the model's linears. A linear without a mask is
                 dense.
-            fingerprint: of the model.
+            fingerprint: fingerprint of the model.
 
         Raises:
-            ArtifactError: what does not fit.
+            ArtifactError: the first fact that does not fit.
         """
         if pattern is not None and pattern != self.pattern:
             fix = f"Set pattern={self.pattern}, or use a mask made for {pattern}."
@@ -148,25 +155,23 @@ class MaskSet(Mapping[str, Tensor]):
         for name in self if shapes is not None else ():
             self._check_shape(name, (shapes or {}).get(name))
         if fingerprint is not None and fingerprint != self.fingerprint:
-            problem = f"was made for another base model (fingerprint {self.fingerprint[:12]}, the model has {fingerprint[:12]})"
-            raise ArtifactError(
-                self.path,
-                problem,
-                "Use the model that the mask was made for, with its weights unpruned and unchanged.",
+            problem = (
+                f"was made for another base model (fingerprint {self.fingerprint[:12]}, "
+                f"the model has {fingerprint[:12]})"
             )
+            fix = (
+                "Use the model that the mask was made for, with its weights unpruned and unchanged."
+            )
+            raise ArtifactError(self.path, problem, fix)
 
     def _check_shape(self, name: str, expected: tuple[int, ...] | None) -> None:
         fix = "Use the model that the mask was made for."
         if expected is None:
-            raise ArtifactError(
-                self.path, f"has a mask of {name}, which is no linear of the model", fix
-            )
+            problem = f"has a mask of {name}, which is no linear of the model"
+            raise ArtifactError(self.path, problem, fix)
         if tuple(expected) != self.shape(name):
-            raise ArtifactError(
-                self.path,
-                f"mask of {name} has shape {self.shape(name)}, the model's linear {tuple(expected)}",
-                fix,
-            )
+            shapes = f"{self.shape(name)}, the model's linear {tuple(expected)}"
+            raise ArtifactError(self.path, f"mask of {name} has shape {shapes}", fix)
 
 
 def save_masks(
@@ -180,20 +185,21 @@ def save_masks(
     evaluation: Any = None,
     updated_weights: bool = False,
 ) -> None:
-    """Write a mask file, atomically.
+    """Write a mask file atomically.
 
     Args:
         path: the file.
         masks: HF module name -> bool or 0/1 mask (O, I), 1 = keep, any device.
-        pattern: the pattern that every mask has.
-        fingerprint: of the base model.
-        method: how the masks were made.
-        data: what they were made from, JSON-able.
-        evaluation: how good they are, JSON-able.
-        updated_weights: the method also changed the kept weights, so that the masks belong to those.
+        pattern: the pattern of every mask.
+        fingerprint: fingerprint of the base model.
+        method: name of the method that made the masks.
+        data: settings and text that the masks were made from, as JSON values.
+        evaluation: measured quality of the masks, as JSON values.
+        updated_weights: whether the method also changed the kept weights, so that the masks belong
+            to the changed weights.
 
     Raises:
-        ValueError: a mask that is not (O, I) or does not keep exactly n of every m.
+        ValueError: a mask is not (O, I) or does not keep exactly n of every m.
     """
     packed, tensors = {}, {}
     for name, mask_OI in masks.items():
@@ -223,22 +229,20 @@ def save_masks(
 
 
 def load_masks(path: Path | str) -> MaskSet:
-    """Open a mask file and check its header; masks are decoded (and their checksums checked) when
-    asked for.
+    """Open a mask file and check its header.
+
+    A mask is decoded, and its checksum compared, when it is read from the result.
 
     Raises:
-        ArtifactError: missing, torn, not a mask file, another format version or candidate order,
-            sizes that do not fit.
+        ArtifactError: the file is missing, torn or no mask file, has another format version or
+            candidate order, or its sizes do not fit.
     """
     path = Path(path)
     try:
         handle = safe_open(path, framework="numpy")
     except FileNotFoundError:
-        raise ArtifactError(
-            path,
-            "is missing",
-            "Check the path, or run the verb that makes the mask (prune or learn).",
-        ) from None
+        fix = "Check the path, or run the verb that makes the mask (prune or learn)."
+        raise ArtifactError(path, "is missing", fix) from None
     except (SafetensorError, OSError) as error:
         raise ArtifactError(path, f"is torn or not a mask file ({error})", FIX) from error
     meta = _read_header(path, (handle.metadata() or {}).get("megamask"))
@@ -246,9 +250,8 @@ def load_masks(path: Path | str) -> MaskSet:
         masks = MaskSet(path, handle, meta)
         _check_sizes(masks, handle)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(
-            path, f"has a header that does not fit its data ({error})", FIX
-        ) from error
+        problem = f"has a header that does not fit its data ({error})"
+        raise ArtifactError(path, problem, FIX) from error
     return masks
 
 
@@ -289,25 +292,26 @@ def _header_digest(header: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON gives back, so that the header that is hashed is the header that is read."""
+    """The value as JSON returns it, so that the hash covers the header that a reader gets."""
     return json.loads(json.dumps(value, default=str))
 
 
 def _check_sizes(masks: MaskSet, handle: Any) -> None:
+    """Check that the file stores exactly the masks of the header, each in so many words.
+
+    Raises:
+        ValueError: the file and the header disagree.
+    """
     names = set(handle.keys())
     if names != set(masks):
-        raise ValueError(
-            f"tensors {sorted(names ^ set(masks))[:3]} are in the file or in the header, not in both"
-        )
+        some = sorted(names ^ set(masks))[:3]
+        raise ValueError(f"tensors {some} are in the file or in the header, not in both")
     for name in masks:
         rows, columns = masks.shape(name)
         stored = handle.get_slice(name)
         words = codec.num_words(rows * (columns // masks.pattern.m), masks.pattern.num_candidates)
-        if (
-            columns % masks.pattern.m
-            or stored.get_dtype() != "U64"
-            or stored.get_shape() != [words]
-        ):
+        dtype, shape = stored.get_dtype(), stored.get_shape()
+        if columns % masks.pattern.m or dtype != "U64" or shape != [words]:
             raise ValueError(
-                f"{name}: {stored.get_dtype()} {stored.get_shape()} cannot hold a {masks.pattern} mask of {rows} x {columns}"
+                f"{name}: {dtype} {shape} cannot hold a {masks.pattern} mask of {rows} x {columns}"
             )

@@ -1,5 +1,5 @@
-"""Masks by the name that a user gives them: a mask of the run, a mask file, a snapshot, or a folder
-of snapshots.
+"""Masks by the text that a user writes: the name of a mask of the run, or the path of a mask file,
+of a snapshot or of a folder of snapshots.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from megamask.weights.architecture import Architecture, read_architecture
 
 
 def open_masks(text: str, config: Config, arch: Architecture | None = None) -> MaskSet:
-    """Open masks by name or path, checked for being whole.
+    """Open masks by name or path, and check that they are whole.
 
     Args:
         text: the name of a mask of this run (``sparsegpt``, ``learned``), a mask file, a snapshot,
             or a folder of snapshots (the newest).
-        config: names the run.
-        arch: of the model; None looks for it: a snapshot names its linears as Megatron does.
+        config: the settings, which name the run.
+        arch: architecture of the model, which a snapshot needs because it names its linears as
+            Megatron does. None looks for the architecture in the folders of the run.
 
     Raises:
-        ArtifactError: nothing there, or torn.
+        ArtifactError: there are no such masks, or they are torn.
     """
     path = mask_path(text, run_paths(config))
     if path.is_dir():
@@ -39,11 +40,12 @@ def open_masks(text: str, config: Config, arch: Architecture | None = None) -> M
 
 
 def mask_path(text: str, paths: RunPaths) -> Path:
-    """The file or folder that ``text`` means: a mask of this run where there is one of that name,
-    else a path.
+    """The file or folder that ``text`` means.
+
+    A mask of this run comes before a path of the same name.
 
     Raises:
-        ArtifactError: neither.
+        ArtifactError: the run has no such mask, and there is no such path.
     """
     path, named = Path(text), paths.mask(text)
     is_path = "/" in text or text.endswith(".safetensors")
@@ -57,20 +59,24 @@ def mask_path(text: str, paths: RunPaths) -> Path:
         )
     have = sorted(file.stem for file in paths.masks.glob("*.safetensors"))
     near = difflib.get_close_matches(text, have, n=1)
-    hint = (
-        f"Did you mean {near[0]}?"
-        if near
-        else f"This run has {', '.join(have)}."
-        if have
-        else "This run has no masks yet."
+    if near:
+        hint = f"Did you mean {near[0]}?"
+    elif have:
+        hint = f"This run has {', '.join(have)}."
+    else:
+        hint = "This run has no masks yet."
+    fix = (
+        "Name a mask of this run, a mask file, a snapshot or a folder of snapshots, "
+        f"or run the verb that makes it. {hint}"
     )
-    fix = f"Name a mask of this run, a mask file, a snapshot or a folder of snapshots, or run the verb that makes it. {hint}"
     raise ArtifactError(named, "is missing", fix)
 
 
 def _architecture_of(snapshot: Path, paths: RunPaths) -> Architecture:
-    """From the run that the snapshot belongs to, or the model that it was learned on, or else the
-    configured run.
+    """The architecture of the model that a snapshot was learned on.
+
+    The places are searched in this order: the run that holds the snapshot, the Hugging Face folder
+    that its note names, and the configured run.
     """
     places = [
         *(folder / "weights" for folder in snapshot.resolve().parents[2:3]),
@@ -82,7 +88,7 @@ def _architecture_of(snapshot: Path, paths: RunPaths) -> Architecture:
         hf = settings["model.hf"] if "model.hf" in settings else settings["model"]["hf"]
         places.insert(1, Path(hf))
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # a torn note is told of when the snapshot is opened; hf may not be set
+        pass  # model.hf may not be set; a torn note is reported when the snapshot is opened
     for folder in places:
         if (folder / "config.json").exists():
             return read_architecture(folder)

@@ -1,8 +1,9 @@
-"""A snapshot read as masks: the winners of its logits, whatever its distribution and learner and
-whatever layout saved it.
+"""A snapshot of learning read as masks: the hard masks of its mask logits.
 
-Needs neither Megatron-Core nor a process group. Shapes: O out_features, I in_features, L logits a
-group, G groups per row.
+Snapshots of every distribution, method and layout can be read. Reading needs neither Megatron-Core
+nor a process group.
+
+Shapes: O out_features, I in_features, L logits a group, G groups per row.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megamask.config.legacy import nest, upgrade_note
 from megamask.config.method_names import DISTRIBUTION_OF
@@ -30,14 +33,16 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule
 
-NOTE = "megamask.json"  # beside the tensors
-LOGITS = ".mask_logits"
+NOTE = "megamask.json"  # the file with the facts of a snapshot, in the folder of its tensors
+LOGITS = ".mask_logits"  # end of the name of a tensor of mask logits
 _STEP = re.compile(r"step-\d{8}")
 
 
 class SnapshotMasks(MaskSet):
-    """Winner masks of a snapshot, by HF module name; the logits of one linear at a time are read
-    when a mask is asked for.
+    """The hard masks of a snapshot, by HF module name.
+
+    The logits of a linear are read when one of its masks is read; only the masks of the latest
+    Megatron linear stay in memory.
     """
 
     def __init__(
@@ -65,9 +70,7 @@ class SnapshotMasks(MaskSet):
         return self.pattern.index_of(self[name])
 
     def check_whole(self) -> None:
-        """Nothing is left to check: the sizes of the files were compared when the snapshot was
-        opened.
-        """
+        """Check nothing: the sizes of the files were compared when the snapshot was opened."""
 
     @property
     def size(self) -> int:
@@ -75,24 +78,17 @@ class SnapshotMasks(MaskSet):
         return sum(file.stat().st_size for file in self.path.iterdir())
 
     def _hard_codes(self, key: str) -> Tensor:
-        """Mask (O, I) of the largest logits of a Megatron linear; ties go where
-        ``MaskedLinear.hard_mask`` sends them.
-        """
+        """Hard mask (O, I) of a Megatron linear, the same as ``MaskedLinear.hard_mask`` returns."""
         saved = self._index.state_dict_metadata[key]
-        assert isinstance(saved, TensorStorageMetadata)  # checked when it was opened
+        assert isinstance(saved, TensorStorageMetadata)  # checked when the snapshot was opened
         logits_OLG = torch.empty(saved.size, dtype=saved.properties.dtype)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", UserWarning
-                )  # "assuming the intent is to load in a single process"
-                dcp.load(
-                    {key: logits_OLG}, storage_reader=dcp.FileSystemReader(self.path), no_dist=True
-                )
-        except (
-            Exception,
-            dcp.CheckpointException,
-        ) as error:  # the library raises many kinds, this one beside Exception
+                # The library warns that it loads in a single process, which is intended.
+                warnings.simplefilter("ignore", UserWarning)
+                load({key: logits_OLG}, storage_reader=FileSystemReader(self.path), no_dist=True)
+        # CheckpointException is no subclass of Exception.
+        except (Exception, CheckpointException) as error:
             _torn(self.path, error)
         if self._distribution == "linear":
             return self.pattern.best(logits_OLG.float().transpose(1, 2).flatten(1))
@@ -100,35 +96,33 @@ class SnapshotMasks(MaskSet):
 
 
 def newest_snapshot(folder: Path) -> Path:
-    """``folder`` if it is a snapshot, else the newest of those that it holds.
+    """``folder`` itself if it is a snapshot, else the newest snapshot in it.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: the folder holds no snapshot.
     """
     if _STEP.fullmatch(folder.resolve().name):
         return folder
     steps = sorted(path for path in folder.glob("step-*") if _STEP.fullmatch(path.name))
     if not steps:
         below = folder / "learn" / "snapshots"
-        fix = (
-            f"Name {below}"
-            if below.is_dir()
-            else "Name RUN/learn/snapshots (the newest), one RUN/learn/snapshots/step-NNNNNNNN"
-        )
-        raise ArtifactError(
-            folder,
-            "is a folder without snapshots",
-            f"{fix}, or a mask file RUN/masks/NAME.safetensors.",
-        )
+        fix = "Name RUN/learn/snapshots (the newest), one RUN/learn/snapshots/step-NNNNNNNN"
+        if below.is_dir():
+            fix = f"Name {below}"
+        fix += ", or a mask file RUN/masks/NAME.safetensors."
+        raise ArtifactError(folder, "is a folder without snapshots", fix)
     return steps[-1]
 
 
 def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
-    """Open a snapshot, or the newest of a folder of them, as masks of a model of architecture
-    ``arch``.
+    """Open a snapshot as masks.
+
+    Args:
+        folder: a snapshot, or a folder of snapshots, of which the newest is opened.
+        arch: architecture of the model that the snapshot was learned on.
 
     Raises:
-        ArtifactError: there is none, it is torn, or its logits are not those of such a model.
+        ArtifactError: there is no snapshot, it is torn, or its logits do not fit the model.
     """
     path = newest_snapshot(folder)
     note = read_json(path / NOTE, _fix(path))
@@ -176,25 +170,26 @@ def _key(rule: Rule) -> str:
 def _check_shapes(
     path: Path, index: Metadata, table: Mapping[str, Rule], pattern: Pattern, width: int
 ) -> None:
+    """Check the shape of all mask logits, ``width`` logits a group, against the model's linears."""
     fix = "Use a snapshot that was learned on this model."
     saved = {
-        key: one
-        for key, one in index.state_dict_metadata.items()
+        key: entry
+        for key, entry in index.state_dict_metadata.items()
         if key.endswith(LOGITS) and not key.startswith("optimizer.")
     }
     if not saved:
         raise ArtifactError(path, "holds no mask logits", fix)
-    for key, one in saved.items():
+    for key, entry in saved.items():
         if key not in table:
             raise ArtifactError(path, f"holds {key}, which the model does not have", fix)
         rows, columns = table[key].shape()
-        shape = list(one.size) if isinstance(one, TensorStorageMetadata) else None
+        shape = list(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         if columns % pattern.m or shape != [rows, width, columns // pattern.m]:
-            raise ArtifactError(
-                path,
-                f"holds {key} of shape {shape}, which does not fit {rows} x {columns} weights of the model",
-                fix,
+            problem = (
+                f"holds {key} of shape {shape}, "
+                f"which does not fit {rows} x {columns} weights of the model"
             )
+            raise ArtifactError(path, problem, fix)
 
 
 def _fix(path: Path) -> str:
@@ -202,7 +197,7 @@ def _fix(path: Path) -> str:
 
 
 def _torn(path: Path, error: BaseException) -> NoReturn:
-    if isinstance(error, dcp.CheckpointException) and error.failures:
+    if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     raise ArtifactError(path, f"is torn or no checkpoint ({reason})", _fix(path)) from error

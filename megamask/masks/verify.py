@@ -1,4 +1,4 @@
-"""The verb inspect: verify a mask file, or a snapshot, strictly and say what is in it."""
+"""Strict checks of a mask file or a snapshot, and a summary of its content."""
 
 from __future__ import annotations
 
@@ -14,24 +14,21 @@ from megamask.weights.mapping import linear_shapes
 
 
 def configured_masks(config: Config) -> MaskSet | None:
-    """The masks that export.mask names; None for ``dense``.
+    """The masks that ``export.mask`` names; None for ``dense``.
 
     Raises:
-        ArtifactError: missing or torn.
+        ArtifactError: the masks are missing or torn.
     """
-    return (
-        None
-        if config.export.mask == "dense"
-        else open_masks(config.export.mask or "learned", config)
-    )
+    if config.export.mask == "dense":
+        return None
+    return open_masks(config.export.mask or "learned", config)
 
 
 def verify(path: Path | str, hf_dir: Path | str | None = None) -> MaskSet:
-    """Decode every mask of a file; with ``hf_dir``, also check names, shapes and fingerprint
-    against that model.
+    """Open a mask file and check it strictly, as ``check_strictly`` does.
 
     Raises:
-        ArtifactError: what is wrong.
+        ArtifactError: the file is missing or torn, or a mask does not fit the model.
     """
     masks = load_masks(path)
     check_strictly(masks, hf_dir)
@@ -39,11 +36,14 @@ def verify(path: Path | str, hf_dir: Path | str | None = None) -> MaskSet:
 
 
 def check_strictly(masks: MaskSet, hf_dir: Path | str | None = None) -> None:
-    """Decode every mask; with ``hf_dir``, also check names, shapes and fingerprint against that
-    model.
+    """Decode every mask, and compare names, shapes and fingerprint with a model.
+
+    Args:
+        masks: the masks.
+        hf_dir: Hugging Face folder of the model; None compares with no model.
 
     Raises:
-        ArtifactError: what is wrong.
+        ArtifactError: a mask is corrupt or does not fit the model.
     """
     if hf_dir is not None:
         masks.check(shapes=linear_shapes(read_architecture(Path(hf_dir))))
@@ -52,7 +52,7 @@ def check_strictly(masks: MaskSet, hf_dir: Path | str | None = None) -> None:
 
 
 def summary(masks: MaskSet) -> str:
-    """Name-value lines: method, pattern, density, linears, bits per weight, size, base model."""
+    """Lines of names and values: method, pattern, density, linears, size, base model and more."""
     weights = sum(math.prod(masks.shape(name)) for name in masks)
     facts = {
         "method": masks.method,
