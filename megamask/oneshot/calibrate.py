@@ -1,8 +1,7 @@
-"""The calibration samples on their way through the model, and the statistics of what each linear
-gets to see.
+"""The hidden states of the calibration samples, and the statistics of the inputs of each linear.
 
-Shapes: N samples, S sequence (a rank's slice of it under sequence parallel), B micro-batch, H
-hidden, T tokens, I in_features.
+Shapes: N samples, S sequence (the slice of a rank under sequence parallel), B micro-batch,
+H hidden, T tokens, I in_features.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from megamask.parallel.mesh import Mesh
 
 
 class HiddenStates:
-    """What the next decoder layer gets, for all samples that this replica was dealt.
+    """The inputs of the next decoder layer, for all samples of this data-parallel replica.
 
-    All of them stay in memory on ``mesh.device``: N / dp * S * H values in the model's dtype, where
-    S is a slice of the samples' length under sequence parallel.
+    All hidden states stay in memory on ``mesh.device``: N / dp * S * H values in the model's dtype,
+    where S is a slice of the samples' length under sequence parallel.
 
     Args:
-        model: its embedding makes the first hidden states.
+        model: the model whose embedding makes the first hidden states.
         tokens_NS: the samples, equal on all ranks; micro-batches are dealt to the replicas in turn.
-        micro_batch: samples that a layer gets at a time.
-        mesh: this rank's place.
+        micro_batch: number of samples that run through a layer together.
+        mesh: process groups and device of this rank.
     """
 
     def __init__(
         self, model: LanguageModel, tokens_NS: torch.Tensor, micro_batch: int, mesh: Mesh
     ) -> None:
-        own = tokens_NS.split(micro_batch)[mesh.dp_rank :: mesh.dp]
+        own = torch.split(tokens_NS, micro_batch)[mesh.dp_rank :: mesh.dp]
         batches = [tokens_BS.to(mesh.device) for tokens_BS in own]
         self._batches_SBH: list[torch.Tensor] = [
             model.embedding(tokens_BS, positions(tokens_BS)) for tokens_BS in batches
@@ -44,7 +43,7 @@ class HiddenStates:
         self._rotary = model.rotary_pos_emb(tokens_NS.shape[1])
 
     def feed(self, layer: torch.nn.Module) -> None:
-        """Run ``layer`` on all samples for what its hooks see; the hidden states stay."""
+        """Run ``layer`` on all samples for its hooks; the hidden states do not change."""
         for hidden_SBH in self._batches_SBH:
             self._output(layer, hidden_SBH)
 
@@ -64,12 +63,12 @@ class HiddenStates:
 def input_stats(
     linears: Mapping[str, MaskedLinear], hessian: bool, mesh: Mesh, sequence_parallel: bool
 ) -> Iterator[dict[str, InputStats]]:
-    """Count the inputs of ``linears`` while the block runs; yields name -> statistics, complete
-    when the block has ended.
+    """Collect statistics of the inputs of ``linears`` while the block runs.
 
-    They are of the whole input, all in_features and all tokens, and equal on all ranks: the ranks
-    of a replica share out its tokens, then the sums of all ranks are added. All ranks must enter
-    and leave.
+    Yields name -> statistics, which are complete after the block. They cover the whole input, all
+    in_features and all tokens, and are equal on all ranks: the ranks of a replica divide its tokens
+    among them, and the sums of all ranks are added at the end. All ranks must enter and leave the
+    block.
     """
     stats = {
         name: InputStats(whole_in_features(linear, mesh), hessian, mesh.device)
@@ -84,8 +83,8 @@ def input_stats(
     finally:
         for hook in hooks:
             hook.remove()
-    for one in stats.values():
-        _add_over_ranks(one, mesh)
+    for sums in stats.values():
+        _add_over_ranks(sums, mesh)
 
 
 def whole_in_features(linear: MaskedLinear, mesh: Mesh) -> int:
@@ -96,8 +95,10 @@ def whole_in_features(linear: MaskedLinear, mesh: Mesh) -> int:
 def _count_inputs(
     linear: MaskedLinear, stats: InputStats, mesh: Mesh, sequence_parallel: bool
 ) -> Any:
-    """Hook that counts this rank's share of the tokens: all ranks of a replica see the same ones,
-    unless the sequence is scattered.
+    """Register a hook that adds this rank's share of the tokens to ``stats``.
+
+    All ranks of a replica see the same tokens, except in front of a column-parallel linear under
+    sequence parallel, where each rank sees its own slice.
     """
 
     def count(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -1,5 +1,4 @@
-"""One-shot pruning layer by layer: each layer is judged on what it gets from the pruned layers
-before it.
+"""One-shot pruning layer by layer: the inputs of a layer come from the pruned layers before it.
 
 Shapes: N samples, S sequence, O local out_features, I local in_features.
 """
@@ -19,8 +18,7 @@ from megamask.errors import ConfigError
 from megamask.model.language_model import LanguageModel
 from megamask.model.mask_shards import linear_rules
 from megamask.oneshot.calibrate import HiddenStates, input_stats
-from megamask.oneshot.criteria import Criterion
-from megamask.oneshot.pruned import Pruned
+from megamask.oneshot.criterion import Criterion, Pruned
 from megamask.oneshot.stats import InputStats
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
@@ -28,12 +26,21 @@ from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 
 log = logging.getLogger(__name__)
-LOG_LINES = 10  # of progress, about
+LOG_LINES = 10  # about so many lines report the progress of a criterion
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The model, the linears to prune by Megatron name, and what to prune them to."""
+class PruningJob:
+    """A model and the linears of it that are pruned.
+
+    Attributes:
+        config: the settings.
+        mesh: process groups and device of this rank.
+        arch: the architecture of the model.
+        pattern: the N:M pattern of the masks.
+        model: the dense model.
+        linears: the linears to prune, by Megatron name.
+    """
 
     config: Config
     mesh: Mesh
@@ -43,7 +50,7 @@ class Subject:
     linears: dict[str, MaskedLinear]
 
     def layers(self) -> Iterator[tuple[torch.nn.Module, dict[str, MaskedLinear]]]:
-        """Every decoder layer up to the last one that has linears to prune, and those linears."""
+        """Yield (decoder layer, its linears to prune), up to the last layer that has any."""
         left = dict(self.linears)
         for index, layer in enumerate(self.model.decoder.layers):
             own = {
@@ -57,57 +64,61 @@ class Subject:
                 return
 
     def hf_names(self, name: str) -> str:
-        """What users call a linear: the HF modules that it is made of."""
+        """The names of the HF modules that are fused into a linear, for messages."""
         return ", ".join(linear_rules(self.arch)[name].modules)
 
 
 @torch.no_grad()
 def prune_layerwise(
-    subject: Subject, criterion: Criterion, tokens_NS: torch.Tensor | None
+    job: PruningJob, criterion: Criterion, tokens_NS: torch.Tensor | None
 ) -> dict[str, Pruned]:
-    """This rank's shards of masks, and of updated weights, of every linear by Megatron name.
+    """Prune every linear; returns this rank's shards of masks and updated weights by Megatron name.
 
-    Each layer runs twice on all samples: dense, to collect the statistics of its linears' inputs,
-    and pruned, to make the inputs of the next layer. The linears end as they began: dense.
+    Each layer runs twice on all samples: dense, to collect the statistics of the inputs of its
+    linears, and pruned, to make the inputs of the next layer. At the end all linears are dense
+    again.
 
-    Masks do not depend on the layout, but for near-ties that rounding decides. SparseGPT passes
-    such a difference on, along the row and into the layers above, so that on a deep model another
-    TP, or only another ``calibration.micro_batch``, gives masks that are as good but not the same.
+    The layout changes masks only where rounding decides a near-tie. SparseGPT carries such a
+    difference along the row and into the layers above. So on a deep model another TP, or another
+    ``calibration.micro_batch``, gives masks that are equally good but not the same.
 
     Args:
-        subject: what to prune.
-        criterion: how.
-        tokens_NS: the calibration samples, equal on all ranks; not looked at by a criterion that
-            needs no statistics.
+        job: the model and the linears to prune.
+        criterion: the rule that chooses the masks.
+        tokens_NS: the calibration samples, equal on all ranks; None for a criterion that needs no
+            statistics.
 
     Raises:
-        ConfigError: inputs that are not finite, or a Hessian that damping cannot mend, with the
-            name of the linear.
+        ConfigError: inputs are not finite, or damping cannot make a Hessian positive definite; the
+            message names the linear.
     """
     try:
         if not criterion.needs_stats:
-            return {name: _prune(subject, criterion, name, None) for name in subject.linears}
+            return {name: _prune(job, criterion, name, None) for name in job.linears}
         assert tokens_NS is not None
-        return _prune_on_samples(subject, criterion, tokens_NS)
+        return _prune_on_samples(job, criterion, tokens_NS)
     finally:
-        for linear in subject.linears.values():
+        for linear in job.linears.values():
             linear.fold(None)
 
 
 def _prune_on_samples(
-    subject: Subject, criterion: Criterion, tokens_NS: torch.Tensor
+    job: PruningJob, criterion: Criterion, tokens_NS: torch.Tensor
 ) -> dict[str, Pruned]:
-    config, mesh = subject.config, subject.mesh
-    states = HiddenStates(subject.model, tokens_NS, config.calibration.micro_batch, mesh)
-    layers, pruned, begin = list(subject.layers()), {}, time.perf_counter()
+    """Prune with the statistics of the calibration samples, layer by layer."""
+    config, mesh = job.config, job.mesh
+    states = HiddenStates(job.model, tokens_NS, config.calibration.micro_batch, mesh)
+    layers, pruned, begin = list(job.layers()), {}, time.perf_counter()
     for number, (layer, own) in enumerate(layers, start=1):
+        # Dense pass: statistics of the inputs of the layer's linears.
         with input_stats(
             own, criterion.needs_hessian, mesh, config.parallel.sequence_parallel
         ) as stats:
             if own:
                 states.feed(layer)
+        # Prune the linears, then run the pruned layer for the inputs of the next layer.
         for name, linear in own.items():
-            pruned[name] = _prune(subject, criterion, name, stats.pop(name))
+            pruned[name] = _prune(job, criterion, name, stats.pop(name))
             _use(linear, pruned[name])
         if number < len(layers):
             states.advance(layer)
@@ -116,38 +127,37 @@ def _prune_on_samples(
     return pruned
 
 
-def _prune(subject: Subject, criterion: Criterion, name: str, stats: InputStats | None) -> Pruned:
-    """Prune one linear. Rows are independent, columns are not: a weight that is split over columns
-    is pruned whole, on every rank.
+def _prune(job: PruningJob, criterion: Criterion, name: str, stats: InputStats | None) -> Pruned:
+    """Prune one linear.
+
+    Rows are independent of each other, columns are not. So a weight that is split over its columns
+    is gathered, and every rank prunes the whole weight and keeps its own columns.
     """
-    linear, mesh, settings = subject.linears[name], subject.mesh, subject.config.prune
+    linear, mesh, settings = job.linears[name], job.mesh, job.config.prune
     weight_OI = linear.weight.detach()
     whole = stats is not None and linear.shard_axis == 1 and mesh.tp > 1
     if whole:
         weight_OI = torch.cat(mesh.gather_over_tp(weight_OI), dim=1)
-    with _naming(subject.hf_names(name)):
-        pruned = criterion.prune(weight_OI, stats, subject.pattern, settings)
+    with _naming(job.hf_names(name)):
+        pruned = criterion.prune(weight_OI, stats, job.pattern, settings)
     if pruned.damp is not None and pruned.damp != settings.damp and mesh.is_main:
-        fix = "more calibration tokens would help"
         log.warning(
-            "%s: prune.damp=%g is too little, used %g; %s",
-            subject.hf_names(name),
+            "%s: prune.damp=%g is too little, used %g; more calibration tokens would help",
+            job.hf_names(name),
             settings.damp,
             pruned.damp,
-            fix,
         )
     return _own_columns(pruned, mesh) if whole else pruned
 
 
 def _own_columns(pruned: Pruned, mesh: Mesh) -> Pruned:
-    mask_OI, weight_OI = (
-        None if one is None else one.chunk(mesh.tp, dim=1)[mesh.tp_rank]
-        for one in (pruned.mask_OI, pruned.weight_OI)
-    )
-    assert mask_OI is not None
-    return Pruned(
-        mask_OI.contiguous(), None if weight_OI is None else weight_OI.contiguous(), pruned.damp
-    )
+    """This rank's columns of the result for a whole weight."""
+
+    def own(whole_OI: torch.Tensor) -> torch.Tensor:
+        return whole_OI.chunk(mesh.tp, dim=1)[mesh.tp_rank].contiguous()
+
+    weight_OI = None if pruned.weight_OI is None else own(pruned.weight_OI)
+    return Pruned(own(pruned.mask_OI), weight_OI, pruned.damp)
 
 
 def _use(linear: MaskedLinear, pruned: Pruned) -> None:
@@ -160,18 +170,18 @@ def _use(linear: MaskedLinear, pruned: Pruned) -> None:
 
 @contextmanager
 def _naming(linear: str) -> Iterator[None]:
-    """Put the linear's name into the errors of a criterion, which does not know it."""
+    """Add the name of the linear to the errors of a criterion, which does not know the name."""
     try:
         yield
     except ConfigError as error:
         raise ConfigError(error.key, error.value, f"{linear}: {error.allowed}", error.fix) from None
 
 
-def damping(subject: Subject, pruned: Mapping[str, Pruned]) -> dict[str, float]:
-    """The damping of the linears, by HF names, that needed more than ``prune.damp``."""
-    asked = subject.config.prune.damp
+def damping(job: PruningJob, pruned: Mapping[str, Pruned]) -> dict[str, float]:
+    """HF names -> damping, for the linears that needed more than ``prune.damp``."""
+    asked = job.config.prune.damp
     return {
-        subject.hf_names(name): one.damp
-        for name, one in pruned.items()
-        if one.damp is not None and one.damp != asked
+        job.hf_names(name): result.damp
+        for name, result in pruned.items()
+        if result.damp is not None and result.damp != asked
     }

@@ -1,18 +1,32 @@
-"""Magnitude: keep the largest |W| of every group. Needs no data."""
+"""Magnitude pruning: keep the largest |W| of every group. It needs no data.
+
+Shapes: O out_features, I in_features.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from megamask.oneshot.pruned import Pruned
+from megamask.config.tree import PruneSection
+from megamask.oneshot.criterion import Criterion, Pruned
+from megamask.oneshot.stats import InputStats
 from megamask.sparsity.pattern import Pattern
 
 
-def magnitude(weight_OI: torch.Tensor, pattern: Pattern) -> Pruned:
-    """Mask (O, I) of the n largest |W| of every group; ties go to the earlier position.
+class Magnitude(Criterion):
+    """The mask of the n largest |W| of every group; ties go to the earlier position."""
 
-    Raises:
-        ConfigError: m does not divide in_features.
-    """
-    pattern.groups(weight_OI.shape[1])
-    return Pruned(pattern.best(weight_OI.detach().abs()))
+    def prune(
+        self,
+        weight_OI: torch.Tensor,
+        stats: InputStats | None,
+        pattern: Pattern,
+        settings: PruneSection,
+    ) -> Pruned:
+        """Choose the mask; ``stats`` are not read.
+
+        Raises:
+            ConfigError: m does not divide in_features.
+        """
+        pattern.groups(weight_OI.shape[1])
+        return Pruned(pattern.best(weight_OI.detach().abs()))

@@ -1,13 +1,13 @@
-"""SparseGPT, N:M (Frantar & Alistarh, "Massive Language Models Can Be Accurately Pruned in
-One-Shot", 2023, Algorithm 1).
+"""SparseGPT for N:M patterns (Frantar & Alistarh, "Massive Language Models Can Be Accurately Pruned
+in One-Shot", 2023, Algorithm 1).
 
-Columns are visited from left to right. A removed weight's error is spread over the columns to its
-right so that the layer's output on the calibration inputs changes least; each group of m columns
-chooses what to remove from weights updated so far.
+The columns are visited from left to right. The error of a removed weight is spread over the columns
+to its right, so that the output of the layer on the calibration inputs changes least. Each group of
+m columns chooses its weights to remove from the weights that earlier groups have updated.
 
-The sweep is lazy on two levels: errors reach the rest of the group at once, the rest of the block
-after each group, the rest of the row after each block. Weights are held transposed, so that a
-column is contiguous.
+The error is spread in three steps to save memory traffic: at once over the rest of the group, after
+each group over the rest of the block, and after each block over the rest of the row. The weights
+are stored transposed, so that a column is contiguous.
 
 Shapes: O out_features, I in_features, B columns of a block, M columns of a group.
 """
@@ -16,13 +16,47 @@ from __future__ import annotations
 
 import torch
 
+from megamask.config.tree import PruneSection
 from megamask.errors import ConfigError
-from megamask.oneshot.pruned import Pruned
+from megamask.oneshot.criterion import Criterion, Pruned
 from megamask.oneshot.stats import InputStats
 from megamask.sparsity.pattern import Pattern
 
-DAMP_STEP = 10.0
-DAMP_LIMIT = 1.0  # as much again as the mean diagonal: what this cannot fix is not a sum of squares
+DAMP_STEP = 10.0  # factor by which the damping is raised
+DAMP_LIMIT = 1.0  # the mean diagonal; a Hessian that needs more is not a sum of squares
+
+
+class SparseGPT(Criterion):
+    """The mask of SparseGPT and, with ``update``, the weight that makes up for the removed weights.
+
+    The mask is the same with and without ``update``.
+    """
+
+    needs_stats = True
+    needs_hessian = True
+
+    def __init__(self, update: bool) -> None:
+        self.updates_weight = update
+
+    def check(self, pattern: Pattern, settings: PruneSection) -> None:
+        """Refuse a block that would cut a group.
+
+        Raises:
+            ConfigError: ``prune.block`` is not a multiple of m.
+        """
+        check_block(settings.block, pattern)
+
+    def prune(
+        self,
+        weight_OI: torch.Tensor,
+        stats: InputStats | None,
+        pattern: Pattern,
+        settings: PruneSection,
+    ) -> Pruned:
+        """Choose the mask with ``prune.damp`` and ``prune.block``; raises as ``sparsegpt``."""
+        assert stats is not None
+        update = self.updates_weight
+        return sparsegpt(weight_OI, stats, pattern, settings.damp, settings.block, update)
 
 
 @torch.no_grad()
@@ -34,24 +68,24 @@ def sparsegpt(
     block: int = 128,
     update: bool = True,
 ) -> Pruned:
-    """Mask (O, I) and, with ``update``, the weight that makes up for what was removed.
+    """Prune a weight: the mask (O, I) and, with ``update``, the updated weight.
 
-    Rows do not interact, so a weight split over its rows gives the same result. Columns whose input
-    was always zero are removed first and are zero in the updated weight. The mask is the same with
-    and without ``update``.
+    Rows do not interact, so a weight that is split over its rows gives the same result. Columns
+    whose input was always zero are removed first and are zero in the updated weight.
 
     Args:
         weight_OI: any float dtype; the work is done in fp32.
-        stats: of the whole input, with the Hessian.
-        damp: share of the mean diagonal added to the Hessian's diagonal; raised in steps if the
-            Hessian needs more.
-        block: columns per lazy update, a multiple of m. Changes speed, not the result (up to
-            rounding).
+        stats: statistics of the whole input, with the Hessian.
+        pattern: the N:M pattern.
+        damp: share of the mean diagonal that is added to the Hessian's diagonal; raised in steps
+            when the Hessian needs more.
+        block: number of columns per update of the row, a multiple of m. It changes the speed, and
+            the result only up to rounding.
         update: False keeps the original weight (``weight_OI`` of the result is None).
 
     Raises:
-        ConfigError: m does not divide in_features or the block; no tokens, inputs that are not
-            finite, a Hessian that damping cannot make positive definite.
+        ConfigError: m does not divide in_features or the block, there are no tokens, the inputs are
+            not finite, or damping cannot make the Hessian positive definite.
     """
     in_features = weight_OI.shape[1]
     pattern.groups(in_features)
@@ -60,6 +94,7 @@ def sparsegpt(
     dead_I = hessian_II.diagonal() == 0
     factor_II, used_damp = inverse_factor(hessian_II, damp)
 
+    # Sweep over the blocks of columns.
     work_IO = weight_OI.t().clone(memory_format=torch.contiguous_format).float()
     work_IO[dead_I] = 0
     keep_IO = torch.empty_like(work_IO, dtype=torch.bool)
@@ -71,9 +106,8 @@ def sparsegpt(
     mask_OI = keep_IO.t().contiguous()
     if not update:
         return Pruned(mask_OI, damp=used_damp)
-    updated_OI = (
-        work_IO.masked_fill_(~keep_IO, 0.0).t().to(weight_OI.dtype).contiguous()
-    )  # a fill: W * 0 could be -0.0
+    # Pruned places are filled, because W * 0 could be -0.0.
+    updated_OI = work_IO.masked_fill_(~keep_IO, 0.0).t().to(weight_OI.dtype).contiguous()
     return Pruned(mask_OI, updated_OI, used_damp)
 
 
@@ -91,17 +125,16 @@ def check_block(block: int, pattern: Pattern) -> None:
 def inverse_factor(hessian_II: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
     """Upper triangular U with U^T U = inverse of the damped Hessian, (I, I), and the damping used.
 
-    Row j of U is row j of the inverse Hessian of columns j, j+1, ... divided by the root of its
-    first entry: all the sweep needs.
-    U is got without the inverse: Cholesky in reversed order gives H = R R^T with R upper
-    triangular, and U = R^-1.
+    Row j of U is row j of the inverse Hessian of the columns j, j + 1, ..., divided by the root of
+    its first entry; the sweep needs nothing else. U is computed without the inverse: Cholesky in
+    reversed order gives H = R R^T with R upper triangular, and U = R^-1.
 
-    Columns with a zero diagonal (no input) get the mean of the other diagonal entries; they touch
-    no other column.
+    Columns with a zero diagonal (their input was always zero) get the mean of the other diagonal
+    entries; such a column does not interact with the others.
 
     Raises:
-        ConfigError: not positive definite, with ``damp`` or with DAMP_STEP times more, and more, up
-            to DAMP_LIMIT.
+        ConfigError: the Hessian is not positive definite with ``damp``, nor when the damping is
+            raised by DAMP_STEP again and again up to DAMP_LIMIT.
     """
     diagonal_I = hessian_II.diagonal()
     live_I = diagonal_I[diagonal_I > 0]
@@ -110,38 +143,43 @@ def inverse_factor(hessian_II: torch.Tensor, damp: float) -> tuple[torch.Tensor,
     used = damp
     while (factor_II := _factor_or_none(hessian_II, filled_I + used * mean)) is None:
         if used >= DAMP_LIMIT:
-            allowed = f"the damped Hessian must be positive definite, and is not with damping up to {used:g}"
-            raise ConfigError(
-                "prune.damp", damp, allowed, "Raise calibration.samples, or raise prune.damp."
+            allowed = (
+                "the damped Hessian must be positive definite, "
+                f"and is not with damping up to {used:g}"
             )
+            fix = "Raise calibration.samples, or raise prune.damp."
+            raise ConfigError("prune.damp", damp, allowed, fix)
         used = min(used * DAMP_STEP, DAMP_LIMIT)
     return factor_II, used
 
 
 def _factor_or_none(hessian_II: torch.Tensor, diagonal_I: torch.Tensor) -> torch.Tensor | None:
-    """The factor of ``inverse_factor`` for the Hessian with this diagonal, or None if that is not
-    positive definite.
-    """
+    """The factor U for the Hessian with another diagonal; None if it is not positive definite."""
     damped_II = hessian_II.clone()
     damped_II.diagonal().copy_(diagonal_I)
     reversed_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
     if failed:
         return None
     eye_II = torch.eye(len(diagonal_I), dtype=hessian_II.dtype, device=hessian_II.device)
-    return torch.linalg.solve_triangular(reversed_II.flip(0, 1), eye_II, upper=True)
+    factor_II: torch.Tensor = torch.linalg.solve_triangular(
+        reversed_II.flip(0, 1), eye_II, upper=True
+    )
+    return factor_II
 
 
 def _prune_block(
     work_BO: torch.Tensor, keep_BO: torch.Tensor, factor_BB: torch.Tensor, pattern: Pattern
 ) -> torch.Tensor:
-    """Choose and remove in every group of a block, in place; returns the errors (B, O) to spread
-    over the later blocks.
+    """Choose and remove weights in every group of a block, in place.
+
+    Returns:
+        The errors (B, O), which the caller spreads over the later blocks.
     """
     errors_BO = torch.empty_like(work_BO)
     for start in range(0, len(work_BO), pattern.m):
         here, rest = slice(start, start + pattern.m), slice(start + pattern.m, None)
         factor_MM = factor_BB[here, here]
-        # the paper's w^2 / [H^-1]_cc, of which this is the root: same order, no underflow
+        # The score is the root of the paper's w^2 / [H^-1]_cc: the same order without underflow.
         score_MO = (work_BO[here] / factor_MM.diagonal()[:, None]).abs_()
         keep_BO[here] = pattern.best(score_MO.t().contiguous()).t()
         _remove_columns(work_BO[here], keep_BO[here], factor_MM, errors_BO[here])
@@ -152,8 +190,9 @@ def _prune_block(
 def _remove_columns(
     work_MO: torch.Tensor, keep_MO: torch.Tensor, factor_MM: torch.Tensor, errors_MO: torch.Tensor
 ) -> None:
-    """Remove a group's weights column by column: each error goes into ``errors_MO`` and over the
-    group's later columns, in place.
+    """Remove the weights of a group column by column, in place.
+
+    Each error is written to ``errors_MO`` and spread over the later columns of the group.
     """
     for column in range(len(work_MO)):
         torch.div(work_MO[column], factor_MM[column, column], out=errors_MO[column])

@@ -1,4 +1,4 @@
-"""Streaming statistics of a linear's inputs over the calibration tokens.
+"""Streaming statistics of the inputs of a linear over the calibration tokens.
 
 Shapes: T tokens, I in_features.
 """
@@ -16,13 +16,13 @@ from megamask.errors import ConfigError
 class InputStats:
     """Sums over calibration tokens, in fp32 on ``device``.
 
-    The sums are public so that ranks that saw different tokens can add theirs together.
+    The sums are public, so that ranks that saw different tokens can add their sums.
 
     Args:
-        in_features: I, the whole input of the linear.
-        hessian: also accumulate the I x I matrix that SparseGPT needs; without it the memory is I
+        in_features: I, the number of input features of the unsharded linear.
+        hessian: also accumulate the I x I matrix that SparseGPT needs. Without it the sums take I
             floats.
-        device: where the sums live.
+        device: the device of the sums.
     """
 
     def __init__(self, in_features: int, hessian: bool, device: torch.device | str = "cpu") -> None:
@@ -35,14 +35,15 @@ class InputStats:
 
     @torch.no_grad()
     def add(self, x_TI: torch.Tensor) -> None:
-        """Count the inputs of T more tokens, (..., I), any float dtype.
+        """Add the inputs of T more tokens, (..., I), any float dtype.
 
         Raises:
             ValueError: the last axis is not I.
         """
         if x_TI.shape[-1] != self.in_features:
             raise ValueError(
-                f"inputs of shape {tuple(x_TI.shape)} for a linear with {self.in_features} in_features"
+                f"inputs of shape {tuple(x_TI.shape)} "
+                f"for a linear with {self.in_features} in_features"
             )
         is_bf16 = x_TI.dtype == torch.bfloat16
         x_TI = x_TI.reshape(-1, self.in_features).to(self.sum_square_I)
@@ -56,7 +57,7 @@ class InputStats:
 
     @property
     def mean_square_I(self) -> torch.Tensor:
-        """Mean over tokens of x_j^2, (I,): Wanda's |X_j|_2^2 divided by the number of tokens.
+        """Mean over tokens of x_j^2, (I,): the |X_j|_2^2 of Wanda over the number of tokens.
 
         Raises:
             ConfigError: no tokens were added, or the inputs were not finite.
@@ -81,14 +82,14 @@ class InputStats:
 
     @property
     def hessian_II(self) -> torch.Tensor:
-        """Mean over tokens of x x^T, (I, I), a fresh tensor.
+        """Mean over tokens of x x^T, (I, I), a new tensor.
 
-        The layer-wise squared error has twice this as its Hessian; the factor changes no mask and
-        no updated weight, because damping is relative to the diagonal.
+        The Hessian of the layer-wise squared error is twice this matrix. The factor changes no mask
+        and no updated weight, because the damping is relative to the diagonal.
 
         Raises:
-            ConfigError: as ``mean_square_I``.
-            ValueError: made without ``hessian=True``.
+            ConfigError: no tokens were added, or the inputs were not finite.
+            ValueError: the statistics were made without ``hessian=True``.
         """
         if self.sum_outer_II is None:
             raise ValueError("these statistics were collected without the Hessian")
@@ -98,8 +99,10 @@ class InputStats:
 
 @contextmanager
 def _bf16_factors(allowed: bool) -> Iterator[None]:
-    """Let fp32 matrix products round their factors to bf16. Factors that are bf16 already lose
-    nothing; sums stay fp32; 3 times as fast.
+    """Let fp32 matrix products round their factors to bf16 inside the block, when ``allowed``.
+
+    Factors that are bf16 already lose nothing, and the sums stay fp32; the product is 3 times as
+    fast.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if allowed else before)

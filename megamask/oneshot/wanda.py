@@ -1,25 +1,42 @@
 """Wanda: weight times activation norm (Sun et al., "A Simple and Effective Pruning Approach for
 Large Language Models", 2023).
+
+Shapes: O out_features, I in_features.
 """
 
 from __future__ import annotations
 
 import torch
 
-from megamask.oneshot.pruned import Pruned
+from megamask.config.tree import PruneSection
+from megamask.oneshot.criterion import Criterion, Pruned
 from megamask.oneshot.stats import InputStats
 from megamask.sparsity.pattern import Pattern
 
 
-def wanda(weight_OI: torch.Tensor, stats: InputStats, pattern: Pattern) -> Pruned:
-    """Mask (O, I) of the n largest |W_ij| * |X_j|_2 of every group (Eq. 1); ties go to the earlier
-    position.
+class Wanda(Criterion):
+    """The mask of the n largest |W_ij| * |X_j|_2 of every group (Eq. 1 of the paper).
 
-    The norm is taken as a root mean square: the number of tokens scales every score alike.
-
-    Raises:
-        ConfigError: m does not divide in_features; no tokens, or inputs that are not finite.
+    Ties go to the earlier position. The norm is taken as a root mean square over the tokens: the
+    number of tokens scales every score by the same factor, so the mask is the same.
     """
-    pattern.groups(weight_OI.shape[1])
-    score_OI = weight_OI.detach().float().abs() * stats.mean_square_I.sqrt()
-    return Pruned(pattern.best(score_OI))
+
+    needs_stats = True
+
+    def prune(
+        self,
+        weight_OI: torch.Tensor,
+        stats: InputStats | None,
+        pattern: Pattern,
+        settings: PruneSection,
+    ) -> Pruned:
+        """Choose the mask.
+
+        Raises:
+            ConfigError: m does not divide in_features, there are no tokens, or the inputs are not
+                finite.
+        """
+        assert stats is not None
+        pattern.groups(weight_OI.shape[1])
+        score_OI = weight_OI.detach().float().abs() * stats.mean_square_I.sqrt()
+        return Pruned(pattern.best(score_OI))

@@ -23,8 +23,8 @@ from megamask.model.build import build_model, masked_linears, padded_vocab, prun
 from megamask.model.checkpoint import NOTE, load_weights, save_sharded, sharded_state
 from megamask.model.mask_shards import gather_masks
 from megamask.oneshot.criteria import CRITERIA
-from megamask.oneshot.layerwise import Subject, damping, prune_layerwise
-from megamask.oneshot.pruned import Pruned
+from megamask.oneshot.criterion import Pruned
+from megamask.oneshot.layerwise import PruningJob, damping, prune_layerwise
 from megamask.parallel.mesh import Mesh, check_layout, start
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
@@ -53,14 +53,14 @@ def run(config: Config) -> None:
     if not todo:
         return
     with start(config) as mesh:
-        subject = load_subject(config, mesh)
+        job = load_job(config, mesh)
         tokens_NS = (
             calibration_tokens(config)
             if any(CRITERIA[method].needs_stats for method in todo)
             else None
         )
         for method, one in todo.items():
-            prune(subject, method, tokens_NS, one, base)
+            prune(job, method, tokens_NS, one, base)
 
 
 def check_early(config: Config) -> None:
@@ -133,7 +133,7 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
     return same
 
 
-def load_subject(config: Config, mesh: Mesh) -> Subject:
+def load_job(config: Config, mesh: Mesh) -> PruningJob:
     """The dense model in ``config.dtype`` and the linears to prune.
 
     Raises:
@@ -148,22 +148,22 @@ def load_subject(config: Config, mesh: Mesh) -> Subject:
     for name, linear in linears.items():
         linear.groups(pattern, name)
     load_weights(model, weights)
-    subject = Subject(config, mesh, arch, pattern, model, linears)
+    job = PruningJob(config, mesh, arch, pattern, model, linears)
     for name, linear in linears.items():
         if mesh.any(pattern.already_fits(linear.weight)):
             problem = (
-                f"hold a model that is pruned already: {subject.hf_names(name)} is {pattern} sparse"
+                f"hold a model that is pruned already: {job.hf_names(name)} is {pattern} sparse"
             )
             raise ArtifactError(
                 weights,
                 problem,
                 "Convert the dense model, or keep that linear out with model.exclude.",
             )
-    return subject
+    return job
 
 
 def prune(
-    subject: Subject,
+    job: PruningJob,
     method: str,
     tokens_NS: torch.Tensor | None,
     made_from: dict[str, Any],
@@ -172,25 +172,25 @@ def prune(
     """Run one method and write what it makes; the mask file comes last, so that it vouches for the
     weights.
     """
-    paths, mesh, begin = run_paths(subject.config), subject.mesh, time.perf_counter()
+    paths, mesh, begin = run_paths(job.config), job.mesh, time.perf_counter()
     if mesh.is_main:
-        log.info("%s: %s of %d linears", method, subject.pattern, len(subject.linears))
-    pruned = prune_layerwise(subject, CRITERIA[method], tokens_NS)
+        log.info("%s: %s of %d linears", method, job.pattern, len(job.linears))
+    pruned = prune_layerwise(job, CRITERIA[method], tokens_NS)
     if CRITERIA[method].updates_weight:
         write_updated(
-            subject,
+            job,
             pruned,
             paths.updated_weights(method),
             {**base, "method": method, "recipe": made_from},
         )
-    masks = gather_masks({name: one.mask_OI for name, one in pruned.items()}, subject.arch, mesh)
+    masks = gather_masks({name: one.mask_OI for name, one in pruned.items()}, job.arch, mesh)
     if mesh.is_main:
         write_masks(
             paths.mask(method),
             method,
             masks,
             made_from,
-            damping(subject, pruned),
+            damping(job, pruned),
             time.perf_counter() - begin,
         )
     mesh.barrier()
@@ -227,7 +227,7 @@ def write_masks(
 
 
 def write_updated(
-    subject: Subject, pruned: Mapping[str, Pruned], path: Path, note: dict[str, Any]
+    job: PruningJob, pruned: Mapping[str, Pruned], path: Path, note: dict[str, Any]
 ) -> None:
     """Save the dense weights with those of ``pruned`` in place of the linears', in the dtype of the
     dense ones on disk.
@@ -235,14 +235,14 @@ def write_updated(
     A second model in that dtype holds them until they are written, so that what is not pruned keeps
     every bit.
     """
-    mesh, dense = subject.mesh, run_paths(subject.config).weights
-    model = build_model(subject.config, subject.arch, mesh, dtype=getattr(torch, note["dtype"]))
+    mesh, dense = job.mesh, run_paths(job.config).weights
+    model = build_model(job.config, job.arch, mesh, dtype=getattr(torch, note["dtype"]))
     load_weights(model, dense)
     linears = masked_linears(model)
     for name, one in pruned.items():
         assert one.weight_OI is not None
         linears[name].weight.data.copy_(one.weight_OI)
-    note = {**note, "padded_vocab": padded_vocab(subject.arch, mesh.tp)}
+    note = {**note, "padded_vocab": padded_vocab(job.arch, mesh.tp)}
     save_sharded(sharded_state(model), path, mesh, note, files=[dense / "config.json"])
     if mesh.is_main:
         log.info("wrote %s", path)

@@ -25,7 +25,7 @@ from megamask.model.build import build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
 from megamask.model.mask_shards import gather_masks, linear_rules
 from megamask.oneshot.criteria import CRITERIA
-from megamask.oneshot.layerwise import Subject, prune_layerwise
+from megamask.oneshot.layerwise import PruningJob, prune_layerwise
 from megamask.parallel.mesh import start
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
@@ -198,13 +198,13 @@ def prune_in_rank(
         model = build_model(config, arch, mesh).eval()
         with open_checked(Path(hf)) as reader:
             fill_from_hf(model, arch, mesh, reader)
-        subject = Subject(
+        job = PruningJob(
             config, mesh, arch, Pattern(KEEP, GROUP), model, prunable_linears(model, config, arch)
         )
         results = {}
         for method in methods:
-            pruned = prune_layerwise(subject, CRITERIA[method], tokens_NS)
-            assert all(linear.folded_weight is None for linear in subject.linears.values())
+            pruned = prune_layerwise(job, CRITERIA[method], tokens_NS)
+            assert all(linear.folded_weight is None for linear in job.linears.values())
             masks = gather_masks({name: one.mask_OI for name, one in pruned.items()}, arch, mesh)
             weights: dict[str, torch.Tensor] = {}
             for name, one in pruned.items():

@@ -1,4 +1,4 @@
-"""Magnitude, Wanda and the table against plain loops."""
+"""Magnitude and Wanda against plain loops, and the registry of criteria."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from megamask.config.tree import OneShotMethod, PruneSection
 from megamask.errors import ConfigError
 from megamask.oneshot.criteria import CRITERIA
-from megamask.oneshot.magnitude import magnitude
+from megamask.oneshot.criterion import Pruned
 from megamask.oneshot.stats import InputStats
-from megamask.oneshot.wanda import wanda
 from megamask.sparsity.pattern import Pattern
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8)]
@@ -40,11 +39,15 @@ def example() -> tuple[torch.Tensor, torch.Tensor, InputStats]:
     return weight_OI, x_TI, stats
 
 
+def prune(name: str, weight_OI: torch.Tensor, stats: InputStats, pattern: Pattern) -> Pruned:
+    return CRITERIA[name].prune(weight_OI, stats, pattern, PruneSection())
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_magnitude(pattern: Pattern, dtype: torch.dtype) -> None:
     weight_OI = example()[0].to(dtype)
-    pruned = magnitude(weight_OI, pattern)
+    pruned = CRITERIA["magnitude"].prune(weight_OI, None, pattern, PruneSection())
     assert pruned.weight_OI is None
     assert torch.equal(
         pruned.mask_OI, plain_mask(weight_OI.double().abs().tolist(), pattern.n, pattern.m)
@@ -59,26 +62,26 @@ def test_wanda(pattern: Pattern) -> None:
         [abs(w) * x_TI[:, i].double().norm().item() for i, w in enumerate(row)]
         for row in weight_OI.tolist()
     ]
-    pruned = wanda(weight_OI, stats, pattern)
-    # fp32 against fp64 scores: no two scores of this seed's groups are as near as rounding (1e-7),
-    # so masks are equal
+    pruned = prune("wanda", weight_OI, stats, pattern)
+    # The scores are fp32 here and fp64 in the loop. In no group of this seed are two scores as near
+    # to each other as rounding (1e-7), so the masks are equal.
     assert torch.equal(pruned.mask_OI, plain_mask(score, pattern.n, pattern.m))
     assert pruned.weight_OI is None
-    assert not torch.equal(pruned.mask_OI, magnitude(weight_OI, pattern).mask_OI)
+    by_magnitude = prune("magnitude", weight_OI, stats, pattern)
+    assert not torch.equal(pruned.mask_OI, by_magnitude.mask_OI)
+    # A forgotten square root gives another mask.
     wrong = [
         [abs(w) * x_TI[:, i].double().square().sum().item() for i, w in enumerate(row)]
         for row in weight_OI.tolist()
     ]
-    assert not torch.equal(
-        pruned.mask_OI, plain_mask(wrong, pattern.n, pattern.m)
-    )  # a forgotten square root shows
+    assert not torch.equal(pruned.mask_OI, plain_mask(wrong, pattern.n, pattern.m))
 
 
 @pytest.mark.parametrize("name", sorted(CRITERIA))
 def test_ties_go_to_the_earlier_position(name: str) -> None:
     stats = InputStats(8, hessian=True)
     stats.add(torch.eye(8))
-    mask_OI = CRITERIA[name].prune(torch.ones(3, 8), stats, Pattern(2, 4), PruneSection()).mask_OI
+    mask_OI = prune(name, torch.ones(3, 8), stats, Pattern(2, 4)).mask_OI
     assert torch.equal(mask_OI, torch.tensor([[True, True, False, False] * 2] * 3))
 
 
@@ -109,4 +112,4 @@ def test_refuses_a_row_that_m_does_not_divide(name: str) -> None:
     stats = InputStats(10, hessian=True)
     stats.add(torch.randn(20, 10))
     with pytest.raises(ConfigError, match="must divide in_features, here 10"):
-        CRITERIA[name].prune(torch.ones(3, 10), stats, Pattern(2, 4), PruneSection())
+        prune(name, torch.ones(3, 10), stats, Pattern(2, 4))

@@ -1,0 +1,73 @@
+"""The interface of a one-shot criterion, and the result that every criterion returns.
+
+Shapes: O out_features, I in_features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from megamask.config.tree import PruneSection
+from megamask.oneshot.stats import InputStats
+from megamask.sparsity.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result for one linear.
+
+    Attributes:
+        mask_OI: bool, True = keep, exactly n of every m.
+        weight_OI: updated weight in the dtype of the original weight, with +0.0 in pruned places;
+            None when the original weight stays.
+        damp: the damping that SparseGPT used in the end, which is larger than ``prune.damp`` when
+            the Hessian needed more; None for the other criteria.
+    """
+
+    mask_OI: torch.Tensor
+    weight_OI: torch.Tensor | None = None
+    damp: float | None = None
+
+
+class Criterion(ABC):
+    """A rule that prunes a linear at once, without learning.
+
+    Attributes:
+        needs_stats: whether the criterion reads the statistics of the calibration inputs.
+        needs_hessian: whether the criterion reads the Hessian of the calibration inputs too.
+        updates_weight: whether ``Pruned.weight_OI`` replaces the weight.
+    """
+
+    needs_stats = False
+    needs_hessian = False
+    updates_weight = False
+
+    def check(self, pattern: Pattern, settings: PruneSection) -> None:  # noqa: B027
+        """Refuse settings that cannot work, before any calibration.
+
+        Raises:
+            ConfigError: a setting does not fit the pattern.
+        """
+
+    @abstractmethod
+    def prune(
+        self,
+        weight_OI: torch.Tensor,
+        stats: InputStats | None,
+        pattern: Pattern,
+        settings: PruneSection,
+    ) -> Pruned:
+        """Choose the mask of a linear.
+
+        Args:
+            weight_OI: weight of whole rows, any float dtype.
+            stats: statistics of the linear's inputs; None when ``needs_stats`` is False.
+            pattern: the N:M pattern.
+            settings: the section ``prune``.
+
+        Raises:
+            ConfigError: m does not divide in_features, or the statistics cannot be used.
+        """
