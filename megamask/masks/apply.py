@@ -40,8 +40,8 @@ def apply_masks(
         raise ArtifactError(
             mask_set.path,
             f"belongs to weights that {mask_set.method} updated, not to those of this model",
-            f"Run megamask export export.mask={mask_set.method} and load the folder that it writes, "
-            "or use a mask of the frozen weights.",
+            f"Run megamask export export.mask={mask_set.method} and load the folder that it "
+            "writes, or use a mask of the frozen weights.",
         )
     linears = model_linears(hf_model)
     mask_set.check(shapes={name: tuple(linear.weight.shape) for name, linear in linears.items()})
