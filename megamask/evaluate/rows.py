@@ -1,6 +1,4 @@
-"""The verb evaluate: held-out perplexity of the dense model and of every mask of the run, per
-domain, with the protocol.
-"""
+"""Held-out perplexity of the dense model and of every mask of a run, by domain."""
 
 from __future__ import annotations
 
@@ -27,8 +25,16 @@ DENSE = "dense"
 
 
 class Rows:
-    """Computes the rows of the table on one model, whose weights are loaded again only where a
-    method changed them.
+    """The rows of the table of perplexities, computed on one model.
+
+    The weights of the model are loaded again only for masks that belong to updated weights.
+
+    Args:
+        config: the settings.
+        paths: the paths of the run.
+        arch: the architecture of the model.
+        mesh: process groups and device of this rank.
+        windows: domain -> held-out tokens (N windows, S sequence).
     """
 
     def __init__(
@@ -39,23 +45,18 @@ class Rows:
         mesh: Mesh,
         windows: dict[str, torch.Tensor],
     ) -> None:
-        self.config, self.paths, self.arch, self.mesh, self.windows = (
-            config,
-            paths,
-            arch,
-            mesh,
-            windows,
-        )
+        self.config, self.paths, self.arch = config, paths, arch
+        self.mesh, self.windows = mesh, windows
         self.model = build_model(config, arch, mesh).eval()
         self.linears = masked_linears(self.model)
         self.loaded: Path | None = None
 
     def dense(self) -> dict[str, float]:
-        """The model as it is."""
+        """Domain -> perplexity of the dense model."""
         return self._row(DENSE, self.paths.weights, None)
 
     def masked(self, method: str, masks: MaskSet) -> dict[str, float]:
-        """The model under ``masks``, with the weights that the method updated, if it did."""
+        """Domain -> perplexity of the model under ``masks``, on the weights that they belong to."""
         return self._row(method, own_weights(masks, self.paths) or self.paths.weights, masks)
 
     def _row(self, method: str, weights: Path, masks: MaskSet | None) -> dict[str, float]:
@@ -81,28 +82,33 @@ def results(
     windows: dict[str, torch.Tensor],
     measured: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """What ``results.json`` holds."""
-    stages = (
-        storage.read_json(paths.run_dir / "stages.json", "")
-        if (paths.run_dir / "stages.json").exists()
-        else {}
-    )
+    """The content of ``results.json``.
+
+    Args:
+        config: the settings.
+        paths: the paths of the run.
+        masks: method -> masks.
+        windows: domain -> held-out tokens (N windows, S sequence).
+        measured: method -> domain -> perplexity.
+    """
+    stages_file = paths.run_dir / "stages.json"
+    stages = storage.read_json(stages_file, "") if stages_file.exists() else {}
     seconds = {
-        name: found.meta["data"]["seconds"]
-        for name, found in masks.items()
-        if "seconds" in (found.meta.get("data") or {})
+        name: mask_set.meta["data"]["seconds"]
+        for name, mask_set in masks.items()
+        if "seconds" in (mask_set.meta.get("data") or {})
     }
     return {
         "perplexity": measured,
         "protocol": protocol(config, windows),
         "seconds": {**stages, **seconds},
-        "density": {DENSE: 1.0, **{name: found.pattern.density for name, found in masks.items()}},
-        "mask_bytes": {name: found.size for name, found in masks.items() if found.path.is_file()},
+        "density": {DENSE: 1.0} | {name: each.pattern.density for name, each in masks.items()},
+        "mask_bytes": {name: each.size for name, each in masks.items() if each.path.is_file()},
     }
 
 
 def protocol(config: Config, windows: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Everything a perplexity must be read with."""
+    """The facts that a reader of a perplexity must know."""
     section = config.evaluate
     return {
         "window": section.window,

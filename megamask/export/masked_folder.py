@@ -1,8 +1,7 @@
-"""The verb export: a Hugging Face folder and a mask file become a masked folder that plain
-transformers loads.
+"""A masked Hugging Face folder that plain transformers loads.
 
-Pruned places hold +0.0 and the config says nothing of sparsity: whatever loads the dense model
-loads this one.
+Pruned places hold +0.0, and the config says nothing about sparsity. So every program that loads the
+dense model loads the masked model too.
 """
 
 from __future__ import annotations
@@ -20,41 +19,45 @@ from megamask.masks.file import MaskSet
 from megamask.storage import write_json
 from megamask.weights.hf_files import open_checked, write_hf
 
-STAMP = "megamask_export.json"  # in the folder that is written: which mask it holds
+STAMP = "megamask_export.json"  # this file in the written folder describes its masks
 
 
 def export(
     hf_dir: Path, out: Path, tensors: Iterator[tuple[str, Tensor]], masks: MaskSet | None
 ) -> None:
-    """Stream ``tensors`` (HF names) through ``masks`` into ``out``; side files come from
-    ``hf_dir``. Prints sizes.
+    """Write a masked folder, check it and print its size.
+
+    Args:
+        hf_dir: Hugging Face folder of the model, which the side files are copied from.
+        out: the folder to write.
+        tensors: pairs of HF name and dense tensor.
+        masks: the masks; None writes the dense tensors.
 
     Raises:
-        ArtifactError: what was written is not what was meant; ``out`` is left as it was.
+        ArtifactError: the written folder fails its check; ``out`` does not change.
     """
 
     def finish(folder: Path) -> None:
         check_export(folder, masks)
-        about = (
-            None
-            if masks is None
-            else {key: value for key, value in masks.meta.items() if key != "tensors"}
-        )
-        write_json(folder / STAMP, {"megamask": __version__, "mask": about})
+        header = None
+        if masks is not None:
+            header = {key: value for key, value in masks.meta.items() if key != "tensors"}
+        write_json(folder / STAMP, {"megamask": __version__, "mask": header})
 
-    write_hf(
-        out, tensors if masks is None else _masked_tensors(tensors, masks), hf_dir, finish=finish
-    )
-    what = "dense" if masks is None else f"{masks.method} {masks.pattern} on {len(masks)} linears"
-    what += (
-        f", mask file {masks.size:,} bytes" if masks is not None and masks.path.is_file() else ""
-    )
-    print(f"{out}: {what}; {_size(out):,} bytes written and verified")
+    content = "dense"
+    if masks is not None:
+        tensors = _masked_tensors(tensors, masks)
+        content = f"{masks.method} {masks.pattern} on {len(masks)} linears"
+        if masks.path.is_file():
+            content += f", mask file {masks.size:,} bytes"
+    write_hf(out, tensors, hf_dir, finish=finish)
+    print(f"{out}: {content}; {_size(out):,} bytes written and verified")
 
 
 def check_export(folder: Path, masks: MaskSet | None) -> None:
-    """Check a written folder, reading it back: all tensors are there, and every pruned place of
-    every masked linear is +0.0.
+    """Read a written folder back and check it.
+
+    All tensors must be there, and every pruned place of every masked linear must hold +0.0.
 
     Raises:
         ArtifactError: the first linear that fails.
@@ -64,18 +67,13 @@ def check_export(folder: Path, masks: MaskSet | None) -> None:
             return
         for name, mask_OI in masks.items():
             weight_OI = reader.tensor(f"{name}.weight")
-            kept = (weight_OI != 0).unflatten(1, (-1, masks.pattern.m)).sum(-1)
+            groups_OGM = weight_OI.view(len(weight_OI), -1, masks.pattern.m)
+            kept_OG = (groups_OGM != 0).sum(-1)
             pruned = weight_OI[~mask_OI]
-            if (
-                int(kept.max()) > masks.pattern.n
-                or bool(pruned.any())
-                or bool(torch.signbit(pruned).any())
-            ):
-                raise ArtifactError(
-                    folder,
-                    f"{name} does not hold +0.0 wherever its mask prunes",
-                    "Export again; report it if it stays.",
-                )
+            not_zero = bool(pruned.any()) or bool(torch.signbit(pruned).any())
+            if int(kept_OG.max()) > masks.pattern.n or not_zero:
+                problem = f"{name} does not hold +0.0 wherever its mask prunes"
+                raise ArtifactError(folder, problem, "Export again; report it if it stays.")
 
 
 def _masked_tensors(
@@ -83,15 +81,10 @@ def _masked_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
-        yield (
-            name,
-            masked(tensor, masks[module]) if leaf == "weight" and module in masks else tensor,
-        )
+        if leaf == "weight" and module in masks:
+            tensor = masked(tensor, masks[module])
+        yield name, tensor
 
 
-def _size(path: Path) -> int:
-    return (
-        path.stat().st_size
-        if path.is_file()
-        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    )
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,10 +1,9 @@
-"""The verb ``report``: pictures, one HTML page and the table, from whatever the run directory
-holds.
-"""
+"""The pictures of a report, drawn from the data of a run directory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -12,97 +11,114 @@ from matplotlib.figure import Figure
 from megamask.config import Config
 from megamask.masks.file import load_masks
 from megamask.report.html import Picture
+from megamask.report.layer_pictures import layers_picture
 from megamask.report.layers import read_layers
-from megamask.report.pictures import (
-    layers_picture,
-    loss_picture,
-    mask_picture,
-    methods_picture,
-    perplexity_picture,
-    save,
-)
+from megamask.report.perplexity_pictures import methods_picture, perplexity_picture
+from megamask.report.plot_style import save
 from megamask.report.reading import RunData
+from megamask.report.step_pictures import loss_picture, mask_picture
 
 
-def draw_pictures(config: Config, data: RunData, folder: Path) -> Sequence[Picture]:
-    """Draw what there is data for into ``folder``; delete a picture of an earlier report that there
-    is none for.
+@dataclass(frozen=True)
+class _Plan:
+    """A picture of the report before it is drawn.
+
+    Attributes:
+        section: heading of the report that the picture belongs to.
+        name: name of the PNG file.
+        is_there: whether the run has the data of the picture.
+        draw: draws the picture; only called when ``is_there``.
+        title, caption: the texts of the picture.
+        verb: the verb that writes the data.
     """
-    has_perplexity = bool(data.results.get("perplexity"))
 
-    def layers() -> Figure:
-        return layers_picture(read_layers(load_masks(data.masks["learned"]), data.prior))
+    section: str
+    name: str
+    is_there: bool
+    draw: Callable[[], Figure]
+    title: str
+    caption: str
+    verb: str
 
-    def picture(
-        section: str,
-        name: str,
-        is_there: bool,
-        draw: Callable[[], Figure],
-        title: str,
-        caption: str,
-        verb: str,
-    ) -> Picture:
-        path = folder / f"{name}.png"
-        if is_there:
-            save(draw(), path)
+
+def draw_pictures(config: Config, data: RunData, folder: Path) -> list[Picture]:
+    """Draw every picture that the run has data for into ``folder``.
+
+    A picture of an earlier report is deleted when the run has no data for it any more.
+    """
+    pictures = []
+    for plan in _plans(config, data):
+        path = folder / f"{plan.name}.png"
+        if plan.is_there:
+            save(plan.draw(), path)
         else:
             path.unlink(missing_ok=True)
-        return Picture(
-            section,
-            title,
-            caption,
-            f"The verb {verb} writes what it shows.",
-            path if is_there else None,
+        pictures.append(
+            Picture(
+                section=plan.section,
+                title=plan.title,
+                caption=plan.caption,
+                missing=f"The verb {plan.verb} writes what it shows.",
+                path=path if plan.is_there else None,
+            )
         )
+    return pictures
 
+
+def _plans(config: Config, data: RunData) -> list[_Plan]:
+    """The pictures of a report, in order."""
     return [
-        picture(
-            "Methods",
-            "methods",
-            has_perplexity,
-            lambda: methods_picture(data.results),
-            "Perplexity by method",
-            "Held-out perplexity by method. Bars start at the dense value (black line): their length is what pruning costs.",
-            "evaluate",
+        _Plan(
+            section="Methods",
+            name="methods",
+            is_there=bool(data.results.get("perplexity")),
+            draw=lambda: methods_picture(data.results),
+            title="Perplexity by method",
+            caption="Held-out perplexity by method. Bars start at the dense value (black line): "
+            "their length is what pruning costs.",
+            verb="evaluate",
         ),
-        picture(
-            "Learning",
-            "perplexity",
-            bool(data.evaluations),
-            lambda: perplexity_picture(data.evaluations, data.results),
-            "Held-out perplexity while learning",
-            "Held-out perplexity of the winner mask (most likely candidate of each group, no noise) while learning, on "
-            f"{config.learn.monitor.evaluate_windows} windows per domain. Level lines are the values of the table above, which may be "
-            "measured on more text.",
-            "learn",
+        _Plan(
+            section="Learning",
+            name="perplexity",
+            is_there=bool(data.evaluations),
+            draw=lambda: perplexity_picture(data.evaluations, data.results),
+            title="Held-out perplexity while learning",
+            caption="Held-out perplexity of the hard mask (most likely candidate of each group, no "
+            f"noise) while learning, on {config.learn.monitor.evaluate_windows} windows per "
+            "domain. Level lines are the values of the table above, which may be measured on more "
+            "text.",
+            verb="learn",
         ),
-        picture(
-            "Learning",
-            "loss",
-            bool(data.train),
-            lambda: loss_picture(data.train),
-            "Training loss",
-            "What each step saw, with sampled masks: faint every step, strong the running median. The objective is the LM loss minus the "
-            "weight-norm term.",
-            "learn",
+        _Plan(
+            section="Learning",
+            name="loss",
+            is_there=bool(data.train),
+            draw=lambda: loss_picture(data.train),
+            title="Training loss",
+            caption="What each step saw, with sampled masks: faint every step, strong the running "
+            "median. The objective is the LM loss minus the weight-norm term.",
+            verb="learn",
         ),
-        picture(
-            "Learning",
-            "mask",
-            bool(data.train),
-            lambda: mask_picture(data.train),
-            "How the mask settles",
-            "Max-prob rises to 1 as the choice in each group becomes certain, while the flip rate falls to 0.",
-            "learn",
+        _Plan(
+            section="Learning",
+            name="mask",
+            is_there=bool(data.train),
+            draw=lambda: mask_picture(data.train),
+            title="How the mask settles",
+            caption="Max-prob rises to 1 as the choice in each group becomes certain, while the "
+            "flip rate falls to 0.",
+            verb="learn",
         ),
-        picture(
-            "Layers",
-            "layers",
-            "learned" in data.masks,
-            layers,
-            "Density and change by layer",
-            "Of the learned mask. Every masked linear has density N/M (one kept dense has 1); what learning changed shows in the groups "
-            f"that differ from the prior mask ({config.learn.prior.mask or 'there was none'}).",
-            "learn",
+        _Plan(
+            section="Layers",
+            name="layers",
+            is_there="learned" in data.masks,
+            draw=lambda: layers_picture(read_layers(load_masks(data.masks["learned"]), data.prior)),
+            title="Density and change by layer",
+            caption="Of the learned mask. Every masked linear has density N/M (a linear that is "
+            "kept dense has 1); the effect of learning shows in the groups that differ from the "
+            f"prior mask ({config.learn.prior.mask or 'there was none'}).",
+            verb="learn",
         ),
     ]

@@ -1,6 +1,4 @@
-"""The verb diff: how two masks differ, by layer and by kind of linear, as tables, JSON and a
-picture.
-"""
+"""The differences of two sets of masks by layer and by kind of linear: tables, JSON, a picture."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from megamask.masks.file import MaskSet
 from megamask.report.layers import places_of
 from megamask.tables import aligned
 
-NOWHERE = "–"  # layer of a linear that lies in none
+NOWHERE = "–"  # stands for the layer of a linear that lies in no layer
 ALL = "**all**"
 COLUMNS = {
     "groups_differ": "groups differ",
@@ -24,111 +22,118 @@ COLUMNS = {
     "kept_by_both": "kept by both",
 }
 
+Differences = Mapping[str, Difference]
+"""HF module name -> difference of the two masks of the linear."""
 
-def lines(a: MaskSet, b: MaskSet, found: Mapping[str, Difference]) -> list[str]:
-    """The tables, with what unrelated masks would show, and what could not be compared."""
-    layers, kinds = by_layer(found), by_kind(found)
-    places, main = places_of(found), main_share(a, b)
-    rows = []
-    for layer, inside in layers.items():
-        cells = [
-            total(one for name, one in inside.items() if _kind(name, places) == kind)
-            for kind in kinds
-        ]
-        rows.append(
-            [
-                layer,
-                *_shares(total(inside.values())),
-                *(_percent(one.shares()[main]) if one.weights else NOWHERE for one in cells),
-            ]
-        )
-    rows.append(
-        [
-            ALL,
-            *_shares(total(found.values())),
-            *(_percent(total(one.values()).shares()[main]) for one in kinds.values()),
-        ]
-    )
-    head = [f"A  {_title(a)}", f"B  {_title(b)}", ""]
-    table = aligned(["layer", *COLUMNS.values(), *kinds], rows)
-    kind_rows = [
-        [kind, f"{len(inside):,}", *_shares(total(inside.values()))]
-        for kind, inside in kinds.items()
-    ]
-    kind_rows.append([ALL, f"{len(found):,}", *_shares(total(found.values()))])
+
+def lines(a: MaskSet, b: MaskSet, differences: Differences) -> list[str]:
+    """The text of the verb diff: a table by layer, a table by kind, and notes."""
     return [
-        *head,
-        *table,
+        f"A  {_title(a)}",
+        f"B  {_title(b)}",
         "",
-        *aligned(["kind", "linears", *COLUMNS.values()], kind_rows),
+        *_layer_table(differences, main_share(a, b)),
+        "",
+        *_kind_table(differences),
         "",
         *notes(a, b),
     ]
 
 
+def _layer_table(differences: Differences, main: str) -> list[str]:
+    """All shares of each layer, and the share ``main`` for each kind of linear in it."""
+    kinds, places = by_kind(differences), places_of(differences)
+
+    def row(title: str, inside: Differences) -> list[str]:
+        cells = []
+        for kind in kinds:
+            of_kind = [found for name, found in inside.items() if _kind(name, places) == kind]
+            cells.append(_percent(total(of_kind).shares()[main]) if of_kind else NOWHERE)
+        return [title, *_shares(total(inside.values())), *cells]
+
+    rows = [row(layer, inside) for layer, inside in by_layer(differences).items()]
+    return aligned(["layer", *COLUMNS.values(), *kinds], [*rows, row(ALL, differences)])
+
+
+def _kind_table(differences: Differences) -> list[str]:
+    """The number of linears and all shares of each kind of linear."""
+
+    def row(title: str, inside: Differences) -> list[str]:
+        return [title, f"{len(inside):,}", *_shares(total(inside.values()))]
+
+    rows = [row(kind, inside) for kind, inside in by_kind(differences).items()]
+    return aligned(["kind", "linears", *COLUMNS.values()], [*rows, row(ALL, differences)])
+
+
 def notes(a: MaskSet, b: MaskSet) -> list[str]:
-    """How to read the shares."""
-    chance = {
-        COLUMNS[key]: share
+    """Sentences that say how to read the shares, and which linears are not compared."""
+    chance = ", ".join(
+        f"{COLUMNS[key]} {share:.1%}"
         for key, share in unrelated(a.pattern, b.pattern).items()
         if share is not None
-    }
-    shares = f"Shares of all groups and all weights; below the kinds, of {COLUMNS[main_share(a, b)].split()[0]} that differ."
-    found = [
-        f"{shares} Unrelated masks: {', '.join(f'{title} {share:.1%}' for title, share in chance.items())}."
+    )
+    unit = COLUMNS[main_share(a, b)].split()[0]
+    sentences = [
+        f"Shares of all groups and all weights; below the kinds, of {unit} that differ. "
+        f"Unrelated masks: {chance}."
     ]
     if a.pattern != b.pattern:
-        found.append(
+        sentences.append(
             f"{a.pattern} and {b.pattern} have no groups in common: weights alone are compared."
         )
-    for one, other, name in ((a, b, "A"), (b, a, "B")):
-        only = [linear for linear in one if linear not in other]
+    for name, masks, others in (("A", a, b), ("B", b, a)):
+        only = [linear for linear in masks if linear not in others]
         if only:
             shown = ", ".join(only[:3] + ["…"] * (len(only) > 3))
-            found.append(
+            sentences.append(
                 f"Only {name} has masks of {len(only)} linears, which are not compared: {shown}."
             )
-    return found
+    return sentences
 
 
 def main_share(a: MaskSet, b: MaskSet) -> str:
-    """The share that stands for a difference where there is room for one."""
+    """The key of the share that a table cell or a picture shows when it has room for only one."""
     return "groups_differ" if a.pattern == b.pattern else "weights_differ"
 
 
-def figures(a: MaskSet, b: MaskSet, found: Mapping[str, Difference]) -> dict[str, Any]:
-    """The same as plain values."""
+def figures(a: MaskSet, b: MaskSet, differences: Differences) -> dict[str, Any]:
+    """The shares of everything, of each layer, kind and linear, as JSON values."""
 
-    def plain(one: Difference) -> dict[str, Any]:
-        return {**one.shares(), "weights": one.weights, "groups": one.groups}
+    def plain(counts: Difference) -> dict[str, Any]:
+        return {**counts.shares(), "weights": counts.weights, "groups": counts.groups}
+
+    def sums(grouped: Mapping[str, Differences]) -> dict[str, Any]:
+        return {key: plain(total(inside.values())) for key, inside in grouped.items()}
+
+    def source(masks: MaskSet) -> dict[str, str]:
+        return {
+            "path": str(masks.path),
+            "method": masks.method,
+            "pattern": str(masks.pattern),
+        }
 
     return {
-        **{
-            name: {"path": str(one.path), "method": one.method, "pattern": str(one.pattern)}
-            for name, one in (("a", a), ("b", b))
-        },
+        "a": source(a),
+        "b": source(b),
         "unrelated": unrelated(a.pattern, b.pattern),
-        "all": plain(total(found.values())),
-        "layers": {
-            layer: plain(total(inside.values())) for layer, inside in by_layer(found).items()
-        },
-        "kinds": {kind: plain(total(inside.values())) for kind, inside in by_kind(found).items()},
-        "linears": {name: plain(one) for name, one in found.items()},
+        "all": plain(total(differences.values())),
+        "layers": sums(by_layer(differences)),
+        "kinds": sums(by_kind(differences)),
+        "linears": {name: plain(counts) for name, counts in differences.items()},
     }
 
 
-def draw(a: MaskSet, b: MaskSet, found: Mapping[str, Difference], path: Path) -> None:
-    """Write the share that differs as a picture, linear kinds x layers.
+def draw(a: MaskSet, b: MaskSet, differences: Differences, path: Path) -> None:
+    """Write a picture of the share that differs, linear kinds x layers.
 
     Raises:
-        ConfigError: no linear lies in a layer.
+        ConfigError: no linear lies in a numbered layer.
     """
-    from megamask.report.pictures import (  # matplotlib: only where a picture is wanted
-        difference_picture,
-        save,
-    )
+    # Matplotlib is only imported where a picture is wanted.
+    from megamask.report.layer_pictures import difference_picture
+    from megamask.report.plot_style import save
 
-    main, places = main_share(a, b), places_of(found)
+    main, places = main_share(a, b), places_of(differences)
     if not places:
         raise ConfigError(
             "--picture",
@@ -136,32 +141,30 @@ def draw(a: MaskSet, b: MaskSet, found: Mapping[str, Difference], path: Path) ->
             "linears that lie in numbered layers",
             "Use --json for these masks.",
         )
-    shares = {places[name]: found[name].shares()[main] for name in places}
+    shares = {places[name]: differences[name].shares()[main] for name in places}
     kinds = list(dict.fromkeys(kind for kind, _ in shares))
-    cells = [
-        [shares.get((kind, layer)) for layer in range(max(layer for _, layer in shares) + 1)]
-        for kind in kinds
-    ]
+    layers = max(layer for _, layer in shares) + 1
+    cells = [[shares.get((kind, layer)) for layer in range(layers)] for kind in kinds]
     numbers = [[math.nan if share is None else share for share in row] for row in cells]
     title = f"{COLUMNS[main].capitalize()}: {a.method} {a.pattern} and {b.method} {b.pattern}"
     save(difference_picture(kinds, numbers, title), path)
 
 
-def by_layer(found: Mapping[str, Difference]) -> dict[str, dict[str, Difference]]:
-    """Layer number, or a dash -> its linears."""
-    places, grouped = places_of(found), defaultdict[float, dict[str, Difference]](dict)
-    for name, one in found.items():
-        grouped[places[name][1] if name in places else math.inf][name] = one
+def by_layer(differences: Differences) -> dict[str, dict[str, Difference]]:
+    """The differences grouped by layer number; ``NOWHERE`` for linears that lie in no layer."""
+    places, grouped = places_of(differences), defaultdict[float, dict[str, Difference]](dict)
+    for name, counts in differences.items():
+        grouped[places[name][1] if name in places else math.inf][name] = counts
     return {
         NOWHERE if layer == math.inf else f"{layer}": grouped[layer] for layer in sorted(grouped)
     }
 
 
-def by_kind(found: Mapping[str, Difference]) -> dict[str, dict[str, Difference]]:
-    """Kind of linear -> the linears of it."""
-    places, grouped = places_of(found), defaultdict[str, dict[str, Difference]](dict)
-    for name, one in found.items():
-        grouped[_kind(name, places)][name] = one
+def by_kind(differences: Differences) -> dict[str, dict[str, Difference]]:
+    """The differences grouped by kind of linear."""
+    places, grouped = places_of(differences), defaultdict[str, dict[str, Difference]](dict)
+    for name, counts in differences.items():
+        grouped[_kind(name, places)][name] = counts
     return grouped
 
 
@@ -178,8 +181,8 @@ def _title(masks: MaskSet) -> str:
     return f"{masks.path}: {masks.method}, {masks.pattern}, {len(masks)} linears"
 
 
-def _shares(one: Difference) -> list[str]:
-    return [_percent(share) for share in one.shares().values()]
+def _shares(counts: Difference) -> list[str]:
+    return [_percent(share) for share in counts.shares().values()]
 
 
 def _percent(share: float | None) -> str:

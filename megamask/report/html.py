@@ -1,4 +1,4 @@
-"""``report.html``: one file that opens offline, pictures and all."""
+"""``report.html``: one file that holds tables and pictures and opens without a network."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ from megamask.report.results_table import (
 )
 from megamask.report.template import PAGE
 
-ONE_SHOT_MASKS = (
-    "magnitude",
-    "wanda",
-    "sparsegpt",
-)  # on the unchanged weights, as the learned mask is
+# The masks to compare the learned mask with: they also leave the kept weights unchanged.
+ONE_SHOT_MASKS = ("magnitude", "wanda", "sparsegpt")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the report, or what makes it if it is not there yet (``path`` None)."""
+    """A picture of the report.
+
+    Attributes:
+        section: heading that the picture stands under.
+        title, caption: the texts of the picture.
+        missing: the text that stands in place of a picture that is not there yet.
+        path: the PNG file; None when the picture is not there yet.
+    """
 
     section: str
     title: str
@@ -42,10 +46,10 @@ class Picture:
 
 
 def render_report(config: Config, data: RunData, pictures: Sequence[Picture]) -> str:
-    """The page, as HTML that refers to nothing outside itself.
+    """The page as HTML that refers to no other file.
 
     Raises:
-        ArtifactError: a mask file that is none.
+        ArtifactError: a file in the folder of masks is no mask file.
     """
     header, rows = table_cells(data.results)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
@@ -68,17 +72,18 @@ def render_report(config: Config, data: RunData, pictures: Sequence[Picture]) ->
 
 
 def findings(results: dict[str, Any]) -> list[str]:
-    """What the table says about the learned mask, a sentence a domain."""
+    """A sentence for each domain: the learned mask beside dense and the best one-shot mask."""
     perplexity = results.get("perplexity", {})
     sentences = []
     for domain in domains_of(results):
-        learned, dense = (
-            perplexity.get("learned", {}).get(domain),
-            perplexity.get("dense", {}).get(domain),
-        )
+        learned = perplexity.get("learned", {}).get(domain)
+        dense = perplexity.get("dense", {}).get(domain)
         if not learned or not dense:
             continue
-        sentence = f"{domain}: the learned mask has perplexity {learned:,.2f}, {learned / dense:.2f} times the dense model's {dense:,.2f}"
+        sentence = (
+            f"{domain}: the learned mask has perplexity {learned:,.2f}, "
+            f"{learned / dense:.2f} times the dense model's {dense:,.2f}"
+        )
         values = {
             method: value
             for method in ONE_SHOT_MASKS
@@ -88,7 +93,10 @@ def findings(results: dict[str, Any]) -> list[str]:
             best = min(values, key=lambda method: values[method])
             change = learned / values[best] - 1
             word = "below" if change < 0 else "above"
-            sentence += f" and {abs(change):.0%} {word} the best one-shot mask's {values[best]:,.2f} ({method_label(best)})"
+            sentence += (
+                f" and {abs(change):.0%} {word} the best one-shot mask's "
+                f"{values[best]:,.2f} ({method_label(best)})"
+            )
         sentences.append(sentence + ".")
     return sentences
 
@@ -100,8 +108,9 @@ def _subtitle(config: Config, data: RunData) -> str:
     ]
     if data.train:
         last = data.train[-1]
+        minutes = last["seconds"] / 60
         parts.append(
-            f"learned for {last['step']:,} steps, {last['tokens']:,} tokens, {last['seconds'] / 60:,.1f} minutes"
+            f"learned for {last['step']:,} steps, {last['tokens']:,} tokens, {minutes:,.1f} minutes"
         )
     return " · ".join(parts)
 

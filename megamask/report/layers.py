@@ -1,5 +1,7 @@
-"""Per layer and linear kind: the density, and the share of groups of a mask that differ from the
-mask it started from.
+"""Facts of a mask by layer and by kind of linear.
+
+The facts are the density, and the share of groups that differ from the prior mask, from which
+learning started.
 
 Shapes: K linear kinds, L layers.
 """
@@ -13,22 +15,21 @@ from dataclasses import dataclass
 
 from megamask.masks.file import MaskSet
 
-_LAYER = re.compile(
-    r"^(?:.*\.)?(\d+)\.(?:.*\.)?([^.]+)$"
-)  # model.layers.3.mlp.down_proj -> 3, down_proj
+# model.layers.3.mlp.down_proj -> 3, down_proj
+_LAYER = re.compile(r"^(?:.*\.)?(\d+)\.(?:.*\.)?([^.]+)$")
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """Figures of a mask by where its linears are.
+    """Density and difference of a mask by layer and by kind of linear.
 
     Attributes:
-        kinds: names of the linear kinds, K, as they come in a layer.
-        layers: how many layers, L: up to the last that has a mask.
-        density_L: share of weights kept in a layer's linears of these kinds; a linear without a
+        kinds: names of the K linear kinds, in the order of a layer.
+        layers: number of layers L, up to the last layer that has a mask.
+        density_L: share of kept weights in a layer's linears of these kinds; a linear without a
             mask is dense.
-        difference_KL: share of groups that differ from the prior mask; nan where that is not known.
-            None without a prior.
+        difference_KL: share of groups that differ from the prior mask, nan where it is not known;
+            None without a prior mask.
     """
 
     kinds: list[str]
@@ -38,14 +39,15 @@ class LayerTable:
 
 
 def places_of(names: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Kind and layer of the linears that lie in one: ``model.layers.3.mlp.down_proj`` is
-    (down_proj, 3).
+    """Name -> (kind, layer), for the linears that lie in a numbered layer.
+
+    For example ``model.layers.3.mlp.down_proj`` -> (down_proj, 3).
     """
-    return {name: (where[2], int(where[1])) for name in names if (where := _LAYER.match(name))}
+    return {name: (match[2], int(match[1])) for name in names if (match := _LAYER.match(name))}
 
 
 def read_layers(masks: MaskSet, priors: MaskSet | None) -> LayerTable:
-    """Read masks, and the prior masks to compare them with, one linear at a time.
+    """Read masks and compare them with the prior masks, one linear at a time.
 
     Raises:
         ArtifactError: a mask is corrupt.
@@ -53,26 +55,19 @@ def read_layers(masks: MaskSet, priors: MaskSet | None) -> LayerTable:
     places = places_of(masks)
     kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
     layers = max((layer for _, layer in places.values()), default=-1) + 1
-    difference = (
-        {places[name]: share_that_differs(masks, priors, name) for name in places}
-        if priors is not None
-        else None
-    )
-    return LayerTable(
-        kinds=kinds,
-        layers=layers,
-        density_L=_density(masks, places, layers),
-        difference_KL=[
-            [difference.get((kind, layer), math.nan) for layer in range(layers)] for kind in kinds
+    difference_KL = None
+    if priors is not None and places:
+        shares = {places[name]: share_that_differs(masks, priors, name) for name in places}
+        difference_KL = [
+            [shares.get((kind, layer), math.nan) for layer in range(layers)] for kind in kinds
         ]
-        if difference
-        else None,
-    )
+    return LayerTable(kinds, layers, _density(masks, places, layers), difference_KL)
 
 
 def share_that_differs(masks: MaskSet, priors: MaskSet, name: str) -> float:
-    """Share of a linear's groups in which two masks are not the same; nan if the other has none of
-    this pattern and shape.
+    """Share of a linear's groups in which two masks differ.
+
+    The share is nan where the prior has no mask of the same pattern and shape.
     """
     if (
         name not in priors
@@ -84,7 +79,7 @@ def share_that_differs(masks: MaskSet, priors: MaskSet, name: str) -> float:
 
 
 def _density(masks: MaskSet, places: Mapping[str, tuple[str, int]], layers: int) -> list[float]:
-    """Kept share by layer, linears of a kind being of one size."""
+    """Share of kept weights by layer; all linears of a kind have the same size."""
     size = {places[name][0]: math.prod(masks.shape(name)) for name in places}
     masked = set(places.values())
     total = sum(size.values())

@@ -1,6 +1,4 @@
-"""What a run directory holds that can be reported. A part that is not there yet is empty, not an
-error.
-"""
+"""The data of a run directory for a report. A part that does not exist yet is empty."""
 
 from __future__ import annotations
 
@@ -23,15 +21,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunData:
-    """The artefacts of one run, read.
+    """The data of a run.
 
     Attributes:
-        train, evaluations: records of ``metrics.jsonl``, one a step, in order of steps.
-        results: ``results.json`` ({} if not there).
+        train, evaluations: records of ``metrics.jsonl``, one for each step, in order.
+        results: content of ``results.json``, or {}.
         masks: method -> mask file.
-        prior: the masks learning started from, if they are known and there.
+        prior: the masks that learning started from; None when they are unknown or missing.
         settings: the resolved settings, as YAML.
-        versions: what the learning run was made with ({} if it did not say).
+        versions: versions of the packages of the learning run, or {}.
         seeds: the seeds of the settings.
     """
 
@@ -46,10 +44,10 @@ class RunData:
 
 
 def read_run(config: Config) -> RunData:
-    """Read what ``config.run_dir`` holds.
+    """Read the data in ``config.run_dir``.
 
     Raises:
-        ArtifactError: there is nothing to report, or a file is not what it should be.
+        ArtifactError: there is nothing to report, or a file cannot be read.
     """
     paths = run_paths(config)
     records = read_metrics(paths.learn / "metrics.jsonl")
@@ -80,8 +78,9 @@ def read_run(config: Config) -> RunData:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Records of a ``metrics.jsonl`` by step, the last one of each kind and step. A torn line, as a
-    killed run leaves it, is skipped.
+    """The records of a ``metrics.jsonl`` in order of steps, the last one of each kind and step.
+
+    A torn line, which a killed run can leave, is skipped.
     """
     if not path.exists():
         return []
@@ -96,10 +95,10 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def mask_provenance(path: Path) -> dict[str, str]:
-    """What a mask file says about itself, flattened to dotted keys.
+    """The header of a mask file, flattened to dotted keys.
 
     Raises:
-        ArtifactError: not a mask file.
+        ArtifactError: the file is no mask file.
     """
     masks = load_masks(path)
     flat: dict[str, str] = {}
@@ -122,5 +121,5 @@ def _prior(config: Config) -> MaskSet | None:
     name = config.learn.prior.mask
     try:
         return None if name is None else open_masks(name, config)
-    except ArtifactError:  # it may have been deleted since
+    except ArtifactError:  # the prior masks may have been deleted
         return None

@@ -1,6 +1,4 @@
-"""The result table: perplexity by method and domain, always with the dense value and the protocol
-beside it.
-"""
+"""The table of results: perplexity by method and domain, with the dense value and the protocol."""
 
 from __future__ import annotations
 
@@ -19,13 +17,14 @@ METHOD_LABELS = {
 
 
 def method_label(method: str) -> str:
-    """The name a method has in tables and pictures."""
+    """The name of a method in tables and pictures."""
     return METHOD_LABELS.get(method, method)
 
 
 def methods_in_order(results: dict[str, Any]) -> list[str]:
-    """Methods of ``results["perplexity"]``: the known ones from dense to learned, then others as
-    they come.
+    """The methods of ``results["perplexity"]`` in the order of rows and bars.
+
+    The order is: dense, the one-shot methods, methods of other names, learned.
     """
     present = results.get("perplexity", {})
     others = [method for method in present if method not in METHOD_LABELS]
@@ -34,16 +33,13 @@ def methods_in_order(results: dict[str, Any]) -> list[str]:
 
 
 def domains_of(results: dict[str, Any]) -> list[str]:
-    """Domains in order of appearance."""
-    return list(
-        dict.fromkeys(
-            domain for by_domain in results.get("perplexity", {}).values() for domain in by_domain
-        )
-    )
+    """The domains in order of appearance."""
+    rows = results.get("perplexity", {}).values()
+    return list(dict.fromkeys(domain for by_domain in rows for domain in by_domain))
 
 
 def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table, as text. Columns nothing is known about are left out."""
+    """Header and rows of the table as text. A column without any value is left out."""
     domains, methods = domains_of(results), methods_in_order(results)
     extras = [
         (title, results[key], show)
@@ -65,13 +61,12 @@ def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """The table as aligned Markdown, which also reads well on a terminal, with the protocol and the
-    times below it.
+    """The table as aligned Markdown, with the protocol and the times below it.
 
     Args:
-        results: what ``results.json`` holds: ``{"perplexity": {method: {domain: value}},
-            "protocol": …, "seconds": …, "density": …, "mask_bytes": …}``; all but the perplexity
-            may be missing.
+        results: the content of ``results.json``: ``{"perplexity": {method: {domain: value}},
+            "protocol": …, "seconds": …, "density": …, "mask_bytes": …}``. Only the perplexity is
+            required.
     """
     notes = [
         ("Protocol", format_protocol(results.get("protocol", {}))),
@@ -83,14 +78,12 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def format_protocol(protocol: dict[str, Any]) -> str:
-    """``window 512, stride 512, tail dropped, bos no, dtype bf16, tokens code 16,384 / english
-    16,384``.
-    """
+    """The protocol in a line: ``window 512, tail dropped, tokens code 16,384 / english 16,384``."""
     return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in protocol.items())
 
 
 def format_stages(results: dict[str, Any]) -> str:
-    """Times of the stages that are not rows of the table."""
+    """The seconds of the stages that are not rows of the table."""
     stages = {
         stage: value
         for stage, value in results.get("seconds", {}).items()
@@ -100,7 +93,7 @@ def format_stages(results: dict[str, Any]) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """``512 B``, ``33.2 MiB``."""
+    """A number of bytes for a reader: ``512 B``, ``33.2 MiB``."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

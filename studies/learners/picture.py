@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from megamask.report.pictures import STYLE, spread
+from megamask.report.plot_style import STYLE, spread
 from megamask.report.reading import Record
 from studies.learners.arms import Arm
 

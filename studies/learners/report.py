@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamask.errors import MegamaskError
-from megamask.report.pictures import save
+from megamask.report.plot_style import save
 from megamask.report.reading import Record
 from megamask.report.results_table import format_protocol, method_label
 from megamask.storage import atomic_file

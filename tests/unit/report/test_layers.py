@@ -7,7 +7,8 @@ import torch
 
 from megamask.masks.file import load_masks, save_masks
 from megamask.report.layers import read_layers
-from megamask.report.pictures import running_median, spread
+from megamask.report.plot_style import spread
+from megamask.report.step_pictures import running_median
 from megamask.sparsity.pattern import Pattern
 
 

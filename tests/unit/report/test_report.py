@@ -16,8 +16,8 @@ from megamask.config import Config, build_config
 from megamask.errors import ArtifactError
 from megamask.masks.file import save_masks
 from megamask.report.html import findings
-from megamask.report.pictures import loss_picture
 from megamask.report.reading import mask_provenance, read_metrics
+from megamask.report.step_pictures import loss_picture
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.report import run
 
