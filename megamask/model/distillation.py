@@ -1,18 +1,21 @@
-"""Distillation from the dense model, beside next-token prediction, through the frozen vocabulary
-matrix that both models share.
+"""Distillation from the dense model, together with next-token prediction.
 
-kd is T^2 KL(teacher || student) in nats per token, both distributions at temperature T; the factor
-keeps its gradient as large as that of the text (Hinton, Vinyals, Dean 2015). The teacher's logits
-are made from its hidden states, some tokens at a time.
+The teacher is the dense model, the student is the model with masks. Both share the frozen
+vocabulary matrix, so the teacher's logits are computed from its hidden states, a chunk of tokens at
+a time.
 
-With top_k, the tokens that the teacher finds likeliest stand for themselves, and all others
-together for one event. That keeps what
-renormalising over the k tokens loses: the student is told how much is left for the others (though
-not how to divide it), and kd stays a divergence, never above that of the whole vocabulary. Tokens
-that tie with the last of the k may stand for themselves too.
+kd = temperature^2 * KL(teacher || student) in nats per token, with both distributions at the same
+temperature. The factor keeps the gradient of kd as large as that of next-token prediction, whatever
+the temperature (Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015).
 
-Shapes: T tokens, V this rank's real rows of the vocabulary, H hidden, P ranks that share the
-vocabulary, K = top_k.
+With top_k, the divergence is taken over k + 1 events: each of the k tokens that the teacher finds
+most likely, and all other tokens together. Renormalising over the k tokens instead would lose the
+probability of the others. This kd tells the student how much probability the others have, though
+not how it is divided, and it is never above the kd of the whole vocabulary. Tokens that tie with
+the last of the k count as named tokens too.
+
+Shapes: T tokens, V real rows of the vocabulary on this rank, H hidden, P ranks that share the
+vocabulary, K = top_k. The names lm and kd stand for both parts of the loss.
 """
 
 from __future__ import annotations
@@ -25,17 +28,28 @@ import torch.nn.functional as F
 
 from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size, from_ranks, pieces
 
-# of what the student leaves for the others: quotients stay finite, and it is far below what shows
+# Lower bound of the student's probability of the other tokens. It keeps quotients finite, and is
+# too small to change a loss.
 LEAST = 1e-30
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """The objective share * kd + (1 - share) * lm, measured with both of its parts."""
+    """The objective share * kd + (1 - share) * lm, and both of its parts.
+
+    Attributes:
+        labels_T: next token of every token.
+        teacher_TH: inputs of the head in the dense model.
+        weight_VH: the real rows of the head on this rank.
+        shard: the place of these rows in the vocabulary.
+        temperature: divides the logits of both models in kd.
+        top_k: number of named tokens; None takes the whole vocabulary.
+        share: weight of kd in the objective.
+    """
 
     labels_T: torch.Tensor
-    teacher_TH: torch.Tensor  # the dense model's hidden states, as the head sees them
-    weight_VH: torch.Tensor  # the head's real rows
+    teacher_TH: torch.Tensor
+    weight_VH: torch.Tensor
     shard: VocabularyShard
     temperature: float = 1.0
     top_k: int | None = None
@@ -44,14 +58,16 @@ class Distillation:
     def __call__(
         self, logits_TV: torch.Tensor, tokens: slice, gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(objective, lm, kd) of these tokens, each (T,) fp32; with ``gradient``, d objective / d
-        logits in place of the logits.
+        """(objective, lm, kd) of a chunk of tokens, each (T,) fp32.
+
+        With ``gradient``, d objective / d logits overwrites the logits.
         """
         labels_T, (teacher, space) = self.labels_T[tokens], self._buffers
         teacher_TV = torch.mm(
             self.teacher_TH[tokens], self.weight_VH.t(), out=teacher[: len(labels_T)]
         )
-        kind, found = _AllTokens if self.top_k is None else _TopTokens, []
+        kind: type[_Block] = _AllTokens if self.top_k is None else _TopTokens
+        losses = []
         for rows in pieces(len(labels_T), space.shape[1]):
             block = kind(
                 self,
@@ -60,16 +76,17 @@ class Distillation:
                 labels_T[rows],
                 space[:, : rows.stop - rows.start],
             )
-            found.append((block.lm_T, block.kd_T))
+            losses.append((block.lm_T, block.kd_T))
             if gradient:
                 block.make_gradient()
-        lm_T, kd_T = map(torch.cat, zip(*found, strict=True))
+        lm_T, kd_T = map(torch.cat, zip(*losses, strict=True))
         return (1 - self.share) * lm_T + self.share * kd_T, lm_T, kd_T
 
     @cached_property
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """For the teacher's logits of a chunk, and for two fp32 blocks: fresh pages cost a CPU as
-        much as the matmul.
+        """Buffers for the teacher's logits of a chunk and for two fp32 blocks.
+
+        They are reused, because new memory pages cost a CPU as much time as the matmul.
         """
         columns, device = len(self.weight_VH), self.teacher_TH.device
         chunk = max(min(chunk_size(self.shard, device), len(self.teacher_TH)), 1)
@@ -81,8 +98,9 @@ class Distillation:
 
 @dataclass(frozen=True)
 class _Partition:
-    """Sums of exp((logit - top) / temperature) over the vocabulary of all ranks, (T,), the same
-    bits on each.
+    """Partition function of a distribution over the vocabulary of all ranks, (T,).
+
+    ``sum_T`` is the sum of exp((logit - top_T) / temperature). All ranks hold the same bits.
     """
 
     top_T: torch.Tensor
@@ -91,14 +109,13 @@ class _Partition:
 
     @staticmethod
     def of(tops_PT: torch.Tensor, sums_PT: torch.Tensor, temperature: float) -> _Partition:
-        """From every rank's largest logit, and its sum relative to that."""
+        """From the largest logit of every rank, and its sum relative to that logit."""
         top_T = tops_PT.amax(0)
-        return _Partition(
-            top_T, (sums_PT * ((tops_PT - top_T) / temperature).exp()).sum(0), temperature
-        )
+        sum_T = (sums_PT * ((tops_PT - top_T) / temperature).exp()).sum(0)
+        return _Partition(top_T, sum_T, temperature)
 
     def share(self, logits_T: torch.Tensor) -> torch.Tensor:
-        """Probability of logits (..., T)."""
+        """The probabilities of tokens with these logits, (..., T)."""
         return ((logits_T - self.top_T) / self.temperature).exp() / self.sum_T
 
     def left(
@@ -108,28 +125,38 @@ class _Partition:
         tops_PT: torch.Tensor,
         tails_PT: torch.Tensor,
     ) -> torch.Tensor:
-        """Probability of all but the named tokens: of the others that are listed, and of every
-        rank's tail (sums relative to its top).
+        """The probability of all tokens that are not named, (T,).
+
+        These are the tokens of the lists that are not named, and the tails of all ranks.
+
+        Args:
+            listed_PKT: logits of the tokens in the lists of all ranks.
+            named_PKT: which of these tokens are named.
+            tops_PT: largest logit of each rank.
+            tails_PT: sum over the tokens that are not in the rank's list, relative to its top.
         """
-        return (
-            self.share(listed_PKT).where(~named_PKT, 0).sum(1) + tails_PT * self.share(tops_PT)
-        ).sum(0)
+        listed_PT = self.share(listed_PKT).where(~named_PKT, 0).sum(1)
+        return (listed_PT + tails_PT * self.share(tops_PT)).sum(0)
 
     def log_over(self, other: _Partition) -> torch.Tensor:
-        """log of the quotient of both sums, with the logits that they are relative to."""
+        """log(Z_self / Z_other), where Z is the whole sum of exp(logit / temperature), (T,)."""
         return (self.top_T - other.top_T) / self.temperature + (self.sum_T / other.sum_T).log()
 
 
 class _Block:
-    """Some tokens under both models: their losses, and then the gradient in place of the student's
-    logits. Needs one collective.
+    """A block of tokens under both models: the losses, and on demand their gradient.
+
+    The constructor computes the losses with one collective. ``make_gradient`` then overwrites the
+    student's logits with the gradient. A subclass computes the divergence and its gradient.
 
     Attributes:
-        ours, theirs: fp32 space for student and teacher, (T, V) each: logits, then exponentials.
-        top_T, teacher_top_T: this rank's largest logits.
+        ours, theirs: fp32 buffers (T, V) of student and teacher; they hold logits at first and
+            exponentials later.
+        top_T, teacher_top_T: largest logits on this rank.
         lm_T, kd_T: the losses.
-        scale_T, plain_scale_T: turn this rank's exponentials of the student into probabilities, at
-            the temperature and at 1.
+        scale_T: factor from the student's exponentials on this rank to probabilities, at the
+            temperature.
+        plain_scale_T: the same factor at temperature 1.
     """
 
     def __init__(
@@ -140,16 +167,14 @@ class _Block:
         labels_T: torch.Tensor,
         space: torch.Tensor,
     ) -> None:
-        self.shard, self.temperature, self.top_k = (
-            objective.shard,
-            objective.temperature,
-            objective.top_k,
-        )
-        self.kd_weight, self.lm_weight = (
-            objective.share * objective.temperature,
-            1 - objective.share,
-        )  # T^2 and 1 / T of the logits
+        self.shard, self.top_k = objective.shard, objective.top_k
+        self.temperature = objective.temperature
+        # temperature^2 from kd, and 1 / temperature from the derivative of the scaled logits
+        self.kd_weight = objective.share * objective.temperature
+        self.lm_weight = 1 - objective.share
         self.student_TV, (self.ours, self.theirs) = student_TV, space
+
+        # The places of those labels that lie in this rank's part of the vocabulary.
         place_T = labels_T - self.shard.first
         self.here_T = (place_T >= 0) & (place_T < student_TV.shape[1])
         self.at_label = (
@@ -157,36 +182,27 @@ class _Block:
             place_T.where(self.here_T, 0),
         )
 
+        # The numbers of this rank: largest logit, logit of the label, sums of exponentials.
         self.top_T = _largest(self.ours.copy_(student_TV))
-        label_T = (
-            self.ours[self.at_label].where(self.here_T, 0)
-            if student_TV.shape[1]
-            else torch.zeros_like(self.top_T)
-        )
-        plain_T = (
-            None
-            if self.temperature == 1
-            else _exp_(self.theirs.copy_(self.ours), self.top_T).sum(1)
-        )
+        label_T = torch.zeros_like(self.top_T)
+        if student_TV.shape[1]:
+            label_T = self.ours[self.at_label].where(self.here_T, 0)
+        plain_T = None
+        if self.temperature != 1:
+            plain_T = _exp_(self.theirs.copy_(self.ours), self.top_T).sum(1)
         self.teacher_top_T = _largest(self.theirs.copy_(teacher_TV))
         sum_T, *more = self._measure()
-        mine = [
-            self.top_T,
-            sum_T,
-            sum_T if plain_T is None else plain_T,
-            label_T,
-            self.teacher_top_T,
-            *more,
-        ]
-        self._conclude(from_ranks(mine, self.shard))
+        plain_T = sum_T if plain_T is None else plain_T
+
+        # The numbers of all ranks give the losses.
+        own = [self.top_T, sum_T, plain_T, label_T, self.teacher_top_T, *more]
+        self._conclude(from_ranks(own, self.shard))
 
     def _conclude(self, every_PNT: torch.Tensor) -> None:
-        """Losses and scales from the numbers that all ranks measured."""
+        """Losses and scales from the numbers of all ranks."""
         tops, sums, plains, labels, teacher_tops, *more = every_PNT.unbind(1)
-        plain, student = (
-            _Partition.of(tops, plains, 1.0),
-            _Partition.of(tops, sums, self.temperature),
-        )
+        plain = _Partition.of(tops, plains, 1.0)
+        student = _Partition.of(tops, sums, self.temperature)
         self.lm_T = plain.sum_T.log() - (labels.sum(0) - plain.top_T)
         self.kd_T = self.temperature**2 * self._divergence(student, tops, teacher_tops, *more)
         self.scale_T, self.plain_scale_T = student.share(self.top_T), plain.share(self.top_T)
@@ -203,16 +219,18 @@ class _Block:
 
     @property
     def _own_weight(self) -> float:
-        """Of the student's probabilities at the temperature in the gradient: at 1, those of lm are
-        the same.
+        """Weight of the student's probabilities at the temperature in the gradient.
+
+        At temperature 1 these are also the probabilities in the gradient of lm.
         """
         return self.kd_weight + (self.lm_weight if self.temperature == 1 else 0.0)
 
     def _measure(self) -> list[torch.Tensor]:
-        """The student's sum of exponentials at the temperature, and what else ``_divergence`` needs
-        of this rank, (T,) each.
+        """The student's sum of exponentials at the temperature, then more numbers for
+        ``_divergence``, all of this rank and (T,).
 
-        Before: logits in ``ours`` and ``theirs``. After: what ``_distil_`` needs.
+        Before the call ``ours`` and ``theirs`` hold logits; after it they hold the exponentials
+        that ``_distil_`` reads.
         """
         raise NotImplementedError
 
@@ -223,21 +241,23 @@ class _Block:
         teacher_tops: torch.Tensor,
         *more: torch.Tensor,
     ) -> torch.Tensor:
-        """KL(teacher || student) at the temperature, (T,), from what all ranks measured, (P, T)
-        each.
-        """
+        """KL(teacher || student) at the temperature, (T,), from numbers (P, T) of all ranks."""
         raise NotImplementedError
 
     def _distil_(self) -> None:
-        """Leave the gradient of kd in ``ours``, with the student's probabilities weighted by
-        ``_own_weight``.
+        """Write the gradient of kd to ``ours``.
+
+        The weight of the student's probabilities in it is ``_own_weight``.
         """
         raise NotImplementedError
 
 
 class _AllTokens(_Block):
-    """The divergence over the whole vocabulary: sum p (t - s) / T + log(sum exp(s / T) / sum exp(t
-    / T)).
+    """The divergence over the whole vocabulary.
+
+    With teacher logits t, student logits s, teacher probabilities p and temperature T:
+
+        KL = sum p (t - s) / T + log(sum exp(s / T) / sum exp(t / T))
     """
 
     def _measure(self) -> list[torch.Tensor]:
@@ -269,26 +289,31 @@ class _AllTokens(_Block):
 
 
 class _TopTokens(_Block):
-    """The divergence of the k tokens that the teacher finds likeliest and of one event for all
-    others.
+    """The divergence over the k most likely tokens of the teacher and one event for all others.
 
-    Every rank lists its own k, and from all lists each knows which of its are named. Those of a
-    list that are not, and tokens on no list (the tail), are the others; the student shares out what
-    the teacher leaves to them as it does already.
+    Every rank lists the k most likely tokens of its part of the vocabulary. All ranks exchange
+    their lists, and the k most likely tokens of all lists are the named tokens. The other tokens
+    are the rest of the lists, and the tokens in no list (the tail of a rank). The gradient of an
+    other token is proportional to its student probability: kd changes only the sum of these
+    probabilities, not their proportions.
     """
 
     def _measure(self) -> list[torch.Tensor]:
         assert self.top_k is not None
+        # This rank's list, filled up to k where it has fewer rows, and its logits in both models.
         here = min(self.top_k, self.ours.shape[1])
         self.listed_TK = self.theirs.topk(here, sorted=False).indices
         lists = [
-            F.pad(one.gather(1, self.listed_TK), (0, self.top_k - here), value=-torch.inf)
-            for one in (self.theirs, self.ours)
+            F.pad(logits_TV.gather(1, self.listed_TK), (0, self.top_k - here), value=-torch.inf)
+            for logits_TV in (self.theirs, self.ours)
         ]
+        # Sums of exponentials over all tokens, and over the tail alone.
         teacher_sum_T = _exp_(self.theirs, self.teacher_top_T, self.temperature).sum(1)
         sum_T = _exp_(self.ours, self.top_T, self.temperature).sum(1)
         self.exp_TK = self.ours.gather(1, self.listed_TK)
-        tails = [one.scatter_(1, self.listed_TK, 0).sum(1) for one in (self.theirs, self.ours)]
+        tails = [
+            exp_TV.scatter_(1, self.listed_TK, 0).sum(1) for exp_TV in (self.theirs, self.ours)
+        ]
         return [sum_T, teacher_sum_T, *tails, *torch.cat(lists, 1).unbind(1)]
 
     def _divergence(
@@ -301,13 +326,17 @@ class _TopTokens(_Block):
         teacher_sums, teacher_tails, tails, *lists = more
         teacher = _Partition.of(teacher_tops, teacher_sums, self.temperature)
         theirs_PKT, ours_PKT = torch.stack(lists, 1).chunk(2, 1)
+        # A token is named if its teacher logit is at least the k-th largest of all lists.
         least_T = theirs_PKT.flatten(0, 1).topk(theirs_PKT.shape[1], dim=0).values[-1]
         named_PKT = (theirs_PKT >= least_T) & theirs_PKT.isfinite()
+        # The probability of the other tokens under the teacher, over that under the student.
         left_T = teacher.left(theirs_PKT, named_PKT, teacher_tops, teacher_tails)
         self.ratio_T = left_T / student.left(ours_PKT, named_PKT, tops, tails).clamp_min(LEAST)
         p_PKT = teacher.share(theirs_PKT)
+        # This rank's part of the lists, for the gradient.
         rank, here = self.shard.group.rank() if self.shard.group else 0, self.listed_TK.shape[1]
         self.named_TK, self.p_TK = named_PKT[rank, :here].t(), p_PKT[rank, :here].t()
+        # The terms of the named tokens and of the other tokens.
         gap_PKT = (theirs_PKT - ours_PKT) / self.temperature + student.log_over(teacher)
         return (p_PKT * gap_PKT).where(named_PKT, 0).sum((0, 1)) + torch.xlogy(left_T, self.ratio_T)
 
@@ -322,12 +351,10 @@ class _TopTokens(_Block):
 
 
 def _largest(logits_TV: torch.Tensor) -> torch.Tensor:
-    """(T,); -inf where this rank has no rows."""
-    return (
-        logits_TV.amax(1)
-        if logits_TV.shape[1]
-        else logits_TV.new_full((len(logits_TV),), -torch.inf)
-    )
+    """The largest logit of every token on this rank, (T,); -inf where the rank has no rows."""
+    if logits_TV.shape[1]:
+        return logits_TV.amax(1)
+    return logits_TV.new_full((len(logits_TV),), -torch.inf)
 
 
 def _exp_(logits_TV: torch.Tensor, top_T: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

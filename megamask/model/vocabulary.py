@@ -1,12 +1,12 @@
-"""Hidden states to losses through a frozen vocabulary matrix, some tokens at a time: nothing of
-size tokens x vocabulary is kept.
+"""Losses from hidden states through a frozen vocabulary matrix, a chunk of tokens at a time.
 
-The head is frozen, so all that the backward pass needs is the gradient at the hidden states. It is
-made at once with the loss, while
-the logits are at hand: the same matmuls as a separate forward and backward, without logits, softmax
-or weight gradient in between.
+No tensor of the size tokens x vocabulary is kept. The head is frozen, so the backward pass needs
+only the gradient at the hidden states. This gradient is computed together with the loss, while the
+logits of the chunk exist. The matmuls are the same as in a separate forward and backward pass, but
+logits, softmax and weight gradient are not stored.
 
-Shapes: T tokens, V this rank's rows of the vocabulary, H hidden, P ranks that share the vocabulary.
+Shapes: T tokens, V rows of the vocabulary on this rank, H hidden, P ranks that share the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -18,27 +18,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# (logits_TV, which tokens they belong to, whether to overwrite them with d loss / d logits) ->
-# loss_T fp32, and what else was measured
 Objective = Callable[[torch.Tensor, slice, bool], tuple[torch.Tensor, ...]]
+"""``objective(logits_TV, tokens, gradient)`` returns losses (T,) fp32 and other measured numbers.
 
-CHUNK_BYTES = 256 << 20  # of fp32 logits of one chunk
-CPU_CHUNK = 512  # tokens; a CPU's matmuls gain nothing from more, and lose from less
-CPU_BLOCK_BYTES = (
-    16 << 20
-)  # of fp32 logits: what stays in a CPU's cache from one pass over them to the next
+``tokens`` says which tokens the logits belong to. With ``gradient``, d loss / d logits overwrites
+the logits.
+"""
+
+CHUNK_BYTES = 256 << 20  # size of the fp32 logits of a chunk
+CPU_CHUNK = 512  # tokens; the matmuls of a CPU gain nothing from a larger chunk
+CPU_BLOCK_BYTES = 16 << 20  # size of fp32 logits that stay in a CPU's cache between two passes
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """One rank's part of the vocabulary. Row 0 belongs to token ``first``; from row ``real`` on,
-    rows only pad.
+    """The part of the vocabulary on this rank.
+
+    Attributes:
+        first: token id of row 0.
+        real: number of rows that belong to tokens; differs between ranks and may be 0.
+        rows: number of rows with padding; the same on all ranks.
+        group: the ranks that together hold the whole vocabulary; None for a single rank.
     """
 
     first: int
-    real: int  # differs between ranks, and may be 0
-    rows: int  # with padding: the same on all ranks
-    group: dist.ProcessGroup | None = None  # of the ranks that hold the whole
+    real: int
+    rows: int
+    group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -51,45 +57,49 @@ class CrossEntropy:
     def __call__(
         self, logits_TV: torch.Tensor, tokens: slice, gradient: bool
     ) -> tuple[torch.Tensor]:
-        """Losses of these tokens, (T,) fp32; with ``gradient``, d loss / d logits in place of the
-        logits.
+        """The losses of a chunk of tokens, (T,) fp32.
+
+        With ``gradient``, d loss / d logits overwrites the logits.
         """
         labels_T = self.labels_T[tokens]
         blocks = pieces(len(labels_T), block_size(self.shard, logits_TV.device))
         space = torch.empty_like(logits_TV[blocks[0]], dtype=torch.float32)
-        return (
-            torch.cat(
-                [
-                    cross_entropy_(logits_TV[block], labels_T[block], self.shard, gradient, space)
-                    for block in blocks
-                ]
-            ),
-        )
+        losses = [
+            cross_entropy_(logits_TV[block], labels_T[block], self.shard, gradient, space)
+            for block in blocks
+        ]
+        return (torch.cat(losses),)
 
 
 def fused_loss(
     hidden_TH: torch.Tensor, weight_VH: torch.Tensor, shard: VocabularyShard, objective: Objective
 ) -> tuple[torch.Tensor, ...]:
-    """The objective's loss of every token, (T,) fp32, differentiable by the hidden states, and what
-    else it measured of each, which is not.
+    """The loss of every token, and other numbers of the objective.
 
     Args:
-        hidden_TH: in the compute dtype. Its gradient is this rank's share: to be summed over the
-            ranks that hold other rows.
-        weight_VH: this rank's rows, frozen; those that pad are not read.
-        shard: which rows these are.
-        objective: turns the logits of real rows into losses, and into their gradient at the logits.
+        hidden_TH: hidden states in the compute dtype. Their gradient is the share of this rank; the
+            caller sums it over the ranks that hold other rows.
+        weight_VH: the frozen rows on this rank; rows that pad the vocabulary are not read.
+        shard: the place of these rows in the vocabulary.
+        objective: computes losses, and their gradient, from the logits of real rows.
+
+    Returns:
+        The losses (T,) fp32, which are differentiable with respect to the hidden states, and the
+        other numbers (T,), which are not.
     """
     assert not weight_VH.requires_grad, "the head is frozen: its gradient is never made"
     chunks = pieces(len(hidden_TH), chunk_size(shard, hidden_TH.device))
     gradient = torch.is_grad_enabled() and hidden_TH.requires_grad
-    found: tuple[torch.Tensor, ...] = _FusedLoss.apply(
+    apply: Any = _FusedLoss.apply
+    results: tuple[torch.Tensor, ...] = apply(
         hidden_TH, weight_VH[: shard.real], objective, chunks, gradient
     )
-    return found
+    return results
 
 
 class _FusedLoss(torch.autograd.Function):
+    """The losses of all chunks; forward also computes the gradient at the hidden states."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -99,19 +109,18 @@ class _FusedLoss(torch.autograd.Function):
         chunks: list[slice],
         gradient: bool,
     ) -> tuple[torch.Tensor, ...]:
-        logits = hidden_TH.new_empty(
-            chunks[0].stop, len(weight_VH)
-        )  # one buffer: fresh pages cost a CPU as much as the matmul
-        found = []
+        # All chunks share a buffer, because new memory pages cost a CPU as much as the matmul.
+        logits = hidden_TH.new_empty(chunks[0].stop, len(weight_VH))
+        results = []
         grad_TH = torch.empty_like(hidden_TH) if gradient else None
         for tokens in chunks:
             logits_TV = torch.mm(
                 hidden_TH[tokens], weight_VH.t(), out=logits[: tokens.stop - tokens.start]
             )
-            found.append(objective(logits_TV, tokens, gradient))
+            results.append(objective(logits_TV, tokens, gradient))
             if grad_TH is not None:
                 torch.mm(logits_TV, weight_VH, out=grad_TH[tokens])
-        losses, *measured = map(torch.cat, zip(*found, strict=True))
+        losses, *measured = map(torch.cat, zip(*results, strict=True))
         ctx.save_for_backward(grad_TH)
         ctx.mark_non_differentiable(*measured)
         return losses, *measured
@@ -126,8 +135,9 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def chunk_size(shard: VocabularyShard, device: torch.device) -> int:
-    """Tokens of one matmul: whole tiles of 128 where there is room. Ranks must agree, as they meet
-    in every block.
+    """Number of tokens of a matmul: a multiple of 128 where there is room.
+
+    The number is the same on all ranks, because every block has a collective.
     """
     tokens = max(CHUNK_BYTES // (4 * shard.rows), 1)
     tokens = tokens // 128 * 128 or tokens
@@ -135,8 +145,10 @@ def chunk_size(shard: VocabularyShard, device: torch.device) -> int:
 
 
 def block_size(shard: VocabularyShard, device: torch.device, buffers: int = 1) -> int:
-    """Tokens whose losses are computed together in so many fp32 buffers: all of a chunk over their
-    number, on a CPU fewer.
+    """Number of tokens whose losses are computed together.
+
+    ``buffers`` fp32 buffers are in use at the same time. On a GPU they share the size of a chunk,
+    on a CPU they fit the cache.
     """
     if device.type == "cpu":
         return max(CPU_BLOCK_BYTES // (4 * shard.rows * buffers), 1)
@@ -144,8 +156,9 @@ def block_size(shard: VocabularyShard, device: torch.device, buffers: int = 1) -
 
 
 def pieces(total: int, size: int) -> list[slice]:
-    """Slices of ``size`` that cover ``total``, the last of what is left; one empty slice for
-    nothing.
+    """Slices of length ``size`` that cover ``total``; the last may be shorter.
+
+    A total of 0 gives an empty slice.
     """
     return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]
 
@@ -157,11 +170,17 @@ def cross_entropy_(
     gradient: bool,
     space: torch.Tensor,
 ) -> torch.Tensor:
-    """Cross entropy over the vocabulary of all ranks, (T,) fp32, the same bits on each; needs one
-    collective.
+    """Cross entropy over the vocabulary of all ranks, (T,) fp32, with one collective.
 
-    With ``gradient``, the logits are overwritten with softmax - one-hot, computed in fp32.
-    ``space`` is at least as large, fp32.
+    All ranks get the same bits.
+
+    Args:
+        logits_TV: logits of the real rows. With ``gradient``, softmax - one-hot, computed in fp32,
+            overwrites them.
+        labels_T: token ids of the whole vocabulary.
+        shard: the part of the vocabulary on this rank.
+        gradient: whether to compute the gradient.
+        space: fp32 buffer that is at least as large as the logits.
     """
     if not logits_TV.shape[1]:
         none = logits_TV.new_zeros(len(labels_T), dtype=torch.float32)
@@ -184,9 +203,14 @@ def cross_entropy_(
 def _over_ranks(
     top_T: torch.Tensor, sum_T: torch.Tensor, label_T: torch.Tensor, shard: VocabularyShard
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From every rank's largest logit, sum of exponentials and logit of the label (zero if it has
-    none): the losses, and the factors
-    that turn this rank's exponentials into probabilities."""
+    """The losses, and the factors from this rank's exponentials to probabilities, (T,) each.
+
+    Args:
+        top_T: largest logit on this rank.
+        sum_T: sum of exp(logit - top_T) on this rank.
+        label_T: logit of the label; 0 where another rank holds it.
+        shard: the part of the vocabulary on this rank.
+    """
     if shard.group is None or shard.group.size() == 1:
         return sum_T.log() - (label_T - top_T), 1 / sum_T
     tops_PT, sums_PT, labels_PT = from_ranks([top_T, sum_T, label_T], shard).unbind(1)
@@ -195,11 +219,17 @@ def _over_ranks(
     return total_T.log() - (labels_PT.sum(0) - whole_T), (top_T - whole_T).exp() / total_T
 
 
-def from_ranks(mine: Sequence[torch.Tensor], shard: VocabularyShard) -> torch.Tensor:
-    """N numbers a token (T,) from every rank that holds part of the vocabulary, (P, N, T), the same
-    on each; one collective.
+def from_ranks(own: Sequence[torch.Tensor], shard: VocabularyShard) -> torch.Tensor:
+    """Gather N numbers a token from all ranks that share the vocabulary, with one collective.
+
+    Args:
+        own: N tensors (T,) of this rank.
+        shard: the part of the vocabulary on this rank.
+
+    Returns:
+        The numbers of all ranks (P, N, T), the same on each rank.
     """
-    stacked, size = torch.stack(list(mine)), shard.group.size() if shard.group else 1
+    stacked, size = torch.stack(list(own)), shard.group.size() if shard.group else 1
     if shard.group is None or size == 1:
         return stacked[None]
     every = stacked.new_empty(size * len(stacked), *stacked.shape[1:])
