@@ -89,7 +89,7 @@ learning_run() {
         settings+=("model.hf=$HF")
     fi
     verbs "$first" "${settings[@]}"
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 -m megamask learn "${settings[@]}" >&2
+    "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 1 -m megamask learn "${settings[@]}" >&2
     verbs evaluate "${settings[@]}"
     cp "$WORK/run/results.json" "$OUT/learn-results.json"
     cp "$WORK/run/learn/metrics.jsonl" "$OUT/learn-metrics.jsonl"

@@ -16,6 +16,7 @@ PACKAGE = REPO / "megamask"
 FOUNDATIONS = [
     "errors",
     "storage",
+    "safe_checkpoint",
     "tables",
     "config",
     "sparsity",
