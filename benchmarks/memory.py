@@ -19,7 +19,6 @@ import torch
 from benchmarks.common import parser, report, table
 from benchmarks.lab import Lab, add_model_options, open_lab
 from megamask.learn.metrics.mask_stats import MaskStatistics
-from megamask.sparsity.backends import backend_by_name
 
 KEPT = "masked weights kept for the backward pass"
 OTHER = "all other tensors"
@@ -125,7 +124,7 @@ def kept_for_backward(lab: Lab) -> int:
     """Bytes of masked weights that autograd saves in the forward pass of the first micro-batch."""
     assert lab.learner is not None
     linear = next(iter(lab.masked_model.linears.values()))
-    backend = backend_by_name(linear.backend, linear.site.distribution)
+    backend = linear.sampler
     made: dict[int, Any] = {}  # holds the storages, so that no other tensor gets their address
     saved: dict[int, int] = {}
     forward = backend.forward

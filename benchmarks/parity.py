@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict, dataclass
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -20,13 +19,14 @@ from benchmarks.sampling import available_backends
 from megamask.parallel.mesh import choose_device
 from megamask.sparsity.categorical import gumbel_softmax
 from megamask.sparsity.distributions import Distribution
-from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.draw import GradientSink, Sample, Sampler, Site
 from megamask.sparsity.noise import NoiseKey, words
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset import k_subset
 
 STEPS = 6
+SINK = GradientSink(norm_coef=1e-3)
 ROWS, GROUPS = 256, 96
 PATTERNS: dict[Distribution, tuple[str, ...]] = {
     "categorical": ("2:4", "1:4", "4:8"),
@@ -113,7 +113,7 @@ def check_words(device: torch.device) -> Check:
 
 def check_operator(
     name: str,
-    backend: ModuleType,
+    backend: Sampler,
     pattern: Pattern,
     distribution: Distribution,
     device: torch.device,
@@ -132,10 +132,10 @@ def check_operator(
     checks = []
     for dtype, soft in ((torch.float32, SOFT_FP32 * members), (torch.bfloat16, SOFT_BF16)):
         weight, grad = (torch.randn(ROWS, GROUPS * pattern.m).to(dtype) for _ in range(2))
-        draw = Draw(KEY, kappa=300.0, tau=0.5, norm_coef=1e-3)
+        sample = Sample(KEY, kappa=300.0, tau=0.5)
         here = [tensor.to(device) for tensor in (grad, logits, weight)]
-        expected, (norm, _), _ = plain.forward(logits, weight, site, draw)
-        found, (found_norm, _), _ = backend.forward(*here[1:], site, draw)
+        expected, (norm, _), _ = plain.forward(logits, weight, site, sample)
+        found, (found_norm, _), _ = backend.forward(*here[1:], site, sample)
         label = f"{name} {pattern} {str(dtype).removeprefix('torch.')}"
         checks += [
             Check(f"{label}: masked weight", _distance(found, expected), soft),
@@ -147,13 +147,13 @@ def check_operator(
             Check(
                 f"{label}: gradient",
                 _distance(
-                    backend.backward(*here, site, draw),
-                    plain.backward(grad, logits, weight, site, draw),
+                    backend.backward(*here, site, sample, SINK),
+                    plain.backward(grad, logits, weight, site, sample, SINK),
                 ),
                 soft,
             ),
         ]
-    hard = Draw(KEY, kappa=300.0, tau=0.5, hard=True)
+    hard = Sample(KEY, kappa=300.0, tau=0.5, hard=True)
     ones = torch.ones(ROWS, GROUPS * pattern.m)
     changed = (
         backend.forward(here[1], ones.to(device), site, hard)[0].cpu()

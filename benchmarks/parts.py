@@ -18,7 +18,6 @@ from benchmarks.common import now
 from benchmarks.lab import Lab
 from megamask.data.batches import BatchPlan
 from megamask.model.language_model import LanguageModel
-from megamask.sparsity.backends import backend_by_name
 
 REST = "rest of the model"
 TOTAL = "total"
@@ -110,7 +109,7 @@ def _sampling(lab: Lab, draws_once: bool) -> list[tuple[Any, str, str]]:
             (step_module, "end_step", "sampling backward"),
         ]
     linear = next(iter(lab.masked_model.linears.values()))
-    backend = backend_by_name(linear.backend, linear.site.distribution)
+    backend = linear.sampler
     return [(backend, "forward", "sampling forward"), (backend, "backward", "sampling backward")]
 
 

@@ -70,7 +70,7 @@ def measure(lab: Lab, rounds: int) -> tuple[dict[str, int], float, float]:
 
     step()
     # the profiler does not see memory go that it did not see come
-    lab.masked_model.switch.watched.clear()
+    lab.masked_model.switch.mask_statistics.clear()
     held = count(lab, mask_statistics)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any, cast, get_args
 
 import torch
@@ -22,10 +21,11 @@ from benchmarks.lab import LOGIT_STD
 from megamask.config.learn_tree import SamplingSection
 from megamask.errors import ConfigError
 from megamask.parallel.mesh import choose_device
-from megamask.sparsity.backends import backend_by_name, choose_backend
+from megamask.sparsity.backends import choose_backend
 from megamask.sparsity.distributions import Distribution
-from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.draw import GradientSink, Sample, Sampler, Site
 from megamask.sparsity.noise import NoiseKey
+from megamask.sparsity.operator import sampler_for
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.weights.architecture import Architecture
@@ -95,12 +95,12 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     return options.parse_args(argv)
 
 
-def available_backends(device: torch.device, distribution: str) -> dict[str, ModuleType]:
+def available_backends(device: torch.device, distribution: str) -> dict[str, Sampler]:
     """Every backend that megamask can choose here, by name."""
     found = {}
     for name in get_args(SamplingSection.model_fields["backend"].annotation):
         try:
-            found[name] = backend_by_name(choose_backend(name, device, distribution), distribution)
+            found[name] = sampler_for(choose_backend(name, device, distribution), distribution)
         except ConfigError:
             continue
     del found["auto"]
@@ -152,9 +152,7 @@ class Layer:
             for name, module in found.items()
             if not options.backends or name in options.backends
         }
-        self.draw = Draw(
-            NoiseKey(1, 2, 3, 4), kappa=300.0, tau=1.0, hard=options.hard, norm_coef=1e-5
-        )
+        self.sample = Sample(NoiseKey(1, 2, 3, 4), kappa=300.0, tau=1.0, hard=options.hard)
         torch.manual_seed(0)
         self.logits = LOGIT_STD * torch.randn(
             out_features, self.site.logits_per_group, groups, device=device
@@ -162,15 +160,21 @@ class Layer:
         self.weight = (0.02 * torch.randn(out_features, in_features, device=device)).to(dtype)
         self.grad = (1e-3 * torch.randn(out_features, in_features, device=device)).to(dtype)
 
-    def work(self, backend: ModuleType, operation: str) -> Callable[[], Any]:
+    def work(self, backend: Sampler, operation: str) -> Callable[[], Any]:
         """A call of the operator."""
         if operation == "forward":
-            return partial(backend.forward, self.logits, self.weight, self.site, self.draw)
+            return partial(backend.forward, self.logits, self.weight, self.site, self.sample)
         if operation == "backward":
             return partial(
-                backend.backward, self.grad, self.logits, self.weight, self.site, self.draw
+                backend.backward,
+                self.grad,
+                self.logits,
+                self.weight,
+                self.site,
+                self.sample,
+                GradientSink(norm_coef=1e-5),
             )
-        return partial(backend.mask_statistics, self.logits, self.site, self.draw.kappa)
+        return partial(backend.mask_statistics, self.logits, self.site, self.sample.kappa)
 
     def traffic(self, operation: str) -> int:
         """Bytes that a pass must read and write at least, caches apart: every operand once."""

@@ -26,7 +26,7 @@ from megamask.optim.schedule import Schedule, gradient_norm
 from megamask.optim.zero1 import Replicas
 from megamask.parallel.mesh import Mesh
 from megamask.parallel.step_draw import begin_step, end_step
-from megamask.sparsity.draw import Draw
+from megamask.sparsity.draw import GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
 
 log = logging.getLogger(__name__)
@@ -85,17 +85,17 @@ class Learner:
         Raises:
             LearningError: the loss or the gradient is not finite; the logits are unchanged.
         """
-        draw = self._draw(step, plan.accumulations)
+        sample, norm_coef = self._sample(step, plan.accumulations)
         self.ddp.train()
         self._begin_gradients()
-        measured = self._forward_backward(draw, plan.micro_batches(step), plan)
+        measured = self._forward_backward(sample, norm_coef, plan.micro_batches(step), plan)
         weight_norm, objective, lm_loss, *kd_loss = self.mesh.mean_over_dp(
             torch.stack(measured).mean(0)
         ).tolist()
         grads = [logits.main_grad for logits in self.optimizer.logits]  # type: ignore[attr-defined]
         norm = gradient_norm(grads, self.mesh, self.replicas)
         grad_norm = float(norm)
-        term = draw.norm_coef * plan.accumulations * weight_norm
+        term = norm_coef * plan.accumulations * weight_norm
         self._refuse_nan(step, objective, grad_norm)
         rate = self.schedule.rate(step)
         self.optimizer.step(step, rate, self.schedule.clip_factor(norm))
@@ -108,8 +108,8 @@ class Learner:
             objective - term,
             grad_norm,
             rate,
-            draw.kappa,
-            draw.tau,
+            sample.kappa,
+            sample.tau,
             *kd_loss,
         )
 
@@ -129,29 +129,34 @@ class Learner:
             return None
         return Replicas(self.masked_model.mask_logits, self.mesh)
 
-    def _draw(self, step: int, accumulations: int) -> Draw:
+    def _sample(self, step: int, accumulations: int) -> tuple[Sample, float]:
+        """What the step draws, and the coefficient of the weight-norm term a micro-batch."""
         learn = self.config.learn
         progress = step / learn.steps
-        return Draw(
+        coef = linear(learn.weight_norm, progress)
+        sample = Sample(
             key=NoiseKey(self.config.seed, step),
             kappa=linear(learn.sampling.kappa, progress),
             tau=linear(learn.sampling.tau, progress),
             hard=learn.sampling.mode == "hard",
-            # the schedule divides the LM loss by the same number
-            norm_coef=linear(learn.weight_norm, progress) / accumulations,
         )
+        return sample, coef / accumulations  # the schedule divides the LM loss by the same number
 
     def _forward_backward(
-        self, draw: Draw, micro_batches: Iterator[MicroBatch], plan: BatchPlan
+        self,
+        sample: Sample,
+        norm_coef: float,
+        micro_batches: Iterator[MicroBatch],
+        plan: BatchPlan,
     ) -> list[torch.Tensor]:
         """(weight norm, objective and its parts) of every micro-batch of this replica; gradients
         end in ``main_grad``.
         """
         try:
             if self.draws_once:
-                self._draw_for_step(draw, plan.accumulations)
+                self._sample_for_step(sample, norm_coef, plan.accumulations)
             return get_forward_backward_func()(
-                forward_step_func=partial(self._forward, draw, plan.replica),
+                forward_step_func=partial(self._forward, sample, norm_coef, plan.replica),
                 data_iterator=micro_batches,
                 model=[self.ddp],
                 num_microbatches=plan.accumulations,
@@ -160,14 +165,14 @@ class Learner:
                 forward_only=False,
             )
         finally:
-            self.masked_model.switch.draw = None
+            self.masked_model.switch.sample = None
             for masked in self.masked_model.linears.values():
                 masked.drop_draw()
 
-    def _draw_for_step(self, draw: Draw, accumulations: int) -> None:
-        once = replace(draw, norm_coef=draw.norm_coef * accumulations, watch=True, fresh=True)
+    def _sample_for_step(self, sample: Sample, norm_coef: float, accumulations: int) -> None:
         in_fp32 = accumulations > 1 and self.config.learn.state.grads == "fp32"
-        begin_step(list(self.masked_model.linears.values()), once, in_fp32)
+        linears = list(self.masked_model.linears.values())
+        begin_step(linears, sample, norm_coef * accumulations, in_fp32)
 
     def _finalize(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
         """All micro-batches are done: turn summed weight gradients into logit gradients, then
@@ -183,17 +188,19 @@ class Learner:
             finalize_model_grads(models, *args, **kwargs)
 
     def _forward(
-        self, draw: Draw, first: int, micro_batches: Iterator[MicroBatch], model: Any
+        self,
+        sample: Sample,
+        norm_coef: float,
+        first: int,
+        micro_batches: Iterator[MicroBatch],
+        model: Any,
     ) -> tuple[torch.Tensor, Any]:
         number, tokens, labels = next(micro_batches)
         switch, device = self.masked_model.switch, self.mesh.device
         if not self.draws_once:
-            switch.draw = replace(
-                draw,
-                key=replace(draw.key, micro_batch=number),
-                watch=number == first,
-                fresh=number == first,
-            )
+            switch.sample = replace(sample, key=replace(sample.key, micro_batch=number))
+            switch.sink = GradientSink(norm_coef, replace=number == first)
+            switch.statistics = number == first
         losses = self.loss(self.masked_model.model, tokens.to(device), labels.to(device))
         norm = self.mesh.sum_over_tp(
             torch.stack([one.to(device) for one in switch.norms.values()]).sum()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megamask.sparsity.draw import Draw, Sampled
+from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Sampled
 
 
 @dataclass
@@ -18,20 +18,24 @@ class MaskSwitch:
     the linears.
 
     Attributes:
-        draw: the draw of the running micro-batch; None outside learning, and when one draw serves a
-            whole step.
+        sample: what the running micro-batch draws; None outside learning, and when one sample
+            serves a whole step.
+        sink: what its backward pass does with the gradient; each linear adds its own buffer.
+        statistics: take mask statistics along with the sample.
         dense: use the plain weights, whatever else is set.
         regenerate: do not keep masked weights for the backward pass; draw them again there.
         norms: sum |W * M|^2 of the latest draw, by parameter id (local shards).
-        watched: (winners, sum of the largest probabilities) of the latest draw that watched,
-            likewise.
+        mask_statistics: (hard codes, sum of the largest probabilities) of the latest sample that took
+            mask statistics, likewise.
     """
 
-    draw: Draw | None = None
+    sample: Sample | None = None
+    sink: GradientSink = RETURNED
+    statistics: bool = False
     dense: bool = False
     regenerate: bool = False
     norms: dict[int, torch.Tensor] = field(default_factory=dict)
-    watched: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    mask_statistics: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @contextmanager
     def without_masks(self) -> Iterator[None]:
@@ -42,26 +46,28 @@ class MaskSwitch:
         finally:
             self.dense = False
 
-    def note(self, parameter_id: int, sampled: Sampled, watched: bool) -> None:
-        """Keep what a draw measured, not the masked weight."""
+    def note(self, parameter_id: int, sampled: Sampled, statistics: bool) -> None:
+        """Keep what a sample measured, not the masked weight."""
         self.norms[parameter_id] = sampled.sums[0]
-        if watched:
-            self.watched[parameter_id] = (sampled.hard_codes, sampled.sums[1])
+        if statistics:
+            self.mask_statistics[parameter_id] = (sampled.hard_codes, sampled.sums[1])
 
 
 @dataclass
 class StepDraw:
-    """One draw that serves all micro-batches of a step: dlogits is linear in dW, so dW is summed
+    """One sample that serves all micro-batches of a step: dlogits is linear in dW, so dW is summed
     and the mask backward runs once.
 
     Attributes:
-        draw: the draw.
+        sample: what is drawn.
+        norm_coef: of the weight-norm term, once for the step.
         masked: W * M, (O, I), a leaf.
         weight_grad: (O, I) fp32 sum of dW over the micro-batches; None leaves the sum to
             ``masked.grad`` in the weight's dtype.
     """
 
-    draw: Draw
+    sample: Sample
+    norm_coef: float
     masked: torch.Tensor
     weight_grad: torch.Tensor | None
     is_empty: bool = True

@@ -11,8 +11,6 @@ candidates or M members).
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,10 +23,9 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megamask.parallel.mask_context import MaskSwitch, StepDraw
-from megamask.sparsity.backends import backend_by_name
 from megamask.sparsity.distributions import Distribution
-from megamask.sparsity.draw import Draw, Sampled, Site
-from megamask.sparsity.operator import sample_mask
+from megamask.sparsity.draw import GradientSink, Sample, Sampled, Sampler, Site
+from megamask.sparsity.operator import sample_mask, sampler_for
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 
@@ -42,6 +39,7 @@ class MaskedLinear:
     stride: int = 1  # stacked parts, each split over the ranks (2 for [gate; up])
     switch: MaskSwitch | None = None
     backend: str
+    sampler: Sampler
     site: Site
     parameter_id: int
     mask_logits: torch.nn.Parameter | None
@@ -105,6 +103,7 @@ class MaskedLinear:
             switch,
             backend,
         )
+        self.sampler = sampler_for(backend, site.distribution)
         self.mask_logits = logits
 
     @property
@@ -113,62 +112,70 @@ class MaskedLinear:
         return 0 if self.shard_axis == 0 else 2
 
     def masked_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight the matrix multiply sees: sampled while a draw is set, else folded, else
-        dense.
+        """The weight the matrix multiply sees: masked by a sample while one is set, else folded,
+        else dense.
         """
         if self.switch is not None and self.switch.dense:
             return weight
         if self.step_draw is not None:
             return self.step_draw.masked
-        draw = self._own_draw()
-        if draw is not None and self.mask_logits is not None:
-            into = getattr(self.mask_logits, "main_grad", None) if torch.is_grad_enabled() else None
-            sampled = sample_mask(self.mask_logits, weight, self.site, draw, self.backend, into)
-            self.switch.note(self.parameter_id, sampled, draw.watch)  # type: ignore[union-attr]
+        switch, sample, logits = self.switch, self._own_sample(), self.mask_logits
+        if sample is not None and switch is not None and logits is not None:
+            buffer = getattr(logits, "main_grad", None) if torch.is_grad_enabled() else None
+            sink = GradientSink(switch.sink.norm_coef, buffer, switch.sink.replace)
+            sampled = sample_mask(
+                logits, weight, self.site, sample, self.sampler, sink, switch.statistics
+            )
+            switch.note(self.parameter_id, sampled, switch.statistics)
             return sampled.masked
         return weight if self.folded_weight is None else self.folded_weight
 
-    def _own_draw(self) -> Draw | None:
-        draw = self.switch.draw if self.switch else None
-        return None if draw is None else replace(draw, key=draw.key.of(self.parameter_id))
+    def _own_sample(self) -> Sample | None:
+        sample = self.switch.sample if self.switch else None
+        return None if sample is None else sample.of(self.parameter_id)
 
     @torch.no_grad()
-    def begin_step(self, draw: Draw, sums_in_fp32: bool) -> Sampled:
+    def begin_step(self, sample: Sample, norm_coef: float, sums_in_fp32: bool) -> Sampled:
         """Draw one mask for all micro-batches of a step.
 
         Args:
-            draw: the draw; its ``norm_coef`` counts once for the step.
+            sample: what is drawn.
+            norm_coef: of the weight-norm term, once for the step.
             sums_in_fp32: sum dW over micro-batches in an fp32 buffer (kept for the next step), else
                 in the weight's dtype.
         """
         assert self.mask_logits is not None
-        own = replace(draw, key=draw.key.of(self.parameter_id))
-        sampled = self._sampler.forward(
-            self.mask_logits.detach(), self.weight.detach(), self.site, own
+        own = sample.of(self.parameter_id)
+        sampled = self.sampler.forward(
+            self.mask_logits.detach(), self.weight.detach(), self.site, own, statistics=True
         )
         if sums_in_fp32 and self.weight_grad is None:
             self.weight_grad = torch.empty_like(
                 self.weight, dtype=torch.float32, requires_grad=False
             )
         self.step_draw = StepDraw(
-            own, sampled.masked.requires_grad_(), self.weight_grad if sums_in_fp32 else None
+            own,
+            norm_coef,
+            sampled.masked.requires_grad_(),
+            self.weight_grad if sums_in_fp32 else None,
         )
         return sampled
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Turn the summed dW into the gradient of the logits, added to ``main_grad``."""
+        """Turn the summed dW into the gradient of the logits, which replaces ``main_grad``."""
         step_draw, logits = self.step_draw, self.mask_logits
         assert step_draw is not None and logits is not None
         grad = step_draw.masked.grad if step_draw.weight_grad is None else step_draw.weight_grad
         if grad is not None:
             main_grad = logits.main_grad  # type: ignore[attr-defined]
-            self._sampler.backward(
-                grad, logits.detach(), self.weight.detach(), self.site, step_draw.draw, main_grad
+            sink = GradientSink(step_draw.norm_coef, main_grad, replace=True)
+            self.sampler.backward(
+                grad, logits.detach(), self.weight.detach(), self.site, step_draw.sample, sink
             )
 
     def drop_draw(self) -> None:
-        """Forget the step's draw. Its hook would keep it alive: the garbage collector does not see
+        """Forget the step's sample. Its hook would keep it alive: the garbage collector does not see
         through tensors.
         """
         if self.step_draw is not None and self.step_draw.hook is not None:
@@ -192,32 +199,25 @@ class MaskedLinear:
         return self.site.mask_of(hard_codes)
 
     def mask_statistics(self, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(winner of every group, (O, G) as ``Site.mask_of`` reads it; sum over groups of the
+        """(hard code of every group, (O, G) as ``Site.mask_of`` reads it; sum over groups of the
         largest probability, 0-d); draws no noise.
         """
         assert self.mask_logits is not None
-        hard_codes, largest = self._sampler.mask_statistics(
-            self.mask_logits.detach(), self.site, kappa
-        )
-        return hard_codes, largest
-
-    @property
-    def _sampler(self) -> ModuleType:
-        return backend_by_name(self.backend, self.site.distribution)
+        return self.sampler.mask_statistics(self.mask_logits.detach(), self.site, kappa)
 
     def _forward_impl(
         self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         masked = self.masked_weight(weight)
-        draw = self._own_draw()
-        if draw is None or not draw_again(self.switch, masked, weight):
+        sample = self._own_sample()
+        if sample is None or not draw_again(self.switch, masked, weight):
             return super()._forward_impl(input, masked, *args, **kwargs)  # type: ignore[misc]
-        with torch.autograd.graph.saved_tensors_hooks(*self._regeneration(masked, draw)):
+        with torch.autograd.graph.saved_tensors_hooks(*self._regeneration(masked, sample)):
             return super()._forward_impl(input, masked, *args, **kwargs)  # type: ignore[misc]
 
-    def _regeneration(self, masked: torch.Tensor, draw: Draw) -> tuple[Any, Any]:
-        """Hooks under which autograd keeps the draw instead of the masked weight."""
-        address, again = masked.data_ptr(), replace(draw, watch=False)
+    def _regeneration(self, masked: torch.Tensor, sample: Sample) -> tuple[Any, Any]:
+        """Hooks under which autograd keeps the sample instead of the masked weight."""
+        address = masked.data_ptr()
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | None:
             return None if tensor.data_ptr() == address else tensor
@@ -227,10 +227,10 @@ class MaskedLinear:
             if kept is not None:
                 return kept
             assert self.mask_logits is not None
-            redrawn: Sampled = self._sampler.forward(
-                self.mask_logits.detach(), self.weight.detach(), self.site, again
+            again = self.sampler.forward(
+                self.mask_logits.detach(), self.weight.detach(), self.site, sample
             )
-            return redrawn.masked
+            return again.masked
 
         return pack, unpack
 

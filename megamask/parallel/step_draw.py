@@ -1,4 +1,4 @@
-"""One draw of every layer that serves a whole step, and the one mask backward at its end."""
+"""One sample of every layer that serves a whole step, and the one mask backward at its end."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from megamask.parallel.masked_linear import MaskedLinear
-from megamask.sparsity.draw import Draw
-from megamask.sparsity.kernels.threads import side_by_side
+from megamask.sparsity.draw import Sample
+from megamask.sparsity.kernels.numba_host import side_by_side
 
 Result = TypeVar("Result")
 
 
-def begin_step(linears: Sequence[MaskedLinear], draw: Draw, sums_in_fp32: bool) -> None:
+def begin_step(
+    linears: Sequence[MaskedLinear], sample: Sample, norm_coef: float, sums_in_fp32: bool
+) -> None:
     """``MaskedLinear.begin_step`` of every layer."""
-    for masked, sampled in zip(
-        linears, _each(linears, lambda one: one.begin_step(draw, sums_in_fp32)), strict=True
-    ):
+    drawn = _each(linears, lambda one: one.begin_step(sample, norm_coef, sums_in_fp32))
+    for masked, sampled in zip(linears, drawn, strict=True):
         assert masked.switch is not None
-        masked.switch.note(masked.parameter_id, sampled, draw.watch)
+        masked.switch.note(masked.parameter_id, sampled, statistics=True)
 
 
 def end_step(linears: Sequence[MaskedLinear]) -> Iterator[int]:

@@ -7,37 +7,61 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
+from typing import cast
 
 import torch
 
 from megamask.errors import ConfigError
+from megamask.sparsity.draw import Sampler
+from megamask.sparsity.kernels.numba_host import NumbaSampler
+from megamask.sparsity.kernels.triton_host import TritonSampler
 
 log = logging.getLogger(__name__)
 
 
+def _as_sampler(module: ModuleType) -> Sampler:
+    return cast(Sampler, module)
+
+
 @dataclass(frozen=True)
 class Backend:
-    """The package that a backend needs, the device type it runs on (None: any), and the module of
-    every distribution it can draw.
+    """What a backend needs.
+
+    Attributes:
+        package: the Python package.
+        device: the device type it runs on; None: any.
+        modules: the module of every distribution that it can sample.
+        host: makes the sampler from such a module.
     """
 
     package: str
     device: str | None
     modules: dict[str, str]
+    host: Callable[[ModuleType], Sampler]
 
 
 BACKENDS = {
     "torch": Backend(
-        "torch", None, {"categorical": "categorical.gumbel_softmax", "linear": "subset.k_subset"}
+        "torch",
+        None,
+        {"categorical": "categorical.gumbel_softmax", "linear": "subset.k_subset"},
+        _as_sampler,
     ),
     "numba": Backend(
-        "numba", "cpu", {"categorical": "kernels.numba_host", "linear": "kernels.numba_host"}
+        "numba",
+        "cpu",
+        {"categorical": "categorical.gumbel_softmax_numba", "linear": "subset.k_subset_numba"},
+        NumbaSampler,
     ),
     "triton": Backend(
-        "triton", "cuda", {"categorical": "kernels.triton_host", "linear": "kernels.triton_host"}
+        "triton",
+        "cuda",
+        {"categorical": "categorical.gumbel_softmax_triton", "linear": "subset.k_subset_triton"},
+        TritonSampler,
     ),
 }
 
@@ -70,9 +94,11 @@ def choose_backend(name: str, device: torch.device, distribution: str = "categor
 
 
 @lru_cache
-def backend_by_name(name: str, distribution: str = "categorical") -> ModuleType:
-    """The module with ``forward``, ``backward`` and ``mask_statistics``."""
-    return importlib.import_module(f"megamask.sparsity.{BACKENDS[name].modules[distribution]}")
+def sampler_for(name: str, distribution: str = "categorical") -> Sampler:
+    """The sampling of a distribution by the backend with this name (of ``choose_backend``)."""
+    backend = BACKENDS[name]
+    module = importlib.import_module(f"megamask.sparsity.{backend.modules[distribution]}")
+    return backend.host(module)
 
 
 def _lack(name: str, device: torch.device, distribution: str) -> str | None:

@@ -1,9 +1,13 @@
-"""What one sampling of one layer needs to know besides its logits and weight."""
+"""What the sampling of one layer works on besides its mask logits and its weight.
+
+Shapes: O out_features, I in_features, G groups per row, L mask logits a group (C candidates or M
+positions).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -14,39 +18,62 @@ from megamask.sparsity.shard import Placement
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The sampling of one micro-batch.
+class Sample:
+    """What is drawn: one mask of one layer, named by its noise.
 
     Attributes:
         key: names the noise.
-        kappa: scale of the logits.
+        kappa: scale of the mask logits.
         tau: temperature.
-        hard: one-hot masks, with the gradient of the soft ones (straight-through).
-        norm_coef: the gradient of ``- norm_coef * sum |W * M|^2`` is added in the backward pass. It
-            is already divided by the number of micro-batches, as the LM loss is.
-        watch: also look at the logits without noise: winner of every group, largest probabilities.
-        fresh: the gradient replaces what its buffer holds instead of being added: the first draw of
-            a step, which spares clearing it.
+        hard: the mask is exactly N of M, with the gradient of the soft mask (straight-through).
     """
 
     key: NoiseKey
     kappa: float
     tau: float
     hard: bool = False
+
+    def of(self, parameter_id: int) -> Sample:
+        """The same sample for the layer with this parameter id."""
+        return replace(self, key=replace(self.key, parameter=parameter_id))
+
+
+@dataclass(frozen=True)
+class GradientSink:
+    """What the backward pass does with the gradient at the mask logits.
+
+    Attributes:
+        norm_coef: the gradient of ``- norm_coef * sum |W * M|^2`` is added. The coefficient is
+            already divided by the number of micro-batches, as the LM loss is.
+        buffer: (O, L, G) fp32 or bf16, where the gradient is added; None returns the gradient.
+        replace: the gradient replaces the content of the buffer instead. The first micro-batch of a
+            step does so, which spares clearing the buffer.
+    """
+
     norm_coef: float = 0.0
-    watch: bool = False
-    fresh: bool = False
+    buffer: torch.Tensor | None = None
+    replace: bool = False
+
+    def put(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Store an fp32 or wider gradient: the buffer, or without one the gradient in ``dtype``."""
+        if self.buffer is None:
+            return gradient.to(dtype)
+        whole = gradient if self.replace else self.buffer.to(gradient.dtype) + gradient
+        return self.buffer.copy_(whole)
+
+
+RETURNED = GradientSink()  # the gradient of the loss alone, returned
 
 
 class Sampled(NamedTuple):
-    """What one sampling of one layer gives.
+    """What the sampling of one layer gives.
 
     Attributes:
         masked: W * M, (O, I) in the weight's dtype.
         sums: (2,) fp64: sum |W * M|^2, and the sum over groups of the largest probability of a
-            candidate, exp(kappa * its logit) over all of them (0 unless watched).
-        winner: the candidate with the largest logit of every group, (O, G), in the code of
-            ``Site.mask_of``; (0,) unless watched.
+            candidate, exp(kappa * its logit) over the sum of all (0 without statistics).
+        hard_codes: the hard mask of every group, (O, G), in the code of ``Site.mask_of``; (0,)
+            without statistics.
     """
 
     masked: torch.Tensor
@@ -59,11 +86,13 @@ class Site:
     """A masked weight: its pattern, its place in the whole layer, and the distribution of its
     masks.
 
-    ``categorical`` has one logit per candidate, ``linear`` one per member of a group (a candidate's
-    is the sum of its members').
+    Attributes:
+        pattern: N:M.
+        placement: where the local shard lies in the whole layer.
+        distribution: of the masks; decides how many logits a group has and what they mean.
 
     Raises:
-        ConfigError: more candidates or members than the distribution takes.
+        ConfigError: more candidates or positions than the distribution takes.
     """
 
     pattern: Pattern
@@ -75,31 +104,80 @@ class Site:
 
     @property
     def logits_per_group(self) -> int:
-        """C or M: the middle axis of mask logits (O, C or M, G)."""
+        """L, C or M: the middle axis of mask logits (O, L, G)."""
         return logits_per_group(self.pattern, self.distribution)
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """Of winners."""
+        """Of hard codes."""
         return code_dtype(self.pattern, self.distribution)
 
-    def mask_of(self, winner_OG: torch.Tensor) -> torch.Tensor:
-        """The mask, (O, I) bool, of winners: candidate indices (categorical), or bit j = member j
-        is kept (linear).
+    def mask_of(self, hard_codes_OG: torch.Tensor) -> torch.Tensor:
+        """The mask, (O, I) bool, of hard codes: candidate indices (categorical), or bit j = position
+        j is kept (linear).
         """
         if self.distribution == "categorical":
-            return self.pattern.mask_of(winner_OG)
-        position = torch.arange(self.pattern.m, device=winner_OG.device, dtype=torch.int32)
-        return (winner_OG.to(torch.int32).unsqueeze(-1) >> position & 1).bool().flatten(-2)
+            return self.pattern.mask_of(hard_codes_OG)
+        position = torch.arange(self.pattern.m, device=hard_codes_OG.device, dtype=torch.int32)
+        return (hard_codes_OG.to(torch.int32).unsqueeze(-1) >> position & 1).bool().flatten(-2)
+
+
+class Sampler(Protocol):
+    """The sampling of one distribution by one backend; ``operator.sampler_for`` finds it."""
+
+    def forward(
+        self,
+        mask_logits: torch.Tensor,
+        weight: torch.Tensor,
+        site: Site,
+        sample: Sample,
+        statistics: bool = False,
+    ) -> Sampled:
+        """Sample a mask and apply it to the weight.
+
+        Args:
+            mask_logits: (O, L, G) fp32 or bf16.
+            weight: (O, I) fp32 or bf16.
+            site: pattern, distribution and place of the shard.
+            sample: what is drawn.
+            statistics: also take ``mask_statistics`` in the same pass over the logits.
+        """
+        ...
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        mask_logits: torch.Tensor,
+        weight: torch.Tensor,
+        site: Site,
+        sample: Sample,
+        sink: GradientSink = RETURNED,
+    ) -> torch.Tensor:
+        """Gradient at the mask logits, (O, L, G), of ``grad``, the gradient at W * M. The noise is
+        drawn again from its key.
+
+        Returns the sink's buffer, or without one a new tensor in the dtype of the logits.
+        """
+        ...
+
+    def mask_statistics(
+        self, mask_logits: torch.Tensor, site: Site, kappa: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hard codes (O, G), sum over groups of the largest probability of a candidate, 0-d).
+
+        Draws no noise: both describe the logits themselves.
+        """
+        ...
 
 
 def gumbel_noise(
-    site: Site, draw: Draw, groups: int, device: torch.device | str, dtype: torch.dtype
+    site: Site, sample: Sample, groups: int, device: torch.device | str, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Gumbel noise g = -log(-log u), (O, C, G) (Eq. 5), one for every logit."""
-    word = words(
-        draw.key, site.placement.group_ids(groups, device), site.logits_per_group
-    )  # (C, O, G)
+    """Gumbel noise g = -log(-log u), (O, L, G) (MaskLLM, arXiv 2409.17481, Eq. 5), one for every
+    logit.
+    """
+    group_ids = site.placement.group_ids(groups, device)
+    word = words(sample.key, group_ids, site.logits_per_group)  # (L, O, G)
     return -torch.log(-torch.log(uniform(word).to(dtype))).transpose(0, 1)
 
 

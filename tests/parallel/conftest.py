@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamask.sparsity.draw import Draw, Site
-from megamask.sparsity.kernels import numba_host
+from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from tests.parallel.tiny import make_run
+from tests.unit.sparsity.samplers import FUSED
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,13 +23,13 @@ def _compiled_kernels() -> None:
     site, logits, draw = (
         Site(Pattern(2, 4), Placement.whole(1, 1)),
         torch.zeros(1, 6, 1),
-        Draw(NoiseKey(0, 0), 1.0, 1.0),
+        Sample(NoiseKey(0, 0), 1.0, 1.0),
     )
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.zeros(1, 4, dtype=dtype)
-        numba_host.forward(logits, weight, site, draw)
-        numba_host.backward(weight, logits, weight, site, draw)
-    numba_host.mask_statistics(logits, site, 1.0)
+        FUSED.forward(logits, weight, site, draw)
+        FUSED.backward(weight, logits, weight, site, draw)
+    FUSED.mask_statistics(logits, site, 1.0)
 
 
 @pytest.fixture(scope="session")

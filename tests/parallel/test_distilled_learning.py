@@ -18,7 +18,7 @@ from megamask.learn.snapshot import Snapshots
 from megamask.model.language_model import TokenLosses
 from megamask.model.objective import dense_hidden, loss_of
 from megamask.parallel.mesh import start
-from megamask.sparsity.draw import Draw
+from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 from tests.parallel.learning import in_turn, take_steps
 from tests.parallel.ranks import run_ranks
@@ -216,10 +216,10 @@ def look_at_teachers(rank: int, run_dir: Path) -> dict[str, Any]:
             for key in ("tokens", "labels")
         ]
         found["plain"] = look(masked_model, config, batch)
-        draw = Draw(NoiseKey(0, 0), 100.0, 1.0)
-        masked_model.switch.draw = draw
+        draw = Sample(NoiseKey(0, 0), 100.0, 1.0)
+        masked_model.switch.sample = draw
         found["drawn"] = look(masked_model, config, batch)
-        masked_model.switch.draw = None
+        masked_model.switch.sample = None
         for linear in masked_model.linears.values():
             linear.begin_step(draw, False)
         found["step"] = look(masked_model, config, batch)

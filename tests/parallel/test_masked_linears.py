@@ -19,7 +19,7 @@ from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.backends import choose_backend
-from megamask.sparsity.draw import Draw
+from megamask.sparsity.draw import GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from tests.parallel.ranks import run_ranks
@@ -123,7 +123,7 @@ def run_linear(case: Case, mesh: Mesh) -> dict[str, torch.Tensor]:
                 else shard(case.kind, whole["bias"], 0, mesh.tp_rank, mesh.tp)
             )
     linear.requires_grad_(False)
-    switch = MaskSwitch(Draw(KEY, KAPPA, TAU, norm_coef=COEF))
+    switch = MaskSwitch(Sample(KEY, KAPPA, TAU), GradientSink(COEF))
     linear.attach_logits(
         linear.make_site(PATTERN, case.kind),
         PARAMETER,

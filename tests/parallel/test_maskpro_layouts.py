@@ -23,7 +23,7 @@ from megamask.learn.snapshot import Snapshots
 from megamask.model.build import masked_linears
 from megamask.parallel.mesh import start
 from megamask.plan.workload import Workload
-from megamask.sparsity.backends import backend_by_name
+from megamask.sparsity.operator import sampler_for
 from megamask.weights.architecture import read_architecture
 from tests.parallel.learning import in_turn, take_steps
 from tests.parallel.ranks import run_ranks
@@ -214,7 +214,7 @@ def most_masked_weights(learner: MaskPro, plan: BatchPlan, keeps: bool) -> int:
     """Largest number of tensors in the shape of a linear's weight that are no parameters, whenever
     one more has been made in a step.
     """
-    backend, numbers, kept = backend_by_name("numba", "linear"), [], []
+    backend, numbers, kept = sampler_for("numba", "linear"), [], []
     shapes, forward = (
         {linear.weight.shape for linear in learner.masked_model.linears.values()},
         backend.forward,

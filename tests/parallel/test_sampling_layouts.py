@@ -18,9 +18,9 @@ from megamask.learn.gumbel import Learner
 from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh, start
-from megamask.sparsity.backends import choose_backend
-from megamask.sparsity.draw import Draw
+from megamask.sparsity.draw import GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
+from megamask.sparsity.operator import sampler_for
 from megamask.sparsity.shard import Placement
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
@@ -28,9 +28,9 @@ from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
 pytestmark = pytest.mark.slow
 Tensors = dict[str, torch.Tensor]
 DRAWS = {
-    "soft": Draw(NoiseKey(1234, 7, 3), kappa=100.0, tau=4.0, norm_coef=1e-3),
-    "cold": Draw(NoiseKey(1234, 7, 3), kappa=500.0, tau=0.05),
-    "hard": Draw(NoiseKey(1234, 7, 3), kappa=300.0, tau=1.0, hard=True),
+    "soft": Sample(NoiseKey(1234, 7, 3), kappa=100.0, tau=4.0),
+    "cold": Sample(NoiseKey(1234, 7, 3), kappa=500.0, tau=0.05),
+    "hard": Sample(NoiseKey(1234, 7, 3), kappa=300.0, tau=1.0, hard=True),
 }
 SAVED_AT = 2
 
@@ -44,18 +44,19 @@ def look(rank: int, config: Config, folder: Path) -> dict[str, Tensors]:
     """
     with start(config) as mesh:
         masked_model = build_masked_model(config, mesh)
+        masked_model.switch.sink = GradientSink(norm_coef=1e-3)
         found = {"initial": gather_logits(masked_model, mesh)}
         for backend in ("torch", "numba"):
             for linear in masked_model.linears.values():
-                linear.backend = choose_backend(backend, mesh.device)
-            for name, draw in DRAWS.items():
-                masked_model.switch.draw = draw
+                linear.sampler = sampler_for(backend)
+            for name, drawn in DRAWS.items():
+                masked_model.switch.sample = drawn
                 found[f"{backend} {name} masks"], found[f"{backend} {name} gradients"] = sample(
                     masked_model, mesh
                 )
         if mesh.tp == SAVED_AT:
             found["misplaced"] = sample_misplaced(masked_model, mesh)
-        masked_model.switch.draw = DRAWS["soft"]
+        masked_model.switch.sample = DRAWS["soft"]
         through_checkpoint(masked_model, mesh, folder)
         found["reloaded"], (found["reloaded masks"], _) = (
             gather_logits(masked_model, mesh),
@@ -199,13 +200,13 @@ def draws_of_one(config: Config) -> dict[int, dict[str, Any]]:
 def record(
     seen: dict[int, dict[str, Any]], masked_model: MaskedModel, mesh: Mesh, inputs: dict[str, Any]
 ) -> None:
-    draw = masked_model.switch.draw
-    assert draw is not None
+    drawn = masked_model.switch.sample
+    assert drawn is not None
     masks = {
         name: linear.masked_weight(torch.ones_like(linear.weight)).detach()
         for name, linear in masked_model.linears.items()
     }
-    seen[draw.key.micro_batch] = {
+    seen[drawn.key.micro_batch] = {
         "tokens": inputs["input_ids"].clone(),
         **gather_hf(masks, masked_model, mesh),
     }

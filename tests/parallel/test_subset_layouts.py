@@ -17,9 +17,9 @@ from megamask.learn.masked_model import build_masked_model
 from megamask.learn.metrics.mask_stats import MaskStatistics, MaskStats
 from megamask.model.mask_shards import gather_masks
 from megamask.parallel.mesh import start
-from megamask.sparsity.backends import choose_backend
-from megamask.sparsity.draw import Draw
+from megamask.sparsity.draw import RETURNED, GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
+from megamask.sparsity.operator import sampler_for
 from megamask.sparsity.pattern import Pattern
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
@@ -27,8 +27,8 @@ from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
 pytestmark = pytest.mark.slow
 STEPS = 6
 DRAWS = {
-    "soft": Draw(NoiseKey(1234, 7, 3), 100.0, 4.0, norm_coef=1e-3),
-    "hard": Draw(NoiseKey(1234, 7, 3), 300.0, 1.0, hard=True),
+    "soft": Sample(NoiseKey(1234, 7, 3), 100.0, 4.0),
+    "hard": Sample(NoiseKey(1234, 7, 3), 300.0, 1.0, hard=True),
 }
 Tensors = dict[str, torch.Tensor]
 
@@ -63,21 +63,23 @@ def settings(run_dir: Path, tp: int, backend: str = "auto") -> Config:
 def learn(rank: int, config: Config) -> Outcome:
     with start(config) as mesh:
         masked_model = build_masked_model(config, mesh)
+        masked_model.switch.sink = GradientSink(norm_coef=1e-3)
         bits = {"initial": gather_logits(masked_model, mesh)}
         for backend in ("torch", "numba"):
-            for name, draw in DRAWS.items():
+            for name, drawn in DRAWS.items():
                 masks, gradients = {}, {}
                 for key, linear in masked_model.linears.items():
-                    linear.backend, masked_model.switch.draw = (
-                        choose_backend(backend, mesh.device, "linear"),
-                        draw,
+                    linear.sampler, masked_model.switch.sample = (
+                        sampler_for(backend, "linear"),
+                        drawn,
                     )
                     masks[key] = linear.masked_weight(torch.ones_like(linear.weight)).detach()
                     linear.masked_weight(linear.weight).backward(linear.weight + 1)
                     gradients[key], linear.mask_logits.grad = linear.mask_logits.grad, None
                 bits[f"{backend} {name} masks"] = gather_hf(masks, masked_model, mesh)
                 bits[f"{backend} {name} gradients"] = gather_hf(gradients, masked_model, mesh)
-        masked_model.switch.draw = None
+        masked_model.switch.sample = None
+        masked_model.switch.sink = RETURNED
         masked_model.switch.norms.clear()
         learner, mask_statistics = (
             Learner(config, mesh, masked_model),

@@ -44,10 +44,10 @@ from megamask.errors import LearningError
 from megamask.learn.masked_model import MaskedModel
 from megamask.learn.maskpro import score, score_numba
 from megamask.learn.maskpro.samples import InitialLosses, numbers_of
-from megamask.learn.maskpro.score import choose_score, draw_of
+from megamask.learn.maskpro.score import choose_score, sample_of
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
-from megamask.sparsity.draw import Draw
+from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 
 
@@ -162,16 +162,16 @@ class MaskPro:
         self.masked_model.model.eval()
         masks, split = self.section.masks, self.section.data == "split"
         sums = torch.zeros(2, masks, dtype=torch.float64, device=self.mesh.device)
-        key, watch = NoiseKey(self.config.seed, step), True
+        key, statistics = NoiseKey(self.config.seed, step), True
         for number, tokens, labels in plan.micro_batches(step):
             compared = self._compared_losses(plan, numbers_of(plan, step, number), tokens, labels)
             for mask in [number % masks] if split else range(masks):
-                with self._drawing(draw_of(replace(key, micro_batch=mask), watch)):
+                with self._drawing(sample_of(replace(key, micro_batch=mask)), statistics):
                     losses = self._losses(tokens, labels)
                 sums[:, mask] += torch.stack([losses.mean(), (losses - compared).mean()]).to(
                     sums.device
                 )
-                watch = False
+                statistics = False
         count = plan.accumulations * (
             1 if not split else 1 / masks
         )  # micro-batches of a mask, a replica's share
@@ -220,12 +220,13 @@ class MaskPro:
         return linear.site.mask_of(self.initial[linear.parameter_id])
 
     @contextmanager
-    def _drawing(self, draw: Draw) -> Iterator[None]:
-        self.masked_model.switch.draw = draw
+    def _drawing(self, sample: Sample, statistics: bool) -> Iterator[None]:
+        switch = self.masked_model.switch
+        switch.sample, switch.statistics = sample, statistics
         try:
             yield
         finally:
-            self.masked_model.switch.draw = None
+            switch.sample = None
 
     @contextmanager
     def _masked(self, mask_of: Callable[[MaskedLinear], torch.Tensor]) -> Iterator[None]:

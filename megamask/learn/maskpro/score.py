@@ -45,7 +45,7 @@ from dataclasses import replace
 import torch
 
 from megamask.errors import ConfigError
-from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.subset.k_subset import scores
@@ -57,11 +57,11 @@ MAX_SET = 4  # N up to which the probability of a set is summed over its orders
 LEAST, MOST = -20.0, 30.0
 
 
-def draw_of(key: NoiseKey, watch: bool = False) -> Draw:
-    """The draw that ``key`` names: N members without replacement, p = softmax of the logits as they
-    are.
+def sample_of(key: NoiseKey) -> Sample:
+    """The sample that ``key`` names: N positions without replacement, p = softmax of the logits as
+    they are.
     """
-    return Draw(key, kappa=1.0, tau=1.0, hard=True, watch=watch)
+    return Sample(key, kappa=1.0, tau=1.0, hard=True)
 
 
 def choose_score(kind: str, pattern: Pattern) -> str:
@@ -174,6 +174,6 @@ def add_scores(
     """
     change = torch.zeros_like(mask_logits)
     for number, coefficient in enumerate(coefficients):
-        perturbed = scores(mask_logits, site, draw_of(replace(key, micro_batch=number)))
+        perturbed = scores(mask_logits, site, sample_of(replace(key, micro_batch=number)))
         change += coefficient * score_of(mask_logits, perturbed, site.pattern.n, kind)
     mask_logits += change

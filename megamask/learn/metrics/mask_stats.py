@@ -64,20 +64,20 @@ class MaskStatistics:
 
     def __call__(self) -> MaskStats:
         """What the last step saw."""
-        watched = self.masked_model.switch.watched
-        largest = self._sum(total for _, total in watched.values())
+        measured = self.masked_model.switch.mask_statistics
+        largest = self._sum(total for _, total in measured.values())
         flips, moved = self._differing(self.latest), self._differing(self.initial)
         if self.initial:
-            self.latest = {key: hard_codes for key, (hard_codes, _) in watched.items()}
-        watched.clear()
+            self.latest = {key: hard_codes for key, (hard_codes, _) in measured.items()}
+        measured.clear()
         return MaskStats(largest / self._groups, flips, moved)
 
     def _differing(self, hard_codes: dict[int, torch.Tensor]) -> float | None:
         """Share of groups whose winner is another now; None when ``hard_codes`` were not kept."""
-        watched = self.masked_model.switch.watched
+        measured = self.masked_model.switch.mask_statistics
         return (
             self._sum(
-                torch.count_nonzero(watched[key][0] != old) for key, old in hard_codes.items()
+                torch.count_nonzero(measured[key][0] != old) for key, old in hard_codes.items()
             )
             / self._groups
             if hard_codes

@@ -12,13 +12,21 @@ from functools import reduce
 
 import torch
 
-from megamask.sparsity.draw import Draw, Sampled, Site, computing_dtype, gumbel_noise
+from megamask.sparsity.draw import (
+    RETURNED,
+    GradientSink,
+    Sample,
+    Sampled,
+    Site,
+    computing_dtype,
+    gumbel_noise,
+)
 
 
-def soft_index(mask_logits: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
+def soft_index(mask_logits: torch.Tensor, site: Site, sample: Sample) -> torch.Tensor:
     """y = softmax((kappa pi + g) / tau) over candidates, (O, C, G) (Eq. 6)."""
-    noise = gumbel_noise(site, draw, mask_logits.shape[-1], mask_logits.device, mask_logits.dtype)
-    score = (mask_logits * draw.kappa + noise) / draw.tau
+    noise = gumbel_noise(site, sample, mask_logits.shape[-1], mask_logits.device, mask_logits.dtype)
+    score = (mask_logits * sample.kappa + noise) / sample.tau
     y = (score - score.amax(1, keepdim=True)).exp()
     return y / _sum_over_candidates(y)
 
@@ -36,27 +44,33 @@ def mask_of_index(index_OCG: torch.Tensor, site: Site) -> torch.Tensor:
     return torch.einsum("ocg,cm->ogm", index_OCG, table_CM).flatten(1)
 
 
-def sampled_mask(mask_logits: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
-    """The mask of one draw, (O, I): soft, or one-hot per group when ``draw.hard``."""
-    y = soft_index(mask_logits, site, draw)
-    return mask_of_index(_one_hot(y) if draw.hard else y, site)
+def sampled_mask(mask_logits: torch.Tensor, site: Site, sample: Sample) -> torch.Tensor:
+    """The mask of one draw, (O, I): soft, or one-hot per group when ``sample.hard``."""
+    y = soft_index(mask_logits, site, sample)
+    return mask_of_index(_one_hot(y) if sample.hard else y, site)
 
 
 def _one_hot(y_OCG: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(y_OCG).scatter_(1, y_OCG.argmax(1, keepdim=True), 1)
 
 
-def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> Sampled:
+def forward(
+    mask_logits: torch.Tensor,
+    weight: torch.Tensor,
+    site: Site,
+    sample: Sample,
+    statistics: bool = False,
+) -> Sampled:
     """Sample a mask and apply it to the weight."""
     wide = computing_dtype(mask_logits)
-    masked = weight.to(wide) * sampled_mask(mask_logits.to(wide), site, draw)
+    masked = weight.to(wide) * sampled_mask(mask_logits.to(wide), site, sample)
     norm, nothing = (
         masked.square().sum(dtype=torch.float64),
         torch.zeros((), dtype=torch.float64, device=masked.device),
     )
     hard_codes, largest = (
-        mask_statistics(mask_logits, site, draw.kappa)
-        if draw.watch
+        mask_statistics(mask_logits, site, sample.kappa)
+        if statistics
         else (nothing.new_empty(0, dtype=site.code_dtype), nothing)
     )
     return Sampled(masked.to(weight.dtype), torch.stack([norm, largest]), hard_codes)
@@ -67,8 +81,8 @@ def backward(
     mask_logits: torch.Tensor,
     weight: torch.Tensor,
     site: Site,
-    draw: Draw,
-    into: torch.Tensor | None = None,
+    sample: Sample,
+    sink: GradientSink = RETURNED,
 ) -> torch.Tensor:
     """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; the noise is drawn
     again.
@@ -78,18 +92,14 @@ def backward(
     given, which is then returned.
     """
     wide = computing_dtype(mask_logits)
-    y = soft_index(mask_logits.to(wide), site, draw)
-    mask = mask_of_index(_one_hot(y) if draw.hard else y, site)
+    y = soft_index(mask_logits.to(wide), site, sample)
+    mask = mask_of_index(_one_hot(y) if sample.hard else y, site)
     weight, grad = weight.to(wide), grad.to(wide)
-    dmask = grad * weight - 2 * draw.norm_coef * weight.square() * mask
+    dmask = grad * weight - 2 * sink.norm_coef * weight.square() * mask
     table_CM = site.pattern.candidates(y.dtype, y.device)
     dy = torch.einsum("ogm,cm->ocg", dmask.unflatten(1, (-1, site.pattern.m)), table_CM)
-    dlogits = draw.kappa / draw.tau * y * (dy - _sum_over_candidates(y * dy))
-    return (
-        dlogits.to(mask_logits.dtype)
-        if into is None
-        else into.copy_(dlogits if draw.fresh else into.to(wide) + dlogits)
-    )
+    dlogits = sample.kappa / sample.tau * y * (dy - _sum_over_candidates(y * dy))
+    return sink.put(dlogits, mask_logits.dtype)
 
 
 def mask_statistics(
@@ -102,8 +112,3 @@ def mask_statistics(
     top, hard_codes = mask_logits.max(dim=1)
     largest = 1 / ((mask_logits - top.unsqueeze(1)) * kappa).exp().sum(1)
     return hard_codes.to(site.code_dtype), largest.sum(dtype=torch.float64)
-
-
-def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Any floating dtypes."""
-    return mask_logits.is_floating_point() and weight.is_floating_point()

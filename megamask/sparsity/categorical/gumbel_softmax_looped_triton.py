@@ -11,11 +11,13 @@ Shapes: O rows, G groups per row, C candidates, M group size, I = G * M.
 # triton's decorators carry no types, and its annotations are values, not types
 # mypy: ignore-errors
 
+import torch
 import triton
 import triton.language as tl
 
 from megamask.sparsity.kernels.triton_tiles import (
     CHANGING,
+    Kernels,
     counter,
     exp,
     mask_gradients,
@@ -25,8 +27,18 @@ from megamask.sparsity.kernels.triton_tiles import (
     tile,
     word_block,
 )
+from megamask.sparsity.pattern import Pattern
 
 LOWEST = tl.constexpr(-1.0e30)  # finite, so that no difference of scores is inf - inf
+
+
+def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
+    """The kernels for this pattern, with the candidate table on the device."""
+    codes = [sum(1 << j for j in kept) for kept in pattern.kept_positions]
+    candidates = {"C": pattern.num_candidates}
+    table = torch.tensor([*codes, 0, 0, 0], device=device)
+    constants = {**candidates, "M": pattern.m, "codes": table}
+    return Kernels(forward, backward, mask_statistics, constants, candidates)
 
 
 @triton.jit
@@ -263,7 +275,7 @@ def mask_statistics(
     COLS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """As gumbel_softmax_triton.survey."""
+    """As gumbel_softmax_triton.mask_statistics."""
     largest = tl.zeros((ROWS, COLS), tl.float32)
     for t in range(TILES):
         o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)

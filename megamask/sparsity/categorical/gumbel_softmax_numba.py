@@ -18,6 +18,9 @@ bits: uint16 for bf16, uint32 for fp32.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -39,6 +42,13 @@ from megamask.sparsity.kernels.numba_tiles import (
     store,
     sum_line,
 )
+from megamask.sparsity.pattern import Pattern
+
+
+@lru_cache
+def shape_arguments(pattern: Pattern) -> tuple[np.ndarray[Any, Any], int]:
+    """``kept`` and ``m`` of the kernels: the kept positions of every candidate, (C, N), and M."""
+    return np.array(pattern.kept_positions, dtype=np.int64), pattern.m
 
 
 @njit(inline="always")
@@ -244,7 +254,7 @@ def backward(
 @njit(
     nogil=True, cache=True, error_model="numpy"
 )  # 0 / 0 is NaN, not an exception: the step refuses it by name
-def mask_statistics(hard_codes, largest, logits, kappa):  # type: ignore[no-untyped-def]
+def mask_statistics(hard_codes, largest, logits, kept, m, kappa):  # type: ignore[no-untyped-def]
     """winner (O, G) uint8 = argmax over candidates; largest (O,) fp64 = row sums of the largest
     probability, no noise.
     """

@@ -13,11 +13,14 @@ Shapes: O rows, G groups per row, C candidates, M group size, I = G * M.
 # triton's decorators carry no types, and its annotations are values, not types
 # mypy: ignore-errors
 
+import torch
 import triton
 import triton.language as tl
 
+from megamask.sparsity.categorical import gumbel_softmax_looped_triton
 from megamask.sparsity.kernels.triton_tiles import (
     CHANGING,
+    Kernels,
     counter,
     exp,
     mask_gradients,
@@ -27,6 +30,22 @@ from megamask.sparsity.kernels.triton_tiles import (
     scores_of,
     tile,
 )
+from megamask.sparsity.pattern import Pattern
+
+# Up to so many candidates, the kernels hold all of a group in registers; compiling them takes
+# quadratic time.
+UNROLLED = 32
+
+
+def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
+    """The kernels for this pattern: of this file, or those that loop over many candidates."""
+    if pattern.num_candidates > UNROLLED:
+        return gumbel_softmax_looped_triton.kernels_of(pattern, device)
+    candidates = {"C": pattern.num_candidates}
+    codes = [sum(1 << j for j in kept) for kept in pattern.kept_positions]
+    table = sum(code << (c * pattern.m) for c, code in enumerate(codes))
+    constants = {**candidates, "M": pattern.m, "TABLE": table}
+    return Kernels(forward, backward, mask_statistics, constants, candidates)
 
 
 @triton.jit

@@ -1,125 +1,147 @@
-"""The sampling operator on CPU tensors through the fused numba kernels; same meaning as
-gumbel_softmax.py and k_subset.py.
+"""Sampling of CPU tensors through the fused numba kernels of a distribution, and the threads that
+the kernels run on: parts of one layer side by side, or whole layers.
+
+A distribution's ``*_numba`` module exports ``forward``, ``backward``, ``mask_statistics`` and
+``shape_arguments(pattern)``, the arguments by which the kernels know the pattern.
+
+Shapes: O out_features, I in_features, G groups per row, L logits a group.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from megamask.sparsity.categorical import gumbel_softmax_numba
-from megamask.sparsity.draw import Draw, Sampled, Site
-from megamask.sparsity.kernels.threads import is_worker, side_by_side
-from megamask.sparsity.noise import NoiseKey
-from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Sampled, Site
 from megamask.sparsity.shard import RowBlock
-from megamask.sparsity.subset import k_subset_numba
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_local = threading.local()
 
 
-def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> Sampled:
-    """Sample a mask and apply it to the weight."""
-    masked = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    rows, _, groups = mask_logits.shape
-    hard_codes = torch.empty((rows, groups) if draw.watch else (rows, 0), dtype=site.code_dtype)
-    sums, looked, kernels = np.empty((rows, 2)), hard_codes.numpy(), _kernels(site)
-    logits, bits, out = raw_bits(mask_logits), raw_bits(weight), raw_bits(masked)
+class NumbaSampler:
+    """``draw.Sampler`` by fused kernels; fp32 or bf16 logits, weights and gradients."""
 
-    def work(part: slice, global_row: int) -> None:
-        kernels.forward(
-            out[part],
-            sums[part],
-            looked[part],
-            logits[part],
-            bits[part],
-            *_arguments(site, draw, global_row),
-        )
+    def __init__(self, kernels: ModuleType) -> None:
+        self.kernels = kernels
 
-    on_all_threads(site.placement.blocks, work)
-    return Sampled(
-        masked, torch.from_numpy(sums.sum(0)), hard_codes if draw.watch else hard_codes.flatten()
-    )
+    def forward(
+        self,
+        mask_logits: torch.Tensor,
+        weight: torch.Tensor,
+        site: Site,
+        sample: Sample,
+        statistics: bool = False,
+    ) -> Sampled:
+        """Sample a mask and apply it to the weight."""
+        masked = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        rows, _, groups = mask_logits.shape
+        hard_codes = torch.empty((rows, groups) if statistics else (rows, 0), dtype=site.code_dtype)
+        sums, codes = np.empty((rows, 2)), hard_codes.numpy()
+        logits, bits, out = raw_bits(mask_logits), raw_bits(weight), raw_bits(masked)
+        shape, named = self.kernels.shape_arguments(site.pattern), _sample_arguments(sample)
 
-
-def backward(
-    grad: torch.Tensor,
-    mask_logits: torch.Tensor,
-    weight: torch.Tensor,
-    site: Site,
-    draw: Draw,
-    into: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; added to ``into``, or
-    put there if ``draw.fresh``.
-    """
-    is_sum = into is not None and not draw.fresh
-    dlogits = torch.empty_like(mask_logits) if into is None else into
-    logits, bits, dbits, out = (
-        raw_bits(mask_logits),
-        raw_bits(weight),
-        raw_bits(grad),
-        raw_bits(dlogits),
-    )
-    kernels = _kernels(site)
-
-    def work(part: slice, global_row: int) -> None:
-        arguments = _arguments(site, draw, global_row)
-        kernels.backward(
-            out[part],
-            is_sum,
-            dbits[part],
-            logits[part],
-            bits[part],
-            *arguments,
-            np.float32(draw.norm_coef),
-        )
-
-    on_all_threads(site.placement.blocks, work)
-    return dlogits
-
-
-def mask_statistics(
-    mask_logits: torch.Tensor, site: Site, kappa: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(winners (O, G), sum over groups of the largest probability, 0-d)."""
-    rows, _, groups = mask_logits.shape
-    hard_codes, largest_O, logits = (
-        torch.empty((rows, groups), dtype=site.code_dtype),
-        np.empty(rows),
-        raw_bits(mask_logits),
-    )
-    found = hard_codes.numpy()
-
-    def work(part: slice, _global_row: int) -> None:
-        if site.distribution == "linear":
-            k_subset_numba.mask_statistics(
-                found[part],
-                largest_O[part],
+        def work(part: slice, global_row: int) -> None:
+            self.kernels.forward(
+                out[part],
+                sums[part],
+                codes[part],
                 logits[part],
-                *_subsets(site.pattern),
-                np.float32(kappa),
-            )
-        else:
-            gumbel_softmax_numba.mask_statistics(
-                found[part], largest_O[part], logits[part], np.float32(kappa)
+                bits[part],
+                *shape,
+                _place(site, global_row),
+                *named,
             )
 
-    on_all_threads([RowBlock(0, rows, 0)], work)
-    return hard_codes, torch.tensor(largest_O.sum())
+        on_all_threads(site.placement.blocks, work)
+        return Sampled(
+            masked,
+            torch.from_numpy(sums.sum(0)),
+            hard_codes if statistics else hard_codes.flatten(),
+        )
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        mask_logits: torch.Tensor,
+        weight: torch.Tensor,
+        site: Site,
+        sample: Sample,
+        sink: GradientSink = RETURNED,
+    ) -> torch.Tensor:
+        """Gradient at the logits, (O, L, G), of ``grad``, the gradient at W * M."""
+        is_sum = sink.buffer is not None and not sink.replace
+        gradient = torch.empty_like(mask_logits) if sink.buffer is None else sink.buffer
+        logits, bits = raw_bits(mask_logits), raw_bits(weight)
+        grad_bits, out = raw_bits(grad), raw_bits(gradient)
+        shape, named = self.kernels.shape_arguments(site.pattern), _sample_arguments(sample)
+
+        def work(part: slice, global_row: int) -> None:
+            self.kernels.backward(
+                out[part],
+                is_sum,
+                grad_bits[part],
+                logits[part],
+                bits[part],
+                *shape,
+                _place(site, global_row),
+                *named,
+                np.float32(sink.norm_coef),
+            )
+
+        on_all_threads(site.placement.blocks, work)
+        return gradient
+
+    def mask_statistics(
+        self, mask_logits: torch.Tensor, site: Site, kappa: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hard codes (O, G), sum over groups of the largest probability, 0-d)."""
+        rows, _, groups = mask_logits.shape
+        hard_codes = torch.empty((rows, groups), dtype=site.code_dtype)
+        codes, largest_O, logits = hard_codes.numpy(), np.empty(rows), raw_bits(mask_logits)
+        shape = self.kernels.shape_arguments(site.pattern)
+
+        def work(part: slice, _global_row: int) -> None:
+            self.kernels.mask_statistics(
+                codes[part], largest_O[part], logits[part], *shape, np.float32(kappa)
+            )
+
+        on_all_threads([RowBlock(0, rows, 0)], work)
+        return hard_codes, torch.tensor(largest_O.sum())
 
 
-def supports(mask_logits: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernels read these dtypes."""
-    return all(tensor.dtype in (torch.bfloat16, torch.float32) for tensor in (mask_logits, weight))
+def _place(site: Site, global_row: int) -> tuple[int, int, int]:
+    return global_row, site.placement.first_group, site.placement.groups_in_row
+
+
+def _sample_arguments(sample: Sample) -> tuple[Any, ...]:
+    """The noise key, kappa, 1 / tau and hard, as the kernels take them."""
+    key = sample.key
+    words = tuple(map(np.uint64, (key.seed, key.step, key.micro_batch, key.parameter)))
+    return words, np.float32(sample.kappa), np.float32(1 / sample.tau), sample.hard
+
+
+def raw_bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The tensor's memory as uint16 (bf16) or uint32 (fp32); a copy only if it is not
+    contiguous.
+    """
+    integer = torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32
+    return np.asarray(tensor.detach().contiguous().view(integer).numpy())
 
 
 def on_all_threads(blocks: Iterable[RowBlock], work: Callable[[slice, int], None]) -> None:
-    """Call ``work(local rows, global id of the first)`` on slices of the blocks, one a thread; rows
-    are independent.
+    """Call ``work(local rows, global id of the first row)`` on slices of the blocks, one a thread.
+
+    Rows are independent, so the split does not show in the results.
     """
     threads = 1 if is_worker() else torch.get_num_threads()
     calls = []
@@ -132,41 +154,27 @@ def on_all_threads(blocks: Iterable[RowBlock], work: Callable[[slice, int], None
         pass
 
 
-def raw_bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's memory as uint16 (bf16) or uint32 (fp32); a copy only if it is not
-    contiguous.
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """``work`` of every item on as many threads as PyTorch uses, results in the order of the items.
+
+    The items are worked on in turn when PyTorch has one thread, and within such a thread: a layer
+    that one thread works on is not split again.
     """
-    integer = torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32
-    return np.asarray(tensor.detach().contiguous().view(integer).numpy())
+    threads = torch.get_num_threads()
+    return map(work, items) if threads == 1 or is_worker() else _pool(threads).map(work, items)
 
 
-def _kernels(site: Site) -> ModuleType:
-    return k_subset_numba if site.distribution == "linear" else gumbel_softmax_numba
+def is_worker() -> bool:
+    """Whether the caller runs on one of the threads of ``side_by_side``."""
+    return getattr(_local, "is_worker", False)
 
 
-@functools.lru_cache
-def _candidates(pattern: Pattern) -> tuple[np.ndarray[Any, Any], int]:
-    """Kept positions of every candidate, (C, N), and M."""
-    return np.array(pattern.kept_positions, dtype=np.int64), pattern.m
-
-
-@functools.lru_cache
-def _subsets(pattern: Pattern) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tuples of N and of M; their lengths are what counts."""
-    return tuple(range(pattern.n)), tuple(range(pattern.m))
-
-
-def _key(key: NoiseKey) -> tuple[np.uint64, ...]:
-    return (
-        np.uint64(key.seed),
-        np.uint64(key.step),
-        np.uint64(key.micro_batch),
-        np.uint64(key.parameter),
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(
+        threads, thread_name_prefix="megamask-sampling", initializer=_mark_worker
     )
 
 
-def _arguments(site: Site, draw: Draw, global_row: int) -> tuple[Any, ...]:
-    place = (global_row, site.placement.first_group, site.placement.groups_in_row)
-    scale = (np.float32(draw.kappa), np.float32(1 / draw.tau))
-    shape = _subsets(site.pattern) if site.distribution == "linear" else _candidates(site.pattern)
-    return (*shape, place, _key(draw.key), *scale, draw.hard)
+def _mark_worker() -> None:
+    _local.is_worker = True

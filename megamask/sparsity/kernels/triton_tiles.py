@@ -5,10 +5,28 @@ scores, masking and its gradient.
 from __future__ import annotations
 
 import os
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+
+
+class Kernels(NamedTuple):
+    """The kernels of a distribution for one pattern.
+
+    Attributes:
+        forward, backward, mask_statistics: the kernels.
+        constants: arguments of ``forward`` and ``backward`` that describe the pattern, by name.
+        statistics_constants: the same of ``mask_statistics``.
+    """
+
+    forward: Any
+    backward: Any
+    mask_statistics: Any
+    constants: dict[str, Any]
+    statistics_constants: dict[str, Any]
+
 
 # Arguments that must not make Triton compile again when they change.
 CHANGING = (

@@ -40,19 +40,16 @@ from typing import NamedTuple
 
 import torch
 
-from megamask.sparsity.categorical.gumbel_softmax import supports
-from megamask.sparsity.draw import Draw, Sampled, Site, computing_dtype, gumbel_noise
+from megamask.sparsity.draw import (
+    RETURNED,
+    GradientSink,
+    Sample,
+    Sampled,
+    Site,
+    computing_dtype,
+    gumbel_noise,
+)
 from megamask.sparsity.pattern import Pattern
-
-__all__ = [
-    "backward",
-    "forward",
-    "marginals",
-    "sampled_mask",
-    "subset_entropy",
-    "supports",
-    "mask_statistics",
-]
 
 
 class Factors(NamedTuple):
@@ -63,10 +60,10 @@ class Factors(NamedTuple):
     size: int
 
 
-def scores(mask_logits: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
+def scores(mask_logits: torch.Tensor, site: Site, sample: Sample) -> torch.Tensor:
     """l = (kappa pi + g) / tau, (O, M, G)."""
-    noise = gumbel_noise(site, draw, mask_logits.shape[-1], mask_logits.device, mask_logits.dtype)
-    return (mask_logits * draw.kappa + noise) / draw.tau
+    noise = gumbel_noise(site, sample, mask_logits.shape[-1], mask_logits.device, mask_logits.dtype)
+    return (mask_logits * sample.kappa + noise) / sample.tau
 
 
 def factors(score_OMG: torch.Tensor, pattern: Pattern) -> Factors:
@@ -175,27 +172,33 @@ def largest(score_OMG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     )
 
 
-def sampled_mask(mask_logits: torch.Tensor, site: Site, draw: Draw) -> torch.Tensor:
-    """The mask of one draw, (O, I): soft, or the N largest of each group when ``draw.hard``."""
-    score = scores(mask_logits, site, draw)
-    return _in_rows(largest(score, site.pattern) if draw.hard else marginals(score, site.pattern))
+def sampled_mask(mask_logits: torch.Tensor, site: Site, sample: Sample) -> torch.Tensor:
+    """The mask of one draw, (O, I): soft, or the N largest of each group when ``sample.hard``."""
+    score = scores(mask_logits, site, sample)
+    return _in_rows(largest(score, site.pattern) if sample.hard else marginals(score, site.pattern))
 
 
 def _in_rows(mask_OMG: torch.Tensor) -> torch.Tensor:
     return mask_OMG.transpose(1, 2).flatten(1)
 
 
-def forward(mask_logits: torch.Tensor, weight: torch.Tensor, site: Site, draw: Draw) -> Sampled:
+def forward(
+    mask_logits: torch.Tensor,
+    weight: torch.Tensor,
+    site: Site,
+    sample: Sample,
+    statistics: bool = False,
+) -> Sampled:
     """Sample a mask and apply it to the weight."""
     wide = computing_dtype(mask_logits)
-    masked = weight.to(wide) * sampled_mask(mask_logits.to(wide), site, draw)
+    masked = weight.to(wide) * sampled_mask(mask_logits.to(wide), site, sample)
     norm, nothing = (
         masked.square().sum(dtype=torch.float64),
         torch.zeros((), dtype=torch.float64, device=masked.device),
     )
     hard_codes, top = (
-        mask_statistics(mask_logits, site, draw.kappa)
-        if draw.watch
+        mask_statistics(mask_logits, site, sample.kappa)
+        if statistics
         else (nothing.new_empty(0, dtype=site.code_dtype), nothing)
     )
     return Sampled(masked.to(weight.dtype), torch.stack([norm, top]), hard_codes)
@@ -206,8 +209,8 @@ def backward(
     mask_logits: torch.Tensor,
     weight: torch.Tensor,
     site: Site,
-    draw: Draw,
-    into: torch.Tensor | None = None,
+    sample: Sample,
+    sink: GradientSink = RETURNED,
 ) -> torch.Tensor:
     """Gradient at the logits, (O, M, G), of ``grad``, the gradient at W * M; the noise is drawn
     again.
@@ -216,17 +219,13 @@ def backward(
     when given, which is then returned.
     """
     wide = computing_dtype(mask_logits)
-    score = scores(mask_logits.to(wide), site, draw)
-    mask = _in_rows(largest(score, site.pattern) if draw.hard else marginals(score, site.pattern))
+    score = scores(mask_logits.to(wide), site, sample)
+    mask = _in_rows(largest(score, site.pattern) if sample.hard else marginals(score, site.pattern))
     weight, grad = weight.to(wide), grad.to(wide)
-    dmask = grad * weight - 2 * draw.norm_coef * weight.square() * mask
+    dmask = grad * weight - 2 * sink.norm_coef * weight.square() * mask
     slope = dmask.unflatten(1, (-1, site.pattern.m)).transpose(1, 2)
-    dlogits = draw.kappa / draw.tau * covariances(score, slope, site.pattern)
-    return (
-        dlogits.to(mask_logits.dtype)
-        if into is None
-        else into.copy_(dlogits if draw.fresh else into.to(wide) + dlogits)
-    )
+    dlogits = sample.kappa / sample.tau * covariances(score, slope, site.pattern)
+    return sink.put(dlogits, mask_logits.dtype)
 
 
 def mask_statistics(

@@ -18,6 +18,8 @@ bf16, uint32 for fp32.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numba import njit
 
@@ -36,11 +38,18 @@ from megamask.sparsity.kernels.numba_math import (
     uniform,
 )
 from megamask.sparsity.kernels.numba_tiles import LOG2_E, load, store, sum_line
+from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.subset import llvm_polynomials, llvm_positions
 from megamask.sparsity.subset.llvm_polynomials import LANES
 
 TILE = 1024  # members, about: scratch stays in the first-level cache
 HALF = LANES // 2  # groups whose words are made at once: their products have 64 bits
+
+
+@lru_cache
+def shape_arguments(pattern: Pattern) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """``kept`` and ``positions`` of the kernels: tuples of N and of M, whose lengths count."""
+    return tuple(range(pattern.n)), tuple(range(pattern.m))
 
 
 @njit(inline="always")

@@ -11,11 +11,13 @@ Shapes: O rows, G groups per row, M group size, I = G * M.
 # triton's decorators carry no types, and its annotations are values, not types
 # mypy: ignore-errors
 
+import torch
 import triton
 import triton.language as tl
 
 from megamask.sparsity.kernels.triton_tiles import (
     CHANGING,
+    Kernels,
     counter,
     exp,
     mask_gradients,
@@ -25,6 +27,13 @@ from megamask.sparsity.kernels.triton_tiles import (
     scores_of,
     tile,
 )
+from megamask.sparsity.pattern import Pattern
+
+
+def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
+    """The kernels for this pattern."""
+    shape = {"N": pattern.n, "M": pattern.m}
+    return Kernels(forward, backward, mask_statistics, shape, shape)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from megamask.errors import ConfigError
 from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from megamask.parallel.mesh import start
-from megamask.sparsity.draw import Draw
+from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 
@@ -59,14 +59,14 @@ def test_dense_sampled_and_folded(linear: Any) -> None:
     switch = attach(linear)
     assert torch.equal(linear(x)[0], dense)  # no draw is set
 
-    switch.draw = Draw(NoiseKey(1, 2), 100.0, 1.0, hard=True)
+    switch.sample = Sample(NoiseKey(1, 2), 100.0, 1.0, hard=True)
     sampled = linear.masked_weight(linear.weight)
     assert torch.equal(sampled != 0, PATTERN.mask_of(PATTERN.index_of((sampled != 0).int())))
     assert torch.equal(linear(x)[0], linear(x)[0])  # the same draw again
     assert not torch.equal(linear(x)[0], dense)
     assert float(switch.norms[7]) == pytest.approx(float(sampled.detach().double().square().sum()))
 
-    switch.draw = None
+    switch.sample = None
     hard_codes = linear.hard_mask()
     assert torch.equal(PATTERN.index_of(hard_codes), linear.mask_logits.argmax(1))
     linear.fold(hard_codes)

@@ -16,12 +16,13 @@ from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedColumnParallelLinear
 from megamask.parallel.mesh import start
 from megamask.parallel.step_draw import begin_step, end_step
-from megamask.sparsity.draw import Draw
+from megamask.sparsity.draw import GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 
 SIZES = [(8, 24), (64, 256), (16, 12), (32, 128), (8, 8)]  # (O, I): the second takes longest
-DRAW = Draw(NoiseKey(3, 1), kappa=100.0, tau=1.0, norm_coef=1e-3, watch=True, fresh=True)
+SAMPLE = Sample(NoiseKey(3, 1), kappa=100.0, tau=1.0)
+COEF = 1e-3
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -64,10 +65,9 @@ def layers(backend: str) -> tuple[list[Any], MaskSwitch]:
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_a_step_of_all_layers_is_that_of_each(backend: str, threads: int) -> None:
     linears, switch = layers(backend)
-    begin_step(linears, DRAW, sums_in_fp32=True)
-    assert (
-        list(switch.norms) == list(switch.watched) == [10 - number for number in range(len(SIZES))]
-    )
+    begin_step(linears, SAMPLE, COEF, sums_in_fp32=True)
+    order = [10 - number for number in range(len(SIZES))]
+    assert list(switch.norms) == list(switch.mask_statistics) == order
     drawn = [linear.step_draw.masked.detach().clone() for linear in linears]
     for micro_batch in range(2):
         sum(
@@ -79,8 +79,8 @@ def test_a_step_of_all_layers_is_that_of_each(backend: str, threads: int) -> Non
     assert list(end_step(linears)) == list(range(len(SIZES)))
 
     for linear, masked in zip(linears, drawn, strict=True):
-        alone = linear._sampler.forward(
-            linear.mask_logits.detach(), linear.weight, linear.site, linear.step_draw.draw
+        alone = linear.sampler.forward(
+            linear.mask_logits.detach(), linear.weight, linear.site, linear.step_draw.sample
         )
         assert torch.equal(alone.masked, masked)
         assert torch.equal(alone.sums[0], switch.norms[linear.parameter_id])
@@ -88,12 +88,13 @@ def test_a_step_of_all_layers_is_that_of_each(backend: str, threads: int) -> Non
             masked.shape, 2.0 + 4.0
         )  # two rows of ones, once weighed 1 and once 2
         assert torch.equal(linear.step_draw.weight_grad, weight_grad)
-        expected = linear._sampler.backward(
+        expected = linear.sampler.backward(
             weight_grad,
             linear.mask_logits.detach(),
             linear.weight,
             linear.site,
-            linear.step_draw.draw,
+            linear.step_draw.sample,
+            GradientSink(COEF),
         )
         assert torch.equal(linear.mask_logits.main_grad, expected)
         linear.drop_draw()

@@ -13,24 +13,26 @@ import pytest
 import torch
 
 from megamask.errors import ConfigError
-from megamask.sparsity.backends import backend_by_name, choose_backend
+from megamask.sparsity.backends import choose_backend
 from megamask.sparsity.categorical import gumbel_softmax
-from megamask.sparsity.draw import Draw, Site
-from megamask.sparsity.kernels import numba_host
+from megamask.sparsity.draw import GradientSink, Sample, Site
+from megamask.sparsity.kernels.numba_host import NumbaSampler
 from megamask.sparsity.noise import NoiseKey
-from megamask.sparsity.operator import sample_mask
+from megamask.sparsity.operator import sample_mask, sampler_for
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
+from tests.unit.sparsity.samplers import FUSED
 
 ROWS, GROUPS = 12, 37  # GROUPS is no multiple of a vector's lanes
 KEY = NoiseKey(seed=2**32 - 1, step=2**31, micro_batch=5, parameter=2**32 - 7)
 DRAWS = [
-    Draw(KEY, kappa=100.0, tau=4.0, norm_coef=1e-2),
-    Draw(KEY, kappa=300.0, tau=0.5),
-    Draw(KEY, kappa=500.0, tau=0.05, norm_coef=1e-2),
-    Draw(KEY, kappa=300.0, tau=1.0, hard=True, norm_coef=1e-2),
+    Sample(KEY, kappa=100.0, tau=4.0),
+    Sample(KEY, kappa=300.0, tau=0.5),
+    Sample(KEY, kappa=500.0, tau=0.05),
+    Sample(KEY, kappa=300.0, tau=1.0, hard=True),
 ]
 PATTERNS = [(2, 4), (1, 4), (4, 8)]
+SINK = GradientSink(norm_coef=1e-2)
 EPS = 2.0**-24  # fp32 rounds to 24 bits
 
 
@@ -45,7 +47,7 @@ def problem(
     return site, logits, weight, grad
 
 
-def index_error(logits: torch.Tensor, draw: Draw) -> float:
+def index_error(logits: torch.Tensor, draw: Sample) -> float:
     """Largest difference to expect in the relaxed index.
 
     The scores are (kappa pi + g) / tau with |g| < 17; each side rounds kappa pi, g (two logs, a few
@@ -60,12 +62,12 @@ def index_error(logits: torch.Tensor, draw: Draw) -> float:
 @pytest.mark.parametrize("draw", DRAWS, ids=["soft-warm", "soft-cool", "soft-cold", "hard"])
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_the_fused_kernels_equal_the_plain_backend(
-    n: int, m: int, draw: Draw, dtype: torch.dtype
+    n: int, m: int, draw: Sample, dtype: torch.dtype
 ) -> None:
     site, logits, weight, grad = problem(n, m, dtype)
     error, candidates = index_error(logits, draw), site.pattern.num_candidates
     expected, (expected_norm, _), _ = gumbel_softmax.forward(logits, weight, site, draw)
-    masked, (norm, _), _ = numba_host.forward(logits, weight, site, draw)
+    masked, (norm, _), _ = FUSED.forward(logits, weight, site, draw)
     assert masked.dtype == dtype
     # A mask entry sums at most C index entries that err together (they sum to 1): twice the index
     # error, times |W| < 5; a result in bf16 (8 bits, so neighbours up to 2^-7 apart) may also round
@@ -79,8 +81,8 @@ def test_the_fused_kernels_equal_the_plain_backend(
     )
     torch.testing.assert_close(norm, expected_norm, rtol=4 * error + 1e-6, atol=0)
 
-    expected_dlogits = gumbel_softmax.backward(grad, logits, weight, site, draw)
-    dlogits = numba_host.backward(grad, logits, weight, site, draw)
+    expected_dlogits = gumbel_softmax.backward(grad, logits, weight, site, draw, SINK)
+    dlogits = FUSED.backward(grad, logits, weight, site, draw, SINK)
     # dpi = kappa / tau * y * (dy - mean dy): |dy| sums n products of size |dW W| < 25, y errs by
     # ``error``, and dy by n roundings.
     size = draw.kappa / draw.tau * n * 25
@@ -92,12 +94,21 @@ def test_the_fused_kernels_equal_the_plain_backend(
         or draw.tau == 0.05
     )
 
-    hard_codes, largest = numba_host.mask_statistics(logits, site, draw.kappa)
+    hard_codes, largest = FUSED.mask_statistics(logits, site, draw.kappa)
     expected_winner, expected_largest = gumbel_softmax.mask_statistics(logits, site, draw.kappa)
     assert torch.equal(hard_codes, expected_winner)
     # exp of differences below 2 kappa max|pi|, with C terms of which each rounds.
     survey_error = EPS * (4 * draw.kappa * float(logits.abs().max()) + 4 * candidates)
     torch.testing.assert_close(largest, expected_largest, rtol=survey_error, atol=0)
+
+
+def changed(
+    sample: Sample, sink: GradientSink, change: dict[str, float]
+) -> tuple[Sample, GradientSink]:
+    """The sample and the sink with one of their fields changed."""
+    if "norm_coef" in change:
+        return sample, replace(sink, **change)
+    return replace(sample, **change), sink
 
 
 @pytest.mark.parametrize(
@@ -108,21 +119,21 @@ def test_the_fused_kernels_equal_the_plain_backend(
 def test_a_wrong_kernel_would_be_seen(change: dict[str, float]) -> None:
     site, logits, weight, grad = problem(2, 4, torch.float32)
     draw = DRAWS[0]
-    wrong = replace(draw, **change)
+    wrong = changed(draw, SINK, change)
     tolerance = draw.kappa / draw.tau * 2 * 25 * (4 * index_error(logits, draw) + 8 * EPS)
-    expected = gumbel_softmax.backward(grad, logits, weight, site, draw)
+    expected = gumbel_softmax.backward(grad, logits, weight, site, draw, SINK)
     # ``hard`` shows in the gradient through the norm term alone.
     assert (
-        numba_host.backward(grad, logits, weight, site, wrong) - expected
+        FUSED.backward(grad, logits, weight, site, *wrong) - expected
     ).abs().max() > 10 * tolerance
 
 
 def test_hard_masks_differ_between_the_backends_only_at_near_ties() -> None:
     site, logits, weight, _ = problem(2, 4, torch.float32)
-    draw = Draw(KEY, 100.0, 1.0, hard=True)
+    draw = Sample(KEY, 100.0, 1.0, hard=True)
     plain, fused = (
         backend.forward(logits, torch.ones_like(weight), site, draw)[0]
-        for backend in (gumbel_softmax, numba_host)
+        for backend in (gumbel_softmax, FUSED)
     )
     assert site.pattern.is_valid(fused)
     top = gumbel_softmax.soft_index(logits, site, draw).topk(2, dim=1).values
@@ -142,8 +153,8 @@ def test_the_result_does_not_depend_on_threads_or_on_the_slice(hard: bool) -> No
             torch.set_num_threads(threads)
             results.append(
                 (
-                    numba_host.forward(logits, weight, site, draw)[0],
-                    numba_host.backward(grad, logits, weight, site, draw),
+                    FUSED.forward(logits, weight, site, draw)[0],
+                    FUSED.backward(grad, logits, weight, site, draw, SINK),
                 )
             )
     finally:
@@ -154,18 +165,18 @@ def test_the_result_does_not_depend_on_threads_or_on_the_slice(hard: bool) -> No
     part = Site(site.pattern, replace(site.placement, first_group=first))
     cut = slice(4 * first, 4 * (first + count))
     some = (logits[..., first : first + count].contiguous(), weight[:, cut], part, draw)
-    assert torch.equal(numba_host.forward(*some)[0], results[0][0][:, cut])
+    assert torch.equal(FUSED.forward(*some)[0], results[0][0][:, cut])
     assert torch.equal(
-        numba_host.backward(grad[:, cut], *some), results[0][1][..., first : first + count]
+        FUSED.backward(grad[:, cut], *some, SINK), results[0][1][..., first : first + count]
     )
 
 
 def test_extreme_logits_stay_finite() -> None:
     site, logits, weight, grad = problem(2, 4, torch.float32)
-    draw = Draw(KEY, kappa=500.0, tau=0.05, norm_coef=0.1)
+    draw = Sample(KEY, kappa=500.0, tau=0.05)
     for scale in (1.0, 100.0, 1e4):
-        masked, (norm, _), _ = numba_host.forward(scale * logits, weight, site, draw)
-        dlogits = numba_host.backward(grad, scale * logits, weight, site, draw)
+        masked, (norm, _), _ = FUSED.forward(scale * logits, weight, site, draw)
+        dlogits = FUSED.backward(grad, scale * logits, weight, site, draw, SINK)
         assert all(bool(torch.isfinite(one).all()) for one in (masked, norm, dlogits))
 
 
@@ -176,20 +187,22 @@ def test_the_dtype_of_the_gradient_at_the_mask_makes_no_difference(n: int, m: in
     """
     site, logits, weight, grad = problem(n, m, torch.bfloat16)
     narrow, wide = (
-        numba_host.backward(one, logits, weight, site, DRAWS[0]) for one in (grad, grad.float())
+        FUSED.backward(one, logits, weight, site, DRAWS[0], SINK) for one in (grad, grad.float())
     )
     assert torch.equal(narrow, wide)
     assert not torch.equal(
-        narrow, numba_host.backward(grad.float() + 2.0**-12, logits, weight, site, DRAWS[0])
+        narrow, FUSED.backward(grad.float() + 2.0**-12, logits, weight, site, DRAWS[0], SINK)
     )
 
 
 def test_gradients_that_are_not_contiguous() -> None:
     site, logits, weight, grad = problem(2, 4, torch.float32)
     leaf = logits.clone().requires_grad_()
-    masked = sample_mask(leaf, weight, site, DRAWS[0], "numba").masked
+    masked = sample_mask(
+        leaf, weight, site, DRAWS[0], sampler_for("numba", site.distribution), SINK
+    ).masked
     masked.backward(grad.T.contiguous().T)
-    assert torch.equal(leaf.grad, numba_host.backward(grad, logits, weight, site, DRAWS[0]))
+    assert torch.equal(leaf.grad, FUSED.backward(grad, logits, weight, site, DRAWS[0], SINK))
 
 
 def test_choosing_a_backend() -> None:
@@ -199,7 +212,8 @@ def test_choosing_a_backend() -> None:
         "numba",
         "numba",
     ]
-    assert backend_by_name("torch") is gumbel_softmax and backend_by_name("numba") is numba_host
+    assert sampler_for("torch") is gumbel_softmax
+    assert isinstance(sampler_for("numba"), NumbaSampler)
     with pytest.raises(ConfigError, match="learn.sampling.backend"):
         choose_backend("numba", torch.device("cuda"))
     with pytest.raises(ConfigError, match="learn.sampling.backend"):

@@ -16,19 +16,19 @@ import pytest
 import torch
 
 from megamask.sparsity.categorical import gumbel_softmax
-from megamask.sparsity.draw import Draw, Site
-from megamask.sparsity.kernels import numba_host
+from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from tests.unit.sparsity.categorical.reference import candidate_table
+from tests.unit.sparsity.samplers import FUSED
 
 N = 60_000
 KAPPA, TAU = 100.0, 0.7
 LOGITS = torch.tensor(
     [0.012, -0.004, 0.0, 0.009, -0.015, 0.003]
 )  # of one 2:4 group: kappa pi spans -1.5 .. 1.2
-BACKENDS = [pytest.param(gumbel_softmax, id="torch"), pytest.param(numba_host, id="numba")]
+BACKENDS = [pytest.param(gumbel_softmax, id="torch"), pytest.param(FUSED, id="numba")]
 
 
 def sample(
@@ -43,7 +43,7 @@ def sample(
         Site(Pattern(2, 4), Placement.whole(1, N)),
         sign * LOGITS[None, :, None].repeat(1, 1, N),
     )
-    draw = Draw(NoiseKey(seed=99, step=1), kappa, tau, hard)
+    draw = Sample(NoiseKey(seed=99, step=1), kappa, tau, hard)
     masked, *_ = backend.forward(logits, torch.ones(1, 4 * N), site, draw)
     return masked.view(N, 4).double().numpy()
 
@@ -126,7 +126,7 @@ def test_soft_masks_become_hard_as_tau_falls(backend: ModuleType) -> None:
 def test_neighbouring_keys_are_uncorrelated() -> None:
     site, logits = Site(Pattern(2, 4), Placement.whole(1, N)), torch.zeros(1, 6, N)
     first, *others = (
-        gumbel_softmax.gumbel_noise(site, Draw(key, 1, 1), N, "cpu", torch.float64).flatten()
+        gumbel_softmax.gumbel_noise(site, Sample(key, 1, 1), N, "cpu", torch.float64).flatten()
         for key in (
             NoiseKey(1, 1),
             NoiseKey(2, 1),

@@ -15,19 +15,19 @@ from megamask.learn.maskpro import score, score_numba
 from megamask.learn.maskpro.policy_gradient import Tracker, advantages
 from megamask.learn.maskpro.score import (
     choose_score,
-    draw_of,
     ordered_score,
+    sample_of,
     score_of,
     set_score,
 )
 from megamask.sparsity.draw import Site
-from megamask.sparsity.kernels import numba_host
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset.k_subset import scores
 from tests.unit.learn.maskpro.ordered_law import log_probability, log_set_probability
 from tests.unit.learn.maskpro.ordered_law import score as expected_score
+from tests.unit.sparsity.samplers import FUSED
 
 KINDS = ("ordered", "set")
 SHAPES = [(1, 4), (2, 4), (3, 4), (2, 8), (4, 8)]
@@ -134,11 +134,11 @@ def test_what_is_left_is_not_a_difference() -> None:
 def test_draws_follow_the_law(n: int, m: int) -> None:
     groups, logits = 60_000, torch.tensor([1.1, -0.4, 0.2, 0.9, -1.0])[:m]
     site = Site(Pattern(n, m), Placement.whole(1, groups), "linear")
-    masked = numba_host.forward(
+    masked = FUSED.forward(
         logits[None, :, None].repeat(1, 1, groups),
         torch.ones(1, m * groups),
         site,
-        draw_of(NoiseKey(seed=5, step=7)),
+        sample_of(NoiseKey(seed=5, step=7)),
     ).masked
     counts = torch.bincount(
         site.pattern.index_of(masked).flatten(), minlength=site.pattern.num_candidates
@@ -210,7 +210,7 @@ class Toy:
         pattern, self.rows = Pattern(2, 4), rows
         site = Site(pattern, Placement.whole(rows, 2), "linear")
         self.logits = self.logits_MG.repeat(rows, 1, 1)
-        self.perturbed = scores(self.logits, site, draw_of(NoiseKey(seed, 0)))
+        self.perturbed = scores(self.logits, site, sample_of(NoiseKey(seed, 0)))
         mask = torch.zeros_like(self.logits).scatter_(1, self.perturbed.topk(2, dim=1).indices, 1)
         self.residual = self.objective(mask)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megamask.sparsity.categorical import gumbel_softmax
-from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.draw import GradientSink, Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sample_mask
 from megamask.sparsity.pattern import Pattern
@@ -22,11 +22,12 @@ from tests.unit.sparsity.categorical import reference
 ROWS, GROUPS = 6, 5
 KEY = NoiseKey(seed=7, step=3, micro_batch=2, parameter=12345)
 DRAWS = [
-    Draw(KEY, kappa=100.0, tau=4.0),
-    Draw(KEY, kappa=300.0, tau=0.5, norm_coef=0.03),
-    Draw(KEY, kappa=100.0, tau=4.0, hard=True),
-    Draw(KEY, kappa=300.0, tau=0.5, hard=True, norm_coef=0.03),
+    Sample(KEY, kappa=100.0, tau=4.0),
+    Sample(KEY, kappa=300.0, tau=0.5),
+    Sample(KEY, kappa=100.0, tau=4.0, hard=True),
+    Sample(KEY, kappa=300.0, tau=0.5, hard=True),
 ]
+COEFS = [0.0, 0.03, 0.0, 0.03]
 PATTERNS = [(2, 4), (1, 4), (4, 8)]
 # Both sides compute in fp64 and differ in the order of operations: a few hundred roundings of
 # 1.1e-16 on scores below 1e2.
@@ -47,7 +48,12 @@ def problem(n: int, m: int) -> tuple[Site, torch.Tensor, torch.Tensor, torch.Ten
 
 
 def reference_gradient(
-    site: Site, logits: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, draw: Draw
+    site: Site,
+    logits: torch.Tensor,
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    draw: Sample,
+    norm_coef: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(W * M, gradient at the logits of sum grad W * M - coef |W * M|^2 by autograd) of the
     reference.
@@ -56,17 +62,20 @@ def reference_gradient(
     noise = reference.gumbel(draw.key, ROWS, site.pattern.num_candidates, GROUPS)
     leaf = logits.clone().requires_grad_()
     masked = weight * reference.mask(leaf, noise, n, m, draw.kappa, draw.tau, draw.hard)
-    loss = (grad * masked).sum() - draw.norm_coef * masked.square().sum()
+    loss = (grad * masked).sum() - norm_coef * masked.square().sum()
     return masked.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
-@pytest.mark.parametrize("draw", DRAWS, ids=str)
+@pytest.mark.parametrize(("draw", "norm_coef"), zip(DRAWS, COEFS, strict=True), ids=str)
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
-def test_forward_and_backward_equal_the_reference(n: int, m: int, draw: Draw) -> None:
+def test_forward_and_backward_equal_the_reference(
+    n: int, m: int, draw: Sample, norm_coef: float
+) -> None:
     site, logits, weight, grad = problem(n, m)
-    expected, expected_dlogits = reference_gradient(site, logits, weight, grad, draw)
+    sink = GradientSink(norm_coef)
+    expected, expected_dlogits = reference_gradient(site, logits, weight, grad, draw, norm_coef)
     masked, (norm, _), _ = gumbel_softmax.forward(logits, weight, site, draw)
-    dlogits = gumbel_softmax.backward(grad, logits, weight, site, draw)
+    dlogits = gumbel_softmax.backward(grad, logits, weight, site, draw, sink)
     torch.testing.assert_close(masked, expected, **FP64)
     torch.testing.assert_close(norm, expected.square().sum(), **FP64)
     torch.testing.assert_close(dlogits, expected_dlogits, **FP64)
@@ -79,7 +88,7 @@ def test_forward_and_backward_equal_the_reference(n: int, m: int, draw: Draw) ->
         "step": replace(draw, key=replace(KEY, step=4)),
     }
     for name, other in wrong.items():
-        other_dlogits = gumbel_softmax.backward(grad, logits, weight, site, other)
+        other_dlogits = gumbel_softmax.backward(grad, logits, weight, site, other, sink)
         assert (
             other_dlogits - expected_dlogits
         ).abs().max() > 0.1 * expected_dlogits.abs().max(), f"a wrong {name} went unnoticed"
@@ -89,13 +98,14 @@ def test_forward_and_backward_equal_the_reference(n: int, m: int, draw: Draw) ->
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_gradient_by_finite_differences(n: int, m: int, coef: float) -> None:
     site, logits, weight, grad = problem(n, m)
-    draw = Draw(KEY, kappa=50.0, tau=2.0, norm_coef=coef)
+    draw = Sample(KEY, kappa=50.0, tau=2.0)
 
     def loss(at: torch.Tensor) -> torch.Tensor:
         masked, (norm, _), _ = gumbel_softmax.forward(at, weight, site, draw)
         return (grad * masked).sum() - coef * norm
 
-    dlogits, step = gumbel_softmax.backward(grad, logits, weight, site, draw), 1e-5
+    sink, step = GradientSink(coef), 1e-5
+    dlogits = gumbel_softmax.backward(grad, logits, weight, site, draw, sink)
     for o, c, g in [(0, 0, 0), (2, 1, 3), (5, site.pattern.num_candidates - 1, 4)]:
         shift = torch.zeros_like(logits)
         shift[o, c, g] = step
@@ -111,26 +121,27 @@ def test_gradient_by_finite_differences(n: int, m: int, coef: float) -> None:
 
 def test_autograd_sees_the_same_gradient_and_none_for_the_weight() -> None:
     site, logits, weight, grad = problem(2, 4)
-    draw = replace(DRAWS[1], key=KEY)
+    draw, sink = DRAWS[1], GradientSink(norm_coef=0.03)
     logits.requires_grad_()
     weight.requires_grad_()
-    masked, (norm, _), _ = sample_mask(logits, weight, site, draw, "torch")
+    masked, (norm, _), _ = sample_mask(logits, weight, site, draw, gumbel_softmax, sink)
     assert not norm.requires_grad
     (grad * masked).sum().backward()
-    assert torch.equal(
-        logits.grad, gumbel_softmax.backward(grad, logits.detach(), weight.detach(), site, draw)
-    )
+    plain = (logits.detach(), weight.detach(), site, draw, sink)
+    assert torch.equal(logits.grad, gumbel_softmax.backward(grad, *plain))
     assert weight.grad is None
 
 
 def test_weight_norm_gradient_is_that_of_minus_coef_times_the_norm() -> None:
     site, logits, weight, grad = problem(2, 4)
-    draw = Draw(KEY, kappa=100.0, tau=1.0, norm_coef=0.2)
+    draw = Sample(KEY, kappa=100.0, tau=1.0)
     noise = reference.gumbel(KEY, ROWS, 6, GROUPS)
     leaf = logits.clone().requires_grad_()
     norm = (weight * reference.mask(leaf, noise, 2, 4, draw.kappa, draw.tau)).square().sum()
     (slope,) = torch.autograd.grad(norm, leaf)
-    dlogits = gumbel_softmax.backward(torch.zeros_like(grad), logits, weight, site, draw)
+    dlogits = gumbel_softmax.backward(
+        torch.zeros_like(grad), logits, weight, site, draw, GradientSink(norm_coef=0.2)
+    )
     torch.testing.assert_close(dlogits, -0.2 * slope, **FP64)
     # Descent must make kept weights larger: the opposite sign is far outside the tolerance.
     stepped, *_ = gumbel_softmax.forward(logits - 1e-5 * dlogits, weight, site, draw)
@@ -139,7 +150,7 @@ def test_weight_norm_gradient_is_that_of_minus_coef_times_the_norm() -> None:
 
 def test_hard_masks_are_legal_and_carry_the_soft_gradient() -> None:
     site, logits, weight, grad = problem(2, 4)
-    soft, hard = Draw(KEY, 100.0, 2.0), Draw(KEY, 100.0, 2.0, hard=True)
+    soft, hard = Sample(KEY, 100.0, 2.0), Sample(KEY, 100.0, 2.0, hard=True)
     mask = gumbel_softmax.sampled_mask(logits, site, hard)
     assert site.pattern.is_valid(mask)
     assert not site.pattern.is_valid(gumbel_softmax.sampled_mask(logits, site, soft))
@@ -167,10 +178,11 @@ def test_the_end_of_the_schedules_is_finite(dtype: torch.dtype) -> None:
     site, logits, weight, grad = (
         one.to(dtype) if isinstance(one, torch.Tensor) else one for one in problem(2, 4)
     )
-    draw = Draw(KEY, kappa=500.0, tau=0.05, norm_coef=0.1)
+    draw = Sample(KEY, kappa=500.0, tau=0.05)
     for scale in (1.0, 100.0, 1e4):  # logits of std 0.01, 1, 100
         masked, (norm, _), _ = gumbel_softmax.forward(scale * logits, weight, site, draw)
-        dlogits = gumbel_softmax.backward(grad, scale * logits, weight, site, draw)
+        sink = GradientSink(norm_coef=0.1)
+        dlogits = gumbel_softmax.backward(grad, scale * logits, weight, site, draw, sink)
         assert all(bool(torch.isfinite(one).all()) for one in (masked, norm, dlogits))
 
 

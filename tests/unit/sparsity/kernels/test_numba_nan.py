@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from megamask.sparsity.categorical import gumbel_softmax
-from megamask.sparsity.draw import Draw, Site
-from megamask.sparsity.kernels import numba_host
+from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
+from tests.unit.sparsity.samplers import FUSED
 
 
-@pytest.mark.parametrize("backend", [gumbel_softmax, numba_host])
+@pytest.mark.parametrize("backend", [gumbel_softmax, FUSED])
 @pytest.mark.parametrize(
     "bad", [float("nan"), float("inf"), 1e38]
 )  # 1e38 overflows when it is scaled
@@ -26,7 +26,7 @@ def test_a_bad_logit_spoils_its_group_and_no_other(backend: ModuleType, bad: flo
     logits, weight = torch.zeros(8, 6, 4), torch.ones(8, 16)
     logits[3, 2, 1] = bad
     masked, (norm, _), _ = backend.forward(
-        logits, weight, site, Draw(NoiseKey(1, 2), kappa=100.0, tau=1.0)
+        logits, weight, site, Sample(NoiseKey(1, 2), kappa=100.0, tau=1.0)
     )
     spoiled = torch.zeros(8, 16, dtype=torch.bool)
     spoiled[3, 4:8] = True

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megamask.sparsity.kernels.threads import is_worker, side_by_side
+from megamask.sparsity.kernels.numba_host import is_worker, side_by_side
 
 
 @pytest.fixture(params=[1, 2])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,22 +16,25 @@ import triton
 import triton.language as tl
 
 from megamask.sparsity.categorical import gumbel_softmax
-from megamask.sparsity.draw import Draw, Site
-from megamask.sparsity.kernels import triton_host, triton_tiles
+from megamask.sparsity.draw import GradientSink, Sample, Site
+from megamask.sparsity.kernels import triton_tiles
 from megamask.sparsity.noise import NoiseKey, words
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement, RowBlock
+from tests.unit.sparsity.samplers import TRITON
+from tests.unit.sparsity.test_backends import changed
 from tests.unit.sparsity.test_noise import KNOWN_ANSWERS
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ROWS, GROUPS = 4, 37  # GROUPS is no multiple of a tile
 KEY = NoiseKey(seed=2**32 - 1, step=2**31, micro_batch=5, parameter=2**32 - 7)
-SOFT = Draw(KEY, kappa=100.0, tau=4.0, norm_coef=1e-2, watch=True)
+SOFT = Sample(KEY, kappa=100.0, tau=4.0)
 DRAWS = [
     SOFT,
-    Draw(KEY, kappa=500.0, tau=0.05, norm_coef=1e-2),
-    Draw(KEY, kappa=300.0, tau=1.0, hard=True, norm_coef=1e-2, watch=True),
+    Sample(KEY, kappa=500.0, tau=0.05),
+    Sample(KEY, kappa=300.0, tau=1.0, hard=True),
 ]
+SINK = GradientSink(norm_coef=1e-2)
 EPS = 2.0**-24  # fp32 rounds to 24 bits
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -46,7 +50,7 @@ def problem(
     return site, [g.to(DEVICE, weight), pi.to(DEVICE, logits), w.to(DEVICE, weight)]
 
 
-def index_error(logits: torch.Tensor, draw: Draw) -> float:
+def index_error(logits: torch.Tensor, draw: Sample) -> float:
     """Largest difference to expect in the relaxed index.
 
     The scores are (kappa pi + g) / tau with |g| < 17, of about 8 roundings of the score's size. The
@@ -62,7 +66,7 @@ def rounding(dtype: torch.dtype) -> float:
     return 2.0**-7 if dtype == BF16 else 4 * EPS
 
 
-def gradient_error(logits: torch.Tensor, draw: Draw, n: int) -> float:
+def gradient_error(logits: torch.Tensor, draw: Sample, n: int) -> float:
     """dpi = kappa / tau * y * (dy - mean dy): |dy| sums n products of size |dW W| < 25, y errs by
     index_error, dy by n roundings.
     """
@@ -140,14 +144,13 @@ CASES = [  # pattern, dtype of logits, of weight and gradient, draw; the interpr
 
 @pytest.mark.parametrize(("n", "m", "logits", "weight", "draw"), CASES)
 def test_the_kernels_equal_the_plain_backend(
-    n: int, m: int, logits: torch.dtype, weight: torch.dtype, draw: Draw
+    n: int, m: int, logits: torch.dtype, weight: torch.dtype, draw: Sample
 ) -> None:
     site, (grad, pi, w) = problem(n, m, logits, weight)
-    assert triton_host.supports(pi, w)
     error = index_error(pi, draw)
     expected, found = (
-        gumbel_softmax.forward(pi, w, site, draw),
-        triton_host.forward(pi, w, site, draw),
+        gumbel_softmax.forward(pi, w, site, draw, statistics=True),
+        TRITON.forward(pi, w, site, draw, statistics=True),
     )
     assert found.masked.dtype == weight
     # A mask entry sums at most C index entries that err together (they sum to 1): twice the index
@@ -163,71 +166,74 @@ def test_the_kernels_equal_the_plain_backend(
     torch.testing.assert_close(
         found.sums, expected.sums, rtol=max(4 * error + 1e-6, survey_error), atol=0
     )
-    hard_codes, largest = triton_host.mask_statistics(pi, site, draw.kappa)
+    hard_codes, largest = TRITON.mask_statistics(pi, site, draw.kappa)
     assert torch.equal(hard_codes, gumbel_softmax.mask_statistics(pi, site, draw.kappa)[0])
     torch.testing.assert_close(
         largest, gumbel_softmax.mask_statistics(pi, site, draw.kappa)[1], rtol=survey_error, atol=0
     )
 
     slack = gradient_error(pi, draw, n)
-    expected_dlogits = gumbel_softmax.backward(grad, pi, w, site, draw)
+    expected_dlogits = gumbel_softmax.backward(grad, pi, w, site, draw, SINK)
     torch.testing.assert_close(
-        triton_host.backward(grad, pi, w, site, draw),
+        TRITON.backward(grad, pi, w, site, draw, SINK),
         expected_dlogits,
         rtol=rounding(logits),
         atol=slack,
     )
     assert float(expected_dlogits.abs().max()) > 100 * slack or draw.tau == 0.05
-    into = torch.randn(pi.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, logits)
-    expected_sum = gumbel_softmax.backward(grad, pi, w, site, draw, into.clone())
-    given = triton_host.backward(grad, pi, w, site, draw, into)
-    assert given is into
-    torch.testing.assert_close(into, expected_sum, rtol=rounding(logits), atol=slack)
+    buffer = torch.randn(pi.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, logits)
+    sink = replace(SINK, buffer=buffer)
+    copy = replace(SINK, buffer=buffer.clone())
+    expected_sum = gumbel_softmax.backward(grad, pi, w, site, draw, copy)
+    assert TRITON.backward(grad, pi, w, site, draw, sink) is buffer
+    torch.testing.assert_close(buffer, expected_sum, rtol=rounding(logits), atol=slack)
 
 
 def test_gradients_and_buffers_of_another_dtype_or_stride() -> None:
     site, (grad, pi, w) = problem(2, 4, FP32, BF16)
-    expected = gumbel_softmax.backward(grad.float(), pi, w, site, SOFT)
+    expected = gumbel_softmax.backward(grad.float(), pi, w, site, SOFT, SINK)
     slack = gradient_error(pi, SOFT, 2)
     odd = (
         torch.zeros(grad.numel() + 1, device=DEVICE, dtype=BF16)[1:].view_as(grad).copy_(grad)
     )  # starts between two words
     for one in (grad.float(), grad.T.contiguous().T, odd):
         torch.testing.assert_close(
-            triton_host.backward(one, pi, w, site, SOFT), expected, rtol=0, atol=slack
+            TRITON.backward(one, pi, w, site, SOFT, SINK), expected, rtol=0, atol=slack
         )
-    into = torch.zeros(pi.transpose(0, 2).shape, device=DEVICE, dtype=BF16).transpose(0, 2)
-    triton_host.backward(grad, pi, w, site, SOFT, into)
-    torch.testing.assert_close(
-        into.float(), expected, rtol=2.0**-8, atol=slack
-    )  # one rounding to bf16
+    buffer = torch.zeros(pi.transpose(0, 2).shape, device=DEVICE, dtype=BF16).transpose(0, 2)
+    TRITON.backward(grad, pi, w, site, SOFT, replace(SINK, buffer=buffer))
+    # one rounding to bf16
+    torch.testing.assert_close(buffer.float(), expected, rtol=2.0**-8, atol=slack)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"kappa": -100.0}, {"kappa": 1.0}, {"tau": 1.0}, {"hard": True}, {"norm_coef": 0.0}, "key"],
+    [
+        {"kappa": -100.0},
+        {"kappa": 1.0},
+        {"tau": 1.0},
+        {"hard": True},
+        {"norm_coef": 0.0},
+        {"key": replace(KEY, step=1)},
+    ],
     ids=str,
 )
-def test_a_wrong_kernel_would_be_seen(change: dict[str, float] | str) -> None:
+def test_a_wrong_kernel_would_be_seen(change: dict[str, Any]) -> None:
     site, (grad, pi, w) = problem(2, 4)
-    wrong = (
-        replace(SOFT, key=replace(KEY, step=1))
-        if isinstance(change, str)
-        else replace(SOFT, **change)
-    )
-    expected = gumbel_softmax.backward(grad, pi, w, site, SOFT)
+    wrong = changed(SOFT, SINK, change)
+    expected = gumbel_softmax.backward(grad, pi, w, site, SOFT, SINK)
     # ``hard`` shows in the gradient through the norm term alone.
     assert (
-        triton_host.backward(grad, pi, w, site, wrong) - expected
+        TRITON.backward(grad, pi, w, site, *wrong) - expected
     ).abs().max() > 10 * gradient_error(pi, SOFT, 2)
 
 
 def test_hard_masks_differ_only_at_near_ties() -> None:
     site, (_, pi, w) = problem(2, 4)
-    draw = Draw(KEY, 100.0, 1.0, hard=True)
+    draw = Sample(KEY, 100.0, 1.0, hard=True)
     plain, fused = (
         backend.forward(pi, torch.ones_like(w), site, draw).masked
-        for backend in (gumbel_softmax, triton_host)
+        for backend in (gumbel_softmax, TRITON)
     )
     assert site.pattern.is_valid(fused)
     top = gumbel_softmax.soft_index(pi, site, draw).topk(2, dim=1).values
@@ -243,8 +249,8 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
     # Its group ids pass 2^32 within a row.
     place = Placement((RowBlock(0, ROWS, 2**32 // GROUPS - 2),), 0, GROUPS)
     whole, gradient = (
-        triton_host.forward(pi, w, Site(pattern, place), draw),
-        triton_host.backward(grad, pi, w, Site(pattern, place), draw),
+        TRITON.forward(pi, w, Site(pattern, place), draw, statistics=True),
+        TRITON.backward(grad, pi, w, Site(pattern, place), draw, SINK),
     )
     expected = gumbel_softmax.forward(pi, w, Site(pattern, place), draw).masked
     torch.testing.assert_close(
@@ -262,11 +268,11 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
     for rows, groups, where in shards.values():
         inputs = slice(4 * (groups.start or 0), None if groups.stop is None else 4 * groups.stop)
         some = (pi[rows][..., groups], w[rows][:, inputs], Site(pattern, where), draw)
-        part = triton_host.forward(*some)
+        part = TRITON.forward(*some, statistics=True)
         assert torch.equal(part.masked, whole.masked[rows][:, inputs])
         assert torch.equal(part.hard_codes, whole.hard_codes[rows][:, groups])
         assert torch.equal(
-            triton_host.backward(grad[rows][:, inputs], *some), gradient[rows][..., groups]
+            TRITON.backward(grad[rows][:, inputs], *some, SINK), gradient[rows][..., groups]
         )
 
 
@@ -284,13 +290,11 @@ def test_a_bad_logit_spoils_its_group_and_no_other(n: int, m: int, hard: bool) -
     ):  # 1e38 overflows when it is scaled
         logits[row, 2, group] = bad
         spoiled[row, group] = True
-    draw = Draw(NoiseKey(1, 2), kappa=100.0, tau=1.0, hard=hard)
-    masked, (norm, _), _ = triton_host.forward(logits, weight, site, draw)
+    draw = Sample(NoiseKey(1, 2), kappa=100.0, tau=1.0, hard=hard)
+    masked, (norm, _), _ = TRITON.forward(logits, weight, site, draw)
     assert torch.equal(masked.isnan(), spoiled.repeat_interleave(m, 1))
     assert norm.isnan()
-    assert torch.equal(
-        triton_host.backward(weight, logits, weight, site, draw).isnan().any(1), spoiled
-    )
+    assert torch.equal(TRITON.backward(weight, logits, weight, site, draw).isnan().any(1), spoiled)
 
 
 def test_hard_masks_are_drawn_with_probability_softmax_of_kappa_pi() -> None:
@@ -300,8 +304,8 @@ def test_hard_masks_are_drawn_with_probability_softmax_of_kappa_pi() -> None:
     expected = count * (kappa * pi.double()).softmax(0)
 
     def chi_square(kappa: float) -> float:
-        draw = Draw(NoiseKey(seed=99, step=1), kappa, 0.7, hard=True)
-        masked = triton_host.forward(
+        draw = Sample(NoiseKey(seed=99, step=1), kappa, 0.7, hard=True)
+        masked = TRITON.forward(
             pi[None, :, None].repeat(1, 1, count),
             torch.ones(1, 4 * count, device=DEVICE),
             site,
@@ -318,10 +322,3 @@ def test_hard_masks_are_drawn_with_probability_softmax_of_kappa_pi() -> None:
 
     assert chi_square(kappa) < 35.9  # P(chi-square of 5 degrees of freedom > 35.9) = 1e-6
     assert chi_square(-kappa) > 100
-
-
-def test_what_is_not_supported() -> None:
-    _, (_, pi, w) = problem(2, 4)
-    assert not triton_host.supports(pi.double(), w)
-    assert not triton_host.supports(pi, w.half())
-    assert not triton_host.supports(pi[..., :1], torch.ones(ROWS, 64))  # 64 members

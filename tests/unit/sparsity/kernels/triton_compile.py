@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ from megamask.sparsity.kernels import triton_host
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 
+CPU = torch.device("cpu")
+TRITON_MODULES = {
+    "categorical": "megamask.sparsity.categorical.gumbel_softmax_triton",
+    "linear": "megamask.sparsity.subset.k_subset_triton",
+}
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {"masked": "*i64", "weight": "*i64", "grad": "*i64", "sums": "*fp32", "codes": "*i64"}
 HARD_CODES = {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
@@ -41,10 +47,11 @@ SLOW = {Site(Pattern(8, 16), WHOLE, "linear"): (255, 2048)}
 
 def source(site: Site, name: str, logits: str, flag: bool) -> ASTSource:
     """A kernel with bf16 weights, as fused_cuda launches it in a big layer."""
-    kernel = getattr(triton_host._kernels(site), name)
+    kernels = import_module(TRITON_MODULES[site.distribution]).kernels_of(site.pattern, CPU)
+    kernel = getattr(kernels, name)
     cut = triton_host.Cut.of(1 << 20, 1024)
     constants: dict[str, Any] = {
-        **triton_host._shape(site, torch.device("cpu")),
+        **kernels.constants,
         **cut.constants,
         "BITS": 16,
         "GRAD_BITS": 16,

@@ -7,12 +7,12 @@ Shapes: O out_features, I in_features, G groups per row, M group size.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from megamask.sparsity.draw import Draw, Site
-from megamask.sparsity.kernels import triton_host
+from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement, RowBlock
@@ -25,10 +25,13 @@ from tests.unit.sparsity.kernels.triton_checks import (
     GROUPS,
     KEY,
     ROWS,
+    SINK,
     SOFT,
 )
+from tests.unit.sparsity.samplers import TRITON
 from tests.unit.sparsity.subset import subsets
 from tests.unit.sparsity.subset.rounding_error import EPS, bounds, check_within
+from tests.unit.sparsity.test_backends import changed
 
 # The hardware's log2 errs by 2^-22 / log2(16/15) = 2.6e-6 of a Gumbel at most, its exp by 2^-22: as
 # much as a score's error of that size.
@@ -68,12 +71,14 @@ CASES = [  # pattern, dtype of logits, of weight and gradient, draw; the interpr
 
 @pytest.mark.parametrize(("n", "m", "logits", "weight", "draw"), CASES)
 def test_the_kernels_equal_the_plain_backend(
-    n: int, m: int, logits: torch.dtype, weight: torch.dtype, draw: Draw
+    n: int, m: int, logits: torch.dtype, weight: torch.dtype, draw: Sample
 ) -> None:
     site, (grad, pi, w) = problem(n, m, logits, weight)
-    assert triton_host.supports(pi, w)
-    bound = bounds(grad, pi, w, site, draw, G_ERROR)
-    expected, found = k_subset.forward(pi, w, site, draw), triton_host.forward(pi, w, site, draw)
+    bound = bounds(grad, pi, w, site, draw, SINK.norm_coef, G_ERROR)
+    expected, found = (
+        k_subset.forward(pi, w, site, draw, statistics=True),
+        TRITON.forward(pi, w, site, draw, statistics=True),
+    )
     assert found.masked.dtype == weight and found.hard_codes.dtype == site.code_dtype
     check_within(found.masked, expected.masked, bound.masked, rounding(weight))
     assert torch.equal(found.hard_codes, expected.hard_codes)
@@ -84,7 +89,7 @@ def test_the_kernels_equal_the_plain_backend(
     ) + 100 * EPS * float(expected.sums[0])
     assert abs(float(found.sums[0] - expected.sums[0])) <= squares
 
-    hard_codes, largest = triton_host.mask_statistics(pi, site, draw.kappa)
+    hard_codes, largest = TRITON.mask_statistics(pi, site, draw.kappa)
     expected_winner, expected_largest = k_subset.mask_statistics(pi, site, draw.kappa)
     assert torch.equal(hard_codes, expected_winner) and hard_codes.dtype == site.code_dtype
     # 2 K scores below kappa max|pi| decide a probability and round; M K positive products; the
@@ -95,11 +100,11 @@ def test_the_kernels_equal_the_plain_backend(
         + m * G_ERROR
     )
     torch.testing.assert_close(largest, expected_largest, rtol=survey_error, atol=0)
-    assert not draw.watch or abs(float(found.sums[1] / largest - 1)) < 100 * EPS
+    assert abs(float(found.sums[1] / largest - 1)) < 100 * EPS
 
-    expected_dlogits = k_subset.backward(grad, pi, w, site, draw)
+    expected_dlogits = k_subset.backward(grad, pi, w, site, draw, SINK)
     check_within(
-        triton_host.backward(grad, pi, w, site, draw),
+        TRITON.backward(grad, pi, w, site, draw, SINK),
         expected_dlogits,
         bound.gradient,
         rounding(logits),
@@ -109,32 +114,35 @@ def test_the_kernels_equal_the_plain_backend(
     assert float(expected_dlogits.float().abs().sum()) > (10 if draw.tau < 0.1 else 100) * float(
         bound.gradient.sum()
     )
-    into = torch.randn(pi.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, logits)
-    expected_sum = k_subset.backward(grad, pi, w, site, draw, into.clone())
-    assert triton_host.backward(grad, pi, w, site, draw, into) is into
-    check_within(into, expected_sum, bound.gradient, rounding(logits))
-    triton_host.backward(
-        grad, pi, w, site, replace(draw, fresh=True), into
-    )  # replaces what is there
-    check_within(into, expected_dlogits, bound.gradient, rounding(logits))
+    buffer = torch.randn(pi.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, logits)
+    sink = replace(SINK, buffer=buffer)
+    copy = replace(SINK, buffer=buffer.clone())
+    expected_sum = k_subset.backward(grad, pi, w, site, draw, copy)
+    assert TRITON.backward(grad, pi, w, site, draw, sink) is buffer
+    check_within(buffer, expected_sum, bound.gradient, rounding(logits))
+    TRITON.backward(grad, pi, w, site, draw, replace(sink, replace=True))
+    check_within(buffer, expected_dlogits, bound.gradient, rounding(logits))
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"kappa": -100.0}, {"kappa": 1.0}, {"tau": 1.0}, {"hard": True}, {"norm_coef": 0.0}, "key"],
+    [
+        {"kappa": -100.0},
+        {"kappa": 1.0},
+        {"tau": 1.0},
+        {"hard": True},
+        {"norm_coef": 0.0},
+        {"key": replace(KEY, step=1)},
+    ],
     ids=str,
 )
-def test_a_wrong_kernel_would_be_seen(change: dict[str, float] | str) -> None:
+def test_a_wrong_kernel_would_be_seen(change: dict[str, Any]) -> None:
     site, (grad, pi, w) = problem(2, 4)
-    wrong = (
-        replace(SOFT, key=replace(KEY, step=1))
-        if isinstance(change, str)
-        else replace(SOFT, **change)
-    )
-    expected = k_subset.backward(grad, pi, w, site, SOFT)
+    wrong = changed(SOFT, SINK, change)
+    expected = k_subset.backward(grad, pi, w, site, SOFT, SINK)
     # ``hard`` shows in the gradient through the norm term alone.
-    far = (triton_host.backward(grad, pi, w, site, wrong) - expected).abs() > 10 * bounds(
-        grad, pi, w, site, SOFT, G_ERROR
+    far = (TRITON.backward(grad, pi, w, site, *wrong) - expected).abs() > 10 * bounds(
+        grad, pi, w, site, SOFT, SINK.norm_coef, G_ERROR
     ).gradient
     assert far.double().mean() > 0.5
 
@@ -148,13 +156,13 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
     )  # ids pass 2^32 within a row
     whole = Site(Pattern(4, 8), place, "linear")
     masked, gradient = (
-        triton_host.forward(pi, w, whole, draw).masked,
-        triton_host.backward(grad, pi, w, whole, draw),
+        TRITON.forward(pi, w, whole, draw).masked,
+        TRITON.backward(grad, pi, w, whole, draw, SINK),
     )
     check_within(
         masked,
         k_subset.forward(pi, w, whole, draw).masked,
-        bounds(grad, pi, w, whole, draw, G_ERROR).masked,
+        bounds(grad, pi, w, whole, draw, SINK.norm_coef, G_ERROR).masked,
         2.0**-7,
     )
     rows, groups, inputs = slice(1, 3), slice(3, 14), slice(24, 112)
@@ -164,8 +172,8 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
         "linear",
     )
     some = (pi[rows, :, groups], w[rows, inputs], part, draw)
-    assert torch.equal(triton_host.forward(*some).masked, masked[rows, inputs])
-    assert torch.equal(triton_host.backward(grad[rows, inputs], *some), gradient[rows, :, groups])
+    assert torch.equal(TRITON.forward(*some).masked, masked[rows, inputs])
+    assert torch.equal(TRITON.backward(grad[rows, inputs], *some, SINK), gradient[rows, :, groups])
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -178,18 +186,16 @@ def test_a_bad_logit_spoils_its_group_and_no_other(hard: bool) -> None:
     ):  # 1e38 overflows when it is scaled
         logits[row, 2, group] = bad
         spoiled[row, group] = True
-    draw = Draw(NoiseKey(1, 2), kappa=100.0, tau=1.0, hard=hard)
-    masked, (norm, _), _ = triton_host.forward(logits, weight, site, draw)
+    draw = Sample(NoiseKey(1, 2), kappa=100.0, tau=1.0, hard=hard)
+    masked, (norm, _), _ = TRITON.forward(logits, weight, site, draw)
     assert torch.equal(masked.isnan(), spoiled.repeat_interleave(4, 1))
     assert norm.isnan()
-    assert torch.equal(
-        triton_host.backward(weight, logits, weight, site, draw).isnan().any(1), spoiled
-    )
+    assert torch.equal(TRITON.backward(weight, logits, weight, site, draw).isnan().any(1), spoiled)
 
 
 def test_ties_keep_the_earlier_members() -> None:
     site, (_, pi, w) = problem(2, 4)
-    hard_codes, _ = triton_host.mask_statistics(torch.zeros_like(pi), site, 1.0)
+    hard_codes, _ = TRITON.mask_statistics(torch.zeros_like(pi), site, 1.0)
     assert torch.equal(site.mask_of(hard_codes), site.pattern.best(torch.zeros_like(w)))
 
 
@@ -203,11 +209,9 @@ def test_hard_masks_draw_members_one_after_the_other() -> None:
     )
 
     def chi_square(kappa: float) -> float:
-        draw = Draw(NoiseKey(seed=99, step=1), kappa, 0.7, hard=True)
+        draw = Sample(NoiseKey(seed=99, step=1), kappa, 0.7, hard=True)
         logits = positions[None, :, None].repeat(1, 1, count)
-        masked = triton_host.forward(
-            logits, torch.ones(1, 4 * count, device=DEVICE), site, draw
-        ).masked
+        masked = TRITON.forward(logits, torch.ones(1, 4 * count, device=DEVICE), site, draw).masked
         return float(
             (
                 (

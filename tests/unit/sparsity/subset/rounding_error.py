@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.subset import k_subset
 
@@ -37,7 +37,8 @@ def bounds(
     logits: torch.Tensor,
     weight: torch.Tensor,
     site: Site,
-    draw: Draw,
+    draw: Sample,
+    norm_coef: float,
     g_error: float = 0.0,
 ) -> Bounds:
     """Those of one draw; ``g_error`` is what approximate logarithms of a device add to the error of
@@ -64,7 +65,7 @@ def bounds(
     mask_OI = mask.transpose(1, 2).flatten(1)
     if draw.hard:
         kept, mask_OI = k_subset.largest(score, site.pattern), torch.zeros_like(mask_OI)
-    norm = 2 * draw.norm_coef * weight.square()
+    norm = 2 * norm_coef * weight.square()
     slope = grad * weight - norm * kept.transpose(1, 2).flatten(1)
     slope_error = norm * mask_OI + 4 * EPS * ((grad * weight).abs() + norm)
     slope, slope_error = (one.unflatten(1, (-1, m)).transpose(1, 2) for one in (slope, slope_error))

@@ -13,7 +13,7 @@ import torch
 
 from megamask.errors import ConfigError
 from megamask.sparsity.categorical import gumbel_softmax
-from megamask.sparsity.draw import Draw, Site
+from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sample_mask
 from megamask.sparsity.pattern import Pattern
@@ -25,6 +25,7 @@ from tests.unit.sparsity.subset.subsets import PATTERNS
 
 ROWS, GROUPS = 6, 5
 KEY = NoiseKey(seed=7, step=3, micro_batch=2, parameter=12345)
+SINK = GradientSink(norm_coef=0.03)
 SCALES = [
     (100.0, 4.0),
     (500.0, 4.0),
@@ -50,7 +51,7 @@ def problem(
 
 
 def brute_force(
-    site: Site, logits: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, draw: Draw
+    site: Site, logits: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, draw: Sample
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(mask, gradient at the logits of sum grad W * M - coef |W * M|^2 by autograd), fp64."""
     n, m = site.pattern.n, site.pattern.m
@@ -58,7 +59,7 @@ def brute_force(
     leaf = logits.double().requires_grad_()
     mask = subsets.mask(leaf, noise, n, draw.kappa, draw.tau, draw.hard)
     masked = weight.double() * mask
-    loss = (grad.double() * masked).sum() - draw.norm_coef * masked.square().sum()
+    loss = (grad.double() * masked).sum() - SINK.norm_coef * masked.square().sum()
     return mask.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
@@ -69,10 +70,10 @@ def test_masks_and_gradients_equal_brute_force(
     n: int, m: int, kappa: float, tau: float, hard: bool
 ) -> None:
     site, logits, weight, grad = problem(n, m)
-    draw = Draw(KEY, kappa, tau, hard, norm_coef=0.03)
+    draw = Sample(KEY, kappa, tau, hard)
     expected, expected_dlogits = brute_force(site, logits, weight, grad, draw)
     masked, (norm, _), _ = k_subset.forward(logits, weight, site, draw)
-    dlogits = k_subset.backward(grad, logits, weight, site, draw)
+    dlogits = k_subset.backward(grad, logits, weight, site, draw, SINK)
     # fp64 on both sides: a rounding is 1e-16. Scores reach 600 (errors 1e-13), a sum over 12,870
     # candidates rounds as often, and the gradient multiplies by kappa / tau.
     torch.testing.assert_close(masked, weight * expected, rtol=0, atol=1e-11)
@@ -88,7 +89,7 @@ def test_masks_and_gradients_equal_brute_force(
 @pytest.mark.parametrize(("n", "m"), [*PATTERNS, (5, 6), (16, 32), (13, 16)])
 def test_fp32_is_stable_at_every_temperature(n: int, m: int, kappa: float, tau: float) -> None:
     site, logits, *_ = problem(n, m, torch.float32)
-    score = k_subset.scores(logits, site, Draw(KEY, kappa, tau))
+    score = k_subset.scores(logits, site, Sample(KEY, kappa, tau))
     mask = k_subset.marginals(score, site.pattern)
     # The same scores on both sides, so that only the polynomials are compared. Each of about 2 M K
     # operations on positive terms rounds relatively; their errors grow like the square root, a
@@ -138,7 +139,7 @@ def shifted_by_the_maximum(score_OMG: torch.Tensor, n: int) -> torch.Tensor:
 def test_a_shift_by_the_maximum_underflows_at_the_end_of_the_schedules(n: int, m: int) -> None:
     site, logits, *_ = problem(n, m, torch.float32)
     for kappa, tau, is_fine in ((100.0, 4.0, True), (500.0, 0.05, False)):
-        score = k_subset.scores(logits, site, Draw(KEY, kappa, tau))
+        score = k_subset.scores(logits, site, Sample(KEY, kappa, tau))
         naive = shifted_by_the_maximum(score, n)
         assert bool(naive.isfinite().all()) == is_fine
         assert k_subset.marginals(score, site.pattern).isfinite().all()
@@ -151,26 +152,27 @@ def test_gradcheck(n: int, m: int) -> None:
         2, m, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     weight = torch.randn(2, 3 * m, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    draw = Draw(KEY, kappa=20.0, tau=2.0)
+    draw = Sample(KEY, kappa=20.0, tau=2.0)
     assert torch.autograd.gradcheck(
-        lambda at: sample_mask(at, weight, site, draw, "torch").masked, logits.requires_grad_()
+        lambda at: sample_mask(at, weight, site, draw, k_subset).masked, logits.requires_grad_()
     )
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_wrong_answers_fail(n: int, m: int) -> None:
     site, logits, weight, grad = problem(n, m)
-    draw = Draw(KEY, 100.0, 1.0, norm_coef=0.03)
+    draw = Sample(KEY, 100.0, 1.0)
     _, expected = brute_force(site, logits, weight, grad, draw)
     wrong = {
         "sign": replace(draw, kappa=-draw.kappa),
         "kappa": replace(draw, kappa=1.0),
         "tau": replace(draw, tau=4.0),
         "step": replace(draw, key=replace(KEY, step=4)),
-        "norm": replace(draw, norm_coef=0.0),
+        "norm": draw,
     }
     for name, other in wrong.items():
-        difference = k_subset.backward(grad, logits, weight, site, other) - expected
+        sink = RETURNED if name == "norm" else SINK
+        difference = k_subset.backward(grad, logits, weight, site, other, sink) - expected
         assert difference.abs().max() > 0.01 * expected.abs().max(), (
             f"a wrong {name} went unnoticed"
         )
@@ -186,7 +188,7 @@ def test_wrong_answers_fail(n: int, m: int) -> None:
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 4), (8, 16)])
 def test_soft_masks_tend_to_the_largest_scores(n: int, m: int) -> None:
     site, logits, *_ = problem(n, m)
-    score = k_subset.scores(logits, site, Draw(KEY, 100.0, 1.0))
+    score = k_subset.scores(logits, site, Sample(KEY, 100.0, 1.0))
     hard = k_subset.largest(score, site.pattern)
     assert site.pattern.is_valid(hard.transpose(1, 2).flatten(1))
     distance = [
@@ -205,15 +207,15 @@ def test_equal_scores_keep_the_earlier_members() -> None:
 
 def test_one_of_m_is_the_categorical_distribution() -> None:
     site, logits, weight, grad = problem(1, 4)
-    other, draw = replace(site, distribution="categorical"), Draw(KEY, 100.0, 0.5, norm_coef=0.01)
+    other, draw = replace(site, distribution="categorical"), Sample(KEY, 100.0, 0.5)
     for found, expected in (
         (
             k_subset.forward(logits, weight, site, draw).masked,
             gumbel_softmax.forward(logits, weight, other, draw).masked,
         ),
         (
-            k_subset.backward(grad, logits, weight, site, draw),
-            gumbel_softmax.backward(grad, logits, weight, other, draw),
+            k_subset.backward(grad, logits, weight, site, draw, SINK),
+            gumbel_softmax.backward(grad, logits, weight, other, draw, SINK),
         ),
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)  # fp64, scores below 100
@@ -250,21 +252,22 @@ def test_winners_of_32_members_and_no_more() -> None:
 
 def test_bf16_logits_and_a_buffer_to_add_to() -> None:
     site, logits, weight, grad = problem(4, 8, torch.float32)
-    draw, low = Draw(KEY, 100.0, 1.0, norm_coef=0.01), logits.bfloat16()
+    draw, low = Sample(KEY, 100.0, 1.0), logits.bfloat16()
     masked = k_subset.forward(low, weight.bfloat16(), site, draw).masked
     assert masked.dtype == torch.bfloat16
-    dlogits = k_subset.backward(grad, low.float(), weight, site, draw)
-    assert torch.equal(k_subset.backward(grad, low, weight, site, draw), dlogits.bfloat16())
-    into = torch.ones_like(logits)
-    assert k_subset.backward(grad, low, weight, site, draw, into) is into
-    assert torch.equal(into, 1 + dlogits)
+    dlogits = k_subset.backward(grad, low.float(), weight, site, draw, SINK)
+    assert torch.equal(k_subset.backward(grad, low, weight, site, draw, SINK), dlogits.bfloat16())
+    buffer = torch.ones_like(logits)
+    sink = replace(SINK, buffer=buffer)
+    assert k_subset.backward(grad, low, weight, site, draw, sink) is buffer
+    assert torch.equal(buffer, 1 + dlogits)
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (2, 4), (3, 4), (4, 8)])
 def test_finite_logits_of_any_size_give_finite_results(shape: tuple[int, int]) -> None:
     site, logits, weight, grad = problem(*shape, torch.float32)
-    draw = Draw(KEY, kappa=500.0, tau=0.05, norm_coef=0.1)
+    draw = Sample(KEY, kappa=500.0, tau=0.05)
     for scale in (0.0, 1.0, 100.0, 1e4, 1e20):
         masked, (norm, _), _ = k_subset.forward(scale * logits, weight, site, draw)
-        dlogits = k_subset.backward(grad, scale * logits, weight, site, draw)
+        dlogits = k_subset.backward(grad, scale * logits, weight, site, draw, SINK)
         assert all(bool(torch.isfinite(one).all()) for one in (masked, norm, dlogits))

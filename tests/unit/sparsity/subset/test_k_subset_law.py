@@ -16,12 +16,12 @@ import torch
 
 from megamask.sparsity.categorical import gumbel_softmax
 from megamask.sparsity.distributions import Distribution
-from megamask.sparsity.draw import Draw, Site
-from megamask.sparsity.kernels import numba_host
+from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset import k_subset
+from tests.unit.sparsity.samplers import FUSED
 from tests.unit.sparsity.subset import subsets
 
 N = 60_000  # independent groups with equal logits
@@ -38,7 +38,7 @@ def counts(distribution: Distribution, backend: ModuleType, tau: float = 1.0) ->
         else torch.stack([MEMBERS[list(one)].sum() for one in SETS])
     )
     site = Site(Pattern(2, 4), Placement.whole(1, N), distribution)
-    draw = Draw(NoiseKey(seed=99, step=1), KAPPA, tau, hard=True)
+    draw = Sample(NoiseKey(seed=99, step=1), KAPPA, tau, hard=True)
     masked = backend.forward(
         logits[None, :, None].repeat(1, 1, N), torch.ones(1, 4 * N), site, draw
     ).masked
@@ -64,9 +64,9 @@ LAWS = {
     ("distribution", "backend", "own"),
     [
         pytest.param("categorical", gumbel_softmax, "candidates", id="categorical-torch"),
-        pytest.param("categorical", numba_host, "candidates", id="categorical-numba"),
+        pytest.param("categorical", FUSED, "candidates", id="categorical-numba"),
         pytest.param("linear", k_subset, "members", id="linear-torch"),
-        pytest.param("linear", numba_host, "members", id="linear-numba"),
+        pytest.param("linear", FUSED, "members", id="linear-numba"),
     ],
 )
 def test_each_distribution_draws_its_law_and_not_the_other(
