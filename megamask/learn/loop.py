@@ -7,9 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megamask.config import Config, RunPaths
+from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.data.blend import blend_weights, train_dataset
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, MegamaskError
@@ -29,8 +27,7 @@ from megamask.model.spec import has_transformer_engine
 from megamask.optim.schedule import learning_rates
 from megamask.parallel.cpu import emulates_bf16
 from megamask.parallel.mesh import Mesh
-from megamask.plan.fit import check_free
-from megamask.weights.architecture import read_architecture
+from megamask.prepare.run_inputs import LearnInputs
 
 log = logging.getLogger(__name__)
 LEARNERS: dict[str, type[Learner] | type[MaskPro]] = {
@@ -56,20 +53,15 @@ def learning_samples(config: Config) -> Any:
 class Run:
     """A learning run: what it stands on, and the loop."""
 
-    def __init__(self, config: Config, mesh: Mesh, paths: RunPaths) -> None:
+    def __init__(self, inputs: LearnInputs, mesh: Mesh) -> None:
+        config, paths = inputs.config, inputs.paths
         self.config, self.mesh, self.paths = config, mesh, paths
         learn = config.learn
         self.windows = monitor_windows(config)
         self.plan = BatchPlan(
             learning_samples(config), learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank
         )
-        if mesh.device.type == "cuda":
-            free, name = (
-                torch.cuda.mem_get_info(mesh.device)[0],
-                torch.cuda.get_device_name(mesh.device),
-            )
-            check_free(config, read_architecture(paths.weights), mesh.dp, free, name)
-        self.masked_model = build_masked_model(config, mesh)
+        self.masked_model = build_masked_model(inputs, mesh)
         self.mask_statistics = MaskStatistics(self.masked_model, mesh, learn.state.track_flips)
         self.learner = LEARNERS[learn.method](config, mesh, self.masked_model)
         self.snapshots = Snapshots(

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from megamask.config import Config, run_paths
+from megamask.config import Config
 from megamask.config.method_names import DISTRIBUTION_OF
-from megamask.data.shards import check_vocabulary
-from megamask.errors import ArtifactError
-from megamask.learn.prior_mask import description, load_prior
-from megamask.model.build import attach_logits, build_model, prunable_linears
-from megamask.model.checkpoint import load_weights, read_note
+from megamask.model.build import attach_logits
 from megamask.model.language_model import LanguageModel
 from megamask.model.mask_shards import linear_rules, local_mask
 from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
+from megamask.prepare.dense_model import load_dense
+from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.prior import initial_noise, prior_bonus, unit
-from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.architecture import Architecture
 
 log = logging.getLogger(__name__)
 
@@ -47,26 +44,18 @@ class MaskedModel:
         ]
 
 
-def build_masked_model(config: Config, mesh: Mesh) -> MaskedModel:
+def build_masked_model(inputs: LearnInputs, mesh: Mesh) -> MaskedModel:
     """Load the model and initialise its mask logits.
 
     Raises:
         MegamaskError: a setting or an artefact that does not fit.
     """
-    weights = run_paths(config).weights
-    fingerprint: str = read_note(weights)["fingerprint"]
-    arch, pattern = read_architecture(weights), Pattern.parse(config.pattern)
-    check_vocabulary(config, arch.vocab)
-    model = build_model(config, arch, mesh)
-    linears = prunable_linears(model, config, arch)
-    for name, linear in linears.items():
-        linear.groups(pattern, name)
-    prior = load_prior(config, arch, fingerprint)
-    load_weights(model, weights)
-    _refuse_sparse_weights(linears, pattern, arch, weights, mesh)
+    config, arch, prior = inputs.config, inputs.arch, inputs.prior
+    dense = load_dense(inputs, mesh)
+    linears = dense.linears
     switch = attach_logits(
         linears,
-        pattern,
+        inputs.pattern,
         config.learn.sampling.backend,
         mesh.device,
         config.learn.state.logits,
@@ -81,12 +70,12 @@ def build_masked_model(config: Config, mesh: Mesh) -> MaskedModel:
         )
     return MaskedModel(
         arch,
-        pattern,
-        fingerprint,
-        model,
+        inputs.pattern,
+        inputs.fingerprint,
+        dense.model,
         linears,
         switch,
-        description(prior, config) if prior else None,
+        inputs.prior_method,
     )
 
 
@@ -133,21 +122,3 @@ def _layer_std(logits: torch.Tensor, mesh: Mesh) -> float:
         torch.stack([wide.sum(), wide.square().sum(), count])
     ).tolist()
     return float(torch.tensor((squares / count - (total / count) ** 2) ** 0.5, dtype=torch.float32))
-
-
-def _refuse_sparse_weights(
-    linears: dict[str, MaskedLinear],
-    pattern: Pattern,
-    arch: Architecture,
-    weights: Path,
-    mesh: Mesh,
-) -> None:
-    """A mask cannot be learned on weights that are already zero where another mask pruned them."""
-    for name, linear in linears.items():
-        if mesh.any(pattern.already_fits(linear.weight)):
-            problem = f"hold a model that is pruned already: {', '.join(linear_rules(arch)[name].modules)} is {pattern} sparse"
-            raise ArtifactError(
-                weights,
-                problem,
-                "Convert the dense model, and name the mask as learn.prior.mask instead.",
-            )

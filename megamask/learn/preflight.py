@@ -1,5 +1,5 @@
-"""What can be refused before a model is built: schedules, and the pattern and prior against the
-converted model.
+"""What can be refused before a model is built: settings that cannot work, and inputs that do not
+fit together.
 """
 
 from __future__ import annotations
@@ -8,22 +8,17 @@ import difflib
 import logging
 
 from megamask import storage
-from megamask.config import Config, RunPaths, run_paths
+from megamask.config import Config
 from megamask.config.learn_tree import LearnSection, SamplingSection
 from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.config.section import Section
-from megamask.data.batches import check_batch
 from megamask.data.blend import blend_weights
 from megamask.errors import ConfigError
 from megamask.learn.maskpro.score import choose_score
-from megamask.learn.prior_mask import load_prior
-from megamask.model.checkpoint import read_note
 from megamask.optim.requirements import check_optimizer
-from megamask.parallel.mesh import check_layout, world_size
+from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.distributions import logits_per_group
 from megamask.sparsity.pattern import Pattern
-from megamask.weights.architecture import Architecture, read_architecture
-from megamask.weights.mapping import check_tp, prunable, rules
 
 log = logging.getLogger(__name__)
 
@@ -98,37 +93,6 @@ def check_method(learn: LearnSection) -> None:
         raise ConfigError("learn.method", learn.method, f"one of {', '.join(DISTRIBUTION_OF)}", fix)
 
 
-def check_artefacts(config: Config) -> None:
-    """Check pattern and prior against the converted model, whose weights are not read.
-
-    Raises:
-        MegamaskError: no weights, M does not divide a row of a rank, a prior that is missing, torn
-            or made for something else.
-    """
-    weights = run_paths(config).weights
-    fingerprint: str = read_note(weights)["fingerprint"]
-    arch = read_architecture(weights)
-    check_tp(arch, config.parallel.tp)
-    check_rows(config, arch)
-    load_prior(config, arch, fingerprint)
-
-
-def check_rows(config: Config, arch: Architecture) -> None:
-    """Check that M divides every row that is pruned, as it lies on a rank.
-
-    Raises:
-        ConfigError: naming the linear.
-    """
-    pattern, tp = Pattern.parse(config.pattern), config.parallel.tp
-    chosen = set(prunable(arch, config.model.include, config.model.exclude))
-    for rule in rules(arch):
-        if rule.is_linear and chosen.intersection(rule.modules):
-            name = rule.megatron.removesuffix(".weight")
-            pattern.groups(
-                rule.shape(tp)[-1], f"in_features of {name}", tp if rule.kind == "row" else 1
-            )
-
-
 def check_maskpro(config: Config) -> None:
     """Everything about this learner that can be refused before the model is loaded.
 
@@ -194,26 +158,24 @@ def _check_masks(learn: LearnSection) -> None:
         raise ConfigError("learn.maskpro.masks", section.masks, allowed, fix)
 
 
-def check_early(config: Config, paths: RunPaths) -> None:
-    """Everything that can be refused before the model is loaded.
+def check_early(inputs: LearnInputs) -> None:
+    """Everything that can be refused before the model is loaded: settings first, then files.
 
     Raises:
-        MegamaskError: a setting or an output folder that cannot work.
+        MegamaskError: a setting, an input or an output folder that cannot work.
     """
-    check_layout(config)
-    check_batch(
-        config.learn.global_batch, config.learn.micro_batch, world_size() // config.parallel.tp
-    )
+    config = inputs.config
+    inputs.layout.check_samples(config)
     check_method(config.learn)
-    logits_per_group(Pattern.parse(config.pattern), DISTRIBUTION_OF[config.learn.method])
+    logits_per_group(inputs.pattern, DISTRIBUTION_OF[config.learn.method])
     blend_weights(config)
     if config.learn.method == "maskpro":
         check_maskpro(config)
     else:
         check_optimizer(config)
         check_schedules(config.learn.sampling)
-    storage.require_writable(paths.run_dir)
-    check_artefacts(config)
+    storage.require_writable(inputs.paths.run_dir)
+    inputs.check()
     if unused := unused_settings(config.learn):
         learn = config.learn
         choice = (

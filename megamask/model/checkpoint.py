@@ -134,17 +134,15 @@ def read_note(path: Path) -> dict[str, Any]:
     return note
 
 
-def load_weights(model: LanguageModel, path: Path) -> dict[str, Any]:
-    """Fill ``model`` with the Megatron weights in ``path`` and return their note.
+def load_weights(model: LanguageModel, path: Path) -> None:
+    """Fill ``model`` with the Megatron weights in ``path``.
 
     Raises:
         ArtifactError: missing, torn, or another architecture.
     """
-    note = read_note(path)
     loaded = load_sharded(sharded_state(model), path, "Run the verb convert again.")
     model.load_state_dict(loaded, strict=True)
     model.clear_padding()
-    return note
 
 
 def megatron_to_hf(path: Path, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:

@@ -104,36 +104,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_layout(config: Config) -> None:
-    """Check the layout against the launcher's world size.
-
-    Raises:
-        ConfigError: the world is not a multiple of TP, or sequence parallel without TP.
-    """
-    tp, world = config.parallel.tp, world_size()
-    if world % tp:
-        fix = f"Start {tp} processes (torchrun --nproc-per-node {tp}) or a multiple, or set parallel.tp to a divisor of {world}."
-        raise ConfigError(
-            "parallel.tp", tp, f"must divide the number of processes, here {world}", fix
-        )
-    if config.parallel.sequence_parallel and tp == 1:
-        raise ConfigError(
-            "parallel.sequence_parallel",
-            True,
-            "needs parallel.tp > 1",
-            "Switch it off or raise parallel.tp.",
-        )
-
-
 @contextmanager
 def start(config: Config) -> Iterator[Mesh]:
     """Initialise process groups and Megatron-Core's parallel state; take them down at the end.
 
+    ``parallel.tp`` divides the number of processes (``megamask.prepare.layout`` refuses others).
+
     Raises:
-        ConfigError: the layout or the device cannot work here.
+        ConfigError: the device cannot work here.
     """
-    check_layout(config)
     device, tp, world = choose_device(config.device), config.parallel.tp, world_size()
+    assert world % tp == 0
     _limit_threads(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -10,14 +10,13 @@ from functools import cached_property
 from megamask.config import Config
 from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.config.presets import MEMORIES
-from megamask.data.batches import check_batch
-from megamask.errors import ConfigError
-from megamask.parallel.partition import largest_share, owners
+from megamask.parallel.partition import largest_share
 from megamask.plan.bytes import WIDTH, state_bytes
+from megamask.prepare.layout import Layout
 from megamask.sparsity.distributions import code_dtype, logits_per_group
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
-from megamask.weights.mapping import check_tp, prunable, rules
+from megamask.weights.mapping import prunable, rules
 
 
 @dataclass(frozen=True)
@@ -49,33 +48,21 @@ class Workload:
         """Refuse what no memory can mend; return self.
 
         Raises:
-            ConfigError: a pattern too large for its distribution, heads or rows that do not split
-                over parallel.tp, a batch that cannot be dealt out, sequence parallel alone, more
-                replicas than a distributed optimizer has layers for.
+            ConfigError: a pattern too large for its distribution, or a layout that breaks a rule
+                of :class:`megamask.prepare.layout.Layout`.
         """
-        learn, tp = self.config.learn, self.tp
         logits_per_group(self.pattern, self.distribution)
-        check_tp(self.arch, tp)
-        check_batch(learn.global_batch, learn.micro_batch, self.dp)
-        if self.config.parallel.sequence_parallel and tp == 1:
-            raise ConfigError(
-                "parallel.sequence_parallel",
-                True,
-                "needs parallel.tp > 1",
-                "Switch it off or raise parallel.tp.",
-            )
-        for rule in rules(self.arch):
-            if rule.is_linear:
-                self.pattern.groups(
-                    rule.shape(tp)[-1],
-                    f"in_features of {rule.modules[0]}",
-                    tp if rule.kind == "row" else 1,
-                )
-        if learn.optimizer.distributed:
-            owners(self.masked_sizes, self.dp)
+        layout = Layout.planned(self.config, self.dp)
+        layout.check_samples(self.config)
+        layout.check_linears(self.config, self.arch, self.modules, self.pattern)
         return self
 
-    @property
+    @cached_property
+    def modules(self) -> list[str]:
+        """HF names of the linears that get a mask."""
+        return prunable(self.arch, self.config.model.include, self.config.model.exclude)
+
+    @cached_property
     def pattern(self) -> Pattern:
         """N:M."""
         return Pattern.parse(self.config.pattern)
@@ -141,7 +128,7 @@ class Workload:
     def linears(self) -> list[Linear]:
         """All linears of one rank, in model order."""
         recompute = self.config.parallel.recompute
-        chosen = set(prunable(self.arch, self.config.model.include, self.config.model.exclude))
+        chosen = set(self.modules)
         return [
             Linear(
                 int(rule.megatron.split(".")[2]),

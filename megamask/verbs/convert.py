@@ -11,10 +11,10 @@ from megamask.errors import MegamaskError
 from megamask.model.build import build_model, padded_vocab
 from megamask.model.checkpoint import NOTE, fill_from_hf, save_sharded, sharded_state
 from megamask.parallel.mesh import start
+from megamask.prepare.layout import Layout
 from megamask.weights.architecture import read_architecture
 from megamask.weights.fingerprint import fingerprint_hf
 from megamask.weights.hf_files import open_checked
-from megamask.weights.mapping import check_tp
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +29,9 @@ def run(config: Config) -> None:
         ArtifactError: files that are missing or do not fit config.json, or an output that cannot be
             written.
     """
-    paths = run_paths(config)
+    paths, layout = run_paths(config), Layout.launched(config)
     arch = read_architecture(paths.hf)
-    check_tp(arch, config.parallel.tp)
+    layout.check_model(arch)
     storage.require_writable(paths.run_dir)
     with open_checked(paths.hf) as reader, start(config) as mesh:
         note = {

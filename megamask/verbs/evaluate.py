@@ -5,16 +5,14 @@ protocol.
 from __future__ import annotations
 
 from megamask import storage
-from megamask.config import Config, RunPaths, run_paths
+from megamask.config import Config
 from megamask.data.heldout import heldout_windows
-from megamask.data.shards import check_vocabulary
 from megamask.errors import ConfigError
 from megamask.evaluate.rows import DENSE, Rows, log, results
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks, own_weights
-from megamask.model.checkpoint import read_note
-from megamask.parallel.mesh import check_layout, start
-from megamask.weights.architecture import Architecture, read_architecture
+from megamask.parallel.mesh import start
+from megamask.prepare.run_inputs import RunInputs
 from megamask.weights.mapping import linear_shapes
 
 
@@ -25,20 +23,19 @@ def run(config: Config) -> None:
         MegamaskError: weights, shards or masks that are missing or do not fit, before anything is
             computed.
     """
-    paths = run_paths(config)
-    check_layout(config)
+    inputs = RunInputs(config)
+    paths, section = inputs.paths, config.evaluate
+    inputs.layout.check_lengths(config, ("evaluate.window",))
     storage.require_writable(paths.run_dir)
-    fingerprint: str = read_note(paths.weights)["fingerprint"]
-    arch = read_architecture(paths.weights)
-    check_vocabulary(config, arch.vocab)
-    masks = find_masks(config, paths, arch, fingerprint)
-    section = config.evaluate
+    masks = find_masks(inputs)
+    inputs.layout.check_model(inputs.arch)
+    inputs.check_vocabulary()
     windows = {
         domain: heldout_windows(config, domain, section.window, section.max_tokens)
         for domain in config.data.domains
     }
     with start(config) as mesh:
-        rows = Rows(config, paths, arch, mesh, windows)
+        rows = Rows(config, paths, inputs.arch, mesh, windows)
         measured = {DENSE: rows.dense()}
         measured |= {method: rows.masked(method, found) for method, found in masks.items()}
         if mesh.is_main:
@@ -46,15 +43,14 @@ def run(config: Config) -> None:
             log.info("wrote %s", paths.results)
 
 
-def find_masks(
-    config: Config, paths: RunPaths, arch: Architecture, fingerprint: str
-) -> dict[str, MaskSet]:
+def find_masks(inputs: RunInputs) -> dict[str, MaskSet]:
     """The masks to evaluate, by row name, each checked against the model.
 
     Raises:
         ArtifactError: a mask that is missing, torn, or for another model.
         ConfigError: a mask called dense.
     """
+    config, paths = inputs.config, inputs.paths
     if DENSE in config.evaluate.masks:
         raise ConfigError(
             "evaluate.masks",
@@ -66,8 +62,9 @@ def find_masks(
     named = config.evaluate.masks or {
         method: str(paths.mask(method)) for method in known if paths.mask(method).exists()
     }
-    masks = {name: open_masks(text, config, arch) for name, text in named.items()}
+    fingerprint, shapes = inputs.fingerprint, linear_shapes(inputs.arch)
+    masks = {name: open_masks(text, config, inputs.arch) for name, text in named.items()}
     for found in masks.values():
-        found.check(shapes=linear_shapes(arch), fingerprint=fingerprint)
+        found.check(shapes=shapes, fingerprint=fingerprint)
         own_weights(found, paths)
     return masks

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from megamask.config import Config, run_paths
+import torch
+
+from megamask.config import Config
 from megamask.learn.loop import Run
 from megamask.learn.preflight import check_early
 from megamask.learn.signals import stop_on_signal
-from megamask.parallel.mesh import start
+from megamask.parallel.mesh import Mesh, start
+from megamask.plan.fit import check_free
+from megamask.prepare.run_inputs import LearnInputs
 
 
 def run(config: Config) -> int:
@@ -18,7 +22,20 @@ def run(config: Config) -> int:
     Raises:
         MegamaskError: anything the user can mend, before the first step where possible.
     """
-    paths = run_paths(config)
-    check_early(config, paths)
+    inputs = LearnInputs(config)
+    check_early(inputs)
     with start(config) as mesh, stop_on_signal() as stop:
-        return Run(config, mesh, paths).learn(stop)
+        _check_free(inputs, mesh)
+        return Run(inputs, mesh).learn(stop)
+
+
+def _check_free(inputs: LearnInputs, mesh: Mesh) -> None:
+    """Refuse a run that does not fit the free memory of a CUDA device, before anything is loaded.
+
+    Raises:
+        ConfigError: naming the nearest settings that fit.
+    """
+    if mesh.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(mesh.device)
+        title = torch.cuda.get_device_name(mesh.device)
+        check_free(inputs.config, inputs.arch, mesh.dp, free, title)

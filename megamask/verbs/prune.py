@@ -16,19 +16,18 @@ import torch
 from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.data.heldout import calibration_description, calibration_tokens
-from megamask.data.shards import check_vocabulary
-from megamask.errors import ArtifactError, ConfigError, MegamaskError
+from megamask.errors import MegamaskError
 from megamask.masks.file import load_masks, save_masks
-from megamask.model.build import build_model, masked_linears, padded_vocab, prunable_linears
+from megamask.model.build import build_model, masked_linears, padded_vocab
 from megamask.model.checkpoint import NOTE, load_weights, save_sharded, sharded_state
 from megamask.model.mask_shards import gather_masks
 from megamask.oneshot.criteria import CRITERIA
 from megamask.oneshot.criterion import Pruned
 from megamask.oneshot.layerwise import PruningJob, damping, prune_layerwise
-from megamask.parallel.mesh import Mesh, check_layout, start
+from megamask.parallel.mesh import start
+from megamask.prepare.dense_model import load_dense
+from megamask.prepare.run_inputs import RunInputs
 from megamask.sparsity.pattern import Pattern
-from megamask.weights.architecture import read_architecture
-from megamask.weights.mapping import prunable
 
 log = logging.getLogger(__name__)
 
@@ -44,62 +43,54 @@ def run(config: Config) -> None:
         MegamaskError: a setting or an artefact that does not fit, before the first layer where
             possible.
     """
-    check_early(config)
-    base = storage.read_json(run_paths(config).weights / NOTE, "Run the verb convert.")
-    recipes = {
-        method: recipe(config, method, base["fingerprint"]) for method in config.prune.methods
-    }
+    inputs = RunInputs(config)
+    check_early(inputs)
+    recipes = {method: recipe(inputs, method) for method in config.prune.methods}
     todo = {method: one for method, one in recipes.items() if not is_done(config, method, one)}
     if not todo:
         return
+    inputs.layout.check_model(inputs.arch)
+    inputs.layout.check_rows(inputs.arch, inputs.modules, inputs.pattern)
+    inputs.check_vocabulary()
     with start(config) as mesh:
-        job = load_job(config, mesh)
-        tokens_NS = (
-            calibration_tokens(config)
-            if any(CRITERIA[method].needs_stats for method in todo)
-            else None
+        dense = load_dense(inputs, mesh)
+        job = PruningJob(
+            config, mesh, inputs.arch, inputs.pattern, dense.model.eval(), dense.linears
         )
+        needs_text = any(CRITERIA[method].needs_stats for method in todo)
+        tokens_NS = calibration_tokens(config) if needs_text else None
         for method, one in todo.items():
-            prune(job, method, tokens_NS, one, base)
+            prune(job, method, tokens_NS, one, inputs.note)
 
 
-def check_early(config: Config) -> None:
-    """Everything that can be refused before the model is loaded.
+def check_early(inputs: RunInputs) -> None:
+    """Every setting that can be refused before a file is read, and the output folder.
 
     Raises:
         MegamaskError: a layout, pattern, block or output folder that cannot work.
     """
-    check_layout(config)
-    pattern = Pattern.parse(config.pattern)
+    config, layout, pattern = inputs.config, inputs.layout, inputs.pattern
     for method in config.prune.methods:
         CRITERIA[method].check(pattern, config.prune)
-    if config.parallel.sequence_parallel and config.calibration.seq_length % config.parallel.tp:
-        allowed = f"a multiple of parallel.tp={config.parallel.tp} under sequence parallel"
-        raise ConfigError(
-            "calibration.seq_length",
-            config.calibration.seq_length,
-            allowed,
-            "Change it, or switch sequence parallel off.",
-        )
-    storage.require_writable(run_paths(config).masks)
+    if any(CRITERIA[method].needs_stats for method in config.prune.methods):
+        layout.check_lengths(config, ("calibration.seq_length",))
+    storage.require_writable(inputs.paths.masks)
 
 
-def recipe(config: Config, method: str, fingerprint: str) -> dict[str, Any]:
+def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
     """Everything that decides the masks of ``method``, JSON-able; layout and micro-batch only round
     differently.
 
     Raises:
-        MegamaskError: ``model.include`` and ``model.exclude`` do not fit the model, or the
-            calibration text is not there.
+        MegamaskError: weights that are missing, ``model.include`` and ``model.exclude`` that do not
+            fit the model, or calibration text that is not there.
     """
-    criterion, paths = CRITERIA[method], run_paths(config)
+    config, criterion = inputs.config, CRITERIA[method]
     settings: dict[str, Any] = {
-        "fingerprint": fingerprint,
-        "pattern": str(Pattern.parse(config.pattern)),
+        "fingerprint": inputs.fingerprint,
+        "pattern": str(inputs.pattern),
+        "linears": inputs.modules,
     }
-    settings["linears"] = prunable(
-        read_architecture(paths.weights), config.model.include, config.model.exclude
-    )
     if criterion.needs_stats:
         settings |= {"dtype": config.dtype, "calibration": calibration_description(config)}
     if criterion.needs_hessian:
@@ -133,35 +124,6 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
     return same
 
 
-def load_job(config: Config, mesh: Mesh) -> PruningJob:
-    """The dense model in ``config.dtype`` and the linears to prune.
-
-    Raises:
-        ConfigError: M does not divide a local row.
-        ArtifactError: weights that are missing, torn, or pruned already.
-    """
-    weights, pattern = run_paths(config).weights, Pattern.parse(config.pattern)
-    arch = read_architecture(weights)
-    check_vocabulary(config, arch.vocab)
-    model = build_model(config, arch, mesh).eval()
-    linears = prunable_linears(model, config, arch)
-    for name, linear in linears.items():
-        linear.groups(pattern, name)
-    load_weights(model, weights)
-    job = PruningJob(config, mesh, arch, pattern, model, linears)
-    for name, linear in linears.items():
-        if mesh.any(pattern.already_fits(linear.weight)):
-            problem = (
-                f"hold a model that is pruned already: {job.hf_names(name)} is {pattern} sparse"
-            )
-            raise ArtifactError(
-                weights,
-                problem,
-                "Convert the dense model, or keep that linear out with model.exclude.",
-            )
-    return job
-
-
 def prune(
     job: PruningJob,
     method: str,
@@ -189,6 +151,7 @@ def prune(
             paths.mask(method),
             method,
             masks,
+            job.pattern,
             made_from,
             damping(job, pruned),
             time.perf_counter() - begin,
@@ -200,6 +163,7 @@ def write_masks(
     path: Path,
     method: str,
     masks: dict[str, torch.Tensor],
+    pattern: Pattern,
     made_from: dict[str, Any],
     raised_damp: dict[str, float],
     seconds: float,
@@ -217,7 +181,7 @@ def write_masks(
     save_masks(
         path,
         ordered,
-        Pattern.parse(made_from["pattern"]),
+        pattern,
         fingerprint=made_from["fingerprint"],
         method=method,
         data=data,

@@ -449,7 +449,7 @@ def test_m_that_does_not_divide_a_row(run_dir: Path, refused: Refuse, verb: str)
     forget_weights(run_dir)
     says = [
         "pattern = '2:7'",
-        "M must divide in_features of decoder.layers.0.",
+        "M must divide in_features of model.layers.0.",
         "here 64",
         "Choose another pattern",
     ]

@@ -18,6 +18,7 @@ from megamask.learn.snapshot import Snapshots
 from megamask.model.language_model import TokenLosses
 from megamask.model.objective import dense_hidden, loss_of
 from megamask.parallel.mesh import start
+from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 from tests.parallel.learning import in_turn, take_steps
@@ -98,7 +99,7 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     }
     config = config_of(run_dir, job.tp, settings, **job.parallel)
     with start(config) as mesh:
-        masked_model = build_masked_model(config, mesh)
+        masked_model = build_masked_model(LearnInputs(config), mesh)
         name = "saved" if job.save or job.resume else "none"
         snapshots = Snapshots(
             folder / name, config, mesh, masked_model, Learner(config, mesh, masked_model)
@@ -210,7 +211,7 @@ def look_at_teachers(rank: int, run_dir: Path) -> dict[str, Any]:
     """
     config, found = config_of(run_dir, 1, {"distillation": {"share": 1}}), {}
     with start(config) as mesh:
-        masked_model = build_masked_model(config, mesh)
+        masked_model = build_masked_model(LearnInputs(config), mesh)
         batch = [
             torch.stack([Chains()[number][key] for number in range(2)])
             for key in ("tokens", "labels")

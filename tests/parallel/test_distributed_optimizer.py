@@ -18,6 +18,7 @@ from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Snapshots
 from megamask.optim.zero1 import Replicas
 from megamask.parallel.mesh import start
+from megamask.prepare.run_inputs import LearnInputs
 from tests.parallel.learning import in_turn, take_steps
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_logits
@@ -111,7 +112,7 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     optimizer = {**section.get("optimizer", {}), "distributed": job.distributed}
     config = config_of(run_dir, job.tp, {**section, "steps": STEPS, "optimizer": optimizer})
     with start(config) as mesh:
-        masked_model = build_masked_model(config, mesh)
+        masked_model = build_masked_model(LearnInputs(config), mesh)
         learner = Learner(config, mesh, masked_model)
         snapshots = Snapshots(
             folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner

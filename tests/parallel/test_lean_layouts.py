@@ -17,6 +17,7 @@ from megamask.learn.gumbel import Learner, StepResult
 from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.learn.snapshot import Progress, Snapshots
 from megamask.parallel.mesh import Mesh, start
+from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.noise import NoiseKey, uniform, words
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
@@ -88,7 +89,7 @@ def run_one(run_dir: Path, folder: Path, job: Job) -> Outcome:
     config = config_of(run_dir, job.tp, {"steps": STEPS, "state": state, "optimizer": optimizer})
     outcome = Outcome()
     with start(config) as mesh:
-        masked_model = build_masked_model(config, mesh)
+        masked_model = build_masked_model(LearnInputs(config), mesh)
         learner = Learner(config, mesh, masked_model)
         snapshots = Snapshots(
             folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner

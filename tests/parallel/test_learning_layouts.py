@@ -16,6 +16,7 @@ from megamask.learn.gumbel import Learner, StepResult
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Snapshots
 from megamask.parallel.mesh import start
+from megamask.prepare.run_inputs import LearnInputs
 from tests.parallel.learning import in_turn, take_steps
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_logits
@@ -90,7 +91,7 @@ def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> lis
 def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     config = config_of(run_dir, job.tp, {**SETTINGS, **job.learn}, **job.parallel)
     with start(config) as mesh:
-        masked_model = build_masked_model(config, mesh)
+        masked_model = build_masked_model(LearnInputs(config), mesh)
         name = job.save_to or job.resume_from or "none"
         snapshots = Snapshots(
             folder / name, config, mesh, masked_model, Learner(config, mesh, masked_model)

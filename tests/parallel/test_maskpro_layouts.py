@@ -23,6 +23,7 @@ from megamask.learn.snapshot import Snapshots
 from megamask.model.build import masked_linears
 from megamask.parallel.mesh import start
 from megamask.plan.workload import Workload
+from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.operator import sampler_for
 from megamask.weights.architecture import read_architecture
 from tests.parallel.learning import in_turn, take_steps
@@ -96,7 +97,7 @@ def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> lis
 def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     config = config_of(run_dir, job.tp, settings(job))
     with start(config) as mesh:
-        masked_model = build_masked_model(config, mesh)
+        masked_model = build_masked_model(LearnInputs(config), mesh)
         learner = MaskPro(config, mesh, masked_model)
         reused = Reused(Chains(), config.learn.maskpro.samples, config.seed)
         snapshots = Snapshots(
@@ -189,7 +190,7 @@ def count_bytes(rank: int, run_dir: Path) -> tuple[float, int, int]:
     config = config_of(run_dir, 1, settings(Job()))
     with start(config) as mesh:
         before = {tensor.untyped_storage().data_ptr() for tensor in live_tensors(mesh.device)}
-        masked_model = build_masked_model(config, mesh)
+        masked_model = build_masked_model(LearnInputs(config), mesh)
         mask_statistics, learner = (
             MaskStatistics(masked_model, mesh),
             MaskPro(config, mesh, masked_model),

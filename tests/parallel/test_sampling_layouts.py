@@ -18,6 +18,7 @@ from megamask.learn.gumbel import Learner
 from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh, start
+from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.draw import GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sampler_for
@@ -43,7 +44,7 @@ def look(rank: int, config: Config, folder: Path) -> dict[str, Tensors]:
     checkpoint written at TP 2.
     """
     with start(config) as mesh:
-        masked_model = build_masked_model(config, mesh)
+        masked_model = build_masked_model(LearnInputs(config), mesh)
         masked_model.switch.sink = GradientSink(norm_coef=1e-3)
         found = {"initial": gather_logits(masked_model, mesh)}
         for backend in ("torch", "numba"):
@@ -186,7 +187,7 @@ def draws_of_a_step(rank: int, configs: list[Config]) -> list[dict[int, dict[str
 
 def draws_of_one(config: Config) -> dict[int, dict[str, Any]]:
     with start(config) as mesh:
-        masked_model = build_masked_model(config, mesh)
+        masked_model = build_masked_model(LearnInputs(config), mesh)
         learner, seen = Learner(config, mesh, masked_model), {}
         learn = config.learn
         plan = BatchPlan(Chains(), learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)

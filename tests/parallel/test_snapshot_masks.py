@@ -17,6 +17,7 @@ from megamask.learn.snapshot import Progress, Snapshots
 from megamask.masks.from_snapshot import load_snapshot
 from megamask.model.mask_shards import gather_masks
 from megamask.parallel.mesh import Mesh, start
+from megamask.prepare.run_inputs import LearnInputs
 from megamask.weights.architecture import read_architecture
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import config_of
@@ -73,7 +74,7 @@ def save_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, tuple
     for name, kind in KINDS.items():
         settings = config(run_dir, tp, kind, None, kind.method)
         with start(settings) as mesh:
-            masked_model = build_masked_model(settings, mesh)
+            masked_model = build_masked_model(LearnInputs(settings), mesh)
             for number, logits in enumerate(masked_model.mask_logits):
                 generator = torch.Generator().manual_seed(100 * rank + number)
                 logits.data.copy_(
@@ -97,7 +98,7 @@ def start_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, Mask
     for name, kind in KINDS.items():
         settings = config(run_dir, tp, kind, str(folder / name), HEIR[kind.method])
         with start(settings) as mesh:
-            found[name] = hard_codes(build_masked_model(settings, mesh), mesh)
+            found[name] = hard_codes(build_masked_model(LearnInputs(settings), mesh), mesh)
         meet_again()
     return found
 

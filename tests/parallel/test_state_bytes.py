@@ -23,6 +23,7 @@ from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.parallel.mesh import start
 from megamask.plan.bytes import state_bytes
 from megamask.plan.workload import Workload
+from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 from tests.parallel.ranks import meet_again, run_ranks
@@ -77,7 +78,7 @@ def count_all(
     for name, run in runs.items():
         config = config_for(run_dir, run)
         with start(config) as mesh:
-            masked_model = build_masked_model(config, mesh)
+            masked_model = build_masked_model(LearnInputs(config), mesh)
             plan = BatchPlan(
                 Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
             )

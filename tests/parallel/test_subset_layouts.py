@@ -17,6 +17,7 @@ from megamask.learn.masked_model import build_masked_model
 from megamask.learn.metrics.mask_stats import MaskStatistics, MaskStats
 from megamask.model.mask_shards import gather_masks
 from megamask.parallel.mesh import start
+from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.draw import RETURNED, GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sampler_for
@@ -62,7 +63,7 @@ def settings(run_dir: Path, tp: int, backend: str = "auto") -> Config:
 
 def learn(rank: int, config: Config) -> Outcome:
     with start(config) as mesh:
-        masked_model = build_masked_model(config, mesh)
+        masked_model = build_masked_model(LearnInputs(config), mesh)
         masked_model.switch.sink = GradientSink(norm_coef=1e-3)
         bits = {"initial": gather_logits(masked_model, mesh)}
         for backend in ("torch", "numba"):

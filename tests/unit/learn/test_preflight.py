@@ -2,61 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from megamask.config.learn_tree import SamplingSection
-from megamask.config.load import build_config, load_config
+from megamask.config.load import load_config
 from megamask.errors import ConfigError
-from megamask.learn.preflight import check_rows, check_schedules, unused_settings
+from megamask.learn.preflight import check_schedules, unused_settings
 from megamask.masks import from_snapshot
 from megamask.model import checkpoint
-from megamask.weights.architecture import read_architecture
-
-TINY = (
-    Path(__file__).resolve().parents[3] / "configs" / "models" / "tiny-llama.json"
-)  # hidden 64, ffn 128
-
-
-@pytest.mark.parametrize(
-    ("pattern", "tp", "where"),
-    [
-        ("2:7", 1, r"in_features of decoder\.layers\.0\.self_attention\.\w+, here 64\."),
-        (
-            "1:64",
-            2,
-            r"in_features of decoder\.layers\.0\.self_attention\.linear_proj, here 32 after splitting over parallel\.tp=2\.",
-        ),
-        (
-            "1:32",
-            4,
-            r"in_features of decoder\.layers\.0\.self_attention\.linear_proj, here 16 after splitting over parallel\.tp=4\.",
-        ),
-    ],
-)
-def test_a_row_that_m_does_not_divide(pattern: str, tp: int, where: str) -> None:
-    with pytest.raises(
-        ConfigError,
-        match=f"pattern = '{pattern}': M must divide {where} Choose another pattern, a smaller parallel.tp",
-    ):
-        check_rows(
-            build_config({"pattern": pattern, "parallel": {"tp": tp}}), read_architecture(TINY)
-        )
-
-
-@pytest.mark.parametrize(
-    ("pattern", "tp", "exclude"),
-    [("1:64", 1, []), ("1:32", 2, []), ("1:64", 2, ["*o_proj"]), ("1:32", 4, ["*o_proj"])],
-)
-def test_rows_that_fit(pattern: str, tp: int, exclude: list[str]) -> None:
-    """Of the row-parallel linears o_proj has 64 inputs and down_proj 128; what stays dense is not
-    looked at.
-    """
-    check_rows(
-        build_config({"pattern": pattern, "parallel": {"tp": tp}, "model": {"exclude": exclude}}),
-        read_architecture(TINY),
-    )
 
 
 @pytest.mark.parametrize(

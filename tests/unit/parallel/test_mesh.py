@@ -10,7 +10,7 @@ import torch
 from megamask.config import Config
 from megamask.errors import ConfigError
 from megamask.parallel.cpu import megatron_on_cpu
-from megamask.parallel.mesh import check_layout, choose_device, start
+from megamask.parallel.mesh import choose_device, start
 
 
 def config(**parallel: object) -> Config:
@@ -37,17 +37,6 @@ def test_an_error_inside_takes_the_groups_down() -> None:
     with pytest.raises(RuntimeError, match="inside"), start(config()):
         raise RuntimeError("inside")
     assert not torch.distributed.is_initialized()
-
-
-def test_layouts_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.tp.*--nproc-per-node 3"):
-        check_layout(config(tp=3))
-    with pytest.raises(ConfigError, match="sequence_parallel"):
-        check_layout(config(sequence_parallel=True))
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    check_layout(config(tp=3, sequence_parallel=True))
-    with pytest.raises(ConfigError, match="number of processes, here 6"):
-        check_layout(config(tp=4))
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

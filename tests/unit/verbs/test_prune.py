@@ -196,7 +196,7 @@ def test_raised_damping_is_recorded_and_named(
         (["prune.block=30"], r"prune\.block = 30.*multiple of M"),
         (
             ["pattern=1:32"],
-            r"M must divide in_features of decoder\.layers\.0\.mlp\.linear_fc2, here 48"
+            r"M must divide in_features of model\.layers\.0\.mlp\.down_proj, here 48"
             r".*model\.exclude",
         ),
         (["model.include=[nothing*]"], r"model\.include"),

@@ -4,19 +4,34 @@ to prune.
 
 from __future__ import annotations
 
-from megamask.config import Config, run_paths
+from collections.abc import Sequence
+
+from megamask.config import Config, RunPaths, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import mask_path, open_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
-from megamask.weights.mapping import linear_shapes, prunable
+from megamask.weights.mapping import linear_shapes
 
 KEY = "learn.prior.mask"
 
 
-def load_prior(config: Config, arch: Architecture, fingerprint: str) -> MaskSet | None:
+def load_prior(
+    config: Config,
+    arch: Architecture,
+    fingerprint: str,
+    pattern: Pattern,
+    modules: Sequence[str],
+) -> MaskSet | None:
     """The masks that ``learn.prior.mask`` names; None when it is null.
+
+    Args:
+        config: names the prior and the run.
+        arch: the model.
+        fingerprint: of the model's weights.
+        pattern: N:M of the run.
+        modules: HF names of the linears to prune, each of which needs a mask.
 
     Raises:
         ArtifactError: missing, torn, or made for another pattern, model or set of linears.
@@ -37,14 +52,8 @@ def load_prior(config: Config, arch: Architecture, fingerprint: str) -> MaskSet 
             "Set another run_dir, or write it to a mask file first: megamask extract.",
         )
     masks = open_masks(name, config, arch)
-    masks.check(
-        pattern=Pattern.parse(config.pattern), shapes=linear_shapes(arch), fingerprint=fingerprint
-    )
-    missing = [
-        module
-        for module in prunable(arch, config.model.include, config.model.exclude)
-        if module not in masks
-    ]
+    masks.check(pattern=pattern, shapes=linear_shapes(arch), fingerprint=fingerprint)
+    missing = [module for module in modules if module not in masks]
     if missing:
         problem = f"has no mask for {missing[0]}" + (
             f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -57,7 +66,7 @@ def load_prior(config: Config, arch: Architecture, fingerprint: str) -> MaskSet 
     return masks
 
 
-def description(prior: MaskSet, config: Config) -> str:
+def description(prior: MaskSet, paths: RunPaths) -> str:
     """How the prior was made, and where it lies unless it is a mask of this run."""
-    is_own = prior.path == run_paths(config).mask(prior.method)
+    is_own = prior.path == paths.mask(prior.method)
     return prior.method if is_own else f"{prior.method}, {prior.path}"

@@ -1,0 +1,54 @@
+"""The dense model that masks are made for, loaded and looked over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamask.errors import ArtifactError
+from megamask.model.build import build_model, prunable_linears
+from megamask.model.checkpoint import load_weights
+from megamask.model.language_model import LanguageModel
+from megamask.model.mask_shards import linear_rules
+from megamask.parallel.masked_linear import MaskedLinear
+from megamask.parallel.mesh import Mesh
+from megamask.prepare.run_inputs import RunInputs
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The frozen model of one rank.
+
+    Attributes:
+        model: the model, with its weights, in ``config.dtype``.
+        linears: the linears to prune, by Megatron name.
+    """
+
+    model: LanguageModel
+    linears: dict[str, MaskedLinear]
+
+
+def load_dense(inputs: RunInputs, mesh: Mesh) -> DenseModel:
+    """Load the model, and refuse linears to prune that are pruned already.
+
+    A one-shot criterion cannot judge weights that are zero, and no mask can be learned on weights
+    that another mask removed.
+
+    Raises:
+        ConfigError: the architecture does not split over this layout.
+        ArtifactError: weights that are missing, torn, or pruned already.
+    """
+    weights = inputs.paths.weights
+    model = build_model(inputs.config, inputs.arch, mesh)
+    linears = prunable_linears(model, inputs.config, inputs.arch)
+    load_weights(model, weights)
+    table = linear_rules(inputs.arch)
+    for name, linear in linears.items():
+        if mesh.any(inputs.pattern.already_fits(linear.weight)):
+            raise ArtifactError(
+                weights,
+                f"hold a model that is pruned already: {', '.join(table[name].modules)} is "
+                f"{inputs.pattern} sparse",
+                "Convert the dense model, and name the mask as learn.prior.mask if it is to be "
+                "learned from; or keep that linear out with model.exclude.",
+            )
+    return DenseModel(model, linears)

@@ -1,0 +1,125 @@
+"""The inputs of a run: each is read and checked once, when it is first asked for, and handed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from megamask.config import Config, RunPaths, run_paths
+from megamask.data.shards import check_vocabulary
+from megamask.masks.file import MaskSet
+from megamask.model.checkpoint import read_note
+from megamask.prepare.layout import Layout
+from megamask.prepare.prior_mask import description, load_prior
+from megamask.sparsity.pattern import Pattern
+from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.mapping import prunable
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a verb that computes on the converted model works from.
+
+    Nothing is read when the object is made, so that a verb can refuse settings before it looks for
+    files. Every attribute raises at its first use and is the same object ever after.
+
+    Attributes:
+        config: the settings.
+    """
+
+    config: Config
+
+    @cached_property
+    def paths(self) -> RunPaths:
+        """The paths of the run."""
+        return run_paths(self.config)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of the launched processes.
+
+        Raises:
+            ConfigError: see ``Layout.launched``.
+        """
+        return Layout.launched(self.config)
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        """N:M.
+
+        Raises:
+            ConfigError: see ``Pattern.parse``.
+        """
+        return Pattern.parse(self.config.pattern)
+
+    @cached_property
+    def note(self) -> dict[str, Any]:
+        """What the verb convert wrote beside the weights.
+
+        Raises:
+            ArtifactError: there are no weights.
+        """
+        return read_note(self.paths.weights)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the dense weights. Raises as ``note``."""
+        fingerprint: str = self.note["fingerprint"]
+        return fingerprint
+
+    @cached_property
+    def arch(self) -> Architecture:
+        """The architecture of the converted model.
+
+        Raises:
+            ArtifactError: its config.json is missing or names another kind of model.
+        """
+        return read_architecture(self.paths.weights)
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """HF names of the linears to prune, in model order.
+
+        Raises:
+            ConfigError: ``model.include`` and ``model.exclude`` do not fit the model.
+        """
+        return prunable(self.arch, self.config.model.include, self.config.model.exclude)
+
+    def check_vocabulary(self) -> None:
+        """Check that the model knows every token of the shards.
+
+        Raises:
+            ArtifactError: see :func:`megamask.data.shards.check_vocabulary`.
+        """
+        check_vocabulary(self.config, self.arch.vocab)
+
+
+@dataclass(frozen=True)
+class LearnInputs(RunInputs):
+    """What a learning run works from: also the mask that it starts from."""
+
+    @cached_property
+    def prior(self) -> MaskSet | None:
+        """The masks of ``learn.prior.mask``, which fit pattern, model and linears; None for none.
+
+        Raises:
+            ArtifactError, ConfigError: see :func:`megamask.prepare.prior_mask.load_prior`.
+        """
+        return load_prior(self.config, self.arch, self.fingerprint, self.pattern, self.modules)
+
+    @property
+    def prior_method(self) -> str | None:
+        """How the prior was made. Raises as ``prior``."""
+        return None if self.prior is None else description(self.prior, self.paths)
+
+    def check(self) -> None:
+        """Read everything but the weights, and check that it fits together.
+
+        Raises:
+            MegamaskError: the first input that is missing, torn or does not fit.
+        """
+        _ = self.note
+        self.layout.check_linears(self.config, self.arch, self.modules, self.pattern)
+        _ = self.prior
+        self.check_vocabulary()
