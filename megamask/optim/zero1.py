@@ -1,12 +1,15 @@
-"""ZeRO-1 over data-parallel replicas: each updates some of the layers and keeps the optimizer state
-of those alone.
+"""ZeRO-1 (Rajbhandari et al., 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+Models"): the optimizer state is divided among the data-parallel replicas.
 
-A layer has one owner, as in Megatron's LayerWiseDistributedOptimizer: every update rule works
-unchanged, and so do snapshots, in which a moment has the shape of its logits. (Megatron's
-DistributedOptimizer cuts one flat buffer anywhere and knows Adam alone.) Gradients are summed at
-their owner instead of everywhere, and updated logits sent back: together the bytes of one
-all-reduce. Each sum starts as soon as its gradient is complete and runs while the backward pass
-goes on.
+Without it all replicas keep the same state and make the same update. With it each replica owns some
+of the layers. It keeps the state of these layers alone, updates their logits, and sends the new
+logits to the others. A layer has one owner as a whole, as in Megatron's
+LayerWiseDistributedOptimizer, so all update rules and snapshots work unchanged. (Megatron's
+DistributedOptimizer cuts one flat buffer at any element, and knows Adam alone.)
+
+A gradient is summed at its owner only. Sum and broadcast together move the bytes of the one
+all-reduce that they replace. Each sum starts as soon as its gradient is complete, and runs while
+the backward pass goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ class Replicas:
     """The division of ``logits`` among the replicas of ``mesh``.
 
     Attributes:
-        mine: numbers of the logits that this replica updates.
+        mine: indices of the logits that this replica owns.
 
     Raises:
         ConfigError: there are more replicas than layers.
@@ -43,7 +46,7 @@ class Replicas:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Gradients are not complete yet: other micro-batches follow."""
+        """Start no sums inside this block: further micro-batches will add to the gradients."""
         self._is_last = False
         try:
             yield
@@ -51,11 +54,11 @@ class Replicas:
             self._is_last = True
 
     def start_sum(self, number: int) -> None:
-        """The gradient ``number`` is complete (in the last micro-batch): start to average it over
-        the replicas, at its owner.
+        """Start to average gradient ``number`` over the replicas, at its owner. Has no effect
+        before the last micro-batch, when the gradient is not complete.
         """
         if self._is_last:
-            assert number not in self._sums, "one gradient a micro-batch"
+            assert number not in self._sums, "a gradient is complete once in a step"
             grad: torch.Tensor = self.logits[number].main_grad  # type: ignore[attr-defined]
             grad.mul_(1 / self.mesh.dp)
             self._sums[number] = dist.reduce(
@@ -63,9 +66,10 @@ class Replicas:
             )
 
     def finish_sums(self) -> None:
-        """Wait until the gradients of ``mine`` are averages in ``main_grad``; those of others are
-        undefined from now on.
+        """Wait until ``main_grad`` of the logits in ``mine`` holds the averages. The other
+        gradients are undefined from now on.
         """
+        # layers that took no part in the backward pass
         for number in range(len(self.logits)):
             if number not in self._sums:
                 self.start_sum(number)
@@ -74,7 +78,7 @@ class Replicas:
         self._sums.clear()
 
     def share_logits(self) -> None:
-        """Send the logits of ``mine`` to the other replicas, and take over theirs."""
+        """Send the logits in ``mine`` to the other replicas, and receive theirs."""
         pairs = zip(self.logits, self._ranks, strict=True)
         for work in [
             dist.broadcast(one.detach(), rank, group=self.mesh.dp_group, async_op=True)
@@ -83,15 +87,17 @@ class Replicas:
             work.wait()
 
     def from_all(self, values: torch.Tensor) -> torch.Tensor:
-        """A number per logits, from the numbers of ``mine``. Exact: nothing but zeros is added."""
+        """One number for each logits tensor, (logits,), from the numbers of those in ``mine``. The
+        sum over replicas is exact, since it adds zeros only.
+        """
         whole = values.new_zeros(len(self.logits))
         whole[self.mine] = values
         dist.all_reduce(whole, group=self.mesh.dp_group)
         return whole
 
     def _watch(self, number: int, logits: torch.nn.Parameter) -> Any:
-        """Call ``start_sum`` when the backward pass is done with ``logits``. Megatron's DDP hooks
-        into the same node; it must be kept.
+        """Call ``start_sum`` when the backward pass has added the gradient of ``logits``. Returns
+        the autograd node, which must be kept: Megatron's DDP hooks the same node.
         """
         graph: Any = logits.expand_as(logits).grad_fn
         node = graph.next_functions[0][0]
