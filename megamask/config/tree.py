@@ -72,7 +72,8 @@ class DataSection(Section):
         "max_bytes, heldout"
     )  # fmt: skip
     blend: dict[str, float] = Field(
-        default_factory=dict, description="domain -> weight; empty = equal weights"
+        default_factory=dict,
+        description="domain -> weight; a domain left out is not learned from; empty = equal weights",
     )
     seq_length: Positive = Field(256, description="tokens of a sample")
     eod: str | None = Field(

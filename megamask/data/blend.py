@@ -48,12 +48,13 @@ class _DatasetTokenizer:
 def blend_weights(config: Config) -> dict[str, float]:
     """Domain -> weight, positive and summing to one, in the order of ``data.domains``.
 
-    A weight of 0 keeps a domain for evaluation only. Without ``data.blend``, all domains that have
-    training text get the same weight.
+    ``data.blend`` names the domains to learn from; a domain that it leaves out, or weighs 0, serves
+    evaluation alone. Without ``data.blend``, all domains that have training text get the same
+    weight.
 
     Raises:
-        ConfigError: a weight is negative or not finite, the weights sum to zero, or a domain is
-            unknown or has no weight.
+        ConfigError: a weight is negative or not finite, the weights sum to zero, a domain is
+            unknown, or a domain to learn from has only held-out text.
     """
     domains, given = config.data.domains, dict(config.data.blend)
     given = given or {name: float(corpus.heldout < 1) for name, corpus in domains.items()}
@@ -70,15 +71,14 @@ def blend_weights(config: Config) -> dict[str, float]:
                 f"data.blend.{name}",
                 weight,
                 "a finite weight of 0 or more",
-                "Correct it; 0 leaves the domain out.",
+                "Correct it; 0 keeps the domain for evaluation.",
             )
-    for name in domains:
-        if name not in given:
+        if weight > 0 and domains[name].heldout == 1:
             raise ConfigError(
-                "data.blend",
-                given,
-                f"a weight for each domain; {name} has none",
-                f"Add data.blend.{name}; 0 leaves it out.",
+                f"data.blend.{name}",
+                weight,
+                f"0, for data.domains.{name}.heldout=1 leaves no text to learn from",
+                "Leave the domain out of data.blend, or lower its heldout.",
             )
     total = sum(given.values())
     if total <= 0:
@@ -88,7 +88,7 @@ def blend_weights(config: Config) -> dict[str, float]:
             "at least one weight above 0",
             "Give the domains to learn from a positive weight.",
         )
-    return {name: given[name] / total for name in domains if given[name] > 0}
+    return {name: given[name] / total for name in domains if given.get(name, 0) > 0}
 
 
 def train_dataset(config: Config, num_samples: int, seq_length: int, seed: int) -> Any:

@@ -20,12 +20,51 @@ from megamask.data.tokenizer import TextTokenizer, load_tokenizer
 from megamask.errors import ArtifactError, ConfigError
 
 
-def heldout_windows(config: Config, domain: str, window: int, max_tokens: int | None) -> Tensor:
+def evaluated_domains(config: Config) -> list[str]:
+    """The domains to evaluate, in the order of ``data.domains``: those with held-out documents.
+
+    A domain with ``heldout: 0`` is learned from and never evaluated.
+
+    Raises:
+        ConfigError: no domain holds out documents.
+    """
+    shares = {name: corpus.heldout for name, corpus in config.data.domains.items()}
+    if not any(shares.values()):
+        raise ConfigError(
+            "data.domains",
+            {name: {"heldout": share} for name, share in shares.items()},
+            "at least one domain with a heldout above 0: evaluation needs held-out documents",
+            "Set data.domains.NAME.heldout=0.05 for one of them, or add a domain with heldout=1 "
+            "that is evaluated only, and run the verb tokenize.",
+        )
+    return [name for name, share in shares.items() if share > 0]
+
+
+def evaluation_windows(config: Config, max_tokens: int | None) -> dict[str, Tensor]:
+    """The windows of ``evaluate.window`` tokens of every domain that is evaluated, by domain.
+
+    Raises:
+        ConfigError, ArtifactError: see :func:`evaluated_domains` and :func:`heldout_windows`.
+    """
+    window, tokenizer = config.evaluate.window, load_tokenizer(config)
+    return {
+        domain: heldout_windows(config, domain, window, max_tokens, tokenizer)
+        for domain in evaluated_domains(config)
+    }
+
+
+def heldout_windows(
+    config: Config,
+    domain: str,
+    window: int,
+    max_tokens: int | None,
+    tokenizer: TextTokenizer | None = None,
+) -> Tensor:
     """The held-out stream of a domain in non-overlapping windows: int64 (N, window).
 
     The stream holds the documents as stored, each with an EOD after it. It begins with one BOS if
     ``evaluate.bos`` is set, and ends after ``max_tokens`` tokens. A tail that is shorter than a
-    window is dropped.
+    window is dropped. Without ``tokenizer``, the tokenizer of the configuration is loaded.
 
     Raises:
         ConfigError: the domain is unknown, ``evaluate.bos`` is set for a tokenizer without a BOS,
@@ -33,7 +72,7 @@ def heldout_windows(config: Config, domain: str, window: int, max_tokens: int | 
         ArtifactError: see :func:`megamask.data.shards.open_shards`; or the text is too short for
             one window.
     """
-    tokenizer = load_tokenizer(config)
+    tokenizer = tokenizer or load_tokenizer(config)
     shards = open_shards(config, domain, HELDOUT, tokenizer)
     if max_tokens is not None and max_tokens < window:
         raise ConfigError(

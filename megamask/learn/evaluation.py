@@ -8,23 +8,20 @@ from collections.abc import Mapping
 import torch
 
 from megamask.config import Config
-from megamask.data.heldout import heldout_windows
+from megamask.data.heldout import evaluation_windows
 from megamask.learn.masked_model import MaskedModel
 from megamask.model.perplexity import perplexity
 from megamask.parallel.mesh import Mesh
 
 
 def monitor_windows(config: Config) -> dict[str, torch.Tensor]:
-    """The first held-out windows of every domain, (N, S) tokens.
+    """The first held-out windows of every domain that is evaluated, (N, S) tokens.
 
     Raises:
-        ArtifactError: a domain without enough held-out text.
+        ConfigError, ArtifactError: see :func:`megamask.data.heldout.evaluation_windows`.
     """
-    window = config.evaluate.window
-    tokens = config.learn.monitor.evaluate_windows * window
-    return {
-        domain: heldout_windows(config, domain, window, tokens) for domain in config.data.domains
-    }
+    tokens = config.learn.monitor.evaluate_windows * config.evaluate.window
+    return evaluation_windows(config, tokens)
 
 
 @torch.no_grad()

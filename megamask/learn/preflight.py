@@ -13,6 +13,7 @@ from megamask.config.learn_tree import LearnSection, SamplingSection
 from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.config.section import Section
 from megamask.data.blend import blend_weights
+from megamask.data.heldout import evaluated_domains
 from megamask.errors import ConfigError
 from megamask.learn.maskpro.score import choose_score
 from megamask.optim.requirements import check_optimizer
@@ -169,6 +170,7 @@ def check_early(inputs: LearnInputs) -> None:
     check_method(config.learn)
     logits_per_group(inputs.pattern, DISTRIBUTION_OF[config.learn.method])
     blend_weights(config)
+    evaluated_domains(config)
     if config.learn.method == "maskpro":
         check_maskpro(config)
     else:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from megamask import storage
 from megamask.config import Config
-from megamask.data.heldout import heldout_windows
+from megamask.data.heldout import evaluated_domains, evaluation_windows
 from megamask.errors import ConfigError
 from megamask.evaluate.rows import DENSE, Rows, log, results
 from megamask.masks.file import MaskSet
@@ -24,16 +24,14 @@ def run(config: Config) -> None:
             computed.
     """
     inputs = RunInputs(config)
-    paths, section = inputs.paths, config.evaluate
+    paths = inputs.paths
+    evaluated_domains(config)
     inputs.layout.check_lengths(config, ("evaluate.window",))
     storage.require_writable(paths.run_dir)
     masks = find_masks(inputs)
     inputs.layout.check_model(inputs.arch)
     inputs.check_vocabulary()
-    windows = {
-        domain: heldout_windows(config, domain, section.window, section.max_tokens)
-        for domain in config.data.domains
-    }
+    windows = evaluation_windows(config, config.evaluate.max_tokens)
     with start(config) as mesh:
         rows = Rows(config, paths, inputs.arch, mesh, windows)
         measured = {DENSE: rows.dense()}

@@ -121,7 +121,6 @@ def test_order_is_fixed_by_config_and_seed_and_survives_a_lost_or_stale_cache(
         ({"a": 1, "b": float("nan")}, r"data\.blend\.b"),
         ({"a": 1, "b": float("inf")}, r"data\.blend\.b"),
         ({"a": 1, "b": 1, "c": 1}, r"data\.blend\.c.*a, b"),
-        ({"a": 1}, r"data\.blend.*b has none"),
     ],
 )
 def test_blend_weights_that_cannot_work(
@@ -139,9 +138,20 @@ def test_blend_weights(
     assert blend_weights(two_domains()) == {"a": 0.5, "b": 0.5}
     assert blend_weights(two_domains(blend={"b": 3, "a": 1})) == {"a": 0.25, "b": 0.75}
     assert blend_weights(two_domains(blend={"b": 0, "a": 5})) == {"a": 1.0}
+    assert blend_weights(two_domains(blend={"b": 2})) == {"b": 1.0}
     assert blend_weights(
         make_config({"a": {"kind": "stdlib"}, "test": {"kind": "text", "heldout": 1}})
     ) == {"a": 1.0}
+
+
+def test_a_domain_that_is_all_held_out_cannot_be_learned_from(
+    make_config: Callable[..., Config],
+) -> None:
+    domains = {"a": {"kind": "stdlib"}, "test": {"kind": "text", "heldout": 1}}
+    said = r"data\.blend\.test = 2\.0: 0, for data\.domains\.test\.heldout=1.*Leave the domain out"
+    with pytest.raises(ConfigError, match=said):
+        blend_weights(make_config(domains, blend={"a": 1, "test": 2}))
+    assert blend_weights(make_config(domains, blend={"a": 1, "test": 0})) == {"a": 1.0}
 
 
 def test_shards_that_do_not_fit_are_refused(

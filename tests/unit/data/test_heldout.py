@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from megamask.config import Config, run_paths
 from megamask.data.blend import train_dataset
-from megamask.data.heldout import calibration_description, calibration_tokens, heldout_windows
+from megamask.data.heldout import (
+    calibration_description,
+    calibration_tokens,
+    evaluated_domains,
+    evaluation_windows,
+    heldout_windows,
+)
 from megamask.data.shards import read_shards
 from megamask.errors import ArtifactError, ConfigError
-from megamask.verbs import tokenize
+from megamask.verbs import evaluate, learn, tokenize
 
 
 def test_windows_cut_the_held_out_stream_and_drop_the_tail(
@@ -47,6 +55,49 @@ def test_windows_that_cannot_be(two_domains: Callable[..., Config]) -> None:
         heldout_windows(config, "a", 20, 19)
     with pytest.raises(ConfigError, match=r"data\.domains"):
         heldout_windows(config, "c", 20, None)
+
+
+def test_each_domain_serves_learning_or_evaluation_or_both(
+    two_domains: Callable[..., Config], tokenizer_folder: Path
+) -> None:
+    """a is learned from and never evaluated, b the other way round: every document of b is in the
+    evaluation, none in the samples.
+    """
+    settings = two_domains(blend={"a": 1}, evaluate={"window": 20}).model_dump()
+    settings["data"]["domains"]["a"]["heldout"] = 0
+    settings["data"]["domains"]["b"]["heldout"] = 1
+    config = Config.model_validate(settings)
+    tokenize.run(config)
+    assert evaluated_domains(config) == ["b"]
+    windows = evaluation_windows(config, None)
+    assert list(windows) == ["b"] and torch.equal(
+        windows["b"], heldout_windows(config, "b", 20, None)
+    )
+    plain = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+
+    def documents(rows: Iterable[torch.Tensor]) -> set[int]:
+        texts = [plain.decode(row.tolist()) for row in rows]
+        return {int(number) for text in texts for number in re.findall(r"doc(\d+)x", text)}
+
+    dataset = train_dataset(config, 600, 48, seed=3)
+    learned = documents(dataset[number]["tokens"] for number in range(600))
+    evaluated = documents([windows["b"].flatten()])
+    assert learned == set(range(60)) and evaluated >= set(range(100, 159))
+
+
+def test_without_held_out_text_nothing_can_be_evaluated(
+    two_domains: Callable[..., Config],
+) -> None:
+    settings = two_domains().model_dump()
+    for corpus in settings["data"]["domains"].values():
+        corpus["heldout"] = 0
+    config = Config.model_validate(settings)
+    said = r"data\.domains = .*at least one domain with a heldout above 0.*heldout=0\.05"
+    with pytest.raises(ConfigError, match=said):
+        evaluated_domains(config)
+    for verb in (evaluate.run, learn.run):
+        with pytest.raises(ConfigError, match=said):
+            verb(config)
 
 
 def test_a_tokenizer_without_bos(
