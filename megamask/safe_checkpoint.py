@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INDEX = ".metadata"
 COMMON = "common.pt"
+NOTE = "megamask.json"  # the facts that this package keeps in the folder, beside the tensors
 ADVICE = "Use a checkpoint that megamask wrote, from somebody you trust."
 
 # The classes and functions that the index of a checkpoint of plain tensors names (torch 2.6 to 2.13).
@@ -148,6 +149,17 @@ def _check_pieces(folder: Path, index: Metadata, fix: str) -> None:
         if offset < 0 or length < 0 or size < offset + length:
             problem = f"{name} has {size} bytes, at least {offset + length} were written"
             raise _torn(folder, problem, fix)
+
+
+def reason_of(error: BaseException) -> str:
+    """The kind and the first line of an error that the library raised.
+
+    Its CheckpointException only wraps the errors of the ranks, so the first of these is told.
+    """
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _torn(folder: Path, reason: str, fix: str) -> ArtifactError:

@@ -21,8 +21,9 @@ from megamask.learn.gumbel import Learner
 from megamask.learn.masked_model import MaskedModel
 from megamask.learn.maskpro.policy_gradient import MaskPro
 from megamask.learn.preflight import settings_without_effect
-from megamask.model.checkpoint import NOTE, load_sharded, save_sharded, sharded_state
+from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
+from megamask.safe_checkpoint import NOTE
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})$")

@@ -11,7 +11,8 @@ from pathlib import Path
 from megamask.config import Config, RunPaths, run_paths
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet, load_masks
-from megamask.masks.from_snapshot import NOTE, load_snapshot, newest_snapshot
+from megamask.masks.from_snapshot import load_snapshot, newest_snapshot
+from megamask.safe_checkpoint import NOTE
 from megamask.storage import read_json
 from megamask.weights.architecture import Architecture, read_architecture
 

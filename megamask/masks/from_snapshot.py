@@ -25,7 +25,7 @@ from megamask.config.legacy import nest, upgrade_note
 from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
-from megamask.safe_checkpoint import read_index
+from megamask.safe_checkpoint import NOTE, read_index, reason_of
 from megamask.sparsity.distributions import logits_per_group
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import read_json
@@ -33,7 +33,6 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule
 
-NOTE = "megamask.json"  # the file with the facts of a snapshot, in the folder of its tensors
 LOGITS = ".mask_logits"  # end of the name of a tensor of mask logits
 _STEP = re.compile(r"step-\d{8}")
 
@@ -197,7 +196,6 @@ def _fix(path: Path) -> str:
 
 
 def _torn(path: Path, error: BaseException) -> NoReturn:
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    raise ArtifactError(path, f"is torn or no checkpoint ({reason})", _fix(path)) from error
+    raise ArtifactError(
+        path, f"is torn or no checkpoint ({reason_of(error)})", _fix(path)
+    ) from error

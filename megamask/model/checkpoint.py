@@ -23,12 +23,11 @@ from megamask.errors import ArtifactError
 from megamask.model.build import model_rules
 from megamask.model.language_model import LanguageModel
 from megamask.parallel.mesh import Mesh
-from megamask.safe_checkpoint import check_common, read_index
+from megamask.safe_checkpoint import NOTE, check_common, read_index, reason_of
 from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import HFReader
 from megamask.weights.mapping import rules
 
-NOTE = "megamask.json"
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
@@ -100,15 +99,8 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
         Exception,
         CheckpointException,
     ) as error:  # the library raises many kinds, this one beside Exception
-        raise ArtifactError(path, f"cannot be read ({_reason(error)})", fix) from error
+        raise ArtifactError(path, f"cannot be read ({reason_of(error)})", fix) from error
     return loaded
-
-
-def _reason(error: BaseException) -> str:
-    """One line. A CheckpointException only wraps what happened on the ranks."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def fill_from_hf(model: LanguageModel, arch: Architecture, mesh: Mesh, reader: HFReader) -> None:

@@ -12,7 +12,7 @@ from megamask.errors import ConfigError
 from megamask.masks.compare import Difference, unrelated
 from megamask.masks.file import MaskSet
 from megamask.report.layers import places_of
-from megamask.tables import aligned
+from megamask.tables import table
 
 NOWHERE = "–"  # stands for the layer of a linear that lies in no layer
 ALL = "**all**"
@@ -52,7 +52,7 @@ def _layer_table(differences: Differences, main: str) -> list[str]:
         return [title, *_shares(total(inside.values())), *cells]
 
     rows = [row(layer, inside) for layer, inside in by_layer(differences).items()]
-    return aligned(["layer", *COLUMNS.values(), *kinds], [*rows, row(ALL, differences)])
+    return table(["layer", *COLUMNS.values(), *kinds], [*rows, row(ALL, differences)])
 
 
 def _kind_table(differences: Differences) -> list[str]:
@@ -62,7 +62,7 @@ def _kind_table(differences: Differences) -> list[str]:
         return [title, f"{len(inside):,}", *_shares(total(inside.values()))]
 
     rows = [row(kind, inside) for kind, inside in by_kind(differences).items()]
-    return aligned(["kind", "linears", *COLUMNS.values()], [*rows, row(ALL, differences)])
+    return table(["kind", "linears", *COLUMNS.values()], [*rows, row(ALL, differences)])
 
 
 def notes(a: MaskSet, b: MaskSet) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megamask.tables import aligned
+from megamask.tables import table
 
 METHOD_LABELS = {
     "dense": "dense",
@@ -73,7 +73,7 @@ def format_table(results: dict[str, Any]) -> str:
         ("Seconds", format_stages(results)),
     ]
     return "\n".join(
-        [*aligned(*table_cells(results)), *(f"\n{title}: {text}" for title, text in notes if text)]
+        [*table(*table_cells(results)), *(f"\n{title}: {text}" for title, text in notes if text)]
     )
 
 

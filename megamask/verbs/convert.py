@@ -9,9 +9,10 @@ from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.errors import MegamaskError
 from megamask.model.build import build_model, padded_vocab
-from megamask.model.checkpoint import NOTE, fill_from_hf, save_sharded, sharded_state
+from megamask.model.checkpoint import fill_from_hf, save_sharded, sharded_state
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import Layout
+from megamask.safe_checkpoint import NOTE
 from megamask.weights.architecture import read_architecture
 from megamask.weights.fingerprint import fingerprint_hf
 from megamask.weights.hf_files import open_checked

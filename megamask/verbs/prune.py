@@ -19,7 +19,7 @@ from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.errors import MegamaskError
 from megamask.masks.file import load_masks, save_masks
 from megamask.model.build import build_model, masked_linears, padded_vocab
-from megamask.model.checkpoint import NOTE, load_weights, save_sharded, sharded_state
+from megamask.model.checkpoint import load_weights, save_sharded, sharded_state
 from megamask.model.mask_shards import gather_masks
 from megamask.oneshot.criteria import CRITERIA
 from megamask.oneshot.criterion import Pruned
@@ -27,6 +27,7 @@ from megamask.oneshot.layerwise import PruningJob, damping, prune_layerwise
 from megamask.parallel.mesh import start
 from megamask.prepare.dense_model import load_dense
 from megamask.prepare.run_inputs import RunInputs
+from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.pattern import Pattern
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,6 @@ from megamask.config.learn_tree import SamplingSection
 from megamask.config.load import load_config
 from megamask.errors import ConfigError
 from megamask.learn.preflight import check_schedules, unused_settings
-from megamask.masks import from_snapshot
-from megamask.model import checkpoint
 
 
 @pytest.mark.parametrize(
@@ -32,11 +30,6 @@ def test_a_schedule_that_ends_below_its_range(
 )
 def test_a_schedule_that_stays_or_hardens(values: dict[str, tuple[float, float]]) -> None:
     check_schedules(SamplingSection.model_validate(values))
-
-
-def test_the_note_has_one_name() -> None:
-    """Snapshots are read as masks without the room that writes them."""
-    assert from_snapshot.NOTE == checkpoint.NOTE
 
 
 @pytest.mark.parametrize(

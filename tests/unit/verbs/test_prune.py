@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megamask.config import Config, load_config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import load_masks
-from megamask.model.checkpoint import NOTE, megatron_to_hf
+from megamask.model.checkpoint import megatron_to_hf
 from megamask.parallel.mesh import start
+from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import read_json
 from megamask.verbs import convert, prune
