@@ -36,7 +36,7 @@ RECOMPUTE: dict[bool | str, dict[str, Any]] = {  # parallel.recompute in Megatro
 
 
 def padded_vocab(arch: Architecture, tp: int) -> int:
-    """The vocabulary rounded up so that it splits over ``tp`` ranks."""
+    """The size of the vocabulary, rounded up to a multiple of ``tp``."""
     return -(-arch.vocab // tp) * tp
 
 
@@ -48,8 +48,9 @@ def model_rules(arch: Architecture, tp: int) -> list[Rule]:
 def transformer_config(
     config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype
 ) -> TransformerConfig:
-    """Megatron's settings for a frozen model; fusions that need a weight's own gradient buffer stay
-    off.
+    """Megatron's settings for a frozen model.
+
+    Fusions that need a gradient buffer of the weight are off.
     """
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -87,11 +88,16 @@ def transformer_config(
 def build_model(
     config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """A frozen GPTModel on ``mesh.device`` with uninitialised weights, in ``dtype`` (None =
-    config.dtype).
+    """A frozen GPTModel on ``mesh.device`` with uninitialised weights.
+
+    Args:
+        config: the settings.
+        arch: the architecture.
+        mesh: process groups and device of this rank.
+        dtype: dtype of the weights; None takes ``config.dtype``.
 
     Raises:
-        ConfigError: the architecture does not split over this TP, or M does not divide a local row.
+        ConfigError: the architecture does not split over this TP.
     """
     check_tp(arch, mesh.tp)
     model = LanguageModel(
@@ -109,8 +115,8 @@ def build_model(
     first = mesh.tp_rank * rows
     model.shard = VocabularyShard(first, min(max(arch.vocab - first, 0), rows), rows, mesh.tp_group)
     model.requires_grad_(False)
-    # what is recomputed passes gradients on only if its input wants one, which a frozen embedding's
-    # does not
+    # A recomputed layer passes gradients on only if its input requires a gradient. The output of a
+    # frozen embedding requires none, so the hook asks for it.
     if config.parallel.recompute:
         model.embedding.register_forward_hook(
             lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())

@@ -1,5 +1,7 @@
-"""Megatron weights on disk (dist_checkpointing: any TP can read what any TP wrote) and the streams
-to and from HF.
+"""Megatron weights on disk, and their conversion from and to Hugging Face (HF).
+
+The format is that of Megatron's dist_checkpointing: weights that one TP wrote can be read at any
+other TP.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megamask import storage
 from megamask.errors import ArtifactError
@@ -33,7 +35,7 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
-    """The model's sharded state dict, tensors only."""
+    """The tensors of the model's sharded state dict."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
     return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
@@ -42,8 +44,10 @@ def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
 def save_sharded(
     state: dict[str, Any], path: Path, mesh: Mesh, note: dict[str, Any], files: Sequence[Path] = ()
 ) -> None:
-    """Save a sharded state, a JSON note and copies of ``files`` as the folder ``path``: under a
-    temporary name, then renamed.
+    """Save a sharded state, a JSON note and copies of ``files`` as the folder ``path``.
+
+    The folder is written under a temporary name and renamed when it is complete. All ranks must
+    call this function.
     """
     temporary = path.with_name(f".{path.name}.writing.tmp")
     if mesh.is_main:
@@ -95,16 +99,14 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
         loaded: dict[str, Any] = dist_checkpointing.load(
             state, str(path), validate_access_integrity=True
         )
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # the library raises many kinds, this one beside Exception
+    # CheckpointException is no subclass of Exception.
+    except (Exception, CheckpointException) as error:
         raise ArtifactError(path, f"cannot be read ({reason_of(error)})", fix) from error
     return loaded
 
 
 def fill_from_hf(model: LanguageModel, arch: Architecture, mesh: Mesh, reader: HFReader) -> None:
-    """Copy this rank's shard of every tensor from HF files, reading only the slices it needs."""
+    """Copy this rank's shard of every tensor from HF files; only this rank's slices are read."""
     parameters = dict(model.named_parameters())
     table = model_rules(arch, mesh.tp)
     assert {rule.megatron for rule in table} == set(parameters), (
@@ -116,8 +118,7 @@ def fill_from_hf(model: LanguageModel, arch: Architecture, mesh: Mesh, reader: H
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What convert wrote beside the Megatron weights in ``path``: fingerprint, dtype, padded_vocab,
-    source.
+    """The note beside Megatron weights: fingerprint, dtype, padded_vocab, source.
 
     Raises:
         ArtifactError: there are no weights.
@@ -138,10 +139,13 @@ def load_weights(model: LanguageModel, path: Path) -> None:
 
 
 def megatron_to_hf(path: Path, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stream Megatron weights as (HF name, tensor), one Megatron tensor at a time, in the dtype
-    they were saved in.
+    """Yield Megatron weights as (HF name, tensor), in the dtype of the file.
 
-    Needs an initialised process group of one process.
+    One Megatron tensor at a time is in memory. An initialised process group of one process is
+    required.
+
+    Raises:
+        ArtifactError: the weights are missing or torn.
     """
     note = read_note(path)
     dtype = getattr(torch, note["dtype"])

@@ -1,5 +1,6 @@
-"""Masks between Hugging Face linears and this rank's shards of Megatron linears, through the
-mapping table of the weights.
+"""Masks of Hugging Face (HF) linears to and from this rank's shards of Megatron linears.
+
+The mapping table of the weights converts the masks too. O out_features, I in_features.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from megamask.weights.rule import Rule, block
 
 
 def linear_rules(arch: Architecture) -> dict[str, Rule]:
-    """The table's entries for prunable linears, by Megatron name."""
+    """Megatron name -> rule, for the prunable linears."""
     return {rule.megatron.removesuffix(".weight"): rule for rule in rules(arch) if rule.is_linear}
 
 
 def local_mask(masks: Mapping[str, torch.Tensor], rule: Rule, mesh: Mesh) -> torch.Tensor:
-    """This rank's shard, (O, I) bool, of the masks of a Megatron linear's HF parts."""
+    """This rank's shard (O, I) bool of a Megatron linear's mask, from the masks of its HF parts."""
     whole = {name: masks[name] for name in rule.modules}
     return rule.shard(
         lambda name, rows, cols: block(whole[name.rpartition(".")[0]], rows, cols),
@@ -33,8 +34,9 @@ def local_mask(masks: Mapping[str, torch.Tensor], rule: Rule, mesh: Mesh) -> tor
 def gather_masks(
     local: Mapping[str, torch.Tensor], arch: Architecture, mesh: Mesh
 ) -> dict[str, torch.Tensor]:
-    """Whole masks, HF module name -> (O, I) bool, from every rank's shards by Megatron name. All TP
-    ranks must call it.
+    """Whole masks by HF module name, (O, I) bool, from the shards of all ranks by Megatron name.
+
+    All TP ranks must call this function.
     """
     table, whole = linear_rules(arch), {}
     for name, mask_OI in local.items():
@@ -50,10 +52,14 @@ def fold_masks(
     arch: Architecture,
     mesh: Mesh,
 ) -> None:
-    """Make every linear that ``masks`` names compute with its masked weight; None makes all dense
-    again.
+    """Make every linear compute with its masked weight.
+
+    A linear that ``masks`` does not name computes with its dense weight; None makes all linears
+    dense.
     """
     table = linear_rules(arch)
     for name, linear in linears.items():
-        named = masks is not None and table[name].modules[0] in masks
-        linear.fold(local_mask(masks, table[name], mesh) if masks is not None and named else None)
+        mask_OI = None
+        if masks is not None and table[name].modules[0] in masks:
+            mask_OI = local_mask(masks, table[name], mesh)
+        linear.fold(mask_OI)

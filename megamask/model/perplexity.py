@@ -16,10 +16,16 @@ def perplexity(
 ) -> float:
     """exp of the mean cross entropy over the S - 1 targets of every window.
 
-    Windows are dealt to the data-parallel copies in turn; the sums are fp64, so their order does
-    not show.
+    The windows are dealt to the data-parallel replicas in turn. The sums are fp64, so the result
+    does not depend on the number of replicas, up to rounding.
+
+    Args:
+        model: the model.
+        mesh: process groups and device of this rank.
+        windows_NS: N windows of S tokens, equal on all ranks.
+        micro_batch: number of windows that run together.
     """
-    batches = list(windows_NS.split(micro_batch))
+    batches = list(torch.split(windows_NS, micro_batch))
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in batches[mesh.dp_rank :: mesh.dp]:
         batch = batch.to(mesh.device)

@@ -10,9 +10,7 @@ from megamask.weights.architecture import Architecture
 
 
 def inverse_frequencies(arch: Architecture) -> torch.Tensor:
-    """(head_dim / 2,) fp32 inverse frequencies; ``linear`` and ``llama3`` scaling as the
-    checkpoint's config names them.
-    """
+    """The inverse frequencies (head_dim / 2,) fp32, scaled as ``arch.rope_scaling`` says."""
     exponent = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
     plain = 1.0 / (arch.rope_theta**exponent)
     scaling = arch.rope_scaling
@@ -23,12 +21,13 @@ def inverse_frequencies(arch: Architecture) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, scaling: dict[str, float]) -> torch.Tensor:
-    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between
-    blended.
+    """The scaling of Llama 3.1 ("llama3" in transformers).
+
+    Low frequencies are divided by the factor, high frequencies are kept, and frequencies between
+    both are a blend.
     """
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = (
-        scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
-    )  # periods within the original context
+    # The number of periods within the original context.
+    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return plain / factor * (1 - blend) + plain * blend

@@ -1,5 +1,6 @@
-"""The Megatron layer spec: masked parallel linears everywhere, Transformer Engine for norm and
-attention when importable.
+"""The Megatron layer spec: every linear can carry a mask.
+
+Norm and attention come from Transformer Engine where it can be imported, else from PyTorch.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from megamask.weights.architecture import Architecture
 
 
 class FrozenRMSNorm(torch.nn.Module):
-    """PyTorch's RMSNorm (one fused kernel on CUDA) with a frozen weight, which needs no gradient
-    sum under sequence parallel.
+    """PyTorch's RMSNorm, one fused kernel on CUDA, with a frozen weight.
+
+    A frozen weight needs no sum of gradients under sequence parallel.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class FrozenRMSNorm(torch.nn.Module):
 
 
 class SdpaCoreAttention(MegatronModule):
-    """Causal attention through PyTorch's scaled_dot_product_attention; no S x S mask, no CUDA
-    random state.
+    """Causal attention through PyTorch's scaled_dot_product_attention.
+
+    It needs neither an S x S mask nor CUDA's random state.
     """
 
     def __init__(
@@ -89,8 +92,10 @@ def _norm_and_attention(device: torch.device) -> tuple[Any, Any]:
 
 
 def block_spec(arch: Architecture, device: torch.device) -> TransformerBlockSubmodules:
-    """Spec of all layers. Biases come from the architecture: Megatron has one switch where Llama
-    has two.
+    """The spec of all layers.
+
+    The biases come from the architecture, because Megatron has only one switch for the two biases
+    of Llama's attention.
     """
     norm, attention = _norm_and_attention(device)
     self_attention = SelfAttentionSubmodules(

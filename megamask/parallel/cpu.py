@@ -1,9 +1,9 @@
-"""Everything that makes Megatron-Core run without CUDA, in one place.
+"""The changes that make Megatron-Core run without CUDA.
 
-Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls,
+Megatron-Core asks CUDA for the current device, passes ``device="cuda"`` to factory functions,
 synchronises streams, and forks, saves and restores CUDA's random state around dropout and
-recomputation (a frozen model draws nothing from it). On a machine without CUDA all that is
-redirected while ``megatron_on_cpu`` is open; with CUDA it does nothing.
+recomputation. While ``megatron_on_cpu`` is active, all these calls go to the CPU or do nothing.
+A frozen model uses no random state of CUDA, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _FactoriesOnCpu(TorchFunctionMode):
-    """Turn a ``cuda`` device argument of any torch call into ``cpu``."""
+    """Change a ``cuda`` device argument of any torch call to ``cpu``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
@@ -35,7 +35,7 @@ def _is_cuda(device: Any) -> bool:
 
 @contextmanager
 def megatron_on_cpu(active: bool) -> Iterator[None]:
-    """Redirect CUDA requests to the CPU inside the block, when ``active``."""
+    """Send CUDA requests to the CPU inside the block; do nothing unless ``active``."""
     if not active:
         yield
         return
@@ -50,15 +50,12 @@ def megatron_on_cpu(active: bool) -> Iterator[None]:
 
 
 def emulates_bf16() -> bool:
-    """Whether this CPU is known to lack bf16 matmuls, which oneDNN then makes at about a fifth of
-    its fp32 speed.
+    """Whether this CPU is known to have no bf16 instructions for matmuls.
 
-    False where PyTorch is too old to tell (``torch.cpu.get_capabilities`` is missing).
+    oneDNN then emulates bf16 matmuls at about a fifth of the fp32 speed. The answer is False where
+    PyTorch is too old to tell (``torch.cpu.get_capabilities`` is missing).
     """
     read = getattr(torch.cpu, "get_capabilities", dict)
-    has = [
-        present
-        for name, present in read().items()
-        if name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-    ]  # x86, ARM
-    return bool(has) and not any(has)
+    names = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # x86 and ARM
+    present = [there for name, there in read().items() if name in names]
+    return bool(present) and not any(present)

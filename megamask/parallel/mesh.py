@@ -1,4 +1,4 @@
-"""From the launcher's environment to process groups and a device."""
+"""Process groups and the device of this process, from the launcher's environment."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ from megamask.parallel.cpu import megatron_on_cpu
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place: TP ranks hold shards of a layer, DP ranks hold copies that see
-    different data.
+    """The place of this process in the layout.
+
+    The tensor-parallel (TP) ranks hold shards of each layer. The data-parallel (DP) ranks hold
+    copies of the same shard and see different data.
+
+    Attributes:
+        device: device of this process.
+        rank, world: number of this process, and number of all processes.
+        tp, tp_rank: number of shards, and the shard of this process.
+        dp, dp_rank: number of copies, and the copy of this process.
     """
 
     device: torch.device
@@ -39,12 +47,14 @@ class Mesh:
     @property
     def tp_group(self) -> dist.ProcessGroup:
         """The processes that hold the shards of one copy of the model."""
-        return parallel_state.get_tensor_model_parallel_group()
+        group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        return group
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
         """The processes that hold the same shard."""
-        return parallel_state.get_data_parallel_group()
+        group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+        return group
 
     def sum_over_tp(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of ``tensor`` over the shards, in place."""
@@ -68,7 +78,7 @@ class Mesh:
         return shards
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so; all processes get the same answer."""
+        """Whether ``flag`` is set on any process; all processes get the same answer."""
         if self.world == 1:
             return flag
         votes = torch.tensor(float(flag), device=self.device)
@@ -82,10 +92,10 @@ class Mesh:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` takes CUDA when there is one.
+    """The device of this process; ``auto`` takes CUDA where there is a CUDA device.
 
     Raises:
-        ConfigError: CUDA was asked for and is not there.
+        ConfigError: the name is ``cuda`` and there is no CUDA device.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -100,13 +110,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def world_size() -> int:
-    """Processes in the job, from the launcher's environment."""
+    """Number of processes of the job, from the launcher's environment."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextmanager
 def start(config: Config) -> Iterator[Mesh]:
-    """Initialise process groups and Megatron-Core's parallel state; take them down at the end.
+    """Initialise process groups and Megatron-Core's parallel state, and destroy them at the end.
 
     ``parallel.tp`` divides the number of processes (``megamask.prepare.layout`` refuses others).
 
@@ -152,7 +162,7 @@ def _join(device: torch.device, world: int, timeout_minutes: int) -> None:
 
 
 def _limit_threads(config: Config) -> None:
-    """torchrun sets one OpenMP thread a process; share out the cores instead."""
+    """Divide the cores among the processes of this machine; torchrun would give each one thread."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     available = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Who of the data-parallel replicas updates which layer."""
+"""The assignment of masked layers to the data-parallel replicas that update them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from megamask.errors import ConfigError
 
 
 def owners(sizes: Sequence[int], replicas: int) -> list[int]:
-    """The replica that owns each of the tensors of ``sizes``, whole: the largest first, each to the
-    one that has least so far.
+    """The replica that owns each tensor.
+
+    The tensors are assigned whole, the largest first, each to the replica with the smallest sum of
+    sizes so far.
+
+    Args:
+        sizes: number of elements of each tensor.
+        replicas: number of data-parallel replicas.
 
     Raises:
         ConfigError: a replica would own nothing.
@@ -22,16 +28,18 @@ def owners(sizes: Sequence[int], replicas: int) -> list[int]:
             allowed,
             "Switch it off, or start fewer replicas (a larger parallel.tp).",
         )
-    found, loads = [0] * len(sizes), [0] * replicas
-    for number in sorted(range(len(sizes)), key=lambda one: -sizes[one]):
-        found[number] = loads.index(min(loads))
-        loads[found[number]] += sizes[number]
-    return found
+    owner_of, loads = [0] * len(sizes), [0] * replicas
+    for number in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owner_of[number] = loads.index(min(loads))
+        loads[owner_of[number]] += sizes[number]
+    return owner_of
 
 
 def largest_share(sizes: Sequence[int], replicas: int) -> float:
-    """The share of all ``sizes`` that the replica with the most owns; a little over 1 / replicas.
-    Raises as ``owners``.
+    """The largest share of all elements that a replica owns; at least 1 / replicas.
+
+    Raises:
+        ConfigError: a replica would own nothing.
     """
     loads = [0] * replicas
     for owner, size in zip(owners(sizes, replicas), sizes, strict=True):
