@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, the first column to the left, the others to the right."""
-    widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
+    """The lines of a Markdown table.
+
+    Args:
+        columns: the header. The first column is aligned to the left, the others to the right.
+        rows: the cells of every row.
+    """
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
+        first, *others = zip(cells, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
         return f"| {' | '.join(padded)} |"
 
-    rule = [
-        ("-" * (width - 1) + ":") if place else "-" * width for place, width in enumerate(widths)
-    ]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return [line(columns), line(rule), *map(line, rows)]

@@ -112,13 +112,19 @@ def log_scale(axis: Any, values: Sequence[float] | FloatArray, room: float = 0.0
     axis.set_minor_formatter(NullFormatter())
 
 
-def label_right(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 0.065) -> None:
+def label_right(
+    axes: Axes,
+    labels: Sequence[tuple[float, str, str]],
+    gap: float = 0.065,
+    fontsize: float = 9,
+) -> None:
     """Write names beside the right edge, each at the height of its value.
 
     Args:
         axes: the panel.
         labels: (value, text, colour) of each name.
         gap: smallest distance between two names, as a share of the height.
+        fontsize: size of the names in points.
     """
     low, high = (math.log(limit) for limit in axes.get_ylim())
     ordered = sorted(labels)
@@ -126,7 +132,9 @@ def label_right(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float
         [min((math.log(value) - low) / (high - low), 1.0) for value, _, _ in ordered], gap
     )
     for place, (_, text, color) in zip(places, ordered, strict=True):
-        axes.text(1.02, place, text, transform=axes.transAxes, va="center", color=color, fontsize=9)
+        axes.text(
+            1.02, place, text, transform=axes.transAxes, va="center", color=color, fontsize=fontsize
+        )
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:

@@ -1,20 +1,22 @@
-"""The comparison of learners and the ablations: every arm a real ``megamask learn`` and
-``evaluate``, resumable, with a report.
+"""The comparison of learners and the ablations, with a report.
 
-    ./launch/quickstart.sh                                                   # makes the base run:
-    model, text, one-shot masks python -m studies.learners.__main__ --base runs/quickstart --out
-    runs/learners --list python -m studies.learners.__main__ --base runs/quickstart --out
-    runs/learners --arms '*-2of4' --seeds 1234 1235 1236
-    python -m studies.learners.__main__ --base runs/quickstart --out runs/learners
-    # all the others python -m studies.learners.__main__ --base runs/quickstart --out runs/learners
-    --report-only --report-to docs/results
+Every arm runs the verbs learn and evaluate of megamask. The quickstart makes the base run, which
+holds model, text and one-shot masks; the study starts from it:
 
-Run it again: what is done is skipped, a run that was interrupted goes on from its snapshot, other
-settings are another run. Several processes may work on one ``--out``. The report has all results
-that fit the settings of the command. At full length, on a bigger machine:
+    ./launch/quickstart.sh
+    STUDY="python -m studies.learners --base runs/quickstart --out runs/learners"
+    $STUDY --list
+    $STUDY --arms '*-2of4' --seeds 1234 1235 1236
+    $STUDY                                               # all other arms
+    $STUDY --report-only --report-to docs/results
 
-    python -m studies.learners.__main__ --base RUN --out runs/learners-long --steps 2000
-    --tokens-per-step 65536 learn.sampling.tau='[4,0.05]'
+The same command goes on where it stopped: arms that are done are skipped, and an interrupted run
+continues from its snapshot. Other settings make another run. Several processes may work on the same
+``--out``. The report has all results that fit the settings of the command. At full length, on a
+bigger machine:
+
+    python -m studies.learners --base RUN --out runs/learners-long --steps 2000 \\
+        --tokens-per-step 65536 learn.sampling.tau='[4,0.05]'
 """
 
 from __future__ import annotations
@@ -32,15 +34,16 @@ from megamask.config import load_config
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
 from megamask.storage import require_writable
 from studies.learners.arms import ARMS, Arm
+from studies.learners.bench import Bench, Budget
 from studies.learners.child import REPO, ArmError
 from studies.learners.report import write_report
-from studies.learners.runs import Bench, Budget, run_arm, time_arm
+from studies.learners.runs import run_arm, time_arm
 
 EXIT_SOME_FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is asked, then write the report."""
+    """Run the selected arms, then write the report."""
     options = read_options(sys.argv[1:] if argv is None else argv)
     try:
         bench = open_bench(options)
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
-    """The options, and what looks like ``key=value`` as settings, wherever it stands."""
+    """The options; every word ``key=value`` is a setting, wherever it stands."""
     settings = [word for word in words if "=" in word and not word.startswith("-")]
     options = parser().parse_args([word for word in words if word not in settings])
     options.settings = settings
@@ -135,7 +138,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
     """The folders and the budget.
 
     Raises:
-        MegamaskError: a folder or a setting that cannot work.
+        MegamaskError: a folder or a setting cannot work.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     require_writable(options.out, "--out")
@@ -162,27 +165,32 @@ def select(patterns: Sequence[str] | None) -> list[Arm]:
     """Arms by shell-style patterns, in the order of the patterns.
 
     Raises:
-        ConfigError: a pattern that matches none.
+        ConfigError: a pattern matches no arm.
     """
     chosen: dict[str, Arm] = {}
     for pattern in patterns or ["*"]:
-        found = {arm.name: arm for arm in ARMS if fnmatch.fnmatch(arm.name, pattern)}
-        if not found:
+        matches = {arm.name: arm for arm in ARMS if fnmatch.fnmatch(arm.name, pattern)}
+        if not matches:
             raise ConfigError(
                 "--arms",
                 pattern,
                 f"one of {', '.join(arm.name for arm in ARMS)}",
                 "Name an arm, or use * and ?.",
             )
-        chosen |= {name: arm for name, arm in found.items() if name not in chosen}
+        chosen |= {name: arm for name, arm in matches.items() if name not in chosen}
     return list(chosen.values())
 
 
 def run_all(bench: Bench, arms: list[Arm], options: argparse.Namespace) -> int:
-    """All seeds of an arm, then the next arm; an arm that fails is told of and the others go on.
+    """Run all seeds of an arm, then those of the next arm.
+
+    The failure of an arm is reported, and the other arms go on.
+
+    Returns:
+        The number of failures.
 
     Raises:
-        MegamaskError: settings that cannot work, of any arm, before the first runs.
+        MegamaskError: the settings of any arm cannot work; raised before the first arm runs.
     """
     for arm in arms:
         bench.config(arm)
@@ -206,7 +214,7 @@ def run_all(bench: Bench, arms: list[Arm], options: argparse.Namespace) -> int:
 
 
 def state(bench: Bench, arm: Arm) -> str:
-    """One line about an arm."""
+    """A line about an arm for ``--list``."""
     try:
         seeds = [str(result["seed"]) for result in bench.results(arm)]
     except MegamaskError as error:

@@ -1,9 +1,8 @@
-"""The arms of ``studies.learners.__main__``: every run of the comparison and of the ablations, in
-one table.
+"""The arms of the study: every run of the comparison and of the ablations.
 
-Settings are dotted, below ``learn`` unless they begin with another section. Two arms with equal
-settings are one run, so an ablation may name the comparison's setting again for a whole row of
-values.
+Settings are dotted, and belong to ``learn`` unless they begin with another section. Two arms with
+equal settings are the same run. So an ablation can list all values of a setting, including the
+value of the comparison.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from megamask.sparsity.pattern import Pattern
 
 Settings = dict[str, Any]
 
-# What all Gumbel learners share: the defaults (the preset ``best``), every ablated setting by name.
-# Steps, batch and rate come from the command line. A short run has no time to undo random flips, so
-# it starts from the prior alone and with nearly hard masks.
+# The common settings of all Gumbel learners: the defaults (the preset ``best``), with every ablated
+# setting by name. Steps, batch and rate come from the command line. A short run has no time to undo
+# random flips, so it starts from the prior alone and with nearly hard masks.
 GUMBEL: Settings = {
     "method": "subset",
     "sampling.mode": "soft",
@@ -32,9 +31,9 @@ GUMBEL: Settings = {
     "weight_norm": [1e-5, 0],
 }
 CATEGORICAL: Settings = {"method": "categorical"}
-# The paper's reference settings but for steps and batch, which are those of all arms.
+# The reference settings of the MaskPro paper, with the steps and the batch of all arms.
 MASKPRO: Settings = {"method": "maskpro", "preset": "maskpro"}
-# Settings that show progress in a short run from a weak prior: four masks a step on the same
+# Settings that make progress in a short run from a weak prior: four masks a step on the same
 # samples, compared with each other.
 MASKPRO_SHORT: Settings = {
     "method": "maskpro",
@@ -50,19 +49,19 @@ ONESHOT = ("magnitude", "wanda", "sparsegpt", "sparsegpt_update")
 
 @dataclass(frozen=True)
 class Arm:
-    """One row (or, for one-shot masks, one row a method).
+    """A row of the report; the arm of the one-shot masks has a row for each method.
 
     Attributes:
-        name: what ``--arms`` selects by.
+        name: the name for ``--arms``.
         group: key of ``GROUPS``.
         label: first column of the table.
-        settings: on top of ``common``.
-        pattern: N:M.
-        paper: the perplexity that MaskLLM's paper reports for this setting, where it does.
-        common: what the settings stand on; None for arms that learn nothing.
-        share_of_steps: of the budget's, where an arm is to take the time of the others rather than
-            their tokens.
-        rate: of the budget's learning rate.
+        settings: settings that are added to ``common``.
+        pattern: the N:M pattern.
+        paper: the perplexity that MaskLLM's paper reports for this setting, or None.
+        common: the common settings of this kind of arm; None for an arm that learns nothing.
+        share_of_steps: share of the budget's steps, for an arm that is to take the same time as
+            the others instead of the same number of tokens.
+        rate: factor of the budget's learning rate.
     """
 
     name: str
@@ -77,23 +76,23 @@ class Arm:
 
     @property
     def learns(self) -> bool:
-        """Whether there is something to learn, rather than one-shot masks alone."""
+        """Whether the arm learns a mask, and does not only evaluate one-shot masks."""
         return self.common is not None
 
     @property
     def prior(self) -> str | None:
-        """The mask that learning starts from; a preset that names none has SparseGPT's."""
+        """The mask that learning starts from; presets without a prior mask take SparseGPT's."""
         return {"prior.mask": "sparsegpt", **(self.common or {}), **self.settings}["prior.mask"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """One table of the report.
+    """A table of the report.
 
     Attributes:
-        title: its heading.
-        reference: the arm that the others are compared with.
-        text: what is varied, and where the paper does it.
+        title: the heading.
+        reference: name of the arm that the others are compared with.
+        text: the setting that varies, and the table of the paper that varies it.
     """
 
     title: str
@@ -108,7 +107,7 @@ GROUPS: dict[str, Group] = {
     "comparison-1of4": Group(
         "1:4",
         "linear-1of4",
-        "A quarter of the weights. With one member a mask, both distributions are the same law.",
+        "A quarter of the weights. A mask keeps one position, so both distributions are the same.",
     ),
     "comparison-4of8": Group(
         "4:8", "linear-4of8", "Half of the weights, 70 masks a group instead of 6."
@@ -151,7 +150,8 @@ GROUPS: dict[str, Group] = {
     "rate": Group(
         "Learning rate",
         BASE,
-        f"It falls to a tenth along a cosine. The reference has 0.0155 over the root of the steps. {_SAME}",
+        "It falls to a tenth along a cosine. The reference has 0.0155 over the root of the steps. "
+        + _SAME,
     ),
     "warmup": Group("Warm-up of the learning rate", BASE, _SAME),
     "eps": Group(

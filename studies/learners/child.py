@@ -1,6 +1,4 @@
-"""Starting megamask's verbs as processes: a time limit, a lock on the run directory, and signals
-passed on.
-"""
+"""Verbs of megamask as child processes, with a time limit and a lock on the run directory."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ from pathlib import Path
 from megamask.errors import EXIT_INTERRUPTED
 
 REPO = Path(__file__).resolve().parents[2]
-GRACE = 600.0  # seconds that a verb gets to save a snapshot and leave
+GRACE = 600.0  # seconds that a verb has to save a snapshot and exit
 AGAIN = "Run the same command again to go on."
 
 
 class ArmError(Exception):
-    """An arm that did not get to its end; the others go on."""
+    """An arm did not reach its end; the other arms go on."""
 
 
 class ElsewhereError(ArmError):
@@ -28,7 +26,7 @@ class ElsewhereError(ArmError):
 
 
 def link(target: Path, place: Path) -> None:
-    """A symbolic link, unless something is there."""
+    """Make a symbolic link at ``place``, unless something is there; a broken link is replaced."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if not place.exists():
         place.unlink(missing_ok=True)
@@ -37,11 +35,12 @@ def link(target: Path, place: Path) -> None:
 
 @contextlib.contextmanager
 def locked(run_dir: Path, wait: bool = False) -> Iterator[int]:
-    """Keep other processes off ``run_dir``. The verbs inherit the lock: one that outlives a killed
-    script still holds it.
+    """Lock ``run_dir`` against other processes.
+
+    The verbs inherit the lock, so a verb that outlives a killed script still holds it.
 
     Raises:
-        ElsewhereError: it is taken, and ``wait`` is off.
+        ElsewhereError: another process holds the lock, and ``wait`` is off.
     """
     with (run_dir / "lock").open("w") as file:
         try:
@@ -54,11 +53,11 @@ def locked(run_dir: Path, wait: bool = False) -> Iterator[int]:
 def verb(
     name: str, recipe: Path, overrides: list[str], run_dir: Path, minutes: float, lock: int
 ) -> None:
-    """Run ``python -m megamask NAME`` to its end, its output to ``run_dir``/NAME.txt.
+    """Run ``python -m megamask NAME`` to its end, with its output in ``run_dir``/NAME.txt.
 
     Raises:
-        ArmError: it failed, or was not done in time; a learning run has saved a snapshot by then.
-        KeyboardInterrupt: passed on, after it has saved and left.
+        ArmError: the verb failed, or was not done in time; learning has saved a snapshot by then.
+        KeyboardInterrupt: raised again after the verb has saved a snapshot and exited.
     """
     command = [sys.executable, "-m", "megamask", name, "--config", str(recipe), *overrides]
     environment = {
@@ -88,10 +87,9 @@ def verb(
     if code == EXIT_INTERRUPTED:
         raise ArmError(f"{name} was asked to leave, and saved. {AGAIN}")
     if code:
-        last = [line for line in output.read_text(errors="replace").splitlines() if line.strip()][
-            -1:
-        ]
-        raise ArmError(f"{name} ended with code {code}: {''.join(last)} (all of it: {output})")
+        text = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
+        last = text[-1] if text else ""
+        raise ArmError(f"{name} ended with code {code}: {last} (all of it: {output})")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -1,6 +1,4 @@
-"""The picture of ``studies.learners.__main__``: quality against tokens and against time, and
-memory.
-"""
+"""The picture of the study: quality against tokens and against time, and memory."""
 
 from __future__ import annotations
 
@@ -8,33 +6,34 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from megamask.report.plot_style import STYLE, spread
+from megamask.report.plot_style import STYLE, label_right
 from megamask.report.reading import Record
 from studies.learners.arms import Arm
 
 COLORS = {"categorical": "#d55e00", "linear": "#0072b2", "maskpro": "#009e73"}
 DASHES = {"2:4": "-", "4:8": "--", "8:16": ":", "1:4": "-."}
 LEVELS = {"dense": "#000000", "SparseGPT mask": "#7f7f7f", "SparseGPT + weight update": "#b0b0b0"}
-WHERE = ("2:4", "4:8", "8:16")  # of the curves: equal density
+WHERE = ("2:4", "4:8", "8:16")  # the patterns that have curves; they have the same density
 
 
 @dataclass(frozen=True)
 class Curve:
-    """An arm of the comparison.
+    """The curve of an arm over the evaluations that all of its seeds have.
 
     Attributes:
-        learner, pattern: what it is.
-        tokens, score: of each evaluation that all seeds had, the geometric mean over domains and
-            seeds.
+        learner, pattern: the learner and the N:M pattern of the arm.
+        tokens: number of tokens seen at each evaluation.
+        score: geometric mean of perplexity over domains and seeds at each evaluation.
         seconds: learning time at each evaluation; empty when it is not known.
-        contended: whether that time was taken on a busy machine.
-        peak_gib: memory.
+        contended: whether the time was measured on a busy machine.
+        peak_gib: peak memory.
     """
 
     learner: str
@@ -47,13 +46,12 @@ class Curve:
 
     @classmethod
     def of(cls, arm: Arm, facts: Sequence[Record], time: tuple[float | None, bool]) -> Curve:
-        """From the results of an arm's seeds."""
+        """The curve from the results of an arm's seeds; ``time`` is ``Row.seconds_per_step``."""
         seeds = [{point["step"]: point for point in fact["curve"]} for fact in facts]
-        steps = [
-            step for step in seeds[0] if all(step in seed for seed in seeds)
-        ]  # where all were evaluated
+        steps = [step for step in seeds[0] if all(step in seed for seed in seeds)]
         perplexities = [
-            [one for seed in seeds for one in seed[step]["perplexity"].values()] for step in steps
+            [value for seed in seeds for value in seed[step]["perplexity"].values()]
+            for step in steps
         ]
         score = [math.exp(statistics.fmean(map(math.log, at))) for at in perplexities]
         seconds = [] if time[0] is None else [step * time[0] for step in steps]
@@ -71,26 +69,29 @@ class Curve:
 
     @property
     def name(self) -> str:
-        """As it is called in the picture."""
+        """The name of the arm in the picture."""
         return f"{self.learner} {self.pattern}"
 
     @property
     def color(self) -> str:
-        """By learner."""
+        """The colour of the learner."""
         return COLORS.get(self.learner.split()[0], "#cc79a7")
 
 
 def draw(curves: Sequence[Curve], levels: dict[str, float]) -> Figure:
-    """Three panels; ``levels`` are perplexities of dense and one-shot masks by name."""
+    """Draw three panels; ``levels`` are the perplexities of dense and one-shot masks by name."""
     shown = [curve for curve in curves if curve.pattern in WHERE]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(14.5, 4.2), dpi=100, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # type: ignore[union-attr, call-arg]
+        layout: Any = figure.get_layout_engine()
+        layout.set(w_pad=0.1, h_pad=0.08)
+        # Quality against tokens.
         by_tokens, by_time, memory = figure.subplots(1, 3, width_ratios=[1, 1, 0.75])
         lines(by_tokens, [(curve, curve.tokens) for curve in shown], levels)
         by_tokens.set_title("Held-out perplexity against tokens", loc="left")
         by_tokens.set_xlabel("tokens seen")
         by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
+        # Quality against time.
         marked = [
             replace(curve, pattern=f"{curve.pattern}*") if curve.contended else curve
             for curve in shown
@@ -109,7 +110,7 @@ def draw(curves: Sequence[Curve], levels: dict[str, float]) -> Figure:
 def lines(
     axes: Axes, curves: Sequence[tuple[Curve, list[float]]], levels: dict[str, float]
 ) -> None:
-    """Curves on a log scale with their names at the right, and level lines."""
+    """Draw curves and level lines on a log scale, with their names at the right."""
     labels = []
     for curve, x in curves:
         axes.plot(
@@ -132,20 +133,11 @@ def lines(
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    low, high = (math.log(limit) for limit in axes.get_ylim())
-    ordered = sorted(labels)
-    for place, (_, text, color) in zip(
-        spread([(math.log(v) - low) / (high - low) for v, _, _ in ordered], 0.06),
-        ordered,
-        strict=True,
-    ):
-        axes.text(
-            1.02, place, text, transform=axes.transAxes, va="center", color=color, fontsize=8.5
-        )
+    label_right(axes, labels, gap=0.06, fontsize=8.5)
 
 
 def bars(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Peak memory of every arm."""
+    """Draw the peak memory of every arm."""
     rows = range(len(curves))
     axes.barh(
         rows,

@@ -1,227 +1,27 @@
-"""Runs of ``studies.learners.__main__``: where each lies, how its verbs are started, what it leaves
-behind.
-
-    OUT/base.json                          the recipe's settings but for ``learn``
-    OUT/oneshot/PATTERN-HASH/              one-shot masks, shared by all arms of a pattern
-    OUT/runs/ARM-HASH/SEED/                a run directory of megamask; learned.json after
-    ``learn``, result.json after ``evaluate``
-    OUT/times/ARM-HASH.json                seconds of a step, measured apart (``--time``)
-
-HASH is of the settings that decide what is learned, without the seed: other settings are another
-run, equal settings of two arms are one.
-"""
+"""The runs of an arm: one-shot masks, learning, evaluation, and their results."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from megamask.config import Config, load_config
-from megamask.errors import ArtifactError
 from megamask.learn.metrics.provenance import versions
 from megamask.masks.file import load_masks
 from megamask.report.reading import Record, read_metrics
 from megamask.storage import read_json, write_json
-from studies.learners.arms import ONESHOT, Arm, Settings
-from studies.learners.child import AGAIN, link, locked, verb
-
-CURVE_WINDOWS = (
-    12  # held-out windows a domain while learning; the final masks are evaluated on more
-)
-FREE = (
-    "seed",
-    "run_dir",
-    "parallel",
-    "device",
-    "evaluate",
-    "learn.snapshot",
-    "learn.monitor",
-    "learn.resume",
-)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every arm may spend."""
-
-    steps: int
-    micro_batch: int
-    global_batch: int
-    evaluate_every: int
-    evaluate_tokens: int
-    minutes: float  # of one verb
-
-    def rates(self, share: float = 1.0) -> Settings:
-        """The learning rate: close to the default for the budget's steps, but the same whatever an
-        arm does to the prior.
-        """
-        highest = float(f"{share * 2e-3 * math.sqrt(60 / self.steps):.3g}")
-        return {"optimizer.lr": highest, "optimizer.min_lr": highest / 10}
-
-    def settings(self, share_of_steps: float = 1.0) -> Settings:
-        """As settings of megamask."""
-        return {
-            "steps": max(1, round(self.steps * share_of_steps)),
-            "micro_batch": self.micro_batch,
-            "global_batch": self.global_batch,
-            "snapshot.every": max(1, min(100, self.steps // 3)),
-            "snapshot.keep": 1,
-            "monitor.evaluate_every": self.evaluate_every,
-            "monitor.evaluate_windows": CURVE_WINDOWS,
-            "evaluate.max_tokens": self.evaluate_tokens,
-            "monitor.sinks": [],
-        }
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The folders, and the settings that all arms share.
-
-    Args:
-        out: where everything is written.
-        base: a run directory with ``weights`` and ``shards``; ``hf`` and one-shot masks are reused
-            if they are there.
-        budget: steps and batch.
-        extra: ``key=value`` for every arm; an arm's own settings win.
-    """
-
-    out: Path
-    base: Path
-    budget: Budget
-    extra: tuple[str, ...] = ()
-
-    @property
-    def recipe(self) -> Path:
-        """The settings that are not about learning."""
-        return self.out / "base.json"
-
-    def prepare(self, recipe: Path) -> None:
-        """Check the base and write ``base.json``.
-
-        Raises:
-            MegamaskError: a recipe that cannot be read, a base run that is not prepared.
-        """
-        for name in ("weights", "shards"):
-            if not (self.base / name).is_dir():
-                raise ArtifactError(
-                    self.base / name,
-                    "is missing",
-                    "Name a prepared run with --base: ./launch/quickstart.sh makes one.",
-                )
-        settings = load_config(recipe).model_dump(mode="json", exclude_unset=True)
-        write_json(
-            self.recipe,
-            {key: value for key, value in settings.items() if key not in ("run_dir", "learn")},
-        )
-
-    def overrides(self, arm: Arm, run_dir: Path, seed: int) -> list[str]:
-        """Everything that makes the recipe this arm."""
-        common = {
-            **(arm.common or {}),
-            **(self.budget.rates() if arm.common else {}),
-            **self.budget.settings(arm.share_of_steps),
-        }
-        own = {**arm.settings, **(self.budget.rates(arm.rate) if arm.rate != 1 else {})}
-        words = [
-            f"pattern={arm.pattern}",
-            *map(_word, common.items()),
-            *self.extra,
-            *map(_word, own.items()),
-        ]
-        return [*words, f"seed={seed}", f"run_dir={run_dir}"]
-
-    def config(self, arm: Arm, run_dir: Path = Path("runs/arm"), seed: int = 0) -> Config:
-        """The settings of an arm, checked.
-
-        Raises:
-            ConfigError: one that does not exist or cannot work.
-        """
-        return load_config(self.recipe, self.overrides(arm, run_dir, seed))
-
-    def digest(self, arm: Arm) -> str:
-        """Hash of the settings that were given and decide what is learned, and of the model."""
-        given = self._given(arm)
-        if not arm.learns:
-            given.pop("learn", None)
-        return self._hash(given)
-
-    def _given(self, arm: Arm) -> Record:
-        """What was given, rather than left at its default: a setting that is new in the tree
-        changes no hash.
-        """
-        given: Record = self.config(arm).model_dump(mode="json", exclude_unset=True)
-        for key in FREE:
-            section, _, name = key.partition(".")
-            (given.get(section, {}) if name else given).pop(name or section, None)
-        return given
-
-    def _hash(self, given: Record) -> str:
-        model = read_json(self.base / "weights" / "megamask.json", "Run the verb convert.")[
-            "fingerprint"
-        ]
-        return hashlib.sha256(json.dumps([model, given], sort_keys=True).encode()).hexdigest()[:10]
-
-    def folder(self, arm: Arm) -> Path:
-        """Where the seeds of an arm lie; an arm with equal settings may have made it."""
-        digest = self.digest(arm)
-        return next(
-            iter(sorted((self.out / "runs").glob(f"*-{digest}"))),
-            self.out / "runs" / f"{arm.name}-{digest}",
-        )
-
-    def oneshot(self, arm: Arm) -> Path:
-        """Run directory of the one-shot masks of an arm's pattern."""
-        given = self._given(arm)
-        given.pop("learn", None)
-        return self.out / "oneshot" / f"{arm.pattern.replace(':', 'of')}-{self._hash(given)}"
-
-    def verb(self, name: str, overrides: list[str], run_dir: Path, lock: int) -> None:
-        """Run a verb of megamask to its end.
-
-        Raises:
-            ArmError: it failed, or was not done in time.
-        """
-        verb(name, self.recipe, overrides, run_dir, self.budget.minutes, lock)
-
-    def results(self, arm: Arm) -> list[Record]:
-        """What is known of an arm, a seed each."""
-        paths = (
-            sorted(self.folder(arm).glob("*/result.json"))
-            if arm.learns
-            else [self.oneshot(arm) / "result.json"]
-        )
-        known = [read_json(path, f"Delete it. {AGAIN}") for path in paths if path.exists()]
-        return [
-            result
-            for result in known
-            if result["protocol"] == self.protocol(arm) and result["digest"] == self.digest(arm)
-        ]
-
-    def is_done(self, arm: Arm, seed: int) -> bool:
-        """Whether this seed has its result."""
-        return any(not arm.learns or result["seed"] == seed for result in self.results(arm))
-
-    def protocol(self, arm: Arm) -> Record:
-        """How the final masks are evaluated; another one evaluates again, without learning
-        again.
-        """
-        section = self.config(arm).evaluate
-        return {"window": section.window, "max_tokens": section.max_tokens, "bos": section.bos}
+from studies.learners.arms import ONESHOT, Arm
+from studies.learners.bench import Bench
+from studies.learners.child import AGAIN, link, locked
 
 
 def run_arm(bench: Bench, arm: Arm, seed: int) -> None:
-    """Everything that an arm and a seed still lack.
+    """Run the verbs whose results an arm and a seed do not have yet.
 
     Raises:
         ArmError: a verb failed or took too long.
@@ -244,35 +44,26 @@ def run_arm(bench: Bench, arm: Arm, seed: int) -> None:
 
 
 def run_oneshot(bench: Bench, arm: Arm) -> None:
-    """All one-shot masks of a pattern, and their perplexities."""
+    """Make all one-shot masks of a pattern, and evaluate them."""
     run_dir = oneshot_masks(bench, arm, ONESHOT)
+    folder = run_dir / "masks"
+    masks = ", ".join(f"{method}: {folder / method}.safetensors" for method in ONESHOT)
+    overrides = [*bench.overrides(arm, run_dir, 0), f"evaluate.masks={{{masks}}}"]
     with locked(run_dir) as lock:
-        masks = ", ".join(
-            f"{method}: {run_dir / 'masks' / method}.safetensors" for method in ONESHOT
-        )
-        bench.verb(
-            "evaluate",
-            [*bench.overrides(arm, run_dir, 0), f"evaluate.masks={{{masks}}}"],
-            run_dir,
-            lock,
-        )
-        write_result(
-            bench,
-            arm,
-            0,
-            run_dir,
-            {"seconds": read_json(run_dir / "results.json", AGAIN)["seconds"]},
-        )
+        bench.verb("evaluate", overrides, run_dir, lock)
+        seconds = read_json(run_dir / "results.json", AGAIN)["seconds"]
+        write_result(bench, arm, 0, run_dir, {"seconds": seconds})
 
 
 def oneshot_masks(bench: Bench, arm: Arm, methods: Sequence[str]) -> Path:
-    """A run directory with the masks of these methods: those of the base where they fit, others
-    made by ``prune``, once.
+    """A run directory with the one-shot masks of ``methods``.
+
+    Masks of the base run are linked where their pattern fits; the verb prune makes the others once.
     """
     run_dir = bench.oneshot(arm)
     vouched = run_dir / "pruned.json"
     if vouched.exists() and set(methods) <= set(read_json(vouched, AGAIN)):
-        return run_dir  # while another process may be evaluating them
+        return run_dir  # without the lock, which a process that evaluates the masks may hold
     link_base(bench.base, run_dir)
     with locked(run_dir, wait=True) as lock:
         known = read_json(vouched, AGAIN) if vouched.exists() else []
@@ -285,9 +76,8 @@ def oneshot_masks(bench: Bench, arm: Arm, methods: Sequence[str]) -> Path:
                         bench.base / "weights-sparsegpt_update",
                         run_dir / "weights-sparsegpt_update",
                     )
-        if (
-            missing
-        ):  # prune looks at what is linked too, and makes it again if it was made in another way
+        # The verb prune also checks the linked masks, and makes those again that do not fit.
+        if missing:
             settings = [
                 word for word in bench.overrides(arm, run_dir, 0) if not word.startswith("learn.")
             ]
@@ -297,15 +87,16 @@ def oneshot_masks(bench: Bench, arm: Arm, methods: Sequence[str]) -> Path:
 
 
 def link_prior(bench: Bench, arm: Arm, run_dir: Path) -> None:
-    """Put the prior mask where the arm looks for it."""
+    """Link the prior mask of an arm into its run directory."""
     if arm.prior is not None:
         name = f"{arm.prior}.safetensors"
         link(oneshot_masks(bench, arm, [arm.prior]) / "masks" / name, run_dir / "masks" / name)
 
 
 def time_arm(bench: Bench, arm: Arm, steps: int) -> None:
-    """Seconds of a step, from a few steps in a folder of their own; for a machine that has nothing
-    else to do.
+    """Measure the seconds of a step with a few steps in a separate folder.
+
+    The machine should have no other work.
     """
     run_dir = bench.out / "times" / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -323,7 +114,7 @@ def time_arm(bench: Bench, arm: Arm, steps: int) -> None:
 
 
 def link_base(base: Path, run_dir: Path) -> None:
-    """A run directory that reads the weights and shards of ``base``, and writes nothing there."""
+    """Make a run directory that reads the weights and shards of ``base`` through links."""
     for name in ("weights", "hf"):
         if (base / name).is_dir():
             link(base / name, run_dir / name)
@@ -333,9 +124,7 @@ def link_base(base: Path, run_dir: Path) -> None:
 
 
 def learned(run_dir: Path, arm: Arm) -> Record:
-    """What a learning run says of itself: curve, seconds of a step, memory, how far it went from
-    its prior.
-    """
+    """The facts of a learning run: curve, seconds of a step, memory, difference from the prior."""
     records = sorted(
         read_metrics(run_dir / "learn" / "metrics.jsonl"), key=lambda record: record["seconds"]
     )
@@ -372,17 +161,17 @@ def learned(run_dir: Path, arm: Arm) -> Record:
 
 
 def changed(run_dir: Path, arm: Arm) -> float | None:
-    """Share of all groups whose mask is not the prior's; None without a prior."""
+    """Share of all groups whose mask differs from the prior mask; None without a prior."""
     if arm.prior is None:
         return None
     masks = load_masks(run_dir / "masks" / "learned.safetensors")
     prior = load_masks(run_dir / "masks" / f"{arm.prior}.safetensors")
-    moved = [masks.index(name) != prior.index(name) for name in masks]
-    return sum(int(one.sum()) for one in moved) / sum(one.numel() for one in moved)
+    differ = [masks.index(name) != prior.index(name) for name in masks]
+    return sum(int(groups.sum()) for groups in differ) / sum(groups.numel() for groups in differ)
 
 
-def write_result(bench: Bench, arm: Arm, seed: int, run_dir: Path, found: Record) -> None:
-    """Put everything together as ``result.json``."""
+def write_result(bench: Bench, arm: Arm, seed: int, run_dir: Path, measured: Record) -> None:
+    """Write ``result.json`` from the measured facts and the results of the verb evaluate."""
     evaluated = read_json(run_dir / "results.json", AGAIN)
     facts = {
         "arm": arm.name,
@@ -394,7 +183,7 @@ def write_result(bench: Bench, arm: Arm, seed: int, run_dir: Path, found: Record
     given = bench.config(arm, run_dir, seed).model_dump(mode="json", exclude_unset=True)["learn"]
     result = {
         **facts,
-        **found,
+        **measured,
         "perplexity": evaluated["perplexity"],
         "evaluation": evaluated["protocol"],
         "settings": given,
@@ -403,12 +192,6 @@ def write_result(bench: Bench, arm: Arm, seed: int, run_dir: Path, found: Record
 
 
 def measured_times(bench: Bench, arm: Arm) -> Record:
-    """What ``--time`` found for an arm; empty if it was not asked."""
+    """The facts that ``--time`` measured for an arm; empty if there are none."""
     path = bench.out / "times" / f"{bench.folder(arm).name}.json"
     return dict(read_json(path, f"Delete it. {AGAIN}")) if path.exists() else {}
-
-
-def _word(setting: tuple[str, Any]) -> str:
-    key, value = setting
-    section = "" if key.split(".")[0] in Config.model_fields else "learn."
-    return f"{section}{key}={value if isinstance(value, str) else json.dumps(value)}"

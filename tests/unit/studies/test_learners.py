@@ -20,7 +20,7 @@ from megamask.errors import EXIT_OK, EXIT_USER_ERROR
 from megamask.masks.file import save_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import write_json
-from studies.learners import __main__, runs
+from studies.learners import __main__, bench, runs
 from studies.learners.arms import ARMS, BASE, by_name
 from studies.learners.child import ArmError, ElsewhereError, link, locked, verb
 from studies.learners.picture import Curve
@@ -114,7 +114,7 @@ def verbs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             }
             write_json(run_dir / "results.json", found)
 
-    monkeypatch.setattr(runs, "verb", stand_in)
+    monkeypatch.setattr(bench, "verb", stand_in)
     return ran
 
 
@@ -230,7 +230,7 @@ def test_a_killed_arm_is_finished_by_the_same_command(
             raise KeyboardInterrupt
         usual(name, *rest)
 
-    monkeypatch.setattr(runs, "verb", dies)
+    monkeypatch.setattr(bench, "verb", dies)
     command = words("--arms", BASE)
     assert __main__.main(command) == __main__.EXIT_INTERRUPTED and verbs == ["prune"]
     dying[:] = ["evaluate"]
@@ -257,7 +257,7 @@ def test_an_arm_that_fails_lets_the_others_run(
             raise ArmError("no luck")
         usual(name, recipe, overrides, *rest)
 
-    monkeypatch.setattr(runs, "verb", fails_for_categorical)
+    monkeypatch.setattr(bench, "verb", fails_for_categorical)
     assert (
         __main__.main(words("--arms", "categorical-2of4", "hard-hard")) == __main__.EXIT_SOME_FAILED
     )
