@@ -1,0 +1,62 @@
+"""The arms of the study: every arm is valid, and an ablation varies its own setting alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from studies.learners import __main__
+from studies.learners.arms import ARMS, BASE, Arm, by_name
+from tests.unit.studies.stand_ins import BATCH, SEQ, STEPS, Words
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_every_arm_is_a_valid_setting(arm: Arm, words: Words) -> None:
+    bench = __main__.open_bench(__main__.read_options(words()))
+    config = bench.config(arm)
+    assert (
+        config.pattern == arm.pattern
+        and config.data.seq_length == SEQ
+        and config.learn.global_batch == BATCH
+    )
+    assert not arm.learns or config.learn.prior.mask == arm.prior
+    assert config.learn.steps == max(1, round(STEPS * arm.share_of_steps))
+
+
+def test_an_ablation_changes_one_thing(words: Words) -> None:
+    """Every ablation holds its reference's own settings as one of its rows, so that the table has
+    all values of what is varied.
+    """
+    bench = __main__.open_bench(__main__.read_options(words()))
+    base = bench.digest(by_name()[BASE])
+    for group in (
+        "prior",
+        "kappa",
+        "tau",
+        "alpha",
+        "weight-norm",
+        "hard",
+        "optimizer",
+        "noise",
+        "distillation",
+        "rate",
+        "warmup",
+        "eps",
+    ):
+        same = [arm.name for arm in ARMS if arm.group == group and bench.digest(arm) == base]
+        assert len(same) == 1, group
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(15, 4e-3), (60, 2e-3), (240, 1e-3)])
+def test_the_rate_fits_the_steps_and_no_other_setting(
+    words: Words, steps: int, rate: float
+) -> None:
+    bench = __main__.open_bench(__main__.read_options(words(steps=steps)))
+    for arm, share in (
+        ("linear-2of4", 1),
+        ("alpha-1", 1),
+        ("distillation-kd-time", 1),
+        ("rate-half", 0.5),
+        ("optimizer-lion", 0.35),
+    ):
+        section = bench.config(by_name()[arm]).learn.optimizer
+        assert (section.lr, section.min_lr) == pytest.approx((share * rate, share * rate / 10)), arm
