@@ -1,5 +1,6 @@
-"""What every benchmark needs: sides timed in turn, ratios pair by pair, a Markdown table, figures
-as JSON.
+"""Common parts of all benchmarks: timing of sides in turn, tables, and figures as JSON.
+
+A side is a piece of work that is compared with other sides, for example masked against dense.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of every round of every side; round i of one side ran right beside round i of the
-    others.
+    """Seconds of every round of every side.
+
+    Round i of a side ran directly before or after round i of the other sides.
     """
 
     seconds: dict[str, list[float]]
@@ -36,28 +38,28 @@ class Timings:
         return statistics.median(self.seconds[side])
 
     def ratios(self, side: str, baseline: str) -> list[float]:
-        """side / baseline, pair by pair: what slows the whole machine for a while touches both
-        halves of a pair.
+        """side / baseline for each round.
+
+        Other work on the machine slows both sides of a round, so it changes the ratio little.
         """
-        return [
-            one / other
-            for one, other in zip(self.seconds[side], self.seconds[baseline], strict=True)
-        ]
+        pairs = zip(self.seconds[side], self.seconds[baseline], strict=True)
+        return [seconds / baseline_seconds for seconds, baseline_seconds in pairs]
 
     def ratio(self, side: str, baseline: str) -> dict[str, float]:
-        """Median and quartiles of the pairs' ratios."""
+        """Median and quartiles of the ratios of all rounds."""
         ratios = self.ratios(side, baseline)
-        quartiles = (
-            statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        )
+        quartiles = ratios * 3
+        if len(ratios) > 1:
+            quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
         return dict(zip(("low", "median", "high"), quartiles, strict=True))
 
 
 def interleave(
     sides: Mapping[str, Work], rounds: int, device: torch.device, warmup: int = 1
 ) -> Timings:
-    """Time the sides in turn, A B A B ..., ``rounds`` times after ``warmup`` rounds that do not
-    count.
+    """Time the sides in turn, A B A B ..., for ``rounds`` rounds.
+
+    The first ``warmup`` rounds before them are not counted.
     """
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(warmup + rounds):
@@ -70,15 +72,16 @@ def interleave(
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done all it was given."""
+    """Seconds on a clock, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def copy_bandwidth(device: torch.device, bytes_each_way: int, rounds: int = 7) -> float:
-    """Bytes per second, read plus written, of ``Tensor.copy_``: what one pass over memory costs at
-    best.
+    """Bytes per second, read plus written, of ``Tensor.copy_``.
+
+    No pass over memory can be faster.
     """
     source = torch.zeros(bytes_each_way // 4, device=device)
     target = torch.empty_like(source)
@@ -87,7 +90,7 @@ def copy_bandwidth(device: torch.device, bytes_each_way: int, rounds: int = 7) -
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """The options of every benchmark."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
@@ -97,7 +100,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The machine's parts, its software and how busy it is; no names of hosts."""
+    """Facts of the machine: parts, software and load, without the name of the host."""
     threads, load = torch.get_num_threads(), round(os.getloadavg()[0], 2)
     memory = round(psutil.virtual_memory().total / 2**30)
     facts = {
@@ -113,37 +116,34 @@ def machine(device: torch.device) -> dict[str, Any]:
 def report(
     name: str, options: argparse.Namespace, figures: Mapping[str, Any], device: torch.device
 ) -> None:
-    """Print what the figures were measured with and write them to ``--json``, if one is given."""
+    """Print the facts of the machine, and write the figures to ``--json`` if it is given."""
     facts = machine(device)
-    part = (
-        facts["gpu"]
-        if device.type == "cuda"
-        else f"{facts['cpu']}, {facts['threads']} of {facts['cores']} cores"
-    )
+    part = f"{facts['cpu']}, {facts['threads']} of {facts['cores']} cores"
+    if device.type == "cuda":
+        part = facts["gpu"]
     print(
-        f"\n{part}; torch {facts['torch']}; load average {facts['load_average']} (benchmark included)"
+        f"\n{part}; torch {facts['torch']}; "
+        f"load average {facts['load_average']} (benchmark included)"
     )
-    if options.json is not None:
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        asked = {
-            key: value.name if isinstance(value, Path) else value
-            for key, value in vars(options).items()
-            if key != "json"
-        }
-        write_json(
-            options.json,
-            {
-                "benchmark": name,
-                "date": date,
-                "machine": facts,
-                "options": asked,
-                "figures": dict(figures),
-            },
-        )
+    if options.json is None:
+        return
+    given = {
+        key: value.name if isinstance(value, Path) else value
+        for key, value in vars(options).items()
+        if key != "json"
+    }
+    content = {
+        "benchmark": name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": facts,
+        "options": given,
+        "figures": dict(figures),
+    }
+    write_json(options.json, content)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a Markdown table: text to the left, numbers to the right."""
+    """Print a Markdown table, with text aligned to the left and numbers to the right."""
     cells = [[cell(value) for value in row] for row in rows]
     widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
     numeric = [all(not isinstance(row[i], str) for row in rows) for i in range(len(columns))]
@@ -164,7 +164,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
 
 def cell(value: object) -> str:
-    """A number with three to four significant digits; anything else as text."""
+    """A value as text; a float has three to four significant digits."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -1,5 +1,6 @@
-"""A learner on a model of a given shape, without files: random weights made on the device, random
-tokens through the real data path.
+"""A learner on a model of a given shape that needs no files.
+
+The weights are random and are made on the device; random tokens go through the real data path.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import open_checked
 from megamask.weights.shapes import SHAPES, read_shape
 
-LOGIT_STD = 0.01  # the paper's initial logits
+LOGIT_STD = 0.01  # standard deviation of the initial logits, from the paper of MaskLLM
 
 
 @dataclass
 class Lab:
-    """A built learner and the batches it reads."""
+    """A learner and the batches that it reads."""
 
     config: Config
     mesh: Mesh
@@ -44,7 +45,7 @@ class Lab:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one global batch."""
+        """Number of tokens of a global batch."""
         return self.plan.global_batch * self.config.data.seq_length
 
 
@@ -67,7 +68,7 @@ def add_model_options(options: argparse.ArgumentParser) -> None:
 
 
 def read_config(options: argparse.Namespace) -> Config:
-    """The learner's settings that the options ask for."""
+    """The settings of the learner, from the options."""
     chosen = {
         "device": options.device,
         "dtype": options.dtype,
@@ -85,12 +86,13 @@ def read_config(options: argparse.Namespace) -> Config:
 
 @contextmanager
 def open_lab(options: argparse.Namespace, steps: int, with_learner: bool = True) -> Iterator[Lab]:
-    """Build everything on one process; ``with_learner=False`` builds the dense model alone.
+    """Build model, data and learner on a single process.
 
     Args:
-        options: of ``parser`` and ``add_model_options``.
-        steps: how many steps there is data for.
-        with_learner: whether to add mask logits, gradient buffers and optimizer.
+        options: the options of ``parser`` and ``add_model_options``.
+        steps: number of steps that the data is enough for.
+        with_learner: False builds the dense model without mask logits, gradient buffers and
+            optimizer.
     """
     config = read_config(options)
     with start(config) as mesh, tempfile.TemporaryDirectory() as folder:
@@ -117,7 +119,7 @@ def open_lab(options: argparse.Namespace, steps: int, with_learner: bool = True)
 def random_masked_model(
     config: Config, mesh: Mesh, options: argparse.Namespace, with_logits: bool = True
 ) -> MaskedModel:
-    """The model under mask logits N(0, 0.01)."""
+    """The model; with ``with_logits``, with mask logits from N(0, 0.01)."""
     arch, pattern = architecture(options), Pattern.parse(config.pattern)
     model = build_model(config, arch, mesh)
     if options.hf:
@@ -143,16 +145,16 @@ def random_masked_model(
 
 
 def architecture(options: argparse.Namespace) -> Architecture:
-    """Of ``--hf`` or ``--model``, cut to ``--layers``."""
+    """The architecture of ``--hf``, or of ``--model`` with only ``--layers`` layers."""
     arch = read_shape(str(options.hf or options.model), "--hf" if options.hf else "--model")
-    return (
-        arch if options.layers is None or options.hf else replace(arch, num_layers=options.layers)
-    )
+    if options.layers is None or options.hf:
+        return arch
+    return replace(arch, num_layers=options.layers)
 
 
 @torch.no_grad()
 def fill_random(model: LanguageModel, seed: int) -> None:
-    """Matrices N(0, 1 / in_features), drawn where they lie; norms 1."""
+    """Fill matrices with N(0, 1 / in_features) on their device, and norms with 1."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -164,7 +166,7 @@ def fill_random(model: LanguageModel, seed: int) -> None:
 
 @dataclass(frozen=True)
 class _NoTokenizer:
-    """What GPTDataset asks of a tokenizer."""
+    """The attributes that GPTDataset reads from a tokenizer."""
 
     vocab_size: int
     pad: int = -1
@@ -172,13 +174,14 @@ class _NoTokenizer:
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """Part of GPTDataset's cache key."""
+        """The tokenizer's part of GPTDataset's cache key."""
         return {"name": "random"}
 
 
 def random_tokens(folder: Path, vocab: int, samples: int, seq_length: int, seed: int) -> Any:
-    """Megatron's GPTDataset over uniform random tokens in ``folder``, read through the memory map
-    as in a learning run.
+    """Megatron's GPTDataset over uniform random tokens in ``folder``.
+
+    The tokens are read from disk through a memory map, as in a learning run.
     """
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

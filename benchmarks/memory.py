@@ -1,5 +1,4 @@
-"""Bytes of state per prunable weight, counted from the tensors that a built learner really holds
-after a step.
+"""Bytes of state per prunable weight, counted from the tensors that a learner holds after a step.
 
 python -m benchmarks.memory --model smollm2-135m --json memory.json
 """
@@ -22,14 +21,12 @@ from megamask.learn.metrics.mask_stats import MaskStatistics
 
 KEPT = "masked weights kept for the backward pass"
 OTHER = "all other tensors"
-_PLAIN = (
-    torch.Tensor,
-    torch.nn.Parameter,
-)  # what torch.compile leaves behind and 8-bit states have no storage of their own
+# Other classes of tensors, from torch.compile and 8-bit optimizers, have no storage of their own.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Count, print, write."""
+    """Count the bytes of each kind of state, print and write them."""
     known = parser(__doc__ or "")
     add_model_options(known)
     options = known.parse_args(argv)
@@ -56,8 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         [*rows, ["sum of the state", None, total]],
     )
     if on_device is not None:
+        counted = sum(state.values())
         print(
-            f"\nheld by the CUDA allocator: {on_device / 2**20:,.0f} MiB; counted: {sum(state.values()) / 2**20:,.0f} MiB"
+            f"\nheld by the CUDA allocator: {on_device / 2**20:,.0f} MiB; "
+            f"counted: {counted / 2**20:,.0f} MiB"
         )
     figures = {
         "weights": weights,
@@ -71,8 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def count(lab: Lab, mask_statistics: MaskStatistics) -> dict[str, int]:
-    """Bytes of the storages behind each kind of state; a storage counts once, for the first kind
-    that holds it.
+    """Kind of state -> bytes of its storages.
+
+    A storage counts once, for the first kind that holds it.
     """
     assert lab.learner is not None
     linears, logits = lab.masked_model.linears.values(), lab.masked_model.mask_logits
@@ -80,7 +80,9 @@ def count(lab: Lab, mask_statistics: MaskStatistics) -> dict[str, int]:
         "frozen weights": [linear.weight for linear in linears],
         "mask logits": logits,
         "gradients": [
-            tensor for one in logits for tensor in (getattr(one, "main_grad", None), one.grad)
+            tensor
+            for parameter in logits
+            for tensor in (getattr(parameter, "main_grad", None), parameter.grad)
         ],
         "optimizer moments": lab.learner.optimizer.state_tensors(),
         "gradients at the masked weights of a step": [linear.weight_grad for linear in linears],
@@ -98,21 +100,22 @@ def count(lab: Lab, mask_statistics: MaskStatistics) -> dict[str, int]:
 
 
 def live_tensors(device: torch.device) -> list[torch.Tensor]:
-    """Every tensor of the device that Python knows of: embeddings, norms, rotary tables, buffers
-    nobody accounted for.
+    """All tensors of the device that Python's garbage collector knows.
+
+    Among them are embeddings, norms, rotary tables and buffers that have no kind of their own.
     """
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # looking at an object may deprecate it
         return [
-            one
-            for one in gc.get_objects()
-            if type(one) in _PLAIN and one.device.type == device.type
+            tensor
+            for tensor in gc.get_objects()
+            if type(tensor) in _PLAIN and tensor.device.type == device.type
         ]
 
 
 def new_bytes(tensor: torch.Tensor, seen: set[int]) -> int:
-    """Bytes of the tensor's storage, 0 if it was seen before."""
+    """Bytes of a tensor's storage; 0 for a storage in ``seen``, which then gets the storage."""
     storage = tensor.untyped_storage()
     if storage.data_ptr() in seen:
         return 0

@@ -1,5 +1,6 @@
-"""What ``megamask plan`` predicts against what a learning run on random weights really takes:
-memory by part, its peak, time of a step.
+"""The predictions of ``megamask plan`` against measurements of learning on random weights.
+
+Memory by part, peak memory and the time of a step are compared.
 
 python -m benchmarks.plan --model smollm2-135m --json plan.json
 """
@@ -23,7 +24,7 @@ from megamask.plan.workload import Workload
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print and write the comparison."""
     known = parser(__doc__ or "")
     add_model_options(known)
     options = known.parse_args(argv)
@@ -38,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     predicted[OTHER] = plan.state[OTHER_WEIGHTS] + plan.state.get(STEP_GRADIENTS, 0.0)
     parts = {part: {"predicted": predicted[part], "measured": held[part]} for part in predicted}
     parts["peak"] = {"predicted": plan.total - plan.parts[ALLOWANCE], "measured": peak}
-    pairs = {part: (one["predicted"], one["measured"]) for part, one in parts.items()}
-    rows = [
-        [part, one / GIB, other / GIB, one / max(other, 1)] for part, (one, other) in pairs.items()
-    ]
+    rows = []
+    for part, size in parts.items():
+        ratio = size["predicted"] / max(size["measured"], 1)
+        rows.append([part, size["predicted"] / GIB, size["measured"] / GIB, ratio])
     table("memory of tensors, GiB", ["part", "predicted", "measured", "predicted / measured"], rows)
     if options.rounds:
         table(
@@ -69,7 +70,7 @@ def measure(lab: Lab, rounds: int) -> tuple[dict[str, int], float, float]:
         mask_statistics()
 
     step()
-    # the profiler does not see memory go that it did not see come
+    # The profiler does not count the release of memory that was allocated before it started.
     lab.masked_model.switch.mask_statistics.clear()
     held = count(lab, mask_statistics)
     if device.type == "cuda":
@@ -85,19 +86,13 @@ def known_device(device: torch.device) -> Device:
     """The planner's entry for this machine; an H100 stands in for a GPU that it does not know."""
     if device.type == "cpu":
         return device_named("cpu")
-    name, large = (
-        torch.cuda.get_device_name(device).lower(),
-        torch.cuda.get_device_properties(device).total_memory > 60 * GIB,
-    )
+    name = torch.cuda.get_device_name(device).lower()
+    large = torch.cuda.get_device_properties(device).total_memory > 60 * GIB
     a100 = "a100" if large else "a100-40"
-    return next(
-        (
-            GPUS[known]
-            for word, known in (("h200", "h200"), ("h100", "h100"), ("a100", a100))
-            if word in name
-        ),
-        GPUS["h100"],
-    )
+    for word, known in (("h200", "h200"), ("a100", a100)):
+        if word in name:
+            return GPUS[known]
+    return GPUS["h100"]
 
 
 if __name__ == "__main__":

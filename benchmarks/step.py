@@ -238,14 +238,12 @@ def show(figures: dict[str, Any], options: argparse.Namespace) -> None:
         rows,
     )
     limit = f"; at most {options.limit}" if options.limit else ""
-    print(
-        f"\nmasked / dense: {ratio['median']:.2f} (quartiles {ratio['low']:.2f} to {ratio['high']:.2f}){limit}"
-    )
+    quartiles = f"quartiles {ratio['low']:.2f} to {ratio['high']:.2f}"
+    print(f"\nmasked / dense: {ratio['median']:.2f} ({quartiles}){limit}")
     if options.eager:
         eager = figures["eager_over_masked"]
-        print(
-            f"eager / masked: {eager['median']:.2f} (quartiles {eager['low']:.2f} to {eager['high']:.2f})"
-        )
+        quartiles = f"quartiles {eager['low']:.2f} to {eager['high']:.2f}"
+        print(f"eager / masked: {eager['median']:.2f} ({quartiles})")
     if figures["utilisation"]:
         print(
             "model FLOP utilisation: "
