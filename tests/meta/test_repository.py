@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from megamask.config import load_config
+from megamask.config.tree import Config
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.table import VERBS
 
@@ -82,6 +84,7 @@ DOCUMENTS = sorted(
 GENERATED = {"docs/settings.md", "docs/results/learners.md"}
 HISTORY = {"docs/log.md", "CHANGELOG.md"}  # they name files that are gone
 MAX_COLUMNS = 100
+SUFFIXES = (".py", ".sh", ".sbatch", ".md", ".html", ".json", ".yaml")
 MAX_README_WORDS = 1250
 
 
@@ -126,6 +129,43 @@ def test_a_missing_command_is_seen() -> None:
         "`python -m megamask lern --config x`, ./launch/tset.sh and megamask export a.b=1"
     )
     assert verbs == {"lern", "export"} and files == {"launch/tset.sh"}
+
+
+def unknown_settings(text: str) -> set[str]:
+    """Dotted settings that a text names and the tree does not have."""
+    names = "|".join(
+        name for name, one in Config.model_fields.items() if is_section(one.annotation)
+    )
+    found = re.findall(rf"(?<![\w./\"])((?:{names})\.[a-z_]+[a-z_.]*[a-z_])(?![\w/]|\.\*)", text)
+    return {key for key in found if not key.endswith(SUFFIXES) and not is_setting(key)}
+
+
+def is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def is_setting(key: str) -> bool:
+    section: type[BaseModel] = Config
+    for name in key.split("."):
+        if name not in section.model_fields:
+            return False
+        annotation = section.model_fields[name].annotation
+        if not is_section(annotation):
+            return True  # below it, if there is more, lie the user's own names
+        assert isinstance(annotation, type)
+        section = annotation
+    return True
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_named_settings_exist(document: Path) -> None:
+    if str(document.relative_to(REPO)) not in {*HISTORY, *GENERATED}:
+        assert not unknown_settings(document.read_text())
+
+
+def test_an_unknown_setting_is_seen() -> None:
+    text = "`learn.stepz=3`, `learn.optimizer.lr`, launch/learn.sh, learn.sh and data.blend.code"
+    assert unknown_settings(text) == {"learn.stepz"}
 
 
 def long_lines(text: str) -> list[str]:
