@@ -149,7 +149,8 @@ def clipping_first(options: argparse.Namespace, device: torch.device) -> Callabl
         layer.mask_logits.grad = layer.mask_logits.main_grad  # type: ignore[attr-defined]
 
     def step() -> None:
-        torch._foreach_mul_([layer.mask_logits.grad for layer in layers], 0.999)
+        grads = [layer.mask_logits.grad for layer in layers]
+        torch._foreach_mul_([grad for grad in grads if grad is not None], 0.999)
         adamw.step()
 
     return step

@@ -133,9 +133,9 @@ def check_operator(
     for dtype, soft in ((torch.float32, SOFT_FP32 * members), (torch.bfloat16, SOFT_BF16)):
         weight, grad = (torch.randn(ROWS, GROUPS * pattern.m).to(dtype) for _ in range(2))
         sample = Sample(KEY, kappa=300.0, tau=0.5)
-        here = [tensor.to(device) for tensor in (grad, logits, weight)]
+        grad_here, logits_here, weight_here = (one.to(device) for one in (grad, logits, weight))
         expected, (norm, _), _ = plain.forward(logits, weight, site, sample)
-        found, (found_norm, _), _ = backend.forward(*here[1:], site, sample)
+        found, (found_norm, _), _ = backend.forward(logits_here, weight_here, site, sample)
         label = f"{name} {pattern} {str(dtype).removeprefix('torch.')}"
         checks += [
             Check(f"{label}: masked weight", _distance(found, expected), soft),
@@ -147,7 +147,7 @@ def check_operator(
             Check(
                 f"{label}: gradient",
                 _distance(
-                    backend.backward(*here, site, sample, SINK),
+                    backend.backward(grad_here, logits_here, weight_here, site, sample, SINK),
                     plain.backward(grad, logits, weight, site, sample, SINK),
                 ),
                 soft,
@@ -156,13 +156,13 @@ def check_operator(
     hard = Sample(KEY, kappa=300.0, tau=0.5, hard=True)
     ones = torch.ones(ROWS, GROUPS * pattern.m)
     changed = (
-        backend.forward(here[1], ones.to(device), site, hard)[0].cpu()
+        backend.forward(logits.to(device), ones.to(device), site, hard)[0].cpu()
         != plain.forward(logits, ones, site, hard)[0]
     )
     groups = changed.unflatten(1, (-1, pattern.m)).any(-1)
     (hard_codes, largest), (found_winner, found_largest) = (
         plain.mask_statistics(logits, site, 300.0),
-        backend.mask_statistics(here[1], site, 300.0),
+        backend.mask_statistics(logits.to(device), site, 300.0),
     )
     return [
         *checks,

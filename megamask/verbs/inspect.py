@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megamask.config import Config, run_paths
+from megamask.errors import ConfigError
 from megamask.masks.find import open_masks
 from megamask.masks.verify import check_strictly, summary
 from megamask.verbs.table import InspectArguments
@@ -12,10 +13,15 @@ def run(config: Config, arguments: InspectArguments) -> None:
     """Verify a mask, against model.hf if that is there, and print a table.
 
     Raises:
+        ConfigError: export.mask asks for a model without a mask.
         ArtifactError: the mask is missing, torn, or of another model.
     """
     hf_dir = run_paths(config).hf
     known = (hf_dir / "config.json").exists()
+    if arguments.mask is None and config.export.mask == "dense":
+        raise ConfigError(
+            "export.mask", "dense", "a mask file", "There is nothing to inspect without a mask."
+        )
     masks = open_masks(arguments.mask or config.export.mask or "learned", config)
     check_strictly(masks, hf_dir if known else None)
     print(summary(masks))

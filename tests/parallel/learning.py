@@ -11,7 +11,8 @@ from megamask.data.batches import BatchPlan
 from megamask.learn.snapshot import Progress, Snapshots
 from tests.parallel.ranks import meet_again
 
-Job, Outcome = TypeVar("Job"), TypeVar("Outcome")
+Job = TypeVar("Job")
+Outcome = TypeVar("Outcome")
 
 
 def in_turn(learn: Callable[[Job], Outcome], jobs: Sequence[Job]) -> list[Outcome]:

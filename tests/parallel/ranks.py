@@ -51,7 +51,7 @@ def run_ranks(
     Raises:
         RanksError: with the first failing rank's traceback, or where every rank hung.
     """
-    code = function.__code__  # type: ignore[attr-defined]
+    code = function.__code__
     job = (
         code.co_filename,
         function.__module__,
@@ -131,10 +131,10 @@ def _lead(folder: Path) -> int:
     ]
     for rank in ranks:
         rank.start()
-    waiting = {rank.sentinel: rank for rank in ranks}
+    waiting: dict[Any, Any] = {rank.sentinel: rank for rank in ranks}
     while waiting:
         for sentinel in multiprocessing.connection.wait(list(waiting)):
-            rank = waiting.pop(sentinel)  # type: ignore[call-overload]
+            rank = waiting.pop(sentinel)
             rank.join()
             if rank.exitcode:
                 print(

@@ -110,7 +110,8 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    folder, found = tmp_path_factory.mktemp("snapshots"), {}
+    folder = tmp_path_factory.mktemp("snapshots")
+    found: dict[str, Outcome] = {}
     for world, jobs in JOBS.items():
         by_rank = run_ranks(learn_all, world, tiny_run, folder, list(jobs.values()))
         assert all(
@@ -236,9 +237,10 @@ def look(
     masked_model: MaskedModel, config: Any, batch: list[torch.Tensor]
 ) -> tuple[torch.Tensor, TokenLosses]:
     with torch.no_grad():
-        return dense_hidden(masked_model.model, batch[0], masked_model.switch), loss_of(
-            config.learn.distillation, masked_model.switch
-        )(masked_model.model, *batch)
+        tokens, labels = batch
+        model, switch = masked_model.model, masked_model.switch
+        losses = loss_of(config.learn.distillation, switch)(model, tokens, labels)
+        return dense_hidden(model, tokens, switch), losses
 
 
 def test_the_teacher_has_no_masks_whatever_is_drawn(tiny_run: Path) -> None:

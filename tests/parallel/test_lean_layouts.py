@@ -146,7 +146,8 @@ def keyed_step(masked_model: MaskedModel, learner: Learner, step: int) -> None:
 def outcomes(
     request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Outcome]:
-    folder, found = tmp_path_factory.mktemp("snapshots"), {}
+    folder = tmp_path_factory.mktemp("snapshots")
+    found: dict[str, Outcome] = {}
     for world, jobs in jobs_of(request.param).items():
         by_rank = run_ranks(run_all, world, tiny_run, folder, list(jobs.values()))
         found.update(zip(jobs, by_rank[0], strict=True))

@@ -107,7 +107,8 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    folder, found = tmp_path_factory.mktemp("snapshots"), {}
+    folder = tmp_path_factory.mktemp("snapshots")
+    found: dict[str, Outcome] = {}
     for world, jobs in JOBS.items():
         by_rank = run_ranks(learn_all, world, tiny_run, folder, list(jobs.values()))
         found.update(zip(jobs, by_rank[0], strict=True))

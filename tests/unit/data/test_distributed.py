@@ -52,5 +52,5 @@ def test_two_ranks_read_what_one_process_reads(
             rank.kill()
     dataset = train_dataset(config, 30, 16, seed=1)
     alone = torch.stack([dataset[index]["tokens"] for index in range(30)])
-    for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"rank{rank}.pt"), alone)
+    for number in range(2):
+        assert torch.equal(torch.load(tmp_path / f"rank{number}.pt"), alone)

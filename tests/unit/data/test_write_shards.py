@@ -33,11 +33,8 @@ def test_shards_hold_the_tokens_of_each_side_with_eod(
     plain = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     for name, corpus in config.data.domains.items():
         shards = open_shards(config, name, "train", load_tokenizer(config))
-        for side, wanted in (
-            ("train", lambda unit: unit >= 0.25),
-            ("heldout", lambda unit: unit < 0.25),
-        ):
-            texts = [text for text in lines(corpus.path) if wanted(unit_hash(text))]
+        for side, is_heldout in (("train", False), ("heldout", True)):
+            texts = [text for text in lines(corpus.path) if (unit_hash(text) < 0.25) == is_heldout]
             ids = [token for text in texts for token in [*plain.encode(text).ids, 0]]
             np.testing.assert_array_equal(shards.stream(side), ids)
             counts = shards.meta["splits"][side]

@@ -5,6 +5,8 @@ weights.
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import megamask
-from megamask.config import build_config
+from megamask.config import Config, build_config
 from megamask.errors import ArtifactError, ConfigError
 from megamask.export import masked_folder as export_room
 from megamask.export.masked_folder import STAMP, check_export
@@ -22,9 +24,10 @@ from megamask.verbs.export import run
 from megamask.weights.fingerprint import fingerprint_hf, model_linears
 
 P24 = Pattern(2, 4)
+Made = tuple[Path, LlamaForCausalLM]
 
 
-def save_model(folder, seed=0, tied=True):
+def save_model(folder: Path, seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = {
         "hidden_size": 32,
@@ -41,7 +44,7 @@ def save_model(folder, seed=0, tied=True):
 
 
 @pytest.fixture
-def made(tmp_path):
+def made(tmp_path: Path) -> Made:
     """A run folder with a model and its learned mask."""
     model = save_model(tmp_path / "hf")
     masks = {name: P24.best(linear.weight.abs()) for name, linear in model_linears(model).items()}
@@ -50,11 +53,11 @@ def made(tmp_path):
     return tmp_path, model
 
 
-def config(folder, pattern="2:4", **export):
+def config(folder: Path, pattern: str = "2:4", **export: Any) -> Config:
     return build_config({"run_dir": str(folder), "pattern": pattern, "export": export})
 
 
-def test_export_equals_apply_masks(made, capsys):
+def test_export_equals_apply_masks(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     folder, model = made
     run(config(folder))
     expected = megamask.apply_masks(model, folder / "masks" / "learned.safetensors").state_dict()
@@ -76,7 +79,7 @@ def test_export_equals_apply_masks(made, capsys):
     run(config(folder))  # its own folder may be written again
 
 
-def test_dense_export_changes_nothing(made):
+def test_dense_export_changes_nothing(made: Made) -> None:
     folder, _ = made
     run(config(folder, mask="dense"))
     source, written = (load_file(folder / one / "model.safetensors") for one in ("hf", "export"))
@@ -85,14 +88,14 @@ def test_dense_export_changes_nothing(made):
     )
 
 
-def test_missing_megatron_weights_are_named(made):
+def test_missing_megatron_weights_are_named(made: Made) -> None:
     folder, _ = made
     with pytest.raises(ArtifactError, match=r"export\.weights"):
         run(config(folder, weights=str(folder / "none")))
 
 
 @pytest.mark.parametrize("value", [-0.0, 1.0])
-def test_the_check_finds_what_should_not_be_there(made, value):
+def test_the_check_finds_what_should_not_be_there(made: Made, value: float) -> None:
     folder, _ = made
     run(config(folder))
     masks = load_masks(folder / "masks" / "learned.safetensors")
@@ -106,7 +109,7 @@ def test_the_check_finds_what_should_not_be_there(made, value):
         check_export(folder / "export", masks)
 
 
-def test_a_failed_check_leaves_no_folder(made, monkeypatch):
+def test_a_failed_check_leaves_no_folder(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = made
     monkeypatch.setattr(export_room, "masked", lambda weight, mask: weight * mask)  # leaves -0.0
     with pytest.raises(ArtifactError, match=r"\+0\.0"):
@@ -114,7 +117,7 @@ def test_a_failed_check_leaves_no_folder(made, monkeypatch):
     assert {path.name for path in folder.iterdir()} == {"hf", "masks"}
 
 
-def test_what_does_not_fit_is_refused_before_writing(made):
+def test_what_does_not_fit_is_refused_before_writing(made: Made) -> None:
     folder, _ = made
     with pytest.raises(ArtifactError, match="holds 2:4 masks, wanted 1:4"):
         run(config(folder, pattern="1:4"))

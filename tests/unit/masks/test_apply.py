@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,12 +17,13 @@ from megamask.masks.file import load_masks, save_masks
 from megamask.masks.verify import verify
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.inspect import run
+from megamask.verbs.table import InspectArguments
 from megamask.weights.fingerprint import fingerprint_model, model_linears
 
 P24 = Pattern(2, 4)
 
 
-def tiny_model(seed=0, **changes):
+def tiny_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = {
         "hidden_size": 32,
@@ -30,14 +35,14 @@ def tiny_model(seed=0, **changes):
     return LlamaForCausalLM(LlamaConfig(**{**sizes, "vocab_size": 50, **changes}))
 
 
-def save_for(model, path, **changes):
+def save_for(model: LlamaForCausalLM, path: Path, **changes: Any) -> dict[str, torch.Tensor]:
     masks = {name: P24.best(linear.weight.abs()) for name, linear in model_linears(model).items()}
     masks.update(changes)
     save_masks(path, masks, P24, fingerprint=fingerprint_model(model), method="magnitude")
     return masks
 
 
-def test_pruned_places_are_positive_zero_and_the_rest_is_untouched(tmp_path):
+def test_pruned_places_are_positive_zero_and_the_rest_is_untouched(tmp_path: Path) -> None:
     model = tiny_model().to(torch.bfloat16)
     masks = save_for(model, tmp_path / "m")
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -53,7 +58,7 @@ def test_pruned_places_are_positive_zero_and_the_rest_is_untouched(tmp_path):
         assert torch.signbit(product[~mask]).any()  # what multiplying would have left: -0.0
 
 
-def test_linears_without_a_mask_stay_dense(tmp_path):
+def test_linears_without_a_mask_stay_dense(tmp_path: Path) -> None:
     model = tiny_model()
     name = "model.layers.0.mlp.down_proj"
     masks = {name: P24.best(model.get_submodule(name).weight.abs())}
@@ -71,7 +76,9 @@ def test_linears_without_a_mask_stay_dense(tmp_path):
         (lambda: torch.nn.Sequential(torch.nn.Linear(4, 4)), "no linear of the model"),
     ],
 )
-def test_other_models_are_refused_and_not_touched(tmp_path, other, message):
+def test_other_models_are_refused_and_not_touched(
+    tmp_path: Path, other: Callable[[], torch.nn.Module], message: str
+) -> None:
     save_for(tiny_model(), tmp_path / "m")
     model = other()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -80,12 +87,12 @@ def test_other_models_are_refused_and_not_touched(tmp_path, other, message):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_changed_weights_are_accepted_on_request(tmp_path):
+def test_changed_weights_are_accepted_on_request(tmp_path: Path) -> None:
     save_for(tiny_model(), tmp_path / "m")
     apply_masks(tiny_model(seed=1), tmp_path / "m", check_fingerprint=False)
 
 
-def test_a_corrupt_file_changes_nothing(tmp_path):
+def test_a_corrupt_file_changes_nothing(tmp_path: Path) -> None:
     model = tiny_model()
     save_for(model, tmp_path / "m")
     data = bytearray((tmp_path / "m").read_bytes())
@@ -97,11 +104,13 @@ def test_a_corrupt_file_changes_nothing(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_inspect_prints_what_is_in_the_file(tmp_path, capsys):
+def test_inspect_prints_what_is_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "hf")
     save_for(model, tmp_path / "masks" / "learned.safetensors")
-    run(build_config({"run_dir": str(tmp_path)}))
+    run(build_config({"run_dir": str(tmp_path)}), InspectArguments())
     out = capsys.readouterr().out
     for fact in (
         "magnitude",
@@ -116,4 +125,5 @@ def test_inspect_prints_what_is_in_the_file(tmp_path, capsys):
     with pytest.raises(ArtifactError, match="another base model"):
         verify(tmp_path / "masks" / "learned.safetensors", tmp_path / "hf")
     with pytest.raises(ConfigError, match=r"export\.mask"):
-        run(build_config({"run_dir": str(tmp_path), "export": {"mask": "dense"}}))
+        config = build_config({"run_dir": str(tmp_path), "export": {"mask": "dense"}})
+        run(config, InspectArguments())

@@ -16,7 +16,7 @@ BASES = sorted({math.comb(m, n) for n, m in PATTERNS} | {2, 255, 256, 257} | LAR
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_round_trip(base):
+def test_round_trip(base: int) -> None:
     rng = np.random.default_rng(base)
     digits = digits_per_word(base)
     for count in (1, digits - 1, digits, digits + 1, 10 * digits + 3):
@@ -31,7 +31,7 @@ def test_round_trip(base):
 
 
 @pytest.mark.parametrize("base", [2, 6, 70, 256, math.comb(16, 8), math.comb(32, 16)])
-def test_words_are_those_of_plain_arithmetic(base):
+def test_words_are_those_of_plain_arithmetic(base: int) -> None:
     """Independent reference: Python integers, first digit least significant."""
     index = np.random.default_rng(0).integers(base, size=100)
     digits = digits_per_word(base)
@@ -43,11 +43,11 @@ def test_words_are_those_of_plain_arithmetic(base):
     assert [int(word) for word in pack(index, base)] == expected
 
 
-def test_bits_per_weight_at_2_4():
+def test_bits_per_weight_at_2_4() -> None:
     assert digits_per_word(6) == 24 and abs(64 / 24 / 4 - 2 / 3) < 1e-12
 
 
-def test_words_that_pack_never_writes_are_refused():
+def test_words_that_pack_never_writes_are_refused() -> None:
     words = pack(np.zeros(30, dtype=int), 6)
     with pytest.raises(ValueError, match="words"):
         unpack(words[:1], 30, 6)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +18,13 @@ from megamask.masks.file import _header_digest, load_masks, save_masks
 from megamask.sparsity.pattern import Pattern
 
 P24 = Pattern(2, 4)
+Change = Callable[[dict[str, Any]], object]
 SHAPES = {"model.layers.0.mlp.up_proj": (6, 16), "model.layers.0.mlp.down_proj": (3, 32)}
 
 
-def random_masks(pattern, seed=0, shapes=SHAPES):
+def random_masks(
+    pattern: Pattern, seed: int = 0, shapes: dict[str, tuple[int, int]] = SHAPES
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: pattern.best(torch.rand(shape, generator=generator)) for name, shape in shapes.items()
@@ -26,7 +32,7 @@ def random_masks(pattern, seed=0, shapes=SHAPES):
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     save_masks(
         tmp_path / "m.safetensors",
         random_masks(P24),
@@ -38,7 +44,9 @@ def path(tmp_path):
     return tmp_path / "m.safetensors"
 
 
-def rewrite(path, header=None, tensors=None, sign=True):
+def rewrite(
+    path: Path, header: Change | None = None, tensors: Change | None = None, sign: bool = True
+) -> None:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as handle:
@@ -64,7 +72,7 @@ def rewrite(path, header=None, tensors=None, sign=True):
     ],
     ids=str,
 )
-def test_round_trip(tmp_path, pattern):
+def test_round_trip(tmp_path: Path, pattern: Pattern) -> None:
     masks = random_masks(pattern)
     save_masks(
         tmp_path / "sub" / "m.safetensors",
@@ -93,7 +101,7 @@ def test_round_trip(tmp_path, pattern):
     back.verify()
 
 
-def test_the_public_names_are_lazy(path):
+def test_the_public_names_are_lazy(path: Path) -> None:
     import subprocess
     import sys
 
@@ -109,7 +117,7 @@ def test_the_public_names_are_lazy(path):
         megamask.nothing_such  # noqa: B018
 
 
-def test_masks_that_break_the_pattern_are_not_saved(tmp_path):
+def test_masks_that_break_the_pattern_are_not_saved(tmp_path: Path) -> None:
     masks = random_masks(P24)
     masks["model.layers.0.mlp.up_proj"][0, :4] = True
     with pytest.raises(ValueError, match="2:4"):
@@ -118,13 +126,13 @@ def test_masks_that_break_the_pattern_are_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [4, 100, -8, -1])
-def test_truncated_files_are_torn(path, cut):
+def test_truncated_files_are_torn(path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ArtifactError, match="is torn"):
         load_masks(path)
 
 
-def test_missing_or_other_files_are_named(tmp_path):
+def test_missing_or_other_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is missing"):
         load_masks(tmp_path / "none.safetensors")
     save_file({"a": np.zeros(3)}, tmp_path / "weights.safetensors")
@@ -155,19 +163,19 @@ UP = "model.layers.0.mlp.up_proj"
         (lambda meta: meta["tensors"].pop(UP), UP),
     ],
 )
-def test_headers_that_do_not_fit_are_refused(path, header, message):
+def test_headers_that_do_not_fit_are_refused(path: Path, header: Change, message: str) -> None:
     rewrite(path, header)
     with pytest.raises(ArtifactError, match=message):
         load_masks(path)
 
 
-def test_a_changed_pattern_is_found_even_where_the_sizes_agree(path):
+def test_a_changed_pattern_is_found_even_where_the_sizes_agree(path: Path) -> None:
     rewrite(path, lambda meta: meta.update(pattern="3:4"), sign=False)  # 1 word either way
     with pytest.raises(ArtifactError, match="corrupt header"):
         load_masks(path)
 
 
-def test_extra_and_wrongly_typed_tensors_are_refused(path):
+def test_extra_and_wrongly_typed_tensors_are_refused(path: Path) -> None:
     original = path.read_bytes()
     rewrite(path, tensors=lambda data: data.update(extra=np.zeros(1, dtype=np.uint64)))
     with pytest.raises(ArtifactError, match="extra"):
@@ -178,7 +186,7 @@ def test_extra_and_wrongly_typed_tensors_are_refused(path):
         load_masks(path)
 
 
-def test_a_flipped_bit_is_found(path):
+def test_a_flipped_bit_is_found(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(bytes(data))
@@ -187,7 +195,7 @@ def test_a_flipped_bit_is_found(path):
         masks.verify()
 
 
-def test_digits_out_of_range_are_found_even_with_a_matching_checksum(path):
+def test_digits_out_of_range_are_found_even_with_a_matching_checksum(path: Path) -> None:
     import hashlib
 
     broken = load_file(path)[UP]
@@ -202,14 +210,15 @@ def test_digits_out_of_range_are_found_even_with_a_matching_checksum(path):
         load_masks(path).verify()
 
 
-def test_check_names_what_does_not_fit(path):
+def test_check_names_what_does_not_fit(path: Path) -> None:
     masks = load_masks(path)
     masks.check(pattern=P24, shapes={**SHAPES, "another": (1, 4)}, fingerprint="f" * 64)
-    for arguments, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"pattern": Pattern(1, 4)}, "holds 2:4 masks, wanted 1:4.*Set pattern=2:4"),
         ({"shapes": {UP: (6, 16)}}, "down_proj, which is no linear"),
         ({"shapes": {**SHAPES, UP: (6, 32)}}, r"\(6, 16\), the model's linear \(6, 32\)"),
         ({"fingerprint": "0" * 64}, "another base model"),
-    ]:
+    ]
+    for arguments, message in cases:
         with pytest.raises(ArtifactError, match=message):
             masks.check(**arguments)

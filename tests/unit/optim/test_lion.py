@@ -72,7 +72,7 @@ def test_every_step_is_the_papers(logits: torch.dtype, grads: torch.dtype, numba
         grad, before = random_grad(step, p, grads), (p.detach().clone(), m.clone())
         take_step(ours, step, [grad], RATE)
         assert is_lion(before, (p.detach(), m), grad)
-    assert not is_lion(before, (p.detach(), m), grad, betas=BETAS[::-1])  # type: ignore[arg-type]
+    assert not is_lion(before, (p.detach(), m), grad, betas=BETAS[::-1])
     assert not is_lion(before, (p.detach(), m), -grad)
 
 

@@ -101,7 +101,7 @@ def test_a_rule_from_outside_makes_a_step() -> None:
 def test_its_bytes_are_in_the_plan() -> None:
     learn = with_kind("sign").learn
     settings = (Pattern(2, 4), learn.state, learn.optimizer, learn.sampling)
-    parts = state_bytes(*settings, distribution="categorical")
+    parts = state_bytes(*settings, method="categorical")
     assert parts[MOMENTS] == 2 * 6 / 4  # six logits for four weights
 
 

@@ -51,7 +51,8 @@ def test_cuda_requests_land_on_the_cpu_only_inside() -> None:
         assert torch.zeros(2, device="cuda").device.type == "cpu"
         assert torch.empty(2, device=torch.device("cuda", 3)).device.type == "cpu"
         assert torch.ones(2).cuda().device.type == "cpu"
-        assert torch.cuda.current_device() == torch.device("cpu")
+        current: object = torch.cuda.current_device()
+        assert current == torch.device("cpu")
         torch.cuda.synchronize()
     if not torch.cuda.is_available():
         with pytest.raises((AssertionError, RuntimeError)):

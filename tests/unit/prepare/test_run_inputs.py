@@ -14,6 +14,7 @@ import pytest
 from megamask.config import Config, load_config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks import find
+from megamask.masks.file import load_masks
 from megamask.prepare.run_inputs import LearnInputs, RunInputs
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs import convert, learn, prune, tokenize
@@ -63,7 +64,7 @@ def test_a_learning_run_reads_each_input_once(
     parsed: Counter[str] = Counter()
     priors: list[str] = []
     parse: Callable[..., Pattern] = Pattern.parse.__func__  # type: ignore[attr-defined]
-    load = find.load_masks
+    load = load_masks
 
     def counted(cls: type[Pattern], text: str) -> Pattern:
         parsed[sys._getframe(1).f_globals["__name__"]] += 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from megamask.errors import ArtifactError, ConfigError
-from megamask.weights.architecture import read_architecture
+from megamask.weights.architecture import Architecture, read_architecture
 
 V4 = {
     "model_type": "llama",
@@ -40,13 +42,13 @@ LLAMA3 = {
 }
 
 
-def read(tmp_path, **changes):
+def read(tmp_path: Path, **changes: Any) -> Architecture:
     config = {key: value for key, value in {**V4, **changes}.items() if value != "absent"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return read_architecture(tmp_path)
 
 
-def test_transformers_4_spelling(tmp_path):
+def test_transformers_4_spelling(tmp_path: Path) -> None:
     arch = read(tmp_path)
     assert (
         arch.num_layers,
@@ -67,7 +69,7 @@ def test_transformers_4_spelling(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
-def test_rope_scaling_in_both_spellings(tmp_path, kind):
+def test_rope_scaling_in_both_spellings(tmp_path: Path, kind: str) -> None:
     expected = {"type": "llama3", **LLAMA3}
     assert read(tmp_path, rope_scaling={kind: "llama3", **LLAMA3}).rope_scaling == expected
     both = read(
@@ -84,7 +86,7 @@ def test_rope_scaling_in_both_spellings(tmp_path, kind):
     assert read(tmp_path, rope_scaling={kind: "default"}).rope_scaling is None
 
 
-def test_what_transformers_5_writes_is_understood(tmp_path):
+def test_what_transformers_5_writes_is_understood(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=32,
         num_attention_heads=8,
@@ -116,7 +118,7 @@ def test_what_transformers_5_writes_is_understood(tmp_path):
         ("auto_map", {"AutoModel": "x.Y"}),
     ],
 )
-def test_what_is_not_built_is_refused_by_name(tmp_path, key, value):
+def test_what_is_not_built_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"config\.json: {key}"):
         read(tmp_path, **{key: value})
 
@@ -130,21 +132,23 @@ def test_what_is_not_built_is_refused_by_name(tmp_path, key, value):
         ({"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
 )
-def test_rope_that_is_not_built_is_refused_by_name(tmp_path, rope, key):
+def test_rope_that_is_not_built_is_refused_by_name(
+    tmp_path: Path, rope: dict[str, Any], key: str
+) -> None:
     with pytest.raises(ConfigError, match=key):
         read(tmp_path, rope_scaling=rope)
 
 
-def test_disagreeing_rope_theta_is_refused(tmp_path):
+def test_disagreeing_rope_theta_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="disagrees"):
         read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1.0})
 
 
-def test_unknown_keys_that_are_null_are_harmless(tmp_path):
+def test_unknown_keys_that_are_null_are_harmless(tmp_path: Path) -> None:
     assert read(tmp_path, sliding_window=None, anything_else=None, quantization_config=None)
 
 
-def test_missing_or_broken_config_is_named(tmp_path):
+def test_missing_or_broken_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"config\.json: is missing.*model\.hf"):
         read_architecture(tmp_path)
     (tmp_path / "config.json").write_text("[1]")

@@ -4,13 +4,15 @@ files.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megamask.config import build_config
+from megamask.config import Config, build_config
 from megamask.errors import ArtifactError, ConfigError
 from megamask.verbs.gguf import run
 from megamask.weights.from_gguf import STAMP
@@ -19,7 +21,7 @@ from megamask.weights.hf_files import open_checked
 HIDDEN, FFN, VOCAB = 32, 64, 256
 
 
-def write_gguf(path, seed=0):
+def write_gguf(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
     """A one-layer Llama with a byte-level vocabulary."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -72,11 +74,13 @@ def write_gguf(path, seed=0):
     return tensors
 
 
-def config_for(path, out):
+def config_for(path: Path, out: Path) -> Config:
     return build_config({"model": {"gguf": str(path), "hf": str(out)}})
 
 
-def test_gguf_becomes_a_plain_folder_once(tmp_path, capsys):
+def test_gguf_becomes_a_plain_folder_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tensors = write_gguf(tmp_path / "m.gguf")
     config = config_for(tmp_path / "m.gguf", tmp_path / "hf")
     run(config)
@@ -97,7 +101,7 @@ def test_gguf_becomes_a_plain_folder_once(tmp_path, capsys):
     ).exists()
 
 
-def test_somebodys_folder_is_not_replaced(tmp_path):
+def test_somebodys_folder_is_not_replaced(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "thesis.tex").write_text("years of work")
@@ -106,7 +110,7 @@ def test_somebodys_folder_is_not_replaced(tmp_path):
     assert (tmp_path / "hf" / "thesis.tex").exists()
 
 
-def test_missing_and_broken_files_are_named(tmp_path):
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.gguf"):
         run(build_config({"model": {"hf": str(tmp_path / "hf")}}))
     with pytest.raises(ArtifactError, match=r"none\.gguf: cannot be read"):

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from megamask.weights.hf_files import HFReader, open_checked, write_hf
 from megamask.weights.mapping import expected_tensors, linear_shapes
 
 
-def tiny_model(tied=False, seed=0):
+def tiny_model(tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = {
         "hidden_size": 32,
@@ -34,20 +36,20 @@ def tiny_model(tied=False, seed=0):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     tiny_model().save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     return tmp_path / "hf"
 
 
-def rewrite(folder, change):
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_table_names_every_tensor_of_a_real_llama(tmp_path, tied):
+def test_table_names_every_tensor_of_a_real_llama(tmp_path: Path, tied: bool) -> None:
     model = tiny_model(tied)
     model.save_pretrained(tmp_path)
     arch = read_architecture(tmp_path)
@@ -61,7 +63,7 @@ def test_table_names_every_tensor_of_a_real_llama(tmp_path, tied):
 
 
 @pytest.mark.parametrize("limit", [10**9, 20_000])
-def test_write_and_read_back(folder, tmp_path, limit):
+def test_write_and_read_back(folder: Path, tmp_path: Path, limit: int) -> None:
     with open_checked(folder) as source:
         write_hf(
             tmp_path / "out",
@@ -93,15 +95,15 @@ def test_write_and_read_back(folder, tmp_path, limit):
     )
 
 
-def test_views_of_one_tensor_can_be_written(folder, tmp_path):
+def test_views_of_one_tensor_can_be_written(folder: Path, tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(6, 2)
     write_hf(tmp_path / "out", [("a", whole[:3]), ("b", whole[3:]), ("c", whole.t())], folder)
     back = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(back["b"], whole[3:]) and torch.equal(back["c"], whole.t())
 
 
-def test_an_error_while_writing_leaves_the_old_folder(folder, tmp_path):
-    def torn():
+def test_an_error_while_writing_leaves_the_old_folder(folder: Path, tmp_path: Path) -> None:
+    def torn() -> Iterator[tuple[str, torch.Tensor]]:
         yield "a", torch.zeros(2)
         raise RuntimeError("killed")
 
@@ -129,13 +131,15 @@ NORM = "model.norm.weight"
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(folder, change, message):
+def test_tensors_that_do_not_fit_are_named(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
     rewrite(folder, change)
     with pytest.raises(ArtifactError, match=message):
         open_checked(folder)
 
 
-def test_leftovers_of_old_checkpoints_are_accepted(tmp_path):
+def test_leftovers_of_old_checkpoints_are_accepted(tmp_path: Path) -> None:
     tiny_model(tied=True).save_pretrained(tmp_path)
     key = "lm_head.weight"
     rewrite(
@@ -154,7 +158,7 @@ def test_leftovers_of_old_checkpoints_are_accepted(tmp_path):
         open_checked(tmp_path)
 
 
-def test_missing_and_torn_files_are_named(folder, tmp_path):
+def test_missing_and_torn_files_are_named(folder: Path, tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match=r"model\.safetensors: is torn"):
@@ -164,7 +168,7 @@ def test_missing_and_torn_files_are_named(folder, tmp_path):
         HFReader(folder)
 
 
-def test_an_index_that_disagrees_is_refused(folder, tmp_path):
+def test_an_index_that_disagrees_is_refused(folder: Path, tmp_path: Path) -> None:
     with open_checked(folder) as source:
         write_hf(
             tmp_path / "out",
@@ -181,7 +185,7 @@ def test_an_index_that_disagrees_is_refused(folder, tmp_path):
         HFReader(tmp_path / "out")
 
 
-def test_fingerprint_does_not_depend_on_where_the_weights_are(tmp_path):
+def test_fingerprint_does_not_depend_on_where_the_weights_are(tmp_path: Path) -> None:
     model = tiny_model().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     digest = fingerprint_hf(tmp_path)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from megamask.errors import ConfigError
 from megamask.weights.architecture import Architecture
@@ -17,6 +18,7 @@ from megamask.weights.mapping import (
     prunable,
     rules,
 )
+from megamask.weights.rule import Read, Rule
 
 TINY = Architecture(
     "llama",
@@ -36,7 +38,7 @@ BIASED = replace(TINY, attention_bias=True, attention_out_bias=True, mlp_bias=Tr
 WIDE_HEADS = replace(TINY, head_dim=6)  # heads * head_dim != hidden
 
 
-def random_checkpoint(arch, seed=0):
+def random_checkpoint(arch: Architecture, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator)
@@ -44,16 +46,16 @@ def random_checkpoint(arch, seed=0):
     }
 
 
-def reader(tensors):
+def reader(tensors: dict[str, Tensor]) -> Read:
     return lambda name, rows, cols: block(tensors[name], rows, cols)
 
 
-def to_megatron(rule, tensors):
+def to_megatron(rule: Rule, tensors: dict[str, Tensor]) -> Tensor:
     """The full (TP = 1) Megatron tensor from whole HF tensors."""
     return rule.shard(reader(tensors), 0, 1)
 
 
-def padded(arch, tp):
+def padded(arch: Architecture, tp: int) -> int:
     return -(-arch.vocab // tp) * tp
 
 
@@ -61,7 +63,7 @@ def padded(arch, tp):
     "arch", [TINY, BIASED, WIDE_HEADS], ids=["untied", "tied, biases", "head_dim"]
 )
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
-def test_round_trip_is_bitwise(arch, tp):
+def test_round_trip_is_bitwise(arch: Architecture, tp: int) -> None:
     source, back = random_checkpoint(arch), {}
     for rule in rules(arch, padded(arch, tp)):
         shards = [rule.shard(reader(source), rank, tp) for rank in range(tp)]
@@ -74,7 +76,7 @@ def test_round_trip_is_bitwise(arch, tp):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 8])
-def test_masks_indices_and_logits_travel_as_the_weights_do(tp):
+def test_masks_indices_and_logits_travel_as_the_weights_do(tp: int) -> None:
     m = 2
     for rule in (rule for rule in rules(TINY) if rule.is_linear):
         generator = torch.Generator().manual_seed(0)
@@ -92,7 +94,7 @@ def test_masks_indices_and_logits_travel_as_the_weights_do(tp):
             assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
-def test_layouts_are_those_of_megatron():
+def test_layouts_are_those_of_megatron() -> None:
     """Written out by hand: rows of the second KV group, and of rank 1's gated fc1."""
     source = random_checkpoint(TINY)
     table = {rule.megatron: rule for rule in rules(TINY)}
@@ -115,7 +117,7 @@ def test_layouts_are_those_of_megatron():
     )
 
 
-def test_a_wrong_interleave_fails():
+def test_a_wrong_interleave_fails() -> None:
     """Plain [q; k; v] is what a table without the per-group interleave would hold: it must not pass
     for the real thing.
     """
@@ -132,10 +134,10 @@ def test_a_wrong_interleave_fails():
     )  # ranks cannot simply be concatenated
 
 
-def test_only_the_needed_rows_are_read():
+def test_only_the_needed_rows_are_read() -> None:
     asked = []
 
-    def read(name, rows, cols):
+    def read(name: str, rows: slice, cols: slice | None) -> Tensor:
         asked.append((name.rsplit(".", 2)[1], rows, cols))
         return block(source[name], rows, cols)
 
@@ -154,7 +156,7 @@ def test_only_the_needed_rows_are_read():
     ]
 
 
-def test_vocabulary_padding_is_zeros_and_is_cut_off():
+def test_vocabulary_padding_is_zeros_and_is_cut_off() -> None:
     source = random_checkpoint(TINY)
     rule = rules(TINY, 128)[0]
     shards = [rule.shard(reader(source), rank, 4) for rank in range(4)]
@@ -166,13 +168,13 @@ def test_vocabulary_padding_is_zeros_and_is_cut_off():
     )
 
 
-def test_tied_models_have_no_head():
+def test_tied_models_have_no_head() -> None:
     assert "output_layer.weight" in {rule.megatron for rule in rules(TINY)}
     assert "output_layer.weight" not in {rule.megatron for rule in rules(BIASED)}
 
 
 @pytest.mark.parametrize("tp", [3, 16])
-def test_a_tp_that_does_not_divide_is_refused(tp):
+def test_a_tp_that_does_not_divide_is_refused(tp: int) -> None:
     with pytest.raises(
         ConfigError, match=r"parallel\.tp.*num_key_value_heads = 8.*allows 1, 2, 4, 8"
     ):
@@ -180,7 +182,7 @@ def test_a_tp_that_does_not_divide_is_refused(tp):
     check_tp(TINY, 8)
 
 
-def test_prunable_follows_include_and_exclude():
+def test_prunable_follows_include_and_exclude() -> None:
     assert prunable(TINY, ["*"], []) == list(linear_shapes(TINY)) and len(linear_shapes(TINY)) == 14
     assert prunable(TINY, ["*.mlp.*"], ["model.layers.0.*"]) == [
         f"model.layers.1.mlp.{one}_proj" for one in ("gate", "up", "down")
@@ -202,6 +204,8 @@ def test_prunable_follows_include_and_exclude():
         (["*.up_proj"], [], r"gate_proj.*prune all of them or none"),
     ],
 )
-def test_patterns_that_cannot_work_are_refused(include, exclude, message):
+def test_patterns_that_cannot_work_are_refused(
+    include: list[str], exclude: list[str], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         prunable(TINY, include, exclude)

@@ -58,7 +58,8 @@ class Meter:
 def losses_of(
     learning: BatchPlan, meter: Meter, micro_batch: int, steps: range
 ) -> dict[int, float]:
-    initial, found = InitialLosses(learning.dataset, micro_batch, meter), {}
+    initial = InitialLosses(learning.dataset, micro_batch, meter)
+    found: dict[int, float] = {}
     for step in steps:
         for number, tokens, _ in learning.micro_batches(step):
             numbers = numbers_of(learning, step, number)

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -58,7 +59,7 @@ def learn(
                 )
 
 
-def records(folder: Path) -> list[dict]:
+def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -115,7 +116,7 @@ def test_resume_leaves_every_step_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def trim_copy(folder: Path, step: int) -> list[dict]:
+def trim_copy(folder: Path, step: int) -> list[dict[str, Any]]:
     """What trimming would keep, without touching the original."""
     copy = folder / "copy.jsonl"
     copy.write_bytes((folder / "metrics.jsonl").read_bytes())
