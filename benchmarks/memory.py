@@ -18,6 +18,14 @@ import torch
 from benchmarks.common import parser, report, table
 from benchmarks.lab import Lab, add_model_options, open_lab
 from megamask.learn.metrics.mask_stats import MaskStatistics
+from megamask.plan.bytes import (
+    GRADIENTS,
+    HARD_CODES,
+    LOGITS,
+    MOMENTS,
+    STEP_GRADIENTS,
+    WEIGHTS,
+)
 
 KEPT = "masked weights kept for the backward pass"
 OTHER = "all other tensors"
@@ -77,16 +85,16 @@ def count(lab: Lab, mask_statistics: MaskStatistics) -> dict[str, int]:
     assert lab.learner is not None
     linears, logits = lab.masked_model.linears.values(), lab.masked_model.mask_logits
     kinds: dict[str, Iterable[Any]] = {
-        "frozen weights": [linear.weight for linear in linears],
-        "mask logits": logits,
-        "gradients": [
+        WEIGHTS: [linear.weight for linear in linears],
+        LOGITS: logits,
+        GRADIENTS: [
             tensor
             for parameter in logits
             for tensor in (getattr(parameter, "main_grad", None), parameter.grad)
         ],
-        "optimizer moments": lab.learner.optimizer.state_tensors(),
-        "gradients at the masked weights of a step": [linear.weight_grad for linear in linears],
-        "winners of the survey": [
+        MOMENTS: lab.learner.optimizer.state_tensors(),
+        STEP_GRADIENTS: [linear.weight_grad for linear in linears],
+        HARD_CODES: [
             *mask_statistics.initial.values(),
             *mask_statistics.latest.values(),
         ],

@@ -1,3 +1,4 @@
-"""What a learning run will need, before anything is launched: memory, time, and whether it fits.
-Pure arithmetic.
+"""The memory and time that a learning run will need, and whether it fits a device.
+
+The plan is arithmetic alone; nothing is launched.
 """

@@ -19,7 +19,13 @@ Settings = dict[str, object]
 
 @dataclass(frozen=True)
 class Remedy:
-    """Other settings and the device they are for; ``names`` as on the command line."""
+    """A change that may make a run fit.
+
+    Attributes:
+        names: the changed settings, as written on the command line.
+        work: the run with these settings.
+        device: the device that it would run on.
+    """
 
     names: tuple[str, ...]
     work: Workload
@@ -27,12 +33,12 @@ class Remedy:
 
     @property
     def total(self) -> float:
-        """Bytes of a rank."""
+        """Peak bytes of one rank."""
         return memory_of(self.work, self.device).total
 
     @property
     def fits(self) -> bool:
-        """Whether the settings can work and the device holds that."""
+        """Whether the settings can work together, and the device holds the run."""
         try:
             self.work.check()
         except ConfigError:
@@ -44,14 +50,14 @@ def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) 
     """Check that a rank's peak memory fits ``device``.
 
     Args:
-        config: a learning run's settings.
+        config: the settings of a learning run.
         arch: the model.
-        device: where.
-        dp: replicas.
+        device: the device of each rank.
+        dp: replicas of the model.
 
     Raises:
-        ConfigError: it does not fit; the message names the nearest settings that do. Also what
-            ``Workload.check`` raises.
+        ConfigError: the run does not fit, and the message names the nearest settings that do; or
+            as ``Workload.check``.
     """
     work = Workload(config, arch, dp).check()
     total = memory_of(work, device).total
@@ -62,33 +68,44 @@ def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) 
 
 
 def check_free(config: Config, arch: Architecture, dp: int, free_bytes: float, title: str) -> None:
-    """Check before loading that a run fits the ``torch.cuda.mem_get_info()[0]`` bytes of a CUDA
-    device. Raises as ``check_fits``.
+    """Check, before the model is loaded, that a run fits the free memory of a CUDA device.
+
+    Args:
+        config: the settings of a learning run.
+        arch: the model.
+        dp: replicas of the model.
+        free_bytes: ``torch.cuda.mem_get_info()[0]``.
+        title: the name of the device.
+
+    Raises:
+        ConfigError: see ``check_fits``.
     """
-    device = replace(
-        GPUS["h100"], title=f"{title} (free now)", capacity=free_bytes + CONTEXT_BYTES
-    )  # the context is there already
+    # The plan counts a CUDA context, which is in use already and so not part of the free bytes.
+    capacity = free_bytes + CONTEXT_BYTES
+    device = replace(GPUS["h100"], title=f"{title} (free now)", capacity=capacity)
     check_fits(config, arch, device, dp)
 
 
 def advice(work: Workload, device: Device) -> str:
-    """The first remedy that fits, as a sentence."""
+    """A sentence that names the first remedy that fits."""
     remedy = next((one for one in remedies(work, device) if one.fits), None)
     if remedy is None:
         return (
             "Nothing in reach fits: plan a smaller model, or keep layers dense with model.exclude."
         )
-    return f"The nearest that fits: {' '.join(remedy.names)} ({remedy.total / GIB:.1f} GiB on {remedy.device.title})."
+    size = f"{remedy.total / GIB:.1f} GiB on {remedy.device.title}"
+    return f"The nearest that fits: {' '.join(remedy.names)} ({size})."
 
 
 def remedies(work: Workload, device: Device) -> Iterator[Remedy]:
-    """Changes from the cheapest to the dearest, whether or not they fit: settings, more GPUs a
-    layer, a larger GPU, both with settings.
+    """Changes from the cheapest to the dearest, whether or not the run then fits: settings alone;
+    more GPUs a layer, with settings; a larger GPU, with settings.
     """
     steps = list(ladder(work.config))
     if work.dp > 1 and not work.config.learn.optimizer.distributed:
         alone: Settings = {"learn.optimizer.distributed": True}
-        steps = [alone, *({**alone, **settings} for settings in steps)]  # it costs nothing
+        # A distributed optimizer costs no time, so it comes first and with every other step.
+        steps = [alone, *({**alone, **settings} for settings in steps)]
     yield from (_remedy(work, device, settings) for settings in steps)
     if not device.is_cpu:
         for tp in (2, 4, 8):
@@ -105,8 +122,9 @@ def remedies(work: Workload, device: Device) -> Iterator[Remedy]:
 def ladder(config: Config) -> Iterator[Settings]:
     """Settings to change on the same devices, from the cheapest to the dearest.
 
-    First what costs nothing or one more pass, then recomputation, then another optimizer with
-    leaner state, then smaller micro-batches.
+    Sequence parallelism and regenerated masked weights come first, because they cost nothing or one
+    more sampling pass; then recomputation, then an optimizer with less state, then smaller
+    micro-batches.
     """
     once = config.learn.sampling.draws == "step"
     if not config.parallel.sequence_parallel:
@@ -138,12 +156,12 @@ def _remedy(
     names = [f"{key}={str(value).lower()}" for key, value in settings.items()]
     names += [f"--dp {dp}"] if dp not in (None, work.dp) else []
     names += [f"--gpu {device_name}"] if device_name else []
-    return Remedy(tuple(names), work.changed(settings, dp), device)
+    return Remedy(tuple(names), work.with_settings(settings, dp), device)
 
 
 def memory_applies(config: Config, name: str) -> bool:
-    """Whether naming the memory would change the state: a recipe's own settings of learn.state
-    and optimizer.kind win over it.
+    """Whether ``learn.memory=name`` would take effect: the settings of learn.state and
+    learn.optimizer.kind that a recipe gives itself win over it.
     """
     given = _choices(config.model_dump(exclude_unset=True).get("learn", {}))
     present, wanted = (
@@ -157,7 +175,7 @@ def memory_applies(config: Config, name: str) -> bool:
 
 
 def _choices(learn: dict[str, Any]) -> dict[str, Any]:
-    """The part of ``learn`` that sets bytes a weight."""
+    """The settings of ``learn`` that decide the bytes per weight."""
     optimizer = learn.get("optimizer", {})
     return {
         **learn.get("state", {}),

@@ -1,5 +1,7 @@
-"""The devices a plan is made for. Peaks are the makers' data sheets (dense, no sparsity); shares of
-them are this model's assumptions.
+"""The devices that a plan compares.
+
+Peaks come from the makers' data sheets (dense, without sparsity). The shares of the peaks that
+kernels reach are assumptions of this model.
 """
 
 from __future__ import annotations
@@ -11,30 +13,30 @@ import psutil
 
 GIB = 2.0**30
 CONTEXT_BYTES = 1.5 * GIB  # CUDA context, cuBLAS workspaces, NCCL buffers
-FRAGMENTATION = 0.05  # of the memory that comes and goes: what the allocator cannot use
+FRAGMENTATION = 0.05  # the share of a step's memory that the allocator cannot use
 GPUS_A_NODE = 8
-# the host's work on one layer of one micro-batch, forward and backward; the device waits when it is
-# faster
+# The host's work on one layer of one micro-batch, forward and backward; a faster device waits.
 LAUNCH_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device.
+    """The capacity and the rates of one device.
 
     Attributes:
-        title: as it is printed.
+        title: the name that is printed.
         capacity: bytes that a process can get.
-        flops: peak of a dense bf16 matmul, per second.
-        bandwidth: of its memory, bytes per second.
-        node_link: to a neighbour in the node, bytes per second each way.
-        fabric: to another node, bytes per second each way and device.
-        matmul: share of ``flops`` that the matmuls of a training step reach.
-        attention: share of ``flops`` that attention reaches.
-        copy: share of ``bandwidth`` that elementwise kernels and optimizers reach.
-        link: share of a link that a collective reaches.
-        group_seconds: (forward, backward) arithmetic of the sampling, seconds per logit of a group;
-            0 where memory is the limit.
+        flops: peak of a dense bf16 matmul, in FLOP per second.
+        bandwidth: peak of the memory, in bytes per second.
+        node_link: link to a neighbour in the node, in bytes per second each way.
+        fabric: link to another node, in bytes per second each way and device.
+        matmul: the share of ``flops`` that the matmuls of a training step reach.
+        attention: the share of ``flops`` that attention reaches.
+        copy: the share of ``bandwidth`` that elementwise kernels and optimizers reach.
+        link: the share of a link that a collective reaches.
+        group_seconds: arithmetic of the sampling, (forward, backward), in seconds per logit; 0
+            where memory is the limit.
+        is_cpu: whether the device is the CPU of this machine.
     """
 
     title: str
@@ -51,8 +53,10 @@ class Device:
     is_cpu: bool = False
 
     def allowance(self, working: float) -> float:
-        """Bytes that are neither tensors of the model nor of the step, given the bytes that come
-        and go.
+        """Bytes of the CUDA context and of fragmentation.
+
+        Args:
+            working: bytes that a step takes and gives back.
         """
         return 0.0 if self.is_cpu else CONTEXT_BYTES + FRAGMENTATION * working
 

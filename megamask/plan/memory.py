@@ -1,9 +1,11 @@
-"""Peak memory of one rank by part: state, saved activations, and what the busiest moment of a step
-needs on top of them.
+"""Peak memory of one rank, by part: state, saved activations, and the working memory of the busiest
+moment of a step.
 
-The model is counted from what the code saves for the backward pass with PyTorch's own norm,
-activation and attention (Transformer Engine's need less); a test compares it with what PyTorch's
-allocator reports. Attention makes no S x S matrix. Legend: T tokens of a micro-batch, H hidden, Q
+The activations are the tensors that the code saves for the backward pass with PyTorch's own norm,
+activation and attention (Transformer Engine's need less). A test compares the sum with the numbers
+of PyTorch's allocator. Attention makes no S x S matrix.
+
+Legend: T tokens of a micro-batch, H hidden, Q
 and K the widths of this rank's queries and keys, F of its feed-forward, V its rows of the
 vocabulary.
 """
@@ -22,7 +24,7 @@ from megamask.plan.workload import Workload
 OTHER_WEIGHTS = "embedding, head, norms, dense linears"
 ONE_LAYER = "masked weights of one layer or linear"
 ACTIVATIONS = "activations"
-NEW_WINNERS = "winners of this step"
+NEW_HARD_CODES = "hard masks of this step"
 LOSS = "working memory of the vocabulary loss"
 LAYER = "working memory of a layer's backward"
 ALLOWANCE = "allowance: CUDA context, NCCL, fragmentation"
@@ -36,9 +38,9 @@ class Memory:
     """Bytes of one rank at the busiest moment.
 
     Attributes:
-        state: what lives from step to step, by part.
-        step: what lives within a step, by part: the parts that are there at the busiest moment.
-        allowance: stated, not counted.
+        state: bytes that live from step to step, by part.
+        step: bytes that live within a step, by part, at the busiest moment.
+        allowance: bytes of CUDA context, NCCL and fragmentation, which are assumed, not counted.
     """
 
     state: dict[str, float]
@@ -47,12 +49,12 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, float]:
-        """All parts."""
+        """Bytes of all parts."""
         return {**self.state, **self.step, ALLOWANCE: self.allowance}
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes of all parts together."""
         return sum(self.parts.values())
 
 
@@ -64,9 +66,8 @@ def memory_of(work: Workload, device: Device) -> Memory:
     state = {**whole, OTHER_WEIGHTS: float(work.other_weights * work.width)}
     if work.accumulations > 1 and work.config.learn.state.grads == "fp32":
         state |= gradients  # a buffer that stays
-    before = (
-        {} if STEP_GRADIENTS in state or work.accumulations == 1 else gradients
-    )  # of the micro-batches so far
+    # The sum of the gradients of the micro-batches so far.
+    before = {} if STEP_GRADIENTS in state or work.accumulations == 1 else gradients
     after = {} if STEP_GRADIENTS in state else gradients
     moments = [
         {**before, **_at_loss(work, device)},
@@ -78,7 +79,7 @@ def memory_of(work: Workload, device: Device) -> Memory:
     step = {
         **kept,
         **max(moments, key=lambda moment: sum(moment.values())),
-        NEW_WINNERS: weights / work.pattern.m * work.code_bytes,
+        NEW_HARD_CODES: weights / work.pattern.m * work.code_bytes,
     }
     return Memory(state, step, device.allowance(sum(step.values())))
 
@@ -99,8 +100,8 @@ def layer_activations(work: Workload) -> float:
 
 
 def recomputed_activations(work: Workload) -> float:
-    """Bytes of ``layer_activations`` that ``parallel.recompute`` makes again: all, or the
-    feed-forward part's but for its input (5 F).
+    """Bytes of ``layer_activations`` that ``parallel.recompute`` makes again: all of them, or the
+    feed-forward part's without its input (5 F a token).
     """
     if work.config.parallel.recompute == "mlp":
         return work.tokens * work.width * 5 * work.arch.ffn / work.tp
@@ -118,8 +119,9 @@ def stream(work: Workload) -> float:
 
 
 def saved_activations(work: Workload) -> float:
-    """Bytes of activations when the forward pass of the layers is over. The first layer's norm
-    saves nothing: the embedding is frozen.
+    """Bytes of activations when the forward pass of all layers is over.
+
+    The norm of the first layer saves nothing, because the embedding is frozen.
     """
     layers = work.arch.num_layers
     fp32_stream = stream(work) * 4 / work.width
@@ -129,8 +131,8 @@ def saved_activations(work: Workload) -> float:
 
 
 def _at_loss(work: Workload, device: Device) -> dict[str, float]:
-    """Chunks of logits, an fp32 block of them, hidden states and their gradient, both whole on each
-    rank.
+    """The busiest moment may be the loss: a chunk of the vocabulary's logits, an fp32 block of it,
+    and the hidden states with their gradient, both whole on each rank.
     """
     where, row = torch.device("cpu" if device.is_cpu else "cuda"), work.vocab_rows
     shard = VocabularyShard(first=0, real=row, rows=row)
@@ -147,14 +149,14 @@ def _at_loss(work: Workload, device: Device) -> dict[str, float]:
 
 
 def _forward_at_loss(work: Workload, device: Device) -> dict[str, float]:
-    """Without a backward pass: no activations, and hidden states without a gradient."""
+    """The loss without a backward pass: no activations, and hidden states without a gradient."""
     hidden = work.tokens * work.arch.hidden * work.width
     return {ACTIVATIONS: 0.0, LOSS: _at_loss(work, device)[LOSS] - hidden}
 
 
 def _forward_in_layer(work: Workload) -> dict[str, float]:
-    """The residual stream, its norm, and the first linear's output with the gated activation's; and
-    the linear's masked weight.
+    """A layer without a backward pass: the residual stream and its norm, the outputs of the first
+    linear and of the gated activation, and the masked weight of one linear.
     """
     largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
     wide = work.tokens * work.arch.ffn / work.tp * work.width
@@ -166,11 +168,11 @@ def _forward_in_layer(work: Workload) -> dict[str, float]:
 
 
 def _in_layer(work: Workload) -> dict[str, float]:
-    """The last layer's backward pass: gradients of two streams, then the busiest of second linear,
-    activation, first linear.
+    """The busiest moment may be the backward pass of the last layer: the gradients of two residual
+    streams, and the largest of the needs of second linear, activation and first linear.
 
-    A linear's weight gradient exists for a moment, and so does its masked weight where it is drawn
-    again.
+    The weight gradient of one linear exists for a moment, and so does its masked weight where it is
+    drawn again.
     """
     config, arch = work.config, work.arch
     once = config.learn.sampling.draws == "step"

@@ -1,6 +1,4 @@
-"""The verb plan: memory, time and GPU-hours of a learning run, predicted; refuses what cannot
-fit.
-"""
+"""The text and the JSON of a plan."""
 
 from __future__ import annotations
 
@@ -34,18 +32,18 @@ def headline(work: Workload, name: str) -> str:
         config.parallel.recompute
     ]
     options += ["sequence_parallel"] if config.parallel.sequence_parallel else []
+    tokens = f"{learn.global_batch} x {config.data.seq_length:,} tokens"
+    micro_batches = f"{work.accumulations} micro-batches of {learn.micro_batch}"
     return (
-        f"{name}, {work.pattern}: "
-        f"{work.all_masked_weights / 1e9:,.3f} B prunable weights, {flops / 1e9:,.2f} GFLOP a token\n"
-        f"TP {work.tp} x DP {work.dp}; {learn.steps:,} steps of {learn.global_batch} x {config.data.seq_length:,} tokens; "
-        f"on each replica {work.accumulations} micro-batches of {learn.micro_batch}; {', '.join(options)}"
+        f"{name}, {work.pattern}: {work.all_masked_weights / 1e9:,.3f} B prunable weights, "
+        f"{flops / 1e9:,.2f} GFLOP a token\n"
+        f"TP {work.tp} x DP {work.dp}; {learn.steps:,} steps of {tokens}; "
+        f"on each replica {micro_batches}; {', '.join(options)}"
     )
 
 
 def memory_table(memory: Memory) -> list[str]:
-    """GiB of one rank by part, and bytes per prunable weight of the parts that grow with the
-    weights.
-    """
+    """A table of the GiB of one rank, by part."""
     rows = [[part, f"{size / GIB:,.2f}"] for part, size in memory.parts.items() if size]
     return table(
         ["memory of one rank, by part", "GiB"], [*rows, ["**sum**", f"{memory.total / GIB:,.2f}"]]
@@ -55,7 +53,7 @@ def memory_table(memory: Memory) -> list[str]:
 def time_table(
     work: Workload, devices: Sequence[Device], memories: Sequence[Memory], times: Sequence[Time]
 ) -> list[str]:
-    """Devices side by side."""
+    """A table of memory, seconds and GPU-hours with the devices side by side."""
     fits = [
         memory.total <= device.capacity for device, memory in zip(devices, memories, strict=True)
     ]
@@ -82,20 +80,25 @@ def time_table(
 
 
 def footer(devices: Sequence[Device]) -> list[str]:
-    """What the figures rest on."""
+    """The assumptions of the figures, as lines of text."""
     lines = [
-        "Predicted, not measured. Nothing overlaps in this model; start-up, evaluation and snapshots are not in it. It assumes:"
+        "Predicted, not measured. Nothing overlaps in this model; start-up, evaluation and "
+        "snapshots are not in it. It assumes:"
     ]
     for one in devices:
         lines.append(
-            f"- {one.title}: {one.flops / 1e12:,.3g} TFLOP/s dense bf16, of which matmuls reach {one.matmul:.0%} and attention "
-            f"{one.attention:.0%}; memory {one.bandwidth / 1e9:,.0f} GB/s, of which {one.copy:.0%}; links {one.node_link / 1e9:,.0f} GB/s "
-            f"each way in a node and {one.fabric / 1e9:,.0f} between nodes, of which {one.link:.0%}; {one.capacity / GIB:,.1f} GiB."
+            f"- {one.title}: {one.flops / 1e12:,.3g} TFLOP/s dense bf16, of which matmuls reach "
+            f"{one.matmul:.0%} and attention {one.attention:.0%}; "
+            f"memory {one.bandwidth / 1e9:,.0f} GB/s, of which {one.copy:.0%}; "
+            f"links {one.node_link / 1e9:,.0f} GB/s each way in a node and "
+            f"{one.fabric / 1e9:,.0f} between nodes, of which {one.link:.0%}; "
+            f"{one.capacity / GIB:,.1f} GiB."
         )
     if not devices[0].is_cpu:
         lines.append(
-            f"- {CONTEXT_BYTES / GIB:.1f} GiB for CUDA context, cuBLAS and NCCL; {FRAGMENTATION:.0%} of a step's own memory lost to "
-            f"fragmentation; {LAUNCH_SECONDS * 1e3:.0f} ms of the host to launch a layer."
+            f"- {CONTEXT_BYTES / GIB:.1f} GiB for CUDA context, cuBLAS and NCCL; "
+            f"{FRAGMENTATION:.0%} of a step's own memory lost to fragmentation; "
+            f"{LAUNCH_SECONDS * 1e3:.0f} ms of the host to launch a layer."
         )
     return lines
 
@@ -107,7 +110,7 @@ def as_json(
     times: Sequence[Time],
     target: Device,
 ) -> dict[str, Any]:
-    """The same figures in bytes and seconds."""
+    """The figures in bytes and seconds, for ``plan --json``."""
     steps = work.config.learn.steps
     rows = {}
     for device, memory, time in zip(devices, memories, times, strict=True):

@@ -1,8 +1,7 @@
-"""Seconds of a step by part, from FLOPs and bytes and the shares of a device's peaks that
-``hardware`` states.
+"""Seconds of a step, by part, from its FLOPs and bytes and from the rates in ``hardware``.
 
-Nothing overlaps: communication, optimizer and sampling are added up, so a run that hides some of it
-is faster than its plan.
+Nothing overlaps in this model: communication, optimizer and sampling are added up. A run that hides
+some of them behind arithmetic is faster than its plan.
 """
 
 from __future__ import annotations
@@ -26,33 +25,25 @@ TP_LINKS = "tensor parallel communication"
 DP_LINKS = "data parallel gradients"
 LAUNCHES = "waiting for the host"
 
-TWICE: dict[bool | str, float] = {
-    False: 0.0,
-    "mlp": 1 / 3,
-    True: 1.0,
-}  # the share of a forward pass's launches that recompute repeats
-FORWARD = {
-    MATMULS: 1 / 3,
-    ATTENTION: 1 / 3,
-    HEAD: 1 / 2,
-    ELEMENTWISE: 1 / 3,
-    RECOMPUTE: 0.0,
-}  # the forward pass's share of a step's work
-# bytes that plain PyTorch moves to sample, over those of one fused pass: about 154 a weight against
-# 32 at 2:4
+# The share of a forward pass's launches that parallel.recompute repeats.
+TWICE: dict[bool | str, float] = {False: 0.0, "mlp": 1 / 3, True: 1.0}
+# The forward pass's share of a step's work, by part.
+FORWARD = {MATMULS: 1 / 3, ATTENTION: 1 / 3, HEAD: 1 / 2, ELEMENTWISE: 1 / 3, RECOMPUTE: 0.0}
+# Plain PyTorch moves this many times the bytes of one fused pass to sample: about 154 a weight
+# against 32 at 2:4.
 EAGER = 5.0
 
 
 @dataclass(frozen=True)
 class Time:
-    """What a step takes.
+    """The seconds of one step.
 
     Attributes:
         parts: seconds by part.
-        tokens: of a global batch.
+        tokens: tokens in a global batch.
         gpus: devices of the run.
-        model_flops: of a step, by the whole run; recomputation is none.
-        peak: FLOP/s of one device.
+        model_flops: FLOPs of a step of the whole run, without recomputation.
+        peak: FLOP per second of one device.
     """
 
     parts: dict[str, float]
@@ -63,12 +54,12 @@ class Time:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds of a step."""
         return sum(self.parts.values())
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole run."""
+        """Tokens per second of the whole run."""
         return self.tokens / self.seconds
 
     @property
@@ -77,7 +68,7 @@ class Time:
         return self.model_flops / (self.seconds * self.gpus * self.peak)
 
     def gpu_hours(self, steps: int) -> float:
-        """Of a run of so many steps, without evaluation and start-up."""
+        """GPU-hours of a run of ``steps`` steps, without evaluation and start-up."""
         return self.seconds * steps * self.gpus / 3600
 
 
@@ -181,7 +172,7 @@ def _elementwise_bytes(work: Workload) -> float:
 
 
 def _gated_bytes(work: Workload) -> float:
-    """The same of the gated activation: 14 F."""
+    """Bytes per token and layer that the gated activation moves: 14 F forward, times three."""
     return 3 * 14 * work.arch.ffn / work.tp * work.width / 2
 
 
@@ -221,8 +212,8 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
 
 
 def _optimizer(work: Workload, device: Device) -> float:
-    """Logits and moments are read and written; gradients are read for the norm, read again for the
-    update, and cleared.
+    """Seconds of the update: logits and moments are read and written; gradients are read for the
+    norm, read again for the update, and cleared.
     """
     if work.forward_passes:
         return 0.0
@@ -236,8 +227,8 @@ def _optimizer(work: Workload, device: Device) -> float:
 
 
 def _tp_seconds(work: Workload, device: Device) -> float:
-    """All-reduces (or gathers and scatters) of hidden states in one micro-batch: two a layer and
-    pass, one more for the loss.
+    """Seconds of the all-reduces (or gathers and scatters) of hidden states in one micro-batch: two
+    a layer and pass, and one for the loss.
 
     Recomputation repeats both of a forward pass, that of the feed-forward part one. Sequence
     parallel gathers the input of the column-parallel linears once more for their weight gradients.
@@ -254,8 +245,10 @@ def _tp_seconds(work: Workload, device: Device) -> float:
 
 
 def _dp_seconds(work: Workload, device: Device) -> float:
-    """One all-reduce of the gradients of the logits in a step; distributed, half of one, and half
-    of one of the logits.
+    """Seconds of one all-reduce of the logits' gradients in a step.
+
+    A distributed optimizer scatters the gradients and gathers the logits instead, half an
+    all-reduce each.
     """
     if work.dp == 1 or work.forward_passes:
         return 0.0

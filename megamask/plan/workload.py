@@ -1,4 +1,4 @@
-"""What one rank holds and computes: the sizes that memory and time are made of."""
+"""The sizes of a planned learning run, from which its memory and time are computed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,14 @@ from megamask.weights.mapping import prunable, rules
 
 @dataclass(frozen=True)
 class Linear:
-    """A Megatron linear of one rank: ``weights`` of its shard, ``whole`` of the model, and whether
-    it gets a mask or is computed twice.
+    """A Megatron linear of one rank.
+
+    Attributes:
+        layer: the number of its decoder layer, from 0.
+        weights: weights of this rank's shard.
+        whole: weights of the whole linear.
+        is_masked: whether it gets a mask.
+        is_recomputed: whether ``parallel.recompute`` computes it twice.
     """
 
     layer: int
@@ -36,8 +42,10 @@ class Linear:
 class Workload:
     """A learning run on ``dp`` replicas of ``parallel.tp`` ranks.
 
-    Raises:
-        ConfigError: from :meth:`check`, a layout or batch that cannot work.
+    Attributes:
+        config: the settings of the run.
+        arch: the model.
+        dp: replicas of the model.
     """
 
     config: Config
@@ -45,7 +53,7 @@ class Workload:
     dp: int = 1
 
     def check(self) -> Workload:
-        """Refuse what no memory can mend; return self.
+        """Refuse a run that fits no device of any size; return self.
 
         Raises:
             ConfigError: a pattern too large for its distribution, or a layout that breaks a rule
@@ -59,7 +67,11 @@ class Workload:
 
     @cached_property
     def modules(self) -> list[str]:
-        """HF names of the linears that get a mask."""
+        """HF names of the linears that get a mask.
+
+        Raises:
+            ConfigError: ``model.include`` and ``model.exclude`` do not fit the model.
+        """
         return prunable(self.arch, self.config.model.include, self.config.model.exclude)
 
     @cached_property
@@ -101,32 +113,32 @@ class Workload:
 
     @property
     def accumulations(self) -> int:
-        """Micro-batches of a step on one replica."""
+        """Micro-batches that one replica runs in a step."""
         return self.config.learn.global_batch // (self.config.learn.micro_batch * self.dp)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens in a micro-batch."""
         return self.config.learn.micro_batch * self.config.data.seq_length
 
     @property
     def tokens_a_step(self) -> int:
-        """Tokens of a global batch."""
+        """Tokens in a global batch."""
         return self.config.learn.global_batch * self.config.data.seq_length
 
     @property
     def width(self) -> int:
-        """Bytes of a weight or activation."""
+        """Bytes of one weight or activation."""
         return WIDTH[self.config.dtype]
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of the padded vocabulary on one rank."""
+        """Rows of the padded vocabulary that one rank holds."""
         return math.ceil(self.arch.vocab / self.tp)
 
     @cached_property
     def linears(self) -> list[Linear]:
-        """All linears of one rank, in model order."""
+        """All linears of one rank, masked or not, in model order."""
         recompute = self.config.parallel.recompute
         chosen = set(self.modules)
         return [
@@ -143,31 +155,27 @@ class Workload:
 
     @cached_property
     def masked_weights(self) -> int:
-        """Prunable weights of one rank."""
+        """Weights of one rank that get a mask."""
         return sum(self.masked_sizes)
 
     @cached_property
     def masked_sizes(self) -> list[int]:
-        """Those of each linear."""
+        """Weights of each linear of one rank that gets a mask."""
         return [linear.weights for linear in self.linears if linear.is_masked]
 
     @cached_property
     def all_masked_weights(self) -> int:
-        """Prunable weights of the model."""
+        """Weights of the whole model that get a mask."""
         return sum(linear.whole for linear in self.linears if linear.is_masked)
 
     @cached_property
     def recomputed_weights(self) -> int:
-        """Weights of the model's linears that ``parallel.recompute`` computes with twice, masked or
-        not.
-        """
+        """Weights of the whole model's linears, masked or not, that are computed with twice."""
         return sum(linear.whole for linear in self.linears if linear.is_recomputed)
 
     @cached_property
     def other_weights(self) -> int:
-        """Frozen weights of one rank without a mask: embedding, head, norms, biases, linears kept
-        dense.
-        """
+        """Weights of one rank without a mask: embedding, head, norms, biases, dense linears."""
         padded = rules(self.arch, self.vocab_rows * self.tp)
         return sum(math.prod(rule.shape(self.tp)) for rule in padded) - self.masked_weights
 
@@ -189,7 +197,7 @@ class Workload:
 
     @property
     def state(self) -> dict[str, float]:
-        """``state_bytes`` of these settings."""
+        """Bytes per masked weight, by part: ``state_bytes`` of this run."""
         learn, shares = self.config.learn, (self.recomputed_share, self.updated_share)
         settings = (
             self.pattern,
@@ -201,20 +209,25 @@ class Workload:
         )
         return state_bytes(*settings, *shares, learn.method)
 
-    def changed(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
-        """A copy with other settings, by dotted key; ``learn.memory`` brings what it stands
-        for.
+    def with_settings(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
+        """The same run with other settings.
+
+        Args:
+            settings: dotted key -> value. ``learn.memory`` also sets what its name stands for.
+            dp: replicas; None keeps their number.
+
+        Raises:
+            ConfigError: a setting that does not exist or takes no such value.
         """
-        values = self.config.model_dump(
-            exclude_unset=True
-        )  # so that what was given stays distinguishable from defaults
+        # Settings that were given stay distinguishable from defaults.
+        values = self.config.model_dump(exclude_unset=True)
         memory = MEMORIES[str(settings.get("learn.memory", "default"))].get("learn", {})
-        named = {
+        implied = {
             f"learn.{section}.{key}": value
             for section, inner in memory.items()
             for key, value in inner.items()
         }
-        for path, value in {**named, **settings}.items():
+        for path, value in {**implied, **settings}.items():
             *sections, key = path.split(".")
             place = values
             for section in sections:

@@ -1,5 +1,5 @@
-"""The verb plan: memory, time and GPU-hours of a learning run, predicted; refuses what cannot
-fit.
+"""The verb plan: the memory, time and GPU-hours of a learning run, predicted. A run that cannot fit
+is refused.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def run(config: Config, arguments: PlanArguments) -> None:
     """Print the plan, and write it to ``arguments.json`` if that is set.
 
     Raises:
-        ConfigError: it fits neither ``arguments.gpu`` nor, without that, any GPU; the message names the
-            nearest settings that fit. Also a layout, a batch or a model that cannot work.
+        ConfigError: the run does not fit ``arguments.gpu`` or, without it, any GPU, and the message
+            names the nearest settings that fit. Also a layout, batch or model that cannot work.
         ArtifactError: the model's config.json cannot be read.
     """
     arch = find_architecture(config, arguments.model)
@@ -49,7 +49,8 @@ def run(config: Config, arguments: PlanArguments) -> None:
 
 
 def find_architecture(config: Config, name: str | None = None) -> Architecture:
-    """Of the shape or folder ``name``, else of the run's Hugging Face folder, else of its converted weights.
+    """The architecture of the shape or folder ``name``, else of the run's Hugging Face folder, else
+    of its converted weights.
 
     Raises:
         ConfigError: there is no model to plan for.
@@ -92,6 +93,6 @@ def with_paper_batch(config: Config, arch: Architecture) -> Config:
     }
     return (
         Workload(config, arch)
-        .changed({key: paper[key] for key, is_given in open_keys.items() if not is_given})
+        .with_settings({key: paper[key] for key, is_given in open_keys.items() if not is_given})
         .config
     )

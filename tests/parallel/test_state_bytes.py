@@ -21,7 +21,7 @@ from megamask.learn.gumbel import Learner
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.parallel.mesh import start
-from megamask.plan.bytes import state_bytes
+from megamask.plan.bytes import HARD_CODES, state_bytes
 from megamask.plan.workload import Workload
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.pattern import Pattern
@@ -135,6 +135,6 @@ def test_targets(name: str) -> None:
     parts = state_bytes(
         Pattern(2, 4), learn.state, learn.optimizer, learn.sampling, ACCUMULATIONS, "bf16"
     )
-    total = sum(parts.values()) - parts[KEPT] - parts["winners of the survey"]
+    total = sum(parts.values()) - parts[KEPT] - parts[HARD_CODES]
     assert total <= TARGETS[name]
     assert total == pytest.approx({"default": 26, "lean": 14, "leanest": 9.53}[name], abs=0.005)
