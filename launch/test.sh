@@ -1,32 +1,47 @@
 #!/usr/bin/env bash
-# Everything that must be green: lint, format, types, all tests. Arguments go to pytest: ./launch/test.sh -m 'not slow' -k masks
+# Everything that must be green: lint, format, spelling, types, all tests, documents.
+# Arguments go to pytest: ./launch/test.sh -m 'not slow' -k masks
 #   TEST_TIMEOUT   seconds for the whole pytest run (default 3600)
 #   TEST_WORKERS   files tested side by side (default: the number of cores, at most 4)
+#   NIGHTLY=1      also what repeats a rule at more sizes, and whole studies and benchmarks
+#   COVERAGE=1     report the lines that no test ran (slower)
+# What it costs on two cores: see "Three tiers" in CONTRIBUTING.md.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$REPO"
-megamask_env dev,gguf,data,wandb
+megamask_env dev,docs,gguf,data,wandb
 
-export WANDB_MODE=offline WANDB_SILENT=true HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+export WANDB_MODE=offline WANDB_SILENT=true HF_HUB_DISABLE_TELEMETRY=1
+export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 
 failed=0
 step() { say "$*"; "$@" || failed=1; }
 step ruff check .
 step ruff format --check .
+step codespell
 step mypy
+step mkdocs build --strict --quiet --site-dir "$VENV/site"
 if [ "$failed" -ne 0 ]; then
-    say "lint or types failed (above); the tests run all the same"
+    say "lint, types or documents failed (above); the tests run all the same"
 fi
 
-# timeout moves its child to the background of the terminal; --foreground keeps Ctrl-C working where there is one.
+# timeout moves its child to the background of the terminal; --foreground keeps Ctrl-C working.
 guard=(timeout --kill-after=30)
 if [ -t 0 ]; then guard+=(--foreground); fi
-# A worker takes a whole file, so that what a file shares is made once; long files come first, in the order of their folders.
+# A worker takes a whole file, so that what a file shares is made once; long files come first, in
+# the order of their folders.
 cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"
 workers="${TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
-side_by_side=()
-if [ "$workers" -gt 1 ]; then side_by_side=(-n "$workers" --dist loadfile --no-loadscope-reorder); fi
-say pytest "${side_by_side[@]}" "$@"
-"${guard[@]}" "${TEST_TIMEOUT:-3600}" python -m pytest "${side_by_side[@]}" "$@" </dev/null || { code=$?; [ "$code" -ne 124 ] || say "the tests did not end in time"; exit "$code"; }
+options=()
+if [ "$workers" -gt 1 ]; then options=(-n "$workers" --dist loadfile --no-loadscope-reorder); fi
+if [ "${COVERAGE:-0}" = 1 ]; then
+    options+=(--cov=megamask --cov-report=term-missing:skip-covered)
+fi
+say pytest "${options[@]}" "$@"
+"${guard[@]}" "${TEST_TIMEOUT:-3600}" python -m pytest "${options[@]}" "$@" </dev/null || {
+    code=$?
+    [ "$code" -ne 124 ] || say "the tests did not end in time"
+    exit "$code"
+}
 exit "$failed"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.program import ROOT, megamask
+from tests.e2e.program import ROOT, here
 
 VERBS = ("convert", "tokenize", "prune")
 SENTENCE = "the mask keeps two of every four weights in a row and learns which ones matter for the text that it reads"
@@ -133,7 +133,7 @@ def prepared(
     """
     run_dir = tmp_path_factory.mktemp("prepared") / "run"
     for verb in VERBS:
-        megamask(verb, *settings(run_dir))
+        here(verb, *settings(run_dir))
     return run_dir
 
 
@@ -145,7 +145,7 @@ def general(
     Read it, do not write into it.
     """
     run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("general") / "run"))
-    megamask("learn", *settings(run_dir))
+    here("learn", *settings(run_dir))
     return run_dir
 
 

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megamask.errors import EXIT_USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +141,7 @@ def in_process(verb: str, *overrides: str) -> Finished:
 
     logger = logging.getLogger("megamask")
     before, level, begin = list(logger.handlers), logger.level, time.monotonic()
+    threads = torch.get_num_threads()
     stdout, stderr = io.StringIO(), io.StringIO()
     try:
         with (
@@ -150,7 +153,18 @@ def in_process(verb: str, *overrides: str) -> Finished:
     finally:
         logger.handlers = before
         logger.setLevel(level)
+        torch.set_num_threads(threads)
     return Finished(code, stdout.getvalue(), stderr.getvalue(), time.monotonic() - begin)
+
+
+def here(verb: str, *overrides: str) -> Finished:
+    """Run a verb to its end inside the test process; it must succeed. Without the imports of a
+    process a verb on the debug model takes a second.
+    """
+    finished = in_process(verb, *overrides)
+    words = " ".join([verb, *overrides])
+    assert finished.code == 0, f"megamask {words}: exit code {finished.code}\n{finished.stderr}"
+    return finished
 
 
 def refusal(finished: Finished) -> str:

@@ -40,6 +40,7 @@ def run_script(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.nightly  # two minutes; the benchmarks' own tests run always
 @pytest.mark.slow
 def test_every_part_runs_at_toy_size(model: Path, tmp_path: Path) -> None:
     steps = 2

@@ -20,7 +20,8 @@ from megamask.errors import EXIT_INTERRUPTED, EXIT_OK
 from megamask.report.reading import read_metrics
 from tests.e2e.program import RECIPE, ROOT, TIMEOUT
 
-pytestmark = pytest.mark.slow
+# The rules of a study are tested in tests/unit/studies.
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 STEPS = 150  # about 20 ms each: enough for a signal to come in time
 

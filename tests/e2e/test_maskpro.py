@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megamask import load_masks
-from tests.e2e.program import in_process, megamask, refusal
+from tests.e2e.program import here, in_process, megamask, refusal
 
 pytestmark = pytest.mark.slow
 Settings = Callable[[Path], list[str]]
@@ -40,7 +40,7 @@ def train_records(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole(prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("maskpro") / "run"))
-    megamask("learn", *settings(run_dir), *RUN)
+    here("learn", *settings(run_dir), *RUN)
     return run_dir
 
 
@@ -61,7 +61,7 @@ def test_a_run_leaves_what_other_learners_leave(whole: Path, settings: Settings)
     )
     assert records[-1]["prior_difference"] > 0
     for verb in ("evaluate", "report", "inspect"):
-        megamask(verb, *settings(whole), *RUN)
+        here(verb, *settings(whole), *RUN)
     assert (whole / "report.html").exists()
 
 
@@ -71,7 +71,7 @@ def test_a_resumed_run_and_two_replicas_learn_the_same_mask(
     resumed = Path(shutil.copytree(whole, tmp_path / "resumed"))
     shutil.rmtree(resumed / "learn" / "snapshots" / "step-00000008")
     (resumed / "masks" / "learned.safetensors").unlink()
-    finished = megamask(
+    finished = here(
         "learn", *settings(resumed), *RUN, "learn.optimizer.lr=1"
     )  # which does not count here
     assert (

@@ -21,11 +21,19 @@ import torch
 from megamask import load_masks
 from megamask.config.legacy import nest
 from megamask.errors import EXIT_INTERRUPTED
-from tests.e2e.program import Program, assert_untouched, contents, in_process, megamask, refusal
+from tests.e2e.program import (
+    Program,
+    assert_untouched,
+    contents,
+    here,
+    in_process,
+    megamask,
+    refusal,
+)
 
 pytestmark = pytest.mark.slow
 
-STEPS, EVERY, KILLS = 16, 2, 5
+STEPS, EVERY, KILLS = 16, 2, 3
 SEED = 3
 RUN = (
     f"learn.steps={STEPS}",
@@ -80,7 +88,7 @@ def newest_step(run_dir: Path) -> int:
 def whole(prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody disturbed."""
     run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("whole") / "run"))
-    megamask("learn", *settings(run_dir), *RUN)
+    here("learn", *settings(run_dir), *RUN)
     return run_dir
 
 
@@ -151,7 +159,7 @@ def kill_after(steps: int, delay: float, run_dir: Path, settings: Settings) -> N
         assert program.process.poll() is None, "it ended before it could be killed: raise STEPS"
 
 
-def test_five_kills(
+def test_three_kills(
     run_dir: Path, whole: Path, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     choose = random.Random(SEED)
@@ -165,7 +173,7 @@ def test_five_kills(
     assert newest_step(run_dir) > 0, (
         "every kill came before the first snapshot: nothing was resumed"
     )
-    megamask("learn", *settings(run_dir), *RUN)
+    here("learn", *settings(run_dir), *RUN)
     assert_same_run(run_dir, whole)
 
 
@@ -184,7 +192,7 @@ def test_a_kill_while_a_snapshot_is_written(run_dir: Path, whole: Path, settings
         program.wait_until(lambda: bool(snapshots(run_dir)) and any(folder.glob(".step-*.tmp")))
     left = [path.name for path in folder.glob(".*")]
     assert left, "the snapshot was finished before the kill"
-    megamask("learn", *settings(run_dir), *RUN)
+    here("learn", *settings(run_dir), *RUN)
     assert not list(folder.glob(".*"))
     assert_same_run(run_dir, whole)
 
@@ -193,7 +201,7 @@ def test_sigterm_saves_and_a_restart_ends_the_same(
     interrupted: Path, whole: Path, settings: Settings, tmp_path: Path
 ) -> None:
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
-    megamask("learn", *settings(run_dir), *RUN)
+    here("learn", *settings(run_dir), *RUN)
     assert_same_run(run_dir, whole)
 
 
@@ -218,7 +226,7 @@ def test_sigusr1_saves_and_a_restart_ends_the_same(
     run_dir: Path, whole: Path, settings: Settings
 ) -> None:
     stop(run_dir, settings, signal.SIGUSR1)
-    megamask("learn", *settings(run_dir), *RUN)
+    here("learn", *settings(run_dir), *RUN)
     assert_same_run(run_dir, whole)
 
 
@@ -258,7 +266,7 @@ def test_starting_over_puts_the_old_snapshots_aside(
     assert (
         0 < newest_step(run_dir) == last_step(run_dir) < STEPS
     )  # its own newest, not that of the run before
-    megamask("learn", *settings(run_dir), *RUN)
+    here("learn", *settings(run_dir), *RUN)
     assert_same_run(run_dir, whole)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from megamask import load_masks
 from megamask.sparsity.pattern import Pattern
-from tests.e2e.program import Finished, contents, in_process, megamask, refusal
+from tests.e2e.program import Finished, contents, here, in_process, refusal
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def pipeline(
     run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("linear") / "run"))
     shutil.rmtree(run_dir / "masks")  # of 2:4
     said = {
-        verb: megamask(verb, *settings(run_dir), *LINEAR)
+        verb: here(verb, *settings(run_dir), *LINEAR)
         for verb in ("prune", "learn", "export", "evaluate", "report", "inspect")
     }
     return run_dir, said

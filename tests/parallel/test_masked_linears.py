@@ -239,7 +239,8 @@ TOLERANCE = 2.0**-24 * (64 + 2 * 8 * 21)
 
 
 @pytest.mark.parametrize(
-    "tp", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+    "tp",
+    [1, 2, pytest.param(4, marks=pytest.mark.nightly), pytest.param(8, marks=pytest.mark.slow)],
 )
 def test_masked_linears_equal_the_unsharded_reference(tp: int) -> None:
     cases = [case for case in CASES if tp > 1 or not case.sequence_parallel]

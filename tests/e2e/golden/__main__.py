@@ -13,7 +13,7 @@ import torch
 
 from tests.e2e.conftest import VERBS, make_corpus, make_model, run_settings
 from tests.e2e.golden.runs import regenerate
-from tests.e2e.program import megamask
+from tests.e2e.program import here
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
         work = Path(name)
         model, corpus = make_model(work / "model", seed=0), make_corpus(work / "corpus")
         for verb in VERBS:
-            megamask(verb, *run_settings(work / "prepared", model, corpus))
+            here(verb, *run_settings(work / "prepared", model, corpus))
         numbers = itertools.count()
 
         def fresh() -> list[str]:
