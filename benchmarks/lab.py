@@ -25,6 +25,7 @@ from megamask.model.build import attach_logits, build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
 from megamask.model.language_model import LanguageModel
 from megamask.parallel.mesh import Mesh, start
+from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import open_checked
@@ -135,8 +136,8 @@ def random_masked_model(
             pattern,
             config.learn.sampling.backend,
             mesh.device,
+            DISTRIBUTIONS[DISTRIBUTION_OF[config.learn.method]],
             config.learn.state.logits,
-            DISTRIBUTION_OF[config.learn.method],
         )
     masked_model = MaskedModel(arch, pattern, "", model, linears, switch, None)
     for logits in masked_model.mask_logits:

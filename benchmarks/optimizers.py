@@ -17,6 +17,7 @@ from benchmarks.common import interleave, parser, report, table
 from megamask.config import Config
 from megamask.config.load import load_config
 from megamask.optim.optimizers import build_optimizer
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
@@ -58,7 +59,10 @@ class Layer:
         )
         gradient = 1e-3 * torch.randn(shape, device=device, dtype=dtypes[config.learn.state.grads])
         self.mask_logits.main_grad = gradient  # type: ignore[attr-defined]
-        self.parameter_id, self.site = number, Site(pattern, Placement.whole(rows, groups))
+        self.parameter_id, self.site = (
+            number,
+            Site(pattern, Placement.whole(rows, groups), CATEGORICAL),
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

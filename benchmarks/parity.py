@@ -18,21 +18,23 @@ from benchmarks.lab import LOGIT_STD, Lab, add_model_options, open_lab
 from benchmarks.sampling import available_backends
 from megamask.parallel.mesh import choose_device
 from megamask.sparsity.categorical import gumbel_softmax
-from megamask.sparsity.distributions import Distribution
+from megamask.sparsity.categorical.categorical import CATEGORICAL
+from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.draw import GradientSink, Sample, Sampler, Site
 from megamask.sparsity.noise import NoiseKey, words
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset import k_subset
+from megamask.sparsity.subset.subset import SUBSET
 
 STEPS = 6
 SINK = GradientSink(norm_coef=1e-3)
 ROWS, GROUPS = 256, 96
 PATTERNS: dict[Distribution, tuple[str, ...]] = {
-    "categorical": ("2:4", "1:4", "4:8"),
-    "linear": ("2:4", "4:8", "8:16"),
+    CATEGORICAL: ("2:4", "1:4", "4:8"),
+    SUBSET: ("2:4", "4:8", "8:16"),
 }
-REFERENCES = {"categorical": gumbel_softmax, "linear": k_subset}
+REFERENCES = {CATEGORICAL: gumbel_softmax, SUBSET: k_subset}
 KEY = NoiseKey(seed=2**32 - 2, step=7, micro_batch=3, parameter=0xDEADBEEF)
 # tau = 0.5 makes logits of up to 20 / 0.5 = 40, so an fp32 rounding (6e-8) there moves a
 # probability by 5e-6 at most; the log and exp of two libraries differ by a few such roundings.
@@ -125,7 +127,7 @@ def check_operator(
     )
     name, members = (
         f"{name} {distribution}",
-        min(pattern.n, pattern.m - pattern.n) if distribution == "linear" else 1,
+        min(pattern.n, pattern.m - pattern.n) if distribution is SUBSET else 1,
     )
     torch.manual_seed(0)
     logits = LOGIT_STD * torch.randn(ROWS, site.logits_per_group, GROUPS)

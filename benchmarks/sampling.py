@@ -3,7 +3,7 @@ against each other and the measured copy
 bandwidth.
 
 python -m benchmarks.sampling --shapes smollm2-135m --json sampling.json
-python -m benchmarks.sampling --only fc2 --masks linear/2:4 linear/4:8 --backends numba --threads 1
+python -m benchmarks.sampling --only fc2 --masks subset/2:4 subset/4:8 --backends numba --threads 1
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -22,7 +22,8 @@ from megamask.config.learn_tree import SamplingSection
 from megamask.errors import ConfigError
 from megamask.parallel.mesh import choose_device
 from megamask.sparsity.backends import choose_backend
-from megamask.sparsity.distributions import Distribution
+from megamask.sparsity.distribution import Distribution
+from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.draw import GradientSink, Sample, Sampler, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sampler_for
@@ -31,10 +32,10 @@ from megamask.sparsity.shard import Placement
 from megamask.weights.architecture import Architecture
 from megamask.weights.shapes import SHAPES, read_shape
 
-OPERATIONS = ("forward", "backward", "survey")
+OPERATIONS = ("forward", "backward", "mask statistics")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PLAIN = "torch"
-MASKS = ["categorical/2:4", "linear/2:4", "linear/4:8", "linear/8:16"]
+MASKS = ["categorical/2:4", "subset/2:4", "subset/4:8", "subset/8:16"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     return options.parse_args(argv)
 
 
-def available_backends(device: torch.device, distribution: str) -> dict[str, Sampler]:
+def available_backends(device: torch.device, distribution: Distribution) -> dict[str, Sampler]:
     """Every backend that megamask can choose here, by name."""
     found = {}
     for name in get_args(SamplingSection.model_fields["backend"].annotation):
@@ -139,13 +140,12 @@ class Layer:
         options: argparse.Namespace,
         device: torch.device,
     ) -> None:
-        distribution, _, shape = masks.partition("/")
+        name, _, shape = masks.partition("/")
+        distribution = DISTRIBUTIONS[name]
         pattern, dtype = Pattern.parse(shape), DTYPES[options.dtype]
         groups = in_features // pattern.m
         self.masks, self.groups = masks, out_features * groups
-        self.site = Site(
-            pattern, Placement.whole(out_features, groups), cast(Distribution, distribution)
-        )
+        self.site = Site(pattern, Placement.whole(out_features, groups), distribution)
         found = available_backends(device, distribution)
         self.backends = {
             name: module
@@ -182,7 +182,7 @@ class Layer:
         return {
             "forward": logits + 2 * weight,
             "backward": 2 * logits + 2 * weight,
-            "survey": logits + self.groups * self.site.code_dtype.itemsize,
+            "mask statistics": logits + self.groups * self.site.code_dtype.itemsize,
         }[operation]
 
     def sides(self) -> dict[str, Callable[[], Any]]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 # method -> distribution, by the names of megamask/sparsity/distributions.py
-DISTRIBUTION_OF: dict[str, Literal["linear", "categorical"]] = {
-    "subset": "linear",
+DISTRIBUTION_OF: dict[str, str] = {
+    "subset": "subset",
     "categorical": "categorical",
-    "maskpro": "linear",
+    "maskpro": "subset",
 }

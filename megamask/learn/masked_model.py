@@ -17,8 +17,9 @@ from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.dense_model import load_dense
 from megamask.prepare.run_inputs import LearnInputs
+from megamask.sparsity.distributions import DISTRIBUTIONS
+from megamask.sparsity.initial_logits import initial_noise
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.prior import initial_noise, prior_bonus, unit
 from megamask.weights.architecture import Architecture
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ def build_masked_model(inputs: LearnInputs, mesh: Mesh) -> MaskedModel:
         inputs.pattern,
         config.learn.sampling.backend,
         mesh.device,
+        DISTRIBUTIONS[DISTRIBUTION_OF[config.learn.method]],
         config.learn.state.logits,
-        DISTRIBUTION_OF[config.learn.method],
     )
     for name, linear in linears.items():
         _initialise(
@@ -93,17 +94,17 @@ def _initialise(
         0.0,
     )
     assert logits is not None
+    site, distribution = linear.site, linear.site.distribution
     start = torch.zeros_like(logits, dtype=torch.float32)
     if sampling.initial_noise:
-        start.copy_(
-            initial_noise(linear.site, logits.shape[-1], std, config.seed, linear.parameter_id)
-        )
-        std, spread = _layer_std(start, mesh) / unit(linear.site), sampling.kappa[0] * std
+        start.copy_(initial_noise(site, logits.shape[-1], std, config.seed, linear.parameter_id))
+        spread = sampling.kappa[0] * std
+        std = _layer_std(start, mesh) / distribution.noise_unit(site.pattern)
     if prior_mask_OI is not None:
         start.add_(
-            prior_bonus(
+            distribution.prior_bonus(
                 prior_mask_OI.to(logits.device),
-                linear.site,
+                site.pattern,
                 config.learn.prior.strength,
                 std,
                 spread,

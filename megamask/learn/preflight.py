@@ -18,7 +18,7 @@ from megamask.errors import ConfigError
 from megamask.learn.maskpro.score import choose_score
 from megamask.optim.requirements import check_optimizer
 from megamask.prepare.run_inputs import LearnInputs
-from megamask.sparsity.distributions import logits_per_group
+from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,8 @@ def check_early(inputs: LearnInputs) -> None:
     config = inputs.config
     inputs.layout.check_samples(config)
     check_method(config.learn)
-    logits_per_group(inputs.pattern, DISTRIBUTION_OF[config.learn.method])
+    distribution = DISTRIBUTIONS[DISTRIBUTION_OF[config.learn.method]]
+    distribution.logits_per_group(inputs.pattern)
     blend_weights(config)
     evaluated_domains(config)
     if config.learn.method == "maskpro":

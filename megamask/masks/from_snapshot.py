@@ -26,7 +26,8 @@ from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.safe_checkpoint import NOTE, read_index, reason_of
-from megamask.sparsity.distributions import logits_per_group
+from megamask.sparsity.distribution import Distribution
+from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import read_json
 from megamask.weights.architecture import Architecture
@@ -48,7 +49,7 @@ class SnapshotMasks(MaskSet):
         self,
         path: Path,
         meta: dict[str, Any],
-        distribution: str,
+        distribution: Distribution,
         index: Metadata,
         table: Mapping[str, Rule],
     ) -> None:
@@ -89,9 +90,7 @@ class SnapshotMasks(MaskSet):
         # CheckpointException is no subclass of Exception.
         except (Exception, CheckpointException) as error:
             _torn(self.path, error)
-        if self._distribution == "linear":
-            return self.pattern.best(logits_OLG.float().transpose(1, 2).flatten(1))
-        return self.pattern.mask_of(logits_OLG.float().max(dim=1).indices)
+        return self._distribution.hard_mask(logits_OLG, self.pattern)
 
 
 def newest_snapshot(folder: Path) -> Path:
@@ -130,7 +129,7 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
         settings = upgrade_note(note["settings"])
         fingerprint, step = note["fingerprint"], note["progress"]["step"]
         pattern = Pattern.parse(settings["pattern"])
-        distribution = DISTRIBUTION_OF[settings["learn.method"]]
+        distribution = DISTRIBUTIONS[DISTRIBUTION_OF[settings["learn.method"]]]
     except (AttributeError, KeyError, TypeError, ConfigError) as error:
         raise ArtifactError(
             path / NOTE, f"is not the note of a snapshot ({error!r})", _fix(path)
@@ -140,7 +139,7 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
         for rule in rules(arch)
         if rule.is_linear and _key(rule) in index.state_dict_metadata
     }
-    _check_shapes(path, index, table, pattern, logits_per_group(pattern, distribution))
+    _check_shapes(path, index, table, pattern, distribution.logits_per_group(pattern))
     shapes = {
         name: {"shape": list(shape)}
         for rule in table.values()
@@ -149,7 +148,7 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
     data = {
         "snapshot": str(path),
         "step": step,
-        "distribution": distribution,
+        "distribution": distribution.name,
         "blend": nest(settings).get("data", {}).get("blend", {}),
     }
     meta = {

@@ -17,7 +17,7 @@ from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.backends import choose_backend
-from megamask.sparsity.distributions import Distribution
+from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.noise import parameter_ids
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
@@ -149,8 +149,8 @@ def attach_logits(
     pattern: Pattern,
     backend: str,
     device: torch.device,
+    distribution: Distribution,
     dtype: str = "fp32",
-    distribution: Distribution = "categorical",
 ) -> MaskSwitch:
     """Give every linear zero mask logits, ``fp32`` or ``bf16``, and one common switch.
 

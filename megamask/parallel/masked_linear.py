@@ -23,7 +23,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megamask.parallel.mask_context import MaskSwitch, StepDraw
-from megamask.sparsity.distributions import Distribution
+from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.draw import GradientSink, Sample, Sampled, Sampler, Site
 from megamask.sparsity.operator import sample_mask, sampler_for
 from megamask.sparsity.pattern import Pattern
@@ -59,9 +59,7 @@ class MaskedLinear:
             self.tp_group.size() if self.shard_axis == 1 else 1,
         )
 
-    def make_site(
-        self, pattern: Pattern, name: str, distribution: Distribution = "categorical"
-    ) -> Site:
+    def make_site(self, pattern: Pattern, name: str, distribution: Distribution) -> Site:
         """The place of this shard in the whole layer.
 
         Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from megamask.config.learn_tree import OptimizerSection, SamplingSection, StateSection
 from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.optim.optimizers import find_rule
-from megamask.sparsity.distributions import code_dtype, logits_per_group
+from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
 
 WIDTH = {"fp32": 4, "bf16": 2}  # bytes a number
@@ -75,12 +75,12 @@ def state_bytes(
     Raises:
         ConfigError: the pattern is too large for the distribution, or an unknown update rule.
     """
-    distribution = DISTRIBUTION_OF[method]
-    group = logits_per_group(pattern, distribution)
+    distribution = DISTRIBUTIONS[DISTRIBUTION_OF[method]]
+    group = distribution.logits_per_group(pattern)
     logits, weight = group / pattern.m, WIDTH[dtype]
     step_draw, hard_codes = (
         sampling.draws == "step",
-        code_dtype(pattern, distribution).itemsize / pattern.m,
+        distribution.code_dtype(pattern).itemsize / pattern.m,
     )
     if method == "maskpro":
         kept = {

@@ -29,9 +29,6 @@ LOSS = "working memory of the vocabulary loss"
 LAYER = "working memory of a layer's backward"
 ALLOWANCE = "allowance: CUDA context, NCCL, fragmentation"
 
-# per logit of a layer, while plain PyTorch samples from the categorical; fused backends need none
-EAGER_BYTES = 32
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -201,19 +198,11 @@ def _in_layer(work: Workload) -> dict[str, float]:
         work.tokens * arch.hidden * work.width
     )  # gradient of a column-parallel linear's input, whole on each rank
     if config.learn.sampling.backend == "torch" and not once:
-        weight_grad += eager_bytes(work) * largest * work.logits_per_group / work.pattern.m
+        per_logit = work.distribution.reference_bytes(work.pattern)
+        weight_grad += per_logit * largest * work.logits_per_group / work.pattern.m
     busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - 3 * wide)
     activations = saved_activations(work) + recomputed_activations(work)
     return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest + gathered(work)}
-
-
-def eager_bytes(work: Workload) -> float:
-    """Bytes per logit of a layer while plain PyTorch samples it: for linear also two tables of K +
-    1 coefficients, K = min(N, M - N).
-    """
-    pattern = work.pattern
-    tables = 2 * 4 * (min(pattern.n, pattern.m - pattern.n) + 1)
-    return EAGER_BYTES + (tables if work.config.learn.method != "categorical" else 0)
 
 
 def gathered(work: Workload) -> float:

@@ -13,7 +13,8 @@ from megamask.config.presets import MEMORIES
 from megamask.parallel.partition import largest_share
 from megamask.plan.bytes import WIDTH, state_bytes
 from megamask.prepare.layout import Layout
-from megamask.sparsity.distributions import code_dtype, logits_per_group
+from megamask.sparsity.distribution import Distribution
+from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import prunable, rules
@@ -59,7 +60,7 @@ class Workload:
             ConfigError: a pattern too large for its distribution, or a layout that breaks a rule
                 of :class:`megamask.prepare.layout.Layout`.
         """
-        logits_per_group(self.pattern, self.distribution)
+        self.distribution.logits_per_group(self.pattern)
         layout = Layout.planned(self.config, self.dp)
         layout.check_samples(self.config)
         layout.check_linears(self.config, self.arch, self.modules, self.pattern)
@@ -80,19 +81,19 @@ class Workload:
         return Pattern.parse(self.config.pattern)
 
     @property
-    def distribution(self) -> str:
+    def distribution(self) -> Distribution:
         """Of the masks that are learned."""
-        return DISTRIBUTION_OF[self.config.learn.method]
+        return DISTRIBUTIONS[DISTRIBUTION_OF[self.config.learn.method]]
 
     @property
     def logits_per_group(self) -> int:
         """C or M."""
-        return logits_per_group(self.pattern, self.distribution)
+        return self.distribution.logits_per_group(self.pattern)
 
     @property
     def code_bytes(self) -> int:
         """Of the winner of a group."""
-        return code_dtype(self.pattern, self.distribution).itemsize
+        return self.distribution.code_dtype(self.pattern).itemsize
 
     @property
     def forward_passes(self) -> int:

@@ -1,5 +1,5 @@
-"""Who does the sampling: plain PyTorch anywhere, fused numba kernels on a CPU, fused Triton kernels
-on CUDA.
+"""Where the sampling runs: plain PyTorch anywhere, fused numba kernels on a CPU, fused Triton
+kernels on CUDA.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import cast
 import torch
 
 from megamask.errors import ConfigError
+from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.draw import Sampler
 from megamask.sparsity.kernels.numba_host import NumbaSampler
 from megamask.sparsity.kernels.triton_host import TritonSampler
@@ -33,51 +34,39 @@ class Backend:
 
     Attributes:
         package: the Python package.
-        device: the device type it runs on; None: any.
-        modules: the module of every distribution that it can sample.
-        host: makes the sampler from such a module.
+        device: the device type that it runs on; None: any.
+        kernels: dotted path of a distribution's module for this backend; None: there is none.
+        host: makes the sampler from this module.
     """
 
     package: str
     device: str | None
-    modules: dict[str, str]
+    kernels: Callable[[Distribution], str | None]
     host: Callable[[ModuleType], Sampler]
 
 
 BACKENDS = {
-    "torch": Backend(
-        "torch",
-        None,
-        {"categorical": "categorical.gumbel_softmax", "linear": "subset.k_subset"},
-        _as_sampler,
-    ),
-    "numba": Backend(
-        "numba",
-        "cpu",
-        {"categorical": "categorical.gumbel_softmax_numba", "linear": "subset.k_subset_numba"},
-        NumbaSampler,
-    ),
-    "triton": Backend(
-        "triton",
-        "cuda",
-        {"categorical": "categorical.gumbel_softmax_triton", "linear": "subset.k_subset_triton"},
-        TritonSampler,
-    ),
+    "torch": Backend("torch", None, lambda one: one.reference, _as_sampler),
+    "numba": Backend("numba", "cpu", lambda one: one.numba, NumbaSampler),
+    "triton": Backend("triton", "cuda", lambda one: one.triton, TritonSampler),
 }
 
 
-def choose_backend(name: str, device: torch.device, distribution: str = "categorical") -> str:
-    """The name of the backend to use: the one asked for, or with ``auto`` the fused one of the
-    device, else plain PyTorch.
+def choose_backend(name: str, device: torch.device, distribution: Distribution) -> str:
+    """The name of the backend to use.
+
+    Args:
+        name: the backend asked for, or ``auto``: the fused backend of the device, else plain
+            PyTorch with a warning.
+        device: where logits and weights lie.
+        distribution: of the masks.
 
     Raises:
-        ConfigError: the backend cannot run on this device, cannot draw from this distribution or is
-            not installed.
+        ConfigError: the backend cannot run on this device, has no kernels of this distribution or
+            is not installed.
     """
     if name == "auto":
-        fused = next(
-            (other for other, backend in BACKENDS.items() if backend.device == device.type), "torch"
-        )
+        fused = next((key for key, one in BACKENDS.items() if one.device == device.type), "torch")
         lack = _lack(fused, device, distribution)
         if lack:
             log.warning("sampling in plain PyTorch, several times slower: %s", lack)
@@ -94,25 +83,24 @@ def choose_backend(name: str, device: torch.device, distribution: str = "categor
 
 
 @lru_cache
-def sampler_for(name: str, distribution: str = "categorical") -> Sampler:
-    """The sampling of a distribution by the backend with this name (of ``choose_backend``)."""
+def sampler_for(name: str, distribution: Distribution) -> Sampler:
+    """The sampler of a distribution on the backend with this name (of ``choose_backend``)."""
     backend = BACKENDS[name]
-    module = importlib.import_module(f"megamask.sparsity.{backend.modules[distribution]}")
-    return backend.host(module)
+    path = backend.kernels(distribution)
+    assert path is not None  # choose_backend refuses such a backend
+    return backend.host(importlib.import_module(path))
 
 
-def _lack(name: str, device: torch.device, distribution: str) -> str | None:
+def _lack(name: str, device: torch.device, distribution: Distribution) -> str | None:
     """Why a backend cannot be used; None when it can."""
     backend = BACKENDS[name]
     if backend.device not in (None, device.type):
         return f"this device is {device.type}"
     if not _is_installed(backend.package):
         return f"{backend.package} is not installed"
-    return (
-        None
-        if distribution in backend.modules
-        else f"{name} cannot draw learn.distribution={distribution}"
-    )
+    if backend.kernels(distribution) is None:
+        return f"{name} has no kernels of the {distribution.name} distribution"
+    return None
 
 
 def _is_installed(package: str) -> bool:

@@ -1,41 +1,11 @@
-"""The distributions of masks."""
+"""The distributions of masks, by name. A new distribution is a folder beside this file and a line
+here.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from megamask.sparsity.categorical.categorical import CATEGORICAL
+from megamask.sparsity.distribution import Distribution
+from megamask.sparsity.subset.subset import SUBSET
 
-import torch
-
-from megamask.errors import ConfigError
-from megamask.sparsity.pattern import Pattern
-
-Distribution = Literal["categorical", "linear"]
-
-
-DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
-
-
-MAX_POSITIONS = 32  # of a group under linear: the bits of a winner
-
-
-def logits_per_group(pattern: Pattern, distribution: str) -> int:
-    """C or M.
-
-    Raises:
-        ConfigError: more candidates or members than the distribution takes.
-    """
-    if distribution == "categorical":
-        return len(pattern.kept_positions)
-    if pattern.m > MAX_POSITIONS:
-        limit = f"learn.method=subset takes M up to {MAX_POSITIONS}"
-        raise ConfigError(
-            "pattern", str(pattern), limit, f"Choose a pattern with M <= {MAX_POSITIONS}."
-        )
-    return pattern.m
-
-
-def code_dtype(pattern: Pattern, distribution: str) -> torch.dtype:
-    """The smallest integer that holds a candidate index (categorical) or M bits (linear)."""
-    if distribution == "categorical" or pattern.m <= 8:
-        return torch.uint8
-    return torch.int16 if pattern.m <= 16 else torch.int32
+DISTRIBUTIONS: dict[str, Distribution] = {one.name: one for one in (CATEGORICAL, SUBSET)}

@@ -6,12 +6,12 @@ positions).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
 
-from megamask.sparsity.distributions import Distribution, code_dtype, logits_per_group
+from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.noise import NoiseKey, uniform, words
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
@@ -91,35 +91,27 @@ class Site:
         placement: where the local shard lies in the whole layer.
         distribution: of the masks; decides how many logits a group has and what they mean.
 
+        logits_per_group: L, the middle axis of mask logits (O, L, G).
+        code_dtype: of hard codes.
+
     Raises:
-        ConfigError: more candidates or positions than the distribution takes.
+        ConfigError: the pattern is too large for the distribution.
     """
 
     pattern: Pattern
     placement: Placement
-    distribution: Distribution = "categorical"
+    distribution: Distribution
+    logits_per_group: int = field(init=False, repr=False, compare=False)
+    code_dtype: torch.dtype = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        logits_per_group(self.pattern, self.distribution)
-
-    @property
-    def logits_per_group(self) -> int:
-        """L, C or M: the middle axis of mask logits (O, L, G)."""
-        return logits_per_group(self.pattern, self.distribution)
-
-    @property
-    def code_dtype(self) -> torch.dtype:
-        """Of hard codes."""
-        return code_dtype(self.pattern, self.distribution)
+        # computed once: every step reads them
+        for name in ("logits_per_group", "code_dtype"):
+            object.__setattr__(self, name, getattr(self.distribution, name)(self.pattern))
 
     def mask_of(self, hard_codes_OG: torch.Tensor) -> torch.Tensor:
-        """The mask, (O, I) bool, of hard codes: candidate indices (categorical), or bit j = position
-        j is kept (linear).
-        """
-        if self.distribution == "categorical":
-            return self.pattern.mask_of(hard_codes_OG)
-        position = torch.arange(self.pattern.m, device=hard_codes_OG.device, dtype=torch.int32)
-        return (hard_codes_OG.to(torch.int32).unsqueeze(-1) >> position & 1).bool().flatten(-2)
+        """The mask, (O, I) bool, of hard codes."""
+        return self.distribution.mask_of(hard_codes_OG, self.pattern)
 
 
 class Sampler(Protocol):

@@ -1,5 +1,5 @@
-"""N:M patterns: keep exactly n of every m consecutive inputs. The only place that knows candidate
-order.
+"""N:M patterns: keep exactly n of every m consecutive inputs. No other file knows the order of
+candidates.
 
 Shapes: O out_features, I in_features, G groups per row (I / m), C candidates, M group size.
 """
@@ -75,7 +75,10 @@ class Pattern:
             ConfigError: more than MAX_CANDIDATES candidates.
         """
         if self.num_candidates > MAX_CANDIDATES:
-            limit = f"categorical logits take at most {MAX_CANDIDATES} candidates a group, this one has {self.num_candidates:,}"
+            limit = (
+                f"categorical logits take at most {MAX_CANDIDATES} candidates a group, "
+                f"this pattern has {self.num_candidates:,}"
+            )
             raise ConfigError(
                 "pattern",
                 str(self),
@@ -109,7 +112,8 @@ class Pattern:
                 str(self),
                 f"M must divide {what}, here {in_features}"
                 + (f" after splitting over parallel.tp={tp}" if tp > 1 else ""),
-                "Choose another pattern, a smaller parallel.tp, or keep that layer dense with model.exclude.",
+                "Choose another pattern, a smaller parallel.tp, or keep that layer dense with "
+                "model.exclude.",
             )
         return in_features // self.m
 

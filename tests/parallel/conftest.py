@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
@@ -21,7 +22,7 @@ def _compiled_kernels() -> None:
     cached on disk.
     """
     site, logits, draw = (
-        Site(Pattern(2, 4), Placement.whole(1, 1)),
+        Site(Pattern(2, 4), Placement.whole(1, 1), CATEGORICAL),
         torch.zeros(1, 6, 1),
         Sample(NoiseKey(0, 0), 1.0, 1.0),
     )

@@ -19,6 +19,7 @@ from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.backends import choose_backend
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
@@ -125,10 +126,10 @@ def run_linear(case: Case, mesh: Mesh) -> dict[str, torch.Tensor]:
     linear.requires_grad_(False)
     switch = MaskSwitch(Sample(KEY, KAPPA, TAU), GradientSink(COEF))
     linear.attach_logits(
-        linear.make_site(PATTERN, case.kind),
+        linear.make_site(PATTERN, case.kind, CATEGORICAL),
         PARAMETER,
         switch,
-        choose_backend(case.backend, mesh.device),
+        choose_backend(case.backend, mesh.device, CATEGORICAL),
     )
     with torch.no_grad():
         linear.mask_logits.copy_(

@@ -25,6 +25,7 @@ from megamask.parallel.mesh import start
 from megamask.plan.workload import Workload
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.operator import sampler_for
+from megamask.sparsity.subset.subset import SUBSET
 from megamask.weights.architecture import read_architecture
 from tests.parallel.learning import in_turn, take_steps
 from tests.parallel.ranks import run_ranks
@@ -216,7 +217,7 @@ def most_masked_weights(learner: MaskPro, plan: BatchPlan, keeps: bool) -> int:
     """Largest number of tensors in the shape of a linear's weight that are no parameters, whenever
     one more has been made in a step.
     """
-    backend, numbers, kept = sampler_for("numba", "linear"), [], []
+    backend, numbers, kept = sampler_for("numba", SUBSET), [], []
     shapes, forward = (
         {linear.weight.shape for linear in learner.masked_model.linears.values()},
         backend.forward,

@@ -18,7 +18,7 @@ from megamask.learn.gumbel import Learner
 from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh, start
-from megamask.prepare.run_inputs import LearnInputs
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sampler_for
@@ -49,7 +49,7 @@ def look(rank: int, config: Config, folder: Path) -> dict[str, Tensors]:
         found = {"initial": gather_logits(masked_model, mesh)}
         for backend in ("torch", "numba"):
             for linear in masked_model.linears.values():
-                linear.sampler = sampler_for(backend)
+                linear.sampler = sampler_for(backend, CATEGORICAL)
             for name, drawn in DRAWS.items():
                 masked_model.switch.sample = drawn
                 found[f"{backend} {name} masks"], found[f"{backend} {name} gradients"] = sample(

@@ -22,6 +22,7 @@ from megamask.sparsity.draw import RETURNED, GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sampler_for
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.subset.subset import SUBSET
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
 
@@ -71,7 +72,7 @@ def learn(rank: int, config: Config) -> Outcome:
                 masks, gradients = {}, {}
                 for key, linear in masked_model.linears.items():
                     linear.sampler, masked_model.switch.sample = (
-                        sampler_for(backend, "linear"),
+                        sampler_for(backend, SUBSET),
                         drawn,
                     )
                     masks[key] = linear.masked_weight(torch.ones_like(linear.weight)).detach()

@@ -80,7 +80,8 @@ class NumbaSampler:
     ) -> torch.Tensor:
         """Gradient at the logits, (O, L, G), of ``grad``, the gradient at W * M."""
         is_sum = sink.buffer is not None and not sink.replace
-        gradient = torch.empty_like(mask_logits) if sink.buffer is None else sink.buffer
+        buffer = torch.empty_like(mask_logits) if sink.buffer is None else sink.buffer
+        gradient = buffer.contiguous()  # the kernels write memory, which a copy would hide
         logits, bits = raw_bits(mask_logits), raw_bits(weight)
         grad_bits, out = raw_bits(grad), raw_bits(gradient)
         shape, named = self.kernels.shape_arguments(site.pattern), _sample_arguments(sample)
@@ -99,7 +100,7 @@ class NumbaSampler:
             )
 
         on_all_threads(site.placement.blocks, work)
-        return gradient
+        return buffer if gradient is buffer else buffer.copy_(gradient)
 
     def mask_statistics(
         self, mask_logits: torch.Tensor, site: Site, kappa: float

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megamask.config.learn_tree import OptimizerSection
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
@@ -28,7 +29,7 @@ def linear(logits: torch.Tensor, parameter_id: int = 7, placement: Placement | N
     lie.
     """
     place = placement or Placement.whole(logits.shape[0], logits.shape[2])
-    site, weight = Site(Pattern(2, 4), place), torch.empty(0)
+    site, weight = Site(Pattern(2, 4), place, CATEGORICAL), torch.empty(0)
     return SimpleNamespace(
         mask_logits=torch.nn.Parameter(logits.clone()),
         parameter_id=parameter_id,

@@ -14,6 +14,7 @@ from megamask.errors import ConfigError
 from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from megamask.parallel.mesh import start
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
@@ -47,7 +48,7 @@ def linear(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def attach(linear: Any) -> MaskSwitch:
     switch = MaskSwitch()
-    linear.attach_logits(linear.make_site(PATTERN, "x"), 7, switch, "torch")
+    linear.attach_logits(linear.make_site(PATTERN, "x", CATEGORICAL), 7, switch, "torch")
     linear.mask_logits.data.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
     return switch
 
@@ -95,4 +96,4 @@ def test_only_logits_are_new_parameters_and_they_are_marked_as_sharded(linear: A
 
 def test_rows_that_m_does_not_divide_are_refused(linear: Any) -> None:
     with pytest.raises(ConfigError, match="in_features of layer.x"):
-        linear.make_site(Pattern(2, 5), "layer.x")
+        linear.make_site(Pattern(2, 5), "layer.x", CATEGORICAL)

@@ -16,6 +16,7 @@ from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedColumnParallelLinear
 from megamask.parallel.mesh import start
 from megamask.parallel.step_draw import begin_step, end_step
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
@@ -53,7 +54,9 @@ def layers(backend: str) -> tuple[list[Any], MaskSwitch]:
         noise = torch.Generator().manual_seed(number)
         linear.weight.data = torch.randn(rows, columns, generator=noise).bfloat16()
         linear.requires_grad_(False)
-        linear.attach_logits(linear.make_site(Pattern(2, 4), "x"), 10 - number, switch, backend)
+        linear.attach_logits(
+            linear.make_site(Pattern(2, 4), "x", CATEGORICAL), 10 - number, switch, backend
+        )
         linear.mask_logits.data.normal_(std=0.01, generator=noise)
         linear.mask_logits.main_grad = torch.full_like(
             linear.mask_logits, float("nan"), requires_grad=False

@@ -15,6 +15,7 @@ import torch
 from megamask.errors import ConfigError
 from megamask.sparsity.backends import choose_backend
 from megamask.sparsity.categorical import gumbel_softmax
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import GradientSink, Sample, Site
 from megamask.sparsity.kernels.numba_host import NumbaSampler
 from megamask.sparsity.noise import NoiseKey
@@ -40,7 +41,9 @@ def problem(
     n: int, m: int, dtype: torch.dtype
 ) -> tuple[Site, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Site of a gated shard, logits (O, C, G), weight and gradient (O, I)."""
-    site = Site(Pattern(n, m), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2))
+    site = Site(
+        Pattern(n, m), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2), CATEGORICAL
+    )
     generator = torch.Generator().manual_seed(n * 10 + m)
     logits = 0.01 * torch.randn(ROWS, site.pattern.num_candidates, GROUPS, generator=generator)
     weight, grad = (torch.randn(ROWS, GROUPS * m, generator=generator).to(dtype) for _ in range(2))
@@ -162,7 +165,7 @@ def test_the_result_does_not_depend_on_threads_or_on_the_slice(hard: bool) -> No
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     first, count = 3, 11  # groups 3 .. 13 of every row alone, as another rank would hold them
-    part = Site(site.pattern, replace(site.placement, first_group=first))
+    part = Site(site.pattern, replace(site.placement, first_group=first), CATEGORICAL)
     cut = slice(4 * first, 4 * (first + count))
     some = (logits[..., first : first + count].contiguous(), weight[:, cut], part, draw)
     assert torch.equal(FUSED.forward(*some)[0], results[0][0][:, cut])
@@ -205,19 +208,30 @@ def test_gradients_that_are_not_contiguous() -> None:
     assert torch.equal(leaf.grad, FUSED.backward(grad, logits, weight, site, DRAWS[0], SINK))
 
 
+def test_logits_and_buffers_that_are_not_contiguous() -> None:
+    site, logits, weight, grad = problem(2, 4, torch.float32)
+    expected = FUSED.backward(grad, logits, weight, site, DRAWS[0], SINK)
+    turned = logits.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(FUSED.backward(grad, turned, weight, site, DRAWS[0], SINK), expected)
+    buffer = torch.full_like(turned, 7.0)
+    sink = replace(SINK, buffer=buffer, replace=True)
+    assert FUSED.backward(grad, logits, weight, site, DRAWS[0], sink) is buffer
+    assert torch.equal(buffer, expected)
+
+
 def test_choosing_a_backend() -> None:
     cpu = torch.device("cpu")
-    assert [choose_backend(name, cpu) for name in ("torch", "numba", "auto")] == [
+    assert [choose_backend(name, cpu, CATEGORICAL) for name in ("torch", "numba", "auto")] == [
         "torch",
         "numba",
         "numba",
     ]
-    assert sampler_for("torch") is gumbel_softmax
-    assert isinstance(sampler_for("numba"), NumbaSampler)
+    assert sampler_for("torch", CATEGORICAL) is gumbel_softmax
+    assert isinstance(sampler_for("numba", CATEGORICAL), NumbaSampler)
     with pytest.raises(ConfigError, match="learn.sampling.backend"):
-        choose_backend("numba", torch.device("cuda"))
+        choose_backend("numba", torch.device("cuda"), CATEGORICAL)
     with pytest.raises(ConfigError, match="learn.sampling.backend"):
-        choose_backend("triton", cpu)
+        choose_backend("triton", cpu, CATEGORICAL)
 
 
 def test_without_its_package_auto_falls_back_and_says_so(
@@ -227,7 +241,7 @@ def test_without_its_package_auto_falls_back_and_says_so(
         "importlib.util.find_spec", lambda name: None if name == "numba" else object()
     )
     with caplog.at_level(logging.WARNING):
-        assert choose_backend("auto", torch.device("cpu")) == "torch"
+        assert choose_backend("auto", torch.device("cpu"), CATEGORICAL) == "torch"
     assert "numba is not installed" in caplog.text
     with pytest.raises(ConfigError, match="pip install numba"):
-        choose_backend("numba", torch.device("cpu"))
+        choose_backend("numba", torch.device("cpu"), CATEGORICAL)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megamask.sparsity.categorical import gumbel_softmax
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
@@ -40,7 +41,7 @@ def sample(
 ) -> np.ndarray:
     """Sampled masks, (N, 4)."""
     site, logits = (
-        Site(Pattern(2, 4), Placement.whole(1, N)),
+        Site(Pattern(2, 4), Placement.whole(1, N), CATEGORICAL),
         sign * LOGITS[None, :, None].repeat(1, 1, N),
     )
     draw = Sample(NoiseKey(seed=99, step=1), kappa, tau, hard)
@@ -124,7 +125,7 @@ def test_soft_masks_become_hard_as_tau_falls(backend: ModuleType) -> None:
 
 
 def test_neighbouring_keys_are_uncorrelated() -> None:
-    site, logits = Site(Pattern(2, 4), Placement.whole(1, N)), torch.zeros(1, 6, N)
+    site, logits = Site(Pattern(2, 4), Placement.whole(1, N), CATEGORICAL), torch.zeros(1, 6, N)
     first, *others = (
         gumbel_softmax.gumbel_noise(site, Sample(key, 1, 1), N, "cpu", torch.float64).flatten()
         for key in (

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megamask.sparsity.categorical import gumbel_softmax
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import GradientSink, Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sample_mask
@@ -17,7 +18,9 @@ from megamask.sparsity.shard import Placement
 from tests.unit.sparsity.samplers import FUSED, PLAIN, AnyDistribution
 
 ROWS, GROUPS = 6, 10
-SITE = Site(Pattern(2, 4), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2))
+SITE = Site(
+    Pattern(2, 4), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2), CATEGORICAL
+)
 SAMPLE = Sample(NoiseKey(1, 2, 3, 4), kappa=200.0, tau=0.7)
 SINK = GradientSink(norm_coef=1e-3)
 SAMPLERS = pytest.mark.parametrize("sampler", [PLAIN, FUSED], ids=["torch", "numba"])

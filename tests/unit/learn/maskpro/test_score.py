@@ -25,6 +25,7 @@ from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset.k_subset import scores
+from megamask.sparsity.subset.subset import SUBSET
 from tests.unit.learn.maskpro.ordered_law import log_probability, log_set_probability
 from tests.unit.learn.maskpro.ordered_law import score as expected_score
 from tests.unit.sparsity.samplers import FUSED
@@ -133,7 +134,7 @@ def test_what_is_left_is_not_a_difference() -> None:
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (2, 5)])
 def test_draws_follow_the_law(n: int, m: int) -> None:
     groups, logits = 60_000, torch.tensor([1.1, -0.4, 0.2, 0.9, -1.0])[:m]
-    site = Site(Pattern(n, m), Placement.whole(1, groups), "linear")
+    site = Site(Pattern(n, m), Placement.whole(1, groups), SUBSET)
     masked = FUSED.forward(
         logits[None, :, None].repeat(1, 1, groups),
         torch.ones(1, m * groups),
@@ -160,7 +161,7 @@ def test_draws_follow_the_law(n: int, m: int) -> None:
 def test_kernel_adds_what_the_reference_adds(n: int, m: int, kind: str) -> None:
     logits = 3 * torch.randn(5, m, 77, generator=torch.Generator().manual_seed(1))
     site, key, coefficients = (
-        Site(Pattern(n, m), Placement.whole(5, 77), "linear"),
+        Site(Pattern(n, m), Placement.whole(5, 77), SUBSET),
         NoiseKey(3, 5, 0, 77),
         [0.5, -1.0, 2.0],
     )
@@ -184,16 +185,14 @@ def test_shards_get_the_bits_of_the_whole() -> None:
     )
     whole = logits.clone()
     score_numba.add_scores(
-        whole, Site(pattern, Placement.whole(6, 40), "linear"), key, [1.0, -2.0], "set"
+        whole, Site(pattern, Placement.whole(6, 40), SUBSET), key, [1.0, -2.0], "set"
     )
     for axis, shards in ((0, logits.chunk(2, 0)), (1, logits.chunk(2, 2))):
         parts = []
         for rank, shard in enumerate(shards):
             part = shard.clone(memory_format=torch.contiguous_format)
             placement = Placement.shard(part.shape[0], part.shape[2], axis=axis, rank=rank, size=2)
-            score_numba.add_scores(
-                part, Site(pattern, placement, "linear"), key, [1.0, -2.0], "set"
-            )
+            score_numba.add_scores(part, Site(pattern, placement, SUBSET), key, [1.0, -2.0], "set")
             parts.append(part)
         assert torch.equal(torch.cat(parts, 0 if axis == 0 else 2), whole)
 
@@ -208,7 +207,7 @@ class Toy:
             [[0.9, -0.2], [0.3, 1.2], [-0.6, 0.1], [0.2, -0.8]], dtype=torch.float64
         )
         pattern, self.rows = Pattern(2, 4), rows
-        site = Site(pattern, Placement.whole(rows, 2), "linear")
+        site = Site(pattern, Placement.whole(rows, 2), SUBSET)
         self.logits = self.logits_MG.repeat(rows, 1, 1)
         self.perturbed = scores(self.logits, site, sample_of(NoiseKey(seed, 0)))
         mask = torch.zeros_like(self.logits).scatter_(1, self.perturbed.topk(2, dim=1).indices, 1)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megamask.sparsity.categorical import gumbel_softmax
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import GradientSink, Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sample_mask
@@ -36,7 +37,7 @@ FP64 = {"rtol": 1e-11, "atol": 1e-12}
 
 def problem(n: int, m: int) -> tuple[Site, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Site, logits (O, C, G), weight (O, I), gradient at the masked weight (O, I), fp64."""
-    site = Site(Pattern(n, m), Placement.whole(ROWS, GROUPS))
+    site = Site(Pattern(n, m), Placement.whole(ROWS, GROUPS), CATEGORICAL)
     generator = torch.Generator().manual_seed(n * 10 + m)
     logits = 0.01 * torch.randn(
         ROWS, site.pattern.num_candidates, GROUPS, dtype=torch.float64, generator=generator

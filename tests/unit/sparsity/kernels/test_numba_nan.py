@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megamask.sparsity.categorical import gumbel_softmax
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
@@ -22,7 +23,7 @@ from tests.unit.sparsity.samplers import FUSED
     "bad", [float("nan"), float("inf"), 1e38]
 )  # 1e38 overflows when it is scaled
 def test_a_bad_logit_spoils_its_group_and_no_other(backend: ModuleType, bad: float) -> None:
-    site = Site(Pattern(2, 4), Placement.whole(8, 4))
+    site = Site(Pattern(2, 4), Placement.whole(8, 4), CATEGORICAL)
     logits, weight = torch.zeros(8, 6, 4), torch.ones(8, 16)
     logits[3, 2, 1] = bad
     masked, (norm, _), _ = backend.forward(

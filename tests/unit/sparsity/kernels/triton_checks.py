@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from megamask.sparsity.categorical import gumbel_softmax
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import GradientSink, Sample, Site
 from megamask.sparsity.kernels import triton_tiles
 from megamask.sparsity.noise import NoiseKey, words
@@ -43,7 +44,9 @@ def problem(
     n: int, m: int, logits: torch.dtype = FP32, weight: torch.dtype = FP32
 ) -> tuple[Site, list[torch.Tensor]]:
     """Site of a gated shard; gradient (O, I), logits (O, C, G), weight (O, I)."""
-    site = Site(Pattern(n, m), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2))
+    site = Site(
+        Pattern(n, m), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2), CATEGORICAL
+    )
     generator = torch.Generator().manual_seed(n * 10 + m)
     pi = 0.01 * torch.randn(ROWS, site.pattern.num_candidates, GROUPS, generator=generator)
     w, g = (torch.randn(ROWS, GROUPS * m, generator=generator) for _ in range(2))
@@ -249,10 +252,10 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
     # Its group ids pass 2^32 within a row.
     place = Placement((RowBlock(0, ROWS, 2**32 // GROUPS - 2),), 0, GROUPS)
     whole, gradient = (
-        TRITON.forward(pi, w, Site(pattern, place), draw, statistics=True),
-        TRITON.backward(grad, pi, w, Site(pattern, place), draw, SINK),
+        TRITON.forward(pi, w, Site(pattern, place, CATEGORICAL), draw, statistics=True),
+        TRITON.backward(grad, pi, w, Site(pattern, place, CATEGORICAL), draw, SINK),
     )
-    expected = gumbel_softmax.forward(pi, w, Site(pattern, place), draw).masked
+    expected = gumbel_softmax.forward(pi, w, Site(pattern, place, CATEGORICAL), draw).masked
     torch.testing.assert_close(
         whole.masked, expected, rtol=2.0**-7, atol=10 * index_error(pi, draw)
     )
@@ -267,7 +270,7 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
     }
     for rows, groups, where in shards.values():
         inputs = slice(4 * (groups.start or 0), None if groups.stop is None else 4 * groups.stop)
-        some = (pi[rows][..., groups], w[rows][:, inputs], Site(pattern, where), draw)
+        some = (pi[rows][..., groups], w[rows][:, inputs], Site(pattern, where, CATEGORICAL), draw)
         part = TRITON.forward(*some, statistics=True)
         assert torch.equal(part.masked, whole.masked[rows][:, inputs])
         assert torch.equal(part.hard_codes, whole.hard_codes[rows][:, groups])
@@ -279,7 +282,7 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
 @pytest.mark.parametrize("hard", [False, True])
 def test_a_bad_logit_spoils_its_group_and_no_other(n: int, m: int, hard: bool) -> None:
-    site, groups = Site(Pattern(n, m), Placement.whole(8, 8)), [(0, 1), (3, 2), (5, 5)]
+    site, groups = Site(Pattern(n, m), Placement.whole(8, 8), CATEGORICAL), [(0, 1), (3, 2), (5, 5)]
     logits, weight = (
         torch.zeros(8, site.pattern.num_candidates, 8, device=DEVICE),
         torch.ones(8, 8 * m, device=DEVICE),
@@ -300,7 +303,7 @@ def test_a_bad_logit_spoils_its_group_and_no_other(n: int, m: int, hard: bool) -
 def test_hard_masks_are_drawn_with_probability_softmax_of_kappa_pi() -> None:
     count, kappa = 2_000, 100.0
     pi = torch.tensor([0.012, -0.004, 0.0, 0.009, -0.015, 0.003], device=DEVICE)
-    site = Site(Pattern(2, 4), Placement.whole(1, count))
+    site = Site(Pattern(2, 4), Placement.whole(1, count), CATEGORICAL)
     expected = count * (kappa * pi.double()).softmax(0)
 
     def chi_square(kappa: float) -> float:

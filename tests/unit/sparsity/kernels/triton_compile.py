@@ -19,16 +19,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import Site
 from megamask.sparsity.kernels import triton_host
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
+from megamask.sparsity.subset.subset import SUBSET
 
 CPU = torch.device("cpu")
-TRITON_MODULES = {
-    "categorical": "megamask.sparsity.categorical.gumbel_softmax_triton",
-    "linear": "megamask.sparsity.subset.k_subset_triton",
-}
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {"masked": "*i64", "weight": "*i64", "grad": "*i64", "sums": "*fp32", "codes": "*i64"}
 HARD_CODES = {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
@@ -36,18 +34,18 @@ WHOLE = Placement.whole(1, 1)
 # The most registers and bytes of local memory a thread: 32 registers leave a Hopper multiprocessor
 # full, 64 half full, 128 a quarter.
 CASES = {
-    Site(Pattern(2, 4), WHOLE): (32, 0),
-    Site(Pattern(1, 4), WHOLE): (32, 0),
-    Site(Pattern(4, 8), WHOLE): (64, 0),
-    Site(Pattern(2, 4), WHOLE, "linear"): (48, 0),
-    Site(Pattern(4, 8), WHOLE, "linear"): (128, 16),
+    Site(Pattern(2, 4), WHOLE, CATEGORICAL): (32, 0),
+    Site(Pattern(1, 4), WHOLE, CATEGORICAL): (32, 0),
+    Site(Pattern(4, 8), WHOLE, CATEGORICAL): (64, 0),
+    Site(Pattern(2, 4), WHOLE, SUBSET): (48, 0),
+    Site(Pattern(4, 8), WHOLE, SUBSET): (128, 16),
 }
-SLOW = {Site(Pattern(8, 16), WHOLE, "linear"): (255, 2048)}
+SLOW = {Site(Pattern(8, 16), WHOLE, SUBSET): (255, 2048)}
 
 
 def source(site: Site, name: str, logits: str, flag: bool) -> ASTSource:
     """A kernel with bf16 weights, as fused_cuda launches it in a big layer."""
-    kernels = import_module(TRITON_MODULES[site.distribution]).kernels_of(site.pattern, CPU)
+    kernels = import_module(site.distribution.triton).kernels_of(site.pattern, CPU)
     kernel = getattr(kernels, name)
     cut = triton_host.Cut.of(1 << 20, 1024)
     constants: dict[str, Any] = {
@@ -55,7 +53,7 @@ def source(site: Site, name: str, logits: str, flag: bool) -> ASTSource:
         **cut.constants,
         "BITS": 16,
         "GRAD_BITS": 16,
-        **dict.fromkeys(("HARD", "WATCH", "ADD"), flag),
+        **dict.fromkeys(("HARD", "STATISTICS", "ADD"), flag),
     }
     pointers = {
         **POINTERS,

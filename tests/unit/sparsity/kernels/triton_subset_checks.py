@@ -17,6 +17,7 @@ from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement, RowBlock
 from megamask.sparsity.subset import k_subset
+from megamask.sparsity.subset.subset import SUBSET
 from tests.unit.sparsity.kernels.triton_checks import (
     BF16,
     DEVICE,
@@ -43,7 +44,7 @@ def problem(
 ) -> tuple[Site, list[torch.Tensor]]:
     """Site of a gated shard; gradient (O, I), logits (O, M, G), weight (O, I)."""
     site = Site(
-        Pattern(n, m), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2), "linear"
+        Pattern(n, m), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2), SUBSET
     )
     generator = torch.Generator().manual_seed(n * 10 + m)
     pi = 0.01 * torch.randn(ROWS, m, GROUPS, generator=generator)
@@ -154,7 +155,7 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
         replace(SOFT, hard=hard),
         Placement((RowBlock(0, ROWS, 2**32 // GROUPS - 2),), 0, GROUPS),
     )  # ids pass 2^32 within a row
-    whole = Site(Pattern(4, 8), place, "linear")
+    whole = Site(Pattern(4, 8), place, SUBSET)
     masked, gradient = (
         TRITON.forward(pi, w, whole, draw).masked,
         TRITON.backward(grad, pi, w, whole, draw, SINK),
@@ -178,7 +179,7 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_a_bad_logit_spoils_its_group_and_no_other(hard: bool) -> None:
-    site, groups = Site(Pattern(2, 4), Placement.whole(8, 8), "linear"), [(0, 1), (3, 2), (5, 5)]
+    site, groups = Site(Pattern(2, 4), Placement.whole(8, 8), SUBSET), [(0, 1), (3, 2), (5, 5)]
     logits, weight = torch.zeros(8, 4, 8, device=DEVICE), torch.ones(8, 32, device=DEVICE)
     spoiled = torch.zeros(8, 8, dtype=torch.bool, device=DEVICE)
     for (row, group), bad in zip(
@@ -202,7 +203,7 @@ def test_ties_keep_the_earlier_members() -> None:
 def test_hard_masks_draw_members_one_after_the_other() -> None:
     count, kappa = 2_000, 100.0
     positions = torch.tensor([0.012, -0.004, 0.001, -0.015], device=DEVICE)
-    site = Site(Pattern(2, 4), Placement.whole(1, count), "linear")
+    site = Site(Pattern(2, 4), Placement.whole(1, count), SUBSET)
     chance = subsets.one_after_the_other((kappa * positions.double()).exp().tolist(), 2)
     expected = count * torch.tensor(
         [chance[kept] for kept in site.pattern.kept_positions], dtype=torch.float64, device=DEVICE

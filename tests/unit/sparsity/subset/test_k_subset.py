@@ -13,12 +13,14 @@ import torch
 
 from megamask.errors import ConfigError
 from megamask.sparsity.categorical import gumbel_softmax
+from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sample_mask
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset import k_subset
+from megamask.sparsity.subset.subset import SUBSET
 from tests.unit.sparsity.categorical import reference
 from tests.unit.sparsity.subset import subsets
 from tests.unit.sparsity.subset.subsets import PATTERNS
@@ -41,7 +43,7 @@ def problem(
     n: int, m: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Site, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Site, logits (O, M, G), weight (O, I), gradient at the masked weight (O, I)."""
-    site = Site(Pattern(n, m), Placement.whole(ROWS, GROUPS), "linear")
+    site = Site(Pattern(n, m), Placement.whole(ROWS, GROUPS), SUBSET)
     generator = torch.Generator().manual_seed(n * 10 + m)
     logits = 0.01 * torch.randn(ROWS, m, GROUPS, dtype=torch.float64, generator=generator)
     weight, grad = (
@@ -147,7 +149,7 @@ def test_a_shift_by_the_maximum_underflows_at_the_end_of_the_schedules(n: int, m
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (3, 5)])
 def test_gradcheck(n: int, m: int) -> None:
-    site = Site(Pattern(n, m), Placement.whole(2, 3), "linear")
+    site = Site(Pattern(n, m), Placement.whole(2, 3), SUBSET)
     logits = 0.02 * torch.randn(
         2, m, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
@@ -207,7 +209,7 @@ def test_equal_scores_keep_the_earlier_members() -> None:
 
 def test_one_of_m_is_the_categorical_distribution() -> None:
     site, logits, weight, grad = problem(1, 4)
-    other, draw = replace(site, distribution="categorical"), Sample(KEY, 100.0, 0.5)
+    other, draw = replace(site, distribution=CATEGORICAL), Sample(KEY, 100.0, 0.5)
     for found, expected in (
         (
             k_subset.forward(logits, weight, site, draw).masked,
@@ -239,15 +241,15 @@ def test_survey_names_the_best_candidate_and_its_probability(n: int, m: int) -> 
 
 def test_winners_of_32_members_and_no_more() -> None:
     pattern = Pattern(16, 32)
-    site = Site(pattern, Placement.whole(4, 3), "linear")
+    site = Site(pattern, Placement.whole(4, 3), SUBSET)
     logits = torch.randn(4, 32, 3, generator=torch.Generator().manual_seed(0))
     hard_codes, _ = k_subset.mask_statistics(logits, site, 1.0)
     assert hard_codes.dtype == torch.int32
     assert torch.equal(site.mask_of(hard_codes), pattern.best(logits.transpose(1, 2).flatten(1)))
     with pytest.raises(ConfigError, match=r"3:33.*M up to 32"):
-        Site(Pattern(3, 33), Placement.whole(1, 1), "linear")
+        Site(Pattern(3, 33), Placement.whole(1, 1), SUBSET)
     with pytest.raises(ConfigError, match=r"8:16.*learn.method=subset"):
-        Site(Pattern(8, 16), Placement.whole(1, 1))
+        Site(Pattern(8, 16), Placement.whole(1, 1), CATEGORICAL)
 
 
 def test_bf16_logits_and_a_buffer_to_add_to() -> None:

@@ -25,6 +25,7 @@ from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset import k_subset
 from megamask.sparsity.subset.llvm_polynomials import sorting_network
+from megamask.sparsity.subset.subset import SUBSET
 from tests.unit.sparsity.samplers import FUSED
 from tests.unit.sparsity.subset.rounding_error import EPS, bounds, check_within
 from tests.unit.sparsity.test_backends import changed
@@ -46,7 +47,7 @@ def problem(
 ) -> tuple[Site, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Site of a gated shard, logits (O, M, G), weight and gradient (O, I)."""
     site = Site(
-        Pattern(n, m), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2), "linear"
+        Pattern(n, m), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2), SUBSET
     )
     generator = torch.Generator().manual_seed(n * 10 + m)
     logits = 0.01 * torch.randn(ROWS, m, GROUPS, generator=generator)
@@ -189,7 +190,7 @@ def test_bf16_logits_and_a_buffer_to_add_to() -> None:
 def test_a_bad_logit_spoils_its_group_and_no_other(
     backend: ModuleType, bad: float, hard: bool
 ) -> None:
-    site = Site(Pattern(2, 4), Placement.whole(8, 4), "linear")
+    site = Site(Pattern(2, 4), Placement.whole(8, 4), SUBSET)
     logits, weight, draw = (
         torch.zeros(8, 4, 4),
         torch.ones(8, 16),
@@ -221,21 +222,18 @@ def test_cold_draws_stay_finite_and_leave_the_processor_as_it_was() -> None:
 def test_choosing_a_backend(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert choose_backend("auto", torch.device("cpu"), "linear") == "numba"
-    assert choose_backend("triton", torch.device("cuda"), "linear") == "triton" or not find_spec(
+    assert choose_backend("auto", torch.device("cpu"), SUBSET) == "numba"
+    assert choose_backend("triton", torch.device("cuda"), SUBSET) == "triton" or not find_spec(
         "triton"
     )
-    assert isinstance(sampler_for("numba", "linear"), NumbaSampler)
-    assert sampler_for("torch", "linear") is k_subset
-    from megamask.sparsity.backends import BACKENDS
-
-    none = replace(BACKENDS["numba"], modules={"categorical": "fused_cpu"})
-    monkeypatch.setitem(BACKENDS, "numba", none)
+    assert isinstance(sampler_for("numba", SUBSET), NumbaSampler)
+    assert sampler_for("torch", SUBSET) is k_subset
+    monkeypatch.setattr(SUBSET, "numba", None)
     with caplog.at_level(logging.WARNING):
-        assert choose_backend("auto", torch.device("cpu"), "linear") == "torch"
-    assert "numba cannot draw learn.distribution=linear" in caplog.text
-    with pytest.raises(ConfigError, match=r"learn.sampling.backend.*cannot draw"):
-        choose_backend("numba", torch.device("cpu"), "linear")
+        assert choose_backend("auto", torch.device("cpu"), SUBSET) == "torch"
+    assert "numba has no kernels of the subset distribution" in caplog.text
+    with pytest.raises(ConfigError, match=r"learn.sampling.backend.*has no kernels"):
+        choose_backend("numba", torch.device("cpu"), SUBSET)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 11, 16, 32])

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from megamask.sparsity.categorical import gumbel_softmax
-from megamask.sparsity.distributions import Distribution
+from megamask.sparsity.categorical.categorical import CATEGORICAL
+from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset import k_subset
+from megamask.sparsity.subset.subset import SUBSET
 from tests.unit.sparsity.samplers import FUSED
 from tests.unit.sparsity.subset import subsets
 
@@ -34,7 +36,7 @@ def counts(distribution: Distribution, backend: ModuleType, tau: float = 1.0) ->
     """How often each of the 6 candidates was drawn, by hard masks."""
     logits = (
         MEMBERS
-        if distribution == "linear"
+        if distribution is SUBSET
         else torch.stack([MEMBERS[list(one)].sum() for one in SETS])
     )
     site = Site(Pattern(2, 4), Placement.whole(1, N), distribution)
@@ -63,10 +65,10 @@ LAWS = {
 @pytest.mark.parametrize(
     ("distribution", "backend", "own"),
     [
-        pytest.param("categorical", gumbel_softmax, "candidates", id="categorical-torch"),
-        pytest.param("categorical", FUSED, "candidates", id="categorical-numba"),
-        pytest.param("linear", k_subset, "members", id="linear-torch"),
-        pytest.param("linear", FUSED, "members", id="linear-numba"),
+        pytest.param(CATEGORICAL, gumbel_softmax, "candidates", id="categorical-torch"),
+        pytest.param(CATEGORICAL, FUSED, "candidates", id="categorical-numba"),
+        pytest.param(SUBSET, k_subset, "members", id="subset-torch"),
+        pytest.param(SUBSET, FUSED, "members", id="subset-numba"),
     ],
 )
 def test_each_distribution_draws_its_law_and_not_the_other(
@@ -83,7 +85,7 @@ def test_each_distribution_draws_its_law_and_not_the_other(
 
 
 def test_both_laws_have_their_mode_at_the_winner() -> None:
-    site = Site(Pattern(2, 4), Placement.whole(1, 1), "linear")
+    site = Site(Pattern(2, 4), Placement.whole(1, 1), SUBSET)
     hard_codes, largest = k_subset.mask_statistics(MEMBERS.view(1, 4, 1), site, KAPPA)
     best = int(site.pattern.index_of(site.mask_of(hard_codes)))
     assert all(int(law.argmax()) == best for law in LAWS.values())

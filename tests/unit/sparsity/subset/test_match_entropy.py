@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamask.sparsity.distributions import Distribution
+from megamask.sparsity.categorical.categorical import CATEGORICAL
+from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.draw import Site
+from megamask.sparsity.initial_logits import initial_noise
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.prior import initial_noise, prior_bonus
 from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset.match_entropy import (
     categorical_entropy,
@@ -19,6 +20,7 @@ from megamask.sparsity.subset.match_entropy import (
     noise_scale,
     position_bonus,
 )
+from megamask.sparsity.subset.subset import SUBSET
 from tests.unit.sparsity.subset import subsets
 
 STD, KAPPA = 0.01, 100.0  # the first kappa of the schedule
@@ -35,7 +37,9 @@ def start(
     """Initial logits (1, C or M, G) as a learner makes them."""
     site = Site(Pattern(n, m), Placement.whole(1, groups), distribution)
     prior = site.pattern.best(torch.rand(1, groups * m, generator=torch.Generator().manual_seed(0)))
-    logits = prior_bonus(prior, site, strength, STD, KAPPA * STD if noise else 0.0)
+    logits = site.distribution.prior_bonus(
+        prior, site.pattern, strength, STD, KAPPA * STD if noise else 0.0
+    )
     return logits + initial_noise(site, groups, STD, 1, 2) if noise else logits
 
 
@@ -45,7 +49,7 @@ def candidate_scores(
     scores = KAPPA * logits.double()
     return (
         scores
-        if distribution == "categorical"
+        if distribution is CATEGORICAL
         else torch.einsum("omg,cm->ocg", scores, subsets.table(n, m))
     )
 
@@ -59,12 +63,12 @@ def entropy(logits: torch.Tensor, n: int, m: int, distribution: Distribution) ->
 @pytest.mark.parametrize("strength", [1.0, 3.0])
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (4, 8)])
 def test_both_starts_have_the_same_entropy(n: int, m: int, strength: float) -> None:
-    expected = entropy(start(n, m, "categorical", strength), n, m, "categorical")
-    found = entropy(start(n, m, "linear", strength), n, m, "linear")
+    expected = entropy(start(n, m, CATEGORICAL, strength), n, m, CATEGORICAL)
+    found = entropy(start(n, m, SUBSET, strength), n, m, SUBSET)
     # Means over 4,000 groups with deviations of about 0.45 nats: a standard error of 0.007 on each
     # side; the calibration's own sample is no larger. Four of the sum of three.
     assert found == pytest.approx(expected, abs=4 * 0.007 * 3**0.5)
-    doubled = entropy(start(n, m, "linear", 2 * strength), n, m, "linear")
+    doubled = entropy(start(n, m, SUBSET, 2 * strength), n, m, SUBSET)
     assert doubled < expected - 0.1  # the comparison sees a bonus twice as large
 
 
@@ -75,7 +79,7 @@ def test_the_largest_patterns_follow_the_same_rule() -> None:
     assert mean_subset_entropy(pattern, bonus, 1.0) == pytest.approx(
         categorical_entropy(pattern, strength, 1.0), rel=1e-3
     )
-    found = entropy(start(8, 16, "linear", strength, groups=200), 8, 16, "linear")
+    found = entropy(start(8, 16, SUBSET, strength, groups=200), 8, 16, SUBSET)
     assert found == pytest.approx(
         categorical_entropy(pattern, strength, 1.0), rel=0.03
     )  # 200 groups: a standard error of 0.6 %
@@ -85,7 +89,7 @@ def test_the_largest_patterns_follow_the_same_rule() -> None:
 def test_without_noise_the_starts_are_the_same_law(n: int, m: int) -> None:
     categorical, linear = (
         candidate_scores(start(n, m, kind, 3.0, groups=50, noise=False), n, m, kind).softmax(1)
-        for kind in ("categorical", "linear")
+        for kind in (CATEGORICAL, SUBSET)
     )
     torch.testing.assert_close(linear, categorical, rtol=1e-5, atol=0)  # fp32 logits
     assert position_bonus(Pattern(n, m), 3.0, 0.0) == 3.0
@@ -95,7 +99,7 @@ def test_without_noise_the_starts_are_the_same_law(n: int, m: int) -> None:
 def test_the_scores_of_candidates_vary_as_much_within_a_group(n: int, m: int) -> None:
     spread = [
         float(candidate_scores(start(n, m, kind, 0.0), n, m, kind).var(1, unbiased=False).mean())
-        for kind in ("categorical", "linear")
+        for kind in (CATEGORICAL, SUBSET)
     ]
     assert spread[1] == pytest.approx(
         spread[0], rel=0.05
@@ -130,9 +134,9 @@ def test_a_prior_beyond_doubt_is_as_strong_as_it_says(
 
 
 def test_the_winner_of_a_start_is_most_often_the_prior() -> None:
-    site = Site(Pattern(8, 16), Placement.whole(16, 32), "linear")
+    site = Site(Pattern(8, 16), Placement.whole(16, 32), SUBSET)
     prior = site.pattern.best(torch.rand(16, 512, generator=torch.Generator().manual_seed(3)))
-    bonus = prior_bonus(prior, site, 3.0, STD, KAPPA * STD)
+    bonus = site.distribution.prior_bonus(prior, site.pattern, 3.0, STD, KAPPA * STD)
     for logits, least in ((bonus, 1.0), (bonus + initial_noise(site, 32, STD, 1, 2), 0.95)):
         kept = site.pattern.best(logits.transpose(1, 2).flatten(1))
         assert float((kept == prior).float().mean()) >= least

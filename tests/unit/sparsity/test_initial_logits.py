@@ -9,9 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megamask.sparsity.categorical.categorical import CATEGORICAL, similarity
 from megamask.sparsity.draw import Site
+from megamask.sparsity.initial_logits import initial_noise
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.prior import initial_noise, prior_bonus, similarity
 from megamask.sparsity.shard import Placement
 from tests.unit.sparsity.categorical.reference import candidate_table
 
@@ -19,7 +20,7 @@ PATTERNS = [(2, 4), (1, 4), (4, 8)]
 
 
 def site_of(n: int, m: int, rows: int, groups: int) -> Site:
-    return Site(Pattern(n, m), Placement.whole(rows, groups))
+    return Site(Pattern(n, m), Placement.whole(rows, groups), CATEGORICAL)
 
 
 def some_mask(n: int, m: int, rows: int, groups: int) -> torch.Tensor:
@@ -50,7 +51,7 @@ def test_similarity_is_the_overlap_minus_its_mean_over_candidates(n: int, m: int
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_the_prior_wins_without_noise_and_with_small_noise(n: int, m: int) -> None:
     site, mask = site_of(n, m, 16, 32), some_mask(n, m, 16, 32)
-    bonus = prior_bonus(mask, site, strength=3.0, std=0.01)
+    bonus = CATEGORICAL.prior_bonus(mask, site.pattern, strength=3.0, std=0.01)
     assert torch.equal(site.pattern.mask_of(bonus.argmax(1)), mask)
     assert not torch.equal(site.pattern.mask_of((-bonus).argmax(1)), mask)
     # alpha = 3 lifts the prior 3 std above the nearest other; noise of one std overturns few
@@ -63,8 +64,11 @@ def test_the_prior_wins_without_noise_and_with_small_noise(n: int, m: int) -> No
 
 def test_the_bonus_is_std_times_similarity_times_strength() -> None:
     site, mask = site_of(2, 4, 5, 6), some_mask(2, 4, 5, 6)
-    torch.testing.assert_close(prior_bonus(mask, site, 3.0, 0.02), 0.06 * similarity(mask, site))
-    assert float(prior_bonus(mask, site, 0.0, 0.02).abs().max()) == 0
+    torch.testing.assert_close(
+        CATEGORICAL.prior_bonus(mask, site.pattern, 3.0, 0.02),
+        0.06 * similarity(mask, site.pattern),
+    )
+    assert float(CATEGORICAL.prior_bonus(mask, site.pattern, 0.0, 0.02).abs().max()) == 0
 
 
 def test_the_initial_noise_is_normal() -> None:
@@ -83,9 +87,9 @@ def test_the_initial_noise_is_keyed_by_seed_parameter_and_global_group() -> None
     whole = initial_noise(site_of(2, 4, 16, 8), 8, 0.01, seed=5, parameter=6)
     assert whole.is_contiguous()
     for rank in range(2):
-        row = Site(Pattern(2, 4), Placement.shard(16, 4, axis=1, rank=rank, size=2))
+        row = Site(Pattern(2, 4), Placement.shard(16, 4, axis=1, rank=rank, size=2), CATEGORICAL)
         assert torch.equal(initial_noise(row, 4, 0.01, 5, 6), whole[..., 4 * rank : 4 * rank + 4])
-        column = Site(Pattern(2, 4), Placement.shard(8, 8, axis=0, rank=rank, size=2))
+        column = Site(Pattern(2, 4), Placement.shard(8, 8, axis=0, rank=rank, size=2), CATEGORICAL)
         assert torch.equal(initial_noise(column, 8, 0.01, 5, 6), whole[8 * rank : 8 * rank + 8])
     assert not torch.equal(initial_noise(site_of(2, 4, 16, 8), 8, 0.01, seed=6, parameter=6), whole)
     assert not torch.equal(initial_noise(site_of(2, 4, 16, 8), 8, 0.01, seed=5, parameter=7), whole)

@@ -1,0 +1,68 @@
+"""The categorical distribution over candidates (MaskLLM, arXiv 2409.17481): one logit per legal
+mask of a group.
+
+Shapes: O out_features, I in_features, G groups per row, C candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamask.sparsity.distribution import Distribution
+from megamask.sparsity.pattern import Pattern
+
+
+class Categorical(Distribution):
+    """L = C; a hard code is the index of a candidate, uint8."""
+
+    name = "categorical"
+    reference = "megamask.sparsity.categorical.gumbel_softmax"
+    numba = "megamask.sparsity.categorical.gumbel_softmax_numba"
+    triton = "megamask.sparsity.categorical.gumbel_softmax_triton"
+
+    def logits_per_group(self, pattern: Pattern) -> int:
+        """C; refused beyond ``pattern.MAX_CANDIDATES``."""
+        return len(pattern.kept_positions)
+
+    def code_dtype(self, pattern: Pattern) -> torch.dtype:
+        """uint8: there are at most 256 candidates."""
+        return torch.uint8
+
+    def mask_of(self, hard_codes_OG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        """The candidates with these indices."""
+        return pattern.mask_of(hard_codes_OG)
+
+    def hard_mask(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        """The candidate with the largest logit, the first of equals."""
+        return pattern.mask_of(logits_OLG.float().max(dim=1).indices)
+
+    def prior_bonus(
+        self,
+        prior_mask_OI: torch.Tensor,
+        pattern: Pattern,
+        strength: float,
+        std: float,
+        spread: float = 0.0,
+    ) -> torch.Tensor:
+        """std * sim * alpha (MaskLLM, Eq. 10)."""
+        return similarity(prior_mask_OI, pattern) * (std * strength)
+
+    def noise_unit(self, pattern: Pattern) -> float:
+        """1: ``learn.sampling.logit_std`` is that of candidates."""
+        return 1.0
+
+    def reference_bytes(self, pattern: Pattern) -> float:
+        """Of the noise, scores, relaxed index and its gradient."""
+        return 32
+
+
+def similarity(prior_mask_OI: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """sim(M_0, M_c) = M_0 . M_c minus its mean over candidates, (O, C, G) (MaskLLM, Eq. 9; the mean
+    is n^2 / m).
+    """
+    groups = prior_mask_OI.float().unflatten(1, (-1, pattern.m))
+    overlap = torch.einsum("ogm,cm->ocg", groups, pattern.candidates(device=prior_mask_OI.device))
+    return overlap - pattern.n * pattern.n / pattern.m
+
+
+CATEGORICAL = Categorical()

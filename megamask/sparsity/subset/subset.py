@@ -1,0 +1,71 @@
+"""The k-subset distribution: one logit per weight. The probability that a weight is kept is exact
+(SIMPLE, arXiv 2210.01941).
+
+Shapes: O out_features, I in_features, G groups per row, M group size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamask.errors import ConfigError
+from megamask.sparsity.distribution import Distribution
+from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.subset.match_entropy import noise_scale, position_bonus
+
+MAX_POSITIONS = 32  # of a group: the bits of a hard code
+
+
+class Subset(Distribution):
+    """L = M; bit j of a hard code says that position j is kept."""
+
+    name = "subset"
+    reference = "megamask.sparsity.subset.k_subset"
+    numba = "megamask.sparsity.subset.k_subset_numba"
+    triton = "megamask.sparsity.subset.k_subset_triton"
+
+    def logits_per_group(self, pattern: Pattern) -> int:
+        """M; refused beyond ``MAX_POSITIONS``."""
+        if pattern.m > MAX_POSITIONS:
+            limit = f"learn.method=subset takes M up to {MAX_POSITIONS}"
+            fix = f"Choose a pattern with M <= {MAX_POSITIONS}."
+            raise ConfigError("pattern", str(pattern), limit, fix)
+        return pattern.m
+
+    def code_dtype(self, pattern: Pattern) -> torch.dtype:
+        """Of M bits."""
+        if pattern.m <= 8:
+            return torch.uint8
+        return torch.int16 if pattern.m <= 16 else torch.int32
+
+    def mask_of(self, hard_codes_OG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        """The bits of the codes."""
+        position = torch.arange(pattern.m, device=hard_codes_OG.device, dtype=torch.int32)
+        return (hard_codes_OG.to(torch.int32).unsqueeze(-1) >> position & 1).bool().flatten(-2)
+
+    def hard_mask(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        """The N largest logits; ties go to the earlier position."""
+        return pattern.best(logits_OLG.float().transpose(1, 2).flatten(1))
+
+    def prior_bonus(
+        self,
+        prior_mask_OI: torch.Tensor,
+        pattern: Pattern,
+        strength: float,
+        std: float,
+        spread: float = 0.0,
+    ) -> torch.Tensor:
+        """std * bonus at the kept positions, less the mean; ``match_entropy.py`` has the bonus."""
+        kept = prior_mask_OI.float().unflatten(1, (-1, pattern.m)).transpose(1, 2)
+        return (kept - pattern.density) * (std * position_bonus(pattern, strength, spread))
+
+    def noise_unit(self, pattern: Pattern) -> float:
+        """Of a position over that of a candidate."""
+        return noise_scale(pattern)
+
+    def reference_bytes(self, pattern: Pattern) -> float:
+        """As for the categorical, and two tables of K + 1 fp32 coefficients, K = min(N, M - N)."""
+        return 32 + 2 * 4 * (min(pattern.n, pattern.m - pattern.n) + 1)
+
+
+SUBSET = Subset()
