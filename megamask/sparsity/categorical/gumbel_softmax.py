@@ -1,5 +1,5 @@
-"""The relaxed categorical over candidates (MaskLLM, Sec. 3.2) in plain PyTorch: the readable
-reference of every backend.
+"""The relaxed categorical over candidates (MaskLLM, arXiv 2409.17481, Sec. 3.2) in plain PyTorch:
+the readable reference of every backend.
 
 Shapes: O out_features, I in_features, G groups per row, C candidates, M group size. mask_logits are
 (O, C, G): the weight's leading axis first and groups last, so that they shard where the weight
@@ -87,9 +87,11 @@ def backward(
     """Gradient at the logits, (O, C, G), of ``grad``, the gradient at W * M; the noise is drawn
     again.
 
-    With y the soft index and S the candidate table: dM = dW * W - 2 norm_coef W^2 * M, dy = dM S^T
-    and dpi = kappa / tau * y * (dy - sum_c y dy). Added to ``into`` (fp32 or bf16) when that is
-    given, which is then returned.
+    With dW the gradient at W * M, y the soft index and S the candidate table:
+
+        dM = dW * W - 2 norm_coef W^2 * M
+        dy = dM S^T
+        dpi = kappa / tau * y * (dy - sum_c y dy)
     """
     wide = computing_dtype(mask_logits)
     y = soft_index(mask_logits.to(wide), site, sample)
@@ -105,7 +107,7 @@ def backward(
 def mask_statistics(
     mask_logits: torch.Tensor, site: Site, kappa: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(winner index (O, G) uint8, sum over groups of the largest probability, 0-d). Draws no
+    """(candidate index (O, G) uint8, sum over groups of the largest probability, 0-d). Draws no
     noise.
     """
     mask_logits = mask_logits.to(computing_dtype(mask_logits))

@@ -3,7 +3,7 @@ over blocks of four instead of unrolled code.
 
 The softmax is accumulated online, and the backward pass makes the noise twice. ``codes`` (C rounded
 up to a multiple of 4) int64 holds the candidate table, bit j of a code set where the candidate
-keeps member j.
+keeps position j.
 
 Shapes: O rows, G groups per row, C candidates, M group size, I = G * M.
 """
@@ -134,7 +134,7 @@ def _hard(
 
 
 @triton.jit
-def _watched(line, inside, kappa, C: tl.constexpr, GROUPS: tl.constexpr):
+def _statistics(line, inside, kappa, C: tl.constexpr, GROUPS: tl.constexpr):
     """Index of the first largest logit, and max softmax(kappa pi); 0 outside."""
     top = tl.full(inside.shape, LOWEST, tl.float32)
     total, index = tl.zeros(inside.shape, tl.float32), tl.full(inside.shape, 0, tl.int32)
@@ -171,7 +171,7 @@ def forward(
     M: tl.constexpr,
     BITS: tl.constexpr,
     HARD: tl.constexpr,
-    WATCH: tl.constexpr,
+    STATISTICS: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -191,8 +191,8 @@ def forward(
         else:
             _, _, masks = _soft(line, inside, codes, named, slope, inverse_tau, C, M, GROUPS)
         squares += mask_positions(masked, weight, masks, o, g, inside, GROUPS, M, BITS)
-        if WATCH:
-            index, probability = _watched(line, inside, kappa, C, GROUPS)
+        if STATISTICS:
+            index, probability = _statistics(line, inside, kappa, C, GROUPS)
             tl.store(hard_codes + o * GROUPS + g, index, mask=inside)
             largest += probability
     tl.store(sums + tl.program_id(0), tl.sum(squares))
@@ -279,7 +279,7 @@ def mask_statistics(
     largest = tl.zeros((ROWS, COLS), tl.float32)
     for t in range(TILES):
         o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        index, probability = _watched(logits + o * C * GROUPS + g, inside, kappa, C, GROUPS)
+        index, probability = _statistics(logits + o * C * GROUPS + g, inside, kappa, C, GROUPS)
         tl.store(hard_codes + o * GROUPS + g, index, mask=inside)
         largest += probability
     tl.store(sums + tl.program_id(0), tl.sum(largest))

@@ -14,7 +14,7 @@ bits: uint16 for bf16, uint32 for fp32.
 """
 
 # numba's decorators carry no types
-# mypy: disable-error-code="misc,untyped-decorator"
+# mypy: disable-error-code="misc,untyped-decorator,no-untyped-def"
 
 from __future__ import annotations
 
@@ -127,8 +127,9 @@ def _scores(score, mean, dmask, y, kept, groups):  # type: ignore[no-untyped-def
 
 @njit(inline="always")
 def _hard_codes(hard_codes, top, total, logits, start, groups, kappa):  # type: ignore[no-untyped-def]
-    """winner (G,) uint8 = argmax over candidates; total (G,) = the largest probability. Draws no
-    noise; ``top`` is scratch.
+    """hard_codes (G,) uint8 = argmax over candidates; total (G,) = the largest probability.
+
+    Draws no noise; ``top`` is scratch.
     """
     candidates = logits.shape[0]
     line = logits[0, start : start + groups]
@@ -149,14 +150,13 @@ def _hard_codes(hard_codes, top, total, logits, start, groups, kappa):  # type: 
         total[g] = F(1) / total[g]
 
 
-@njit(
-    nogil=True, cache=True, error_model="numpy"
-)  # 0 / 0 is NaN, not an exception: the step refuses it by name
+# error_model: 0 / 0 is NaN, not an exception; the learning step refuses NaN by name
+@njit(nogil=True, cache=True, error_model="numpy")
 def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, inverse_tau, hard):  # type: ignore[no-untyped-def]
     """out (O, I) = weight * sampled mask; sums (O, 2) fp64 = its squares and the largest
     probabilities per row.
 
-    winner (O, G) uint8 is filled, and the second sum, unless winner is empty.
+    hard_codes (O, G) uint8 is filled, and the second sum, unless hard_codes is empty.
     place = (global id of the first row, global id of the first column group, groups in a whole
     row).
     """
@@ -199,9 +199,8 @@ def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, i
     restore(before)
 
 
-@njit(
-    nogil=True, cache=True, error_model="numpy"
-)  # 0 / 0 is NaN, not an exception: the step refuses it by name
+# error_model: 0 / 0 is NaN, not an exception; the learning step refuses NaN by name
+@njit(nogil=True, cache=True, error_model="numpy")
 def backward(
     into, is_sum, grad, logits, weight, kept, m, place, key, kappa, inverse_tau, hard, norm_coef
 ):  # type: ignore[no-untyped-def]
@@ -251,11 +250,10 @@ def backward(
     restore(before)
 
 
-@njit(
-    nogil=True, cache=True, error_model="numpy"
-)  # 0 / 0 is NaN, not an exception: the step refuses it by name
+# error_model: 0 / 0 is NaN, not an exception; the learning step refuses NaN by name
+@njit(nogil=True, cache=True, error_model="numpy")
 def mask_statistics(hard_codes, largest, logits, kept, m, kappa):  # type: ignore[no-untyped-def]
-    """winner (O, G) uint8 = argmax over candidates; largest (O,) fp64 = row sums of the largest
+    """hard_codes (O, G) uint8 = argmax over candidates; largest (O,) fp64 = row sums of the largest
     probability, no noise.
     """
     rows, _, groups = logits.shape

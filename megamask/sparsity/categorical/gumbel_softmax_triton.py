@@ -5,7 +5,7 @@ Every tensor of a program is a (ROWS, COLS) tile with one element per group, so 
 between threads except the sums. The M weights of a group travel as one or a few integer words (a
 2:4 group in bf16 is one 64-bit word); logits are read along G.
 Candidates are unrolled: TABLE is the candidate table as one integer, bit c * M + j set where
-candidate c keeps member j.
+candidate c keeps position j.
 
 Shapes: O rows, G groups per row, C candidates, M group size, I = G * M.
 """
@@ -83,8 +83,8 @@ def _hard_code(values, C: tl.constexpr):
 
 @triton.jit
 def _one_hot(scores, top, C: tl.constexpr):
-    """1 at the winner, 0 elsewhere; NaN in a group with a score that is NaN or infinite, as in
-    _softmax.
+    """1 at the first largest score, 0 elsewhere; NaN in a group with a score that is NaN or
+    infinite, as in _softmax.
     """
     index = _hard_code(scores, C)
     y = ()
@@ -110,7 +110,7 @@ def _position_masks(y, C: tl.constexpr, M: tl.constexpr, TABLE: tl.constexpr):
 
 @triton.jit
 def _candidate_sum(values, c: tl.constexpr, M: tl.constexpr, TABLE: tl.constexpr):
-    """Sum of a group's values over the members that candidate c keeps."""
+    """Sum of a group's values over the positions that candidate c keeps."""
     total = tl.zeros_like(values[0])
     for j in tl.static_range(M):
         if (TABLE >> (c * M + j)) & 1:
@@ -152,14 +152,14 @@ def forward(
     TABLE: tl.constexpr,
     BITS: tl.constexpr,
     HARD: tl.constexpr,
-    WATCH: tl.constexpr,
+    STATISTICS: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """masked = weight * sampled mask; sums (2, programs) = this program's sum of squares and, with
-    WATCH, of largest probabilities.
+    STATISTICS, of largest probabilities.
     """
     squares = tl.zeros((ROWS, COLS), tl.float32)
     largest = tl.zeros((ROWS, COLS), tl.float32)
@@ -174,7 +174,7 @@ def forward(
         y = _one_hot(scores, top, C) if HARD else _softmax(scores, top, C)
         masks = _position_masks(y, C, M, TABLE)
         squares += mask_positions(masked, weight, masks, o, g, inside, GROUPS, M, BITS)
-        if WATCH:
+        if STATISTICS:
             tl.store(hard_codes + o * GROUPS + g, _hard_code(pis, C).to(tl.uint8), mask=inside)
             largest += tl.where(inside, _largest_probability(pis, kappa, C), 0.0)
     tl.store(sums + tl.program_id(0), tl.sum(squares))
@@ -250,7 +250,7 @@ def mask_statistics(
     COLS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """winner = argmax over candidates; sums (programs,) of the largest probabilities without
+    """hard_codes = argmax over candidates; sums (programs,) of the largest probabilities without
     noise.
     """
     largest = tl.zeros((ROWS, COLS), tl.float32)

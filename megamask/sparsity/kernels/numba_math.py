@@ -127,10 +127,11 @@ def _control(builder: Any, operation: str, place: Any) -> None:
 
 @intrinsic
 def flush_denormals(typing_context: Any) -> Any:
-    """Let this thread take numbers below 2^-126 for 0 until ``restore``, which wants the result.
+    """Let this thread take numbers below 2^-126 for 0, until ``restore`` gets the result of this
+    call.
 
-    They mean nothing here, but arithmetic with them is slow: cold draws make many, and took up to
-    40 times as long.
+    Such numbers mean nothing here, but arithmetic with them is slow: samples at a low temperature
+    make many, and took up to 40 times as long.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -214,7 +215,7 @@ def exp2(x):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def uniform(word):  # type: ignore[no-untyped-def]
-    """fp32 in (0, 1) of a 32-bit word, the value of ``philox.uniform``: (23 high bits + 1/2) /
+    """fp32 in (0, 1) of a 32-bit word, the value of ``noise.uniform``: (23 high bits + 1/2) /
     2^23, exact.
     """
     return float_of((word >> U32(9)) | U32(0x3F800000)) - F(1 - 2.0**-24)
@@ -222,8 +223,8 @@ def uniform(word):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def round_bf16(value):  # type: ignore[no-untyped-def]
-    """``value`` rounded to nearest even bf16, as the fp32 bits whose upper half it is; the lower
-    half is rubbish. NaN stays NaN.
+    """``value`` rounded to nearest even bf16, in the upper half of the 32 bits returned; the
+    lower half means nothing. NaN stays NaN.
     """
     bits = bits_of(value)
     rounded = bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))

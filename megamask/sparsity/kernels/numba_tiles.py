@@ -129,7 +129,9 @@ def _slope(d, w, mask, coef):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def ask_for(logits, weight, m, row, start, groups):  # type: ignore[no-untyped-def]
-    """Fetch the tile after this one of ``groups`` groups, while the noise is made."""
+    """Prefetch the next tile (``groups`` groups from the end of this tile on), while the noise of
+    this tile is made.
+    """
     rows, candidates, whole = logits.shape
     start += groups
     if start >= whole:

@@ -78,7 +78,7 @@ class TritonSampler:
                 **kernels.constants,
                 BITS=_bits(weight),
                 HARD=sample.hard,
-                WATCH=statistics,
+                STATISTICS=statistics,
                 **cut.constants,
             )
             first += programs

@@ -4,6 +4,8 @@ scores, masking and its gradient.
 
 from __future__ import annotations
 
+# triton's decorators carry no types, and its annotations are values, not types
+# mypy: ignore-errors
 import os
 from typing import Any, NamedTuple
 
@@ -92,7 +94,7 @@ def read_logits(logits, o, g, inside, GROUPS: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _read_positions(words, o, g, inside, GROUPS: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr):
-    """M fp32 tensors, the members of every group; a member has BITS bits: 16 (bf16) or 32
+    """M fp32 tensors, one for each position of a group; a number has BITS bits: 16 (bf16) or 32
     (fp32).
     """
     width: tl.constexpr = words.dtype.element_ty.primitive_bitwidth
@@ -113,7 +115,7 @@ def _read_positions(words, o, g, inside, GROUPS: tl.constexpr, M: tl.constexpr, 
 def _write_positions(
     words, positions, o, g, inside, GROUPS: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr
 ):
-    """The inverse of _read_members; bf16 is rounded to nearest even."""
+    """The inverse of _read_positions; bf16 is rounded to nearest even."""
     kind: tl.constexpr = words.dtype.element_ty
     width: tl.constexpr = kind.primitive_bitwidth
     count: tl.constexpr = M * BITS // width
@@ -135,8 +137,8 @@ def _bits(value, BITS: tl.constexpr):
 
 @triton.jit
 def counter(group, parameter, micro_batch, seed, step):
-    """What names the words of each int64 group id but the word block, as uint32: noise.py has the
-    layout.
+    """The Philox counter and key of each int64 group id, without the word block, as uint32;
+    noise.py has the layout.
     """
     low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32) << 8
     return (
@@ -207,7 +209,7 @@ def scores_of(pis, named, slope, inverse_tau, C: tl.constexpr):
 def mask_positions(
     masked, weight, masks, o, g, inside, GROUPS: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr
 ):
-    """Write weight * mask; return the sum of its squares over the members of each group."""
+    """Write weight * mask; return the sum of its squares over the positions of each group."""
     positions = _read_positions(weight, o, g, inside, GROUPS, M, BITS)
     results, squares = (), tl.zeros(inside.shape, tl.float32)
     for j in tl.static_range(M):

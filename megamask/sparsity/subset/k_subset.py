@@ -1,33 +1,53 @@
-"""The linear distribution in plain PyTorch: one logit per weight, any N:M, exact marginals; the
-readable reference of every backend.
+"""The k-subset distribution in plain PyTorch: one logit per weight, any N:M. The readable reference
+of every backend.
 
-A candidate's logit is the sum of its members' logits. A draw adds one Gumbel g to every member's
-score, l = (kappa pi + g) / tau. The soft mask is the exact inclusion probability of every member
-under P(S) ~ exp(sum_{i in S} l_i) over the sets S of N of the M members; it sums to N and tends to
-the N largest l as tau falls. The hard mask is those N largest.
+The score of a set S of N positions is the sum of its positions' scores. A draw adds one Gumbel g to
+the score of every position,
 
-Which law is drawn: keeping the N largest of kappa pi + g draws N members one after the other
-without replacement, each with probability ~ exp(kappa pi) among those left (Plackett-Luce, Gumbel
-top-N). Perturbing candidates, as gumbel_softmax.py does, would draw P(S) ~ exp(kappa sum_{i in S}
-pi_i). These are different laws (for N = 1 they are one); both have their mode at the N largest
-logits, the winners. ``mask_statistics`` reports the second law, which no noise enters.
+    l = (kappa pi + g) / tau.
 
-Marginals. Let t lie midway between the N-th and the next largest l. A member's factor 1 + e^(l - t)
-z, divided by the larger of its two terms, is u + v z with {u, v} = {1, e^-|l - t|}. With P_j[c] the
-coefficient of z^c in the product of the factors before j, S_j[c] in that from j on:
+The hard mask keeps the N largest l. The soft mask is the exact probability that each position is in
+S under
 
-    A = sum_c P_j[c] S_{j+1}[N - 1 - c],  B = sum_c P_j[c] S_{j+1}[N - c]   (sets of N - 1, of N
-    other members) m_j = v_j A / (v_j A + u_j B)
+    P(S) ~ exp(sum_{i in S} l_i).
 
-Nothing is subtracted, no term overflows, and the denominator is at least 1: of the best set every
-factor's term is 1, so that A >= 1 for a kept member and B >= 1 for any other. What underflows is
-smaller than the smallest fp32, at any tau. For N > M/2 the M - N members left out are drawn
+It sums to N and tends to the hard mask as tau falls. Exact marginals of a k-subset are those of
+SIMPLE (arXiv 2210.01941); kappa, tau and the relaxation by Gumbel noise are those of MaskLLM (arXiv
+2409.17481).
+
+Which distribution the hard masks have: to keep the N largest of kappa pi + g is to draw N positions
+one after the other without replacement, each with probability ~ exp(kappa pi) among the positions
+left (Plackett-Luce). Noise on candidates, as in gumbel_softmax.py, would draw
+
+    P(S) ~ exp(kappa sum_{i in S} pi_i).
+
+The two differ unless N = 1. The most probable set of both is that of the N largest logits, the hard
+mask without noise. ``mask_statistics`` reports the second probability, which no noise enters.
+
+Marginals. Let t lie midway between the N-th and the next largest l. The factor of position j is
+1 + e^(l_j - t) z. Divided by the larger of its two terms it is u_j + v_j z, where one of u_j, v_j
+is 1 and the other e^-|l_j - t|. Let P_j[c] be the coefficient of z^c in the product of the factors
+before j, and S_j[c] that in the product of the factors from j on. The sums over the sets of N - 1
+and of N other positions are
+
+    A_j = sum_c P_j[c] S_{j+1}[N - 1 - c]
+    B_j = sum_c P_j[c] S_{j+1}[N - c]
+
+and the marginal is
+
+    m_j = v_j A_j / (v_j A_j + u_j B_j).
+
+Nothing is subtracted and no term overflows. The denominator is at least 1: of the best set every
+factor's term is 1, so that A_j >= 1 for a kept position and B_j >= 1 for another. A term that
+underflows is below the smallest fp32 at any tau. For N > M/2 the M - N positions left out are drawn
 instead, which swaps u with v: fewer coefficients.
 
-Gradient. dl_j = Cov(1_j, sum_i d_i 1_i) of the candidate law, d = dM: with PQ, SQ the sums of w(S)
-d(S) where P, S have those of w(S), and Q_A, Q_B the same of A, B, it is u_j v_j (d_j A B + Q_A B -
-Q_B A) / (v_j A + u_j B)^2: m_j (1 - m_j) times the difference of the expected sums of d with j and
-without.
+Gradient. With d the gradient at the mask, the gradient at l_j is
+
+    Cov(1_j, sum_i d_i 1_i) = u_j v_j (d_j A_j B_j + A'_j B_j - B'_j A_j) / (v_j A_j + u_j B_j)^2
+
+where A'_j, B'_j weigh every set of A_j, B_j by its sum of d. It is m_j (1 - m_j) times the
+difference between the expected sum of d with and without j.
 
 Shapes: O out_features, I in_features, G groups per row, M group size, K = min(N, M - N).
 mask_logits are (O, M, G).
@@ -53,7 +73,7 @@ from megamask.sparsity.pattern import Pattern
 
 
 class Factors(NamedTuple):
-    """u + v z of every member: lists over M of (O, G), and the size K of the sets that z counts."""
+    """u + v z of every position, lists over M of (O, G); and the size K of the counted sets."""
 
     u: list[torch.Tensor]
     v: list[torch.Tensor]
@@ -67,8 +87,8 @@ def scores(mask_logits: torch.Tensor, site: Site, sample: Sample) -> torch.Tenso
 
 
 def factors(score_OMG: torch.Tensor, pattern: Pattern) -> Factors:
-    """Factors that are 1 in the best set's term; NaN throughout a group that holds a score that is
-    not finite.
+    """Factors whose terms in the best set are 1; NaN in all of a group with a score that is not
+    finite.
     """
     n, m = pattern.n, pattern.m
     falling = score_OMG.sort(dim=1, descending=True).values
@@ -98,7 +118,7 @@ def _times(poly: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 def _times_both(
     poly: torch.Tensor, sums: torch.Tensor, u: torch.Tensor, v: torch.Tensor, d: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``poly`` (sums of w(S)) and ``sums`` (of w(S) d(S)) with one more member."""
+    """``poly`` (sums of w(S)) and ``sums`` (of w(S) d(S)) with one more position."""
     return _times(poly, u, v), torch.cat(
         [u * sums[:1], u * sums[1:] + v * (sums[:-1] + d * poly[:-1])]
     )
@@ -126,7 +146,7 @@ def _suffixes(law: Factors) -> list[torch.Tensor]:
 
 
 def marginals(score_OMG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Probability that each member is in S, P(S) ~ exp(sum of scores), (O, M, G)."""
+    """Probability that each position is in S, P(S) ~ exp(sum of scores), (O, M, G)."""
     law = factors(score_OMG, pattern)
     prefix, kept = _one(law.u[0], law.size), []
     for u, v, suffix in zip(law.u, law.v, _suffixes(law), strict=True):
@@ -140,7 +160,7 @@ def marginals(score_OMG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
 
 
 def covariances(score_OMG: torch.Tensor, slope_OMG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Covariance of each member's presence with the sum of ``slope`` over S, (O, M, G): the
+    """Covariance of each position's presence with the sum of ``slope`` over S, (O, M, G): the
     marginals' Jacobian times ``slope``.
     """
     law, slopes, found = factors(score_OMG, pattern), slope_OMG.unbind(1), []
@@ -163,7 +183,7 @@ def covariances(score_OMG: torch.Tensor, slope_OMG: torch.Tensor, pattern: Patte
 
 
 def largest(score_OMG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """0/1 mask, (O, M, G), of the N largest scores; ties go to the earlier member; NaN where a
+    """0/1 mask, (O, M, G), of the N largest scores; ties go to the earlier position; NaN where a
     score is not finite.
     """
     kept = score_OMG.argsort(dim=1, descending=True, stable=True)[:, : pattern.n]
@@ -215,8 +235,10 @@ def backward(
     """Gradient at the logits, (O, M, G), of ``grad``, the gradient at W * M; the noise is drawn
     again.
 
-    dM = dW * W - 2 norm_coef W^2 * M and dpi = kappa / tau * dl. Added to ``into`` (fp32 or bf16)
-    when given, which is then returned.
+    With dW the gradient at W * M:
+
+        dM = dW * W - 2 norm_coef W^2 * M
+        dpi = kappa / tau * dl
     """
     wide = computing_dtype(mask_logits)
     score = scores(mask_logits.to(wide), site, sample)
@@ -231,8 +253,8 @@ def backward(
 def mask_statistics(
     mask_logits: torch.Tensor, site: Site, kappa: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(winners (O, G) as bits of their members, sum over groups of the largest probability of a
-    candidate, 0-d). Draws no noise.
+    """(hard codes (O, G), bit j = position j is kept; sum over groups of the largest probability of
+    a candidate, 0-d). Draws no noise.
     """
     mask_logits = mask_logits.to(computing_dtype(mask_logits))
     bit = 2 ** torch.arange(site.pattern.m, device=mask_logits.device)

@@ -1,20 +1,20 @@
-"""Fused sampling of the linear distribution on CPUs: gumbel_softmax_numba.py with the members of a
-group in the place of its candidates.
+"""Fused sampling of the k-subset distribution on CPUs: gumbel_softmax_numba.py with the positions
+of a group in the place of its candidates.
 
-k_subset.py has the maths, llvm_polynomials.py its polynomials, llvm_positions.py the way of weights
-into vectors. ``kept`` and ``positions`` are tuples of N and of M: their lengths choose the compiled
-kernel. Scores are in base 2, as in gumbel_softmax_numba.py: the constant by which all members of a
-group differ cancels.
+k_subset.py has the maths, llvm_polynomials.py its polynomials, llvm_positions.py moves weights into
+vectors. ``kept`` and ``positions`` are tuples of N and of M: their lengths choose the compiled
+kernel. Scores are in base 2, as in gumbel_softmax_numba.py: the constant by which all positions of
+a group differ cancels.
 
-A tile is a part of a row, or several short rows: they lie one after the other in its lines, so that
-few lanes of the last vector idle.
+A tile is a part of a row, or several short rows, which lie one after the other in its lines: so few
+lanes of the last vector idle.
 
 Shapes: O rows, G groups per row, M group size, I = G * M. Storage travels as raw bits: uint16 for
 bf16, uint32 for fp32.
 """
 
 # numba's decorators carry no types
-# mypy: disable-error-code="misc,untyped-decorator"
+# mypy: disable-error-code="misc,untyped-decorator,no-untyped-def"
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.subset import llvm_polynomials, llvm_positions
 from megamask.sparsity.subset.llvm_polynomials import LANES
 
-TILE = 1024  # members, about: scratch stays in the first-level cache
+TILE = 1024  # positions, about: scratch stays in the first-level cache
 HALF = LANES // 2  # groups whose words are made at once: their products have 64 bits
 
 
@@ -64,14 +64,14 @@ def _cut(m, rows, groups):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def _whole(groups):  # type: ignore[no-untyped-def]
-    """So many lanes as whole vectors have."""
+    """``groups`` rounded up to whole vectors."""
     return (groups + LANES - 1) // LANES * LANES
 
 
 @njit(inline="always")
 def _ask_for(lines, weight, o, start, rows, groups):  # type: ignore[no-untyped-def]
-    """Fetch the tile from row ``o`` and group ``start`` on, if there is one, while the noise of
-    another is made.
+    """Prefetch the tile from row ``o`` and group ``start`` on, if there is one, while the noise of
+    this tile is made.
     """
     whole_rows, m, whole = lines.shape
     if start >= whole:
@@ -104,8 +104,8 @@ def _draw_words(word, place, o, start, rows, groups, key):  # type: ignore[no-un
     """word (4 B, lanes): the noise of the groups; place = (global ids of the first row and column
     group, groups in a whole row).
 
-    Rows begin where the one before ended, in whole half vectors: what is written beyond a row is
-    overwritten by the next.
+    Each row is written in whole half vectors. Words beyond the end of a row are overwritten by the
+    next row, which begins there.
     """
     seed, step, micro_batch, parameter = key
     count = (groups + HALF - 1) // HALF * HALF
@@ -188,8 +188,8 @@ def _gradient_at_mask(mask, grad, weight, coef, kept, positions, groups):  # typ
 
 @njit(inline="always")
 def _hard_codes(hard_codes, total, mask, x, kept, positions, kappa):  # type: ignore[no-untyped-def]
-    """winner (lanes,) = bits of the N largest logits x; total (lanes,) = the probability of that
-    set. mask and x are scratch.
+    """hard_codes (lanes,) = bits of the N largest logits x; total (lanes,) = the probability of
+    that set. mask and x are scratch.
     """
     lanes = _whole(len(hard_codes))
     for g in range(0, lanes, LANES):
@@ -208,16 +208,15 @@ def _hard_codes(hard_codes, total, mask, x, kept, positions, kappa):  # type: ig
         llvm_polynomials.largest_probability(kept, positions, total, x, g)
 
 
-@njit(
-    nogil=True, cache=True, error_model="numpy"
-)  # 0 / 0 is NaN, not an exception: the step refuses it by name
+# error_model: 0 / 0 is NaN, not an exception; the learning step refuses NaN by name
+@njit(nogil=True, cache=True, error_model="numpy")
 def forward(
     out, sums, hard_codes, logits, weight, kept, positions, place, key, kappa, inverse_tau, hard
 ):  # type: ignore[no-untyped-def]
     """out (O, I) = weight * sampled mask; sums (O, 2) fp64 = its squares and the largest
     probabilities per row.
 
-    winner (O, G) is filled, and the second sum, unless winner is empty.
+    hard_codes (O, G) is filled, and the second sum, unless hard_codes is empty.
     """
     rows, m, groups = logits.shape
     count, width, lanes = _cut(m, rows, groups)
@@ -227,26 +226,29 @@ def forward(
         np.zeros((_words(m), lanes + HALF), np.uint32),
     )
     middle, square = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
-    flat_weight, flat_out, flat_winner = weight.reshape(-1), out.reshape(-1), hard_codes.reshape(-1)
+    flat_weight, flat_out, flat_codes = weight.reshape(-1), out.reshape(-1), hard_codes.reshape(-1)
     sums[:] = 0.0
     before = flush_denormals()
     for o in range(0, rows, count):
         for start in range(0, groups, width):
             r, w = min(count, rows - o), min(width, groups - start)
             _ask_for(logits, weight, o, start + width, count, width)
+            # soft or hard mask of the tile
             _read(x, logits, o, start, r, w)
             _draw_words(word, place, o, start, r, w, key)
             _perturb(x, word, _whole(r * w), kappa, inverse_tau)
             _sample(mask, x, middle, kept, positions, _whole(r * w), hard)
+            # W * M and its squares
             first = o * groups + start
             part = slice(first * m, (first + r * w) * m)
             _apply_mask(flat_out[part], square, flat_weight[part], mask, kept, positions, r * w)
             for row in range(r):
                 sums[o + row, 0] += sum_line(square[row * w : (row + 1) * w], w)
+            # statistics of the logits without noise
             if hard_codes.size:
                 _read(x, logits, o, start, r, w)
                 _hard_codes(
-                    flat_winner[first : first + r * w], square, mask, x, kept, positions, kappa
+                    flat_codes[first : first + r * w], square, mask, x, kept, positions, kappa
                 )
                 for row in range(r):
                     sums[o + row, 1] += sum_line(square[row * w : (row + 1) * w], w)
@@ -293,10 +295,12 @@ def backward(
             r, w = min(count, rows - o), min(width, groups - start)
             _ask_for(logits, weight, o, start + width, count, width)
             _ask_for(into, grad, o, start + width, count, width)
+            # soft or hard mask of the tile
             _read(x, logits, o, start, r, w)
             _draw_words(word, place, o, start, r, w, key)
             _perturb(x, word, _whole(r * w), kappa, inverse_tau)
             _sample(mask, x, middle, kept, positions, _whole(r * w), hard)
+            # gradient at the mask, then at the scores
             part = slice((o * groups + start) * m, (o * groups + start + r * w) * m)
             _gradient_at_mask(
                 mask, flat_grad[part], flat_weight[part], coef, kept, positions, r * w
@@ -326,8 +330,8 @@ def _put(into, is_sum, found, slope, o, start, rows, groups):  # type: ignore[no
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def mask_statistics(hard_codes, largest, logits, kept, positions, kappa):  # type: ignore[no-untyped-def]
-    """winner (O, G) = bits of the N largest logits; largest (O,) fp64 = row sums of the probability
-    of that set, no noise.
+    """hard_codes (O, G) = bits of the N largest logits; largest (O,) fp64 = row sums of the
+    probability of that set, no noise.
     """
     rows, m, groups = logits.shape
     count, width, lanes = _cut(m, rows, groups)
@@ -336,7 +340,7 @@ def mask_statistics(hard_codes, largest, logits, kept, positions, kappa):  # typ
         np.zeros((m, lanes), np.float32),
         np.zeros(lanes, np.float32),
     )
-    flat_winner = hard_codes.reshape(-1)
+    flat_codes = hard_codes.reshape(-1)
     largest[:] = 0.0
     before = flush_denormals()
     for o in range(0, rows, count):
@@ -344,7 +348,7 @@ def mask_statistics(hard_codes, largest, logits, kept, positions, kappa):  # typ
             r, w = min(count, rows - o), min(width, groups - start)
             _read(x, logits, o, start, r, w)
             first = o * groups + start
-            _hard_codes(flat_winner[first : first + r * w], total, mask, x, kept, positions, kappa)
+            _hard_codes(flat_codes[first : first + r * w], total, mask, x, kept, positions, kappa)
             for row in range(r):
                 largest[o + row] += sum_line(total[row * w : (row + 1) * w], w)
     restore(before)

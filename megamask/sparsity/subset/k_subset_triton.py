@@ -1,9 +1,9 @@
-"""Fused sampling of the linear distribution for Triton: gumbel_softmax_triton.py with the members
-of a group in the place of its candidates.
+"""Fused sampling of the k-subset distribution for Triton: gumbel_softmax_triton.py with the
+positions of a group in the place of its candidates.
 
-k_subset.py has the maths. Members are unrolled: all of a group is in the registers of one thread. A
-polynomial is a tuple of coefficients from degree 0 on; ``sums`` (of w(S) d(S)) starts at degree 1,
-because that of the empty set is 0. K = min(N, M - N).
+k_subset.py has the maths. Positions are unrolled: all of a group is in the registers of one thread.
+A polynomial is a tuple of coefficients from degree 0 on. ``sums`` (of w(S) d(S)) starts at degree
+1, because the coefficient of the empty set is 0. K = min(N, M - N).
 
 Shapes: O rows, G groups per row, M group size, I = G * M.
 """
@@ -38,7 +38,7 @@ def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
 
 @triton.jit
 def _ranks(values, M: tl.constexpr):
-    """How many members come before each, the largest first, the earlier of equals first."""
+    """How many positions come before each, the largest first, the earlier of equals first."""
     ranks = ()
     for j in tl.static_range(M):
         before = tl.zeros(values[j].shape, tl.int32)
@@ -62,7 +62,7 @@ def _not_finite(values, M: tl.constexpr):
 
 @triton.jit
 def _factors(scores, ranks, N: tl.constexpr, M: tl.constexpr):
-    """u + v z of every member, for the sets of K."""
+    """u + v z of every position, for the sets of K."""
     middle = _not_finite(scores, M)
     for j in tl.static_range(M):
         middle += tl.where((ranks[j] == N - 1) | (ranks[j] == N), 0.5 * scores[j], 0.0)
@@ -90,7 +90,7 @@ def _times(poly, u, v, K: tl.constexpr):
 
 @triton.jit
 def _sums_times(poly, sums, u, v, d, K: tl.constexpr):
-    """The sums with one more member."""
+    """The sums with one more position."""
     product = ()
     for c in tl.static_range(1, len(poly) + 1):
         if c <= K:
@@ -136,12 +136,11 @@ def _suffixes(u, v, K: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _marginals(u, v, N: tl.constexpr, M: tl.constexpr):
-    """Probability that each member is kept."""
+    """Probability that each position is kept."""
     K: tl.constexpr = N if 2 * N <= M else M - N
     suffixes = _suffixes(u, v, K, M)
-    part = 1.0 / (
-        v[0] * suffixes[M - 1][K - 1] + u[0] * suffixes[M - 1][K]
-    )  # the same for every member: the sum over all sets
+    # the same for every position: the sum over all sets
+    part = 1.0 / (v[0] * suffixes[M - 1][K - 1] + u[0] * suffixes[M - 1][K])
     prefix = (tl.full(u[0].shape, 1.0, tl.float32),)
     masks = ()
     for j in tl.static_range(M):
@@ -157,7 +156,7 @@ def _marginals(u, v, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _covariances(u, v, d, N: tl.constexpr, M: tl.constexpr):
-    """Covariance of each member's presence with the sum of d over the set."""
+    """Covariance of each position's presence with the sum of d over the set."""
     K: tl.constexpr = N if 2 * N <= M else M - N
     suffixes, last = _suffixes(u, v, K, M), ()
     tails = (last,)
@@ -191,7 +190,7 @@ def _hard(scores, ranks, N: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _watched(pis, kappa, N: tl.constexpr, M: tl.constexpr):
+def _statistics(pis, kappa, N: tl.constexpr, M: tl.constexpr):
     """Bits of the N largest logits, int32, and the probability of that set without noise."""
     K: tl.constexpr = N if 2 * N <= M else M - N
     ranks, hard_codes, scores = _ranks(pis, M), tl.zeros(pis[0].shape, tl.int32), ()
@@ -225,7 +224,7 @@ def forward(
     M: tl.constexpr,
     BITS: tl.constexpr,
     HARD: tl.constexpr,
-    WATCH: tl.constexpr,
+    STATISTICS: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -248,8 +247,8 @@ def forward(
             u, v = _factors(scores, ranks, N, M)
             masks = _marginals(u, v, N, M)
         squares += mask_positions(masked, weight, masks, o, g, inside, GROUPS, M, BITS)
-        if WATCH:
-            bits, probability = _watched(pis, kappa, N, M)
+        if STATISTICS:
+            bits, probability = _statistics(pis, kappa, N, M)
             tl.store(hard_codes + o * GROUPS + g, bits.to(hard_codes.dtype.element_ty), mask=inside)
             largest += tl.where(inside, probability, 0.0)
     tl.store(sums + tl.program_id(0), tl.sum(squares))
@@ -325,7 +324,7 @@ def mask_statistics(
     largest = tl.zeros((ROWS, COLS), tl.float32)
     for t in range(TILES):
         o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        bits, probability = _watched(read_logits(logits, o, g, inside, GROUPS, M), kappa, N, M)
+        bits, probability = _statistics(read_logits(logits, o, g, inside, GROUPS, M), kappa, N, M)
         tl.store(hard_codes + o * GROUPS + g, bits.to(hard_codes.dtype.element_ty), mask=inside)
         largest += tl.where(inside, probability, 0.0)
     tl.store(sums + tl.program_id(0), tl.sum(largest))

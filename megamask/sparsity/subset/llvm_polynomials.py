@@ -1,13 +1,14 @@
-"""Polynomials of the linear distribution in registers: LLVM instructions for LANES groups at a
+"""Polynomials of the k-subset distribution in registers: LLVM instructions for LANES groups at a
 time, unrolled for one N:M.
 
-k_subset.py has the maths, and the same functions on tensors. (Loops over lines of groups took two
-to eight times as long, most of it for loads, stores and loop ends.) N and M are the lengths of the
-tuples ``kept`` and ``positions``, so that a compiled kernel is for one pattern. Every lane does the
+k_subset.py has the maths, and the same functions on tensors. Loops over lines of groups took two to
+eight times as long, most of it for loads, stores and loop ends. N and M are the lengths of the
+tuples ``kept`` and ``positions``, so each pattern has its own compiled kernel. Every lane does the
 same operations in the same order.
 
-A polynomial is a dict from degree to vector; what is not in it is 0. Arrays are fp32 lines along
-groups, (M, G) or (G,), padded to whole vectors; an intrinsic works on the groups from ``g`` on.
+A polynomial is a dict from degree to vector; a coefficient that is not in it is 0. Arrays are fp32
+lines along groups, (M, G) or (G,), padded to whole vectors; an intrinsic works on the groups from
+``g`` on.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Block:
     def times_both(
         self, poly: Polynomial, sums: Polynomial, u: Vector, v: Vector, d: Vector
     ) -> tuple[Polynomial, Polynomial]:
-        """``poly`` (sums of w(S)) and ``sums`` (of w(S) d(S)) with one more member."""
+        """``poly`` (sums of w(S)) and ``sums`` (of w(S) d(S)) with one more position."""
         product = {c: self.builder.fmul(u, term) for c, term in sums.items()}
         for c, term in poly.items():
             if c < self.size:
@@ -138,14 +139,14 @@ class Block:
         return to
 
     def inverse(self, u: Vector, v: Vector, others: Polynomial) -> Vector:
-        """1 / (v A + u B), of any one member: all have the same sum, that over all sets. A division
-        takes as long as 16 products.
+        """1 / (v A + u B) of a position. Every position has the same sum, that over all sets, so
+        one division serves all; it takes as long as 16 products.
         """
         whole = self.fma(v, others[self.size - 1], self.builder.fmul(u, others[self.size]))
         return self.builder.fdiv(self.number(1), whole)
 
     def others(self, prefix: Polynomial, suffix: Polynomial) -> tuple[Vector, Vector]:
-        """A and B of the member between."""
+        """A and B of the position between."""
         return self.coefficient(prefix, suffix, self.size - 1), self.coefficient(
             prefix, suffix, self.size
         )
@@ -232,7 +233,7 @@ def keep_largest(typing_context: Any, kept: Any, positions: Any, mask: Any, x: A
 
 @intrinsic
 def marginals(typing_context: Any, kept: Any, positions: Any, mask: Any, x: Any, g: Any) -> Any:
-    """mask (M, G) = the probability that each member is kept; x (M, G) = e^-|l - t| with the sign
+    """mask (M, G) = the probability that each position is kept; x (M, G) = e^-|l - t| with the sign
     of l - t.
     """
 
@@ -253,8 +254,8 @@ def marginals(typing_context: Any, kept: Any, positions: Any, mask: Any, x: Any,
 
 @intrinsic
 def covariances(typing_context: Any, kept: Any, positions: Any, slope: Any, x: Any, g: Any) -> Any:
-    """slope (M, G) becomes the covariance of each member's presence with the sum of slope over the
-    set; x as for ``marginals``.
+    """slope (M, G) becomes the covariance of each position's presence with the sum of slope over
+    the set; x as for ``marginals``.
     """
 
     def write(block: Block) -> None:

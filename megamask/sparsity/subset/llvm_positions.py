@@ -1,9 +1,14 @@
-"""Members of LANES groups between memory, where they lie group after group, and registers, one
-vector a member; the masking on the way.
+"""Moves weights between memory and vector registers for the subset kernels, and masks them on the
+way, as LLVM instructions.
 
-Compilers read such strided lines one number at a time, which took four times as long. Weights,
-gradients and results are raw bits, uint16 for bf16 and uint32 for fp32, of 1-d arrays; ``mask`` and
-the rest are as in llvm_polynomials.py.
+In memory the M weights of a group are neighbours: (g0 p0, g0 p1, .., g1 p0, ..). The polynomials of
+llvm_polynomials.py work on one vector for each position, with LANES groups side by side. ``read``
+and ``write`` convert between the two by shuffles. A compiler left to itself reads such strided
+lines one number at a time, which took four times as long.
+
+Weights, gradients and results are raw bits of 1-d arrays: uint16 for bf16, uint32 for fp32. Two
+bf16 positions share a 32-bit word where M is even. ``mask``, ``square`` and the arguments of the
+intrinsics are as in llvm_polynomials.py.
 """
 
 from __future__ import annotations
@@ -23,20 +28,22 @@ _UPPER = 0xFFFF0000
 
 
 class _Positions(Block):
-    """Reads and writes the members of LANES groups from ``g`` on of a 1-d array."""
+    """Reads and writes LANES groups of a 1-d array, from group ``g`` on."""
 
     def read(self, argument: int) -> list[Vector]:
-        """M vectors of fp32."""
+        """M vectors of fp32, one for each position; a lane is a group."""
+        # Words as they lie in memory: 32 bits, or 16 where a group is no whole number of words.
         units, halves = self._units(argument), self.signature.args[argument].dtype.bitwidth == 16
         per_group = len(units)
         positions = []
         for k in range(per_group):
+            # Word k of every group.
             lanes = _pick(self.builder, units, [lane * per_group + k for lane in range(LANES)])
             if not halves:
                 positions.append(lanes)
-            elif per_group == self.m:  # no whole number of words a group: a unit is one member
+            elif per_group == self.m:  # a word is one bf16
                 positions.append(self.builder.shl(self.builder.zext(lanes, _WORDS), _all(16)))
-            else:
+            else:  # a word is two bf16, the lower half first
                 positions += [
                     self.builder.shl(lanes, _all(16)),
                     self.builder.and_(lanes, _all(_UPPER)),
@@ -49,6 +56,7 @@ class _Positions(Block):
             self._pointers(argument),
             [self.builder.bitcast(position, _WORDS) for position in positions],
         )
+        # Round to bf16, and put two positions in a word.
         if self.signature.args[argument].dtype.bitwidth == 16:
             units = [
                 self._upper_half(position, bits)
@@ -61,6 +69,7 @@ class _Positions(Block):
                     self.builder.or_(low, self.builder.shl(high, _all(16)))
                     for low, high in zip(units[::2], units[1::2], strict=True)
                 ]
+        # Interleave: element ``at`` in memory is word at % count of group at // count.
         count = len(units)
         for number, pointer in enumerate(pointers):
             flat = range(number * LANES, (number + 1) * LANES)
@@ -74,9 +83,7 @@ class _Positions(Block):
         return [self.builder.load(pointer, align=2) for pointer in self._pointers(argument)]
 
     def _pointers(self, argument: int) -> list[Any]:
-        """Where each vector lies: of 32-bit words, or of 16-bit ones where a group is no whole
-        number of words.
-        """
+        """Addresses of the vectors of words that hold the LANES groups."""
         bits = self.signature.args[argument].dtype.bitwidth
         unit = bits if self.m * bits % 32 else 32
         kind = ir.VectorType(ir.IntType(unit), LANES)
@@ -100,7 +107,10 @@ def _all(value: int) -> Vector:
 
 
 def _pick(builder: Any, vectors: list[Vector], flat: list[int]) -> Vector:
-    """A vector of the elements with these numbers, counted through all vectors."""
+    """A vector of the elements with the numbers ``flat``, counted through all of ``vectors``.
+
+    A shuffle takes two vectors, so the vectors are gone through in pairs and merged.
+    """
     nothing, chosen = ir.Constant(vectors[0].type, ir.Undefined), None
     for first in range(0, len(vectors), 2):
         local = [at - first * LANES for at in flat]

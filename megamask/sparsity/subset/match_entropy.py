@@ -1,16 +1,22 @@
-"""How strongly a prior mask pulls under the linear distribution, so that learning starts as
-undecided as under the categorical one.
+"""How strongly a prior mask pulls under the k-subset distribution, so that learning starts as
+undecided as under the categorical distribution.
 
-The categorical start (MaskLLM, Eq. 9-10) gives candidate c the score s (N(0, 1) + alpha *
-overlap(c, prior)), s = kappa_0 * std, and so a law over candidates with some mean entropy H(alpha).
-The linear start gives every member noise and a bonus. Two numbers are chosen:
+The categorical start (MaskLLM, arXiv 2409.17481, Eq. 9-10) gives candidate c the score
 
-- noise_scale: a member's noise has this times std, sqrt((C - 1) / C * M / (N (M - N))), so that the
-  variance of the scores within a group is that of the categorical start.
-- bonus: kept members get std * bonus, where the mean entropy of P(S) ~ exp(sum of kappa_0 pi)
-  equals H(alpha). Without noise bonus = alpha exactly, because overlap is a sum over members; with
-  it, it stays within some percent of alpha at s = 1. For N = 1 or M - 1 the two starts are the
-  same.
+    s (N(0, 1) + alpha * overlap(c, prior)),  s = kappa_0 * std,
+
+and so a probability of every candidate, with some mean entropy H(alpha). The subset start gives
+every position noise and a bonus. Two numbers are chosen:
+
+- noise_scale: a position's noise has this times std,
+
+      sqrt((C - 1) / C * M / (N (M - N))),
+
+  so that the variance of the scores within a group is that of the categorical start.
+- bonus: kept positions get std * bonus, where the mean entropy of P(S) ~ exp(sum of kappa_0 pi)
+  equals H(alpha). Without noise bonus = alpha exactly, because overlap is a sum over positions;
+  with noise, it stays within some percent of alpha at s = 1. For N = 1 or M - 1 the two starts are
+  the same.
 
 Both entropies are means over a fixed sample of groups. For a pattern with many candidates, H sums
 STRATUM random ones of every overlap, weighted by how many there are.
@@ -33,14 +39,14 @@ CERTAIN = 1e-9  # nats
 
 
 def noise_scale(pattern: Pattern) -> float:
-    """Standard deviation of a member's initial logit over that of a candidate's."""
+    """Standard deviation of a position's initial logit over that of a candidate's."""
     n, m, candidates = pattern.n, pattern.m, pattern.num_candidates
     return math.sqrt((candidates - 1) / candidates * m / (n * (m - n)))
 
 
 @lru_cache
 def position_bonus(pattern: Pattern, strength: float, spread: float) -> float:
-    """The bonus of kept members, in units of the candidates' std.
+    """The bonus of kept positions, in units of the candidates' std.
 
     Args:
         pattern: N:M.
@@ -50,9 +56,9 @@ def position_bonus(pattern: Pattern, strength: float, spread: float) -> float:
     if spread == 0 or strength == 0 or pattern.n in (1, pattern.m - 1):
         return strength
     target = categorical_entropy(pattern, strength, spread)
-    if (
-        target < CERTAIN
-    ):  # no entropy is left to match: many strengths would do, and small ones would let go of the prior too soon
+    # No entropy is left to match: many strengths would do, and small ones would let go of the prior
+    # too soon.
+    if target < CERTAIN:
         return strength
     if mean_subset_entropy(pattern, 0.0, spread) <= target:
         return 0.0
