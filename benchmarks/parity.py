@@ -38,7 +38,7 @@ REFERENCES = {CATEGORICAL: gumbel_softmax, SUBSET: k_subset}
 KEY = NoiseKey(seed=2**32 - 2, step=7, micro_batch=3, parameter=0xDEADBEEF)
 # tau = 0.5 makes logits of up to 20 / 0.5 = 40, so an fp32 rounding (6e-8) there moves a
 # probability by 5e-6 at most; the log and exp of two libraries differ by a few such roundings.
-# Under linear a set adds up the scores of min(N, M - N) members: as many times that.
+# Under subset a set adds up the scores of min(N, M - N) positions: as many times that.
 SOFT_FP32 = 5e-5
 SOFT_BF16 = 2.0**-8  # one rounding to bf16 that falls to the other side
 # share of groups whose two best candidates lie within rounding of each other, with room to spare
@@ -120,19 +120,19 @@ def check_operator(
     distribution: Distribution,
     device: torch.device,
 ) -> list[Check]:
-    """Forward, backward and survey of one backend."""
+    """Forward, backward and mask statistics of one backend."""
     site, plain = (
         Site(pattern, Placement.whole(ROWS, GROUPS), distribution),
         REFERENCES[distribution],
     )
-    name, members = (
+    name, positions = (
         f"{name} {distribution}",
         min(pattern.n, pattern.m - pattern.n) if distribution is SUBSET else 1,
     )
     torch.manual_seed(0)
     logits = LOGIT_STD * torch.randn(ROWS, site.logits_per_group, GROUPS)
     checks = []
-    for dtype, soft in ((torch.float32, SOFT_FP32 * members), (torch.bfloat16, SOFT_BF16)):
+    for dtype, soft in ((torch.float32, SOFT_FP32 * positions), (torch.bfloat16, SOFT_BF16)):
         weight, grad = (torch.randn(ROWS, GROUPS * pattern.m).to(dtype) for _ in range(2))
         sample = Sample(KEY, kappa=300.0, tau=0.5)
         grad_here, logits_here, weight_here = (one.to(device) for one in (grad, logits, weight))
@@ -162,7 +162,7 @@ def check_operator(
         != plain.forward(logits, ones, site, hard)[0]
     )
     groups = changed.unflatten(1, (-1, pattern.m)).any(-1)
-    (hard_codes, largest), (found_winner, found_largest) = (
+    (hard_codes, largest), (found_codes, found_largest) = (
         plain.mask_statistics(logits, site, 300.0),
         backend.mask_statistics(logits.to(device), site, 300.0),
     )
@@ -174,7 +174,9 @@ def check_operator(
             NEAR_TIES,
         ),
         Check(
-            f"{name} {pattern}: other winners", float((found_winner.cpu() != hard_codes).sum()), 0.0
+            f"{name} {pattern}: other hard codes",
+            float((found_codes.cpu() != hard_codes).sum()),
+            0.0,
         ),
         Check(
             f"{name} {pattern}: largest probabilities",
@@ -203,15 +205,13 @@ def check_learning(options: argparse.Namespace, device: torch.device) -> tuple[s
     moved = torch.cat(
         [
             (one != other).flatten()
-            for one, other in zip(reference.hard_codes, reference.first_winners, strict=True)
+            for one, other in zip(reference.hard_codes, reference.first_codes, strict=True)
         ]
     )
-    assert moved.any(), "the steps changed no winner, so comparing them shows nothing"
+    assert moved.any(), "the steps changed no hard mask, so comparing them shows nothing"
     return here.transport, [
         Check(f"loss of {STEPS} learning steps", losses, LOSSES),
-        Check(
-            f"weights under another winner mask after {STEPS} steps", float(differing), HARD_CODES
-        ),
+        Check(f"weights under another hard mask after {STEPS} steps", float(differing), HARD_CODES),
     ]
 
 
@@ -220,7 +220,7 @@ class Learned:
     """What a few steps gave."""
 
     initial: dict[str, torch.Tensor]
-    first_winners: list[torch.Tensor]
+    first_codes: list[torch.Tensor]
     losses: list[float]
     hard_codes: list[torch.Tensor]
     transport: str
@@ -245,7 +245,7 @@ def learn(
 
 
 def hard_codes(lab: Lab) -> list[torch.Tensor]:
-    """The winner masks, on the CPU."""
+    """The hard masks, on the CPU."""
     return [linear.hard_mask().cpu() for linear in lab.masked_model.linears.values()]
 
 

@@ -94,12 +94,12 @@ def _mix_masks(mask, y, kept, groups, hard):  # type: ignore[no-untyped-def]
             mask[j, g] = F(0)
     if hard:
         for g in range(groups):
-            hard_codes = 0
+            best = 0
             for c in range(1, candidates):
-                if y[c, g] > y[hard_codes, g]:
-                    hard_codes = c
+                if y[c, g] > y[best, g]:
+                    best = c
             for k in range(positions):
-                mask[kept[hard_codes, k], g] = F(1)
+                mask[kept[best, k], g] = F(1)
     else:
         for c in range(candidates):
             for k in range(positions):
@@ -177,11 +177,13 @@ def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, i
         norm, largest = 0.0, 0.0
         for start in range(0, groups, tile):
             n = min(tile, groups - start)
+            # soft or hard mask of the tile
             ask_for(logits, weight, m, o, start, n)
             _probabilities(
                 y, top, word, logits[o], start, n, first + U64(start), key, kappa, inverse_tau
             )
             _mix_masks(mask, y, kept, n, hard)
+            # W * M and its squares
             apply_mask(
                 out[o, start * m : (start + n) * m],
                 square,
@@ -190,6 +192,7 @@ def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, i
                 n,
             )
             norm += sum_line(square, n)
+            # statistics of the logits without noise
             if hard_codes.size:
                 _hard_codes(
                     hard_codes[o, start : start + n], top, square, logits[o], start, n, kappa
@@ -202,10 +205,12 @@ def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, i
 # error_model: 0 / 0 is NaN, not an exception; the learning step refuses NaN by name
 @njit(nogil=True, cache=True, error_model="numpy")
 def backward(
-    into, is_sum, grad, logits, weight, kept, m, place, key, kappa, inverse_tau, hard, norm_coef
+    buffer, is_sum, grad, logits, weight, kept, m, place, key, kappa, inverse_tau, hard, norm_coef
 ):  # type: ignore[no-untyped-def]
-    """into (O, C, G) = or += dlogits of grad (O, I), the gradient at W * M, minus norm_coef * |W *
-    M|^2; the noise is drawn again.
+    """buffer (O, C, G) = or += the gradient at the logits.
+
+    grad (O, I) is the gradient at W * M; the gradient of - norm_coef * |W * M|^2 is added. The
+    noise is drawn again.
     """
     rows, candidates, groups = logits.shape
     tile = min(groups, TILE)
@@ -225,12 +230,14 @@ def backward(
         first = U64(place[0] + o) * U64(place[2]) + U64(place[1])
         for start in range(0, groups, tile):
             n = min(tile, groups - start)
+            # soft or hard mask of the tile
             ask_for(logits, weight, m, o, start, n)
-            ask_for(into, grad, m, o, start, n)
+            ask_for(buffer, grad, m, o, start, n)
             _probabilities(
                 y, top, word, logits[o], start, n, first + U64(start), key, kappa, inverse_tau
             )
             _mix_masks(mask, y, kept, n, hard)
+            # gradient at the mask, then at the logits through the softmax
             gradient_at_mask(
                 mask,
                 grad[o, start * m : (start + n) * m],
@@ -240,7 +247,7 @@ def backward(
             )
             _scores(score, mean, mask, y, kept, n)
             for c in range(candidates):
-                line = into[o, c, start : start + n]
+                line = buffer[o, c, start : start + n]
                 if is_sum:
                     for g in range(n):
                         store(line, g, load(line, g) + slope * y[c, g] * (score[c, g] - mean[g]))

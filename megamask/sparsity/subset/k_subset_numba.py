@@ -91,12 +91,12 @@ def _read(x, logits, o, start, rows, groups):  # type: ignore[no-untyped-def]
     """
     for row in range(rows):
         for j in range(x.shape[0]):
-            line, into = (
+            line, buffer = (
                 logits[o + row, j, start : start + groups],
                 x[j, row * groups : (row + 1) * groups],
             )
             for g in range(groups):
-                into[g] = load(line, g)
+                buffer[g] = load(line, g)
 
 
 @njit(inline="always")
@@ -262,7 +262,7 @@ def _words(m):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def backward(
-    into,
+    buffer,
     is_sum,
     grad,
     logits,
@@ -276,8 +276,10 @@ def backward(
     hard,
     norm_coef,
 ):  # type: ignore[no-untyped-def]
-    """into (O, M, G) = or += dlogits of grad (O, I), the gradient at W * M, minus norm_coef * |W *
-    M|^2; the noise is drawn again.
+    """buffer (O, M, G) = or += the gradient at the logits.
+
+    grad (O, I) is the gradient at W * M; the gradient of - norm_coef * |W * M|^2 is added. The
+    noise is drawn again.
     """
     rows, m, groups = logits.shape
     count, width, lanes = _cut(m, rows, groups)
@@ -294,7 +296,7 @@ def backward(
         for start in range(0, groups, width):
             r, w = min(count, rows - o), min(width, groups - start)
             _ask_for(logits, weight, o, start + width, count, width)
-            _ask_for(into, grad, o, start + width, count, width)
+            _ask_for(buffer, grad, o, start + width, count, width)
             # soft or hard mask of the tile
             _read(x, logits, o, start, r, w)
             _draw_words(word, place, o, start, r, w, key)
@@ -307,17 +309,17 @@ def backward(
             )
             for g in range(0, _whole(r * w), LANES):
                 llvm_polynomials.covariances(kept, positions, mask, x, g)
-            _put(into, is_sum, mask, slope, o, start, r, w)
+            _put(buffer, is_sum, mask, slope, o, start, r, w)
     restore(before)
 
 
 @njit(inline="always")
-def _put(into, is_sum, found, slope, o, start, rows, groups):  # type: ignore[no-untyped-def]
-    """into (O, M, G) = or += slope * found (M, lanes)."""
+def _put(buffer, is_sum, found, slope, o, start, rows, groups):  # type: ignore[no-untyped-def]
+    """buffer (O, M, G) = or += slope * found (M, lanes)."""
     for row in range(rows):
         for j in range(found.shape[0]):
             line, part = (
-                into[o + row, j, start : start + groups],
+                buffer[o + row, j, start : start + groups],
                 found[j, row * groups : (row + 1) * groups],
             )
             if is_sum:

@@ -99,7 +99,7 @@ def categorical_entropy(pattern: Pattern, strength: float, spread: float) -> flo
 
 
 def mean_subset_entropy(pattern: Pattern, bonus: float, spread: float) -> float:
-    """Mean entropy, in nats, of P(S) ~ exp(sum of s (noise + bonus on N members))."""
+    """Mean entropy, in nats, of P(S) ~ exp(sum of s (noise + bonus on N positions))."""
     n, m = pattern.n, pattern.m
     score_GM = (
         spread * noise_scale(pattern) * _noise(min(GROUPS, NUMBERS // (8 * m * min(n, m - n))), m)

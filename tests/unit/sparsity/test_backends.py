@@ -98,11 +98,11 @@ def test_the_fused_kernels_equal_the_plain_backend(
     )
 
     hard_codes, largest = FUSED.mask_statistics(logits, site, draw.kappa)
-    expected_winner, expected_largest = gumbel_softmax.mask_statistics(logits, site, draw.kappa)
-    assert torch.equal(hard_codes, expected_winner)
+    expected_codes, expected_largest = gumbel_softmax.mask_statistics(logits, site, draw.kappa)
+    assert torch.equal(hard_codes, expected_codes)
     # exp of differences below 2 kappa max|pi|, with C terms of which each rounds.
-    survey_error = EPS * (4 * draw.kappa * float(logits.abs().max()) + 4 * candidates)
-    torch.testing.assert_close(largest, expected_largest, rtol=survey_error, atol=0)
+    statistics_error = EPS * (4 * draw.kappa * float(logits.abs().max()) + 4 * candidates)
+    torch.testing.assert_close(largest, expected_largest, rtol=statistics_error, atol=0)
 
 
 def changed(

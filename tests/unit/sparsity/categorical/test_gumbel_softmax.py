@@ -187,7 +187,7 @@ def test_the_end_of_the_schedules_is_finite(dtype: torch.dtype) -> None:
         assert all(bool(torch.isfinite(one).all()) for one in (masked, norm, dlogits))
 
 
-def test_survey_counts_winners_and_largest_probabilities() -> None:
+def test_statistics_are_hard_codes_and_largest_probabilities() -> None:
     site, logits, _, _ = problem(2, 4)
     hard_codes, largest = gumbel_softmax.mask_statistics(logits, site, 100.0)
     assert hard_codes.dtype == torch.uint8

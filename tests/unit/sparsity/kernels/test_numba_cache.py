@@ -32,7 +32,10 @@ def test_every_module_with_a_kernel_is_counted() -> None:
 
 
 def test_numba_keeps_kernels_there() -> None:
-    code = "from megamask.sparsity.categorical import gumbel_softmax_numba as k; print(k.mask_statistics._cache.cache_path)"
+    code = (
+        "from megamask.sparsity.categorical import gumbel_softmax_numba as kernels\n"
+        "print(kernels.mask_statistics._cache.cache_path)"
+    )
     child = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

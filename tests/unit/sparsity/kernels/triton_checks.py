@@ -163,16 +163,19 @@ def test_the_kernels_equal_the_plain_backend(
     )
     assert torch.equal(found.hard_codes, expected.hard_codes)
     # The largest probabilities sum C exp of differences below 2 kappa max|pi|.
-    survey_error = EPS * (
+    statistics_error = EPS * (
         4 * draw.kappa * float(pi.abs().max()) + 4 * site.pattern.num_candidates
     ) + (1e-6 if DEVICE == "cuda" else 0)
     torch.testing.assert_close(
-        found.sums, expected.sums, rtol=max(4 * error + 1e-6, survey_error), atol=0
+        found.sums, expected.sums, rtol=max(4 * error + 1e-6, statistics_error), atol=0
     )
     hard_codes, largest = TRITON.mask_statistics(pi, site, draw.kappa)
     assert torch.equal(hard_codes, gumbel_softmax.mask_statistics(pi, site, draw.kappa)[0])
     torch.testing.assert_close(
-        largest, gumbel_softmax.mask_statistics(pi, site, draw.kappa)[1], rtol=survey_error, atol=0
+        largest,
+        gumbel_softmax.mask_statistics(pi, site, draw.kappa)[1],
+        rtol=statistics_error,
+        atol=0,
     )
 
     slack = gradient_error(pi, draw, n)

@@ -1,5 +1,5 @@
-"""Checks of the Triton backend's linear distribution against the PyTorch one, run by test_triton.py
-as triton_checks.py is.
+"""Checks of the Triton backend's k-subset distribution against plain PyTorch, run by
+test_triton.py as triton_checks.py is.
 
 Shapes: O out_features, I in_features, G groups per row, M group size.
 """
@@ -91,16 +91,16 @@ def test_the_kernels_equal_the_plain_backend(
     assert abs(float(found.sums[0] - expected.sums[0])) <= squares
 
     hard_codes, largest = TRITON.mask_statistics(pi, site, draw.kappa)
-    expected_winner, expected_largest = k_subset.mask_statistics(pi, site, draw.kappa)
-    assert torch.equal(hard_codes, expected_winner) and hard_codes.dtype == site.code_dtype
+    expected_codes, expected_largest = k_subset.mask_statistics(pi, site, draw.kappa)
+    assert torch.equal(hard_codes, expected_codes) and hard_codes.dtype == site.code_dtype
     # 2 K scores below kappa max|pi| decide a probability and round; M K positive products; the
     # hardware's exp of each; sums of 100.
     size = min(n, m - n)
-    survey_error = (
+    statistics_error = (
         EPS * (4 * size * draw.kappa * float(pi.float().abs().max()) + 4 * m * size + 100)
         + m * G_ERROR
     )
-    torch.testing.assert_close(largest, expected_largest, rtol=survey_error, atol=0)
+    torch.testing.assert_close(largest, expected_largest, rtol=statistics_error, atol=0)
     assert abs(float(found.sums[1] / largest - 1)) < 100 * EPS
 
     expected_dlogits = k_subset.backward(grad, pi, w, site, draw, SINK)
@@ -194,13 +194,13 @@ def test_a_bad_logit_spoils_its_group_and_no_other(hard: bool) -> None:
     assert torch.equal(TRITON.backward(weight, logits, weight, site, draw).isnan().any(1), spoiled)
 
 
-def test_ties_keep_the_earlier_members() -> None:
+def test_ties_keep_the_earlier_positions() -> None:
     site, (_, pi, w) = problem(2, 4)
     hard_codes, _ = TRITON.mask_statistics(torch.zeros_like(pi), site, 1.0)
     assert torch.equal(site.mask_of(hard_codes), site.pattern.best(torch.zeros_like(w)))
 
 
-def test_hard_masks_draw_members_one_after_the_other() -> None:
+def test_hard_masks_draw_positions_one_after_the_other() -> None:
     count, kappa = 2_000, 100.0
     positions = torch.tensor([0.012, -0.004, 0.001, -0.015], device=DEVICE)
     site = Site(Pattern(2, 4), Placement.whole(1, count), SUBSET)

@@ -1,8 +1,8 @@
-"""How far two fp32 backends of the linear distribution may lie apart, entry by entry.
+"""How far two fp32 backends of the k-subset distribution may lie apart, entry by entry.
 
 Scores that err by e change the probability of every set of N, relatively, by 2 K e at most, K =
-min(N, M - N). The members of a set are negatively correlated and their covariances with one member
-sum to 0, so that a marginal m moves by sum_i |Cov(1_i, 1_j)| e = 2 m (1 - m) e. A covariance is a
+min(N, M - N). The positions of a set are negatively correlated and their covariances with one
+position sum to 0, so that a marginal m moves by sum_i |Cov(1_i, 1_j)| e = 2 m (1 - m) e. A covariance is a
 sum over pairs of sets, one with j and one without, of P(S) P(S') (D(S) - D(S')): every term moves
 by 4 K e of itself. What it may err by is thus relative to the terms that cancel, |D(S)| + |D(S')|,
 and not to their sum; ``terms`` adds these up.
@@ -61,7 +61,7 @@ def bounds(
     kept, left = shares(score, site.pattern)
     mask = (
         2 * kept * left * error + rounds * kept
-    )  # fused kernels divide by the sum over all sets: of a member near 1 that rounds too
+    )  # fused kernels divide by the sum over all sets: of a position near 1 that rounds too
     mask_OI = mask.transpose(1, 2).flatten(1)
     if draw.hard:
         kept, mask_OI = k_subset.largest(score, site.pattern), torch.zeros_like(mask_OI)
@@ -70,7 +70,7 @@ def bounds(
     slope_error = norm * mask_OI + 4 * EPS * ((grad * weight).abs() + norm)
     slope, slope_error = (one.unflatten(1, (-1, m)).transpose(1, 2) for one in (slope, slope_error))
     # Four polynomials in the numerator's products and the denominator squared; the sums with d
-    # round three times a member.
+    # round three times a position.
     relative = 4 * min(n, m - n) * error + 4 * rounds
     gradient = terms(score, slope, site.pattern) * relative + terms(
         score, slope_error, site.pattern
@@ -97,7 +97,7 @@ def terms(score: torch.Tensor, slope: torch.Tensor, pattern: Pattern) -> torch.T
     """Sum over pairs of sets, one with j and one without, of P(S) P(S') (|D(S)| + |D(S')|) with
     sums of |slope|, (O, M, G).
 
-    For N > M/2 of the sets of the members left out, as the backends count then.
+    For N > M/2 of the sets of the positions left out, as the backends count then.
     """
     n, m = pattern.n, pattern.m
     if 2 * n > m:

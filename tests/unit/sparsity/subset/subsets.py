@@ -1,4 +1,4 @@
-"""The linear distribution written out a second time, slowly: every set of N members, fp64 and
+"""The k-subset distribution written out a second time, slowly: every set of N positions, fp64 and
 autograd.
 
 Shapes: O out_features, I in_features, G groups per row, C candidates, M group size.
@@ -44,7 +44,7 @@ def mask(
 
 
 def one_after_the_other(weights: list[float], n: int) -> dict[tuple[int, ...], float]:
-    """Probability of every set of n members drawn without replacement, each with probability ~
+    """Probability of every set of n positions drawn without replacement, each with probability ~
     weight among those left.
     """
     chance: dict[tuple[int, ...], float] = {}

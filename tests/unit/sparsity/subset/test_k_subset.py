@@ -1,4 +1,4 @@
-"""The linear distribution in plain PyTorch against brute force over all candidates; wrong answers
+"""The k-subset distribution in plain PyTorch against brute force over all candidates; wrong answers
 are shown to fail.
 
 Shapes: O out_features, I in_features, G groups per row, M group size.
@@ -178,13 +178,13 @@ def test_wrong_answers_fail(n: int, m: int) -> None:
         assert difference.abs().max() > 0.01 * expected.abs().max(), (
             f"a wrong {name} went unnoticed"
         )
-    # Independent members would have the gradient m (1 - m) d alone.
+    # Independent positions would have the gradient m (1 - m) d alone.
     score = k_subset.scores(logits, site, draw)
     slope = (grad * weight).unflatten(1, (-1, m)).transpose(1, 2)
     mask = k_subset.marginals(score, site.pattern)
     alone, whole = mask * (1 - mask) * slope, k_subset.covariances(score, slope, site.pattern)
     assert (alone - whole).abs().max() > 0.1 * whole.abs().max()
-    assert whole.sum(1).abs().max() < 1e-10  # the sum over members is constant
+    assert whole.sum(1).abs().max() < 1e-10  # the sum over positions is constant
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 4), (8, 16)])
@@ -201,7 +201,7 @@ def test_soft_masks_tend_to_the_largest_scores(n: int, m: int) -> None:
     assert distance[-1] < 0.05
 
 
-def test_equal_scores_keep_the_earlier_members() -> None:
+def test_equal_scores_keep_the_earlier_positions() -> None:
     pattern, flat = Pattern(2, 4), torch.zeros(1, 4, 1)
     assert k_subset.largest(flat, pattern).flatten().tolist() == [1, 1, 0, 0]
     assert k_subset.marginals(flat, pattern).flatten().tolist() == [0.5] * 4
@@ -224,7 +224,7 @@ def test_one_of_m_is_the_categorical_distribution() -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
-def test_survey_names_the_best_candidate_and_its_probability(n: int, m: int) -> None:
+def test_statistics_name_the_best_candidate_and_its_probability(n: int, m: int) -> None:
     site, logits, *_ = problem(n, m)
     hard_codes, largest = k_subset.mask_statistics(logits, site, 100.0)
     assert hard_codes.dtype == (torch.uint8 if m <= 8 else torch.int16)
@@ -239,7 +239,7 @@ def test_survey_names_the_best_candidate_and_its_probability(n: int, m: int) -> 
     )
 
 
-def test_winners_of_32_members_and_no_more() -> None:
+def test_hard_codes_of_32_positions_and_no_more() -> None:
     pattern = Pattern(16, 32)
     site = Site(pattern, Placement.whole(4, 3), SUBSET)
     logits = torch.randn(4, 32, 3, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The fused CPU kernels of the linear distribution against plain PyTorch, and independent of
+"""The fused CPU kernels of the k-subset distribution against plain PyTorch, and independent of
 threads and of the place in memory.
 
 Shapes: O out_features, I in_features, G groups per row, M group size.
@@ -92,11 +92,13 @@ def test_the_fused_kernels_equal_the_plain_backend(
     )
 
     hard_codes, largest = FUSED.mask_statistics(logits, site, draw.kappa)
-    expected_winner, expected_largest = k_subset.mask_statistics(logits, site, draw.kappa)
-    assert torch.equal(hard_codes, expected_winner) and hard_codes.dtype == site.code_dtype
+    expected_codes, expected_largest = k_subset.mask_statistics(logits, site, draw.kappa)
+    assert torch.equal(hard_codes, expected_codes) and hard_codes.dtype == site.code_dtype
     # 2 M scores below kappa max|pi| round, and M K positive products.
-    survey_error = EPS * (4 * m * draw.kappa * float(logits.abs().max()) + 4 * m * min(n, m - n))
-    torch.testing.assert_close(largest, expected_largest, rtol=survey_error, atol=0)
+    statistics_error = EPS * (
+        4 * m * draw.kappa * float(logits.abs().max()) + 4 * m * min(n, m - n)
+    )
+    torch.testing.assert_close(largest, expected_largest, rtol=statistics_error, atol=0)
     assert abs(float(found.sums[1] / largest - 1)) < 1e-12
 
 
@@ -127,7 +129,7 @@ def test_hard_masks_are_legal_also_where_scores_are_equal(shape: tuple[int, int]
     flat = torch.zeros_like(logits)
     hard_codes, _ = FUSED.mask_statistics(
         flat, site, 1.0
-    )  # no noise: every score is equal, and the earlier members win
+    )  # no noise: every score is equal, and the earlier positions win
     assert torch.equal(site.mask_of(hard_codes), site.pattern.best(torch.zeros_like(weight)))
 
 

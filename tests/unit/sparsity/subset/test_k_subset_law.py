@@ -1,9 +1,10 @@
-"""Which law hard masks are drawn from: categorical perturbs candidates, linear perturbs members,
+"""Which law hard masks are drawn from: categorical perturbs candidates, subset perturbs positions,
 and these are two laws.
 
-With candidate logits that are sums of member logits, categorical draws P(S) ~ exp(kappa sum of pi);
-linear draws members one after the other without replacement (Plackett-Luce). Both by chi-square
-against exact enumeration, each against its own law and the other's.
+With candidate logits that are sums of position logits, categorical draws
+P(S) ~ exp(kappa sum of pi); subset draws positions one after the other without replacement
+(Plackett-Luce). Both by chi-square against exact enumeration, each against its own law and the
+other's.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from tests.unit.sparsity.subset import subsets
 
 N = 60_000  # independent groups with equal logits
 KAPPA = 100.0
-MEMBERS = torch.tensor([0.012, -0.004, 0.001, -0.015])  # kappa pi spans -1.5 .. 1.2
+POSITIONS = torch.tensor([0.012, -0.004, 0.001, -0.015])  # kappa pi spans -1.5 .. 1.2
 SETS = list(itertools.combinations(range(4), 2))
 
 
 def counts(distribution: Distribution, backend: ModuleType, tau: float = 1.0) -> torch.Tensor:
     """How often each of the 6 candidates was drawn, by hard masks."""
     logits = (
-        MEMBERS
+        POSITIONS
         if distribution is SUBSET
-        else torch.stack([MEMBERS[list(one)].sum() for one in SETS])
+        else torch.stack([POSITIONS[list(one)].sum() for one in SETS])
     )
     site = Site(Pattern(2, 4), Placement.whole(1, N), distribution)
     draw = Sample(NoiseKey(seed=99, step=1), KAPPA, tau, hard=True)
@@ -52,10 +53,10 @@ def chi_square(found: torch.Tensor, probability: torch.Tensor) -> float:
 
 
 LAWS = {
-    "candidates": subsets.probabilities(KAPPA * MEMBERS.view(1, 4, 1), 2).flatten(),
-    "members": torch.tensor(
+    "candidates": subsets.probabilities(KAPPA * POSITIONS.view(1, 4, 1), 2).flatten(),
+    "positions": torch.tensor(
         [
-            subsets.one_after_the_other((KAPPA * MEMBERS.double()).exp().tolist(), 2)[one]
+            subsets.one_after_the_other((KAPPA * POSITIONS.double()).exp().tolist(), 2)[one]
             for one in SETS
         ]
     ).double(),
@@ -67,8 +68,8 @@ LAWS = {
     [
         pytest.param(CATEGORICAL, gumbel_softmax, "candidates", id="categorical-torch"),
         pytest.param(CATEGORICAL, FUSED, "candidates", id="categorical-numba"),
-        pytest.param(SUBSET, k_subset, "members", id="subset-torch"),
-        pytest.param(SUBSET, FUSED, "members", id="subset-numba"),
+        pytest.param(SUBSET, k_subset, "positions", id="subset-torch"),
+        pytest.param(SUBSET, FUSED, "positions", id="subset-numba"),
     ],
 )
 def test_each_distribution_draws_its_law_and_not_the_other(
@@ -84,12 +85,12 @@ def test_each_distribution_draws_its_law_and_not_the_other(
         assert chi_square(found, LAWS[other]) > 200
 
 
-def test_both_laws_have_their_mode_at_the_winner() -> None:
+def test_both_laws_have_their_mode_at_the_hard_mask() -> None:
     site = Site(Pattern(2, 4), Placement.whole(1, 1), SUBSET)
-    hard_codes, largest = k_subset.mask_statistics(MEMBERS.view(1, 4, 1), site, KAPPA)
+    hard_codes, largest = k_subset.mask_statistics(POSITIONS.view(1, 4, 1), site, KAPPA)
     best = int(site.pattern.index_of(site.mask_of(hard_codes)))
     assert all(int(law.argmax()) == best for law in LAWS.values())
     assert float(largest) == pytest.approx(
         float(LAWS["candidates"].max()), rel=1e-5
-    )  # survey speaks of the law that no noise enters
-    assert float(largest) != pytest.approx(float(LAWS["members"].max()), rel=1e-2)
+    )  # statistics speak of the law that no noise enters
+    assert float(largest) != pytest.approx(float(LAWS["positions"].max()), rel=1e-2)

@@ -116,7 +116,7 @@ def test_a_weak_prior_is_no_bonus_and_none_is_zero() -> None:
     )  # 12 halvings
     assert (
         position_bonus(Pattern(2, 4), 0.01, 0.01) == 0
-    )  # sums of members are less random than candidates: even without a bonus
+    )  # sums of positions are less random than candidates: even without a bonus
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_prior_beyond_doubt_is_as_strong_as_it_says(
     assert position_bonus(Pattern(n, m), alpha, spread) == alpha
 
 
-def test_the_winner_of_a_start_is_most_often_the_prior() -> None:
+def test_the_hard_mask_of_a_start_is_most_often_the_prior() -> None:
     site = Site(Pattern(8, 16), Placement.whole(16, 32), SUBSET)
     prior = site.pattern.best(torch.rand(16, 512, generator=torch.Generator().manual_seed(3)))
     bonus = site.distribution.prior_bonus(prior, site.pattern, 3.0, STD, KAPPA * STD)
