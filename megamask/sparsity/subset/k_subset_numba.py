@@ -91,12 +91,10 @@ def _read(x, logits, o, start, rows, groups):  # type: ignore[no-untyped-def]
     """
     for row in range(rows):
         for j in range(x.shape[0]):
-            line, buffer = (
-                logits[o + row, j, start : start + groups],
-                x[j, row * groups : (row + 1) * groups],
-            )
+            line = logits[o + row, j, start : start + groups]
+            part = x[j, row * groups : (row + 1) * groups]
             for g in range(groups):
-                buffer[g] = load(line, g)
+                part[g] = load(line, g)
 
 
 @njit(inline="always")
@@ -113,12 +111,8 @@ def _draw_words(word, place, o, start, rows, groups, key):  # type: ignore[no-un
         first = U64(place[0] + o + row) * U64(place[2]) + U64(place[1] + start)
         here = slice(row * groups, row * groups + count)
         for block in range(word.shape[0] // 4):
-            a, b, c, d = (
-                word[4 * block, here],
-                word[4 * block + 1, here],
-                word[4 * block + 2, here],
-                word[4 * block + 3, here],
-            )
+            a, b = word[4 * block, here], word[4 * block + 1, here]
+            c, d = word[4 * block + 2, here], word[4 * block + 3, here]
             for g in range(count):
                 group = first + U64(g)
                 w0, w1, w2, w3 = mix(
@@ -318,10 +312,8 @@ def _put(buffer, is_sum, found, slope, o, start, rows, groups):  # type: ignore[
     """buffer (O, M, G) = or += slope * found (M, lanes)."""
     for row in range(rows):
         for j in range(found.shape[0]):
-            line, part = (
-                buffer[o + row, j, start : start + groups],
-                found[j, row * groups : (row + 1) * groups],
-            )
+            line = buffer[o + row, j, start : start + groups]
+            part = found[j, row * groups : (row + 1) * groups]
             if is_sum:
                 for g in range(groups):
                     store(line, g, load(line, g) + slope * part[g])

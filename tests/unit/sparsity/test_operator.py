@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from megamask.sparsity.categorical import gumbel_softmax
 from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import GradientSink, Sample, Site
 from megamask.sparsity.noise import NoiseKey
-from megamask.sparsity.operator import sample_mask
+from megamask.sparsity.operator import sample_mask, sampler_for
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from tests.unit.sparsity.samplers import FUSED, PLAIN, AnyDistribution
@@ -136,3 +139,32 @@ def test_logits_may_be_stored_in_bf16(sampler: AnyDistribution) -> None:
     trained = small.requires_grad_()
     sample_mask(trained, weight, SITE, SAMPLE, sampler).masked.backward(grad)
     assert trained.grad is not None and trained.grad.dtype == torch.bfloat16
+
+
+def test_a_step_runs_through_three_files() -> None:
+    """What a reader has to follow from the masked linear to the kernels."""
+    logits, weight, grad = problem()
+    sampler, buffer = sampler_for("numba", SITE.distribution), torch.zeros_like(logits)
+    sink, seen = GradientSink(1e-3, buffer), set()
+    logits.requires_grad_()
+
+    def step(number: int) -> None:
+        sample = Sample(NoiseKey(1, number), 200.0, 0.7).of(4)
+        sample_mask(logits, weight, SITE, sample, sampler, sink, True).masked.backward(grad)
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and "megamask" in path.parts and path.name != Path(__file__).name:
+            seen.add(path.name)
+
+    step(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sys.setprofile(note)
+    try:
+        step(1)
+    finally:
+        sys.setprofile(None)
+        torch.set_num_threads(threads)
+    # and the file of the compiled kernels
+    assert seen == {"operator.py", "draw.py", "numba_host.py", "gumbel_softmax_numba.py"}

@@ -2,10 +2,13 @@
 
 Scores that err by e change the probability of every set of N, relatively, by 2 K e at most, K =
 min(N, M - N). The positions of a set are negatively correlated and their covariances with one
-position sum to 0, so that a marginal m moves by sum_i |Cov(1_i, 1_j)| e = 2 m (1 - m) e. A covariance is a
-sum over pairs of sets, one with j and one without, of P(S) P(S') (D(S) - D(S')): every term moves
-by 4 K e of itself. What it may err by is thus relative to the terms that cancel, |D(S)| + |D(S')|,
-and not to their sum; ``terms`` adds these up.
+position sum to 0, so that a marginal m moves by
+
+    sum_i |Cov(1_i, 1_j)| e = 2 m (1 - m) e.
+
+A covariance is a sum over pairs of sets, one with j and one without, of
+P(S) P(S') (D(S) - D(S')): every term moves by 4 K e of itself. So the allowed error is relative to
+the terms that cancel, |D(S)| + |D(S')|, and not to their sum; ``terms`` adds these up.
 
 Shapes: O out_features, I in_features, G groups per row, M group size.
 """
