@@ -223,7 +223,7 @@ def look_at_teachers(rank: int, run_dir: Path) -> dict[str, Any]:
         found["drawn"] = look(masked_model, config, batch)
         masked_model.switch.sample = None
         for linear in masked_model.linears.values():
-            linear.begin_step(draw, False)
+            linear.begin_step(draw, norm_coef=0.0, sums_in_fp32=False)
         found["step"] = look(masked_model, config, batch)
         for linear in masked_model.linears.values():
             linear.drop_draw()

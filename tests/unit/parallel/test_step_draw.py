@@ -57,10 +57,10 @@ def layers(backend: str) -> tuple[list[Any], MaskSwitch]:
         linear.attach_logits(
             linear.make_site(Pattern(2, 4), "x", CATEGORICAL), 10 - number, switch, backend
         )
-        linear.mask_logits.data.normal_(std=0.01, generator=noise)
-        linear.mask_logits.main_grad = torch.full_like(
-            linear.mask_logits, float("nan"), requires_grad=False
-        )  # replaced, not added to
+        logits: Any = linear.mask_logits
+        logits.data.normal_(std=0.01, generator=noise)
+        # replaced, not added to
+        logits.main_grad = torch.full_like(logits, float("nan"), requires_grad=False)
         made.append(linear)
     return made, switch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_the_fused_kernels_equal_the_plain_backend(
 
 
 def changed(
-    sample: Sample, sink: GradientSink, change: dict[str, float]
+    sample: Sample, sink: GradientSink, change: dict[str, Any]
 ) -> tuple[Sample, GradientSink]:
     """The sample and the sink with one of their fields changed."""
     if "norm_coef" in change:
@@ -205,6 +206,7 @@ def test_gradients_that_are_not_contiguous() -> None:
         leaf, weight, site, DRAWS[0], sampler_for("numba", site.distribution), SINK
     ).masked
     masked.backward(grad.T.contiguous().T)
+    assert leaf.grad is not None
     assert torch.equal(leaf.grad, FUSED.backward(grad, logits, weight, site, DRAWS[0], SINK))
 
 

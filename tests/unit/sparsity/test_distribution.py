@@ -17,7 +17,7 @@ import torch
 
 from megamask.sparsity.categorical import gumbel_softmax
 from megamask.sparsity.categorical.categorical import CATEGORICAL
-from megamask.sparsity.draw import Sample, Site
+from megamask.sparsity.draw import Sample, Site, gumbel_noise
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
@@ -127,7 +127,7 @@ def test_soft_masks_become_hard_as_tau_falls(backend: ModuleType) -> None:
 def test_neighbouring_keys_are_uncorrelated() -> None:
     site, logits = Site(Pattern(2, 4), Placement.whole(1, N), CATEGORICAL), torch.zeros(1, 6, N)
     first, *others = (
-        gumbel_softmax.gumbel_noise(site, Sample(key, 1, 1), N, "cpu", torch.float64).flatten()
+        gumbel_noise(site, Sample(key, 1, 1), N, "cpu", torch.float64).flatten()
         for key in (
             NoiseKey(1, 1),
             NoiseKey(2, 1),

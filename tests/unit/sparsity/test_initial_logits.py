@@ -32,7 +32,7 @@ def some_mask(n: int, m: int, rows: int, groups: int) -> torch.Tensor:
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_similarity_is_the_overlap_minus_its_mean_over_candidates(n: int, m: int) -> None:
     mask, table = some_mask(n, m, 3, 4), candidate_table(n, m)
-    sim = similarity(mask, site_of(n, m, 3, 4))
+    sim = similarity(mask, Pattern(n, m))
     for o in range(3):
         for g in range(4):
             overlap = [

@@ -43,9 +43,12 @@ def test_only_the_inputs_are_kept_for_the_backward() -> None:
     logits, weight, _ = problem()
     logits.requires_grad_()
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
-    ):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         sample_mask(logits, weight, SITE, SAMPLE, FUSED, SINK)
     assert kept == [logits.data_ptr(), weight.data_ptr()]
 
@@ -53,7 +56,7 @@ def test_only_the_inputs_are_kept_for_the_backward() -> None:
 @SAMPLERS
 def test_recomputation_draws_the_same(sampler: AnyDistribution) -> None:
     logits, weight, _ = problem()
-    gradients = []
+    gradients: list[torch.Tensor] = []
     for recompute in (False, True):
         pi = logits.clone().requires_grad_()
 
@@ -62,6 +65,7 @@ def test_recomputation_draws_the_same(sampler: AnyDistribution) -> None:
             return masked.square().sum()
 
         (checkpoint(layer, pi, use_reentrant=False) if recompute else layer(pi)).backward()
+        assert pi.grad is not None
         gradients.append(pi.grad)
     assert torch.equal(*gradients)
 

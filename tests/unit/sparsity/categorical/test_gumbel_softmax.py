@@ -7,6 +7,7 @@ Shapes: O out_features, I in_features, G groups per row, C candidates.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ COEFS = [0.0, 0.03, 0.0, 0.03]
 PATTERNS = [(2, 4), (1, 4), (4, 8)]
 # Both sides compute in fp64 and differ in the order of operations: a few hundred roundings of
 # 1.1e-16 on scores below 1e2.
-FP64 = {"rtol": 1e-11, "atol": 1e-12}
+FP64: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-12}
 
 
 def problem(n: int, m: int) -> tuple[Site, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,6 +129,7 @@ def test_autograd_sees_the_same_gradient_and_none_for_the_weight() -> None:
     masked, (norm, _), _ = sample_mask(logits, weight, site, draw, gumbel_softmax, sink)
     assert not norm.requires_grad
     (grad * masked).sum().backward()
+    assert logits.grad is not None
     plain = (logits.detach(), weight.detach(), site, draw, sink)
     assert torch.equal(logits.grad, gumbel_softmax.backward(grad, *plain))
     assert weight.grad is None
@@ -176,9 +178,8 @@ def test_soft_groups_sum_to_n() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_end_of_the_schedules_is_finite(dtype: torch.dtype) -> None:
-    site, logits, weight, grad = (
-        one.to(dtype) if isinstance(one, torch.Tensor) else one for one in problem(2, 4)
-    )
+    site, *tensors = problem(2, 4)
+    logits, weight, grad = (one.to(dtype) for one in tensors)
     draw = Sample(KEY, kappa=500.0, tau=0.05)
     for scale in (1.0, 100.0, 1e4):  # logits of std 0.01, 1, 100
         masked, (norm, _), _ = gumbel_softmax.forward(scale * logits, weight, site, draw)

@@ -45,6 +45,7 @@ SLOW = {Site(Pattern(8, 16), WHOLE, SUBSET): (255, 2048)}
 
 def source(site: Site, name: str, logits: str, flag: bool) -> ASTSource:
     """A kernel with bf16 weights, as fused_cuda launches it in a big layer."""
+    assert site.distribution.triton is not None
     kernels = import_module(site.distribution.triton).kernels_of(site.pattern, CPU)
     kernel = getattr(kernels, name)
     cut = triton_host.Cut.of(1 << 20, 1024)

@@ -170,7 +170,7 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
     part = Site(
         whole.pattern,
         Placement((RowBlock(0, 2, place.blocks[0].global_start + 1),), 3, GROUPS),
-        "linear",
+        SUBSET,
     )
     some = (pi[rows, :, groups], w[rows, inputs], part, draw)
     assert torch.equal(TRITON.forward(*some).masked, masked[rows, inputs])
