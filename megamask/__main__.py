@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
-from megamask.verbs.table import VERBS, Verb, words_of
+from megamask.verbs.table import VERBS, PlanArguments, Verb, words_of
 
 
 @dataclass
@@ -28,12 +28,14 @@ class Request:
         recipe: the file after ``--config``.
         overrides: ``key.sub=value`` words.
         arguments: of the verb itself, by the name of their field, as text.
+        dry_run: whether to print the resolved settings and stop.
     """
 
     verb: str
     recipe: Path | None = None
     overrides: list[str] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
+    dry_run: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,20 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 Ctrl-C).
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or "-h" in words or "--help" in words:
-        print(_help())
-        return EXIT_OK if words else EXIT_USER_ERROR
     try:
+        if not words or "-h" in words or "--help" in words:
+            print(_help_of(words[0]) if words and words[0] in VERBS else _help())
+            return EXIT_OK if words else EXIT_USER_ERROR
         request = parse(words)
         from megamask.config.load import read_settings  # pydantic and yaml: not needed for --help
 
         _talk()
-        config, arguments = read_settings(request.recipe, request.overrides)
+        config, old_arguments = read_settings(request.recipe, request.overrides)
         verb = VERBS[request.verb]
-        given = arguments.get(request.verb, {}) | request.arguments
-        run = importlib.import_module(verb.module).run
-        code = run(config, build_arguments(request.verb, given)) if verb.fields else run(config)
-        return code or EXIT_OK
+        given = old_arguments.get(request.verb, {}) | request.arguments
+        arguments = [build_arguments(request.verb, given)] if verb.fields else []
+        if request.dry_run:
+            _show(request.verb, config)
+            return EXIT_OK
+        return importlib.import_module(verb.module).run(config, *arguments) or EXIT_OK
     except MegamaskError as error:
         who = "" if os.environ.get("RANK", "0") == "0" else f" (rank {os.environ['RANK']})"
         print(f"megamask: error{who}: {error}", file=sys.stderr, flush=True)
@@ -87,6 +91,10 @@ def parse(words: Sequence[str]) -> Request:
         flag, has_value, value = word.partition("=")
         if flag == "--config":
             request.recipe = Path(_value(flag, value, has_value, rest))
+        elif word == "--dry-run":
+            request.dry_run = True
+        elif word in verb.flags and verb.flags[word].metadata["kind"] is bool:
+            request.arguments[verb.flags[word].name] = True
         elif flag in verb.flags:
             request.arguments[verb.flags[flag].name] = _value(flag, value, has_value, rest)
         elif flag in verb.shortcuts:
@@ -125,8 +133,8 @@ def build_arguments(name: str, given: dict[str, Any]) -> Any:
 
 def _checked(one: Field[Any], value: Any) -> Any:
     flag = words_of(one).partition(" ")[0]
-    if value is None:
-        return None
+    if value is None or isinstance(value, bool):
+        return value
     if one.metadata["kind"] is int:
         text = str(value)
         if not text.isdecimal() or int(text) == 0:
@@ -160,12 +168,28 @@ def _value(flag: str, value: str, has_value: str, rest: list[str]) -> str:
 
 
 def _options(name: str, verb: Verb) -> str:
-    own = ", ".join([*verb.flags, *(one for one in verb.shortcuts if one not in HIDDEN)])
-    allowed = "--config FILE, or key.sub=value without dashes"
+    own = ", ".join([*verb.flags, *_shortcuts(verb)])
+    allowed = "--config FILE, --dry-run, --help, or key.sub=value without dashes"
     return f"{allowed}; {name} also has {own}" if own else allowed
 
 
-HIDDEN = ("--footprint",)  # words of before
+def _shortcuts(verb: Verb) -> list[str]:
+    """The flags that stand for settings, without those that are words of before."""
+    return [flag for flag in verb.shortcuts if flag != "--footprint"]
+
+
+def _show(name: str, config: Any) -> None:
+    """Print the resolved settings as a recipe, and for learn the plan's figures."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    import yaml
+
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    if name == "learn":
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        gpu = "cpu" if config.device == "cpu" else None
+        arguments = PlanArguments(dp=max(1, ranks // config.parallel.tp), gpu=gpu)
+        importlib.import_module(VERBS["plan"].module).run(config, arguments)
 
 
 def _talk() -> None:
@@ -182,22 +206,34 @@ def _talk() -> None:
 
 
 def _help() -> str:
-    lines = [
-        "usage: megamask VERB [--config FILE] [key.sub=value ...]",
-        "",
-        *(f"  {name:<9} {verb.summary}" for name, verb in VERBS.items()),
-        "",
+    return "\n".join(
+        [
+            "usage: megamask VERB [--config FILE] [key.sub=value ...] [--dry-run]",
+            "",
+            *(f"  {name:<9} {verb.summary}" for name, verb in VERBS.items()),
+            "",
+            "megamask VERB --help: its arguments and the settings that it reads.",
+            "megamask settings: all settings. Recipes: configs/recipes/.",
+        ]
+    )
+
+
+def _help_of(name: str) -> str:
+    """Arguments and settings of a verb."""
+    from megamask.config.describe import as_text  # pydantic, no torch
+
+    verb = VERBS[name]
+    places = [
+        f"[{words_of(one)}]" if one.default is None else words_of(one) for one in verb.positional
     ]
-    for name, verb in VERBS.items():
-        if verb.fields:
-            words = [words_of(one) for one in verb.positional]
-            flags = [*verb.flags, *(one for one in verb.shortcuts if one not in HIDDEN)]
-            lines.append(" ".join(["megamask", name, *words, *(f"[{flag} …]" for flag in flags)]))
-    lines += [
-        "",
-        "Settings and their defaults: megamask/config/tree.py. Recipes: configs/recipes/.",
-    ]
-    return "\n".join(lines)
+    usage = " ".join(["usage: megamask", name, *places, "[--config FILE] [key.sub=value ...]"])
+    rows = [(words_of(one), str(one.metadata["help"])) for one in verb.fields]
+    rows += [(f"{flag} VALUE", verb.shortcuts[flag]) for flag in _shortcuts(verb)]
+    rows.append(("--dry-run", "print the resolved settings and stop"))
+    width = max(len(words) for words, _ in rows) + 2
+    lines = [usage, "", verb.summary, "", *(f"  {words:<{width}}{said}" for words, said in rows)]
+    settings = as_text(verb.sections) if verb.sections else ""
+    return "\n".join([*lines, *(["", settings] if settings else [])])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megamask.config.legacy import flatten
+from megamask.config.nested import flatten
 from megamask.config.section import is_free
 from megamask.config.tree import Config
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
-from megamask.config.presets import merge
+from megamask.config.nested import flatten, merge, nest
 from megamask.config.tree import Config
 from megamask.errors import ConfigError
 
@@ -89,29 +89,6 @@ def take_arguments(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
             log.warning("%s.%s is %s of megamask %s now", verb, key, names[key], verb)
             taken.setdefault(verb, {})[names[key].removeprefix("--").lower()] = value
     return taken
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys -> values. An empty mapping has none."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested mappings of dotted keys."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *sections, name = key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = value
-    return tree
 
 
 class _Old:

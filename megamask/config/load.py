@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megamask.config import legacy
-from megamask.config.presets import merge, named_settings, plain
+from megamask.config.nested import merge, nest
+from megamask.config.presets import named_settings, plain
 from megamask.config.tree import Config
 from megamask.errors import ConfigError
 
@@ -76,7 +77,7 @@ def read_settings(
                 "an override has the form key.sub=value",
                 "Write it as, for example, learn.steps=100.",
             )
-        merge(from_overrides, legacy.nest({key.strip(): _parse_scalar(key, text)}))
+        merge(from_overrides, nest({key.strip(): _parse_scalar(key, text)}))
     layers = [from_recipe, from_overrides]
     arguments: dict[str, dict[str, Any]] = {}
     for layer in layers:

@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from megamask.config.nested import merge
+
 # MaskLLM, Table 7 (LLaMA-2 7B) and Appendix A: 2,000 steps, global batch 256, AdamW(5e-4, weight
 # decay 0.1), kappa 1e2 -> 5e2, tau 4 -> 0.05, SparseGPT prior with alpha 3, logits N(0, 0.01),
 # weight-norm term 1e-5.
@@ -121,14 +123,3 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for key, value in values.items()
     }
-
-
-def merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
-    """Put the values of ``above`` into ``below``, section by section."""
-    for key, value in above.items():
-        if isinstance(value, dict):
-            if not isinstance(below.get(key), dict):
-                below[key] = {}
-            merge(below[key], value)
-        else:
-            below[key] = value

@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megamask.config.legacy import nest, upgrade_note
+from megamask.config.legacy import upgrade_note
 from megamask.config.method_names import DISTRIBUTION_OF
+from megamask.config.nested import nest
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.safe_checkpoint import NOTE, read_index, reason_of

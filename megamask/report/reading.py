@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megamask.config import Config, run_paths
+from megamask.config.nested import flatten
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
@@ -101,20 +102,14 @@ def mask_provenance(path: Path) -> dict[str, str]:
         ArtifactError: the file is no mask file.
     """
     masks = load_masks(path)
-    flat: dict[str, str] = {}
-    for key, value in masks.meta.items():
-        if key != "tensors":
-            _flatten(key, value, flat)
+    known = flatten({key: value for key, value in masks.meta.items() if key != "tensors"})
+    flat = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in known.items()
+        if value not in (None, "", [])
+    }
     weights = sum(math.prod(masks.shape(name)) for name in masks)
     return flat | {"linears": f"{len(masks):,}", "weights": f"{weights:,}"}
-
-
-def _flatten(key: str, value: Any, flat: dict[str, str]) -> None:
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            _flatten(f"{key}.{name}", inner, flat)
-    elif value not in (None, "", [], {}):
-        flat[key] = value if isinstance(value, str) else json.dumps(value)
 
 
 def _prior(config: Config) -> MaskSet | None:

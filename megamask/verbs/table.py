@@ -23,7 +23,7 @@ def argument(
         help: what it is.
         default: its value where it is not given; without one it is required.
         choices: the values that are allowed; empty = all.
-        kind: ``str``, or ``int`` for a number above 0.
+        kind: ``str``, ``int`` for a number above 0, or ``bool`` for a flag without a value.
     """
     facts = {"words": words, "help": help, "choices": choices, "kind": kind}
     return field(default=default, metadata=facts)
@@ -73,6 +73,16 @@ class InspectArguments:
     mask: str | None = argument(
         "MASK", "mask, named as learn.prior.mask; export.mask or the learned mask by default", None
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsArguments:
+    """What the verb settings prints."""
+
+    prefix: str | None = argument(
+        "PREFIX", "section or setting, such as learn.sampling; all settings by default", None
+    )
+    markdown: bool = argument("--markdown", "print docs/settings.md", False, kind=bool)
 
 
 @dataclass(frozen=True)
@@ -194,5 +204,11 @@ VERBS: dict[str, Verb] = {
         "the hard masks of a snapshot -> mask file",
         ("run_dir", "model.hf"),
         ExtractArguments,
+    ),
+    "settings": Verb(
+        "megamask.verbs.settings",
+        "every setting with its default, its range and its meaning",
+        (),
+        SettingsArguments,
     ),
 }

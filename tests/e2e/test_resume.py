@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from megamask import load_masks
-from megamask.config.legacy import nest
+from megamask.config.nested import nest
 from megamask.errors import EXIT_INTERRUPTED
 from tests.e2e.program import (
     Program,

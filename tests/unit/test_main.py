@@ -66,12 +66,13 @@ def test_arguments_that_were_settings_are_still_read(caplog: pytest.LogCaptureFi
         ),
         (
             ["diff", "a", "--jsn", "x"],
-            "option = '--jsn': --config FILE, or key.sub=value without dashes; "
+            "option = '--jsn': --config FILE, --dry-run, --help, or key.sub=value without dashes; "
             "diff also has --json, --picture",
         ),
         (
             ["extract", "a", "--json", "x"],
-            "option = '--json': --config FILE, or key.sub=value without dashes. Run",
+            "option = '--json': --config FILE, --dry-run, --help, or key.sub=value without dashes. "
+            "Run megamask extract --help.",
         ),
         (["diff", "a", "--json"], "--json = '': needs a value"),
         (["learn", "--config"], "--config = '': needs a recipe file"),

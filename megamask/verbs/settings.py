@@ -1,0 +1,29 @@
+"""The verb settings: every setting with its default, its range and its meaning."""
+
+from __future__ import annotations
+
+import difflib
+
+from megamask.config import Config, describe
+from megamask.config.load import leaf_keys
+from megamask.errors import ConfigError
+from megamask.verbs.table import SettingsArguments
+
+
+def run(config: Config, arguments: SettingsArguments) -> None:
+    """Print the settings tree, or the part of it at ``arguments.prefix``.
+
+    Raises:
+        ConfigError: there is no such section or setting.
+    """
+    if arguments.markdown:
+        print(describe.as_markdown(), end="")
+        return
+    prefix = arguments.prefix
+    text = describe.as_text([prefix] if prefix else [])
+    if not text:
+        names = [*(group.key for group in describe.groups()), *leaf_keys(Config)]
+        near = difflib.get_close_matches(str(prefix), names, n=1)
+        fix = f"Did you mean {near[0]}?" if near else "Run megamask settings."
+        raise ConfigError("PREFIX", prefix, "a section or a setting", fix)
+    print(text)

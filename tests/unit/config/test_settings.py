@@ -1,0 +1,139 @@
+"""All settings by name, their page in the docs, and the help of the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from megamask.__main__ import main
+from megamask.config import describe
+from megamask.config.deciding import free_settings
+from megamask.config.load import leaf_keys, load_config
+from megamask.config.section import Section
+from megamask.config.tree import Config
+from megamask.verbs.table import VERBS
+
+REPO = Path(__file__).resolve().parents[3]
+# A setting more is a decision: write it here, and say in its Field whether it is free.
+DECIDING = """
+    seed dtype pattern model.hf model.gguf model.include model.exclude
+    data.tokenizer data.domains data.blend data.seq_length data.eod
+    calibration.samples calibration.seq_length calibration.seed
+    prune.methods prune.damp prune.block
+    learn.method learn.steps learn.global_batch
+    learn.sampling.mode learn.sampling.draws learn.sampling.kappa learn.sampling.tau
+    learn.sampling.logit_std learn.sampling.initial_noise learn.prior.mask learn.prior.strength
+    learn.state.logits learn.state.grads
+    learn.optimizer.kind learn.optimizer.lr learn.optimizer.min_lr learn.optimizer.warmup_steps
+    learn.optimizer.schedule learn.optimizer.weight_decay learn.optimizer.betas
+    learn.optimizer.epsilon learn.optimizer.clip
+    learn.maskpro.lr learn.maskpro.initial_logit learn.maskpro.masks learn.maskpro.data
+    learn.maskpro.baseline learn.maskpro.tracker_decay learn.maskpro.score learn.maskpro.samples
+    learn.distillation.share learn.distillation.temperature learn.distillation.top_k
+    learn.weight_norm
+    evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos
+    export.mask export.weights export.out
+"""
+FREE = """
+    run_dir device parallel.tp parallel.sequence_parallel parallel.recompute
+    parallel.timeout_minutes parallel.threads calibration.micro_batch
+    learn.preset learn.memory learn.micro_batch learn.resume learn.sampling.backend
+    learn.state.masked_weight learn.state.track_flips learn.optimizer.distributed
+    learn.snapshot.every learn.snapshot.keep learn.monitor.evaluate_every
+    learn.monitor.evaluate_windows learn.monitor.sinks learn.monitor.wandb_project
+    evaluate.micro_batch
+"""
+
+
+def test_the_settings_are_these() -> None:
+    assert sorted(leaf_keys(Config)) == sorted([*DECIDING.split(), *FREE.split()])
+    assert sorted(free_settings()) == sorted(FREE.split())
+
+
+def test_every_setting_says_what_it_is_in_words_of_the_tree() -> None:
+    sections = [Config]
+    for section in sections:
+        for name, field in section.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                assert issubclass(annotation, Section)
+                sections.append(annotation)  # type: ignore[arg-type]
+            else:
+                assert field.description, name
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    page = describe.as_markdown()
+    assert (REPO / "docs" / "settings.md").read_text() == page, "run megamask settings --markdown"
+    assert all(f"`{key}` = `" in page for key in leaf_keys(Config))
+    assert max(map(len, page.splitlines())) <= 100
+
+
+def test_defaults_are_written_as_a_recipe_reads_them() -> None:
+    words = [f"{leaf.key}={leaf.default}" for group in describe.groups() for leaf in group.leaves]
+    assert load_config(None, words) == Config()
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("seed", "whole number from 0 and below 4294967296"),
+        ("learn.optimizer.lr", "number above 0 | null"),
+        ("learn.optimizer.epsilon", "[number above 0, number from 0]"),
+        ("learn.monitor.sinks", "list of tensorboard | wandb | wandb_offline"),
+        ("parallel.recompute", "false | true | mlp"),
+        ("data.domains", "name: mapping"),
+    ],
+)
+def test_ranges_are_said(key: str, allowed: str) -> None:
+    ((leaf,),) = [group.leaves for group in describe.groups([key])]
+    assert (leaf.key, leaf.allowed) == (key, allowed)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_lists_what_a_verb_takes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert VERBS[verb].summary in said and "--dry-run" in said
+    assert all(f"{leaf.key} = " in said for group in _groups(verb) for leaf in group.leaves)
+    assert all(str(one.metadata["help"])[:30] in said for one in VERBS[verb].fields)
+    assert all(_groups(verb) or verb == "settings" for verb in VERBS)
+
+
+def _groups(verb: str) -> list[describe.Group]:
+    """Of every section that the table names, which must exist."""
+    sections = VERBS[verb].sections
+    assert all(describe.groups([section]) for section in sections), sections
+    return describe.groups(sections) if sections else []
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; from megamask.__main__ import main; "
+        "[main([*words, '--help']) for words in ([], ['learn'])]; main(['settings']); "
+        "assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_settings_prints_a_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings", "learn.prior"]) == 0
+    said = capsys.readouterr().out
+    assert "learn.prior.mask = sparsegpt" in said and "learn.steps" not in said
+    assert main(["settings", "learn.priors"]) == 2
+    assert "PREFIX = 'learn.priors'" in (error := capsys.readouterr().err)
+    assert "Did you mean learn.prior?" in error
+
+
+def test_a_dry_run_prints_a_recipe_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["learn.preset=maskllm", f"run_dir={tmp_path / 'run'}"]
+    assert main(["prune", "--dry-run", *words]) == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(capsys.readouterr().out)
+    assert load_config(recipe) == load_config(None, words) and not (tmp_path / "run").exists()
