@@ -1,5 +1,5 @@
-"""What quickstart.sh asks between the stages: what is done already, with which settings, and how
-long each stage took.
+"""The questions that quickstart.sh asks between its stages: which stages are done, with which
+settings, and how long each took.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ READS = {
     "export": deciding.EXPORT,
     "evaluate": deciding.EVALUATE,
 }
-REMADE = ("export", "evaluate")  # cheap: made again where the others would be refused
+# Cheap stages are made again where settings changed; a change to another stage is refused.
+REMADE = ("export", "evaluate")
 
 
 def artefacts(stage: str, config: Config, paths: RunPaths) -> list[Path]:
-    """The paths whose presence says that a stage is done. ``report`` is always made anew: it prints
-    the table.
+    """The paths whose presence says that a stage is done.
+
+    The stage ``report`` has none and always runs, because it prints the table.
     """
     return {
         "gguf": [paths.hf],
@@ -41,8 +43,9 @@ def artefacts(stage: str, config: Config, paths: RunPaths) -> list[Path]:
 
 
 def is_done(stage: str, config: Config, paths: RunPaths) -> bool:
-    """Whether every artefact is there and, for those made from the learned mask, made from this one
-    in this way.
+    """Whether every artefact of the stage is there.
+
+    The artefacts of ``REMADE`` must also be as new as the learned mask, and of these settings.
     """
     found = artefacts(stage, config, paths)
     if not found or not all(path.exists() for path in found):
@@ -53,7 +56,7 @@ def is_done(stage: str, config: Config, paths: RunPaths) -> bool:
 
 
 def check(config: Config, paths: RunPaths) -> None:
-    """Refuse to reuse what was made with other settings.
+    """Refuse to reuse artefacts that were made with other settings.
 
     Raises:
         ConfigError: naming the first setting that differs.
@@ -61,33 +64,37 @@ def check(config: Config, paths: RunPaths) -> None:
     for stage in READS:
         if stage not in REMADE and is_done(stage, config, paths):
             for key, (before, now) in changes(stage, config, paths).items():
-                fix = (
-                    "Start afresh in another folder: RUN_DIR=runs/other ./launch/quickstart.sh ..."
-                )
+                other = "RUN_DIR=runs/other ./launch/quickstart.sh ..."
+                fix = f"Start afresh in another folder: {other}"
                 raise ConfigError(
                     key, now, f"{stage} in {paths.run_dir} was made with {before!r}", fix
                 )
 
 
 def changes(stage: str, config: Config, paths: RunPaths) -> dict[str, tuple[Any, Any]]:
-    """key -> (value the finished stage was made with, value now), where they differ and count."""
+    """The settings that decide the stage's artefacts and differ from those it was made with.
+
+    Returns:
+        key -> (value that the finished stage was made with, value now).
+    """
     before = _read(paths.run_dir / "quickstart.json").get(stage)
     if before is None:
         return {}
     found = deciding.changes(upgrade_note(before), config, READS[stage])
     if stage != "learn" or not found:
         return found
-    from megamask.learn.preflight import settings_without_effect  # torch, where settings differ
+    # Importing the room learn takes seconds, so it waits until a setting differs.
+    from megamask.learn.preflight import settings_without_effect
 
     ignored = settings_without_effect(config.learn)
     return {key: values for key, values in found.items() if key not in ignored}
 
 
 def record(stage: str, seconds: float, code: int, config: Config, paths: RunPaths) -> None:
-    """Put the seconds of a stage beside those of the others in stages.json, and its settings beside
-    theirs.
+    """Add the seconds of a stage to stages.json and, if it ended well, its settings to
+    quickstart.json.
 
-    Interrupted attempts count towards the one that ends.
+    The seconds of interrupted attempts count towards the attempt that ends.
     """
     file = paths.run_dir / "stages.json"
     known = _read(file)
@@ -102,7 +109,7 @@ def record(stage: str, seconds: float, code: int, config: Config, paths: RunPath
 
 
 def print_outputs(paths: RunPaths) -> None:
-    """Name the files a user wants next."""
+    """Print the paths of the files that a user wants next."""
     named = {
         "learned mask": paths.mask("learned"),
         "masked model": paths.export,
@@ -119,8 +126,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """``stages.py check|is-done|record|outputs [STAGE [SECONDS CODE]] --config RECIPE key=value
-    ...``
+    """The command line: ``check|is-done|record|outputs [STAGE [SECONDS CODE]] --config RECIPE
+    key=value ...``.
+
+    Returns:
+        EXIT_OK (for ``is-done``: the stage is done), 1 (it is not), or EXIT_USER_ERROR.
     """
     split = sys.argv.index("--config")
     command, *rest = sys.argv[1:split]

@@ -10,6 +10,7 @@ from functools import cached_property
 from megamask.config import Config
 from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.config.presets import MEMORIES
+from megamask.learn.preflight import check_method
 from megamask.parallel.partition import largest_share
 from megamask.plan.bytes import WIDTH, state_bytes
 from megamask.prepare.layout import Layout
@@ -57,9 +58,10 @@ class Workload:
         """Refuse a run that fits no device of any size; return self.
 
         Raises:
-            ConfigError: a pattern too large for its distribution, or a layout that breaks a rule
-                of :class:`megamask.prepare.layout.Layout`.
+            ConfigError: an unknown method, a pattern too large for its distribution, or a layout
+                that breaks a rule of :class:`megamask.prepare.layout.Layout`.
         """
+        check_method(self.config.learn)
         self.distribution.logits_per_group(self.pattern)
         layout = Layout.planned(self.config, self.dp)
         layout.check_samples(self.config)

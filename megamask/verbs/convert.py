@@ -1,4 +1,4 @@
-"""The verb convert: Hugging Face folder -> Megatron weights, at any TP, tensor by tensor."""
+"""The verb convert: a Hugging Face folder becomes Megatron weights, tensor by tensor, at any TP."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Write ``run_paths(config).weights``; in the source's dtype; does nothing when it already
-    holds this model.
+    """Write ``run_paths(config).weights`` in the dtype of the source, unless the folder holds this
+    model already.
 
     Raises:
-        ConfigError: a model feature that is not supported, or a TP that the heads do not split
-            over.
-        ArtifactError: files that are missing or do not fit config.json, or an output that cannot be
+        ConfigError: the model has a feature that is not supported, or its heads do not split over
+            ``parallel.tp``.
+        ArtifactError: a file is missing or does not fit config.json, or the output cannot be
             written.
     """
     paths, layout = run_paths(config), Layout.launched(config)

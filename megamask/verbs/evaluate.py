@@ -1,6 +1,4 @@
-"""The verb evaluate: held-out perplexity of the dense model and of every mask, per domain, with the
-protocol.
-"""
+"""The verb evaluate: held-out perplexity of the dense model and of every mask, for each domain."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ from megamask.weights.mapping import linear_shapes
 
 
 def run(config: Config) -> None:
-    """Evaluate, write ``run_paths(config).results`` and log one line per row.
+    """Evaluate, write ``run_paths(config).results`` with the protocol, and log one line per row.
 
     Raises:
-        MegamaskError: weights, shards or masks that are missing or do not fit, before anything is
+        MegamaskError: weights, shards or masks are missing or do not fit; found before anything is
             computed.
     """
     inputs = RunInputs(config)

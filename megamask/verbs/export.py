@@ -22,12 +22,12 @@ from megamask.weights.hf_files import HFReader, open_checked, require_own
 
 
 def run(config: Config) -> None:
-    """Write paths.export from model.hf (or export.weights) and export.mask, and verify what was
-    written.
+    """Write ``run_paths(config).export`` from model.hf (or export.weights) and export.mask, and
+    verify the written files.
 
     Raises:
-        ConfigError, ArtifactError: a mask of another pattern or model, a folder that is incomplete
-            or cannot be written.
+        ConfigError, ArtifactError: the mask is of another pattern or model, or a folder is
+            incomplete or cannot be written.
     """
     paths = run_paths(config)
     if paths.export.resolve() == paths.hf.resolve():

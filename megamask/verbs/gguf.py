@@ -10,7 +10,7 @@ from megamask.weights.from_gguf import unpack
 
 
 def run(config: Config) -> None:
-    """Unpack model.gguf into model.hf. Done before with the same file, it does nothing.
+    """Unpack model.gguf into model.hf, unless the folder was made from the same file already.
 
     Raises:
         ConfigError: model.gguf is not set.

@@ -1,4 +1,4 @@
-"""The verb inspect: verify a mask file, or a snapshot, strictly and say what is in it."""
+"""The verb inspect: verify a mask file or a snapshot strictly, and print a table of its facts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The verb prune: one-shot masks of the dense model, under plain python or torchrun, at any TP x
-DP.
-"""
+"""The verb prune: one-shot masks of the dense model, in plain python or under torchrun."""
 
 from __future__ import annotations
 
@@ -34,11 +32,11 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Write ``run_paths(config).mask(method)`` for every method of ``prune.methods`` that has no
-    such mask yet.
+    """Write the mask file of every method of ``prune.methods``, unless there is one that was made
+    from the same inputs.
 
     ``sparsegpt_update`` also writes ``updated_weights``: Megatron weights in the dtype of the dense
-    ones.
+    weights.
 
     Raises:
         MegamaskError: a setting or an artefact that does not fit, before the first layer where
@@ -79,8 +77,9 @@ def check_early(inputs: RunInputs) -> None:
 
 
 def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
-    """Everything that decides the masks of ``method``, JSON-able; layout and micro-batch only round
-    differently.
+    """Everything that decides the masks of ``method``, as JSON values.
+
+    Layout and micro-batch are left out, because they change the masks by rounding alone.
 
     Raises:
         MegamaskError: weights that are missing, ``model.include`` and ``model.exclude`` that do not
@@ -102,7 +101,7 @@ def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
 
 def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
     """Whether the mask file of ``method``, and its updated weights, were made from the ``wanted``
-    recipe. Says what is reused.
+    recipe. The log says which files are reused.
     """
     path, updated = run_paths(config).mask(method), run_paths(config).updated_weights(method)
     if not path.exists():
@@ -132,8 +131,9 @@ def prune(
     made_from: dict[str, Any],
     base: dict[str, Any],
 ) -> None:
-    """Run one method and write what it makes; the mask file comes last, so that it vouches for the
-    weights.
+    """Run one method and write its files.
+
+    The mask file is written last: where it is there, the updated weights are whole.
     """
     paths, mesh, begin = run_paths(job.config), job.mesh, time.perf_counter()
     if mesh.is_main:
@@ -169,9 +169,7 @@ def write_masks(
     raised_damp: dict[str, float],
     seconds: float,
 ) -> None:
-    """Write the mask file. What of the recipe has no place of its own in the header goes under
-    ``data``.
-    """
+    """Write the mask file; its header keeps the rest of the recipe under ``data``."""
     own = ("fingerprint", "pattern", "linears")
     data = {key: value for key, value in made_from.items() if key not in own} | {
         "seconds": round(seconds, 2)
@@ -194,11 +192,10 @@ def write_masks(
 def write_updated(
     job: PruningJob, pruned: Mapping[str, Pruned], path: Path, note: dict[str, Any]
 ) -> None:
-    """Save the dense weights with those of ``pruned`` in place of the linears', in the dtype of the
-    dense ones on disk.
+    """Save the dense weights with the updated weights of ``pruned`` in their places.
 
-    A second model in that dtype holds them until they are written, so that what is not pruned keeps
-    every bit.
+    The dtype is that of the dense weights on disk. A second model in this dtype holds the weights
+    until they are written, so that a weight that is not pruned keeps every bit.
     """
     mesh, dense = job.mesh, run_paths(job.config).weights
     model = build_model(job.config, job.arch, mesh, dtype=getattr(torch, note["dtype"]))

@@ -13,10 +13,11 @@ from megamask.storage import atomic_file, require_writable
 def run(config: Config) -> None:
     """Write ``report.html`` and ``pictures/*.png`` in the run directory, and print the table.
 
-    Parts whose artefacts are missing are said to be not there yet.
+    A picture whose artefact is missing is named, with the verb that makes the artefact.
 
     Raises:
-        ArtifactError: nothing to report, a broken artefact, or a folder that cannot be written.
+        ArtifactError: there is nothing to report, an artefact is broken, or the folder cannot be
+            written.
     """
     data = read_run(config)
     run_dir = run_paths(config).run_dir

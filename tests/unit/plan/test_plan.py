@@ -331,6 +331,7 @@ def test_a_memory_that_the_recipe_overrules_is_not_proposed() -> None:
         (["parallel.sequence_parallel=true"], "needs parallel.tp > 1"),
         (["learn.global_batch=7", "learn.micro_batch=2"], "learn.global_batch"),
         (["pattern=2:3"], "pattern = '2:3'"),
+        (["learn.method=subsets"], "learn.method = 'subsets'.*Did you mean subset"),
     ],
 )
 def test_what_no_memory_mends(settings: list[str], says: str) -> None:
