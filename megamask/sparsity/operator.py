@@ -38,9 +38,8 @@ def sample_mask(
             gradient where the sink has no buffer.
         statistics: also measure the logits without noise.
     """
-    return Sampled(
-        *_SampleMask.apply(mask_logits, weight, site, sample, sampler, sink, statistics)  # type: ignore[no-untyped-call]
-    )
+    arguments = (mask_logits, weight, site, sample, sampler, sink, statistics)
+    return Sampled(*_SampleMask.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
 class _SampleMask(torch.autograd.Function):

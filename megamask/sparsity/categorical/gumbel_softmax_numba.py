@@ -52,7 +52,7 @@ def shape_arguments(pattern: Pattern) -> tuple[np.ndarray[Any, Any], int]:
 
 
 @njit(inline="always")
-def _probabilities(y, top, word, logits, start, groups, first, key, kappa, inverse_tau):  # type: ignore[no-untyped-def]
+def _probabilities(y, top, word, logits, start, groups, first, key, kappa, inverse_tau):
     """Fill ``y`` (C, G) with the relaxed sample of ``groups`` groups from ``start`` of a row, which
     have global ids from ``first``.
     """
@@ -61,7 +61,7 @@ def _probabilities(y, top, word, logits, start, groups, first, key, kappa, inver
 
 
 @njit(inline="always")
-def _softmax(y, top, groups, candidates):  # type: ignore[no-untyped-def]
+def _softmax(y, top, groups, candidates):
     """2^y over its sum along the first axis of (C, G), in place; ``top`` (G,) is scratch."""
     for g in range(groups):
         top[g] = y[0, g]
@@ -84,7 +84,7 @@ def _softmax(y, top, groups, candidates):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _mix_masks(mask, y, kept, groups, hard):  # type: ignore[no-untyped-def]
+def _mix_masks(mask, y, kept, groups, hard):
     """mask (M, G) = y (C, G) through the candidate table (MaskLLM, Eq. 7); hard takes the largest y
     alone.
     """
@@ -109,7 +109,7 @@ def _mix_masks(mask, y, kept, groups, hard):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _scores(score, mean, dmask, y, kept, groups):  # type: ignore[no-untyped-def]
+def _scores(score, mean, dmask, y, kept, groups):
     """score (C, G) = dM through the candidate table, mean (G,) = sum_c y score."""
     candidates, positions = kept.shape
     for g in range(groups):
@@ -126,7 +126,7 @@ def _scores(score, mean, dmask, y, kept, groups):  # type: ignore[no-untyped-def
 
 
 @njit(inline="always")
-def _hard_codes(hard_codes, top, total, logits, start, groups, kappa):  # type: ignore[no-untyped-def]
+def _hard_codes(hard_codes, top, total, logits, start, groups, kappa):
     """hard_codes (G,) uint8 = argmax over candidates; total (G,) = the largest probability.
 
     Draws no noise; ``top`` is scratch.
@@ -152,7 +152,7 @@ def _hard_codes(hard_codes, top, total, logits, start, groups, kappa):  # type: 
 
 # error_model: 0 / 0 is NaN, not an exception; the learning step refuses NaN by name
 @njit(nogil=True, cache=True, error_model="numpy")
-def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, inverse_tau, hard):  # type: ignore[no-untyped-def]
+def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, inverse_tau, hard):
     """out (O, I) = weight * sampled mask; sums (O, 2) fp64 = its squares and the largest
     probabilities per row.
 
@@ -206,7 +206,7 @@ def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, i
 @njit(nogil=True, cache=True, error_model="numpy")
 def backward(
     buffer, is_sum, grad, logits, weight, kept, m, place, key, kappa, inverse_tau, hard, norm_coef
-):  # type: ignore[no-untyped-def]
+):
     """buffer (O, C, G) = or += the gradient at the logits.
 
     grad (O, I) is the gradient at W * M; the gradient of - norm_coef * |W * M|^2 is added. The
@@ -259,7 +259,7 @@ def backward(
 
 # error_model: 0 / 0 is NaN, not an exception; the learning step refuses NaN by name
 @njit(nogil=True, cache=True, error_model="numpy")
-def mask_statistics(hard_codes, largest, logits, kept, m, kappa):  # type: ignore[no-untyped-def]
+def mask_statistics(hard_codes, largest, logits, kept, m, kappa):
     """hard_codes (O, G) uint8 = argmax over candidates; largest (O,) fp64 = row sums of the largest
     probability, no noise.
     """

@@ -6,7 +6,7 @@ and vector lanes all give the same bits.
 """
 
 # numba's decorators carry no types
-# mypy: disable-error-code="misc,untyped-decorator"
+# mypy: disable-error-code="misc,untyped-decorator,no-untyped-def"
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _prefetch(typing_context: Any, address: Any) -> Any:
 
 
 @njit(inline="always")
-def prefetch(line, start, count):  # type: ignore[no-untyped-def]
+def prefetch(line, start, count):
     """Ask for ``count`` elements of a contiguous array (flat index ``start``), so that they arrive
     while something else is computed.
     """
@@ -157,7 +157,7 @@ def restore(typing_context: Any, before: Any) -> Any:
 
 
 @njit(inline="always")
-def log2_split(x):  # type: ignore[no-untyped-def]
+def log2_split(x):
     """(m - 1, e) with x = m 2^e and sqrt(1/2) <= m < sqrt(2), of a positive normal fp32."""
     bits = bits_of(x)
     exponent = np.int32(bits - U32(0x3F3504F3)) >> np.int32(23)
@@ -166,7 +166,7 @@ def log2_split(x):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def log2(x):  # type: ignore[no-untyped-def]
+def log2(x):
     """log2 of a positive normal fp32, relative error 1e-7 also near 1 (minimax polynomial of degree
     8).
     """
@@ -183,7 +183,7 @@ def log2(x):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def log2_short(x):  # type: ignore[no-untyped-def]
+def log2_short(x):
     """log2 of a positive normal fp32, absolute error 1.4e-7 or a rounding (degree 7): for logs that
     are only added to something.
     """
@@ -199,7 +199,7 @@ def log2_short(x):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def exp2(x):  # type: ignore[no-untyped-def]
+def exp2(x):
     """2^x of a non-positive fp32, relative error 2.4e-7 (degree 5); 0 below -125, NaN of NaN."""
     clipped = F(-125) if x < F(-125) else x
     shifted = clipped + F(12582912)  # 1.5 * 2^23: the nearest integer is in the low bits
@@ -214,7 +214,7 @@ def exp2(x):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def uniform(word):  # type: ignore[no-untyped-def]
+def uniform(word):
     """fp32 in (0, 1) of a 32-bit word, the value of ``noise.uniform``: (23 high bits + 1/2) /
     2^23, exact.
     """
@@ -222,7 +222,7 @@ def uniform(word):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def round_bf16(value):  # type: ignore[no-untyped-def]
+def round_bf16(value):
     """``value`` rounded to nearest even bf16, in the upper half of the 32 bits returned; the
     lower half means nothing. NaN stays NaN.
     """
@@ -232,7 +232,7 @@ def round_bf16(value):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def mix(g, high, block, parameter, micro_batch, seed, step):  # type: ignore[no-untyped-def]
+def mix(g, high, block, parameter, micro_batch, seed, step):
     """Philox4x32-10; the layout of the counter is the one in noise.py."""
     low32 = U64(0xFFFFFFFF)
     c0, c1 = g & low32, (high << U64(8)) | block
@@ -251,7 +251,7 @@ def mix(g, high, block, parameter, micro_batch, seed, step):  # type: ignore[no-
 
 
 @njit(inline="always")
-def fill_words(word, first, groups, key):  # type: ignore[no-untyped-def]
+def fill_words(word, first, groups, key):
     """word (4 B, G) uint32: the noise of ``groups`` groups from global id ``first``; key = (seed,
     step, micro-batch, parameter).
     """

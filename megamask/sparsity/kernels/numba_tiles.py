@@ -2,6 +2,9 @@
 fp32, scores, masking and its gradient.
 """
 
+# numba's decorators carry no types
+# mypy: disable-error-code="misc,untyped-decorator,no-untyped-def"
+
 from __future__ import annotations
 
 import numpy as np
@@ -32,19 +35,19 @@ LOG2_E = F(1.4426950408889634)
 
 
 @njit(inline="always")
-def load(line, i):  # type: ignore[no-untyped-def]
+def load(line, i):
     """Element ``i`` of a line of raw bits as fp32."""
     return float_of(U32(line[i]) << U32(16)) if line.itemsize == 2 else float_of(U32(line[i]))
 
 
 @njit(inline="always")
-def store(line, i, value):  # type: ignore[no-untyped-def]
+def store(line, i, value):
     """Write ``value`` at ``i`` of a line of raw bits."""
     line[i] = round_bf16(value) >> U32(16) if line.itemsize == 2 else bits_of(value)
 
 
 @njit(inline="always")
-def perturbed(y, word, logits, start, groups, first, key, kappa, inverse_tau):  # type: ignore[no-untyped-def]
+def perturbed(y, word, logits, start, groups, first, key, kappa, inverse_tau):
     """Fill ``y`` (L, G) with the scores in base 2, one for each of L logits a group; ``word`` is
     scratch.
     """
@@ -59,7 +62,7 @@ def perturbed(y, word, logits, start, groups, first, key, kappa, inverse_tau):  
 
 
 @njit(inline="always")
-def apply_mask(out, square, weight, mask, groups):  # type: ignore[no-untyped-def]
+def apply_mask(out, square, weight, mask, groups):
     """out = weight * mask for lines of ``groups`` groups; square (G,) = the sum of squares of each
     group.
     """
@@ -77,7 +80,7 @@ def apply_mask(out, square, weight, mask, groups):  # type: ignore[no-untyped-de
 
 
 @njit(inline="always")
-def _apply_pairs(out, square, weight, mask, groups):  # type: ignore[no-untyped-def]
+def _apply_pairs(out, square, weight, mask, groups):
     """The same for four bf16 in two 32-bit words, which vectorises."""
     for g in range(groups):
         low, high = weight[2 * g], weight[2 * g + 1]
@@ -89,7 +92,7 @@ def _apply_pairs(out, square, weight, mask, groups):  # type: ignore[no-untyped-
 
 
 @njit(inline="always")
-def gradient_at_mask(mask, grad, weight, groups, norm_coef):  # type: ignore[no-untyped-def]
+def gradient_at_mask(mask, grad, weight, groups, norm_coef):
     """mask (M, G) becomes dM = dW * W - 2 norm_coef W^2 * M."""
     m = mask.shape[0]
     coef = F(2) * norm_coef
@@ -123,12 +126,12 @@ def gradient_at_mask(mask, grad, weight, groups, norm_coef):  # type: ignore[no-
 
 
 @njit(inline="always")
-def _slope(d, w, mask, coef):  # type: ignore[no-untyped-def]
+def _slope(d, w, mask, coef):
     return w * fma(-coef * w, mask, d)
 
 
 @njit(inline="always")
-def ask_for(logits, weight, m, row, start, groups):  # type: ignore[no-untyped-def]
+def ask_for(logits, weight, m, row, start, groups):
     """Prefetch the next tile (``groups`` groups from the end of this tile on), while the noise of
     this tile is made.
     """
@@ -144,7 +147,7 @@ def ask_for(logits, weight, m, row, start, groups):  # type: ignore[no-untyped-d
 
 
 @njit(inline="always")
-def sum_line(line, groups):  # type: ignore[no-untyped-def]
+def sum_line(line, groups):
     """fp64 sum in eight interleaved parts, which vectorises."""
     parts = np.zeros(8)
     whole = groups // 8 * 8

@@ -53,7 +53,7 @@ def shape_arguments(pattern: Pattern) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @njit(inline="always")
-def _cut(m, rows, groups):  # type: ignore[no-untyped-def]
+def _cut(m, rows, groups):
     """(rows, groups of each) of a tile, and how long its lines are: up to twice as long where rows
     are short.
     """
@@ -63,13 +63,13 @@ def _cut(m, rows, groups):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _whole(groups):  # type: ignore[no-untyped-def]
+def _whole(groups):
     """``groups`` rounded up to whole vectors."""
     return (groups + LANES - 1) // LANES * LANES
 
 
 @njit(inline="always")
-def _ask_for(lines, weight, o, start, rows, groups):  # type: ignore[no-untyped-def]
+def _ask_for(lines, weight, o, start, rows, groups):
     """Prefetch the tile from row ``o`` and group ``start`` on, if there is one, while the noise of
     this tile is made.
     """
@@ -85,7 +85,7 @@ def _ask_for(lines, weight, o, start, rows, groups):  # type: ignore[no-untyped-
 
 
 @njit(inline="always")
-def _read(x, logits, o, start, rows, groups):  # type: ignore[no-untyped-def]
+def _read(x, logits, o, start, rows, groups):
     """x (M, lanes) = the logits of ``rows`` rows from ``o``, ``groups`` groups of each from
     ``start``.
     """
@@ -98,7 +98,7 @@ def _read(x, logits, o, start, rows, groups):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _draw_words(word, place, o, start, rows, groups, key):  # type: ignore[no-untyped-def]
+def _draw_words(word, place, o, start, rows, groups, key):
     """word (4 B, lanes): the noise of the groups; place = (global ids of the first row and column
     group, groups in a whole row).
 
@@ -122,7 +122,7 @@ def _draw_words(word, place, o, start, rows, groups, key):  # type: ignore[no-un
 
 
 @njit(inline="always")
-def _perturb(x, word, lanes, kappa, inverse_tau):  # type: ignore[no-untyped-def]
+def _perturb(x, word, lanes, kappa, inverse_tau):
     """x (M, lanes), logits, become scores in base 2."""
     scale = kappa * LOG2_E
     for j in range(x.shape[0]):
@@ -131,7 +131,7 @@ def _perturb(x, word, lanes, kappa, inverse_tau):  # type: ignore[no-untyped-def
 
 
 @njit(inline="always")
-def _prepare(x, middle, kept, positions, lanes):  # type: ignore[no-untyped-def]
+def _prepare(x, middle, kept, positions, lanes):
     """Scores x (M, lanes) become 2^-|x - t| with the sign of x - t; ``middle`` is scratch."""
     for g in range(0, lanes, LANES):
         llvm_polynomials.threshold(kept, positions, middle, x, g)
@@ -143,7 +143,7 @@ def _prepare(x, middle, kept, positions, lanes):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _sample(mask, x, middle, kept, positions, lanes, hard):  # type: ignore[no-untyped-def]
+def _sample(mask, x, middle, kept, positions, lanes, hard):
     """mask (M, lanes) of scores x, which are left as ``_prepare`` makes them."""
     if hard:
         for g in range(0, lanes, LANES):
@@ -155,7 +155,7 @@ def _sample(mask, x, middle, kept, positions, lanes, hard):  # type: ignore[no-u
 
 
 @njit(inline="always")
-def _apply_mask(out, square, weight, mask, kept, positions, groups):  # type: ignore[no-untyped-def]
+def _apply_mask(out, square, weight, mask, kept, positions, groups):
     """out = weight * mask; square (lanes,) = the sum of squares of each group."""
     m, full = mask.shape[0], groups // LANES * LANES
     for g in range(0, full, LANES):
@@ -169,7 +169,7 @@ def _apply_mask(out, square, weight, mask, kept, positions, groups):  # type: ig
 
 
 @njit(inline="always")
-def _gradient_at_mask(mask, grad, weight, coef, kept, positions, groups):  # type: ignore[no-untyped-def]
+def _gradient_at_mask(mask, grad, weight, coef, kept, positions, groups):
     """mask (M, lanes) becomes dM = W * (dW - coef W * M)."""
     m, full = mask.shape[0], groups // LANES * LANES
     for g in range(0, full, LANES):
@@ -181,7 +181,7 @@ def _gradient_at_mask(mask, grad, weight, coef, kept, positions, groups):  # typ
 
 
 @njit(inline="always")
-def _hard_codes(hard_codes, total, mask, x, kept, positions, kappa):  # type: ignore[no-untyped-def]
+def _hard_codes(hard_codes, total, mask, x, kept, positions, kappa):
     """hard_codes (lanes,) = bits of the N largest logits x; total (lanes,) = the probability of
     that set. mask and x are scratch.
     """
@@ -206,7 +206,7 @@ def _hard_codes(hard_codes, total, mask, x, kept, positions, kappa):  # type: ig
 @njit(nogil=True, cache=True, error_model="numpy")
 def forward(
     out, sums, hard_codes, logits, weight, kept, positions, place, key, kappa, inverse_tau, hard
-):  # type: ignore[no-untyped-def]
+):
     """out (O, I) = weight * sampled mask; sums (O, 2) fp64 = its squares and the largest
     probabilities per row.
 
@@ -250,7 +250,7 @@ def forward(
 
 
 @njit(inline="always")
-def _words(m):  # type: ignore[no-untyped-def]
+def _words(m):
     return (m + 3) // 4 * 4
 
 
@@ -269,7 +269,7 @@ def backward(
     inverse_tau,
     hard,
     norm_coef,
-):  # type: ignore[no-untyped-def]
+):
     """buffer (O, M, G) = or += the gradient at the logits.
 
     grad (O, I) is the gradient at W * M; the gradient of - norm_coef * |W * M|^2 is added. The
@@ -308,7 +308,7 @@ def backward(
 
 
 @njit(inline="always")
-def _put(buffer, is_sum, found, slope, o, start, rows, groups):  # type: ignore[no-untyped-def]
+def _put(buffer, is_sum, found, slope, o, start, rows, groups):
     """buffer (O, M, G) = or += slope * found (M, lanes)."""
     for row in range(rows):
         for j in range(found.shape[0]):
@@ -323,7 +323,7 @@ def _put(buffer, is_sum, found, slope, o, start, rows, groups):  # type: ignore[
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def mask_statistics(hard_codes, largest, logits, kept, positions, kappa):  # type: ignore[no-untyped-def]
+def mask_statistics(hard_codes, largest, logits, kept, positions, kappa):
     """hard_codes (O, G) = bits of the N largest logits; largest (O,) fp64 = row sums of the
     probability of that set, no noise.
     """
