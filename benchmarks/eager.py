@@ -1,5 +1,5 @@
-"""The paper's method written as plainly as PyTorch allows, as a yardstick: Gumbel-softmax through
-autograd, fresh tensors for every stage.
+"""The method of MaskLLM (arXiv 2409.17481) written as plainly as PyTorch allows, to compare with:
+Gumbel-softmax through autograd, fresh tensors for every stage.
 
 bf16 logits with fp32 masters and AdamW on the masters, as mixed-precision training does it; MaskLLM
 Eq. 4-8. The model, the data and the schedule are those of the masked side, so the difference is the

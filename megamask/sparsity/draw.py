@@ -92,7 +92,7 @@ class Site:
         distribution: of the masks; decides how many logits a group has and what they mean.
 
         logits_per_group: L, the middle axis of mask logits (O, L, G).
-        code_dtype: of hard codes.
+        code_dtype: the integer dtype of hard codes.
 
     Raises:
         ConfigError: the pattern is too large for the distribution.
@@ -174,5 +174,5 @@ def gumbel_noise(
 
 
 def computing_dtype(mask_logits: torch.Tensor) -> torch.dtype:
-    """fp32, or wider if the logits are."""
+    """The dtype that the plain samplers compute in: fp32, or wider if the logits are."""
     return torch.promote_types(mask_logits.dtype, torch.float32)

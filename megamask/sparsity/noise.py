@@ -1,6 +1,6 @@
 """Keyed noise: Philox4x32-10 (Salmon et al., SC'11), a counter-based generator.
 
-The words are a function of (seed, step, micro-batch, parameter, group) alone, so a draw can be
+The words are a function of (seed, step, micro-batch, parameter, group) alone, so a sample can be
 repeated anywhere: on another tensor-parallel rank, after a resume, under activation recompute, in
 the backward pass.
 
@@ -24,12 +24,12 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 ROUNDS = 10
-INITIAL_STEP = _LOW  # the key of draws that happen before the first step
+INITIAL_STEP = _LOW  # of noise that is drawn before the first step
 
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """Names one draw of one parameter. All fields are unsigned 32-bit."""
+    """Names one sample of one parameter. All fields are unsigned 32-bit."""
 
     seed: int
     step: int
@@ -37,7 +37,7 @@ class NoiseKey:
     parameter: int = 0
 
     def of(self, parameter: int) -> NoiseKey:
-        """The same draw for another parameter."""
+        """The same sample of another parameter."""
         return replace(self, parameter=parameter)
 
 

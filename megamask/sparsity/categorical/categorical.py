@@ -13,7 +13,7 @@ from megamask.sparsity.pattern import Pattern
 
 
 class Categorical(Distribution):
-    """L = C; a hard code is the index of a candidate, uint8."""
+    """A group has one logit per candidate (L = C); a hard code is the index of a candidate."""
 
     name = "categorical"
     reference = "megamask.sparsity.categorical.gumbel_softmax"
@@ -21,7 +21,11 @@ class Categorical(Distribution):
     triton = "megamask.sparsity.categorical.gumbel_softmax_triton"
 
     def logits_per_group(self, pattern: Pattern) -> int:
-        """C; refused beyond ``pattern.MAX_CANDIDATES``."""
+        """C, the number of candidates.
+
+        Raises:
+            ConfigError: there are more than ``pattern.MAX_CANDIDATES``.
+        """
         return len(pattern.kept_positions)
 
     def code_dtype(self, pattern: Pattern) -> torch.dtype:
@@ -29,11 +33,11 @@ class Categorical(Distribution):
         return torch.uint8
 
     def mask_of(self, hard_codes_OG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-        """The candidates with these indices."""
+        """The mask, (O, I) bool, of the candidates with these indices."""
         return pattern.mask_of(hard_codes_OG)
 
     def hard_mask(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-        """The candidate with the largest logit, the first of equals."""
+        """The mask, (O, I) bool, of the candidates with the largest logits, the first of equals."""
         return pattern.mask_of(logits_OLG.float().max(dim=1).indices)
 
     def prior_bonus(
@@ -44,15 +48,15 @@ class Categorical(Distribution):
         std: float,
         spread: float = 0.0,
     ) -> torch.Tensor:
-        """std * sim * alpha (MaskLLM, Eq. 10)."""
+        """std * sim * alpha, (O, C, G) (MaskLLM, Eq. 10)."""
         return similarity(prior_mask_OI, pattern) * (std * strength)
 
     def noise_unit(self, pattern: Pattern) -> float:
-        """1: ``learn.sampling.logit_std`` is that of candidates."""
+        """1, because ``learn.sampling.logit_std`` is that of candidates' logits."""
         return 1.0
 
     def reference_bytes(self, pattern: Pattern) -> float:
-        """Of the noise, scores, relaxed index and its gradient."""
+        """32: noise, scores, relaxed index and its gradient, with copies, in fp32."""
         return 32
 
 

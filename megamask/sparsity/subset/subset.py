@@ -17,7 +17,9 @@ MAX_POSITIONS = 32  # of a group: the bits of a hard code
 
 
 class Subset(Distribution):
-    """L = M; bit j of a hard code says that position j is kept."""
+    """A group has one logit per position (L = M); bit j of a hard code says that position j is
+    kept.
+    """
 
     name = "subset"
     reference = "megamask.sparsity.subset.k_subset"
@@ -25,7 +27,11 @@ class Subset(Distribution):
     triton = "megamask.sparsity.subset.k_subset_triton"
 
     def logits_per_group(self, pattern: Pattern) -> int:
-        """M; refused beyond ``MAX_POSITIONS``."""
+        """M, the size of a group.
+
+        Raises:
+            ConfigError: M is above ``MAX_POSITIONS``.
+        """
         if pattern.m > MAX_POSITIONS:
             limit = f"learn.method=subset takes M up to {MAX_POSITIONS}"
             fix = f"Choose a pattern with M <= {MAX_POSITIONS}."
@@ -33,18 +39,18 @@ class Subset(Distribution):
         return pattern.m
 
     def code_dtype(self, pattern: Pattern) -> torch.dtype:
-        """Of M bits."""
+        """The smallest integer with M bits."""
         if pattern.m <= 8:
             return torch.uint8
         return torch.int16 if pattern.m <= 16 else torch.int32
 
     def mask_of(self, hard_codes_OG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-        """The bits of the codes."""
+        """The mask, (O, I) bool, that the bits of the codes spell out."""
         position = torch.arange(pattern.m, device=hard_codes_OG.device, dtype=torch.int32)
         return (hard_codes_OG.to(torch.int32).unsqueeze(-1) >> position & 1).bool().flatten(-2)
 
     def hard_mask(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-        """The N largest logits; ties go to the earlier position."""
+        """The mask, (O, I) bool, of the N largest logits; ties go to the earlier position."""
         return pattern.best(logits_OLG.float().transpose(1, 2).flatten(1))
 
     def prior_bonus(
@@ -55,16 +61,20 @@ class Subset(Distribution):
         std: float,
         spread: float = 0.0,
     ) -> torch.Tensor:
-        """std * bonus at the kept positions, less the mean; ``match_entropy.py`` has the bonus."""
+        """std * bonus at the kept positions, less the mean, (O, M, G); ``match_entropy.py`` has the
+        bonus.
+        """
         kept = prior_mask_OI.float().unflatten(1, (-1, pattern.m)).transpose(1, 2)
         return (kept - pattern.density) * (std * position_bonus(pattern, strength, spread))
 
     def noise_unit(self, pattern: Pattern) -> float:
-        """Of a position over that of a candidate."""
+        """The standard deviation of a position's logit over that of a candidate's."""
         return noise_scale(pattern)
 
     def reference_bytes(self, pattern: Pattern) -> float:
-        """As for the categorical, and two tables of K + 1 fp32 coefficients, K = min(N, M - N)."""
+        """As much as the categorical takes, and two tables of K + 1 fp32 coefficients, K = min(N,
+        M - N).
+        """
         return 32 + 2 * 4 * (min(pattern.n, pattern.m - pattern.n) + 1)
 
 
