@@ -32,7 +32,7 @@ class TokenLosses:
     kd: torch.Tensor | None = None
 
 
-class LanguageModel(GPTModel):  # type: ignore[misc]
+class LanguageModel(GPTModel):
     """A GPTModel whose forward pass ends with the hidden states after the last norm.
 
     Losses are made of the hidden states by :meth:`losses`, which knows the real rows of this rank's

@@ -250,7 +250,11 @@ def test_masked_linears_equal_the_unsharded_reference(tp: int) -> None:
         found = gather(case, ranks)
         errors = worst(found, case.kind, case.bias)
         assert max(errors.values()) < TOLERANCE, f"{case}: {errors}"
-        for name, wrong in {"noise": {"step": KEY.step + 1}, "sign": {"sign": -1.0}}.items():
+        mistakes: dict[str, dict[str, Any]] = {
+            "noise": {"step": KEY.step + 1},
+            "sign": {"sign": -1.0},
+        }
+        for name, wrong in mistakes.items():
             missed = [
                 key
                 for key, error in worst(found, case.kind, case.bias, **wrong).items()

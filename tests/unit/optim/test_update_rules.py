@@ -31,7 +31,7 @@ class SignDescent(MaskOptimizer):
     def step(self, step: int, rate: float, clip_factor: torch.Tensor) -> None:
         for logits, positive in zip(self.logits, self.positive, strict=True):
             grad: torch.Tensor = logits.main_grad  # type: ignore[attr-defined]
-            logits -= rate * grad.sign()
+            logits.sub_(rate * grad.sign())
             positive += grad > 0
 
     def state_tensors(self) -> list[torch.Tensor]:

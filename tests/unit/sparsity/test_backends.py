@@ -120,7 +120,7 @@ def changed(
     [{"kappa": -100.0}, {"kappa": 1.0}, {"tau": 1.0}, {"hard": True}, {"norm_coef": 0.0}],
     ids=str,
 )
-def test_a_wrong_kernel_would_be_seen(change: dict[str, float]) -> None:
+def test_a_wrong_kernel_would_be_seen(change: dict[str, Any]) -> None:
     site, logits, weight, grad = problem(2, 4, torch.float32)
     draw = DRAWS[0]
     wrong = changed(draw, SINK, change)

@@ -67,7 +67,8 @@ def test_recomputation_draws_the_same(sampler: AnyDistribution) -> None:
         (checkpoint(layer, pi, use_reentrant=False) if recompute else layer(pi)).backward()
         assert pi.grad is not None
         gradients.append(pi.grad)
-    assert torch.equal(*gradients)
+    plain, recomputed = gradients
+    assert torch.equal(plain, recomputed)
 
 
 @SAMPLERS

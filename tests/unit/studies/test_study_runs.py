@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megamask.errors import EXIT_OK, EXIT_USER_ERROR
-from studies.learners import __main__, bench, runs
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
+from studies.learners import __main__, bench
 from studies.learners.arms import BASE
 from studies.learners.child import ArmError, ElsewhereError, link, locked, verb
 from tests.unit.studies.stand_ins import (
@@ -95,7 +96,7 @@ def best_of(seed: int) -> list[tuple[int, ...]]:
 def test_a_killed_arm_is_finished_by_the_same_command(
     words: Words, verbs: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    usual = bench.verb
+    usual = vars(bench)["verb"]  # that of the fixture
     dying = ["learn"]
 
     def dies(name: str, *rest: Any) -> None:
@@ -105,9 +106,9 @@ def test_a_killed_arm_is_finished_by_the_same_command(
 
     monkeypatch.setattr(bench, "verb", dies)
     command = words("--arms", BASE)
-    assert __main__.main(command) == __main__.EXIT_INTERRUPTED and verbs == ["prune"]
+    assert __main__.main(command) == EXIT_INTERRUPTED and verbs == ["prune"]
     dying[:] = ["evaluate"]
-    assert __main__.main(command) == __main__.EXIT_INTERRUPTED and verbs == ["prune", "learn"]
+    assert __main__.main(command) == EXIT_INTERRUPTED and verbs == ["prune", "learn"]
     dying.clear()
     assert (
         __main__.main(command) == EXIT_OK
@@ -123,7 +124,7 @@ def test_an_arm_that_fails_lets_the_others_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    usual = bench.verb
+    usual = vars(bench)["verb"]  # that of the fixture
 
     def fails_for_categorical(name: str, recipe: Path, overrides: list[str], *rest: Any) -> None:
         if "learn.method=categorical" in overrides:
@@ -170,17 +171,15 @@ def test_the_time_of_a_step_is_measured_apart(
 ) -> None:
     assert __main__.main(words("--arms", BASE, "oneshot-2of4")) == EXIT_OK
     verbs.clear()
-    usual = bench.verb
+    usual = vars(bench)["verb"]  # that of the fixture
     asked: list[str] = []
-    monkeypatch.setattr(
-        bench,
-        "verb",
-        lambda name, recipe, overrides, *rest: (
-            asked.extend(overrides),
-            usual(name, recipe, overrides, *rest),
-        ),
-    )
-    monkeypatch.setattr(runs.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+
+    def asks(name: str, recipe: Path, overrides: list[str], *rest: Any) -> None:
+        asked.extend(overrides)
+        usual(name, recipe, overrides, *rest)
+
+    monkeypatch.setattr(bench, "verb", asks)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     assert __main__.main(
         words("--arms", BASE, "oneshot-2of4", "--time", "4")
     ) == EXIT_OK and verbs == ["learn"]

@@ -131,6 +131,7 @@ def test_autograd_sees_the_same_gradient_and_none_for_the_weight() -> None:
     (grad * masked).sum().backward()
     assert logits.grad is not None
     plain = (logits.detach(), weight.detach(), site, draw, sink)
+    assert logits.grad is not None
     assert torch.equal(logits.grad, gumbel_softmax.backward(grad, *plain))
     assert weight.grad is None
 

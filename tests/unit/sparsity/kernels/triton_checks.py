@@ -263,7 +263,7 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
         whole.masked, expected, rtol=2.0**-7, atol=10 * index_error(pi, draw)
     )
     first = place.blocks[0].global_start
-    shards = {
+    shards: dict[str, tuple[Any, slice, Placement]] = {
         "columns": (slice(None), slice(3, 14), replace(place, first_group=3)),
         "gate and up": (
             [1, 3],
