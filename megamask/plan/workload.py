@@ -94,7 +94,7 @@ class Workload:
 
     @property
     def code_bytes(self) -> int:
-        """Of the winner of a group."""
+        """Bytes of the hard code of one group."""
         return self.distribution.code_dtype(self.pattern).itemsize
 
     @property
