@@ -16,7 +16,10 @@ import torch
 from tests.e2e.program import ROOT, here
 
 VERBS = ("convert", "tokenize", "prune")
-SENTENCE = "the mask keeps two of every four weights in a row and learns which ones matter for the text that it reads"
+SENTENCE = (
+    "the mask keeps two of every four weights in a row and learns which ones matter for the text "
+    "that it reads"
+)
 WORDS = SENTENCE.split()
 
 
@@ -31,7 +34,8 @@ def prose(number: int) -> str:
 def code(number: int) -> str:
     choose = random.Random(1000 + number)
     lines = [
-        f"    {choose.choice(WORDS)}_{choose.randint(0, 9)} = {choose.choice(WORDS)}({choose.randint(0, 99)})"
+        f"    {choose.choice(WORDS)}_{choose.randint(0, 9)} = "
+        f"{choose.choice(WORDS)}({choose.randint(0, 99)})"
         for _ in range(20)
     ]
     return "\n".join([f"def {choose.choice(WORDS)}_{number}():", *lines, "    return None"])

@@ -108,7 +108,8 @@ class Program:
                 )
                 self.kill()
                 raise AssertionError(
-                    f"{self.what}: {state}, and what was waited for did not come\n{self._text(1)[-4000:]}"
+                    f"{self.what}: {state}, and what was waited for did not come\n"
+                    f"{self._text(1)[-4000:]}"
                 )
             time.sleep(interval)
 

@@ -556,8 +556,8 @@ def test_a_loss_that_is_not_finite(run_dir: Path, settings: Settings) -> None:
     message = refusal(in_process("learn", *settings(run_dir), *absurd))
     assert "step 2: the loss is nan" in message
     assert (
-        "not finite. Lower learn.optimizer.lr or the scale learn.sampling.kappa; start again to go on from the last snapshot"
-        in message
+        "not finite. Lower learn.optimizer.lr or the scale learn.sampling.kappa; start again to "
+        "go on from the last snapshot" in message
     )
     assert [path.name for path in (run_dir / "learn" / "snapshots").iterdir()] == ["step-00000001"]
     assert not (run_dir / "masks" / "learned.safetensors").exists()

@@ -168,7 +168,10 @@ def test_three_kills(
         steps, delay = choose.randint(1, 3), choose.uniform(0, pace)
         kill_after(steps, delay, run_dir, settings)
         with capsys.disabled():
-            where = f"{delay:.2f} s after {steps} steps, at step {last_step(run_dir)}, newest snapshot {newest_step(run_dir)}"
+            where = (
+                f"{delay:.2f} s after {steps} steps, at step {last_step(run_dir)}, "
+                f"newest snapshot {newest_step(run_dir)}"
+            )
             print(f"\nkill {number + 1} of {KILLS} (seed {SEED}): {where}", end="", flush=True)
     assert newest_step(run_dir) > 0, (
         "every kill came before the first snapshot: nothing was resumed"
@@ -217,9 +220,8 @@ def test_two_ranks_finish_what_one_began(
     differ = sum(int((ours.index(name) != theirs.index(name)).sum()) for name in ours) / sum(
         ours.index(name).numel() for name in ours
     )
-    assert (
-        differ <= 0.005
-    )  # near ties: sums over ranks round differently. The run as a whole moves some percent of the groups.
+    # Near ties: sums over ranks round differently. The whole run moves some percent of the groups.
+    assert differ <= 0.005
 
 
 def test_sigusr1_saves_and_a_restart_ends_the_same(

@@ -138,7 +138,8 @@ def _lead(folder: Path) -> int:
             rank.join()
             if rank.exitcode:
                 print(
-                    f"rank {ranks.index(rank)} of {world_size} ended with exit code {rank.exitcode}",
+                    f"rank {ranks.index(rank)} of {world_size} ended with exit code "
+                    f"{rank.exitcode}",
                     flush=True,
                 )
                 for other in ranks:

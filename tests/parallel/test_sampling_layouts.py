@@ -25,7 +25,7 @@ from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sampler_for
 from megamask.sparsity.shard import Placement
 from tests.parallel.ranks import meet_again, run_ranks
-from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
+from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits, logits_of
 
 pytestmark = pytest.mark.slow
 Tensors = dict[str, torch.Tensor]
@@ -71,12 +71,15 @@ def sample(masked_model: MaskedModel, mesh: Mesh) -> tuple[Tensors, Tensors]:
     """Masks (O, I) and gradients at the logits (O, C, G) of the draw that is set, whole, by HF
     module name.
     """
-    masks, gradients = {}, {}
+    masks: Tensors = {}
+    gradients: Tensors = {}
     for name, linear in masked_model.linears.items():
         masks[name] = linear.masked_weight(torch.ones_like(linear.weight)).detach()
-        linear.mask_logits.grad = None
+        logits = logits_of(linear)
+        logits.grad = None
         linear.masked_weight(linear.weight).backward(linear.weight + 1)
-        gradients[name] = linear.mask_logits.grad
+        assert logits.grad is not None
+        gradients[name] = logits.grad
     return gather_hf(masks, masked_model, mesh), gather_hf(gradients, masked_model, mesh)
 
 
@@ -88,7 +91,7 @@ def sample_misplaced(masked_model: MaskedModel, mesh: Mesh) -> Tensors:
     for linear in masked_model.linears.values():
         linear.site = replace(
             linear.site,
-            placement=Placement.whole(linear.weight.shape[0], linear.mask_logits.shape[-1]),
+            placement=Placement.whole(linear.weight.shape[0], logits_of(linear).shape[-1]),
         )
     masks, _ = sample(masked_model, mesh)
     for name, linear in masked_model.linears.items():
@@ -106,11 +109,11 @@ def through_checkpoint(masked_model: MaskedModel, mesh: Mesh, folder: Path) -> N
     if mesh.tp == SAVED_AT:
         with torch.no_grad():
             for number, linear in enumerate(masked_model.linears.values()):
-                linear.mask_logits.mul_(1.25 + number)
+                logits_of(linear).mul_(1.25 + number)
         save_sharded(logits, folder, mesh, {})
     else:
         for linear in masked_model.linears.values():
-            linear.mask_logits.data.fill_(torch.nan)
+            logits_of(linear).data.fill_(torch.nan)
         masked_model.model.load_state_dict(load_sharded(logits, folder, ""), strict=False)
 
 

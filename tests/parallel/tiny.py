@@ -15,6 +15,7 @@ from megamask.config.load import build_config
 from megamask.learn.masked_model import MaskedModel
 from megamask.masks.file import save_masks
 from megamask.model.mask_shards import linear_rules
+from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs import convert
@@ -139,10 +140,16 @@ def gather_hf(
     return whole
 
 
+def logits_of(linear: MaskedLinear) -> torch.nn.Parameter:
+    """The mask logits of a linear that has some."""
+    assert linear.mask_logits is not None
+    return linear.mask_logits
+
+
 def gather_logits(masked_model: MaskedModel, mesh: Mesh) -> dict[str, torch.Tensor]:
     """The mask logits of the whole model by HF module name."""
     return gather_hf(
-        {name: linear.mask_logits for name, linear in masked_model.linears.items()},
+        {name: logits_of(linear) for name, linear in masked_model.linears.items()},
         masked_model,
         mesh,
     )
