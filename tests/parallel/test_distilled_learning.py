@@ -210,7 +210,8 @@ def look_at_teachers(rank: int, run_dir: Path) -> dict[str, Any]:
     """What teacher and losses are while nothing is drawn, within a draw, under a step's draw, and
     with folded masks.
     """
-    config, found = config_of(run_dir, 1, {"distillation": {"share": 1}}), {}
+    config = config_of(run_dir, 1, {"distillation": {"share": 1}})
+    found: dict[str, Any] = {}
     with start(config) as mesh:
         masked_model = build_masked_model(LearnInputs(config), mesh)
         batch = [

@@ -132,15 +132,17 @@ def test_learning_is_the_same(outcomes: dict[int, Outcome], tp: int) -> None:
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=2e-5)
     for name, logits in one.logits.items():
         assert float((found.logits[name] - logits).abs().max()) < 1e-4, name
-    for a, b in zip(found.movements, one.movements, strict=True):
-        assert a.max_prob == pytest.approx(b.max_prob, rel=1e-3)
+    for here, there in zip(found.movements, one.movements, strict=True):
+        assert here.max_prob == pytest.approx(there.max_prob, rel=1e-3)
 
 
 def test_winners_are_the_largest_logits_and_move(outcomes: dict[int, Outcome]) -> None:
     one, pattern = outcomes[1], Pattern(8, 16)
     for name, mask in one.masks.items():
         assert torch.equal(mask, pattern.best(one.logits[name].transpose(1, 2).flatten(1))), name
-    assert 0 < one.movements[-1].prior_difference < 1 and 0 < one.movements[-1].max_prob < 1
+    last = one.movements[-1]
+    assert last.prior_difference is not None
+    assert 0 < last.prior_difference < 1 and 0 < last.max_prob < 1
     changed = [
         name
         for name, logits in one.bits["initial"].items()

@@ -159,9 +159,9 @@ def test_named_settings_apply_from_python_as_from_a_recipe() -> None:
         given = {"learn": {"preset": name, "memory": "lean"}}
         assert build_config(given) == wanted
         assert Config.model_validate(given) == wanted
-        assert Config(**given) == wanted  # type: ignore[arg-type]
+        assert Config(**given) == wanted
         section = Config().learn.model_copy(update={"preset": name, "memory": "lean"})
         assert section.model_fields_set == {"preset", "memory"}
         assert Config(learn=section) == wanted
-    kept = Config(learn={"preset": "maskllm", "steps": 3}).learn  # type: ignore[arg-type]
+    kept = Config(learn={"preset": "maskllm", "steps": 3}).learn
     assert (kept.steps, kept.optimizer.lr) == (3, 5e-4)
