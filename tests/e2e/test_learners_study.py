@@ -1,5 +1,5 @@
-"""benchmarks/learners with megamask's real verbs: a signal saves, and the same command goes on to
-the result.
+"""The study of learners with megamask's real verbs: a signal saves a snapshot, and the same command
+goes on to the result.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     command = [
         sys.executable,
         "-m",
-        "studies.learners.__main__",
+        "studies.learners",
         *folders,
         *budget,
         "learn.snapshot.every=1000",
