@@ -100,21 +100,21 @@ class Group:
     text: str
 
 
-BASE = "linear-2of4"
+BASE = "subset-2of4"
 _SAME = f"All else as `{BASE}`."
 GROUPS: dict[str, Group] = {
     "comparison-2of4": Group("2:4", "categorical-2of4", "Half of the weights."),
     "comparison-1of4": Group(
         "1:4",
-        "linear-1of4",
+        "subset-1of4",
         "A quarter of the weights. A mask keeps one position, so both distributions are the same.",
     ),
     "comparison-4of8": Group(
-        "4:8", "linear-4of8", "Half of the weights, 70 masks a group instead of 6."
+        "4:8", "subset-4of8", "Half of the weights, 70 masks a group instead of 6."
     ),
     "comparison-8of16": Group(
         "8:16",
-        "linear-8of16",
+        "subset-8of16",
         "Half of the weights, 12,870 masks a group: one logit a weight is the only way.",
     ),
     "prior": Group(
@@ -182,7 +182,7 @@ _LEAN: tuple[str, Settings, Settings] = (
     {**CATEGORICAL, "memory": "lean"},
     GUMBEL,
 )
-_LINEAR: tuple[str, Settings, Settings] = ("linear, a logit per weight", {}, GUMBEL)
+_SUBSET: tuple[str, Settings, Settings] = ("subset, a logit per weight", {}, GUMBEL)
 _MASKPRO: tuple[str, Settings, Settings] = ("MaskPro, forward passes only", MASKPRO, {})
 
 
@@ -201,7 +201,7 @@ ARMS: list[Arm] = [
         "2:4",
         {
             "categorical": _CATEGORICAL,
-            "linear": _LINEAR,
+            "subset": _SUBSET,
             "maskpro": _MASKPRO,
             "maskpro-magnitude": (
                 "MaskPro from magnitude's mask, 4 masks a step",
@@ -210,9 +210,9 @@ ARMS: list[Arm] = [
             ),
         },
     ),
-    *_comparison("1:4", {"categorical": _CATEGORICAL, "linear": _LINEAR, "maskpro": _MASKPRO}),
-    *_comparison("4:8", {"linear": _LINEAR, "categorical": _LEAN, "maskpro": _MASKPRO}),
-    *_comparison("8:16", {"linear": _LINEAR, "maskpro": _MASKPRO}),
+    *_comparison("1:4", {"categorical": _CATEGORICAL, "subset": _SUBSET, "maskpro": _MASKPRO}),
+    *_comparison("4:8", {"subset": _SUBSET, "categorical": _LEAN, "maskpro": _MASKPRO}),
+    *_comparison("8:16", {"subset": _SUBSET, "maskpro": _MASKPRO}),
     *_ablation(
         "prior",
         {

@@ -23,8 +23,9 @@ from megamask.config import Config, load_config
 from megamask.errors import ArtifactError
 from megamask.report.reading import Record
 from megamask.storage import read_json, write_json
+from studies.learners import child
 from studies.learners.arms import Arm, Settings
-from studies.learners.child import AGAIN, verb
+from studies.learners.child import AGAIN
 
 # Held-out windows a domain while learning; the final masks are evaluated on more.
 CURVE_WINDOWS = 12
@@ -189,7 +190,7 @@ class Bench:
         Raises:
             ArmError: the verb failed, or was not done in time.
         """
-        verb(name, self.recipe, overrides, run_dir, self.budget.minutes, lock)
+        child.verb(name, self.recipe, overrides, run_dir, self.budget.minutes, lock)
 
     def results(self, arm: Arm) -> list[Record]:
         """The results of an arm, one for each seed."""

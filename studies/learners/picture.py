@@ -17,7 +17,7 @@ from megamask.report.plot_style import STYLE, label_right
 from megamask.report.reading import Record
 from studies.learners.arms import Arm
 
-COLORS = {"categorical": "#d55e00", "linear": "#0072b2", "maskpro": "#009e73"}
+COLORS = {"categorical": "#d55e00", "subset": "#0072b2", "maskpro": "#009e73"}
 DASHES = {"2:4": "-", "4:8": "--", "8:16": ":", "1:4": "-."}
 LEVELS = {"dense": "#000000", "SparseGPT mask": "#7f7f7f", "SparseGPT + weight update": "#b0b0b0"}
 WHERE = ("2:4", "4:8", "8:16")  # the patterns that have curves; they have the same density

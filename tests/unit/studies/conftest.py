@@ -8,7 +8,7 @@ import pytest
 
 from megamask.config import load_config
 from megamask.storage import write_json
-from studies.learners import __main__, bench
+from studies.learners import __main__, child
 from tests.unit.studies.stand_ins import (
     BATCH,
     DENSE,
@@ -68,7 +68,7 @@ def verbs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             }
             write_json(run_dir / "results.json", found)
 
-    monkeypatch.setattr(bench, "verb", stand_in)
+    monkeypatch.setattr(child, "verb", stand_in)
     return ran
 
 

@@ -52,7 +52,7 @@ def test_the_rate_fits_the_steps_and_no_other_setting(
 ) -> None:
     bench = __main__.open_bench(__main__.read_options(words(steps=steps)))
     for arm, share in (
-        ("linear-2of4", 1),
+        ("subset-2of4", 1),
         ("alpha-1", 1),
         ("distillation-kd-time", 1),
         ("rate-half", 0.5),

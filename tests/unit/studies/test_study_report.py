@@ -43,7 +43,7 @@ def test_the_report(words: Words, verbs: list[str], tmp_path: Path) -> None:
     assert (docs / "learners.png").stat().st_size < 200_000
     # The stand-ins say code 11 and prose 22 + seed: geometric means over seeds, sqrt(29 * 30) =
     # 29.50, and over domains, sqrt(11 * 29.50).
-    row = next(line for line in text.splitlines() if line.startswith("| linear, "))
+    row = next(line for line in text.splitlines() if line.startswith("| subset, "))
     assert (
         "11.00 (11.00–11.00)" in row
         and "29.50 (29.00–30.00)" in row
@@ -91,5 +91,5 @@ def test_a_curve_is_of_the_steps_that_all_seeds_evaluated() -> None:
         return {"curve": points, "peak_memory_gib": 1.0}
 
     curve = Curve.of(by_name()[BASE], [seed(s0=9, s30=5, s60=4), seed(s0=4, s60=1)], (0.5, False))
-    assert (curve.tokens, curve.seconds) == ([0, 480], [0, 30])
+    assert curve.tokens == [0, 480] and curve.seconds == [0, 30]
     assert curve.score == pytest.approx([6, 2])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
-from studies.learners import __main__, bench
+from studies.learners import __main__, child
 from studies.learners.arms import BASE
 from studies.learners.child import ArmError, ElsewhereError, link, locked, verb
 from tests.unit.studies.stand_ins import (
@@ -96,7 +96,7 @@ def best_of(seed: int) -> list[tuple[int, ...]]:
 def test_a_killed_arm_is_finished_by_the_same_command(
     words: Words, verbs: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    usual = vars(bench)["verb"]  # that of the fixture
+    usual = child.verb
     dying = ["learn"]
 
     def dies(name: str, *rest: Any) -> None:
@@ -104,7 +104,7 @@ def test_a_killed_arm_is_finished_by_the_same_command(
             raise KeyboardInterrupt
         usual(name, *rest)
 
-    monkeypatch.setattr(bench, "verb", dies)
+    monkeypatch.setattr(child, "verb", dies)
     command = words("--arms", BASE)
     assert __main__.main(command) == EXIT_INTERRUPTED and verbs == ["prune"]
     dying[:] = ["evaluate"]
@@ -124,14 +124,14 @@ def test_an_arm_that_fails_lets_the_others_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    usual = vars(bench)["verb"]  # that of the fixture
+    usual = child.verb
 
     def fails_for_categorical(name: str, recipe: Path, overrides: list[str], *rest: Any) -> None:
         if "learn.method=categorical" in overrides:
             raise ArmError("no luck")
         usual(name, recipe, overrides, *rest)
 
-    monkeypatch.setattr(bench, "verb", fails_for_categorical)
+    monkeypatch.setattr(child, "verb", fails_for_categorical)
     assert (
         __main__.main(words("--arms", "categorical-2of4", "hard-hard")) == __main__.EXIT_SOME_FAILED
     )
@@ -171,14 +171,14 @@ def test_the_time_of_a_step_is_measured_apart(
 ) -> None:
     assert __main__.main(words("--arms", BASE, "oneshot-2of4")) == EXIT_OK
     verbs.clear()
-    usual = vars(bench)["verb"]  # that of the fixture
+    usual = child.verb
     asked: list[str] = []
 
-    def asks(name: str, recipe: Path, overrides: list[str], *rest: Any) -> None:
+    def recording(name: str, recipe: Path, overrides: list[str], *rest: Any) -> None:
         asked.extend(overrides)
         usual(name, recipe, overrides, *rest)
 
-    monkeypatch.setattr(bench, "verb", asks)
+    monkeypatch.setattr(child, "verb", recording)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     assert __main__.main(
         words("--arms", BASE, "oneshot-2of4", "--time", "4")
@@ -187,7 +187,7 @@ def test_the_time_of_a_step_is_measured_apart(
     row = next(
         line
         for line in (tmp_path / "out" / "learners.md").read_text().splitlines()
-        if line.startswith("| linear, ")
+        if line.startswith("| subset, ")
     )
     assert "3.00" in row.split()  # the stand-in's 3 seconds, not marked as taken beside other work
     assert len(results(tmp_path / "out")) == 1 and not (tmp_path / "out" / "times" / "run").exists()
