@@ -1,4 +1,4 @@
-"""A path holds a whole artefact or nothing, whatever moment the process dies at."""
+"""A path holds a whole artefact or nothing, no matter when the process dies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megamask.storage import (
 
 
 class BrokenError(Exception):
-    """Something going wrong while an artefact is written."""
+    """An error while an artefact is written."""
 
 
 def names(folder: Path) -> set[str]:
@@ -140,7 +140,7 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    """A path below a file: refused for every user, root too."""
+    """A path below a file, which no user can write, not even root."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError) as caught:
         require_writable(tmp_path / "file" / "runs", "run_dir")

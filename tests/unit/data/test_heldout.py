@@ -60,8 +60,9 @@ def test_windows_that_cannot_be(two_domains: Callable[..., Config]) -> None:
 def test_each_domain_serves_learning_or_evaluation_or_both(
     two_domains: Callable[..., Config], tokenizer_folder: Path
 ) -> None:
-    """a is learned from and never evaluated, b the other way round: every document of b is in the
-    evaluation, none in the samples.
+    """Domain a only serves learning, domain b only evaluation.
+
+    Every document of b is in the evaluation, and none in the samples.
     """
     settings = two_domains(blend={"a": 1}, evaluate={"window": 20}).model_dump()
     settings["data"]["domains"]["a"]["heldout"] = 0

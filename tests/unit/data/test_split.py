@@ -1,4 +1,4 @@
-"""Held-out documents: keyed by content, stable, never empty on one side by chance."""
+"""The split of documents: decided by content, stable, and never empty on a side by chance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = [f"document {number}" for number in range(2000)]
 def test_share_and_completeness() -> None:
     sides = split(TEXTS, 0.1)
     assert sorted(sides["train"] + sides["heldout"]) == sorted(TEXTS)
-    # 2000 draws with p = 0.1: standard deviation 13.4; five of them.
+    # 2000 draws with p = 0.1 have a standard deviation of 13.4; the tolerance is five of them.
     assert abs(len(sides["heldout"]) - 200) < 68
 
 

@@ -1,4 +1,4 @@
-"""Both kinds of tokenizer, and what their fingerprint stands for."""
+"""Both kinds of tokenizers, and their fingerprints."""
 
 from __future__ import annotations
 

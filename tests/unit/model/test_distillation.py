@@ -1,4 +1,4 @@
-"""Distillation on one process against plain fp64, differentiated by autograd.
+"""Distillation on a single process against a plain reference in fp64 with autograd.
 
 Shapes: T tokens, V vocabulary, H hidden.
 """
@@ -19,17 +19,17 @@ from megamask.model.vocabulary import VocabularyShard, fused_loss
 
 VOCAB, HIDDEN, TOKENS = 301, 24, 37
 SHARD = VocabularyShard(0, VOCAB, VOCAB)
-# One rounding of fp32 is 6e-8; a logit is a sum over 24 products of size up to 10, a divergence and
-# a gradient sums over 301. Seen: 6e-7.
+# Relative tolerance. A rounding of fp32 is 6e-8; a logit is a sum of 24 products of size up to 10,
+# and a divergence or a gradient is a sum over 301 tokens. Measured: 6e-7.
 FP32 = 5e-6
-# absolute, of a divergence: a difference of numbers of size 10, each rounded by 6e-8 of that; seen:
-# 4e-7
+# Absolute tolerance of a divergence: it is a difference of numbers of size 10, which fp32 rounds by
+# 6e-7. Measured: 4e-7.
 SUMS = 2e-6
 
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 16 tokens in blocks of 5."""
+    """Use chunks of 16 tokens in blocks of 5."""
     monkeypatch.setattr(vocabulary, "CPU_CHUNK", 16)
     monkeypatch.setattr(vocabulary, "CPU_BLOCK_BYTES", 2 * 5 * 4 * VOCAB)
 
@@ -90,7 +90,7 @@ def reference(
 
 
 def events(logits_TV: torch.Tensor, teacher_TV: torch.Tensor, top_k: int | None) -> torch.Tensor:
-    """Log-probabilities of all tokens, or of the teacher's first k and of all others together."""
+    """Log-probabilities of all tokens, or of the teacher's top k and of all others together."""
     log_TV = logits_TV.log_softmax(1)
     if top_k is None:
         return log_TV
@@ -99,7 +99,7 @@ def events(logits_TV: torch.Tensor, teacher_TV: torch.Tensor, top_k: int | None)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the difference over that of the expected."""
+    """Root mean square of the difference, relative to that of the expected values."""
     return float(
         (found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     )
@@ -121,7 +121,7 @@ def test_losses_and_gradient_are_those_of_fp64(
 
 
 def test_the_comparison_sees_what_could_be_wrong() -> None:
-    """Models exchanged, the square forgotten, k off by one, share off by a thousandth."""
+    """Exchanged models, another k, another share and another temperature exceed the tolerance."""
     given = inputs()
     student_TH, teacher_TH, *rest = given
     right = fused(given, 2.0, 7, 0.3)
@@ -141,7 +141,9 @@ def test_the_comparison_sees_what_could_be_wrong() -> None:
 def test_equal_models_have_nothing_to_learn_from_each_other(
     dtype: torch.dtype, temperature: float, top_k: int | None
 ) -> None:
-    """Both go through the same operations; a vectorised exponential may round the same number in
+    """Student and teacher go through the same operations.
+
+    The differences are not exactly 0, because a vectorised exponential may round equal numbers in
     two ways.
     """
     student_TH, _, *rest = inputs(dtype=dtype)
@@ -153,7 +155,7 @@ def test_equal_models_have_nothing_to_learn_from_each_other(
 
 
 def test_the_top_tokens_and_a_rest_tell_less_than_all_tokens_but_never_less_than_nothing() -> None:
-    """More of them tell more; all of them tell all, as does any number above."""
+    """kd grows with k, and equals the kd of the whole vocabulary when k is at least its size."""
     given = inputs()
     whole_T = fused(given)[2]
     by_k = [fused(given, top_k=k)[2] for k in (1, 3, 30, 300)]
@@ -166,8 +168,10 @@ def test_the_top_tokens_and_a_rest_tell_less_than_all_tokens_but_never_less_than
 
 
 def test_the_student_is_told_how_much_is_left_for_the_rest() -> None:
-    """With the teacher's proportions among its three likeliest tokens but twice their mass,
-    renormalised distributions would be equal.
+    """kd sees the probability of the tokens that are not named.
+
+    The student has the teacher's proportions among the three most likely tokens, but gives them
+    more probability. The distributions renormalised over these tokens would be equal.
     """
     teacher_TV = torch.tensor([[3.0, 2.0, 1.0, 0.0, 0.0, 0.0]])
     student_TV = teacher_TV + torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]])
@@ -199,9 +203,8 @@ def test_logits_far_apart_neither_overflow_nor_vanish(
         strict=True,
     ):
         assert error(found, expected) < FP32
-    far_TH = given[0].flip(
-        0
-    )  # another token's hidden states: the student is sure of something else
+    # With the hidden states of another token, the student is certain of another next token.
+    far_TH = given[0].flip(0)
     assert all(one.isfinite().all() for one in fused((far_TH, *given[1:]), temperature, top_k, 0.3))
 
 
@@ -209,7 +212,7 @@ def test_logits_far_apart_neither_overflow_nor_vanish(
 def test_the_size_of_chunks_and_blocks_does_not_show(
     monkeypatch: pytest.MonkeyPatch, top_k: int | None
 ) -> None:
-    """But for the order of sums within a matmul."""
+    """Only the order of sums within a matmul may differ."""
     given = inputs()
     pieces = fused(given, 2.0, top_k, 0.3)
     monkeypatch.setattr(vocabulary, "CPU_CHUNK", 512)
@@ -245,7 +248,7 @@ def test_only_the_objective_passes_gradients_on() -> None:
 
 @pytest.mark.parametrize("top_k", [None, 7])
 def test_nothing_of_tokens_times_vocabulary_is_kept_or_made(top_k: int | None) -> None:
-    """After the forward pass, the gradient at the hidden states; within it, chunks of 16 tokens."""
+    """The largest tensor is the gradient at the hidden states, or the logits of 16 tokens."""
     student_TH, teacher_TH, weight_VH, labels_T, _ = inputs()
     student_TH, teacher_TH, labels_T = (
         student_TH.repeat(10, 1).requires_grad_(),
@@ -273,9 +276,8 @@ def test_nothing_of_tokens_times_vocabulary_is_kept_or_made(top_k: int | None) -
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
         losses = learn()
     assert len(losses[0]) == 370 and max(saved) == 370 * HIDDEN
-    assert max(made) == max(
-        16 * VOCAB, 370 * HIDDEN
-    )  # the logits of a chunk, the gradient of all tokens
+    logits_of_a_chunk, gradient = 16 * VOCAB, 370 * HIDDEN
+    assert max(made) == max(logits_of_a_chunk, gradient)
     assert largest_new(before) <= 370 * HIDDEN
 
 

@@ -1,5 +1,7 @@
-"""SparseGPT against a textbook Optimal Brain Surgeon sweep in fp64: explicit inverse Hessian,
-Gaussian elimination, no Cholesky.
+"""SparseGPT against a textbook sweep of Optimal Brain Surgeon in fp64.
+
+The reference computes the inverse Hessian explicitly and updates it by Gaussian elimination; it
+uses no Cholesky decomposition.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from megamask.sparsity.pattern import Pattern
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8)]
 DAMP = 0.01
-# fp32 work against fp64: rounding (6e-8) grows at worst by the condition number of the damped
-# Hessians here (600), to 4e-5; over 6 seeds and 3 patterns it was 3e-7 of the largest weight, so
-# this leaves a factor of ten and more
+# The work is fp32, the reference fp64. The rounding of fp32 (6e-8) grows at worst by the condition
+# number of the damped Hessians here (600), to 4e-5. Over 6 seeds and 3 patterns the difference was
+# at most 3e-7 of the largest weight, so the tolerance leaves a factor of more than ten.
 WEIGHT_TOLERANCE = 5e-6
-# groups whose n-th and (n+1)-th score are nearer than this (relative) may be chosen differently in
-# fp32, for the same reason
+# For the same reason fp32 may decide a group in another way when its n-th and (n+1)-th score differ
+# by less than this share.
 NEAR_TIE = 1e-5
 
 
@@ -38,14 +40,14 @@ class Reference:
 
 
 def eliminate(inverse: torch.Tensor) -> torch.Tensor:
-    """Inverse Hessian of the columns that remain when the first one is fixed."""
+    """The inverse Hessian of the other columns when the first column is fixed."""
     return inverse[1:, 1:] - torch.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
 
 
 def reference(
     weight_OI: torch.Tensor, hessian_II: torch.Tensor, pattern: Pattern, sign: float = 1.0
 ) -> Reference:
-    """Column by column; ``sign=-1`` is the deliberate mistake of spreading errors the wrong way."""
+    """The sweep, column by column. ``sign=-1`` spreads errors with the wrong sign on purpose."""
     weight, hessian = weight_OI.double().clone(), hessian_II.double().clone()
     dead = hessian.diagonal() == 0
     mean = hessian.diagonal()[~dead].mean()
@@ -88,8 +90,9 @@ def example(
 def disagreement(
     mask_OI: torch.Tensor, weight_OI: torch.Tensor, expected: Reference, m: int
 ) -> str | None:
-    """What differs, or None. A row may part from the reference at a near tie; it is compared no
-    further.
+    """The first disagreement as text, or None.
+
+    A row may differ from the reference from a near-tie on; such a row is not compared further.
     """
     differs_OG = (mask_OI != expected.mask_OI).unflatten(1, (-1, m)).any(-1)
     same_O = ~differs_OG.any(1)
@@ -147,7 +150,7 @@ def test_the_factor_is_of_the_inverse_and_upper() -> None:
     inverse_II = torch.linalg.inv(hessian_II + DAMP * hessian_II.diagonal().mean() * torch.eye(64))
     assert used == DAMP
     assert torch.equal(factor_II, factor_II.triu())
-    # fp32 rounding times the condition number, as above
+    # The tolerance is the rounding of fp32 times the condition number, as above.
     torch.testing.assert_close(
         factor_II.double().T @ factor_II.double(),
         inverse_II,
@@ -164,7 +167,8 @@ def test_the_factor_is_of_the_inverse_and_upper() -> None:
 def test_update_lowers_the_output_error(pattern: Pattern) -> None:
     generator = torch.Generator().manual_seed(1)
     weight_OI = torch.randn(24, 64, generator=generator)
-    # 16 common directions and some noise: columns can stand in for one another, as in a real model
+    # The inputs have 16 common directions and some noise. So a column can replace another column,
+    # as in a real model.
     x_TI = torch.randn(400, 16, generator=generator) @ torch.randn(16, 64, generator=generator) / 4
     x_TI += 0.3 * torch.randn(400, 64, generator=generator)
     stats = InputStats(64, hessian=True)
@@ -175,14 +179,12 @@ def test_update_lowers_the_output_error(pattern: Pattern) -> None:
     def error(sparse_OI: torch.Tensor) -> float:
         return float((x_TI @ (sparse_OI - weight_OI).T).square().mean())
 
-    # no rounding in play: with 16 directions and 16 or 32 kept inputs, most of the error can be
-    # made up for
+    # The margins are far above rounding: with 16 directions and 16 or 32 kept inputs, the update
+    # can correct most of the error.
     assert error(pruned.weight_OI) < 0.7 * error(weight_OI * pruned.mask_OI)
     assert error(pruned.weight_OI) < 0.7 * error(weight_OI * pattern.best(weight_OI.abs()))
-    upside_down_OI = (
-        2 * weight_OI * pruned.mask_OI - pruned.weight_OI
-    )  # the same update with the wrong sign
-    assert error(upside_down_OI) > error(weight_OI * pruned.mask_OI)
+    wrong_sign_OI = 2 * weight_OI * pruned.mask_OI - pruned.weight_OI
+    assert error(wrong_sign_OI) > error(weight_OI * pruned.mask_OI)
 
 
 def test_without_update_the_mask_is_the_same() -> None:
@@ -196,26 +198,27 @@ def test_without_update_the_mask_is_the_same() -> None:
 def test_rows_are_independent() -> None:
     weight_OI, _, stats = example()
     whole = sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP)
+    # The second part has a single row.
     parts = [
         sparsegpt(part, stats, Pattern(2, 4), DAMP) for part in (weight_OI[:23], weight_OI[23:])
-    ]  # the last has one row
+    ]
     assert torch.equal(torch.cat([part.mask_OI for part in parts]), whole.mask_OI)
     joined_OI = torch.cat([part.weight_OI for part in parts if part.weight_OI is not None])
-    # the matmuls of another shape may sum in another order: fp32 rounding
+    # Matmuls of another shape may sum in another order, which changes the rounding of fp32.
     torch.testing.assert_close(joined_OI, whole.weight_OI, rtol=1e-4, atol=1e-4)
 
 
 def test_scale_of_the_statistics_does_not_matter() -> None:
     weight_OI, x_TI, stats = example()
     doubled = InputStats(64, hessian=True)
-    doubled.add(x_TI * 2)  # the Hessian times 4, exactly
+    doubled.add(x_TI * 2)  # this makes the Hessian exactly 4 times as large
     expected, found = (
         sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP),
         sparsegpt(weight_OI, doubled, Pattern(2, 4), DAMP),
     )
     assert expected.weight_OI is not None and found.weight_OI is not None
     assert torch.equal(expected.mask_OI, found.mask_OI)
-    # a factor of two is exact in floating point, so only the order of sums may differ
+    # A factor of two is exact in floating point, so only the order of sums may differ.
     torch.testing.assert_close(found.weight_OI, expected.weight_OI, rtol=1e-4, atol=1e-5)
 
 
@@ -229,7 +232,8 @@ def test_dead_columns_go_first() -> None:
     pruned = sparsegpt(weight_OI, stats, pattern, DAMP)
     assert pruned.weight_OI is not None
     expected = reference(weight_OI, stats.hessian_II, pattern)
-    # group 0 has three dead columns, so one is kept, a tie in the reference: compare the others
+    # Group 0 has three dead columns, so a dead column is kept. Which of them is a tie in the
+    # reference, so this group is compared with the rule of ties instead.
     assert torch.equal(
         pruned.mask_OI[:, :4], torch.tensor([True, False, False, True]).expand(24, 4)
     )
@@ -256,7 +260,8 @@ def test_pruned_places_are_plus_zero_in_the_dtype_of_the_weight() -> None:
     weight_OI, _, stats = example()
     pruned = sparsegpt(weight_OI.bfloat16(), stats, Pattern(2, 4), DAMP)
     assert pruned.weight_OI is not None and pruned.weight_OI.dtype == torch.bfloat16
-    assert not pruned.weight_OI[~pruned.mask_OI].view(torch.int16).any()  # bits: -0.0 would show
+    # The bits are compared, because -0.0 equals 0.0.
+    assert not pruned.weight_OI[~pruned.mask_OI].view(torch.int16).any()
     assert pruned.weight_OI.is_contiguous() and pruned.mask_OI.is_contiguous()
 
 
@@ -265,15 +270,14 @@ def test_fewer_tokens_than_columns_raise_the_damping() -> None:
     pruned = sparsegpt(weight_OI, stats, Pattern(2, 4), damp=1e-12)
     assert pruned.damp is not None and pruned.damp > 1e-12
     assert pruned.weight_OI is not None and pruned.weight_OI.isfinite().all()
-    assert (
-        sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP).damp == DAMP
-    )  # the usual damping is enough as it is
+    # The usual damping is not raised.
+    assert sparsegpt(weight_OI, stats, Pattern(2, 4), DAMP).damp == DAMP
 
 
 def test_refuses_what_damping_cannot_fix() -> None:
     weight_OI, _, stats = example()
     assert stats.sum_outer_II is not None
-    stats.sum_outer_II -= 1e9  # no sum of squares
+    stats.sum_outer_II -= 1e9  # the matrix is no sum of squares any more
     stats.sum_outer_II.diagonal().add_(1e9)
     with pytest.raises(
         ConfigError, match=r"prune\.damp = 0\.01.*positive definite.*calibration\.samples"

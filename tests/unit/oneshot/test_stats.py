@@ -1,4 +1,4 @@
-"""Input statistics against sums in fp64, and what they refuse."""
+"""Input statistics against sums in fp64, and the inputs that they refuse."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def test_streaming_equals_whole(dtype: torch.dtype, hessian: bool) -> None:
         stats.add(part)
     exact_TI = x_TI.double()
     assert stats.tokens == 300
-    # the inputs are exact in fp64; what is left is fp32 rounding over a sum of 300 terms (300 *
-    # 6e-8)
+    # The inputs are exact in fp64, so the difference is the rounding of a sum of 300 terms in fp32,
+    # at most 300 * 6e-8.
     torch.testing.assert_close(
         stats.mean_square_I.double(), exact_TI.square().mean(0), rtol=2e-5, atol=0
     )
@@ -27,16 +27,17 @@ def test_streaming_equals_whole(dtype: torch.dtype, hessian: bool) -> None:
         torch.testing.assert_close(
             stats.hessian_II.double(), exact_TI.T @ exact_TI / 300, rtol=2e-5, atol=2e-5
         )
+        # The Hessian is not centred.
         assert not torch.allclose(
             stats.hessian_II.double(), torch.cov(exact_TI.T), rtol=2e-5, atol=2e-5
-        )  # not centred
+        )
 
 
 def test_half_precision_inputs_accumulate_in_fp32() -> None:
     stats = InputStats(1, hessian=False)
     for _ in range(300):
         stats.add(torch.ones(1, 1, dtype=torch.bfloat16))
-    assert stats.mean_square_I.item() == 1  # bf16 sums stop at 256
+    assert stats.mean_square_I.item() == 1  # a sum in bf16 would stop at 256
     assert stats.sum_square_I.dtype == torch.float32
 
 
@@ -48,8 +49,8 @@ def test_fast_bf16_products_are_exact_and_leave_no_trace() -> None:
     assert torch.get_float32_matmul_precision() == precision
     exact_II = x_TI.double().T @ x_TI.double() / 4096
     scale = exact_II.diagonal().mean()
-    # fp32 sums of 4096 exact products: a few 1e-7 of the diagonal; sums or products rounded to bf16
-    # would be off by 2e-3
+    # A sum of 4096 exact products in fp32 is off by a few 1e-7 of the diagonal; sums or products
+    # that are rounded to bf16 would be off by 2e-3.
     assert (stats.hessian_II - exact_II).abs().max() < 5e-6 * scale
     assert (x_TI.T @ x_TI / 4096 - exact_II).abs().max() > 5e-6 * scale
 

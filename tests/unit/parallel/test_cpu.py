@@ -1,4 +1,4 @@
-"""What a CPU says of itself."""
+"""The capabilities that a CPU reports."""
 
 from __future__ import annotations
 

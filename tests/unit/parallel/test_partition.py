@@ -1,4 +1,4 @@
-"""Layers are divided evenly, whole, and the same on every replica."""
+"""Layers are assigned whole and evenly, and in the same way on every replica."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def loads(sizes: list[int], replicas: int) -> list[int]:
 
 
 def test_the_largest_first() -> None:
-    assert owners([1, 8, 3, 5], 2) == [0, 0, 1, 1]  # 8 | 5, 3 | then 1 to the first of two equals
+    # 8 goes to replica 0, 5 and 3 to replica 1, and 1 to the first of two equal sums.
+    assert owners([1, 8, 3, 5], 2) == [0, 0, 1, 1]
     assert loads([1, 8, 3, 5], 2) == [9, 8]
     assert largest_share([1, 8, 3, 5], 2) == 9 / 17
     assert largest_share([1, 8, 3, 5], 1) == 1
