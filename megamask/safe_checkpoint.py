@@ -23,7 +23,8 @@ COMMON = "common.pt"
 NOTE = "megamask.json"  # the facts that this package keeps in the folder, beside the tensors
 ADVICE = "Use a checkpoint that megamask wrote, from somebody you trust."
 
-# The classes and functions that the index of a checkpoint of plain tensors names (torch 2.6 to 2.13).
+# The classes and functions that the index of a checkpoint of plain tensors names
+# (torch 2.6 to 2.13).
 ADMITTED: dict[str, frozenset[str]] = {
     "collections": frozenset({"OrderedDict"}),
     "pathlib": frozenset({"PosixPath", "PurePosixPath"}),

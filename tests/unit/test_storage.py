@@ -92,8 +92,9 @@ while True:
 
 @pytest.mark.parametrize("delay", [0.0, 0.003, 0.011, 0.027, 0.05])
 def test_a_killed_writer_leaves_whole_artefacts(tmp_path: Path, delay: float) -> None:
-    """SIGKILL at some moment of an endless rewrite: each path holds one whole version, or (a
-    folder, between its two renames) nothing.
+    """After SIGKILL in an endless rewrite, each path holds a whole version.
+
+    A folder may also be missing, when the signal came between its two renames.
     """
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True

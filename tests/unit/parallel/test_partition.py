@@ -26,10 +26,9 @@ def test_the_largest_first() -> None:
 
 @pytest.mark.parametrize("replicas", [2, 3, 8, 16, 100])
 def test_nobody_is_far_above_the_mean(replicas: int) -> None:
-    sizes = [3, 1, 5, 2] * 32  # in the proportions of a layer's linears
-    assert max(loads(sizes, replicas)) <= sum(sizes) / replicas + max(
-        sizes
-    )  # of any list, largest first
+    sizes = [3, 1, 5, 2] * 32  # the proportions of the linears of a layer
+    # The bound of the rule "largest first" for any list of sizes.
+    assert max(loads(sizes, replicas)) <= sum(sizes) / replicas + max(sizes)
     assert min(loads(sizes, replicas)) > 0
 
 
