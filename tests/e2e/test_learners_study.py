@@ -38,7 +38,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         "--recipe",
         str(RECIPE),
         "--arms",
-        "linear-2of4",
+        "subset-2of4",
     ]
     budget = [
         "--steps",

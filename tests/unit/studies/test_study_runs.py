@@ -36,35 +36,28 @@ def test_an_arm_runs_once_and_other_settings_are_another_run(
         return list(verbs)
 
     two = ("--arms", "categorical-2of4", BASE)
-    assert ran(*two) == [
-        "prune",
-        "learn",
-        "evaluate",
-        "learn",
-        "evaluate",
-    ]  # the prior is looked at once
+    # The prior mask is made once.
+    assert ran(*two) == ["prune", "learn", "evaluate", "learn", "evaluate"]
     first = results(tmp_path / "out")
-    assert [one["settings"]["method"] for one in first] == ["categorical", "subset"] and {
-        one["seed"] for one in first
-    } == {7}
+    assert [result["settings"]["method"] for result in first] == ["categorical", "subset"]
+    assert {result["seed"] for result in first} == {7}
     assert ran(*two) == []
-    assert ran("--arms", "tau-1", "noise-off") == []  # the base's own settings
-    assert ran(*two, "--seeds", "7", "8") == ["learn", "evaluate"] * 2  # the second seed
+    # These arms have the settings of the base.
+    assert ran("--arms", "tau-1", "noise-off") == []
+    # Only the second seed is missing.
+    assert ran(*two, "--seeds", "7", "8") == ["learn", "evaluate"] * 2
     assert ran("--arms", "tau-2") == ["learn", "evaluate"]
-    assert (
-        ran("--arms", BASE, "parallel.threads=1", "--evaluate-every", "3") == []
-    )  # neither changes what is learned
-    assert ran("--arms", BASE, "--evaluate-tokens", "64") == ["evaluate"]  # the mask is there
+    # These settings do not change what is learned.
+    assert ran("--arms", BASE, "parallel.threads=1", "--evaluate-every", "3") == []
+    # Another protocol evaluates the same mask again.
+    assert ran("--arms", BASE, "--evaluate-tokens", "64") == ["evaluate"]
     assert ran("--arms", BASE, "learn.optimizer.betas=[0.9, 0.99]") == ["learn", "evaluate"]
     assert ran("--arms", BASE, steps=STEPS + 1) == ["learn", "evaluate"]
-    assert ran("--arms", "linear-4of8") == [
-        "prune",
-        "learn",
-        "evaluate",
-    ]  # no mask of the base has that pattern
-    assert all(
-        one in results(tmp_path / "out") for one in first if one["arm"] != BASE
-    )  # nothing else was touched
+    # The base run has no mask of this pattern.
+    assert ran("--arms", "subset-4of8") == ["prune", "learn", "evaluate"]
+    # The results of other arms did not change.
+    now = results(tmp_path / "out")
+    assert all(result in now for result in first if result["arm"] != BASE)
 
 
 @pytest.mark.usefixtures("no_report")
