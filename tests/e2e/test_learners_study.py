@@ -90,7 +90,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert result["perplexity"].keys() == {"dense", "learned"} and result["perplexity"][
         "learned"
     ].keys() == {"prose", "code"}
-    assert "| linear, a logit per weight " in (out / "learners.md").read_text()
+    assert "| subset, a logit per weight " in (out / "learners.md").read_text()
 
 
 def wait_for_step(script: subprocess.Popen[bytes], out: Path, step: int) -> Path:
