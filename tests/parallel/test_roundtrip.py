@@ -16,7 +16,7 @@ from megamask.parallel.mesh import start
 from megamask.verbs import convert
 from megamask.weights.architecture import read_architecture
 from tests.parallel.ranks import meet_again, run_ranks
-from tests.parallel.tiny import GQA, config_of, make_hf
+from tests.parallel.tiny import GQA, TPS, config_of, make_hf
 
 pytestmark = pytest.mark.slow
 PLAIN = {**GQA, "vocab_size": 512}
@@ -66,19 +66,19 @@ def round_trips(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
     configs = {}
-    for tp in (1, 2, 4, 8):
+    for tp in TPS:
         for name, hf in folders.items():
             config = config_of(tmp_path_factory.mktemp(f"{name}-{tp}"), tp)
             configs[name, tp] = config.model_copy(
                 update={"model": config.model.model_copy(update={"hf": str(hf)})}
             )
-    for tp in (1, 2, 4, 8):
+    for tp in TPS:
         run_ranks(convert_all, tp, [configs[name, tp] for name in folders])
     return dict(zip(configs, run_ranks(back, 1, list(configs.values()))[0], strict=True))
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("tp", TPS)
 def test_what_comes_back_is_what_went_in(
     tp: int,
     name: str,
