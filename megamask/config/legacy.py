@@ -136,7 +136,7 @@ def _find(tree: Mapping[str, Any], key: str) -> Any:
 
 def _choose(key: str, value: Any, allowed: tuple[Any, ...], now: str) -> Any:
     if not any(value is one or (value == one and type(value) is type(one)) for one in allowed):
-        names = ", ".join(str(one).lower() if one is not None else "null" for one in allowed)
+        names = ", ".join(str(one).lower() for one in allowed if one is not None)
         raise ConfigError(key, value, f"one of {names}", f"It is {now} now.")
     return value
 
