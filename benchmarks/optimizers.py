@@ -16,26 +16,30 @@ import torch
 from benchmarks.common import interleave, parser, report, table
 from megamask.config import Config
 from megamask.config.load import load_config
-from megamask.optim.optimizers import build_optimizer
+from megamask.optim.optimizers import build_optimizer, find_rule
+from megamask.plan.bytes import WIDTH
 from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 
 BASELINE = "AdamW after a clipping pass"
-# Settings, and bytes that a logit's update moves: gradient read, logit and moments read and
-# written.
-SIDES: dict[str, tuple[dict[str, str], int]] = {
-    "adamw": ({}, 32),  # the scaled gradient is written back
-    "adamw, bf16 logits": ({"state.logits": "bf16"}, 16),
-    "adamw, bf16 logits and gradients": ({"state.logits": "bf16", "state.grads": "bf16"}, 14),
-    "lion, fp32 logits": ({"optimizer.kind": "lion"}, 16),
-    "lion, bf16 logits": ({"optimizer.kind": "lion", "state.logits": "bf16"}, 12),
-    "lion8bit, bf16 logits": ({"optimizer.kind": "lion8bit", "state.logits": "bf16"}, 10),
-    "lion8bit, bf16 logits and gradients": (
-        {"optimizer.kind": "lion8bit", "state.logits": "bf16", "state.grads": "bf16"},
-        8,
-    ),
+# Settings of ``learn``.
+SIDES: dict[str, dict[str, str]] = {
+    "adamw": {},
+    "adamw, bf16 logits": {"state.logits": "bf16"},
+    "adamw, bf16 logits and gradients": {"state.logits": "bf16", "state.grads": "bf16"},
+    "lion, fp32 logits": {"optimizer.kind": "lion"},
+    "lion, bf16 logits": {"optimizer.kind": "lion", "state.logits": "bf16"},
+    "lion8bit, bf16 logits": {"optimizer.kind": "lion8bit", "state.logits": "bf16"},
+    "lion8bit, bf16 logits and gradients": {
+        "optimizer.kind": "lion8bit",
+        "state.logits": "bf16",
+        "state.grads": "bf16",
+    },
+}
+WITH_TORCHAO = {
+    "adamw8bit, bf16 logits": {"optimizer.kind": "adamw8bit", "state.logits": "bf16"},
 }
 
 
@@ -79,20 +83,18 @@ def main(argv: list[str] | None = None) -> int:
         "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     )
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    sides = dict(SIDES)
-    if options.with_adamw8bit:
-        sides["adamw8bit, bf16 logits"] = (
-            {"optimizer.kind": "adamw8bit", "state.logits": "bf16"},
-            12,
-        )
+    sides = {**SIDES, **(WITH_TORCHAO if options.with_adamw8bit else {})}
     works = {
         BASELINE: clipping_first(options, device),
-        **{side: update(options, device, settings) for side, (settings, _) in sides.items()},
+        **{side: update(options, device, settings) for side, settings in sides.items()},
     }
     timings = interleave(works, options.rounds, device, warmup=2)
     logits = options.layers * options.rows * options.columns // 4 * 6
     best = {side: min(timings.seconds[side]) / logits for side in works}
-    moved = {BASELINE: 36, **{side: size for side, (_, size) in sides.items()}}
+    # the clipping pass reads and writes the gradient, AdamW then reads it
+    moved = {BASELINE: bytes_moved(config_of(device, {})) + 8}
+    moved |= {side: bytes_moved(config_of(device, settings)) for side, settings in sides.items()}
+    moved["adamw"] += 4  # PyTorch writes the scaled gradient back
     rows = [
         [side, 1e9 * best[side], moved[side] / best[side] / 1e9, best[BASELINE] / best[side]]
         for side in works
@@ -114,18 +116,28 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def config_of(device: torch.device, settings: dict[str, str]) -> Config:
+    """The configuration with these settings of ``learn``."""
+    chosen = {"method": "categorical", **settings}
+    return load_config(
+        None, [f"device={device.type}", *(f"learn.{key}={chosen[key]}" for key in chosen)]
+    )
+
+
+def bytes_moved(config: Config) -> float:
+    """Bytes that the update of a logit moves: the gradient is read, logit and moments are read and
+    written.
+    """
+    state, rule = config.learn.state, find_rule(config.learn.optimizer.kind)
+    moments = rule.moment_bytes(state.logits, Pattern(2, 4).num_candidates)
+    return WIDTH[state.grads] + 2 * (WIDTH[state.logits] + moments)
+
+
 def build(
     options: argparse.Namespace, device: torch.device, settings: dict[str, str]
 ) -> tuple[Any, list[Layer]]:
     """An optimizer under these settings of ``learn``, and its layers."""
-    config = load_config(
-        None,
-        [
-            f"device={device.type}",
-            "learn.method=categorical",
-            *(f"learn.{key}={value}" for key, value in settings.items()),
-        ],
-    )
+    config = config_of(device, settings)
     pattern = Pattern(2, 4)
     layers = [
         Layer(number, options.rows, options.columns // 4, pattern, config, device)

@@ -15,9 +15,6 @@ Shapes: O rows, C logits of a group, G groups per row, B blocks of ``BLOCK`` gro
 last block may be shorter).
 """
 
-# numba's decorators carry no types
-# mypy: disable-error-code="misc,untyped-decorator"
-
 from __future__ import annotations
 
 import numpy as np
@@ -29,13 +26,13 @@ BLOCK = 8  # as in lion_8bit.py
 
 
 @njit(inline="always")
-def _read(bits, is_fp32):  # type: ignore[no-untyped-def]
+def _read(bits, is_fp32):
     """The fp32 value of fp32 or bf16 bits."""
     return float_of(U32(bits)) if is_fp32 else float_of(U32(bits) << U32(16))
 
 
 @njit(inline="always")
-def _rounded(value, noise):  # type: ignore[no-untyped-def]
+def _rounded(value, noise):
     """bf16 bits of ``value``, rounded away from zero with the probability of the part that is cut
     off. ``noise`` has 16 random bits.
     """
@@ -43,7 +40,7 @@ def _rounded(value, noise):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _write(logits, at, value, noise, is_fp32):  # type: ignore[no-untyped-def]
+def _write(logits, at, value, noise, is_fp32):
     """Store a logit, rounded by the low half of ``noise`` if logits are bf16."""
     if is_fp32:
         logits[at] = bits_of(value)
@@ -52,13 +49,13 @@ def _write(logits, at, value, noise, is_fp32):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _word_buffer(candidates, groups):  # type: ignore[no-untyped-def]
+def _word_buffer(candidates, groups):
     """Space for the random words of a row. Philox makes four words at a time."""
     return np.empty((4 * ((candidates + 3) // 4), groups), np.uint32)
 
 
 @njit(inline="always")
-def _fill_row(word, place, o, groups, key):  # type: ignore[no-untyped-def]
+def _fill_row(word, place, o, groups, key):
     """Fill ``word`` with the random words of row ``o``."""
     fill_words(word, U64(place[0] + o) * U64(place[2]) + U64(place[1]), groups, key)
 
@@ -67,7 +64,7 @@ def _fill_row(word, place, o, groups, key):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def adamw(logits, grad, mean, square, place, key, numbers):  # type: ignore[no-untyped-def]
+def adamw(logits, grad, mean, square, place, key, numbers):
     """``adamw_update``. ``mean`` and ``square`` are (O, C, G) bf16; numbers = (rate / (1 -
     beta1^t), rate decay, beta1, 1 - beta1, beta2, 1 - beta2, 1 / sqrt(1 - beta2^t), eps, clip
     factor).
@@ -95,7 +92,7 @@ def adamw(logits, grad, mean, square, place, key, numbers):  # type: ignore[no-u
 
 
 @njit(inline="always")
-def _moved(p, m, g, rate, decay, beta1, rest1):  # type: ignore[no-untyped-def]
+def _moved(p, m, g, rate, decay, beta1, rest1):
     """p - rate (sign(beta1 m + rest1 g) + decay p)."""
     u = beta1 * m + rest1 * g
     s = F(1) if u > F(0) else (F(-1) if u < F(0) else F(0))
@@ -103,7 +100,7 @@ def _moved(p, m, g, rate, decay, beta1, rest1):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def lion(logits, grad, momentum, place, key, numbers):  # type: ignore[no-untyped-def]
+def lion(logits, grad, momentum, place, key, numbers):
     """``lion_update``. ``momentum`` is (O, C, G) bf16; numbers = (rate, decay, beta1, 1 - beta1,
     beta2, 1 - beta2, clip factor).
     """
@@ -126,7 +123,7 @@ def lion(logits, grad, momentum, place, key, numbers):  # type: ignore[no-untype
 
 
 @njit(inline="always")
-def _exponent(largest):  # type: ignore[no-untyped-def]
+def _exponent(largest):
     """Biased exponent of the smallest power of two, in units of which ``largest`` is at most 127
     (1.984375 * 2^6).
     """
@@ -138,7 +135,7 @@ def _exponent(largest):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _choose_exponents(exponent_B, top, groups):  # type: ignore[no-untyped-def]
+def _choose_exponents(exponent_B, top, groups):
     """Fill ``exponent_B`` from the largest momentum ``top`` (G,) of each group. Then ``top`` holds
     the inverse of the unit 2^(exponent - 127) of each group.
     """
@@ -154,7 +151,7 @@ def _choose_exponents(exponent_B, top, groups):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def lion8bit(logits, grad, codes, exponents, place, key, numbers):  # type: ignore[no-untyped-def]
+def lion8bit(logits, grad, codes, exponents, place, key, numbers):
     """``lion8bit_update``. The momentum is codes (O, C, G) int8 times 2^(exponents - 127), with
     exponents (O, B) uint8; numbers as in ``lion``.
     """

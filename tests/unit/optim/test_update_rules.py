@@ -67,11 +67,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_kind(kind: str, *settings: str) -> Config:
-    """A configuration with this kind of optimizer, whether or not the tree of settings names it."""
-    config = load_config(None, ["device=cpu", *settings])
-    optimizer = config.learn.optimizer.model_copy(update={"kind": kind})
-    learn = config.learn.model_copy(update={"optimizer": optimizer})
-    return config.model_copy(update={"learn": learn})
+    return load_config(None, ["device=cpu", f"learn.optimizer.kind={kind}", *settings])
 
 
 def test_every_rule_has_the_name_under_which_it_is_found() -> None:
