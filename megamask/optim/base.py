@@ -147,7 +147,7 @@ class UpdateRule(ABC):
 
         Args:
             section: ``learn.optimizer``.
-            linears: the masked linears of this rank, of those alone that this replica updates.
+            linears: the masked linears of this rank whose logits this replica updates.
             seed: of stochastic rounding.
             use_numba: whether the logits lie on a CPU and compiled CPU kernels may be used.
             logits_dtype: dtype of the logits, "fp32" or "bf16".

@@ -1,5 +1,5 @@
-"""Settings that are refused, the norm and clipping, AdamW with the clip factor inside its update,
-the schedule's way into an optimizer.
+"""Settings that are refused, the way from the settings to an optimizer, and AdamW with the clip
+factor inside its update.
 """
 
 from __future__ import annotations
