@@ -17,8 +17,8 @@ class Categorical(Distribution):
 
     name = "categorical"
     reference = "megamask.sparsity.categorical.gumbel_softmax"
-    numba = "megamask.sparsity.categorical.gumbel_softmax_numba"
-    triton = "megamask.sparsity.categorical.gumbel_softmax_triton"
+    numba: str | None = "megamask.sparsity.categorical.gumbel_softmax_numba"
+    triton: str | None = "megamask.sparsity.categorical.gumbel_softmax_triton"
 
     def logits_per_group(self, pattern: Pattern) -> int:
         """C, the number of candidates.
