@@ -88,7 +88,7 @@ SUFFIXES = (".py", ".sh", ".sbatch", ".md", ".html", ".json", ".yaml")
 MAX_README_WORDS = 1250
 
 
-FOLDERS = "launch|benchmarks|configs|docker|docs|megamask|studies|tests"
+FOLDERS = "examples|launch|benchmarks|configs|docker|docs|megamask|studies|tests"
 
 
 def named_commands(text: str) -> tuple[set[str], set[str]]:
@@ -166,6 +166,15 @@ def test_named_settings_exist(document: Path) -> None:
 def test_an_unknown_setting_is_seen() -> None:
     text = "`learn.stepz=3`, `learn.optimizer.lr`, launch/learn.sh, learn.sh and data.blend.code"
     assert unknown_settings(text) == {"learn.stepz"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_recipes_in_documents_load(document: Path, tmp_path: Path) -> None:
+    for text in re.findall(r"(?ms)^```yaml\n(.*?)^```", document.read_text()):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(text)
+        config = load_config(recipe)
+        assert set(config.data.blend) <= set(config.data.domains)
 
 
 def long_lines(text: str) -> list[str]:
