@@ -97,7 +97,7 @@ EARLY = {
     "too many of too many": (
         "learn",
         f"pattern=32:64 {CATEGORICAL}",
-        ["pattern = '32:64'", "256 candidates", "linear", "M up to 32"],
+        ["pattern = '32:64'", "256 candidates", "subset", "M up to 32"],
     ),
     "many candidates": (
         "learn",
