@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,19 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
+    """Write ``value`` as indented JSON, atomically. Numbers that are not finite become null."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+        text = json.dumps(finite(value), indent=2, default=str, allow_nan=False)
+        temporary.write_text(text + "\n")
+
+
+def finite(value: Any) -> Any:
+    """``value`` with null for each number that is not finite, because JSON has no word for those."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path, fix: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from megamask import storage
 from megamask.config import Config, RunPaths
+from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import own_weights
 from megamask.model.build import build_model, masked_linears
@@ -69,6 +71,11 @@ class Rows:
             domain: perplexity(self.model, self.mesh, tokens, self.config.evaluate.micro_batch)
             for domain, tokens in self.windows.items()
         }
+        for domain, value in row.items():
+            if math.isnan(value):
+                problem = f"give outputs that are not finite on {domain} (row {method})"
+                fix = "Convert a model whose weights are finite; megamask convert names the tensor."
+                raise ArtifactError(weights, problem, fix)
         if self.mesh.is_main:
             values = "  ".join(f"{domain} {value:.2f}" for domain, value in row.items())
             log.info("%-18s %s  (%.1f s)", method, values, time.perf_counter() - begin)

@@ -80,10 +80,18 @@ def _masked_tensors(
     tensors: Iterator[tuple[str, Tensor]], masks: MaskSet
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
+        if not bool(torch.isfinite(tensor).all()):
+            fix = "Repair the model: megamask convert names each such tensor."
+            raise ArtifactError(masks.path, f"{name} of the model is not finite", fix)
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module in masks:
-            tensor = masked(tensor, masks[module])
-        yield name, tensor
+        if leaf != "weight" or module not in masks:
+            yield name, tensor
+            continue
+        mask_OI = masks[module]
+        if masks.has_own_weights and bool(tensor[~mask_OI].any()):
+            problem = f"{module} keeps weights that the mask prunes: they do not belong together"
+            raise ArtifactError(masks.path, problem, f"Run prune again for {masks.method}.")
+        yield name, masked(tensor, mask_OI)
 
 
 def _size(folder: Path) -> int:

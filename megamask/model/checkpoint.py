@@ -106,15 +106,44 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
 
 
 def fill_from_hf(model: LanguageModel, arch: Architecture, mesh: Mesh, reader: HFReader) -> None:
-    """Copy this rank's shard of every tensor from HF files; only this rank's slices are read."""
+    """Copy this rank's shard of every tensor from HF files; only this rank's slices are read.
+
+    Raises:
+        ArtifactError: numbers that are not finite, in the files or in the dtype of the model.
+    """
     parameters = dict(model.named_parameters())
     table = model_rules(arch, mesh.tp)
     assert {rule.megatron for rule in table} == set(parameters), (
         "the mapping table does not fit the model"
     )
+    first_problem = ""
     for rule in table:
+        shard = rule.shard(reader.read, mesh.tp_rank, mesh.tp)
         with torch.no_grad():
-            parameters[rule.megatron].copy_(rule.shard(reader.read, mesh.tp_rank, mesh.tp))
+            stored = parameters[rule.megatron].copy_(shard)
+        first_problem = first_problem or not_finite(", ".join(rule.hf), shard, stored)
+    if mesh.any(bool(first_problem)):  # all ranks leave together
+        problem = first_problem or "holds numbers that are not finite, on another rank"
+        fix = "Repair the model, or set torch_dtype in its config.json to a dtype that holds them."
+        raise ArtifactError(reader.hf_dir, problem, fix)
+
+
+def not_finite(name: str, tensor: torch.Tensor, stored: torch.Tensor) -> str:
+    """What is wrong with a tensor as it was stored; empty if all of its numbers are finite.
+
+    Args:
+        name: what users call the tensor.
+        tensor: as the file holds it.
+        stored: the same numbers in the dtype in which they are kept.
+    """
+    bad = int((~torch.isfinite(stored)).sum())
+    if not bad:
+        return ""
+    in_file = int((~torch.isfinite(tensor)).sum())
+    if in_file:
+        return f"{name} holds {in_file:,} numbers that are not finite"
+    dtype = str(stored.dtype).removeprefix("torch.")
+    return f"{name} holds {bad:,} numbers that are too large for {dtype}, the dtype of config.json"
 
 
 def read_note(path: Path) -> dict[str, Any]:

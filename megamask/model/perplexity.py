@@ -19,6 +19,8 @@ def perplexity(
     The windows are dealt to the data-parallel replicas in turn. The sums are fp64, so the result
     does not depend on the number of replicas, up to rounding.
 
+    A perplexity is NaN if the model's outputs are not finite.
+
     Args:
         model: the model.
         mesh: process groups and device of this rank.
@@ -39,4 +41,4 @@ def perplexity(
     if mesh.dp > 1:
         torch.distributed.all_reduce(total, group=mesh.dp_group)
     mean = float(total[0] / total[1])
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN

@@ -51,6 +51,10 @@ def unpack(source: Path, out: Path) -> None:
         return
     require_writable(out.parent, "model.hf")
     model, tokenizer = _load(source)
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            fix = "Use a GGUF file that was made from a whole model."
+            raise ArtifactError(source, f"{name} holds numbers that are not finite", fix)
     with atomic_dir(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

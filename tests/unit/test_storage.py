@@ -172,3 +172,11 @@ def test_json(tmp_path: Path) -> None:
         read_json(path, "Make it.")
     with pytest.raises(ArtifactError, match="is missing. Make it."):
         read_json(tmp_path / "b.json", "Make it.")
+
+
+def test_json_holds_null_for_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    value = {"a": [1.5, float("nan")], "b": {"c": float("inf"), "d": (float("-inf"), 2)}}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    expected = {"a": [1.5, None], "b": {"c": None, "d": [None, 2]}}
+    assert json.loads(text, parse_constant=pytest.fail) == expected

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 
 from megamask.config import Config
 from megamask.errors import ConfigError
-from megamask.storage import atomic_file
+from megamask.storage import atomic_file, finite
 
 Record = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class MetricsFile:
         if (key := (record["kind"], record["step"])) in self._known:
             return
         self._known.add(key)
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -265,11 +265,3 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if not getattr(record, "file_only", False):
             self._console.message(self.format(record))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

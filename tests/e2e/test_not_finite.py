@@ -1,0 +1,79 @@
+"""Numbers that are not finite are named by the first verb that meets them, and no file holds one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.program import in_process, refusal
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+def change(folder: Path, value: float) -> None:
+    """Put ``value`` into one weight of a Hugging Face folder."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[NAME][3, 5] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_convert_names_the_tensor(
+    model: Path, settings: Callable[[Path], list[str]], tmp_path: Path, value: float
+) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "hf"))
+    change(copy, value)
+    done = in_process("convert", *settings(tmp_path / "run"), f"model.hf={copy}")
+    assert "up_proj.weight holds 1 numbers that are not finite" in refusal(done)
+    assert not (tmp_path / "run" / "weights").exists()
+
+
+def test_convert_names_a_weight_that_its_dtype_cannot_hold(
+    model: Path, settings: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "hf"))
+    change(copy, 1e5)  # float16 ends at 65,504
+    config = json.loads((copy / "config.json").read_text())
+    config["dtype" if "dtype" in config else "torch_dtype"] = "float16"
+    (copy / "config.json").write_text(json.dumps(config))
+    done = in_process("convert", *settings(tmp_path / "run"), f"model.hf={copy}")
+    assert "1 numbers that are too large for float16" in refusal(done)
+    assert not (tmp_path / "run" / "weights").exists()
+
+
+def test_export_refuses_a_model_that_is_not_finite(
+    general: Path, model: Path, settings: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    copy, run_dir = Path(shutil.copytree(model, tmp_path / "hf")), tmp_path / "run"
+    shutil.copytree(general, run_dir)
+    change(copy, float("nan"))
+    done = in_process("export", *settings(run_dir), f"model.hf={copy}")
+    assert "is not finite" in refusal(done)
+    assert not (run_dir / "export").exists()
+
+
+def test_evaluate_says_that_the_model_is_not_finite(
+    run_dir: Path, settings: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that were converted before convert looked at them: one of them is overwritten."""
+    from megamask.evaluate import rows
+
+    load = rows.load_weights
+
+    def load_and_break(*arguments: object) -> object:
+        note = load(*arguments)  # type: ignore[arg-type]
+        parameter = dict(arguments[0].named_parameters())["decoder.final_layernorm.weight"]  # type: ignore[attr-defined]
+        with torch.no_grad():
+            parameter[0] = float("nan")
+        return note
+
+    monkeypatch.setattr(rows, "load_weights", load_and_break)
+    done = in_process("evaluate", *settings(run_dir))
+    assert "outputs that are not finite on" in refusal(done)
+    assert not (run_dir / "results.json").exists()
