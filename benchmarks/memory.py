@@ -140,8 +140,8 @@ def kept_for_backward(lab: Lab) -> int:
     saved: dict[int, int] = {}
     forward = backend.forward
 
-    def recording_forward(*args: Any) -> Any:
-        sampled = forward(*args)
+    def recording_forward(*args: Any, **settings: Any) -> Any:
+        sampled = forward(*args, **settings)
         if len(made) < len(lab.masked_model.linears):
             made[sampled.masked.untyped_storage().data_ptr()] = sampled.masked.untyped_storage()
         return sampled
