@@ -19,7 +19,7 @@ import torch
 from megamask.config import Config, load_config
 from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.data.batches import BatchPlan
-from megamask.learn.gumbel import Learner
+from megamask.learn.gumbel import GradientLearner
 from megamask.learn.masked_model import MaskedModel
 from megamask.model.build import attach_logits, build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
@@ -41,7 +41,7 @@ class Lab:
     config: Config
     mesh: Mesh
     masked_model: MaskedModel
-    learner: Learner | None
+    learner: GradientLearner | None
     plan: BatchPlan
 
     @property
@@ -112,7 +112,7 @@ def open_lab(options: argparse.Namespace, steps: int, with_learner: bool = True)
             config,
             mesh,
             masked_model,
-            Learner(config, mesh, masked_model) if with_learner else None,
+            GradientLearner(config, mesh, masked_model) if with_learner else None,
             plan,
         )
 

@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             lab.masked_model, lab.mesh, lab.config.learn.state.track_flips
         )
         assert lab.learner is not None
-        lab.learner.step(1, lab.plan)
-        mask_statistics()
+        mask_statistics(lab.learner.step(1, lab.plan).first_draw)
         state = count(lab, mask_statistics)
         weights = sum(linear.weight.numel() for linear in lab.masked_model.linears.values())
         on_device = torch.cuda.memory_allocated() if lab.mesh.device.type == "cuda" else None
@@ -93,7 +92,7 @@ def count(lab: Lab, mask_statistics: MaskStatistics) -> dict[str, int]:
             for tensor in (getattr(parameter, "main_grad", None), parameter.grad)
         ],
         MOMENTS: lab.learner.optimizer.state_tensors(),
-        STEP_GRADIENTS: [linear.weight_grad for linear in linears],
+        STEP_GRADIENTS: lab.learner.step_draws.buffers if lab.learner.step_draws else [],
         HARD_CODES: [
             *mask_statistics.initial.values(),
             *mask_statistics.latest.values(),

@@ -18,6 +18,7 @@ from benchmarks.common import now
 from benchmarks.lab import Lab
 from megamask.data.batches import BatchPlan
 from megamask.model.language_model import LanguageModel
+from megamask.parallel.step_draw import StepDraws
 
 REST = "rest of the model"
 TOTAL = "total"
@@ -94,19 +95,19 @@ def _functions(lab: Lab) -> list[tuple[Any, str, str]]:
     learner = lab.learner
     assert learner is not None
     return [
-        *_sampling(lab, learner.draws_once),
+        *_sampling(lab, learner.step_draws),
         (step_module, "gradient_norm", "clipping"),
         (learner.optimizer, "step", "optimizer"),
         (learner.ddp, "finish_grad_sync", "gradient buffers"),
     ]
 
 
-def _sampling(lab: Lab, draws_once: bool) -> list[tuple[Any, str, str]]:
+def _sampling(lab: Lab, step_draws: StepDraws | None) -> list[tuple[Any, str, str]]:
     """One layer after the other, or all of them together: several at a time may be at work then."""
-    if draws_once:
+    if step_draws:
         return [
-            (step_module, "begin_step", "sampling forward"),
-            (step_module, "end_step", "sampling backward"),
+            (step_draws, "begin", "sampling forward"),
+            (step_draws, "end", "sampling backward"),
         ]
     linear = next(iter(lab.masked_model.linears.values()))
     backend = linear.sampler

@@ -66,12 +66,9 @@ def measure(lab: Lab, rounds: int) -> tuple[dict[str, int], float, float]:
     mask_statistics = MaskStatistics(lab.masked_model, lab.mesh, lab.config.learn.state.track_flips)
 
     def step() -> None:
-        learner.step(next(numbers), lab.plan)
-        mask_statistics()
+        mask_statistics(learner.step(next(numbers), lab.plan).first_draw)
 
     step()
-    # The profiler does not count the release of memory that was allocated before it started.
-    lab.masked_model.switch.mask_statistics.clear()
     held = count(lab, mask_statistics)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -184,8 +184,7 @@ def flops_share(flops: float, device: torch.device) -> float | None:
 def _learn(lab: Lab, mask_statistics: MaskStatistics, numbers: Iterator[int]) -> None:
     """A step as a run does it: with the flips and confidences that it reports."""
     assert lab.learner is not None
-    lab.learner.step(next(numbers), lab.plan)
-    mask_statistics()
+    mask_statistics(lab.learner.step(next(numbers), lab.plan).first_draw)
 
 
 def run_one_side(options: argparse.Namespace) -> int:

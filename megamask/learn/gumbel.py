@@ -1,12 +1,15 @@
-"""One learning step: micro-batches through the masked model, gradients of the logits alone, one
-optimizer step.
+"""One learning step with gradients: micro-batches through the masked model, gradients at the mask
+logits alone, one update.
+
+Sources: MaskLLM (arXiv 2409.17481), Algorithm 1.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,50 +21,74 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
+from megamask.learn.learner import StepResult
 from megamask.learn.masked_model import MaskedModel
-from megamask.learn.schedules import linear
 from megamask.model.objective import loss_of
 from megamask.optim.optimizers import build_optimizer
 from megamask.optim.schedule import Schedule, gradient_norm
 from megamask.optim.zero1 import Replicas
+from megamask.parallel.mask_context import Measured, RunningSample
 from megamask.parallel.mesh import Mesh
-from megamask.parallel.step_draw import begin_step, end_step
-from megamask.sparsity.draw import GradientSink, Sample
+from megamask.parallel.step_draw import StepDraws
+from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 
 log = logging.getLogger(__name__)
 MicroBatch = tuple[int, torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step measured, means over the global batch, the norm summed over all layers and
-    shards.
+@dataclass(frozen=True, kw_only=True)
+class GradientResult(StepResult):
+    """What a step with gradients measured: means over the global batch; the weight norm is a sum
+    over all layers and shards.
+
+    Attributes:
+        weight_norm: sum |W * M|^2.
+        weight_norm_term: the coefficient times ``weight_norm``, which is subtracted from the loss.
+        grad_norm: of all mask logits, before clipping.
+        kappa: scale of the logits.
+        tau: temperature.
+        kd_loss: the divergence from the dense model; None where it takes no part.
     """
 
-    lm_loss: float  # also where it is not learned from
-    weight_norm: float  # sum |W * M|^2
-    weight_norm_term: float  # coef * weight_norm, subtracted from the loss
-    loss: float  # of the text and of the dense model, less the term
+    weight_norm: float
+    weight_norm_term: float
     grad_norm: float
-    lr: float
     kappa: float
     tau: float
-    kd_loss: float | None = None  # of distillation
+    kd_loss: float | None = None
 
 
-class Learner:
-    """The Gumbel-softmax learner (MaskLLM, Alg. 1) on Megatron's schedule of micro-batches and its
+@dataclass
+class _RunningStep:
+    """What the micro-batches of one step share.
+
+    Attributes:
+        sample: what is drawn; a mask per micro-batch adds the number of the micro-batch to the key.
+        norm_coef: of the weight-norm term, for one micro-batch.
+        first: number of the first micro-batch of this replica.
+        first_draw: what the first draw of the step measured, by parameter id.
+    """
+
+    sample: Sample
+    norm_coef: float
+    first: int
+    first_draw: Mapping[int, Measured] = field(default_factory=dict)
+
+
+class GradientLearner:
+    """Learns from the gradients of relaxed masks, on Megatron's schedule of micro-batches and its
     DDP.
 
     Raises:
-        ConfigError: an optimizer schedule that cannot work, more replicas than a distributed
+        ConfigError: an optimizer schedule that cannot work, or more replicas than a distributed
             optimizer has layers for.
     """
 
     def __init__(self, config: Config, mesh: Mesh, masked_model: MaskedModel) -> None:
         self.config, self.mesh, self.masked_model = config, mesh, masked_model
-        learn = config.learn
+        learn, linears = config.learn, list(masked_model.linears.values())
+        # Megatron's DDP: gradient buffers of the mask logits, and their reduction over replicas
         in_fp32 = learn.state.grads == "fp32"  # else in the dtype of the logits
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=False, use_distributed_optimizer=False
@@ -73,90 +100,96 @@ class Learner:
         self.replicas = self._divide()
         model_config.no_sync_func = self.replicas.no_sync if self.replicas else self.ddp.no_sync
         model_config.finalize_model_grads_func = self._finalize
+        # masks and losses
         masked_model.switch.regenerate = learn.state.masked_weight == "regenerate"
+        self.step_draws = StepDraws(linears) if learn.sampling.draws == "step" else None
         self.loss = loss_of(learn.distillation, masked_model.switch)
-        self.draws_once = learn.sampling.draws == "step"
-        self.optimizer = build_optimizer(config, list(masked_model.linears.values()), self.replicas)
+        # updates
+        self.optimizer = build_optimizer(config, linears, self.replicas)
         self.schedule = Schedule(learn)
 
-    def step(self, step: int, plan: BatchPlan) -> StepResult:
+    def step(self, step: int, plan: BatchPlan) -> GradientResult:
         """Learn from the global batch of ``step`` (counted from 0).
 
         Raises:
             LearningError: the loss or the gradient is not finite; the logits are unchanged.
         """
-        sample, norm_coef = self._sample(step, plan.accumulations)
-        self.ddp.train()
-        self._begin_gradients()
-        measured = self._forward_backward(sample, norm_coef, plan.micro_batches(step), plan)
+        # gradients at the mask logits
+        running = self._begin(step, plan)
+        measured = self._forward_backward(running, plan.micro_batches(step), plan)
         weight_norm, objective, lm_loss, *kd_loss = self.mesh.mean_over_dp(
             torch.stack(measured).mean(0)
         ).tolist()
         grads = [logits.main_grad for logits in self.optimizer.logits]  # type: ignore[attr-defined]
         norm = gradient_norm(grads, self.mesh, self.replicas)
         grad_norm = float(norm)
-        term = norm_coef * plan.accumulations * weight_norm
         self._refuse_nan(step, objective, grad_norm)
+
+        # update
         rate = self.schedule.rate(step)
         self.optimizer.step(step, rate, self.schedule.clip_factor(norm))
         if self.replicas:
             self.replicas.share_logits()
-        return StepResult(
-            lm_loss,
-            weight_norm,
-            term,
-            objective - term,
-            grad_norm,
-            rate,
-            sample.kappa,
-            sample.tau,
-            *kd_loss,
+
+        # report
+        term = running.norm_coef * plan.accumulations * weight_norm
+        return GradientResult(
+            lm_loss=lm_loss,
+            weight_norm=weight_norm,
+            weight_norm_term=term,
+            loss=objective - term,
+            grad_norm=grad_norm,
+            lr=rate,
+            kappa=running.sample.kappa,
+            tau=running.sample.tau,
+            kd_loss=kd_loss[0] if kd_loss else None,
+            first_draw=running.first_draw,
         )
 
-    def _begin_gradients(self) -> None:
-        """What ``ddp.zero_grad_buffer`` does but for clearing: the first draw of a step replaces
-        what the buffers hold.
-        """
+    def state(self, logits: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+        """The optimizer's state for a snapshot, split as ``logits``, the model's sharded state."""
+        return self.optimizer.sharded_state_dict(logits, is_loading=is_loading)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a loaded ``state``."""
+        self.optimizer.load_state_dict(state)
+
+    # the parts of a step
+
+    def _begin(self, step: int, plan: BatchPlan) -> _RunningStep:
+        """Start the gradient buffers anew, and choose what the step draws."""
+        self.ddp.train()
+        # The buckets are reset, the buffers are not cleared: the first draw of a step replaces what
+        # they hold (RunningSample.is_first, LayerDraw.finish).
         for group in self.ddp.bucket_groups + self.ddp.expert_parallel_bucket_groups:
             group.reset()
-
-    def _divide(self) -> Replicas | None:
-        if not self.config.learn.optimizer.distributed:
-            return None
-        if self.mesh.dp == 1:
-            if self.mesh.is_main:
-                log.warning("learn.optimizer.distributed has no effect: there is one replica")
-            return None
-        return Replicas(self.masked_model.mask_logits, self.mesh)
-
-    def _sample(self, step: int, accumulations: int) -> tuple[Sample, float]:
-        """What the step draws, and the coefficient of the weight-norm term a micro-batch."""
         learn = self.config.learn
         progress = step / learn.steps
-        coef = linear(learn.weight_norm, progress)
         sample = Sample(
             key=NoiseKey(self.config.seed, step),
-            kappa=linear(learn.sampling.kappa, progress),
-            tau=linear(learn.sampling.tau, progress),
+            kappa=between(learn.sampling.kappa, progress),
+            tau=between(learn.sampling.tau, progress),
             hard=learn.sampling.mode == "hard",
         )
-        return sample, coef / accumulations  # the schedule divides the LM loss by the same number
+        # Megatron's schedule divides the loss of a micro-batch by the same number
+        norm_coef = between(learn.weight_norm, progress) / plan.accumulations
+        return _RunningStep(sample, norm_coef, plan.replica)
 
     def _forward_backward(
-        self,
-        sample: Sample,
-        norm_coef: float,
-        micro_batches: Iterator[MicroBatch],
-        plan: BatchPlan,
+        self, running: _RunningStep, micro_batches: Iterator[MicroBatch], plan: BatchPlan
     ) -> list[torch.Tensor]:
-        """(weight norm, objective and its parts) of every micro-batch of this replica; gradients
-        end in ``main_grad``.
+        """(weight norm, objective and its parts) of every micro-batch of this replica; the
+        gradients are in ``main_grad`` afterwards.
         """
         try:
-            if self.draws_once:
-                self._sample_for_step(sample, norm_coef, plan.accumulations)
+            if self.step_draws:
+                running.first_draw = self.step_draws.begin(
+                    running.sample,
+                    running.norm_coef * plan.accumulations,
+                    plan.accumulations > 1 and self.config.learn.state.grads == "fp32",
+                )
             return get_forward_backward_func()(
-                forward_step_func=partial(self._forward, sample, norm_coef, plan.replica),
+                forward_step_func=partial(self._forward, running),
                 data_iterator=micro_batches,
                 model=[self.ddp],
                 num_microbatches=plan.accumulations,
@@ -165,21 +198,49 @@ class Learner:
                 forward_only=False,
             )
         finally:
-            self.masked_model.switch.sample = None
-            for masked in self.masked_model.linears.values():
-                masked.drop_draw()
+            self.masked_model.switch.running = None
+            if self.step_draws:
+                self.step_draws.drop()
 
-    def _sample_for_step(self, sample: Sample, norm_coef: float, accumulations: int) -> None:
-        in_fp32 = accumulations > 1 and self.config.learn.state.grads == "fp32"
-        linears = list(self.masked_model.linears.values())
-        begin_step(linears, sample, norm_coef * accumulations, in_fp32)
+    def _forward(
+        self, running: _RunningStep, micro_batches: Iterator[MicroBatch], _model: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """One micro-batch for Megatron's schedule: the losses, and a function that makes the mean
+        and a report of them.
+        """
+        number, tokens, labels = next(micro_batches)
+        device = self.mesh.device
+
+        # the mask
+        if self.step_draws:
+            measured = running.first_draw
+        else:
+            key = replace(running.sample.key, micro_batch=number)
+            drawn = RunningSample(
+                replace(running.sample, key=key), running.norm_coef, number == running.first
+            )
+            self.masked_model.switch.running, measured = drawn, drawn.measured
+
+        # the forward pass, in which the linears draw and measure
+        losses = self.loss(self.masked_model.model, tokens.to(device), labels.to(device))
+        norms = [one.norm.to(device) for one in measured.values()]
+        norm = self.mesh.sum_over_tp(torch.stack(norms).sum())
+        if number == running.first:
+            running.first_draw = measured
+
+        def mean_and_report(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            mean = output.mean()
+            parts = [part.mean().double() for part in (losses.lm, losses.kd) if part is not None]
+            return mean, torch.stack([norm, mean.detach().double(), *parts])
+
+        return losses.objective, mean_and_report
 
     def _finalize(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
-        """All micro-batches are done: turn summed weight gradients into logit gradients, then
-        reduce over replicas.
+        """Megatron's schedule calls this when all micro-batches are done: with one mask per step,
+        the gradients at the masked weights go back through the masks; then replicas are reduced.
         """
-        if self.draws_once:
-            for number in end_step(list(self.masked_model.linears.values())):
+        if self.step_draws:
+            for number in self.step_draws.end():
                 if self.replicas:
                     self.replicas.start_sum(number)
         if self.replicas:
@@ -187,35 +248,31 @@ class Learner:
         else:
             finalize_model_grads(models, *args, **kwargs)
 
-    def _forward(
-        self,
-        sample: Sample,
-        norm_coef: float,
-        first: int,
-        micro_batches: Iterator[MicroBatch],
-        model: Any,
-    ) -> tuple[torch.Tensor, Any]:
-        number, tokens, labels = next(micro_batches)
-        switch, device = self.masked_model.switch, self.mesh.device
-        if not self.draws_once:
-            switch.sample = replace(sample, key=replace(sample.key, micro_batch=number))
-            switch.sink = GradientSink(norm_coef, replace=number == first)
-            switch.statistics = number == first
-        losses = self.loss(self.masked_model.model, tokens.to(device), labels.to(device))
-        norm = self.mesh.sum_over_tp(
-            torch.stack([one.to(device) for one in switch.norms.values()]).sum()
-        )
-
-        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            mean = output.mean()
-            parts = [part.mean().double() for part in (losses.lm, losses.kd) if part is not None]
-            return mean, torch.stack([norm, mean.detach().double(), *parts])
-
-        return losses.objective, loss
+    def _divide(self) -> Replicas | None:
+        """The division of the updates among replicas that ``learn.optimizer.distributed`` asks
+        for.
+        """
+        if not self.config.learn.optimizer.distributed:
+            return None
+        if self.mesh.dp == 1:
+            if self.mesh.is_main:
+                log.warning("learn.optimizer.distributed has no effect: there is one replica")
+            return None
+        return Replicas(self.masked_model.mask_logits, self.mesh)
 
     def _refuse_nan(self, step: int, loss: float, grad_norm: float) -> None:
-        if loss != loss or grad_norm != grad_norm or float("inf") in (loss, grad_norm):
-            fix = "Lower learn.optimizer.lr or the scale learn.sampling.kappa; start again to go on from the last snapshot."
-            raise LearningError(
-                f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}, not finite. {fix}"
-            )
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        raise LearningError(
+            f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}, not finite. "
+            "Lower learn.optimizer.lr or the scale learn.sampling.kappa; start again to go on from "
+            "the last snapshot."
+        )
+
+
+def between(first_last: tuple[float, float], progress: float) -> float:
+    """From the first to the last value, linear in progress, which is held in [0, 1] (MaskLLM,
+    Table 7: kappa and tau).
+    """
+    first, last = first_last
+    return first + (last - first) * min(max(progress, 0.0), 1.0)

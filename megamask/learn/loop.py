@@ -12,7 +12,8 @@ from megamask.data.batches import BatchPlan
 from megamask.data.blend import blend_weights, train_dataset
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, MegamaskError
 from megamask.learn.evaluation import hard_mask_perplexity, mean_log_perplexity, monitor_windows
-from megamask.learn.gumbel import Learner
+from megamask.learn.gumbel import GradientLearner
+from megamask.learn.learner import Learner
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.maskpro.policy_gradient import MaskPro
 from megamask.learn.maskpro.samples import Reused
@@ -30,9 +31,9 @@ from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import LearnInputs
 
 log = logging.getLogger(__name__)
-LEARNERS: dict[str, type[Learner] | type[MaskPro]] = {
-    "subset": Learner,
-    "categorical": Learner,
+LEARNERS: dict[str, type[GradientLearner] | type[MaskPro]] = {
+    "subset": GradientLearner,
+    "categorical": GradientLearner,
     "maskpro": MaskPro,
 }
 
@@ -63,7 +64,7 @@ class Run:
         )
         self.masked_model = build_masked_model(inputs, mesh)
         self.mask_statistics = MaskStatistics(self.masked_model, mesh, learn.state.track_flips)
-        self.learner = LEARNERS[learn.method](config, mesh, self.masked_model)
+        self.learner: Learner = LEARNERS[learn.method](config, mesh, self.masked_model)
         self.snapshots = Snapshots(
             paths.learn / "snapshots", config, mesh, self.masked_model, self.learner
         )
@@ -88,11 +89,7 @@ class Run:
             if progress.step == 0:
                 self._evaluate()
             while progress.step < learn.steps:
-                result = self.learner.step(progress.step, self.plan)
-                progress.step += 1
-                self.monitor.train(
-                    progress.step, {**asdict(result), **asdict(self.mask_statistics())}
-                )
+                self._step()
                 if (
                     learn.monitor.evaluate_every
                     and progress.step % learn.monitor.evaluate_every == 0
@@ -107,6 +104,12 @@ class Run:
             return EXIT_OK
         finally:
             self.monitor.close()
+
+    def _step(self) -> None:
+        result = self.learner.step(self.progress.step, self.plan)
+        self.progress.step += 1
+        moved = asdict(self.mask_statistics(result.first_draw))
+        self.monitor.train(self.progress.step, {**result.metrics(), **moved})
 
     def _evaluate(self) -> dict[str, float]:
         progress, micro_batch = self.progress, self.config.evaluate.micro_batch

@@ -17,9 +17,8 @@ from megamask.config import Config
 from megamask.config.deciding import LEARN, changes, deciding_settings
 from megamask.config.legacy import upgrade_note
 from megamask.errors import ArtifactError, ConfigError
-from megamask.learn.gumbel import Learner
+from megamask.learn.learner import Learner
 from megamask.learn.masked_model import MaskedModel
-from megamask.learn.maskpro.policy_gradient import MaskPro
 from megamask.learn.preflight import settings_without_effect
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
@@ -48,7 +47,7 @@ class Snapshots:
         config: Config,
         mesh: Mesh,
         masked_model: MaskedModel,
-        learner: Learner | MaskPro,
+        learner: Learner,
     ) -> None:
         self.folder, self.config, self.mesh, self.masked_model, self.learner = (
             folder,
@@ -98,7 +97,7 @@ class Snapshots:
         self.masked_model.model.load_state_dict(
             {key: value for key, value in loaded.items() if key != "optimizer"}, strict=False
         )
-        self.learner.optimizer.load_state_dict(loaded["optimizer"])
+        self.learner.load(loaded["optimizer"])
         fields = Progress.__dataclass_fields__.keys()
         return Progress(**{key: note["progress"][key] for key in fields & note["progress"].keys()})
 
@@ -131,7 +130,7 @@ class Snapshots:
         }
         return {
             **logits,
-            "optimizer": self.learner.optimizer.sharded_state_dict(logits, is_loading=is_loading),
+            "optimizer": self.learner.state(logits, is_loading),
         }
 
     def _check(self, note: dict[str, Any], path: Path) -> None:

@@ -111,6 +111,14 @@ class LanguageModel(GPTModel):
         return hidden_states
 
 
+def text_losses(
+    model: LanguageModel, tokens_BS: torch.Tensor, labels_BS: torch.Tensor
+) -> TokenLosses:
+    """The cross entropy of every target, and nothing else."""
+    losses_BS = model.token_losses(tokens_BS, labels_BS)
+    return TokenLosses(losses_BS, losses_BS.detach())
+
+
 def positions(tokens_BS: torch.Tensor) -> torch.Tensor:
     """0 .. S - 1 in every row, (B, S)."""
     return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)

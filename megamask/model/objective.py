@@ -9,7 +9,7 @@ import torch
 
 from megamask.config.learn_tree import DistillationSection
 from megamask.model.distillation import Distillation
-from megamask.model.language_model import LanguageModel, TokenLosses
+from megamask.model.language_model import LanguageModel, TokenLosses, text_losses
 from megamask.parallel.mask_context import MaskSwitch
 
 # (model, tokens (B, S), labels (B, S)) -> losses of every target
@@ -21,14 +21,6 @@ def loss_of(section: DistillationSection, switch: MaskSwitch) -> Loss:
     if section.share == 0:
         return text_losses
     return partial(distilled_losses, section=section, switch=switch)
-
-
-def text_losses(
-    model: LanguageModel, tokens_BS: torch.Tensor, labels_BS: torch.Tensor
-) -> TokenLosses:
-    """The cross entropy of every target, and nothing else."""
-    losses_BS = model.token_losses(tokens_BS, labels_BS)
-    return TokenLosses(losses_BS, losses_BS.detach())
 
 
 def distilled_losses(

@@ -1,89 +1,76 @@
-"""What the masked linears of a model do now, and the one mask that serves a whole step."""
+"""What the masked linears of a model do now.
+
+One :class:`MaskSwitch` belongs to a model. The step sets it, the linears read it. What a sample
+measures is written into the sample's own record, which the step has made and keeps.
+
+Shapes: O local out_features, G local groups per row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Sampled
+from megamask.sparsity.draw import Sample
+
+
+class Measured(NamedTuple):
+    """What the sampling of one layer measured besides its masked weight, of the local shard.
+
+    Attributes:
+        norm: sum |W * M|^2, 0-d fp64.
+        largest: the sum over groups of the largest probability, 0-d fp64; 0 without statistics.
+        hard_codes: the hard mask of every group, (O, G); (0,) without statistics.
+    """
+
+    norm: torch.Tensor
+    largest: torch.Tensor
+    hard_codes: torch.Tensor
+
+
+@dataclass
+class RunningSample:
+    """The sample that every masked linear of a model draws in one micro-batch.
+
+    Attributes:
+        sample: what is drawn; each linear adds its parameter id to the key.
+        norm_coef: of the weight-norm term, for one micro-batch.
+        is_first: whether it is the first of the step on this replica. The gradient of the first
+            replaces the content of the gradient buffers, which nothing else clears, and the first
+            takes mask statistics along.
+        measured: what the linears measured, by parameter id.
+    """
+
+    sample: Sample
+    norm_coef: float = 0.0
+    is_first: bool = False
+    measured: dict[int, Measured] = field(default_factory=dict)
 
 
 @dataclass
 class MaskSwitch:
-    """What the masked linears of one model do now. One object per model, set by the step, read by
-    the linears.
+    """The state that the masked linears of one model share.
 
     Attributes:
-        sample: what the running micro-batch draws; None outside learning, and when one sample
+        running: what the running micro-batch draws; None outside learning, and while one mask
             serves a whole step.
-        sink: what its backward pass does with the gradient; each linear adds its own buffer.
-        statistics: take mask statistics along with the sample.
         dense: use the plain weights, whatever else is set.
         regenerate: do not keep masked weights for the backward pass; draw them again there.
-        norms: sum |W * M|^2 of the latest draw, by parameter id (local shards).
-        mask_statistics: (hard codes, sum of the largest probabilities) of the latest sample that took
-            mask statistics, likewise.
     """
 
-    sample: Sample | None = None
-    sink: GradientSink = RETURNED
-    statistics: bool = False
+    running: RunningSample | None = None
     dense: bool = False
     regenerate: bool = False
-    norms: dict[int, torch.Tensor] = field(default_factory=dict)
-    mask_statistics: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @contextmanager
     def without_masks(self) -> Iterator[None]:
-        """The dense model, within a step too."""
+        """The dense model inside the block, even within a step."""
         self.dense = True
         try:
             yield
         finally:
             self.dense = False
-
-    def note(self, parameter_id: int, sampled: Sampled, statistics: bool) -> None:
-        """Keep what a sample measured, not the masked weight."""
-        self.norms[parameter_id] = sampled.sums[0]
-        if statistics:
-            self.mask_statistics[parameter_id] = (sampled.hard_codes, sampled.sums[1])
-
-
-@dataclass
-class StepDraw:
-    """One sample that serves all micro-batches of a step: dlogits is linear in dW, so dW is summed
-    and the mask backward runs once.
-
-    Attributes:
-        sample: what is drawn.
-        norm_coef: of the weight-norm term, once for the step.
-        masked: W * M, (O, I), a leaf.
-        weight_grad: (O, I) fp32 sum of dW over the micro-batches; None leaves the sum to
-            ``masked.grad`` in the weight's dtype.
-    """
-
-    sample: Sample
-    norm_coef: float
-    masked: torch.Tensor
-    weight_grad: torch.Tensor | None
-    is_empty: bool = True
-    hook: Any = None
-
-    def __post_init__(self) -> None:
-        if self.weight_grad is not None:
-            self.hook = self.masked.register_post_accumulate_grad_hook(self.add)
-
-    def add(self, masked: torch.Tensor) -> None:
-        """Move ``masked.grad`` into the sum (a hook that runs when the gradient of a micro-batch is
-        there).
-        """
-        assert self.weight_grad is not None and masked.grad is not None
-        if self.is_empty:
-            self.weight_grad.copy_(masked.grad)
-        else:
-            self.weight_grad.add_(masked.grad)
-        self.is_empty, masked.grad = False, None

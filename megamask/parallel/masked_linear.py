@@ -6,7 +6,7 @@ the masked weight and inherits bias, sequence parallel, all-reduce and gather. T
 model through the layer spec.
 
 Shapes: O local out_features, I local in_features, G local groups per row, L logits a group (C
-candidates or M members).
+candidates or M positions).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megamask.parallel.mask_context import MaskSwitch, StepDraw
+from megamask.parallel.mask_context import MaskSwitch, Measured, RunningSample
 from megamask.sparsity.distribution import Distribution
-from megamask.sparsity.draw import GradientSink, Sample, Sampled, Sampler, Site
+from megamask.sparsity.draw import GradientSink, Sample, Sampler, Site
 from megamask.sparsity.operator import sample_mask, sampler_for
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
@@ -44,8 +44,9 @@ class MaskedLinear:
     parameter_id: int
     mask_logits: torch.nn.Parameter | None
     folded_weight: torch.Tensor | None
-    step_draw: StepDraw | None = None
-    weight_grad: torch.Tensor | None = None
+    step_weight: torch.Tensor | None = None  # (O, I), the masked weight of a whole step
+
+    # the place of the layer, and its mask logits
 
     def groups(self, pattern: Pattern, name: str) -> int:
         """Local groups per row.
@@ -109,76 +110,40 @@ class MaskedLinear:
         """The axis of the logits that is split over the ranks."""
         return 0 if self.shard_axis == 0 else 2
 
+    # the weight that the matrix multiply sees
+
     def masked_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight the matrix multiply sees: masked by a sample while one is set, else folded,
-        else dense.
+        """``weight`` (O, I) as the matrix multiply sees it now: under the mask of the step or of
+        the micro-batch if one is set, else under a fixed mask, else dense.
         """
-        if self.switch is not None and self.switch.dense:
+        switch = self.switch
+        if switch is not None and switch.dense:
             return weight
-        if self.step_draw is not None:
-            return self.step_draw.masked
-        switch, sample, logits = self.switch, self._own_sample(), self.mask_logits
-        if sample is not None and switch is not None and logits is not None:
-            buffer = getattr(logits, "main_grad", None) if torch.is_grad_enabled() else None
-            sink = GradientSink(switch.sink.norm_coef, buffer, switch.sink.replace)
-            sampled = sample_mask(
-                logits, weight, self.site, sample, self.sampler, sink, switch.statistics
-            )
-            switch.note(self.parameter_id, sampled, switch.statistics)
-            return sampled.masked
+        if self.step_weight is not None:
+            return self.step_weight
+        if switch is not None and switch.running is not None:
+            return self._sampled(weight, switch.running)
         return weight if self.folded_weight is None else self.folded_weight
 
-    def _own_sample(self) -> Sample | None:
-        sample = self.switch.sample if self.switch else None
-        return None if sample is None else sample.of(self.parameter_id)
-
-    @torch.no_grad()
-    def begin_step(self, sample: Sample, norm_coef: float, sums_in_fp32: bool) -> Sampled:
-        """Draw one mask for all micro-batches of a step.
-
-        Args:
-            sample: what is drawn.
-            norm_coef: of the weight-norm term, once for the step.
-            sums_in_fp32: sum dW over micro-batches in an fp32 buffer (kept for the next step), else
-                in the weight's dtype.
-        """
-        assert self.mask_logits is not None
-        own = sample.of(self.parameter_id)
-        sampled = self.sampler.forward(
-            self.mask_logits.detach(), self.weight.detach(), self.site, own, statistics=True
+    def _sampled(self, weight: torch.Tensor, running: RunningSample) -> torch.Tensor:
+        """Draw the mask of a micro-batch; what the sample measures goes to ``running``."""
+        logits = self.mask_logits
+        assert logits is not None
+        # Megatron's DDP owns the gradient buffer of the logits; nothing clears it between steps.
+        buffer = getattr(logits, "main_grad", None) if torch.is_grad_enabled() else None
+        masked, sums, hard_codes = sample_mask(
+            logits,
+            weight,
+            self.site,
+            running.sample.of(self.parameter_id),
+            self.sampler,
+            GradientSink(running.norm_coef, buffer, replace=running.is_first),
+            statistics=running.is_first,
         )
-        if sums_in_fp32 and self.weight_grad is None:
-            self.weight_grad = torch.empty_like(
-                self.weight, dtype=torch.float32, requires_grad=False
-            )
-        self.step_draw = StepDraw(
-            own,
-            norm_coef,
-            sampled.masked.requires_grad_(),
-            self.weight_grad if sums_in_fp32 else None,
-        )
-        return sampled
+        running.measured[self.parameter_id] = Measured(sums[0], sums[1], hard_codes)
+        return masked
 
-    @torch.no_grad()
-    def end_step(self) -> None:
-        """Turn the summed dW into the gradient of the logits, which replaces ``main_grad``."""
-        step_draw, logits = self.step_draw, self.mask_logits
-        assert step_draw is not None and logits is not None
-        grad = step_draw.masked.grad if step_draw.weight_grad is None else step_draw.weight_grad
-        if grad is not None:
-            main_grad = logits.main_grad  # type: ignore[attr-defined]
-            sink = GradientSink(step_draw.norm_coef, main_grad, replace=True)
-            self.sampler.backward(
-                grad, logits.detach(), self.weight.detach(), self.site, step_draw.sample, sink
-            )
-
-    def drop_draw(self) -> None:
-        """Forget the step's sample. Its hook would keep it alive: the garbage collector does not see
-        through tensors.
-        """
-        if self.step_draw is not None and self.step_draw.hook is not None:
-            self.step_draw.hook.remove()
-        self.step_draw = None
+    # a fixed mask
 
     def fold(self, mask_OI: torch.Tensor | None) -> None:
         """Use W with exact zeros where ``mask_OI`` is False from now on; None goes back to the
@@ -206,10 +171,16 @@ class MaskedLinear:
     def _forward_impl(
         self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        masked = self.masked_weight(weight)
-        sample = self._own_sample()
-        if sample is None or not draw_again(self.switch, masked, weight):
+        masked, switch = self.masked_weight(weight), self.switch
+        if (
+            switch is None
+            or not switch.regenerate
+            or switch.running is None
+            or masked is weight
+            or not torch.is_grad_enabled()
+        ):
             return super()._forward_impl(input, masked, *args, **kwargs)  # type: ignore[misc]
+        sample = switch.running.sample.of(self.parameter_id)
         with torch.autograd.graph.saved_tensors_hooks(*self._regeneration(masked, sample)):
             return super()._forward_impl(input, masked, *args, **kwargs)  # type: ignore[misc]
 
@@ -232,6 +203,8 @@ class MaskedLinear:
 
         return pack, unpack
 
+    # checkpoints
+
     def _sharded(
         self, prefix: str, offsets: tuple[Any, ...], metadata: dict[str, Any], axes: dict[str, int]
     ) -> dict[str, Any]:
@@ -251,18 +224,6 @@ class MaskedLinear:
         if self.stride == 2 and key in sharded:
             sharded[key] = apply_swiglu_sharded_factory(sharded[key], offsets)
         return sharded
-
-
-def draw_again(switch: MaskSwitch | None, masked: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the backward pass draws ``masked`` again: it was sampled, and the model is told not
-    to keep it.
-    """
-    return (
-        switch is not None
-        and switch.regenerate
-        and masked is not weight
-        and torch.is_grad_enabled()
-    )
 
 
 def _prepare(linear: Any, shard_axis: int, stride: int) -> None:

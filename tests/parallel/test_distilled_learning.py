@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from megamask.learn.gumbel import Learner, StepResult
+from megamask.learn.gumbel import GradientLearner, GradientResult
 from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.learn.snapshot import Snapshots
 from megamask.model.language_model import TokenLosses
 from megamask.model.objective import dense_hidden, loss_of
+from megamask.parallel.mask_context import RunningSample
 from megamask.parallel.mesh import start
+from megamask.parallel.step_draw import StepDraws
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
@@ -55,7 +57,7 @@ class Outcome:
     """
 
     first: int
-    results: list[StepResult]
+    results: list[GradientResult]
     logits: dict[str, torch.Tensor]
 
 
@@ -102,7 +104,7 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
         masked_model = build_masked_model(LearnInputs(config), mesh)
         name = "saved" if job.save or job.resume else "none"
         snapshots = Snapshots(
-            folder / name, config, mesh, masked_model, Learner(config, mesh, masked_model)
+            folder / name, config, mesh, masked_model, GradientLearner(config, mesh, masked_model)
         )
         first, results = take_steps(snapshots, Chains(), SAVED_AT if job.save else None, job.resume)
         return Outcome(first, results, gather_logits(masked_model, mesh))
@@ -220,14 +222,14 @@ def look_at_teachers(rank: int, run_dir: Path) -> dict[str, Any]:
         ]
         found["plain"] = look(masked_model, config, batch)
         draw = Sample(NoiseKey(0, 0), 100.0, 1.0)
-        masked_model.switch.sample = draw
+        masked_model.switch.running = RunningSample(draw)
         found["drawn"] = look(masked_model, config, batch)
-        masked_model.switch.sample = None
-        for linear in masked_model.linears.values():
-            linear.begin_step(draw, norm_coef=0.0, sums_in_fp32=False)
+        masked_model.switch.running = None
+        draws = StepDraws(list(masked_model.linears.values()))
+        draws.begin(draw, norm_coef=0.0, sums_in_fp32=False)
         found["step"] = look(masked_model, config, batch)
+        draws.drop()
         for linear in masked_model.linears.values():
-            linear.drop_draw()
             linear.fold(linear.hard_mask())
         found["folded"] = look(masked_model, config, batch)
         found["folded-lm"] = masked_model.model.token_losses(*batch).detach()

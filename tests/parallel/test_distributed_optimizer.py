@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megamask.config.presets import MEMORIES
-from megamask.learn.gumbel import Learner, StepResult
+from megamask.learn.gumbel import GradientLearner, GradientResult
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Snapshots
 from megamask.optim.zero1 import Replicas
@@ -66,7 +66,7 @@ class Outcome:
     layers summed before the end.
     """
 
-    results: list[StepResult] = field(default_factory=list)
+    results: list[GradientResult] = field(default_factory=list)
     logits: dict[str, torch.Tensor] = field(default_factory=dict)
     moment_bytes: int = 0
     early: set[int] = field(default_factory=set)
@@ -113,7 +113,7 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
     config = config_of(run_dir, job.tp, {**section, "steps": STEPS, "optimizer": optimizer})
     with start(config) as mesh:
         masked_model = build_masked_model(LearnInputs(config), mesh)
-        learner = Learner(config, mesh, masked_model)
+        learner = GradientLearner(config, mesh, masked_model)
         snapshots = Snapshots(
             folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner
         )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megamask.data.batches import BatchPlan
-from megamask.learn.gumbel import Learner, StepResult
+from megamask.learn.gumbel import GradientLearner, GradientResult
 from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.learn.snapshot import Progress, Snapshots
 from megamask.parallel.mesh import Mesh, start
@@ -52,7 +52,7 @@ class Outcome:
     the end.
     """
 
-    results: list[StepResult] = field(default_factory=list)
+    results: list[GradientResult] = field(default_factory=list)
     first: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     saved: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     last: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -90,7 +90,7 @@ def run_one(run_dir: Path, folder: Path, job: Job) -> Outcome:
     outcome = Outcome()
     with start(config) as mesh:
         masked_model = build_masked_model(LearnInputs(config), mesh)
-        learner = Learner(config, mesh, masked_model)
+        learner = GradientLearner(config, mesh, masked_model)
         snapshots = Snapshots(
             folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner
         )
@@ -115,7 +115,7 @@ def run_one(run_dir: Path, folder: Path, job: Job) -> Outcome:
 
 
 def everything(
-    masked_model: MaskedModel, learner: Learner, mesh: Mesh
+    masked_model: MaskedModel, learner: GradientLearner, mesh: Mesh
 ) -> dict[str, dict[str, torch.Tensor]]:
     moments = {
         name: dict(zip(masked_model.linears, ones, strict=True))
@@ -127,7 +127,7 @@ def everything(
     }
 
 
-def keyed_step(masked_model: MaskedModel, learner: Learner, step: int) -> None:
+def keyed_step(masked_model: MaskedModel, learner: GradientLearner, step: int) -> None:
     """An update from gradients that are a function of the global group alone, hence the same in
     every layout.
     """

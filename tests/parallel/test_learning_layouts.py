@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megamask.learn.gumbel import Learner, StepResult
+from megamask.learn.gumbel import GradientLearner, GradientResult
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Snapshots
 from megamask.parallel.mesh import start
@@ -51,7 +51,7 @@ class Outcome:
     """
 
     first: int
-    results: list[StepResult]
+    results: list[GradientResult]
     logits: dict[str, torch.Tensor]
 
 
@@ -94,7 +94,7 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
         masked_model = build_masked_model(LearnInputs(config), mesh)
         name = job.save_to or job.resume_from or "none"
         snapshots = Snapshots(
-            folder / name, config, mesh, masked_model, Learner(config, mesh, masked_model)
+            folder / name, config, mesh, masked_model, GradientLearner(config, mesh, masked_model)
         )
         first, results = take_steps(
             snapshots,

@@ -15,12 +15,12 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 
 from megamask.config import Config
-from megamask.parallel.mask_context import MaskSwitch
+from megamask.parallel.mask_context import MaskSwitch, RunningSample
 from megamask.parallel.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.backends import choose_backend
 from megamask.sparsity.categorical.categorical import CATEGORICAL
-from megamask.sparsity.draw import GradientSink, Sample
+from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from tests.parallel.ranks import run_ranks
@@ -124,7 +124,8 @@ def run_linear(case: Case, mesh: Mesh) -> dict[str, torch.Tensor]:
                 else shard(case.kind, whole["bias"], 0, mesh.tp_rank, mesh.tp)
             )
     linear.requires_grad_(False)
-    switch = MaskSwitch(Sample(KEY, KAPPA, TAU), GradientSink(COEF))
+    running = RunningSample(Sample(KEY, KAPPA, TAU), COEF)
+    switch = MaskSwitch(running)
     linear.attach_logits(
         linear.make_site(PATTERN, case.kind, CATEGORICAL),
         PARAMETER,
@@ -147,7 +148,7 @@ def run_linear(case: Case, mesh: Mesh) -> dict[str, torch.Tensor]:
     y, _ = linear(x)
     y.backward(dy.contiguous())
     assert linear.weight.grad is None
-    norm = mesh.sum_over_tp(switch.norms[PARAMETER].clone())
+    norm = mesh.sum_over_tp(running.measured[PARAMETER].norm.clone())
     return {"y": y.detach(), "dx": x.grad, "dlogits": linear.mask_logits.grad, "norm": norm}
 
 

@@ -199,7 +199,7 @@ def count_bytes(rank: int, run_dir: Path) -> tuple[float, int, int]:
         )
         plan = BatchPlan(Reused(Chains(), SAMPLES, 1), 8, 2, 1, 0)
         most = most_masked_weights(learner, plan, keeps=False)
-        mask_statistics()
+        mask_statistics(learner.step(1, plan).first_draw)
         rest = [
             p
             for p in masked_model.model.parameters()

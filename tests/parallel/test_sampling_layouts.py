@@ -14,13 +14,14 @@ import torch
 
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
-from megamask.learn.gumbel import Learner
+from megamask.learn.gumbel import GradientLearner
 from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
+from megamask.parallel.mask_context import RunningSample
 from megamask.parallel.mesh import Mesh, start
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.categorical.categorical import CATEGORICAL
-from megamask.sparsity.draw import GradientSink, Sample
+from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sampler_for
 from megamask.sparsity.shard import Placement
@@ -47,19 +48,18 @@ def look(rank: int, config: Config, folder: Path) -> dict[str, Tensors]:
     """
     with start(config) as mesh:
         masked_model = build_masked_model(LearnInputs(config), mesh)
-        masked_model.switch.sink = GradientSink(norm_coef=1e-3)
         found = {"initial": gather_logits(masked_model, mesh)}
         for backend in ("torch", "numba"):
             for linear in masked_model.linears.values():
                 linear.sampler = sampler_for(backend, CATEGORICAL)
             for name, drawn in DRAWS.items():
-                masked_model.switch.sample = drawn
+                masked_model.switch.running = RunningSample(drawn, norm_coef=1e-3)
                 found[f"{backend} {name} masks"], found[f"{backend} {name} gradients"] = sample(
                     masked_model, mesh
                 )
         if mesh.tp == SAVED_AT:
             found["misplaced"] = sample_misplaced(masked_model, mesh)
-        masked_model.switch.sample = DRAWS["soft"]
+        masked_model.switch.running = RunningSample(DRAWS["soft"], norm_coef=1e-3)
         through_checkpoint(masked_model, mesh, folder)
         found["reloaded"], (found["reloaded masks"], _) = (
             gather_logits(masked_model, mesh),
@@ -193,7 +193,7 @@ def draws_of_a_step(rank: int, configs: list[Config]) -> list[dict[int, dict[str
 def draws_of_one(config: Config) -> dict[int, dict[str, Any]]:
     with start(config) as mesh:
         masked_model = build_masked_model(LearnInputs(config), mesh)
-        learner, seen = Learner(config, mesh, masked_model), {}
+        learner, seen = GradientLearner(config, mesh, masked_model), {}
         learn = config.learn
         plan = BatchPlan(Chains(), learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)
         masked_model.model.register_forward_pre_hook(
@@ -206,13 +206,13 @@ def draws_of_one(config: Config) -> dict[int, dict[str, Any]]:
 def record(
     seen: dict[int, dict[str, Any]], masked_model: MaskedModel, mesh: Mesh, inputs: dict[str, Any]
 ) -> None:
-    drawn = masked_model.switch.sample
-    assert drawn is not None
+    running = masked_model.switch.running
+    assert running is not None
     masks = {
         name: linear.masked_weight(torch.ones_like(linear.weight)).detach()
         for name, linear in masked_model.linears.items()
     }
-    seen[drawn.key.micro_batch] = {
+    seen[running.sample.key.micro_batch] = {
         "tokens": inputs["input_ids"].clone(),
         **gather_hf(masks, masked_model, mesh),
     }

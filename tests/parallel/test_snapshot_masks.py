@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megamask.learn.gumbel import Learner
+from megamask.learn.gumbel import GradientLearner
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Progress, Snapshots
 from megamask.masks.from_snapshot import load_snapshot
@@ -81,7 +81,11 @@ def save_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, tuple
                     torch.randint(-3, 4, logits.shape, generator=generator) / 64
                 )  # exact in bf16
             snapshots = Snapshots(
-                folder / name, settings, mesh, masked_model, Learner(settings, mesh, masked_model)
+                folder / name,
+                settings,
+                mesh,
+                masked_model,
+                GradientLearner(settings, mesh, masked_model),
             )
             snapshots.save(Progress(step=7))
             found[name] = (

@@ -17,7 +17,7 @@ from megamask.config import Config
 from megamask.config.load import build_config
 from megamask.config.presets import MEMORIES
 from megamask.data.batches import BatchPlan
-from megamask.learn.gumbel import Learner
+from megamask.learn.gumbel import GradientLearner
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.parallel.mesh import start
@@ -82,10 +82,10 @@ def count_all(
             plan = BatchPlan(
                 Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
             )
-            lab = Lab(config, mesh, masked_model, Learner(config, mesh, masked_model), plan)
+            lab = Lab(config, mesh, masked_model, GradientLearner(config, mesh, masked_model), plan)
             mask_statistics = MaskStatistics(masked_model, mesh, config.learn.state.track_flips)
             kept = kept_for_backward(lab)
-            mask_statistics()
+            mask_statistics(lab.learner.step(1, plan).first_draw)
             weights = sum(linear.weight.numel() for linear in masked_model.linears.values())
             found[name] = {
                 part: size / weights

@@ -12,13 +12,14 @@ import torch
 
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
-from megamask.learn.gumbel import Learner, StepResult
+from megamask.learn.gumbel import GradientLearner, GradientResult
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.metrics.mask_stats import MaskStatistics, MaskStats
 from megamask.model.mask_shards import gather_masks
+from megamask.parallel.mask_context import RunningSample
 from megamask.parallel.mesh import start
 from megamask.prepare.run_inputs import LearnInputs
-from megamask.sparsity.draw import RETURNED, GradientSink, Sample
+from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sampler_for
 from megamask.sparsity.pattern import Pattern
@@ -40,7 +41,7 @@ class Outcome:
     """What one layout made, whole, by HF module name."""
 
     bits: dict[str, Tensors]
-    results: list[StepResult]
+    results: list[GradientResult]
     movements: list[MaskStats]
     logits: Tensors
     masks: Tensors
@@ -65,26 +66,21 @@ def settings(run_dir: Path, tp: int, backend: str = "auto") -> Config:
 def learn(rank: int, config: Config) -> Outcome:
     with start(config) as mesh:
         masked_model = build_masked_model(LearnInputs(config), mesh)
-        masked_model.switch.sink = GradientSink(norm_coef=1e-3)
         bits = {"initial": gather_logits(masked_model, mesh)}
         for backend in ("torch", "numba"):
             for name, drawn in DRAWS.items():
                 masks, gradients = {}, {}
                 for key, linear in masked_model.linears.items():
-                    linear.sampler, masked_model.switch.sample = (
-                        sampler_for(backend, SUBSET),
-                        drawn,
-                    )
+                    linear.sampler = sampler_for(backend, SUBSET)
+                    masked_model.switch.running = RunningSample(drawn, norm_coef=1e-3)
                     masks[key] = linear.masked_weight(torch.ones_like(linear.weight)).detach()
                     linear.masked_weight(linear.weight).backward(linear.weight + 1)
                     gradients[key], linear.mask_logits.grad = linear.mask_logits.grad, None
                 bits[f"{backend} {name} masks"] = gather_hf(masks, masked_model, mesh)
                 bits[f"{backend} {name} gradients"] = gather_hf(gradients, masked_model, mesh)
-        masked_model.switch.sample = None
-        masked_model.switch.sink = RETURNED
-        masked_model.switch.norms.clear()
+        masked_model.switch.running = None
         learner, mask_statistics = (
-            Learner(config, mesh, masked_model),
+            GradientLearner(config, mesh, masked_model),
             MaskStatistics(masked_model, mesh),
         )
         plan = BatchPlan(
@@ -93,7 +89,7 @@ def learn(rank: int, config: Config) -> Outcome:
         results, movements = [], []
         for step in range(STEPS):
             results.append(learner.step(step, plan))
-            movements.append(mask_statistics())
+            movements.append(mask_statistics(results[-1].first_draw))
         masks = gather_masks(
             {name: linear.hard_mask() for name, linear in masked_model.linears.items()},
             masked_model.arch,

@@ -14,12 +14,12 @@ mean of the move is - lr times the gradient of the expected loss. What b_k decid
 - tracker: the moving average of past residuals, delta = a delta + (1 - a) r (the paper's). It lags
   behind what is learned, and residuals differ between samples.
 - leave_one_out: the mean residual of the step's other masks.
-- hard_mask: the loss of the winner mask, the likeliest, on the same samples, in a forward pass of its
+- hard_mask: the loss of the hard mask, the likeliest, on the same samples, in a forward pass of its
   own. A mask gains only if it beats what would be the result now.
 
 Masks divide the micro-batches of a step (data=split: mask k sees micro-batches k, k + K, ...), or
 each sees all of them (data=shared: K times the work, and what makes samples hard cancels from
-differences between masks). Then, and with winner, m_0 cancels altogether.
+differences between masks). Then, and with hard_mask, m_0 cancels altogether.
 
 Nothing is kept for a backward pass: a masked weight exists while its layer computes. Masks are not
 stored either, since keyed noise draws them again for the update. Ranks that share layers (TP)
@@ -41,39 +41,34 @@ import torch
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
+from megamask.learn.learner import StepResult
 from megamask.learn.masked_model import MaskedModel
 from megamask.learn.maskpro import score, score_numba
 from megamask.learn.maskpro.samples import InitialLosses, numbers_of
 from megamask.learn.maskpro.score import choose_score, sample_of
+from megamask.parallel.mask_context import Measured, RunningSample
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
-from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 
 
-@dataclass(frozen=True)
-class PolicyResult:
-    """What a step measured, means over its masks.
+@dataclass(frozen=True, kw_only=True)
+class PolicyResult(StepResult):
+    """What a step measured, means over its masks; ``loss`` and ``lm_loss`` are the same.
 
     Attributes:
-        lm_loss: of the drawn masks; ``loss`` is the same.
-        residual: how much worse than the mask that they are compared with, m_0 or the winner; None
-            where m_0 cancels.
-        advantage: root mean square of r_k - b_k, in nats; times lr / K, it is how far a drawn
-            member moves.
+        residual: how much worse the drawn masks are than the mask that they are compared with, m_0
+            or the hard mask; None where m_0 cancels.
+        advantage: root mean square of r_k - b_k, in nats; times lr / K, it is how far the logit of
+            a drawn position moves.
     """
 
-    lm_loss: float
-    loss: float
     residual: float | None
     advantage: float
-    lr: float
 
 
 class Tracker:
-    """The moving average of residuals, and the whole state of this learner beside the logits.
-    Snapshots ask it as they ask an optimizer.
-    """
+    """The moving average of residuals: the whole state of this learner besides the logits."""
 
     def __init__(self, decay: float) -> None:
         self.decay, self.delta = decay, 0.0
@@ -82,16 +77,6 @@ class Tracker:
         """Take in a step's residual and return the average."""
         self.delta = self.decay * self.delta + (1 - self.decay) * residual
         return self.delta
-
-    def sharded_state_dict(
-        self, logits: dict[str, Any], is_loading: bool = False
-    ) -> dict[str, Any]:
-        """For a snapshot."""
-        return {"tracker": self.delta}
-
-    def load_state_dict(self, loaded: dict[str, Any]) -> None:
-        """Take over a loaded ``sharded_state_dict``."""
-        self.delta = loaded["tracker"]
 
 
 def advantages(baseline: str, residuals_K: list[float], tracker: Tracker) -> list[float]:
@@ -120,7 +105,7 @@ class MaskPro:
         self.config, self.mesh, self.masked_model = config, mesh, masked_model
         self.section = config.learn.maskpro
         self.score = choose_score(self.section.score, masked_model.pattern)
-        self.optimizer = Tracker(self.section.tracker_decay)
+        self.tracker = Tracker(self.section.tracker_decay)
         self.initial = {
             linear.parameter_id: linear.mask_statistics(1.0)[0]
             for linear in masked_model.linears.values()
@@ -137,16 +122,17 @@ class MaskPro:
         Raises:
             LearningError: a loss is not finite; the logits are unchanged.
         """
-        losses_K, residuals_K = self._measure(step, plan)
+        # the losses of the drawn masks
+        losses_K, residuals_K, first_draw = self._measure(step, plan)
         if not all(map(math.isfinite, losses_K)):
             fix = "Lower learn.maskpro.lr; start again to go on from the last snapshot."
             raise LearningError(
                 f"step {step + 1}: the losses of the drawn masks are {losses_K}, not finite. {fix}"
             )
-        advantages_K, rate = (
-            advantages(self.section.baseline, residuals_K, self.optimizer),
-            self.section.lr,
-        )
+
+        # update: draw every mask again, and add its weighted score
+        advantages_K = advantages(self.section.baseline, residuals_K, self.tracker)
+        rate = self.section.lr
         coefficients = [-rate / len(advantages_K) * advantage for advantage in advantages_K]
         for linear in self.masked_model.linears.values():
             assert linear.mask_logits is not None
@@ -155,33 +141,55 @@ class MaskPro:
                 linear.mask_logits, linear.site, key, coefficients, self.score
             )
         loss, size = fmean(losses_K), math.sqrt(fmean(one * one for one in advantages_K))
-        return PolicyResult(loss, loss, fmean(residuals_K) if self._compares else None, size, rate)
+        return PolicyResult(
+            lm_loss=loss,
+            loss=loss,
+            lr=rate,
+            residual=fmean(residuals_K) if self._compares else None,
+            advantage=size,
+            first_draw=first_draw,
+        )
 
-    def _measure(self, step: int, plan: BatchPlan) -> tuple[list[float], list[float]]:
-        """(loss, residual) of every mask, means over all samples that it saw, on any replica."""
+    def state(self, logits: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+        """The moving average of residuals, for a snapshot."""
+        return {"tracker": self.tracker.delta}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a loaded ``state``."""
+        self.tracker.delta = state["tracker"]
+
+    def _measure(
+        self, step: int, plan: BatchPlan
+    ) -> tuple[list[float], list[float], dict[int, Measured]]:
+        """(losses, residuals) of the masks, means over all samples that a mask saw on any replica,
+        and what the first draw measured.
+        """
         self.masked_model.model.eval()
         masks, split = self.section.masks, self.section.data == "split"
         sums = torch.zeros(2, masks, dtype=torch.float64, device=self.mesh.device)
-        key, statistics = NoiseKey(self.config.seed, step), True
+        key, first_draw = NoiseKey(self.config.seed, step), None
         for number, tokens, labels in plan.micro_batches(step):
             compared = self._compared_losses(plan, numbers_of(plan, step, number), tokens, labels)
             for mask in [number % masks] if split else range(masks):
-                with self._drawing(sample_of(replace(key, micro_batch=mask)), statistics):
+                sample = sample_of(replace(key, micro_batch=mask))
+                running = RunningSample(sample, is_first=first_draw is None)
+                with self._drawing(running):
                     losses = self._losses(tokens, labels)
                 sums[:, mask] += torch.stack([losses.mean(), (losses - compared).mean()]).to(
                     sums.device
                 )
-                statistics = False
+                first_draw = first_draw or running.measured
         count = plan.accumulations * (
             1 if not split else 1 / masks
         )  # micro-batches of a mask, a replica's share
         losses_K, residuals_K = (self.mesh.mean_over_dp(sums) / count).tolist()
-        return losses_K, residuals_K
+        assert first_draw is not None
+        return losses_K, residuals_K, first_draw
 
     def _compared_losses(
         self, plan: BatchPlan, numbers: list[int], tokens: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        """What each sample of a micro-batch costs without exploring, (B,): under the winner mask,
+        """What each sample of a micro-batch costs without exploring, (B,): under the hard mask,
         under m_0, or 0 where that cancels.
         """
         if self.section.baseline == "hard_mask":
@@ -220,13 +228,12 @@ class MaskPro:
         return linear.site.mask_of(self.initial[linear.parameter_id])
 
     @contextmanager
-    def _drawing(self, sample: Sample, statistics: bool) -> Iterator[None]:
-        switch = self.masked_model.switch
-        switch.sample, switch.statistics = sample, statistics
+    def _drawing(self, running: RunningSample) -> Iterator[None]:
+        self.masked_model.switch.running = running
         try:
             yield
         finally:
-            switch.sample = None
+            self.masked_model.switch.running = None
 
     @contextmanager
     def _masked(self, mask_of: Callable[[MaskedLinear], torch.Tensor]) -> Iterator[None]:

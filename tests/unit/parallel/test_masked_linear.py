@@ -11,7 +11,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 
 from megamask.config import Config
 from megamask.errors import ConfigError
-from megamask.parallel.mask_context import MaskSwitch
+from megamask.parallel.mask_context import MaskSwitch, RunningSample
 from megamask.parallel.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from megamask.parallel.mesh import start
 from megamask.sparsity.categorical.categorical import CATEGORICAL
@@ -60,14 +60,16 @@ def test_dense_sampled_and_folded(linear: Any) -> None:
     switch = attach(linear)
     assert torch.equal(linear(x)[0], dense)  # no draw is set
 
-    switch.sample = Sample(NoiseKey(1, 2), 100.0, 1.0, hard=True)
+    running = switch.running = RunningSample(Sample(NoiseKey(1, 2), 100.0, 1.0, hard=True))
     sampled = linear.masked_weight(linear.weight)
     assert torch.equal(sampled != 0, PATTERN.mask_of(PATTERN.index_of((sampled != 0).int())))
     assert torch.equal(linear(x)[0], linear(x)[0])  # the same draw again
     assert not torch.equal(linear(x)[0], dense)
-    assert float(switch.norms[7]) == pytest.approx(float(sampled.detach().double().square().sum()))
+    assert float(running.measured[7].norm) == pytest.approx(
+        float(sampled.detach().double().square().sum())
+    )
 
-    switch.sample = None
+    switch.running = None
     hard_codes = linear.hard_mask()
     assert torch.equal(PATTERN.index_of(hard_codes), linear.mask_logits.argmax(1))
     linear.fold(hard_codes)

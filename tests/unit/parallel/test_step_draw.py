@@ -15,7 +15,7 @@ from megamask.config import Config
 from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedColumnParallelLinear
 from megamask.parallel.mesh import start
-from megamask.parallel.step_draw import begin_step, end_step
+from megamask.parallel.step_draw import StepDraws
 from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import GradientSink, Sample
 from megamask.sparsity.noise import NoiseKey
@@ -34,7 +34,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def layers(backend: str) -> tuple[list[Any], MaskSwitch]:
+def layers(backend: str) -> list[Any]:
     """Linears with random bf16 weights and logits, and room for the gradient at the logits."""
     settings, switch, made = (
         ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False),
@@ -62,16 +62,16 @@ def layers(backend: str) -> tuple[list[Any], MaskSwitch]:
         # replaced, not added to
         logits.main_grad = torch.full_like(logits, float("nan"), requires_grad=False)
         made.append(linear)
-    return made, switch
+    return made
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_a_step_of_all_layers_is_that_of_each(backend: str, threads: int) -> None:
-    linears, switch = layers(backend)
-    begin_step(linears, SAMPLE, COEF, sums_in_fp32=True)
-    order = [10 - number for number in range(len(SIZES))]
-    assert list(switch.norms) == list(switch.mask_statistics) == order
-    drawn = [linear.step_draw.masked.detach().clone() for linear in linears]
+    linears = layers(backend)
+    draws = StepDraws(linears)
+    measured = draws.begin(SAMPLE, COEF, sums_in_fp32=True)
+    assert list(measured) == [10 - number for number in range(len(SIZES))]
+    drawn = [linear.step_weight.detach().clone() for linear in linears]
     for micro_batch in range(2):
         sum(
             (linear(torch.ones(2, 1, linear.weight.shape[1]).bfloat16())[0] * (1 + micro_batch))
@@ -79,25 +79,29 @@ def test_a_step_of_all_layers_is_that_of_each(backend: str, threads: int) -> Non
             .sum()
             for linear in linears
         ).backward()
-    assert list(end_step(linears)) == list(range(len(SIZES)))
+    assert list(draws.end()) == list(range(len(SIZES)))
 
-    for linear, masked in zip(linears, drawn, strict=True):
+    for linear, masked, weight_sum in zip(linears, drawn, draws.buffers, strict=True):
+        own = SAMPLE.of(linear.parameter_id)
         alone = linear.sampler.forward(
-            linear.mask_logits.detach(), linear.weight, linear.site, linear.step_draw.sample
+            linear.mask_logits.detach(), linear.weight, linear.site, own, statistics=True
         )
         assert torch.equal(alone.masked, masked)
-        assert torch.equal(alone.sums[0], switch.norms[linear.parameter_id])
+        found = measured[linear.parameter_id]
+        assert torch.equal(alone.sums, torch.stack([found.norm, found.largest]))
+        assert torch.equal(alone.hard_codes, found.hard_codes)
         weight_grad = torch.full(
             masked.shape, 2.0 + 4.0
         )  # two rows of ones, once weighed 1 and once 2
-        assert torch.equal(linear.step_draw.weight_grad, weight_grad)
+        assert torch.equal(weight_sum, weight_grad)
         expected = linear.sampler.backward(
             weight_grad,
             linear.mask_logits.detach(),
             linear.weight,
             linear.site,
-            linear.step_draw.sample,
+            own,
             GradientSink(COEF),
         )
         assert torch.equal(linear.mask_logits.main_grad, expected)
-        linear.drop_draw()
+    draws.drop()
+    assert all(linear.step_weight is None for linear in linears)

@@ -1,10 +1,10 @@
-"""Schedules: their ends, their middle, their clamps."""
+"""The schedules of a step: their ends, their middle, their clamps."""
 
 from __future__ import annotations
 
 import pytest
 
-from megamask.learn.schedules import linear
+from megamask.learn.gumbel import between
 
 
 @pytest.mark.parametrize(
@@ -12,14 +12,14 @@ from megamask.learn.schedules import linear
     [(0, 100, 4), (0.5, 300, 2.025), (1, 500, 0.05), (1.5, 500, 0.05), (-1, 100, 4)],
 )
 def test_kappa_rises_and_tau_falls(progress: float, kappa: float, tau: float) -> None:
-    assert linear((100, 500), progress) == pytest.approx(kappa, rel=1e-15)
-    assert linear((4, 0.05), progress) == pytest.approx(
+    assert between((100, 500), progress) == pytest.approx(kappa, rel=1e-15)
+    assert between((4, 0.05), progress) == pytest.approx(
         tau, rel=1e-14
     )  # 4 - 3.95: one rounding of 4, 4.4e-16, against 0.05
 
 
 def test_weight_norm_is_constant_or_falls_to_zero() -> None:
     constant, falling = (
-        [linear(pair, progress) for progress in (0, 0.5, 1)] for pair in ((1e-5, 1e-5), (1e-5, 0))
+        [between(pair, progress) for progress in (0, 0.5, 1)] for pair in ((1e-5, 1e-5), (1e-5, 0))
     )
     assert constant == [1e-5, 1e-5, 1e-5] and falling == [1e-5, 0.5e-5, 0]
