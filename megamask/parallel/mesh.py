@@ -1,20 +1,25 @@
-"""Process groups and the device of this process, from the launcher's environment."""
+"""Process groups and the device of this process, from the launcher's environment, and the changes
+that make Megatron-Core run without CUDA.
+"""
 
 from __future__ import annotations
 
 import datetime
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import random
+from torch.overrides import TorchFunctionMode
 
 from megamask.config import Config
 from megamask.errors import ConfigError
-from megamask.parallel.cpu import megatron_on_cpu
 
 
 @dataclass(frozen=True)
@@ -168,3 +173,39 @@ def _limit_threads(config: Config) -> None:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     torch.set_num_threads(config.parallel.threads or max(1, available // local))
+
+
+# Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls,
+# synchronises streams, and forks, saves and restores CUDA's random state around dropout and
+# recomputation (a frozen model draws nothing from it). Without CUDA all of that is redirected.
+
+
+class _FactoriesOnCpu(TorchFunctionMode):
+    """Turn a ``cuda`` device argument of any torch call into ``cpu``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+
+
+@contextmanager
+def megatron_on_cpu(active: bool) -> Iterator[None]:
+    """Redirect CUDA requests to the CPU inside the block, when ``active``."""
+    if not active:
+        yield
+        return
+    current_device = patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    synchronize = patch.object(torch.cuda, "synchronize", lambda device=None: None)
+    fork = patch.object(random.CudaRNGStatesTracker, "fork", lambda *_: nullcontext())
+    state = patch.multiple(
+        random, _get_cuda_rng_state=lambda **_: None, _set_cuda_rng_state=lambda *_, **__: None
+    )
+    with current_device, synchronize, fork, state, _FactoriesOnCpu():
+        yield

@@ -9,8 +9,7 @@ import torch
 
 from megamask.config import Config
 from megamask.errors import ConfigError
-from megamask.parallel.cpu import megatron_on_cpu
-from megamask.parallel.mesh import choose_device, start
+from megamask.parallel.mesh import choose_device, megatron_on_cpu, start
 
 
 def config(**parallel: object) -> Config:
