@@ -17,8 +17,7 @@ import torch
 
 from benchmarks.common import parser, report, table
 from benchmarks.lab import Lab, add_model_options, open_lab
-from megamask.learn.metrics.mask_stats import MaskStatistics
-from megamask.plan.bytes import (
+from megamask.learn.method import (
     GRADIENTS,
     HARD_CODES,
     LOGITS,
@@ -26,6 +25,7 @@ from megamask.plan.bytes import (
     STEP_GRADIENTS,
     WEIGHTS,
 )
+from megamask.learn.metrics.mask_stats import MaskStatistics
 
 KEPT = "masked weights kept for the backward pass"
 OTHER = "all other tensors"

@@ -16,8 +16,8 @@ import torch
 from benchmarks.common import interleave, parser, report, table
 from megamask.config import Config
 from megamask.config.load import load_config
+from megamask.learn.method import WIDTH
 from megamask.optim.optimizers import build_optimizer, find_rule
-from megamask.plan.bytes import WIDTH
 from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import Site
 from megamask.sparsity.pattern import Pattern

@@ -15,8 +15,8 @@ from benchmarks.allocations import peak_bytes
 from benchmarks.common import interleave, parser, report, table
 from benchmarks.lab import Lab, add_model_options, architecture, open_lab, read_config
 from benchmarks.memory import OTHER, count
+from megamask.learn.method import GRADIENTS, HARD_CODES, LOGITS, MOMENTS, STEP_GRADIENTS, WEIGHTS
 from megamask.learn.metrics.mask_stats import MaskStatistics
-from megamask.plan.bytes import GRADIENTS, HARD_CODES, LOGITS, MOMENTS, STEP_GRADIENTS, WEIGHTS
 from megamask.plan.hardware import GIB, GPUS, Device, device_named
 from megamask.plan.memory import ALLOWANCE, OTHER_WEIGHTS, memory_of
 from megamask.plan.time import time_of

@@ -108,7 +108,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with null for each number that is not finite, because JSON has no word for those."""
+    """``value`` with null for each number that is not finite: JSON has no word for those."""
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

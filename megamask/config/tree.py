@@ -73,7 +73,7 @@ class DataSection(Section):
     )  # fmt: skip
     blend: dict[str, float] = Field(
         default_factory=dict,
-        description="domain -> weight; a domain left out is not learned from; empty = equal weights",
+        description="domain -> weight; what is left out is not learned from; empty = equal weights",
     )
     seq_length: Positive = Field(256, description="tokens of a sample")
     eod: str | None = Field(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megamask.config import Config
-from megamask.config.method_names import DISTRIBUTION_OF
+from megamask.learn.methods import find_method
 from megamask.model.build import attach_logits
 from megamask.model.language_model import LanguageModel
 from megamask.model.mask_shards import linear_rules, local_mask
@@ -17,7 +17,6 @@ from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.dense_model import load_dense
 from megamask.prepare.run_inputs import LearnInputs
-from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.initial_logits import initial_noise
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
@@ -59,7 +58,7 @@ def build_masked_model(inputs: LearnInputs, mesh: Mesh) -> MaskedModel:
         inputs.pattern,
         config.learn.sampling.backend,
         mesh.device,
-        DISTRIBUTIONS[DISTRIBUTION_OF[config.learn.method]],
+        find_method(config.learn.method).distribution,
         config.learn.state.logits,
     )
     for name, linear in linears.items():

@@ -19,6 +19,7 @@ from megamask.config.legacy import upgrade_note
 from megamask.errors import ArtifactError, ConfigError
 from megamask.learn.learner import Learner
 from megamask.learn.masked_model import MaskedModel
+from megamask.learn.methods import find_method
 from megamask.learn.preflight import settings_without_effect
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
@@ -67,6 +68,7 @@ class Snapshots:
             "progress": asdict(progress),
             "settings": deciding_settings(self.config, LEARN),
             "fingerprint": self.masked_model.fingerprint,
+            "distribution": find_method(self.config.learn.method).distribution.name,
         }
         save_sharded(self._state(), self.folder / f"step-{progress.step:08d}", self.mesh, note)
         if self.mesh.is_main:

@@ -130,7 +130,9 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
         settings = upgrade_note(note["settings"])
         fingerprint, step = note["fingerprint"], note["progress"]["step"]
         pattern = Pattern.parse(settings["pattern"])
-        distribution = DISTRIBUTIONS[DISTRIBUTION_OF[settings["learn.method"]]]
+        distribution = DISTRIBUTIONS[
+            note.get("distribution") or DISTRIBUTION_OF[settings["learn.method"]]
+        ]
     except (AttributeError, KeyError, TypeError, ConfigError) as error:
         raise ArtifactError(
             path / NOTE, f"is not the note of a snapshot ({error!r})", _fix(path)

@@ -26,6 +26,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from megamask.model.partition_sums import PartitionSums
 from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size, from_ranks, pieces
 
 # Lower bound of the student's probability of the other tokens. It keeps quotients finite, and is
@@ -96,53 +97,6 @@ class Distillation:
         )
 
 
-@dataclass(frozen=True)
-class _Partition:
-    """Partition function of a distribution over the vocabulary of all ranks, (T,).
-
-    ``sum_T`` is the sum of exp((logit - top_T) / temperature). All ranks hold the same bits.
-    """
-
-    top_T: torch.Tensor
-    sum_T: torch.Tensor
-    temperature: float
-
-    @staticmethod
-    def of(tops_PT: torch.Tensor, sums_PT: torch.Tensor, temperature: float) -> _Partition:
-        """From the largest logit of every rank, and its sum relative to that logit."""
-        top_T = tops_PT.amax(0)
-        sum_T = (sums_PT * ((tops_PT - top_T) / temperature).exp()).sum(0)
-        return _Partition(top_T, sum_T, temperature)
-
-    def share(self, logits_T: torch.Tensor) -> torch.Tensor:
-        """The probabilities of tokens with these logits, (..., T)."""
-        return ((logits_T - self.top_T) / self.temperature).exp() / self.sum_T
-
-    def left(
-        self,
-        listed_PKT: torch.Tensor,
-        named_PKT: torch.Tensor,
-        tops_PT: torch.Tensor,
-        tails_PT: torch.Tensor,
-    ) -> torch.Tensor:
-        """The probability of all tokens that are not named, (T,).
-
-        These are the tokens of the lists that are not named, and the tails of all ranks.
-
-        Args:
-            listed_PKT: logits of the tokens in the lists of all ranks.
-            named_PKT: which of these tokens are named.
-            tops_PT: largest logit of each rank.
-            tails_PT: sum over the tokens that are not in the rank's list, relative to its top.
-        """
-        listed_PT = self.share(listed_PKT).where(~named_PKT, 0).sum(1)
-        return (listed_PT + tails_PT * self.share(tops_PT)).sum(0)
-
-    def log_over(self, other: _Partition) -> torch.Tensor:
-        """log(Z_self / Z_other), where Z is the whole sum of exp(logit / temperature), (T,)."""
-        return (self.top_T - other.top_T) / self.temperature + (self.sum_T / other.sum_T).log()
-
-
 class _Block:
     """A block of tokens under both models: the losses, and on demand their gradient.
 
@@ -201,8 +155,8 @@ class _Block:
     def _conclude(self, every_PNT: torch.Tensor) -> None:
         """Losses and scales from the numbers of all ranks."""
         tops, sums, plains, labels, teacher_tops, *more = every_PNT.unbind(1)
-        plain = _Partition.of(tops, plains, 1.0)
-        student = _Partition.of(tops, sums, self.temperature)
+        plain = PartitionSums.of(tops, plains, 1.0)
+        student = PartitionSums.of(tops, sums, self.temperature)
         self.lm_T = plain.sum_T.log() - (labels.sum(0) - plain.top_T)
         self.kd_T = self.temperature**2 * self._divergence(student, tops, teacher_tops, *more)
         self.scale_T, self.plain_scale_T = student.share(self.top_T), plain.share(self.top_T)
@@ -236,7 +190,7 @@ class _Block:
 
     def _divergence(
         self,
-        student: _Partition,
+        student: PartitionSums,
         tops: torch.Tensor,
         teacher_tops: torch.Tensor,
         *more: torch.Tensor,
@@ -272,13 +226,13 @@ class _AllTokens(_Block):
 
     def _divergence(
         self,
-        student: _Partition,
+        student: PartitionSums,
         tops: torch.Tensor,
         teacher_tops: torch.Tensor,
         *more: torch.Tensor,
     ) -> torch.Tensor:
         teacher_sums, behind = more
-        teacher = _Partition.of(teacher_tops, teacher_sums, self.temperature)
+        teacher = PartitionSums.of(teacher_tops, teacher_sums, self.temperature)
         self.teacher_scale_T = teacher.share(self.teacher_top_T)
         mean_T = (behind * teacher.share(teacher_tops)).sum(0)
         return student.log_over(teacher) - mean_T / self.temperature
@@ -318,13 +272,13 @@ class _TopTokens(_Block):
 
     def _divergence(
         self,
-        student: _Partition,
+        student: PartitionSums,
         tops: torch.Tensor,
         teacher_tops: torch.Tensor,
         *more: torch.Tensor,
     ) -> torch.Tensor:
         teacher_sums, teacher_tails, tails, *lists = more
-        teacher = _Partition.of(teacher_tops, teacher_sums, self.temperature)
+        teacher = PartitionSums.of(teacher_tops, teacher_sums, self.temperature)
         theirs_PKT, ours_PKT = torch.stack(lists, 1).chunk(2, 1)
         # A token is named if its teacher logit is at least the k-th largest of all lists.
         least_T = theirs_PKT.flatten(0, 1).topk(theirs_PKT.shape[1], dim=0).values[-1]

@@ -232,7 +232,7 @@ def _prepare(linear: Any, shard_axis: int, stride: int) -> None:
     linear.register_buffer("folded_weight", None, persistent=False)
 
 
-class MaskedColumnParallelLinear(MaskedLinear, ColumnParallelLinear):  # type: ignore[misc]
+class MaskedColumnParallelLinear(MaskedLinear, ColumnParallelLinear):
     """Y = X W^T with out_features split over ranks. ``force_bias`` overrides the bias that the
     surrounding module asks for.
     """
@@ -259,7 +259,7 @@ class MaskedColumnParallelLinear(MaskedLinear, ColumnParallelLinear):  # type: i
         )
 
 
-class MaskedRowParallelLinear(MaskedLinear, RowParallelLinear):  # type: ignore[misc]
+class MaskedRowParallelLinear(MaskedLinear, RowParallelLinear):
     """Y = X W^T with in_features split over ranks; a group never spans two ranks."""
 
     def __init__(

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megamask.learn.method import KEPT, STEP_GRADIENTS
 from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size
-from megamask.plan.bytes import KEPT, STEP_GRADIENTS
 from megamask.plan.hardware import Device
 from megamask.plan.workload import Workload
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamask.plan.bytes import GRADIENTS, LOGITS, MOMENTS
+from megamask.learn.method import GRADIENTS, LOGITS, MOMENTS
 from megamask.plan.hardware import GPUS_A_NODE, LAUNCH_SECONDS, Device
 from megamask.plan.workload import Workload
 

@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megamask.config import Config
-from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.config.presets import MEMORIES
-from megamask.learn.preflight import check_method
+from megamask.learn.method import WIDTH, Method, StateOf
+from megamask.learn.methods import find_method, state_bytes
 from megamask.parallel.partition import largest_share
-from megamask.plan.bytes import WIDTH, state_bytes
 from megamask.prepare.layout import Layout
 from megamask.sparsity.distribution import Distribution
-from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import prunable, rules
@@ -61,7 +59,6 @@ class Workload:
             ConfigError: an unknown method, a pattern too large for its distribution, or a layout
                 that breaks a rule of :class:`megamask.prepare.layout.Layout`.
         """
-        check_method(self.config.learn)
         self.distribution.logits_per_group(self.pattern)
         layout = Layout.planned(self.config, self.dp)
         layout.check_samples(self.config)
@@ -85,7 +82,7 @@ class Workload:
     @property
     def distribution(self) -> Distribution:
         """Of the masks that are learned."""
-        return DISTRIBUTIONS[DISTRIBUTION_OF[self.config.learn.method]]
+        return self.method.distribution
 
     @property
     def logits_per_group(self) -> int:
@@ -98,16 +95,18 @@ class Workload:
         return self.distribution.code_dtype(self.pattern).itemsize
 
     @property
-    def forward_passes(self) -> int:
-        """Passes of a micro-batch under method=maskpro, which has no backward pass; 0 stands for
-        the gradient learner.
+    def method(self) -> Method:
+        """The method of learning.
+
+        Raises:
+            ConfigError: there is none of that name.
         """
-        section = self.config.learn.maskpro
-        if self.config.learn.method != "maskpro":
-            return 0
-        return (section.masks if section.data == "shared" else 1) + int(
-            section.baseline == "hard_mask" or section.samples is None
-        )
+        return find_method(self.config.learn.method)
+
+    @property
+    def forward_passes(self) -> int:
+        """Forward passes of a micro-batch of a method without a backward pass; 0 = it has one."""
+        return self.method.forward_passes(self.config.learn)
 
     @property
     def tp(self) -> int:
@@ -201,16 +200,16 @@ class Workload:
     @property
     def state(self) -> dict[str, float]:
         """Bytes per masked weight, by part: ``state_bytes`` of this run."""
-        learn, shares = self.config.learn, (self.recomputed_share, self.updated_share)
-        settings = (
-            self.pattern,
-            learn.state,
-            learn.optimizer,
-            learn.sampling,
-            self.accumulations,
-            self.config.dtype,
+        return state_bytes(
+            StateOf(
+                self.pattern,
+                self.config.learn,
+                self.accumulations,
+                self.config.dtype,
+                self.recomputed_share,
+                self.updated_share,
+            )
         )
-        return state_bytes(*settings, *shares, learn.method)
 
     def with_settings(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
         """The same run with other settings.

@@ -1,4 +1,4 @@
-"""Numbers that are not finite are named by the first verb that meets them, and no file holds one."""
+"""Numbers that are not finite are named by the verb that meets them first."""
 
 from __future__ import annotations
 
@@ -63,15 +63,12 @@ def test_evaluate_says_that_the_model_is_not_finite(
 ) -> None:
     """Weights that were converted before convert looked at them: one of them is overwritten."""
     from megamask.evaluate import rows
+    from megamask.model.checkpoint import load_weights
 
-    load = rows.load_weights
-
-    def load_and_break(*arguments: object) -> object:
-        note = load(*arguments)  # type: ignore[arg-type]
-        parameter = dict(arguments[0].named_parameters())["decoder.final_layernorm.weight"]  # type: ignore[attr-defined]
+    def load_and_break(model: torch.nn.Module, path: Path) -> None:
+        load_weights(model, path)  # type: ignore[arg-type]
         with torch.no_grad():
-            parameter[0] = float("nan")
-        return note
+            dict(model.named_parameters())["decoder.final_layernorm.weight"][0] = float("nan")
 
     monkeypatch.setattr(rows, "load_weights", load_and_break)
     done = in_process("evaluate", *settings(run_dir))

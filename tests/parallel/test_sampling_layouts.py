@@ -193,7 +193,8 @@ def draws_of_a_step(rank: int, configs: list[Config]) -> list[dict[int, dict[str
 def draws_of_one(config: Config) -> dict[int, dict[str, Any]]:
     with start(config) as mesh:
         masked_model = build_masked_model(LearnInputs(config), mesh)
-        learner, seen = GradientLearner(config, mesh, masked_model), {}
+        seen: dict[int, dict[str, Any]] = {}
+        learner = GradientLearner(config, mesh, masked_model)
         learn = config.learn
         plan = BatchPlan(Chains(), learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank)
         masked_model.model.register_forward_pre_hook(

@@ -19,9 +19,10 @@ from megamask.config.presets import MEMORIES
 from megamask.data.batches import BatchPlan
 from megamask.learn.gumbel import GradientLearner
 from megamask.learn.masked_model import build_masked_model
+from megamask.learn.method import HARD_CODES, StateOf
+from megamask.learn.methods import state_bytes
 from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.parallel.mesh import start
-from megamask.plan.bytes import HARD_CODES, state_bytes
 from megamask.plan.workload import Workload
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.pattern import Pattern
@@ -82,10 +83,11 @@ def count_all(
             plan = BatchPlan(
                 Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
             )
-            lab = Lab(config, mesh, masked_model, GradientLearner(config, mesh, masked_model), plan)
+            learner = GradientLearner(config, mesh, masked_model)
+            lab = Lab(config, mesh, masked_model, learner, plan)
             mask_statistics = MaskStatistics(masked_model, mesh, config.learn.state.track_flips)
             kept = kept_for_backward(lab)
-            mask_statistics(lab.learner.step(1, plan).first_draw)
+            mask_statistics(learner.step(1, plan).first_draw)
             weights = sum(linear.weight.numel() for linear in masked_model.linears.values())
             found[name] = {
                 part: size / weights
@@ -108,8 +110,7 @@ def test_counted_is_allocated(
     if name not in counted:
         pytest.skip("torchao is not installed")
     learn = config_for(tiny_run, RUNS[name]).learn
-    settings = (Pattern(2, 4), learn.state, learn.optimizer, learn.sampling)
-    expected = state_bytes(*settings, ACCUMULATIONS, "fp32", method=learn.method)
+    expected = state_bytes(StateOf(Pattern(2, 4), learn, ACCUMULATIONS, "fp32"))
     for part, size in expected.items():
         # Step counters and code tables do not grow with the weights: 2 KiB at most for each layer
         # of 4,096 weights or more here.
@@ -132,9 +133,7 @@ def test_a_distributed_optimizer_divides_its_moments(tiny_run: Path) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_targets(name: str) -> None:
     learn = build_config(dict(RUNS[name])).learn
-    parts = state_bytes(
-        Pattern(2, 4), learn.state, learn.optimizer, learn.sampling, ACCUMULATIONS, "bf16"
-    )
+    parts = state_bytes(StateOf(Pattern(2, 4), learn, ACCUMULATIONS))
     total = sum(parts.values()) - parts[KEPT] - parts[HARD_CODES]
     assert total <= TARGETS[name]
     assert total == pytest.approx({"default": 26, "lean": 14, "leanest": 9.53}[name], abs=0.005)

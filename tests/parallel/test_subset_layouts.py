@@ -69,13 +69,16 @@ def learn(rank: int, config: Config) -> Outcome:
         bits = {"initial": gather_logits(masked_model, mesh)}
         for backend in ("torch", "numba"):
             for name, drawn in DRAWS.items():
-                masks, gradients = {}, {}
+                masks: dict[str, torch.Tensor] = {}
+                gradients: dict[str, torch.Tensor] = {}
                 for key, linear in masked_model.linears.items():
                     linear.sampler = sampler_for(backend, SUBSET)
                     masked_model.switch.running = RunningSample(drawn, norm_coef=1e-3)
                     masks[key] = linear.masked_weight(torch.ones_like(linear.weight)).detach()
                     linear.masked_weight(linear.weight).backward(linear.weight + 1)
-                    gradients[key], linear.mask_logits.grad = linear.mask_logits.grad, None
+                    logits = linear.mask_logits
+                    assert logits is not None and logits.grad is not None
+                    gradients[key], logits.grad = logits.grad, None
                 bits[f"{backend} {name} masks"] = gather_hf(masks, masked_model, mesh)
                 bits[f"{backend} {name} gradients"] = gather_hf(gradients, masked_model, mesh)
         masked_model.switch.running = None

@@ -96,9 +96,10 @@ class MaskPro:
     """The policy-gradient learner.
 
     Args:
-        config: settings that ``check_maskpro`` has seen.
+        config: settings that ``PolicyMethod.check`` has seen.
         mesh: the processes.
-        masked_model: the model; its logits hold the prior, and are set to ``initial_logit`` times m_0.
+        masked_model: the model; its logits hold the prior, and are set to ``initial_logit`` times
+            m_0.
     """
 
     def __init__(self, config: Config, mesh: Mesh, masked_model: MaskedModel) -> None:

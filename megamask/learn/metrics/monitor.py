@@ -77,9 +77,9 @@ class Monitor:
             raise
         self._start = time.monotonic() - metrics.seconds
         self._pace = Pace(resume_step)
-        self.note(
-            f"{'resumed after' if resume_step else 'starting at'} step {resume_step} of {total_steps}, {tokens_per_step} tokens a step"
-        )
+        begins = "resumed after" if resume_step else "starting at"
+        where = f"step {resume_step} of {total_steps}"
+        self.note(f"{begins} {where}, {tokens_per_step} tokens a step")
 
     def train(self, step: int, values: Mapping[str, float | None]) -> None:
         """Record a finished step (counted from 1); a value of None is left out. A value given here

@@ -181,9 +181,7 @@ def open_optional_sinks(folder: Path, config: Config, resume_step: int) -> list[
         try:
             sinks.append(TensorBoard(folder / "tensorboard", resume_step))
         except ImportError:
-            _log.info(
-                "tensorboard is not installed, so nothing is written for it (pip install tensorboard)"
-            )
+            _log.info("nothing is written for tensorboard: pip install tensorboard")
     if "wandb" in chosen or "wandb_offline" in chosen:
         try:
             sinks.append(Wandb(folder, config, resume_step))

@@ -7,7 +7,8 @@ import pytest
 from megamask.config.learn_tree import SamplingSection
 from megamask.config.load import load_config
 from megamask.errors import ConfigError
-from megamask.learn.preflight import check_schedules, unused_settings
+from megamask.learn.gradient_method import check_schedules
+from megamask.learn.preflight import unused_settings
 
 
 @pytest.mark.parametrize(

@@ -32,15 +32,14 @@ def files_run_by(work: Callable[[], Any]) -> list[str]:
             found[path.relative_to(PACKAGE).as_posix()] = None
 
     before = sys.gettrace()
-    threading.settrace_all_threads(look) if sys.version_info >= (3, 12) else threading.settrace(
-        look
-    )
+    trace_threads: Any = getattr(threading, "settrace_all_threads", threading.settrace)  # 3.12
+    trace_threads(look)
     sys.settrace(look)
     try:
         work()
     finally:
         sys.settrace(before)
-        threading.settrace(None)  # type: ignore[arg-type]
+        trace_threads(None)
     return list(found)
 
 

@@ -11,11 +11,12 @@ import torch
 from megamask.config import Config
 from megamask.config.load import load_config
 from megamask.errors import ConfigError
+from megamask.learn.method import MOMENTS, StateOf
+from megamask.learn.methods import state_bytes
 from megamask.optim.base import MaskOptimizer, UpdateRule
 from megamask.optim.optimizers import UPDATE_RULES, build_optimizer, find_rule
 from megamask.optim.requirements import check_optimizer
 from megamask.optim.schedule import learning_rates
-from megamask.plan.bytes import MOMENTS, state_bytes
 from megamask.sparsity.pattern import Pattern
 from tests.unit.optim.lean import linear, random_grad, random_logits, take_step
 
@@ -95,9 +96,8 @@ def test_a_rule_from_outside_makes_a_step() -> None:
 
 @pytest.mark.usefixtures("registered")
 def test_its_bytes_are_in_the_plan() -> None:
-    learn = with_kind("sign").learn
-    settings = (Pattern(2, 4), learn.state, learn.optimizer, learn.sampling)
-    parts = state_bytes(*settings, method="categorical")
+    learn = with_kind("sign", "learn.method=categorical").learn
+    parts = state_bytes(StateOf(Pattern(2, 4), learn))
     assert parts[MOMENTS] == 2 * 6 / 4  # six logits for four weights
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from megamask.config import load_config
 from megamask.errors import ConfigError
-from megamask.plan import bytes as state
-from megamask.plan.bytes import MOMENTS
+from megamask.learn import method as state
+from megamask.learn.method import MOMENTS
 from megamask.plan.fit import advice, check_fits, check_free, memory_applies, remedies
 from megamask.plan.hardware import GIB, GPUS
 from megamask.plan.memory import (

@@ -13,8 +13,9 @@ from megamask.config.load import load_config
 from megamask.data.batches import BatchPlan
 from megamask.errors import ConfigError
 from megamask.learn.maskpro.policy_gradient import Tracker, advantages
+from megamask.learn.maskpro.policy_method import PolicyMethod
 from megamask.learn.maskpro.samples import InitialLosses, Reused, numbers_of
-from megamask.learn.preflight import check_maskpro
+from megamask.sparsity.pattern import Pattern
 
 
 class Numbers:
@@ -118,13 +119,13 @@ def test_the_preset_holds_the_reference_settings() -> None:
     section = learn.maskpro
     assert (section.lr, section.initial_logit, section.samples) == (50, 10, 512)
     assert (section.masks, section.baseline, section.tracker_decay) == (1, "tracker", 0.99)
-    check_maskpro(config)
+    PolicyMethod().check(config, Pattern.parse(config.pattern))
 
 
 def test_one_word_changes_the_method() -> None:
     config = load_config(None, ["learn.method=maskpro"])
     assert config.learn.sampling.mode == "hard" and not config.learn.sampling.initial_noise
-    check_maskpro(config)
+    PolicyMethod().check(config, Pattern.parse(config.pattern))
 
 
 REFUSED: dict[str, tuple[str, str, str]] = {
@@ -158,9 +159,8 @@ REFUSED: dict[str, tuple[str, str, str]] = {
 def test_what_cannot_work_is_refused(override: str) -> None:
     key, allowed, fix = REFUSED[override]
     with pytest.raises(ConfigError) as refused:
-        check_maskpro(
-            load_config(None, ["learn.method=maskpro", "learn.global_batch=16", override])
-        )
+        config = load_config(None, ["learn.method=maskpro", "learn.global_batch=16", override])
+        PolicyMethod().check(config, Pattern.parse(config.pattern))
     message = str(refused.value)
     assert key in message and allowed in message and fix in message
 

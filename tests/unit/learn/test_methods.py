@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megamask.config import Config, load_config
-from megamask.plan.bytes import KEPT, MOMENTS, PARTS, STEP_GRADIENTS, state_bytes
+from megamask.learn.method import KEPT, MOMENTS, PARTS, STEP_GRADIENTS, StateOf
+from megamask.learn.methods import state_bytes
 from megamask.sparsity.pattern import Pattern
 
 MASKPRO = ("learn.method=maskpro",)
@@ -17,14 +18,8 @@ def total(*overrides: str, accumulations: int = 1) -> float:
 
 def parts(*overrides: str, accumulations: int = 1) -> dict[str, float]:
     config: Config = load_config(None, ["learn.method=categorical", *overrides])
-    learn = config.learn
-    settings = (Pattern.parse(config.pattern), learn.state, learn.optimizer, learn.sampling)
-    return state_bytes(
-        *settings,
-        accumulations,
-        config.dtype,
-        method=learn.method,
-    )
+    pattern = Pattern.parse(config.pattern)
+    return state_bytes(StateOf(pattern, config.learn, accumulations, config.dtype))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,124 @@
+"""The methods that learn by gradient descent through relaxed masks: ``subset`` and ``categorical``.
+
+They differ in the distribution alone (MaskLLM, arXiv 2409.17481, has the categorical one).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megamask.config import Config
+from megamask.config.learn_tree import LearnSection, SamplingSection
+from megamask.errors import ConfigError
+from megamask.learn.method import (
+    GRADIENTS,
+    HARD_CODES,
+    KEPT,
+    LOGITS,
+    MOMENTS,
+    STEP_GRADIENTS,
+    WEIGHTS,
+    WIDTH,
+    Method,
+    StateOf,
+    keys_of,
+)
+from megamask.optim.optimizers import find_rule
+from megamask.optim.requirements import check_optimizer
+from megamask.optim.schedule import learning_rates
+from megamask.sparsity.distribution import Distribution
+from megamask.sparsity.pattern import Pattern
+
+if TYPE_CHECKING:
+    from megamask.learn.learner import Learner
+    from megamask.learn.masked_model import MaskedModel
+    from megamask.parallel.mesh import Mesh
+
+
+class GradientMethod(Method):
+    """Gradient descent on the logits of ``distribution``, under the name of the distribution."""
+
+    def __init__(self, distribution: Distribution) -> None:
+        self.name, self.distribution = distribution.name, distribution
+
+    def check(self, config: Config, pattern: Pattern) -> None:
+        """Check optimizer and schedules."""
+        check_optimizer(config)
+        check_schedules(config.learn.sampling)
+
+    def build(self, config: Config, mesh: Mesh, masked_model: MaskedModel) -> Learner:
+        """The Gumbel-softmax learner."""
+        from megamask.learn.gumbel import GradientLearner
+
+        return GradientLearner(config, mesh, masked_model)
+
+    def state_bytes(self, run: StateOf) -> dict[str, float]:
+        """Bytes per prunable weight by part, with r logits per weight (1.5 for categorical 2:4, 1
+        for subset):
+
+        - frozen weights: 2 (bf16) or 4 (fp32).
+        - mask logits: 4 r (fp32) or 2 r (bf16).
+        - gradients: the buffer in which micro-batches add up, 4 r or 2 r. The gradient of one layer
+          that exists for a moment on top of the buffer is no state.
+        - optimizer moments: r times the ``moment_bytes`` of the update rule. Tables of 256 entries
+          and step counters do not grow with the weights. With ``learn.optimizer.distributed`` a
+          replica keeps ``moments_share`` of the moments.
+        - hard masks: two codes per group (initial and latest), unless ``learn.state.track_flips``
+          is off. A code takes 1 byte; for subset 2 bytes from M = 9 on, 4 bytes from M = 17 on.
+        - masked weights: the width of a weight where every layer keeps its masked weight between
+          the passes: with masked_weight=keep, or with draws=step, where it lives for the whole
+          step. ``parallel.recompute`` drops ``redrawn_share`` of them with a draw per micro-batch.
+        - gradients at the masked weights: draws=step alone. 4 (fp32) where several micro-batches
+          add up and ``learn.state.grads`` is fp32, else the width of a weight.
+
+        Categorical 2:4 in bf16 takes 26.5 bytes by default (26 without hard masks), 14.5 lean and
+        9.5 leanest, masked weights left out.
+        """
+        state, weight = run.learn.state, float(WIDTH[run.dtype])
+        per_group = self.distribution.logits_per_group(run.pattern)
+        logits = per_group / run.pattern.m
+        code = self.distribution.code_dtype(run.pattern).itemsize / run.pattern.m
+        moments = find_rule(run.learn.optimizer.kind).moment_bytes(state.logits, per_group)
+        share = run.moments_share if run.learn.optimizer.distributed else 1.0
+        one_draw = run.learn.sampling.draws == "step"
+        sums_in_fp32 = run.accumulations > 1 and state.grads == "fp32"
+        kept = weight * (1.0 - run.redrawn_share) if state.masked_weight == "keep" else 0.0
+        return {
+            WEIGHTS: weight,
+            LOGITS: WIDTH[state.logits] * logits,
+            GRADIENTS: WIDTH[state.grads] * logits,
+            MOMENTS: moments * logits * share,
+            HARD_CODES: 2 * code if state.track_flips else 0.0,
+            KEPT: weight if one_draw else kept,
+            STEP_GRADIENTS: (WIDTH["fp32"] if sums_in_fp32 else weight) if one_draw else 0.0,
+        }
+
+    def unused_settings(self, learn: LearnSection) -> set[str]:
+        """The settings of the policy gradient, and those of distillation where there is none."""
+        unused = keys_of(learn, "maskpro")
+        if learn.distillation.share == 0:
+            unused |= {"learn.distillation.temperature", "learn.distillation.top_k"}
+        return unused
+
+    def announcement(self, learn: LearnSection) -> str:
+        """The learning rates, which may be derived."""
+        return "learning rate {:.2g}, falling to {:.2g}".format(*learning_rates(learn))
+
+
+def check_schedules(section: SamplingSection) -> None:
+    """Check that sampling ends harder than it began.
+
+    Raises:
+        ConfigError: tau rises, kappa falls or ends at 0.
+    """
+    tau, kappa = section.tau, section.kappa
+    if tau[1] > tau[0]:
+        fix = "Write the larger number first."
+        raise ConfigError("learn.sampling.tau", list(tau), "a temperature that falls", fix)
+    if kappa[1] < kappa[0]:
+        fix = "Write the smaller number first."
+        raise ConfigError("learn.sampling.kappa", list(kappa), "a scale that grows or stays", fix)
+    if kappa[1] == 0:
+        allowed = "must end above 0: no logit counts at 0"
+        fix = "Write, for example, [100, 500]."
+        raise ConfigError("learn.sampling.kappa", list(kappa), allowed, fix)

@@ -1,0 +1,113 @@
+"""What a method of learning says about itself: its distribution, its learner, its checks, its cost.
+
+The learning loop, the preflight and ``megamask plan`` ask these questions and nothing else, so that
+a method is one file and one line in ``learn/methods.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megamask.config import Config
+from megamask.config.learn_tree import LearnSection
+from megamask.data.blend import train_dataset
+from megamask.sparsity.distribution import Distribution
+from megamask.sparsity.pattern import Pattern
+
+if TYPE_CHECKING:
+    from megamask.learn.learner import Learner
+    from megamask.learn.masked_model import MaskedModel
+    from megamask.parallel.mesh import Mesh
+
+WIDTH = {"fp32": 4, "bf16": 2}  # bytes per number
+
+# The parts of the state, as tables name them.
+WEIGHTS = "frozen weights"
+LOGITS = "mask logits"
+GRADIENTS = "gradients"
+MOMENTS = "optimizer moments"
+HARD_CODES = "hard masks of the mask statistics"
+KEPT = "masked weights kept for the backward pass"
+STEP_GRADIENTS = "gradients at the masked weights of a step"
+PARTS = (WEIGHTS, LOGITS, GRADIENTS, MOMENTS, HARD_CODES, KEPT, STEP_GRADIENTS)
+
+
+@dataclass(frozen=True)
+class StateOf:
+    """A run whose state is to be counted.
+
+    Attributes:
+        pattern: N:M.
+        learn: the settings of the learning run.
+        accumulations: micro-batches of a step on one replica.
+        dtype: of the frozen weights, ``bf16`` or ``fp32``.
+        redrawn_share: the share of the weights whose masked weights ``parallel.recompute`` makes
+            again with the activations.
+        moments_share: the share of the layers that one replica updates, 1 / replicas where the
+            layers divide evenly.
+    """
+
+    pattern: Pattern
+    learn: LearnSection
+    accumulations: int = 1
+    dtype: str = "bf16"
+    redrawn_share: float = 0.0
+    moments_share: float = 1.0
+
+
+class Method(ABC):
+    """A method of learning masks.
+
+    Attributes:
+        name: ``learn.method``.
+        distribution: of the masks that are learned.
+    """
+
+    name: str
+    distribution: Distribution
+
+    @abstractmethod
+    def check(self, config: Config, pattern: Pattern) -> None:
+        """Check the settings before the model is loaded.
+
+        Raises:
+            ConfigError: settings that the method cannot work with.
+        """
+
+    @abstractmethod
+    def build(self, config: Config, mesh: Mesh, masked_model: MaskedModel) -> Learner:
+        """The learner of the mask logits of ``masked_model``."""
+
+    @abstractmethod
+    def state_bytes(self, run: StateOf) -> dict[str, float]:
+        """Bytes per prunable weight of everything whose size grows with the weights, by part: keys
+        of ``PARTS``. A part that the method does not have may be left out.
+        """
+
+    @abstractmethod
+    def unused_settings(self, learn: LearnSection) -> set[str]:
+        """Dotted settings that change nothing under this method, whatever their value is."""
+
+    def forward_passes(self, learn: LearnSection) -> int:
+        """Forward passes of a micro-batch of a method without a backward pass; 0 = it has one."""
+        return 0
+
+    def samples(self, config: Config) -> Any:
+        """The samples of the run by number, in the order of learning."""
+        whole = config.learn.steps * config.learn.global_batch
+        return train_dataset(config, whole, config.data.seq_length, config.seed)
+
+    def announcement(self, learn: LearnSection) -> str | None:
+        """A line for the log of a run that starts."""
+        return None
+
+
+def keys_of(learn: LearnSection, *sections: str) -> set[str]:
+    """The dotted settings of some sections of ``learn``."""
+    return {
+        f"learn.{name}.{key}"
+        for name in sections
+        for key in type(getattr(learn, name)).model_fields
+    }
