@@ -129,7 +129,7 @@ LOSS_TOLERANCE, LOGIT_TOLERANCE, OTHER_DRAWS = 3e-5, 5e-3, 1e-3
 
 
 def difference(found: Outcome, expected: Outcome) -> tuple[float, float, float]:
-    """Largest difference of losses; share of logits that differ, and of groups whose winners do."""
+    """Largest difference of losses; share of logits that differ, and of groups whose hard masks do."""
     losses = max(
         abs(a.lm_loss - b.lm_loss) for a, b in zip(found.results, expected.results, strict=True)
     )
@@ -137,8 +137,8 @@ def difference(found: Outcome, expected: Outcome) -> tuple[float, float, float]:
     pairs = [(found.logits[name], logits) for name, logits in expected.logits.items()]
     groups = sum(one[:, 0].numel() for _, one in pairs)
     moved = sum(int(((a - b).abs().amax(1) > LOGIT_TOLERANCE).sum()) for a, b in pairs)
-    hard_codes = sum(int((hard_codes(a) != hard_codes(b)).any(1).sum()) for a, b in pairs)
-    return losses, moved / groups, hard_codes / groups
+    differing = sum(int((hard_codes(a) != hard_codes(b)).any(1).sum()) for a, b in pairs)
+    return losses, moved / groups, differing / groups
 
 
 def hard_codes(logits: torch.Tensor) -> torch.Tensor:
