@@ -14,9 +14,12 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from megamask.errors import ArtifactError
+
+# key -> type of its value, several types, or the required keys of an object
+Required: TypeAlias = Mapping[str, Any]
 
 
 def _temporary_name(path: Path) -> Path:
@@ -130,8 +133,47 @@ def read_json(path: Path, fix: str) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ArtifactError(path, "is missing", fix) from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ArtifactError(path, f"cannot be read ({error.strerror})", fix) from error
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(path, f"is not valid JSON ({error})", fix) from error
+
+
+def read_object(path: Path, fix: str, required: Required) -> dict[str, Any]:
+    """Read a JSON object and check that it holds what is needed.
+
+    Args:
+        path: the file.
+        fix: the action that makes the file, for the message.
+        required: key -> the type of its value, a tuple of types, or the required keys of an object.
+
+    Raises:
+        ArtifactError: the file is missing or is no such object; the message names the key.
+    """
+    value = read_json(path, fix)
+    if problem := lacks(value, required):
+        raise ArtifactError(path, problem, fix)
+    found: dict[str, Any] = value
+    return found
+
+
+def lacks(value: Any, required: Required, where: str = "") -> str:
+    """The first thing that a JSON value lacks of what is required; empty if nothing is missing."""
+    if not isinstance(value, dict):
+        return f"holds {type(value).__name__} instead of an object{where and f' at {where}'}"
+    for key, kind in required.items():
+        place = f"{where}.{key}" if where else key
+        if key not in value:
+            return f"has no {place}"
+        if isinstance(kind, Mapping):
+            if problem := lacks(value[key], kind, place):
+                return problem
+        # True is an int in Python; in JSON it is no number
+        elif not isinstance(value[key], kind) or (
+            isinstance(value[key], bool) and kind in (int, float, (int, float))
+        ):
+            return f"holds {type(value[key]).__name__} at {place}"
+    return ""
 
 
 def file_sha256(path: Path) -> str:

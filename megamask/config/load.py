@@ -6,46 +6,18 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from megamask.config import legacy
 from megamask.config.nested import merge, nest
 from megamask.config.presets import named_settings, plain
 from megamask.config.tree import Config
+from megamask.config.yaml_text import read_yaml
 from megamask.errors import ConfigError
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: ``2:4`` and ``off`` are text (YAML 1.1 reads 124 and False), ``1e-3`` is a
-    number (YAML 1.1 reads text).
-    """
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag.rpartition(":")[2] not in ("int", "float", "bool")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
-    list("-+.0123456789"),
-)
 
 
 def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -127,15 +99,13 @@ def _checked(values: dict[str, Any]) -> Config:
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.load(recipe.read_text(), Loader=_Loader)
+        loaded = read_yaml(recipe.read_bytes())
     except OSError as error:
-        raise ConfigError(
-            "--config", str(recipe), f"a readable YAML file ({error.strerror})", "Check the path."
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            "--config", str(recipe), f"a YAML file ({error})", "Correct the file."
-        ) from None
+        allowed = f"a readable YAML file ({error.strerror})"
+        raise ConfigError("--config", str(recipe), allowed, "Check the path.") from None
+    except ValueError as error:
+        allowed = f"a YAML file in UTF-8 ({error})"
+        raise ConfigError("--config", str(recipe), allowed, "Correct the file.") from None
     if not isinstance(loaded or {}, dict):
         raise ConfigError(
             "--config", str(recipe), "a mapping at the top level", "Write key: value lines."
@@ -145,9 +115,10 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
 
 def _parse_scalar(key: str, text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(key, text, "a YAML value", "Quote it.") from None
+        return read_yaml(text)
+    except ValueError:
+        shown = text if len(text) <= 80 else f"{text[:77]}..."
+        raise ConfigError(key, shown, "a YAML value", "Quote it.") from None
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:

@@ -16,13 +16,30 @@ from megamask.config import Config, run_paths
 from megamask.data.split import HELDOUT, TRAIN
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ArtifactError, ConfigError
-from megamask.storage import read_json
+from megamask.storage import lacks, read_object
 
 FORMAT = 1
 SPLITS = (TRAIN, HELDOUT)
 SUFFIXES = (".bin", ".idx")
 TOKENIZE = "Run the verb tokenize."
 TOKENIZE_AGAIN = "Delete the folder and run the verb tokenize again."
+
+
+TOKEN_TYPES = ("uint16", "int32")  # of Megatron's indexed datasets, for ids of any vocabulary
+_FILE = {"size": int, "sha256": str}
+_SPLITS = {
+    split: {
+        **{"documents": int, "tokens": int, "largest_id": int},
+        "files": {f"{split}{suffix}": _FILE for suffix in SUFFIXES},
+    }
+    for split in SPLITS
+}
+META = {  # what meta.json holds, among other things
+    "settings_sha256": str,
+    "dtype": str,
+    "tokenizer": {"name": str, "fingerprint": str},
+    "splits": _SPLITS,
+}
 
 
 @dataclass(frozen=True)
@@ -86,14 +103,20 @@ def read_shards(folder: Path) -> Shards:
     Raises:
         ArtifactError: a file is missing, has another size than was written, or has another format.
     """
-    meta = read_json(folder / "meta.json", TOKENIZE)
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    meta = read_object(folder / "meta.json", TOKENIZE, {"format": int})
+    if meta["format"] != FORMAT:
         raise ArtifactError(
             folder / "meta.json", f"is not of shard format {FORMAT}", TOKENIZE_AGAIN
         )
+    if problem := lacks(meta, META):
+        raise ArtifactError(folder / "meta.json", problem, TOKENIZE_AGAIN)
+    if meta["dtype"] not in TOKEN_TYPES:
+        problem = f"names the dtype {meta['dtype']!r}, tokens have one of {', '.join(TOKEN_TYPES)}"
+        raise ArtifactError(folder / "meta.json", problem, TOKENIZE_AGAIN)
     for split in SPLITS:
-        for name, written in meta["splits"][split]["files"].items():
-            _check_size(folder / name, written["size"])
+        for suffix in SUFFIXES:
+            written = meta["splits"][split]["files"][f"{split}{suffix}"]
+            _check_size(folder / f"{split}{suffix}", written["size"])
     return Shards(folder, meta)
 
 

@@ -1,4 +1,4 @@
-"""Held-out perplexity of the winner mask while learning."""
+"""Held-out perplexity of the hard mask while learning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def monitor_windows(config: Config) -> dict[str, torch.Tensor]:
 def hard_mask_perplexity(
     masked_model: MaskedModel, mesh: Mesh, windows: Mapping[str, torch.Tensor], micro_batch: int
 ) -> dict[str, float]:
-    """Perplexity per domain of the model under its winner mask, which is folded into the weights
+    """Perplexity per domain of the model under its hard mask, which is folded into the weights
     once.
     """
     for linear in masked_model.linears.values():

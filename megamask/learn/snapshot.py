@@ -8,7 +8,7 @@ import itertools
 import logging
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,20 @@ class Progress:
     step: int = 0
     best_score: float | None = None
     best_step: int = 0
-    initial_perplexity: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, note: dict[str, Any]) -> Progress:
+        """From the note of a snapshot. The notes of older versions hold more, which is left out.
+
+        Raises:
+            TypeError: the note holds something else than numbers.
+        """
+        step, best_step, score = (note.get(key) for key in ("step", "best_step", "best_score"))
+        if not (type(step) is int and type(best_step) is int and step >= 0):
+            raise TypeError(f"step {step!r} and best step {best_step!r} are no numbers of steps")
+        if score is not None and not isinstance(score, int | float):
+            raise TypeError(f"the best score {score!r} is no number")
+        return cls(step, score, best_step)
 
 
 class Snapshots:
@@ -93,23 +106,26 @@ class Snapshots:
             return Progress()
         path = self.folder / f"step-{steps[-1]:08d}"
         fix = f"Delete {path} to resume from the one before, or all of {self.folder} to start over."
-        note = storage.read_json(path / NOTE, fix)
-        self._check(note, path)
+        required = {"progress": dict, "fingerprint": str, "settings": dict}
+        note = storage.read_object(path / NOTE, fix, required)
+        try:
+            progress = Progress.read(note["progress"])
+            settings = upgrade_note(note["settings"])
+        except (AttributeError, KeyError, TypeError) as error:
+            problem = f"is not the note of a snapshot ({error!r})"
+            raise ArtifactError(path / NOTE, problem, fix) from None
+        self._check(note["fingerprint"], settings, path)
         loaded = load_sharded(self._state(is_loading=True), path, fix)
         self.masked_model.model.load_state_dict(
             {key: value for key, value in loaded.items() if key != "optimizer"}, strict=False
         )
         self.learner.load(loaded["optimizer"])
-        fields = Progress.__dataclass_fields__.keys()
-        return Progress(**{key: note["progress"][key] for key in fields & note["progress"].keys()})
+        return progress
 
     def steps(self) -> list[int]:
         """Steps of the finished snapshots, ascending."""
-        return sorted(
-            int(match[1])
-            for path in self.folder.glob("step-*")
-            if (match := _NAME.search(path.name))
-        )
+        folders = (path for path in self.folder.glob("step-*") if path.is_dir())
+        return sorted(int(match[1]) for path in folders if (match := _NAME.search(path.name)))
 
     def _put_aside(self) -> None:
         self.mesh.barrier()  # everyone has seen them
@@ -135,15 +151,14 @@ class Snapshots:
             "optimizer": self.learner.state(logits, is_loading),
         }
 
-    def _check(self, note: dict[str, Any], path: Path) -> None:
-        if note["fingerprint"] != self.masked_model.fingerprint:
+    def _check(self, fingerprint: str, there: dict[str, Any], path: Path) -> None:
+        if fingerprint != self.masked_model.fingerprint:
             raise ArtifactError(
                 path,
                 "was made for another base model",
                 "Use another run_dir, or convert the model that it was made for.",
             )
         ignored = settings_without_effect(self.config.learn)
-        there = upgrade_note(note["settings"])
         for key, (before, now) in changes(there, self.config, LEARN, ignored).items():
             fix = "Set it back, use another run_dir, or start over with learn.resume=false."
             allowed = f"the run in {path.parent} was started with {before!r}"

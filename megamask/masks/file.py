@@ -31,7 +31,7 @@ from megamask import __version__
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks import codec
 from megamask.sparsity.pattern import CANDIDATE_ORDER, Pattern
-from megamask.storage import atomic_file
+from megamask.storage import atomic_file, lacks
 
 FORMAT_VERSION = 1
 UPDATED = "updated"  # the header of masks that belong to weights of their own
@@ -265,7 +265,7 @@ def _read_header(path: Path, text: str | None) -> dict[str, Any]:
     try:
         meta = json.loads(text)
         version = meta["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(path, f"has a broken header ({error!r})", FIX) from None
     if version != FORMAT_VERSION:
         raise ArtifactError(
@@ -278,9 +278,14 @@ def _read_header(path: Path, text: str | None) -> dict[str, Any]:
             raise ArtifactError(
                 path, f"has {key} {meta.get(key)!r}, this megamask reads {value!r}", FIX
             )
-    wrong = [key for key, kind in FACTS.items() if not isinstance(meta.get(key), kind)]
-    if wrong:
-        raise ArtifactError(path, f"has a header without {', '.join(wrong)}", FIX)
+    if problem := lacks(meta, FACTS):
+        raise ArtifactError(path, f"{problem}, in its header", FIX)
+    for name, about in meta["tensors"].items():
+        if problem := lacks(about, {"shape": list, "sha256": str}, f"tensors.{name}"):
+            raise ArtifactError(path, f"{problem}, in its header", FIX)
+        shape = about["shape"]
+        if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape):
+            raise ArtifactError(path, f"has the shape {shape} for {name}, in its header", FIX)
     if meta.get("sha256") != _header_digest(meta):
         raise ArtifactError(path, "has a corrupt header: the checksum does not match", FIX)
     return dict(meta)

@@ -13,7 +13,7 @@ from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.from_snapshot import load_snapshot, newest_snapshot
 from megamask.safe_checkpoint import NOTE
-from megamask.storage import read_json
+from megamask.storage import read_object
 from megamask.weights.architecture import Architecture, read_architecture
 
 
@@ -120,8 +120,8 @@ def own_weights(masks: MaskSet, paths: RunPaths) -> Path | None:
     if not folder.is_dir():
         problem = f"is missing: the mask {masks.path} belongs to these updated weights"
         raise ArtifactError(folder, problem, fix)
-    note = read_json(folder / NOTE, fix)
-    about = (note.get("fingerprint"), note.get("method")) if isinstance(note, dict) else None
+    note = read_object(folder / NOTE, fix, {"fingerprint": str, "method": str})
+    about = (note["fingerprint"], note["method"])
     if about != (masks.fingerprint, masks.method):
         raise ArtifactError(folder, f"does not belong to the mask {masks.path}", fix)
     return folder

@@ -30,7 +30,7 @@ from megamask.safe_checkpoint import NOTE, read_index, reason_of
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
-from megamask.storage import read_json
+from megamask.storage import read_object
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule
@@ -124,7 +124,8 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
         ArtifactError: there is no snapshot, it is torn, or its logits do not fit the model.
     """
     path = newest_snapshot(folder)
-    note = read_json(path / NOTE, _fix(path))
+    required = {"settings": dict, "fingerprint": str, "progress": {"step": int}}
+    note = read_object(path / NOTE, _fix(path), required)
     index = read_index(path, _fix(path))
     try:
         settings = upgrade_note(note["settings"])

@@ -152,7 +152,11 @@ def read_note(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: there are no weights.
     """
-    note: dict[str, Any] = storage.read_json(path / NOTE, "Run the verb convert.")
+    required = {"fingerprint": str, "dtype": str, "padded_vocab": int}
+    note = storage.read_object(path / NOTE, "Run the verb convert.", required)
+    if not isinstance(getattr(torch, note["dtype"], None), torch.dtype):
+        problem = f"names the dtype {note['dtype']!r}"
+        raise ArtifactError(path / NOTE, problem, "Run the verb convert again.")
     return note
 
 

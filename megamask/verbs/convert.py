@@ -9,10 +9,9 @@ from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.errors import MegamaskError
 from megamask.model.build import build_model, padded_vocab
-from megamask.model.checkpoint import fill_from_hf, save_sharded, sharded_state
+from megamask.model.checkpoint import fill_from_hf, read_note, save_sharded, sharded_state
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import Layout
-from megamask.safe_checkpoint import NOTE
 from megamask.weights.architecture import read_architecture
 from megamask.weights.fingerprint import fingerprint_hf
 from megamask.weights.hf_files import open_checked
@@ -65,7 +64,7 @@ def run(config: Config) -> None:
 
 def _is_done(config: Config, note: dict[str, object]) -> bool:
     try:
-        found = storage.read_json(run_paths(config).weights / NOTE, "")
+        found = read_note(run_paths(config).weights)
     except MegamaskError:
         return False
     return all(found.get(key) == note[key] for key in ("fingerprint", "dtype", "padded_vocab"))

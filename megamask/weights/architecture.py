@@ -29,7 +29,8 @@ def read_architecture(hf_dir: Path) -> Architecture:
     )
     if not isinstance(config, dict):
         raise ArtifactError(path, "is not a JSON object", "Copy it again from the model's source.")
-    family = FAMILIES.get(config.get("model_type", ""))
+    name = config.get("model_type", "")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         known = ", ".join(FAMILIES)
         raise ConfigError(

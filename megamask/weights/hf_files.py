@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megamask.errors import ArtifactError
-from megamask.storage import atomic_dir, read_json, write_json
+from megamask.storage import atomic_dir, read_object, write_json
 from megamask.weights.architecture import read_architecture
 from megamask.weights.mapping import expected_tensors
 
@@ -115,10 +115,11 @@ class HFReader:
         index = self.hf_dir / INDEX
         if not index.exists():
             return dict.fromkeys(self._open(self.hf_dir / SINGLE).keys(), self.hf_dir / SINGLE)
-        listed = {
-            name: self.hf_dir / file
-            for name, file in read_json(index, FIX).get("weight_map", {}).items()
-        }
+        weight_map = read_object(index, FIX, {"weight_map": dict})["weight_map"]
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or file != Path(file).name:
+                raise ArtifactError(index, f"names {file!r} as the file of {name}", FIX)
+        listed = {name: self.hf_dir / file for name, file in weight_map.items()}
         held: dict[str, Path] = {}
         for path in sorted(set(listed.values())):
             held.update(dict.fromkeys(self._open(path).keys(), path))

@@ -99,6 +99,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "auto_map": ({},),
 }
+# The sizes that every config.json must hold.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+MAX_LAYERS = 10_000
 ROPE_FACTORS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -116,39 +125,30 @@ def read(config: dict[str, Any], path: Path) -> Architecture:
     """
     _refuse_unknown(config, path)
     given = {key: value for key, value in config.items() if value is not None}
-    for key in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    ):
-        if not isinstance(given.get(key), int) or given[key] < 1:
-            raise _error(key, given.get(key), "a positive whole number is needed", path)
-    heads, bias = given["num_attention_heads"], bool(given.get("attention_bias", False))
-    kv_heads = given.get("num_key_value_heads", heads)
+    numbers = {key: _whole(given, key, path) for key in SIZES}
+    heads, bias = numbers["num_attention_heads"], _flag(given, "attention_bias", path)
+    kv_heads = _whole(given, "num_key_value_heads", path, heads)
     if heads % kv_heads:
-        raise _error(
-            "num_key_value_heads", kv_heads, f"must divide num_attention_heads ({heads})", path
-        )
+        problem = f"must divide num_attention_heads ({heads})"
+        raise _error("num_key_value_heads", kv_heads, problem, path)
     theta, scaling = _read_rope(given, path)
     return Architecture(
         family="llama",
-        num_layers=given["num_hidden_layers"],
-        hidden=given["hidden_size"],
-        ffn=given["intermediate_size"],
+        num_layers=numbers["num_hidden_layers"],
+        hidden=numbers["hidden_size"],
+        ffn=numbers["intermediate_size"],
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=given.get("head_dim", given["hidden_size"] // heads),
-        vocab=given["vocab_size"],
-        max_positions=given.get("max_position_embeddings", 2048),
-        tied=bool(given.get("tie_word_embeddings", False)),
-        norm_eps=float(given.get("rms_norm_eps", 1e-6)),
+        head_dim=_whole(given, "head_dim", path, max(numbers["hidden_size"] // heads, 1)),
+        vocab=numbers["vocab_size"],
+        max_positions=_whole(given, "max_position_embeddings", path, 2048),
+        tied=_flag(given, "tie_word_embeddings", path),
+        norm_eps=_real(given, "rms_norm_eps", path, 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         attention_bias=bias,
         attention_out_bias=bias,
-        mlp_bias=bool(given.get("mlp_bias", False)),
+        mlp_bias=_flag(given, "mlp_bias", path),
         dtype=_read_dtype(given, path),
     )
 
@@ -255,6 +255,8 @@ def _read_rope(config: dict[str, Any], path: Path) -> tuple[float, dict[str, Any
     transformers 4 writes them as rope_theta and rope_scaling, transformers 5 as rope_parameters.
     """
     key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
+    if not isinstance(config.get(key, {}), dict):
+        raise _error(key, config[key], "an object is needed", path)
     rope = dict(config.get(key, {}))
     inner, outer = rope.pop("rope_theta", None), config.get("rope_theta")
     if inner is not None and outer is not None and inner != outer:
@@ -268,7 +270,7 @@ def _read_rope(config: dict[str, Any], path: Path) -> tuple[float, dict[str, Any
         )
     old_type = rope.pop("type", "default")
     kind = rope.pop("rope_type", old_type)
-    factors = ROPE_FACTORS.get(kind)
+    factors = ROPE_FACTORS.get(kind) if isinstance(kind, str) else None
     if factors is None:
         raise _error(f"{key}.rope_type", kind, f"only {', '.join(ROPE_FACTORS)} are built", path)
     rope = {name: value for name, value in rope.items() if value is not None}
@@ -277,10 +279,47 @@ def _read_rope(config: dict[str, Any], path: Path) -> tuple[float, dict[str, Any
             "megamask does not know this key" if name in rope else f"rope type {kind} needs it"
         )
         raise _error(f"{key}.{name}", rope.get(name), problem, path)
-    theta = inner if inner is not None else outer
-    return float(theta if theta is not None else 10000.0), (
-        {"type": kind, **rope} if factors else None
-    )
+    for name in rope:
+        _real(rope, name, path, shown=f"{key}.{name}")
+    theta = {"rope_theta": inner if inner is not None else outer}
+    return _real(theta, "rope_theta", path, 10000.0), {"type": kind, **rope} if factors else None
+
+
+def _whole(config: dict[str, Any], key: str, path: Path, default: int | None = None) -> int:
+    """A positive whole number below 2^31.
+
+    Raises:
+        ConfigError: the key is missing without a default, or holds something else.
+    """
+    value = config.get(key, default)
+    if type(value) is not int or not 0 < value < 2**31:
+        raise _error(key, value, "a positive whole number is needed", path)
+    if key == "num_hidden_layers" and value > MAX_LAYERS:
+        raise _error(key, value, f"at most {MAX_LAYERS:,} layers are read", path)
+    return value
+
+
+def _real(
+    config: dict[str, Any],
+    key: str,
+    path: Path,
+    default: float | None = None,
+    shown: str | None = None,
+) -> float:
+    """A positive finite number. Raises as ``_whole``, naming ``shown``."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise _error(shown or key, value, "a positive number is needed", path)
+    return float(value)
+
+
+def _flag(config: dict[str, Any], key: str, path: Path) -> bool:
+    """true or false; an absent key is false. Raises as ``_whole``."""
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise _error(key, value, "true or false is needed", path)
+    return value
 
 
 def _read_dtype(config: dict[str, Any], path: Path) -> torch.dtype:

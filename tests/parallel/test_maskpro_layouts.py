@@ -129,7 +129,7 @@ LOSS_TOLERANCE, LOGIT_TOLERANCE, OTHER_DRAWS = 3e-5, 5e-3, 1e-3
 
 
 def difference(found: Outcome, expected: Outcome) -> tuple[float, float, float]:
-    """Largest difference of losses; share of logits that differ, and of groups whose hard masks do."""
+    """Largest difference of losses; shares of logits and of groups with other hard masks."""
     losses = max(
         abs(a.lm_loss - b.lm_loss) for a, b in zip(found.results, expected.results, strict=True)
     )

@@ -105,7 +105,7 @@ class Monitor:
     def evaluation(
         self, step: int, perplexity: Mapping[str, float], extra: Mapping[str, Any] | None = None
     ) -> None:
-        """Record the winner mask's held-out perplexity per domain after ``step``, with whatever
+        """Record the hard mask's held-out perplexity per domain after ``step``, with whatever
         else belongs to it.
 
         The time since the last step counts as evaluation: tokens/s and ETA leave it out.

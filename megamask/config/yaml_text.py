@@ -1,0 +1,73 @@
+"""YAML as recipes and overrides use it: YAML 1.2 scalars, and no text that expands without end."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+MAX_DEPTH = 16  # recipes have four levels
+MAX_VALUES = 20_000
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: ``2:4``, ``off`` and dates are text (YAML 1.1 reads 124, False and a date),
+    ``1e-3`` is a number (YAML 1.1 reads text).
+    """
+
+
+_REPLACED = ("int", "float", "bool", "timestamp")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]{1,4000}$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """The value of a YAML text.
+
+    Args:
+        text: characters, or UTF-8 bytes.
+
+    Raises:
+        ValueError: the text is no YAML, not UTF-8, or too deep or too large once its aliases are
+            expanded.
+    """
+    try:
+        value = yaml.load(text.decode() if isinstance(text, bytes) else text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    # A tag such as !!timestamp or !!python/name builds what it names from whatever stands there.
+    except (yaml.YAMLError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(str(error)) from None
+    _count(value, MAX_DEPTH)
+    return value
+
+
+def _count(value: Any, depth: int, before: int = 0) -> int:
+    """The number of values within ``value``, an alias counted each time.
+
+    Raises:
+        ValueError: they are too many or too deep.
+    """
+    if depth < 0:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    total = before + 1
+    if total > MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for one in inner:
+        total = _count(one, depth - 1, total)
+    return total
