@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from megamask.config import CorpusSection
 from megamask.data import stdlib
 from megamask.errors import ArtifactError, ConfigError
 
+log = logging.getLogger(__name__)
 SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}
 
 
@@ -47,26 +49,46 @@ def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
         ArtifactError: a file cannot be read as its kind, or the corpus holds no text.
     """
     left = corpus.max_bytes if corpus.max_bytes is not None else sys.maxsize
-    empty = True
-    for document in READERS[corpus.kind](name, corpus):
+    is_empty, replaced = True, 0
+    for raw in READERS[corpus.kind](name, corpus):
+        document, broken = _encodable(raw)
+        replaced += broken
         if not document.text.strip():
             continue
-        empty = False
         size = len(document.text.encode())
         if size > left:
             document = Document(document.text.encode()[:left].decode(errors="ignore"), document.key)
         if document.text:
+            is_empty = False
             yield document
         left -= size
         if left <= 0:
-            return
-    if empty:
-        where = corpus.path or corpus.kind
+            break
+    if replaced:
+        problem = "data.domains.%s: %d documents held half a surrogate pair, read as U+FFFD"
+        log.warning(problem, name, replaced)
+    if is_empty:
         raise ArtifactError(
-            where,
+            corpus.path or corpus.kind,
             f"holds no text (data.domains.{name})",
-            f"Give data.domains.{name} a corpus with text, or remove it.",
+            f"Give data.domains.{name} a corpus with text and max_bytes enough, or remove it.",
         )
+
+
+def _encodable(document: Document) -> tuple[Document, bool]:
+    """The document with U+FFFD for each half of a surrogate pair, which no encoding can write, and
+    whether there was one. JSON may hold such halves: text that was cut within an emoji.
+    """
+    try:
+        document.text.encode()
+        document.key.encode()
+    except UnicodeEncodeError:
+        text, key = (
+            part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            for part in (document.text, document.key)
+        )
+        return Document(text, key), True
+    return document, False
 
 
 def source_stamp(name: str, corpus: CorpusSection) -> list[Any]:
@@ -90,6 +112,14 @@ def _files(name: str, corpus: CorpusSection) -> list[Path]:
     """The sorted files of a path: a file, a glob, or all files of the kind below a folder."""
     given = _required_path(name, corpus)
     path = Path(given).expanduser()
+    try:
+        path.is_dir()
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        shown = given if len(given) <= 80 else f"{given[:77]}..."
+        allowed = f"a path that can be looked up ({error.__class__.__name__})"
+        raise ConfigError(
+            f"data.domains.{name}.path", shown, allowed, "Correct the path."
+        ) from None
     if path.is_dir():
         candidates = [
             file
@@ -155,7 +185,7 @@ def _read_pydocs(name: str, corpus: CorpusSection) -> Iterator[Document]:
 def _read_text(name: str, corpus: CorpusSection) -> Iterator[Document]:
     for file in _files(name, corpus):
         try:
-            yield _own_key(file.read_text(encoding="utf-8"))
+            yield _own_key(file.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ArtifactError(
                 file,
@@ -178,7 +208,7 @@ def _read_jsonl(name: str, corpus: CorpusSection) -> Iterator[Document]:
 def _lines(name: str, file: Path) -> Iterator[str]:
     opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
     try:
-        with opener(file, "rt", encoding="utf-8") as stream:
+        with opener(file, "rt", encoding="utf-8-sig") as stream:
             yield from stream
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ArtifactError(
@@ -191,7 +221,7 @@ def _lines(name: str, file: Path) -> Iterator[str]:
 def _parse(name: str, file: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(
             file,
             f"line {number} is not JSON ({error})",
@@ -264,7 +294,17 @@ def _read_hf(name: str, corpus: CorpusSection) -> Iterator[Document]:
             allowed,
             "Check the name, config and split, and the network.",
         ) from error
-    for record in stream:
+    records, read = iter(stream), 0
+    while True:
+        try:
+            record = next(records, None)
+        except Exception as error:  # the network, the hub, a broken file of the dataset
+            problem = f"cannot be read on after {read:,} records ({error})"
+            fix = "Run the verb again, or point data.domains at a copy of the dataset on disk."
+            raise ArtifactError(path, problem, fix) from error
+        if record is None:
+            return
+        read += 1
         yield _own_key(_text_of(name, corpus, record, path))
 
 

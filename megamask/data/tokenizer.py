@@ -81,7 +81,7 @@ def _load_hf(path: Path, eod: str | None) -> TextTokenizer:
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     if not vocabulary:
         raise ValueError("its vocabulary is empty")
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = _published(path) or getattr(tokenizer, "backend_tokenizer", None)
     return TextTokenizer(
         name=str(path),
         vocab_size=max(vocabulary.values()) + 1,
@@ -92,6 +92,18 @@ def _load_hf(path: Path, eod: str | None) -> TextTokenizer:
         else _hash_fast(backend.to_str()),
         encode_batch=_slow_encoder(tokenizer) if backend is None else _fast_encoder(backend),
     )
+
+
+def _published(path: Path) -> Any:
+    """The tokenizer of ``tokenizer.json``; None if there is no such file.
+
+    transformers rebuilds the tokenizer from the class that tokenizer_config.json names. Byte-level
+    tokenizers that are labelled LlamaTokenizer lost every space in some of its releases.
+    """
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json"
+    return Tokenizer.from_file(str(file)) if file.is_file() else None
 
 
 def _fast_encoder(backend: Any) -> Encode:

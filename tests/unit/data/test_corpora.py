@@ -184,3 +184,38 @@ def test_truncated_gzip_and_binary_text(tmp_path: Path) -> None:
     (tmp_path / "picture.txt").write_bytes(b"\x89PNG\xff")
     with pytest.raises(ArtifactError, match="not UTF-8"):
         texts(kind="text", path=str(tmp_path / "picture.txt"))
+
+
+def test_half_a_surrogate_is_replaced_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [r'{"text": "cut \ud83d"}', r'{"text": "whole \ud83d\ude00"}', '{"text": "plain"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with caplog.at_level("WARNING"):
+        found = texts(kind="jsonl", path=str(tmp_path / "a.jsonl"))
+    assert found == ["cut \ufffd", "whole \U0001f600", "plain"]
+    assert "1 documents held half a surrogate pair" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "text"), [("text", "ant"), ("jsonl", '{"text": "ant"}')])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, kind: str, text: str) -> None:
+    (tmp_path / f"a.{kind}").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert texts(kind=kind, path=str(tmp_path / f"a.{kind}")) == ["ant"]
+
+
+def test_max_bytes_below_the_first_character_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("é")
+    with pytest.raises(ArtifactError, match="holds no text"):
+        texts(kind="text", path=str(tmp_path), max_bytes=1)
+
+
+def test_paths_that_cannot_be_looked_up_are_named(tmp_path: Path) -> None:
+    for path in ("a/" * 3000, "a\0b"):
+        with pytest.raises(ConfigError, match=r"data\.domains\.d\.path"):
+            texts(kind="text", path=path)
+
+
+def test_json_without_end_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ' + "[" * 200_000 + "\n")
+    with pytest.raises(ArtifactError, match="line 1 is not JSON"):
+        texts(kind="jsonl", path=str(tmp_path / "a.jsonl"))

@@ -89,3 +89,20 @@ def test_what_is_not_a_tokenizer(tmp_path: Path) -> None:
     for name in ("absent", "broken.model", "empty"):
         with pytest.raises(ArtifactError, match="data.tokenizer"):
             load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GPT2Tokenizer"])  # the second changes ids
+def test_a_label_does_not_change_the_published_tokenizer(
+    tokenizer_folder: Path, tmp_path: Path, name: str
+) -> None:
+    """The class in tokenizer_config.json may build another tokenizer: tokenizer.json counts."""
+    from tokenizers import Tokenizer
+
+    folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "labelled"))
+    label = folder / "tokenizer_config.json"
+    label.write_text(json.dumps({**json.loads(label.read_text()), "tokenizer_class": name}))
+    text = "two  spaces and a tab\tand\nlines"
+    published = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = load_tokenizer(build_config({"data": {"tokenizer": str(folder)}})).encode(text)
+    assert ids == published.encode(text, add_special_tokens=False).ids
+    assert published.decode(ids) == text
