@@ -100,7 +100,11 @@ def test_a_label_does_not_change_the_published_tokenizer(
 
     folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "labelled"))
     label = folder / "tokenizer_config.json"
-    label.write_text(json.dumps({**json.loads(label.read_text()), "tokenizer_class": name}))
+    label.write_text(
+        json.dumps(
+            {**json.loads(label.read_text()), "tokenizer_class": name, "add_prefix_space": True}
+        )
+    )
     text = "two  spaces and a tab\tand\nlines"
     published = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = load_tokenizer(build_config({"data": {"tokenizer": str(folder)}})).encode(text)
