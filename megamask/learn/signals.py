@@ -1,4 +1,8 @@
-"""SIGTERM and SIGUSR1 ask a run to save and leave; what they interrupt is finished first."""
+"""Signals that ask a run to save and leave. The step that a signal interrupts is finished first.
+
+Launchers and schedulers send SIGTERM or SIGUSR1, a terminal that closes SIGHUP, Ctrl-C SIGINT. A
+second Ctrl-C leaves at once.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class StopRequest:
@@ -17,7 +21,13 @@ class StopRequest:
         self.received: str | None = None
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        """The signal handler."""
+        """The signal handler.
+
+        Raises:
+            KeyboardInterrupt: at the second SIGINT.
+        """
+        if number == signal.SIGINT and self.received == signal.Signals(number).name:
+            raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
     def __bool__(self) -> bool:
