@@ -11,12 +11,11 @@ import torch
 
 from megamask.config import Config
 from megamask.config.load import build_config
-from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.data.batches import BatchPlan
 from megamask.learn.masked_model import MaskedModel
+from megamask.learn.methods import find_method
 from megamask.model.build import attach_logits, build_model, prunable_linears
 from megamask.parallel.mesh import Mesh, start
-from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 
@@ -57,7 +56,7 @@ def tiny_masked_model(config: Config) -> Iterator[tuple[Mesh, MaskedModel]]:
                 pattern,
                 learn.sampling.backend,
                 mesh.device,
-                DISTRIBUTIONS[DISTRIBUTION_OF[learn.method]],
+                find_method(learn.method).distribution,
                 learn.state.logits,
             )
             masked_model = MaskedModel(arch, pattern, "", model, linears, switch, None)
