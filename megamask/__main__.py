@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamask.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
+from megamask.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError, printable
 from megamask.verbs.table import VERBS, PlanArguments, Verb, words_of
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(verb.module).run(config, *arguments) or EXIT_OK
     except MegamaskError as error:
         who = "" if os.environ.get("RANK", "0") == "0" else f" (rank {os.environ['RANK']})"
-        print(f"megamask: error{who}: {error}", file=sys.stderr, flush=True)
+        print(f"megamask: error{who}: {printable(str(error))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("megamask: interrupted", file=sys.stderr, flush=True)

@@ -44,3 +44,10 @@ class ArtifactError(MegamaskError):
 
 class LearningError(MegamaskError):
     """Learning cannot go on, for example after a loss that is not finite. Saved snapshots stay."""
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters written out: a file's contents must not steer a terminal."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text
+    )

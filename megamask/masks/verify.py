@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from megamask.config import Config
+from megamask.errors import printable
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
 from megamask.weights.architecture import read_architecture
@@ -67,4 +68,5 @@ def summary(masks: MaskSet) -> str:
         "evaluation": masks.meta.get("evaluation"),
         "written by": f"megamask {masks.meta['megamask']}" if "megamask" in masks.meta else None,
     }
-    return "\n".join(f"{name:<16} {value}" for name, value in facts.items() if value is not None)
+    known = {name: value for name, value in facts.items() if value is not None}
+    return "\n".join(f"{name:<16} {printable(str(value))}" for name, value in known.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from megamask.storage import atomic_dir, read_object, write_json
 from megamask.weights.architecture import read_architecture
 from megamask.weights.mapping import expected_tensors
 
+log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SIDE_FILES = (
     "config.json",
@@ -196,11 +198,24 @@ def write_hf(
         _name_shards(folder, shards)
         for pattern in SIDE_FILES:
             for file in source_dir.glob(pattern):
-                if file.is_file():
+                if _belongs(file, source_dir):
                     shutil.copyfile(file, folder / file.name)
+                elif file.is_symlink():
+                    log.warning("left out %s: it links to a place outside the model", file)
         share(folder)
         if finish is not None:
             finish(folder)
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    """Whether a side file is a regular file of the model: in its folder, or among the blobs of the
+    Hub cache that the folder is a snapshot of. A link to anywhere else could publish a private
+    file.
+    """
+    home = folder.resolve()
+    target = file.resolve()
+    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    return target.is_file() and target.parent in homes
 
 
 def require_own(out_dir: Path, stamp: str, key: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import megamask
 from megamask.errors import ArtifactError
 from megamask.masks.file import _header_digest, load_masks, save_masks
+from megamask.masks.verify import summary
 from megamask.sparsity.pattern import Pattern
 
 P24 = Pattern(2, 4)
@@ -222,3 +223,11 @@ def test_check_names_what_does_not_fit(path: Path) -> None:
     for arguments, message in cases:
         with pytest.raises(ArtifactError, match=message):
             masks.check(**arguments)
+
+
+def test_a_header_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    path, pattern = tmp_path / "m.safetensors", Pattern(2, 4)
+    mask = torch.tensor([[1, 1, 0, 0]], dtype=torch.bool)
+    save_masks(path, {"a": mask}, pattern, fingerprint="f", method="\x1b[2Jgone", data="\x9b31m")
+    text = summary(load_masks(path))
+    assert "\x1b" not in text and "\x9b" not in text and "\\x1b[2Jgone" in text

@@ -194,3 +194,29 @@ def test_fingerprint_does_not_depend_on_where_the_weights_are(tmp_path: Path) ->
     linear = model.get_submodule(next(iter(linear_shapes(read_architecture(tmp_path)))))
     linear.weight.data[0, 0] += 1  # one sampled element is enough
     assert digest != fingerprint_model(model)
+
+
+def test_side_files_that_link_outside_the_model_are_left_out(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("private")
+    (folder / "LICENSE").symlink_to(secret)
+    (folder / "NOTICE.real").write_text("notice")
+    (folder / "NOTICE").symlink_to(folder / "NOTICE.real")
+    with caplog.at_level("WARNING"):
+        write_hf(tmp_path / "out", iter([("a.weight", torch.ones(2, 2))]), folder)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "LICENSE" not in written and "left out" in caplog.text
+    assert (tmp_path / "out" / "config.json").read_text() == (folder / "config.json").read_text()
+
+
+def test_side_files_of_a_hub_cache_are_copied(folder: Path, tmp_path: Path) -> None:
+    """The cache of the Hub keeps every file of a snapshot as a link to a blob beside it."""
+    snapshot, blobs = tmp_path / "hub/snapshots/abc", tmp_path / "hub/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "0123").write_text((folder / "config.json").read_text())
+    (snapshot / "config.json").symlink_to(blobs / "0123")
+    write_hf(tmp_path / "out", iter([("a.weight", torch.ones(2, 2))]), snapshot)
+    assert (tmp_path / "out" / "config.json").is_file()
