@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,20 +22,12 @@ from megamask.weights.mapping import expected_tensors
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+# Files that are not copied beside new weights: weights of any format, and notes of megamask.
+NOT_COPIED = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"),
+    *("*.index.json", "megamask_*.json"),
 )
+SIDE_FOLDERS = ("additional_chat_templates",)
 FIX = (
     "Download the model again, or point model.hf at a complete Hugging Face folder "
     "with .safetensors files."
@@ -183,7 +176,7 @@ def write_hf(
 ) -> None:
     """Write an HF folder tensor by tensor.
 
-    Config, generation config, tokenizer and licence are copied from ``source_dir``.
+    Every file of ``source_dir`` but weights is copied: config, tokenizer, templates, licence, code.
 
     Args:
         out_dir: the folder; replaced when everything is written, and unchanged after an error.
@@ -196,15 +189,31 @@ def write_hf(
     with atomic_dir(out_dir) as folder:
         shards = _write_shards(folder, tensors, max_shard_bytes)
         _name_shards(folder, shards)
-        for pattern in SIDE_FILES:
-            for file in source_dir.glob(pattern):
-                if _belongs(file, source_dir):
-                    shutil.copyfile(file, folder / file.name)
-                elif file.is_symlink():
-                    log.warning("left out %s: it links to a place outside the model", file)
+        _copy_side_files(source_dir, folder)
         share(folder)
         if finish is not None:
             finish(folder)
+
+
+def _copy_side_files(source_dir: Path, folder: Path) -> None:
+    """Copy everything but weights, and say in the log what is left out."""
+    left_out = []
+    for path in sorted(source_dir.iterdir()):
+        if path.name.startswith(".") or any(fnmatch(path.name, one) for one in NOT_COPIED):
+            continue
+        if path.is_dir() and path.name in SIDE_FOLDERS and not path.is_symlink():
+            files = [file for file in sorted(path.iterdir()) if _belongs(file, path)]
+            (folder / path.name).mkdir()
+        elif _belongs(path, source_dir):
+            files = [path]
+        else:
+            left_out.append(path.name)
+            continue
+        for file in files:
+            shutil.copyfile(file, folder / file.relative_to(source_dir))
+    if left_out:
+        reason = "folders, and links to places outside the model, are not copied"
+        log.warning("left out %s of %s: %s", ", ".join(left_out), source_dir, reason)
 
 
 def _belongs(file: Path, folder: Path) -> bool:

@@ -220,3 +220,22 @@ def test_side_files_of_a_hub_cache_are_copied(folder: Path, tmp_path: Path) -> N
     (snapshot / "config.json").symlink_to(blobs / "0123")
     write_hf(tmp_path / "out", iter([("a.weight", torch.ones(2, 2))]), snapshot)
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_everything_but_weights_is_copied(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("README.md", "modeling_x.py", "USE_POLICY.md", "chat_template.jinja"):
+        (folder / name).write_text(name)
+    for name in ("pytorch_model.bin", "model.gguf", ".gitattributes", "other.safetensors"):
+        (folder / name).write_text("weights")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("tool")
+    (folder / "onnx").mkdir()
+    with caplog.at_level("WARNING"):
+        write_hf(tmp_path / "out", iter([("a.weight", torch.ones(2, 2))]), folder)
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")}
+    assert {"README.md", "modeling_x.py", "USE_POLICY.md", "chat_template.jinja"} <= written
+    assert "additional_chat_templates/tool.jinja" in written
+    assert not written & {"pytorch_model.bin", "model.gguf", ".gitattributes", "other.safetensors"}
+    assert "left out onnx" in caplog.text
