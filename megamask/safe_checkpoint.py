@@ -146,7 +146,7 @@ def _check_pieces(folder: Path, index: Metadata, fix: str) -> None:
         try:
             size = sizes.setdefault(name, (folder / name).stat().st_size)
         except (OSError, ValueError) as error:  # a zero byte in a name is a ValueError
-            raise _torn(folder, f"{name!r}: {error}", fix) from error
+            raise _torn(folder, f"{name}: {error}", fix) from error
         if offset < 0 or length < 0 or size < offset + length:
             problem = f"{name} has {size} bytes, at least {offset + length} were written"
             raise _torn(folder, problem, fix)

@@ -29,9 +29,11 @@ def run(config: Config) -> None:
         ArtifactError: a file is missing or does not fit config.json, or the output cannot be
             written.
     """
-    paths, layout = run_paths(config), Layout.launched(config)
+    paths = run_paths(config)
     arch = read_architecture(paths.hf)
-    layout.check_model(arch)
+    # The model comes first: a tensor parallel size that its heads forbid needs no processes.
+    Layout.planned(config, dp=1).check_model(arch)
+    Layout.launched(config)
     storage.require_writable(paths.run_dir)
     with open_checked(paths.hf) as reader, start(config) as mesh:
         note = {

@@ -127,7 +127,7 @@ EARLY = {
     "falling kappa": (
         "learn",
         "learn.sampling.kappa=[500,100]",
-        ["kappa = [500.0, 100.0]", "grows or stays", "smaller one first"],
+        ["kappa = [500.0, 100.0]", "grows or stays", "smaller number first"],
     ),
     "kappa of zero": (
         "learn",
@@ -238,7 +238,12 @@ def test_torn_weights(run_dir: Path, refused: Refuse) -> None:
         file.write_bytes(file.read_bytes()[:100])
     for verb in ("learn", "evaluate"):
         refused(
-            verb, says=[str(run_dir / "weights"), "cannot be read", "Run the verb convert again"]
+            verb,
+            says=[
+                str(run_dir / "weights"),
+                "is torn or no checkpoint",
+                "Run the verb convert again",
+            ],
         )
 
 
