@@ -211,6 +211,7 @@ def test_learning_happens(outcomes: dict[str, Outcome]) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.nightly  # compiles for half a minute; the others resume always
 def test_8_bit_adamw_resumes_exactly(tiny_run: Path, tmp_path: Path) -> None:
     jobs = [
         Job("adamw8bit", save_to="it"),

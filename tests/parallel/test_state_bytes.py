@@ -132,7 +132,8 @@ def test_a_distributed_optimizer_divides_its_moments(tiny_run: Path) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_targets(name: str) -> None:
-    learn = build_config(dict(RUNS[name])).learn
+    categorical = {"method": "categorical", **RUNS[name].get("learn", {})}
+    learn = build_config({"learn": categorical}).learn
     parts = state_bytes(StateOf(Pattern(2, 4), learn, ACCUMULATIONS))
     total = sum(parts.values()) - parts[KEPT] - parts[HARD_CODES]
     assert total <= TARGETS[name]

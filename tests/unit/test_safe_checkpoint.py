@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megamask.errors import ArtifactError
 from megamask.safe_checkpoint import COMMON, INDEX, check_common, read_index
 
-MUTATIONS = 6000
+MUTATIONS = 2000
 
 
 class Payload:
@@ -125,7 +125,7 @@ def test_mutated_indexes_are_read_or_refused(folder: Path) -> None:
             outcomes["read"] += 1
         except ArtifactError:
             outcomes["refused"] += 1
-    assert outcomes["read"] > 50 and outcomes["refused"] > 500, outcomes
+    assert outcomes["read"] > 15 and outcomes["refused"] > 150, outcomes
 
 
 def test_a_plain_unpickler_admits_more() -> None:
