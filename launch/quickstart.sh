@@ -29,7 +29,8 @@ stages() { python -m megamask.pipeline "$@" --config "$RECIPE" "${SETTINGS[@]}";
 verb() { python -m megamask "$1" --config "$RECIPE" "${SETTINGS[@]}"; }
 parallel_verb() {
     if [ "$TP" -eq 1 ]; then verb "$1"; return; fi
-    OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_process "$TP")}" torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$TP" \
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_process "$TP")}" torchrun \
+        --standalone --local-addr 127.0.0.1 --nproc-per-node "$TP" \
         -m megamask "$1" --config "$RECIPE" "${SETTINGS[@]}" "parallel.tp=$TP"
 }
 
