@@ -260,13 +260,28 @@ class MaskedColumnParallelLinear(MaskedLinear, ColumnParallelLinear):
 
 
 class MaskedRowParallelLinear(MaskedLinear, RowParallelLinear):
-    """Y = X W^T with in_features split over ranks; a group never spans two ranks."""
+    """Y = X W^T + b with in_features split over ranks; a group never spans two ranks.
+
+    The linear adds its bias itself, after the sum over the ranks, and returns no bias for the
+    residual connection. Under ``parallel.recompute=mlp`` a returned bias would be an output of
+    Megatron's checkpoint. Autograd would then make the frozen parameter a result of that
+    checkpoint, and the backward pass would recompute it without end.
+    """
 
     def __init__(
-        self, *args: Any, bias: bool = True, force_bias: bool | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        bias: bool = True,
+        force_bias: bool | None = None,
+        skip_bias_add: bool = False,
+        **kwargs: Any,
     ) -> None:
         RowParallelLinear.__init__(
-            self, *args, bias=bias if force_bias is None else force_bias, **kwargs
+            self,
+            *args,
+            bias=bias if force_bias is None else force_bias,
+            skip_bias_add=False,
+            **kwargs,
         )
         _prepare(self, shard_axis=1, stride=1)
 
