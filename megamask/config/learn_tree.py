@@ -86,7 +86,7 @@ class OptimizerSection(Section):
     epsilon: tuple[Above0, NonNegative] = Field(
         (1e-8, 0.1),
         description="AdamW: absolute part, and part in units of a clipped gradient's root mean "
-        "square; small gradients then move logits less",
+        "square (0 with clip=0); small gradients then move logits less",
     )
     clip: NonNegative = Field(1.0, description="largest gradient norm; 0 switches clipping off")
     distributed: bool = free(

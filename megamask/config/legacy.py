@@ -69,7 +69,11 @@ def upgrade_note(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "method" not in learn:
         for key, value in BEFORE_SETTING.items():
             merge(nested, nest({key: flat.get(key, value)}))
-    return flatten(upgrade(nested, say=False))
+    found = flatten(upgrade(nested, say=False))
+    if found.get("learn.optimizer.clip") == 0 and "learn.optimizer.epsilon" in found:
+        # The relative part is in units of the clip: such a run learned without it.
+        found["learn.optimizer.epsilon"] = [found["learn.optimizer.epsilon"][0], 0.0]
+    return found
 
 
 def take_arguments(values: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -84,6 +84,7 @@ class AdamWRule(UpdateRule):
     """AdamW whose two moments have the dtype of the logits."""
 
     name = "adamw"
+    has_epsilon = True
 
     def moment_bytes(self, logits_dtype: str, logits_per_group: int) -> float:
         """Two moments: 8 bytes in fp32, 4 in bf16."""

@@ -124,6 +124,7 @@ class AdamW8bitRule(UpdateRule):
     """AdamW with two 8-bit moments and an fp32 scale per 256 logits of each."""
 
     name = "adamw8bit"
+    has_epsilon = True
 
     def check(self, device: str) -> None:
         """Check for torchao and the compiler that it needs.

@@ -109,12 +109,14 @@ class UpdateRule(ABC):
             derived, has 1.
         warning_rate: the learning rate from which a warning is logged.
         rate_advice: the text of that warning.
+        has_epsilon: whether the rule adds ``learn.optimizer.epsilon`` to a root.
     """
 
     name: ClassVar[str]
     rate_divisor: ClassVar[float] = 1.0
     warning_rate: ClassVar[float] = math.inf
     rate_advice: ClassVar[str] = ""
+    has_epsilon: ClassVar[bool] = False
 
     def check(self, device: str) -> None:  # noqa: B027 (most rules need nothing)
         """Check that everything the rule needs on ``device`` ("cpu" or "cuda") is installed.

@@ -53,12 +53,20 @@ def check_rule(config: Config) -> UpdateRule:
     gradients; return it.
 
     Raises:
-        ConfigError: an unknown rule, bf16 gradients of fp32 logits, a missing package or compiler.
+        ConfigError: an unknown rule, bf16 gradients of fp32 logits, an epsilon in units of a clip
+            that is off, a missing package or compiler.
     """
     state, rule = config.learn.state, find_rule(config.learn.optimizer.kind)
     if state.grads == "bf16" and state.logits == "fp32":
         fix = "Use learn.state.logits=bf16 too, or learn.state.grads=fp32."
         raise ConfigError("learn.state.grads", "bf16", "fp32 while learn.state.logits=fp32", fix)
+    absolute, relative = config.learn.optimizer.epsilon
+    if rule.has_epsilon and relative > 0 and config.learn.optimizer.clip == 0:
+        allowed = "[number, 0] with learn.optimizer.clip=0: the second part is in units of the clip"
+        fix = (
+            f"Write learn.optimizer.epsilon=[{absolute:g},0], or set learn.optimizer.clip above 0."
+        )
+        raise ConfigError("learn.optimizer.epsilon", [absolute, relative], allowed, fix)
     is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     rule.check("cuda" if is_cuda else "cpu")
     return rule

@@ -15,6 +15,7 @@ PACKAGE = REPO / "megamask"
 
 FOUNDATIONS = [
     "errors",
+    "megatron_range",
     "storage",
     "safe_checkpoint",
     "tables",

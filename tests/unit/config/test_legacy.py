@@ -146,6 +146,14 @@ def test_an_old_note_is_understood() -> None:
     assert upgrade_note(expected) == expected  # a note of today, flattened
 
 
+def test_a_note_with_clip_0_learned_without_the_relative_epsilon() -> None:
+    optimizer = {"epsilon": [1e-8, 0.1], "clip": 0.0}
+    note = {"learn": {"method": "subset", "optimizer": optimizer}}
+    assert upgrade_note(note)["learn.optimizer.epsilon"] == [1e-8, 0.0]
+    optimizer["clip"] = 1.0
+    assert upgrade_note(note)["learn.optimizer.epsilon"] == [1e-8, 0.1]
+
+
 def test_a_note_from_before_distribution_and_epsilon_was_categorical_without_it() -> None:
     learn = {key: value for key, value in NOTE["learn"].items() if key != "distribution"}
     found = upgrade_note({"learn": {**learn, "optimizer": {"eps": 1e-8}}})

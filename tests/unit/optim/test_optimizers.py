@@ -47,6 +47,28 @@ def test_combinations(kind: str, logits: str, grads: str, key: str | None, fix: 
             check_optimizer(config)
 
 
+@pytest.mark.parametrize(
+    ("kind", "epsilon", "clip", "is_refused"),
+    [
+        ("adamw", "[1e-8,0.1]", "0", True),
+        ("adamw8bit", "[1e-8,1e-9]", "0.0", True),
+        ("adamw", "[1e-8,0]", "0", False),
+        ("adamw", "[1e-8,0.1]", "0.5", False),
+        ("lion", "[1e-8,0.1]", "0", False),  # Lion adds no epsilon
+    ],
+)
+def test_an_epsilon_in_units_of_no_clip_is_refused(
+    kind: str, epsilon: str, clip: str, is_refused: bool
+) -> None:
+    words = [f"kind={kind}", f"epsilon={epsilon}", f"clip={clip}"]
+    config = load_config(None, ["device=cpu", *(f"learn.optimizer.{word}" for word in words)])
+    if not is_refused:
+        check_optimizer(config)
+        return
+    with pytest.raises(ConfigError, match=r"epsilon = \[.*learn.optimizer.epsilon=\[1e-08,0\]"):
+        check_optimizer(config)
+
+
 @pytest.mark.parametrize("memory", ["default", "lean", "leanest"])
 def test_memories_are_allowed(memory: str) -> None:
     check_optimizer(load_config(None, [f"learn.memory={memory}"]))
