@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from dataclasses import MISSING, Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import megamask
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError, printable
 from megamask.verbs.table import VERBS, PlanArguments, Verb, words_of
 
@@ -47,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not words or "-h" in words or "--help" in words:
             print(_help_of(words[0]) if words and words[0] in VERBS else _help())
             return EXIT_OK if words else EXIT_USER_ERROR
+        if words[0] == "--version":
+            print(_versions())
+            return EXIT_OK
         request = parse(words)
         from megamask.config.load import read_settings  # pydantic and yaml: not needed for --help
 
@@ -159,8 +165,8 @@ def _value(flag: str, value: str, has_value: str, rest: list[str]) -> str:
     if not has_value and rest:
         return rest.pop(0)
     if not value:
-        fix = "Write --config configs/recipes/quickstart.yaml."
-        allowed = "needs a recipe file" if flag == "--config" else "needs a value"
+        fix = "Write --config my.yaml, or the name of a recipe: --config quickstart."
+        allowed = "needs a recipe file or name" if flag == "--config" else "needs a value"
         raise ConfigError(
             flag, "", allowed, fix if flag == "--config" else "Write it after the flag."
         )
@@ -213,8 +219,27 @@ def _help() -> str:
             *(f"  {name:<9} {verb.summary}" for name, verb in VERBS.items()),
             "",
             "megamask VERB --help: its arguments and the settings that it reads.",
-            "megamask settings: all settings. Recipes: configs/recipes/.",
+            "megamask settings: all settings. megamask recipes: what --config knows by name.",
+            "megamask --version: the versions of megamask and what it stands on.",
         ]
+    )
+
+
+def _versions() -> str:
+    """The versions of the program and of what it stands on, without importing them."""
+    found = {}
+    for package in ("torch", "megatron-core"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return "\n".join(
+        f"{name} {version}"
+        for name, version in {
+            "megamask": megamask.__version__,
+            **found,
+            "python": platform.python_version(),
+        }.items()
     )
 
 

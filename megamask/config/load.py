@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from megamask.config import legacy
 from megamask.config.nested import merge, nest
 from megamask.config.presets import named_settings, plain
+from megamask.config.recipes import find_recipe
 from megamask.config.tree import Config
 from megamask.config.yaml_text import read_yaml
 from megamask.errors import ConfigError
@@ -22,6 +23,10 @@ from megamask.errors import ConfigError
 
 def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply ``key.sub=value`` overrides.
+
+    Args:
+        recipe: a file, or the name of a recipe that comes with the program, such as ``quickstart``.
+        overrides: words ``key.sub=value``.
 
     Raises:
         ConfigError: unknown key (with the nearest name), value out of range, unreadable recipe.
@@ -98,6 +103,7 @@ def _checked(values: dict[str, Any]) -> Config:
 
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:
+    recipe = find_recipe(recipe)
     try:
         loaded = read_yaml(recipe.read_bytes())
     except OSError as error:

@@ -85,6 +85,13 @@ class SettingsArguments:
     markdown: bool = argument("--markdown", "print docs/settings.md", False, kind=bool)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecipesArguments:
+    """What the verb recipes prints."""
+
+    name: str | None = argument("NAME", "recipe to print; a list of all recipes by default", None)
+
+
 @dataclass(frozen=True)
 class Verb:
     """One verb.
@@ -210,5 +217,11 @@ VERBS: dict[str, Verb] = {
         "every setting with its default, its range and its meaning",
         (),
         SettingsArguments,
+    ),
+    "recipes": Verb(
+        "megamask.verbs.recipes",
+        "the recipes that come with the program",
+        (),
+        RecipesArguments,
     ),
 }

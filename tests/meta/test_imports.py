@@ -16,6 +16,7 @@ PACKAGE = REPO / "megamask"
 FOUNDATIONS = [
     "errors",
     "megatron_range",
+    "shipped",
     "storage",
     "safe_checkpoint",
     "tables",

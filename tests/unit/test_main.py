@@ -101,3 +101,33 @@ def test_a_wrong_argument_is_one_line_and_ends_with_2(
     assert main(words) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_recipes_are_known_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of that name wins, and a folder does not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert load_config(Path("quickstart")).run_dir == "runs/quickstart"
+    (tmp_path / "debug").write_text("run_dir: mine\n")
+    assert load_config(Path("debug")).run_dir == "mine"
+    assert main(["recipes", "debug"]) == 0
+    assert capsys.readouterr().out.startswith("# A tiny random Llama")
+    for words, said in (
+        (
+            ["recipes", "debugg"],
+            "NAME = 'debugg': one of debug, maskllm-llama2-7b, quickstart. Did",
+        ),
+        (["learn", "--config", "quickstrat"], "a file, or one of debug"),
+        (["recipes", "debug.yaml"], "Did you mean debug?"),
+        (["recipes", "a", "b"], "recipes takes NAME"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_versions_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["megamask", "torch", "megatron-core", "python"]

@@ -1,0 +1,22 @@
+"""The verb recipes: the recipes that come with the program."""
+
+from __future__ import annotations
+
+from megamask.config import Config
+from megamask.config.recipes import recipe_named, recipes, summary
+from megamask.verbs.table import RecipesArguments
+
+
+def run(config: Config, arguments: RecipesArguments) -> None:
+    """List the recipes, or print the recipe ``arguments.name``.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    if arguments.name:
+        print(recipe_named(arguments.name, "NAME").read_text(encoding="utf-8"), end="")
+        return
+    known = recipes()
+    width = max(map(len, known))
+    for name, path in known.items():
+        print(f"{name:<{width}}  {summary(path)}")
