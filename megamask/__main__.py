@@ -143,8 +143,8 @@ def _checked(one: Field[Any], value: Any) -> Any:
         return value
     if one.metadata["kind"] is int:
         text = str(value)
-        if not text.isdecimal() or int(text) == 0:
-            raise ConfigError(flag, value, "a whole number above 0", "Correct it.")
+        if not text.isdecimal() or len(text) > 6 or int(text) == 0:
+            raise ConfigError(flag, value, "a whole number from 1 to 999,999", "Correct it.")
         return int(text)
     choices = one.metadata["choices"]
     if choices and value not in choices:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MAX_SHOWN = 300  # characters of a value in a message
+
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: a snapshot was saved, and the same command goes on from it
@@ -25,7 +27,7 @@ class ConfigError(MegamaskError):
 
     def __init__(self, key: str, value: object, allowed: str, fix: str) -> None:
         self.key, self.value, self.allowed, self.fix = key, value, allowed, fix
-        super().__init__(f"{key} = {value!r}: {allowed}. {fix}")
+        super().__init__(f"{key} = {shown(value)}: {allowed}. {fix}")
 
 
 class ArtifactError(MegamaskError):
@@ -44,6 +46,15 @@ class ArtifactError(MegamaskError):
 
 class LearningError(MegamaskError):
     """Learning cannot go on, for example after a loss that is not finite. Saved snapshots stay."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: cut where it is long, whatever it holds."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of more digits than Python writes, a value that holds itself
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def printable(text: str) -> str:

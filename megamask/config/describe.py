@@ -18,7 +18,7 @@ from megamask.config.section import is_free
 from megamask.config.tree import Config
 
 WIDTH = 100
-_BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "up to"}
+_BOUNDS = {"gt": "above", "ge": "from", "lt": "to below", "le": "to"}
 _INTRODUCTION = """\
 # Settings
 
@@ -73,6 +73,17 @@ def groups(prefixes: Sequence[str] = ()) -> list[Group]:
         if leaves:
             found.append(Group(group.key, group.about, leaves))
     return found
+
+
+def range_of(key: str) -> str:
+    """The values that a setting takes, in words; empty where there is no setting of that name.
+
+    Args:
+        key: dotted; below a mapping such as ``data.blend``, also the name of an entry.
+    """
+    leaves = [leaf for group in groups() for leaf in group.leaves]
+    found = (leaf.allowed.removeprefix("name: ") for leaf in leaves if _at(key, [leaf.key]))
+    return next(found, "")
 
 
 def as_text(prefixes: Sequence[str] = ()) -> str:
@@ -137,11 +148,16 @@ def _groups(section: type[BaseModel], prefix: str) -> Iterator[Group]:
 
 def _bounds(field: FieldInfo) -> list[str]:
     return [
-        f"{word} {in_recipe(getattr(one, name))}"
+        f"{word} {_number(getattr(one, name))}"
         for one in field.metadata
         for name, word in _BOUNDS.items()
         if hasattr(one, name)
     ]
+
+
+def _number(bound: float) -> str:
+    """A limit as it is written in words: 1,048,576 or 1e-09."""
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 def _allowed(annotation: Any, bounds: Sequence[str] = ()) -> str:
@@ -163,7 +179,7 @@ def _allowed(annotation: Any, bounds: Sequence[str] = ()) -> str:
         is_section = isinstance(inner[1], type) and issubclass(inner[1], BaseModel)
         return f"name: {'mapping' if is_section else _allowed(inner[1])}"
     names = {bool: "true | false", int: "whole number", float: "number", str: "text"}
-    return " ".join([names[annotation], " and ".join(bounds)]).strip()
+    return " ".join([names[annotation], *bounds])
 
 
 def _at(key: str, prefixes: Sequence[str]) -> bool:

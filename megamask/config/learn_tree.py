@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megamask.config.section import Above0, Below1, NonNegative, Positive, Section, Share, free
+from megamask.config.section import (
+    Batch,
+    Below1,
+    Coefficient,
+    Positive,
+    Rate,
+    Samples,
+    Section,
+    Share,
+    Steps,
+    free,
+)  # fmt: skip
 
 
 class SamplingSection(Section):
@@ -20,11 +31,11 @@ class SamplingSection(Section):
     draws: Literal["micro_batch", "step"] = Field(
         "micro_batch", description="a new mask for every micro-batch, or one for the whole step"
     )
-    kappa: tuple[NonNegative, NonNegative] = Field(
+    kappa: tuple[Coefficient, Coefficient] = Field(
         (100.0, 500.0), description="scale of the logits: first and last"
     )
-    tau: tuple[Above0, Above0] = Field((1.0, 0.05), description="temperature: first and last")
-    logit_std: Above0 = Field(
+    tau: tuple[Positive, Positive] = Field((1.0, 0.05), description="temperature: first and last")
+    logit_std: Positive = Field(
         0.01, description="standard deviation of the initial logits, and the prior's unit"
     )
     initial_noise: bool = Field(
@@ -43,7 +54,7 @@ class PriorSection(Section):
         "sparsegpt",
         description="name of a mask of this run, mask file, snapshot, folder of snapshots, or null",
     )
-    strength: NonNegative = Field(3.0, description="alpha: the prior's gap in units of logit_std")
+    strength: Coefficient = Field(3.0, description="alpha: the prior's gap in units of logit_std")
 
 
 class StateSection(Section):
@@ -67,28 +78,31 @@ class OptimizerSection(Section):
     """The optimizer of the mask logits. The moments of ``adamw`` have the dtype of the logits."""
 
     kind: str = Field("adamw", description="adamw, adamw8bit, lion or lion8bit")
-    lr: Above0 | None = Field(
+    lr: Rate | None = Field(
         None,
         description="logits per step; null = half the prior's gap (strength x logit_std) over the "
         "root of learn.steps, and a third of that for Lion",
     )
-    min_lr: NonNegative | None = Field(
+    min_lr: Coefficient | None = Field(
         None, description="the rate at the end; null = a tenth of lr"
     )
     warmup_steps: int | None = Field(
-        None, ge=0, description="steps in which the rate rises; null = a tenth of learn.steps"
+        None,
+        ge=0,
+        le=10**7,
+        description="steps in which the rate rises; null = a tenth of learn.steps",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how the rate falls from lr to min_lr"
     )
-    weight_decay: NonNegative = Field(0.1, description="decay of the logits, times the rate")
+    weight_decay: Coefficient = Field(0.1, description="decay of the logits, times the rate")
     betas: tuple[Below1, Below1] = Field((0.9, 0.95), description="decay rates of both moments")
-    epsilon: tuple[Above0, NonNegative] = Field(
+    epsilon: tuple[Annotated[float, Field(ge=1e-30, le=1e6)], Coefficient] = Field(
         (1e-8, 0.1),
         description="AdamW: absolute part, and part in units of a clipped gradient's root mean "
         "square (0 with clip=0); small gradients then move logits less",
     )
-    clip: NonNegative = Field(1.0, description="largest gradient norm; 0 switches clipping off")
+    clip: Coefficient = Field(1.0, description="largest gradient norm; 0 switches clipping off")
     distributed: bool = free(
         False,
         description="each replica updates some layers, and keeps optimizer state for those layers "
@@ -101,11 +115,11 @@ class MaskProSection(Section):
     passes, and makes masks with a low loss likelier.
     """
 
-    lr: Above0 = Field(50.0, description="logits per nat of loss")
-    initial_logit: Above0 = Field(
+    lr: Rate = Field(50.0, description="logits per nat of loss")
+    initial_logit: Positive = Field(
         10.0, description="of the weights that the prior keeps; the other logits start at 0"
     )
-    masks: Positive = Field(1, description="masks drawn per step")
+    masks: Batch = Field(1, description="masks drawn per step")
     data: Literal["split", "shared"] = Field(
         "split",
         description="the masks of a step divide its micro-batches, or each sees all of them",
@@ -121,7 +135,8 @@ class MaskProSection(Section):
     )
     samples: int | None = Field(
         512,
-        gt=0,
+        ge=1,
+        le=10**7,
         description="how many samples are learned from, again and again; null = always new ones",
     )
 
@@ -132,12 +147,13 @@ class DistillationSection(Section):
     share: Share = Field(
         0.0, description="weight of the dense model in the loss: 0 = text alone, 1 = no text"
     )
-    temperature: Annotated[float, Field(gt=0, le=100)] = Field(
+    temperature: Annotated[float, Field(ge=1e-3, le=100)] = Field(
         1.0, description="divides the logits of both models"
     )
     top_k: int | None = Field(
         None,
-        gt=0,
+        ge=1,
+        le=2**31 - 1,
         description="tell apart the k tokens that are likeliest under the dense model, and count "
         "the rest as one token; null = all tokens",
     )
@@ -146,17 +162,17 @@ class DistillationSection(Section):
 class SnapshotSection(Section):
     """Resumable state."""
 
-    every: Positive = free(50, description="steps between snapshots")
-    keep: Positive = free(2, description="snapshots that stay on disk")
+    every: Steps = free(50, description="steps between snapshots")
+    keep: Samples = free(2, description="snapshots that stay on disk")
 
 
 class MonitorSection(Section):
     """Where metrics go and how often the hard mask is evaluated."""
 
-    evaluate_every: Annotated[int, Field(ge=0)] = free(
+    evaluate_every: Annotated[int, Field(ge=0, le=10**7)] = free(
         50, description="steps between evaluations; 0 = only at the end"
     )
-    evaluate_windows: Positive = free(
+    evaluate_windows: Samples = free(
         8, description="held-out windows of each domain while learning"
     )
     sinks: list[Literal["tensorboard", "wandb", "wandb_offline"]] = free(
@@ -181,9 +197,9 @@ class LearnSection(Section):
     memory: Literal["default", "lean", "leanest"] = free(
         "default", description="named choices of learn.state and learn.optimizer, likewise"
     )
-    steps: Positive = Field(2000, description="steps of the whole run")
-    micro_batch: Positive = free(4, description="samples of one pass on one replica")
-    global_batch: Positive = Field(4, description="samples of a step, over all replicas")
+    steps: Steps = Field(2000, description="steps of the whole run")
+    micro_batch: Batch = free(4, description="samples of one pass on one replica")
+    global_batch: Batch = Field(4, description="samples of a step, over all replicas")
     resume: bool = free(
         True, description="go on from the newest snapshot; false puts old snapshots aside"
     )
@@ -193,7 +209,7 @@ class LearnSection(Section):
     optimizer: OptimizerSection = OptimizerSection()
     maskpro: MaskProSection = MaskProSection()
     distillation: DistillationSection = DistillationSection()
-    weight_norm: tuple[NonNegative, NonNegative] = Field(
+    weight_norm: tuple[Coefficient, Coefficient] = Field(
         (1e-5, 0.0),
         description="coefficient of the term - c * sum |W * M|^2 (MaskLLM, Eq. 8): first and last",
     )

@@ -12,13 +12,20 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megamask.config import legacy
+from megamask.config import describe, legacy
 from megamask.config.nested import merge, nest
 from megamask.config.presets import named_settings, plain
 from megamask.config.recipes import find_recipe
 from megamask.config.tree import Config
 from megamask.config.yaml_text import read_yaml
 from megamask.errors import ConfigError
+
+# The kinds of error that pydantic reports for a number without its range.
+_OUT_OF_RANGE = {
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"),
+    *("int_parsing", "int_parsing_size", "int_from_float", "int_type", "float_parsing"),
+    "float_type",
+}
 
 
 def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -97,9 +104,9 @@ def _checked(values: dict[str, Any]) -> Config:
             raise ConfigError(
                 key, first["input"], "no such setting", _suggest(first["loc"])
             ) from None
-        raise ConfigError(
-            key, first["input"], first["msg"], "Correct it in the recipe or on the command line."
-        ) from None
+        allowed = describe.range_of(key) if first["type"] in _OUT_OF_RANGE else ""
+        fix = "Correct it in the recipe or on the command line."
+        raise ConfigError(key, first["input"], allowed or first["msg"], fix) from None
 
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:

@@ -6,11 +6,19 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
+# Every number has a first and a last value. The limits lie far beyond use, and below what overflows
+# in 32-bit arithmetic, in an index of samples or in an allocation.
+Batch = Annotated[int, Field(ge=1, le=2**20)]  # samples, windows, masks
+Tokens = Annotated[int, Field(ge=1, le=2**20)]  # of a sample or window
+Samples = Annotated[int, Field(ge=1, le=10**7)]  # of a whole set
+Steps = Annotated[int, Field(ge=1, le=10**7)]
+Ranks = Annotated[int, Field(ge=1, le=2**16)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # numpy's generators take 32 bits
 Share = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Above0 = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
+Coefficient = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(ge=1e-9, le=1e6)]
+Rate = Annotated[float, Field(ge=1e-12, le=1e6)]
 
 
 class Section(BaseModel):

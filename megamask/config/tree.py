@@ -6,11 +6,33 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from megamask.config.learn_tree import LearnSection
 from megamask.config.presets import layered
-from megamask.config.section import Above0, Positive, Section, Share, free
+from megamask.config.section import (
+    Batch,
+    Ranks,
+    Rate,
+    Samples,
+    Section,
+    Seed,
+    Share,
+    Tokens,
+    free,
+)  # fmt: skip
+from megamask.errors import ConfigError
+
+MAX_SAMPLES = 10**8
+
+
+def _not_tiny(weight: float) -> float:
+    if 0 < weight < 1e-6:
+        raise ValueError("a weight is 0, or at least 1e-6")
+    return weight
+
+
+Weight = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_not_tiny)]
 
 
 class ModelSection(Section):
@@ -31,7 +53,7 @@ class ModelSection(Section):
 class ParallelSection(Section):
     """How the job is laid out. The number of replicas is world size / tp."""
 
-    tp: Positive = free(1, description="tensor parallel size: ranks that share every layer")
+    tp: Ranks = free(1, description="tensor parallel size: ranks that share every layer")
     sequence_parallel: bool = free(
         False, description="split activations between layers over the tensor parallel ranks"
     )
@@ -40,9 +62,14 @@ class ParallelSection(Section):
         description="make activations again in the backward pass: true, those of each layer; "
         "mlp, those of its feed-forward part",
     )
-    timeout_minutes: Positive = free(30, description="how long a rank waits for the others")
+    timeout_minutes: Annotated[int, Field(ge=1, le=100_000)] = free(
+        30, description="how long a rank waits for the others"
+    )
     threads: int | None = free(
-        None, gt=0, description="CPU threads of a rank; null divides the cores among local ranks"
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads of a rank; null divides the cores among local ranks",
     )
 
 
@@ -56,7 +83,7 @@ class CorpusSection(Section):
     config: str | None = Field(None, description="dataset configuration (hf)")
     split: str = Field("train", description="dataset split (hf)")
     field: str = Field("text", description="column that holds the text (jsonl, parquet, hf)")
-    max_bytes: int | None = Field(None, gt=0, description="stop after this much text")
+    max_bytes: int | None = Field(None, ge=1, le=10**15, description="stop after this much text")
     heldout: Share = Field(0.05, description="share of documents kept for evaluation")
 
 
@@ -71,11 +98,11 @@ class DataSection(Section):
         default_factory=dict, description="name -> corpus: kind, path, config, split, field, "
         "max_bytes, heldout"
     )  # fmt: skip
-    blend: dict[str, float] = Field(
+    blend: dict[str, Weight] = Field(
         default_factory=dict,
         description="domain -> weight; what is left out is not learned from; empty = equal weights",
     )
-    seq_length: Positive = Field(256, description="tokens of a sample")
+    seq_length: Tokens = Field(256, description="tokens of a sample")
     eod: str | None = Field(
         "auto",
         description="token that ends a document; auto = the tokenizer's EOS, null = no token",
@@ -85,10 +112,10 @@ class DataSection(Section):
 class CalibrationSection(Section):
     """Samples for the one-shot criteria, drawn from the training blend."""
 
-    samples: Positive = Field(32, description="number of samples")
-    seq_length: Positive = Field(512, description="tokens of a sample")
-    micro_batch: Positive = free(4, description="samples of one forward pass")
-    seed: int = Field(0, description="seed of the draw")
+    samples: Samples = Field(32, description="number of samples")
+    seq_length: Tokens = Field(512, description="tokens of a sample")
+    micro_batch: Batch = free(4, description="samples of one forward pass")
+    seed: Seed = Field(0, description="seed of the draw")
 
 
 OneShotMethod = Literal["magnitude", "wanda", "sparsegpt", "sparsegpt_update"]
@@ -100,10 +127,10 @@ class PruneSection(Section):
     methods: list[OneShotMethod] = Field(
         ["magnitude", "wanda", "sparsegpt", "sparsegpt_update"], description="masks to make"
     )
-    damp: Above0 = Field(
+    damp: Rate = Field(
         0.01, description="SparseGPT: share of the mean diagonal added to the Hessian"
     )
-    block: Positive = Field(
+    block: Annotated[int, Field(ge=1, le=2**20)] = Field(
         128, description="SparseGPT: columns of a lazy update block, a multiple of M"
     )
 
@@ -111,11 +138,11 @@ class PruneSection(Section):
 class EvaluateSection(Section):
     """Perplexity protocol: windows that do not overlap, window - 1 targets each, tail dropped."""
 
-    window: Annotated[int, Field(gt=1)] = Field(512, description="tokens of a window")
+    window: Annotated[int, Field(ge=2, le=2**20)] = Field(512, description="tokens of a window")
     max_tokens: int | None = Field(
-        16384, gt=0, description="held-out tokens of each domain; null = all"
+        16384, ge=1, le=10**12, description="held-out tokens of each domain; null = all"
     )
-    micro_batch: Positive = free(4, description="windows of one forward pass")
+    micro_batch: Batch = free(4, description="windows of one forward pass")
     masks: dict[str, str] = Field(
         default_factory=dict,
         description="row -> mask, named as learn.prior.mask; empty = all masks of this run",
@@ -144,7 +171,7 @@ class Config(Section):
     """
 
     run_dir: str = free("runs/default", description="folder of all that the run makes")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+    seed: Seed = Field(
         1234, description="seed of learning: samples, noise of the logits and of the masks"
     )
     device: Literal["auto", "cpu", "cuda"] = free(
@@ -165,3 +192,17 @@ class Config(Section):
     @classmethod
     def _apply_named_settings(cls, values: Any) -> Any:
         return layered(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _check_number_of_samples(self) -> Config:
+        """Megatron's index of samples has some 16 bytes a sample, in the memory of every rank."""
+        learn = self.learn
+        if learn.steps * learn.global_batch > MAX_SAMPLES:
+            raise ConfigError(
+                "learn.steps",
+                learn.steps,
+                f"at most {MAX_SAMPLES:,} samples in all: steps x learn.global_batch "
+                f"({learn.global_batch:,})",
+                "Lower one of the two.",
+            )
+        return self

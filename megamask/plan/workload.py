@@ -12,7 +12,7 @@ from megamask.config.presets import MEMORIES
 from megamask.learn.method import WIDTH, Method, StateOf
 from megamask.learn.methods import find_method, state_bytes
 from megamask.parallel.partition import largest_share
-from megamask.prepare.layout import Layout
+from megamask.prepare.layout import Layout, check_positions
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
@@ -62,6 +62,7 @@ class Workload:
         self.distribution.logits_per_group(self.pattern)
         layout = Layout.planned(self.config, self.dp)
         layout.check_samples(self.config)
+        check_positions(self.config, self.arch, ("data.seq_length",))
         layout.check_linears(self.config, self.arch, self.modules, self.pattern)
         return self
 

@@ -103,8 +103,7 @@ class Layout:
             ConfigError: under sequence parallelism, a length that ``tp`` does not divide.
         """
         for key in keys if self.sequence_parallel else ():
-            section, name = key.split(".")
-            length: int = getattr(getattr(config, section), name)
+            length = length_of(config, key)
             if length % self.tp:
                 raise ConfigError(
                     key,
@@ -155,3 +154,28 @@ class Layout:
         self.check_model(arch)
         self.check_rows(arch, modules, pattern)
         self.check_owners(config, arch, modules)
+
+
+def check_positions(config: Config, arch: Architecture, keys: Collection[str]) -> None:
+    """Check that no sequence is longer than the model's positions.
+
+    Args:
+        config: the settings.
+        arch: the model.
+        keys: dotted settings with the lengths, ``data.seq_length`` for example.
+
+    Raises:
+        ConfigError: a length above ``max_position_embeddings`` of the model.
+    """
+    for key in keys:
+        length = length_of(config, key)
+        if length > arch.max_positions:
+            allowed = f"at most {arch.max_positions:,}, the positions of the model"
+            raise ConfigError(key, length, allowed, "Lower it.")
+
+
+def length_of(config: Config, key: str) -> int:
+    """The value of a dotted setting that is the length of a sequence."""
+    section, name = key.split(".")
+    length: int = getattr(getattr(config, section), name)
+    return length

@@ -8,9 +8,10 @@ from typing import Any
 
 from megamask.config import Config, RunPaths, run_paths
 from megamask.data.shards import check_vocabulary
+from megamask.errors import ConfigError
 from megamask.masks.file import MaskSet
 from megamask.model.checkpoint import read_note
-from megamask.prepare.layout import Layout
+from megamask.prepare.layout import Layout, check_positions
 from megamask.prepare.prior_mask import description, load_prior
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture, read_architecture
@@ -120,6 +121,15 @@ class LearnInputs(RunInputs):
             MegamaskError: the first input that is missing, torn or does not fit.
         """
         _ = self.note
+        check_positions(self.config, self.arch, ("data.seq_length", "evaluate.window"))
+        _check_top_k(self.config, self.arch)
         self.layout.check_linears(self.config, self.arch, self.modules, self.pattern)
         _ = self.prior
         self.check_vocabulary()
+
+
+def _check_top_k(config: Config, arch: Architecture) -> None:
+    top_k = config.learn.distillation.top_k
+    if config.learn.distillation.share and top_k and top_k > arch.vocab:
+        allowed = f"at most {arch.vocab:,}, the vocabulary of the model"
+        raise ConfigError("learn.distillation.top_k", top_k, allowed, "Lower it, or set null.")

@@ -44,7 +44,7 @@ class Pattern:
         Raises:
             ConfigError: not N:M with 0 < N < M <= MAX_GROUP.
         """
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
+        match = re.fullmatch(r"\s*(\d{1,4})\s*:\s*(\d{1,4})\s*", str(text))
         if not match:
             raise ConfigError(
                 "pattern",

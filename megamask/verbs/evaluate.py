@@ -10,6 +10,7 @@ from megamask.evaluate.rows import DENSE, Rows, log, results
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks, own_weights
 from megamask.parallel.mesh import start
+from megamask.prepare.layout import check_positions
 from megamask.prepare.run_inputs import RunInputs
 from megamask.weights.mapping import linear_shapes
 
@@ -28,6 +29,7 @@ def run(config: Config) -> None:
     storage.require_writable(paths.run_dir)
     masks = find_masks(inputs)
     inputs.layout.check_model(inputs.arch)
+    check_positions(config, inputs.arch, ("evaluate.window",))
     inputs.check_vocabulary()
     windows = evaluation_windows(config, config.evaluate.max_tokens)
     with start(config) as mesh:

@@ -24,6 +24,7 @@ from megamask.oneshot.criterion import Pruned
 from megamask.oneshot.layerwise import PruningJob, damping, prune_layerwise
 from megamask.parallel.mesh import start
 from megamask.prepare.dense_model import load_dense
+from megamask.prepare.layout import check_positions
 from megamask.prepare.run_inputs import RunInputs
 from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.pattern import Pattern
@@ -50,6 +51,8 @@ def run(config: Config) -> None:
         return
     inputs.layout.check_model(inputs.arch)
     inputs.layout.check_rows(inputs.arch, inputs.modules, inputs.pattern)
+    if any(CRITERIA[method].needs_stats for method in todo):
+        check_positions(config, inputs.arch, ("calibration.seq_length",))
     inputs.check_vocabulary()
     with start(config) as mesh:
         dense = load_dense(inputs, mesh)

@@ -18,6 +18,7 @@ USED_ELSEWHERE = {
     "__getattr__": "Python",
     "__dir__": "Python",
     "_apply_named_settings": "pydantic",
+    "_check_number_of_samples": "pydantic",
     "_postprocess": "Megatron's model",
     "apply_masks": "users of the package",
     "unique_identifiers": "Megatron's blended dataset",

@@ -90,7 +90,7 @@ def test_a_wrong_word(words: list[str], said: str) -> None:
     [
         (["diff"], "A = None: mask, named as learn.prior.mask. Write megamask diff A B."),
         (["extract", "a"], "FILE = None: mask file to write"),
-        (["plan", "--dp", "0"], "--dp = '0': a whole number above 0"),
+        (["plan", "--dp", "0"], "--dp = '0': a whole number from 1 to 999,999"),
         (["plan", "--gpu", "h10"], "--gpu = 'h10': one of a100-40, a100, h100, h200, cpu. Did you"),
         (["learn", "wanda"], "wanda = 'wanda': an override has the form key.sub=value"),
     ],

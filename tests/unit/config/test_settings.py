@@ -81,9 +81,9 @@ def test_defaults_are_written_as_a_recipe_reads_them() -> None:
 @pytest.mark.parametrize(
     ("key", "allowed"),
     [
-        ("seed", "whole number from 0 and below 4294967296"),
-        ("learn.optimizer.lr", "number above 0 | null"),
-        ("learn.optimizer.epsilon", "[number above 0, number from 0]"),
+        ("seed", "whole number from 0 to 4,294,967,295"),
+        ("learn.optimizer.lr", "number from 1e-12 to 1e+06 | null"),
+        ("learn.optimizer.epsilon", "[number from 1e-30 to 1e+06, number from 0 to 1e+06]"),
         ("learn.monitor.sinks", "list of tensorboard | wandb | wandb_offline"),
         ("parallel.recompute", "false | true | mlp"),
         ("data.domains", "name: mapping"),

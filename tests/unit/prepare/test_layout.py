@@ -13,7 +13,7 @@ from megamask.errors import ConfigError
 from megamask.plan.fit import check_free
 from megamask.plan.hardware import GIB
 from megamask.plan.workload import Workload
-from megamask.prepare.layout import Layout
+from megamask.prepare.layout import Layout, check_positions
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 from megamask.weights.mapping import prunable
@@ -132,3 +132,12 @@ def test_more_replicas_than_layers() -> None:
     with pytest.raises(ConfigError, match="here 3 and 2"):
         Layout(1, 3).check_owners(config, TINY, few)
     Layout(1, 9).check_owners(load_config(None, []), TINY, modules)
+
+
+def test_no_sequence_is_longer_than_the_positions_of_the_model() -> None:
+    config = build_config({"data": {"seq_length": 128}, "evaluate": {"window": 129}})
+    check_positions(config, TINY, ("data.seq_length",))
+    with pytest.raises(ConfigError, match=r"evaluate\.window = 129: at most 128, the positions"):
+        check_positions(config, TINY, ("data.seq_length", "evaluate.window"))
+    with pytest.raises(ConfigError, match=r"data\.seq_length = 256: at most 128"):
+        Workload(build_config({}), TINY).check()
