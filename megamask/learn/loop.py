@@ -58,8 +58,14 @@ class Run:
                 self.monitor.note(line)
 
     def learn(self, stop: StopRequest) -> int:
-        """Steps, evaluations and snapshots until the last step or a signal."""
+        """Steps, evaluations and snapshots until the last step or a request to stop.
+
+        Returns:
+            EXIT_INTERRUPTED after a signal, so that a launcher starts the run again; else EXIT_OK.
+        """
         learn, progress = self.config.learn, self.progress
+        if self.mesh.is_main:
+            stop.watch(self.paths.learn)
         try:
             if self.mesh.any(self.mesh.is_main and self._is_done()):
                 mask = self.paths.mask("learned")
@@ -112,7 +118,9 @@ class Run:
         if step not in self.snapshots.steps():
             self.snapshots.save(self.progress)
         self.monitor.note(f"{who}: saved at step {step}; start again to go on")
-        return EXIT_INTERRUPTED
+        is_final = self.mesh.any(stop.is_final)
+        stop.done()
+        return EXIT_OK if is_final else EXIT_INTERRUPTED
 
     def _finish(self) -> None:
         by_domain = self._evaluate()

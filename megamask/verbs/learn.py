@@ -17,7 +17,8 @@ def run(config: Config) -> int:
     """Learn masks and write them to ``run_paths(config).mask("learned")``; resumes by default.
 
     Returns:
-        EXIT_OK, or EXIT_INTERRUPTED when a signal asked to save and leave.
+        EXIT_OK, also when ``megamask stop`` asked to save and leave; EXIT_INTERRUPTED when a signal
+        asked.
 
     Raises:
         MegamaskError: anything the user can mend, before the first step where possible.
