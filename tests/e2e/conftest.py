@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.program import ROOT, here
+from tests.e2e.program import here
+from tests.fork_server import ROOT
 
 VERBS = ("convert", "tokenize", "prune")
 SENTENCE = (

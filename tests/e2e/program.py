@@ -1,5 +1,9 @@
-"""Runs the program as a user does: real processes, with a time limit after which the whole process
-group is killed.
+"""Runs the program as a user does, in processes of its own with a time limit, after which the
+whole process group is killed.
+
+A process is a child of the fork server (``tests/fork_server.py``), which has imported torch and
+Megatron-Core already; under torchrun, and where a test asks for ``fresh``, it is a new interpreter
+with the command line that a user types.
 """
 
 from __future__ import annotations
@@ -15,18 +19,20 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megamask.__main__ import main
 from megamask.errors import EXIT_USER_ERROR
+from tests.fork_server import ROOT, Child, child_environment, fork_server
+from tests.parallel.ranks import meet_again, run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "recipes" / "debug.yaml"
-# a verb on the debug model takes about ten seconds, most of it imports; the rest is room for a busy
-# machine
+# A verb on the debug model takes a few seconds, and some more for the imports of a fresh process;
+# the rest is room for a busy machine.
 TIMEOUT = 120.0
 
 
@@ -48,19 +54,40 @@ class Program:
         verb: what to run, with the debug recipe.
         overrides: ``key=value`` words.
         launch: number of processes under torchrun; None = plain python.
+        fresh: start a new interpreter, not a child of the fork server.
     """
 
-    def __init__(self, verb: str, *overrides: str, launch: int | None = None) -> None:
-        module = ["-m", "megamask", verb, "--config", str(RECIPE), *overrides]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(launch)]
+    def __init__(
+        self, verb: str, *overrides: str, launch: int | None = None, fresh: bool = False
+    ) -> None:
+        words = [verb, "--config", str(RECIPE), *overrides]
         self.what = " ".join(["megamask", verb, *overrides])
         self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - they live as long as the process
         self._begin = time.monotonic()
+        self.process = self._start(words, launch) if launch or fresh else self._fork(words)
+
+    def _start(self, words: list[str], launch: int | None) -> subprocess.Popen[bytes]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(launch)]
         stdout, stderr = self._files
-        command = [sys.executable, *(torchrun if launch else []), *module]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-        self.process = subprocess.Popen(
-            command, stdout=stdout, stderr=stderr, env=environment, cwd=ROOT, start_new_session=True
+        return subprocess.Popen(
+            [sys.executable, *(torchrun if launch else []), "-m", "megamask", *words],
+            stdout=stdout,
+            stderr=stderr,
+            env=child_environment(),
+            cwd=ROOT,
+            start_new_session=True,
+        )
+
+    def _fork(self, words: list[str]) -> Child:
+        stdout, stderr = self._files
+        environment = child_environment()
+        return fork_server(environment).call(
+            "megamask.__main__:main",
+            words,
+            stdout=stdout,
+            stderr=stderr,
+            environment=environment,
+            cwd=ROOT,
         )
 
     def __enter__(self) -> Program:
@@ -122,11 +149,12 @@ def megamask(
     verb: str,
     *overrides: str,
     launch: int | None = None,
+    fresh: bool = False,
     check: bool = True,
     timeout: float = TIMEOUT,
 ) -> Finished:
     """Run a verb to its end; ``check`` asserts that it succeeded."""
-    with Program(verb, *overrides, launch=launch) as program:
+    with Program(verb, *overrides, launch=launch, fresh=fresh) as program:
         finished = program.wait(timeout)
     assert not check or finished.code == 0, (
         f"{program.what}: exit code {finished.code}\n{finished.stdout}\n{finished.stderr[-4000:]}"
@@ -134,12 +162,24 @@ def megamask(
     return finished
 
 
+def in_ranks(world: int, *commands: Sequence[str], timeout: float = TIMEOUT) -> None:
+    """Run verbs with their overrides in turn on ``world`` ranks in the environment that torchrun
+    gives, as children of the fork server; each verb must succeed on every rank.
+    """
+    run_ranks(_run_in_rank, world, commands, timeout=timeout)
+
+
+def _run_in_rank(rank: int, commands: Sequence[Sequence[str]]) -> None:
+    for verb, *overrides in commands:
+        code = main([verb, "--config", str(RECIPE), *overrides])
+        assert code == 0, f"megamask {verb} {overrides}: exit code {code}"
+        meet_again()
+
+
 def in_process(verb: str, *overrides: str) -> Finished:
     """Run a verb inside the test process: no start-up cost, for what does not depend on the process
     (refusals, second runs).
     """
-    from megamask.__main__ import main
-
     logger = logging.getLogger("megamask")
     before, level, begin = list(logger.handlers), logger.level, time.monotonic()
     threads = torch.get_num_threads()

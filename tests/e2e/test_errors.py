@@ -611,6 +611,6 @@ def test_a_model_feature_that_is_not_built(
 
 def test_a_process_ends_with_the_message_and_its_code(run_dir: Path, settings: Settings) -> None:
     """The same outside the test process; nothing but the message is said."""
-    finished = megamask("learn", *settings(run_dir), "learn.stepz=3", check=False)
+    finished = megamask("learn", *settings(run_dir), "learn.stepz=3", fresh=True, check=False)
     assert refusal(finished) == finished.stderr.strip()
     assert finished.stdout == ""

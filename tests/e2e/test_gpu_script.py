@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.program import RECIPE, ROOT
+from tests.e2e.program import RECIPE
+from tests.fork_server import ROOT
 
 PARTS = (
     "parity",

@@ -18,7 +18,8 @@ import pytest
 from megamask import load_masks
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK
 from megamask.report.reading import read_metrics
-from tests.e2e.program import RECIPE, ROOT, TIMEOUT
+from tests.e2e.program import RECIPE, TIMEOUT
+from tests.fork_server import ROOT
 
 # The rules of a study are tested in tests/unit/studies.
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megamask import load_masks
-from tests.e2e.program import here, in_process, megamask, refusal
+from tests.e2e.program import here, in_process, in_ranks, refusal
 
 pytestmark = pytest.mark.slow
 Settings = Callable[[Path], list[str]]
@@ -79,7 +79,7 @@ def test_a_resumed_run_and_two_replicas_learn_the_same_mask(
         and "learn.optimizer.lr" in finished.stderr
     )
     replicas = Path(shutil.copytree(prepared, tmp_path / "replicas"))
-    megamask("learn", *settings(replicas), *RUN, launch=2)
+    in_ranks(2, ["learn", *settings(replicas), *RUN])
     expected = load_masks(whole / "masks" / "learned.safetensors")
     for run_dir in (resumed, replicas):
         found = load_masks(run_dir / "masks" / "learned.safetensors")

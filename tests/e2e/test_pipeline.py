@@ -18,7 +18,7 @@ import torch
 from megamask import apply_masks, load_masks
 from megamask.errors import ArtifactError
 from megamask.sparsity.pattern import Pattern
-from tests.e2e.program import Finished, contents, in_process, megamask, refusal
+from tests.e2e.program import Finished, contents, in_process, in_ranks, megamask, refusal
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def pipeline(
     """A run folder in which every verb has run, and what the later ones said."""
     run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("pipeline") / "run"))
     return run_dir, {
-        verb: megamask(verb, *settings(run_dir))
+        verb: megamask(verb, *settings(run_dir), fresh=verb == "learn")
         for verb in ("learn", "export", "evaluate", "report", "inspect")
     }
 
@@ -290,8 +290,8 @@ def test_two_tensor_parallel_ranks(
 ) -> None:
     alone, run_dir = pipeline[0], tmp_path / "run"
     shutil.copytree(prepared / "shards", run_dir / "shards")
-    for verb in ("convert", "prune", "learn", "evaluate"):
-        megamask(verb, *settings(run_dir), "parallel.tp=2", launch=2)
+    verbs = ("convert", "prune", "learn", "evaluate")
+    in_ranks(2, *([verb, *settings(run_dir), "parallel.tp=2"] for verb in verbs))
     for method in (*METHODS, "learned"):
         ours, theirs = (
             load_masks(folder / "masks" / f"{method}.safetensors") for folder in (run_dir, alone)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megamask.__main__ import main
-from tests.e2e.program import ROOT
+from tests.fork_server import ROOT
 
 RECIPES = {"debug": "toy", "quickstart": "smollm2-135m", "maskllm-llama2-7b": "llama2-7b"}
 SHAPE = {

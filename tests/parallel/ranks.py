@@ -1,14 +1,13 @@
 """Run a function in every rank of a small job of real processes.
 
-``from tests.parallel.ranks import run_ranks`` works in tests and in the processes. A job is one
-fresh interpreter that imports the function's module and forks the ranks, so the imports are paid
-once a job.
+``from tests.parallel.ranks import run_ranks`` works in tests and in the processes. A job is a child
+of the fork server (``tests/fork_server.py``) that imports the function's module and forks the
+ranks, so the heavy imports are paid once for all jobs of a test process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
@@ -25,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fork_server import child_environment, fork_server
+
 PORTS = 32  # rendezvous of one job
 
 
@@ -75,48 +75,43 @@ def meet_again() -> None:
 
 
 def _run_job(folder: Path, what: str, timeout: float) -> None:
-    log = folder / "log"
-    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": search,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-    command = [sys.executable, "-W", "ignore", __file__, str(folder)]
+    log, environment = folder / "log", child_environment()
     with log.open("wb") as output:
-        job = subprocess.Popen(
-            command,
-            env=environment,
+        job = fork_server(environment).call(
+            "tests.parallel.ranks:lead",
+            folder,
             stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            stderr=output,
+            environment=environment,
+            cwd=Path.cwd(),
         )
     try:
         status = job.wait(timeout)
     except subprocess.TimeoutExpired:
-        _signal(job, signal.SIGABRT)  # faulthandler writes where every rank stands
+        job.signal_group(signal.SIGABRT)  # faulthandler writes where every rank stands
         with contextlib.suppress(subprocess.TimeoutExpired):
             job.wait(2)
         raise RanksError(f"{what}: not done after {timeout:.0f} s\n{_tail(log)}") from None
     finally:
-        _signal(job, signal.SIGKILL)
-        job.wait()
+        job.close()
     if status:
         raise RanksError(f"{what}: failed\n{_tail(log)}")
-
-
-def _signal(job: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(job.pid, number)
 
 
 def _tail(log: Path) -> str:
     return log.read_text(errors="replace")[-8000:]
 
 
-def _lead(folder: Path) -> int:
-    """Fork the ranks and wait; the first that fails ends the job."""
+def lead(folder: Path) -> int:
+    """Fork the ranks and wait; the first that fails ends the job. Runs in a child of the fork
+    server.
+
+    Args:
+        folder: holds the job, and receives the results.
+
+    Returns:
+        The exit code of the child.
+    """
     file, module_name, qualified_name, world_size, packed = pickle.loads(
         (folder / "job").read_bytes()
     )
@@ -191,8 +186,3 @@ def _free_ports() -> list[str]:
             probe.bind(("127.0.0.1", port))
             found.append(str(port))
     return found[:PORTS]
-
-
-if __name__ == "__main__":
-    faulthandler.enable()
-    sys.exit(_lead(Path(sys.argv[1])))

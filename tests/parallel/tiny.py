@@ -23,7 +23,8 @@ from megamask.verbs import convert
 from megamask.weights.architecture import read_architecture
 from megamask.weights.fingerprint import fingerprint_hf
 from megamask.weights.mapping import linear_shapes
-from tests.parallel.ranks import ROOT, run_ranks
+from tests.fork_server import ROOT
+from tests.parallel.ranks import run_ranks
 
 GQA: dict[str, Any] = {
     "num_attention_heads": 16,
