@@ -8,7 +8,6 @@ import difflib
 import importlib
 import importlib.metadata
 import logging
-import os
 import platform
 import sys
 import warnings
@@ -19,6 +18,7 @@ from typing import Any
 
 import megamask
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError, printable
+from megamask.process.place import Place, this_place
 from megamask.verbs.table import VERBS, PlanArguments, Verb, words_of
 
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 Ctrl-C).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    place = Place()
     try:
         if not words or "-h" in words or "--help" in words:
             print(_help_of(words[0]) if words and words[0] in VERBS else _help())
@@ -53,21 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[0] == "--version":
             print(_versions())
             return EXIT_OK
+        place = this_place()
         request = parse(words)
-        from megamask.config.load import read_settings  # pydantic and yaml: not needed for --help
+        # pydantic and yaml: not needed for --help
+        from megamask.config.load import read_settings
+        from megamask.verbs.dispatch import run_verb
 
-        _talk()
+        _talk(place)
         config, old_arguments = read_settings(request.recipe, request.overrides)
         verb = VERBS[request.verb]
         given = old_arguments.get(request.verb, {}) | request.arguments
         arguments = [build_arguments(request.verb, given)] if verb.fields else []
         if request.dry_run:
-            _show(request.verb, config)
+            if place.is_main:
+                _show(request.verb, config, place)
             return EXIT_OK
-        return importlib.import_module(verb.module).run(config, *arguments) or EXIT_OK
+        return run_verb(request.verb, config, arguments, place)
     except MegamaskError as error:
-        who = "" if os.environ.get("RANK", "0") == "0" else f" (rank {os.environ['RANK']})"
-        print(f"megamask: error{who}: {printable(str(error))}", file=sys.stderr, flush=True)
+        print(f"megamask: error{place.label}: {printable(str(error))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("megamask: interrupted", file=sys.stderr, flush=True)
@@ -184,28 +188,23 @@ def _shortcuts(verb: Verb) -> list[str]:
     return [flag for flag in verb.shortcuts if flag != "--footprint"]
 
 
-def _show(name: str, config: Any) -> None:
+def _show(name: str, config: Any, place: Place) -> None:
     """Print the resolved settings as a recipe, and for learn the plan's figures."""
-    if os.environ.get("RANK", "0") != "0":
-        return
     import yaml
 
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if name == "learn":
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
         gpu = "cpu" if config.device == "cpu" else None
-        arguments = PlanArguments(dp=max(1, ranks // config.parallel.tp), gpu=gpu)
+        arguments = PlanArguments(dp=max(1, place.world // config.parallel.tp), gpu=gpu)
         importlib.import_module(VERBS["plan"].module).run(config, arguments)
 
 
-def _talk() -> None:
+def _talk(place: Place) -> None:
     """Send what verbs log to the terminal, from the main process; Megatron's remarks on optional
     packages stay out of it.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    handler = (
-        logging.StreamHandler() if os.environ.get("RANK", "0") == "0" else logging.NullHandler()
-    )
+    handler = logging.StreamHandler() if place.is_main else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("megamask").addHandler(handler)
     logging.getLogger("megamask").setLevel(logging.INFO)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from megamask.data.batches import BatchPlan
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK
 from megamask.learn.evaluation import hard_mask_perplexity, mean_log_perplexity, monitor_windows
+from megamask.learn.heartbeat import Heartbeat, State
 from megamask.learn.learned_mask import learned_from, save_learned_mask, step_of
 from megamask.learn.learner import Learner
 from megamask.learn.masked_model import build_masked_model
@@ -20,6 +21,7 @@ from megamask.learn.signals import StopRequest
 from megamask.learn.snapshot import Snapshots
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import LearnInputs
+from megamask.process.holder import Holder, utc_now
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ class Run:
         self.progress = self.snapshots.restore()
         if self.progress.step:
             self.mask_statistics.forget_latest()
-        # metrics
+        # signs of life and metrics
+        self.holder = Holder.this_process("megamask learn")
         tokens = learn.global_batch * config.data.seq_length
         self.monitor = Monitor(
             paths.learn, config, learn.steps, tokens, mesh.is_main, self.progress.step
@@ -66,10 +69,12 @@ class Run:
         learn, progress = self.config.learn, self.progress
         if self.mesh.is_main:
             stop.watch(self.paths.learn)
+        self._show("starting")
         try:
             if self.mesh.any(self.mesh.is_main and self._is_done()):
                 mask = self.paths.mask("learned")
                 self.monitor.note(f"{mask} is there already, learned in {progress.step} steps")
+                self._show("finished")
                 return EXIT_OK
             if self.mesh.any(bool(stop)):  # it came while the model was loaded
                 return self._leave(stop)
@@ -84,7 +89,11 @@ class Run:
                 if progress.step % learn.snapshot.every == 0:
                     self.snapshots.save(progress)
             self._finish()
+            self._show("finished")
             return EXIT_OK
+        except BaseException:
+            self._show("failed")
+            raise
         finally:
             self.monitor.close()
 
@@ -93,6 +102,14 @@ class Run:
         self.progress.step += 1
         moved = asdict(self.mask_statistics(result.first_draw))
         self.monitor.train(self.progress.step, {**result.metrics(), **moved})
+        self._show("learning")
+
+    def _show(self, state: State) -> None:
+        """Write the heartbeat."""
+        if self.mesh.is_main:
+            step, steps = self.progress.step, self.config.learn.steps
+            heartbeat = Heartbeat(state, step, steps, utc_now(), self.holder, self.mesh.world)
+            heartbeat.write(self.paths.learn)
 
     def _is_time_to_evaluate(self) -> bool:
         every, step = self.config.learn.monitor.evaluate_every, self.progress.step
@@ -118,6 +135,7 @@ class Run:
         if step not in self.snapshots.steps():
             self.snapshots.save(self.progress)
         self.monitor.note(f"{who}: saved at step {step}; start again to go on")
+        self._show("interrupted")
         is_final = self.mesh.any(stop.is_final)
         stop.done()
         return EXIT_OK if is_final else EXIT_INTERRUPTED

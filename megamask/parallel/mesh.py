@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from megamask.config import Config
 from megamask.errors import ConfigError
+from megamask.process.place import this_place
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,8 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def world_size() -> int:
-    """Number of processes of the job, from the launcher's environment."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    # A launcher may show each process its own device alone.
+    return torch.device("cuda", this_place().local_rank % torch.cuda.device_count())
 
 
 @contextmanager
@@ -128,7 +125,7 @@ def start(config: Config) -> Iterator[Mesh]:
     Raises:
         ConfigError: the device cannot work here.
     """
-    device, tp, world = choose_device(config.device), config.parallel.tp, world_size()
+    device, tp, world = choose_device(config.device), config.parallel.tp, this_place().world
     assert world % tp == 0
     _limit_threads(config)
     if device.type == "cuda":

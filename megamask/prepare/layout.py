@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from megamask.config import Config
 from megamask.data.batches import check_batch
 from megamask.errors import ConfigError
-from megamask.parallel.mesh import world_size
 from megamask.parallel.partition import owners
+from megamask.process.place import this_place
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import check_tp, rules
@@ -55,7 +55,7 @@ class Layout:
         Raises:
             ConfigError: ``parallel.tp`` does not divide their number, or as the class.
         """
-        tp, world = config.parallel.tp, world_size()
+        tp, world = config.parallel.tp, this_place().world
         if world % tp:
             raise ConfigError(
                 "parallel.tp",

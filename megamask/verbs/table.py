@@ -5,7 +5,7 @@ its own it takes. Nothing here imports torch, so that ``--help`` answers at once
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
 from typing import Any
 
 
@@ -102,6 +102,10 @@ class Verb:
         sections: dotted sections and settings that it reads.
         arguments: dataclass of its own arguments.
         shortcuts: flags that stand for settings.
+        writes: artefacts that it alone may touch while it runs, as names of ``RunPaths``, of its
+            arguments, or of files of the run folder.
+        reads: artefacts that must not change while it runs, named likewise.
+        is_parallel: whether the ranks of a job work on it together; otherwise rank 0 does it alone.
     """
 
     module: str
@@ -109,6 +113,10 @@ class Verb:
     sections: tuple[str, ...]
     arguments: type[Any] | None = None
     shortcuts: Mapping[str, str] = field(default_factory=dict)
+    _: KW_ONLY
+    writes: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+    is_parallel: bool = False
 
     @property
     def fields(self) -> tuple[Field[Any], ...]:
@@ -142,21 +150,29 @@ VERBS: dict[str, Verb] = {
         "megamask.verbs.gguf",
         "unpack a GGUF file into a Hugging Face folder",
         ("run_dir", "model.hf", "model.gguf"),
+        writes=("hf",),
     ),
     "convert": Verb(
         "megamask.verbs.convert",
         "Hugging Face folder -> Megatron weights, for any tensor parallel size",
         ("run_dir", "device", "parallel", "model.hf"),
+        writes=("weights",),
+        reads=("hf",),
+        is_parallel=True,
     ),
     "tokenize": Verb(
         "megamask.verbs.tokenize",
         "text domains -> token shards, some documents held out for evaluation",
         ("run_dir", "model.hf", "data"),
+        writes=("shards",),
     ),
     "prune": Verb(
         "megamask.verbs.prune",
         "one-shot masks: magnitude, Wanda, SparseGPT",
         (*EVERYWHERE, "pattern", "model", "data", "calibration", "prune"),
+        writes=("masks",),
+        reads=("weights", "shards"),
+        is_parallel=True,
     ),
     "plan": Verb(
         "megamask.verbs.plan",
@@ -173,55 +189,70 @@ VERBS: dict[str, Verb] = {
             "--memory": "learn.memory",
             "--footprint": "learn.footprint",
         },
+        writes=("json",),
     ),
     "learn": Verb(
         "megamask.verbs.learn",
         "learn the mask of the frozen model; resumes from the last snapshot",
         (*EVERYWHERE, *LEARNING, "evaluate.micro_batch"),
+        writes=("learn",),
+        reads=("weights", "shards"),
+        is_parallel=True,
     ),
     "evaluate": Verb(
         "megamask.verbs.evaluate",
         "held-out perplexity of the dense model and of every mask",
         (*EVERYWHERE, "model", "data", "evaluate"),
+        writes=("results",),
+        reads=("weights", "shards"),
+        is_parallel=True,
     ),
     "export": Verb(
         "megamask.verbs.export",
         "Hugging Face folder + mask file -> masked Hugging Face folder",
         ("run_dir", "pattern", "model.hf", "export"),
+        writes=("export",),
+        reads=("hf",),
     ),
     "report": Verb(
         "megamask.verbs.report",
         "pictures and report.html of a run",
         ("run_dir", "seed", "model.hf", "calibration.seed", "learn.prior.mask"),
+        writes=("report.html",),
     ),
     "inspect": Verb(
         "megamask.verbs.inspect",
         "print a mask file and verify it strictly",
         ("run_dir", "model.hf", "export.mask"),
         InspectArguments,
+        writes=(),
     ),
     "diff": Verb(
         "megamask.verbs.diff",
         "how two masks differ, by layer and by kind of linear",
         ("run_dir", "model.hf"),
         DiffArguments,
+        writes=("json", "picture"),
     ),
     "extract": Verb(
         "megamask.verbs.extract",
         "the hard masks of a snapshot -> mask file",
         ("run_dir", "model.hf"),
         ExtractArguments,
+        writes=("file",),
     ),
     "settings": Verb(
         "megamask.verbs.settings",
         "every setting with its default, its range and its meaning",
         (),
         SettingsArguments,
+        writes=(),
     ),
     "recipes": Verb(
         "megamask.verbs.recipes",
         "the recipes that come with the program",
         (),
         RecipesArguments,
+        writes=(),
     ),
 }

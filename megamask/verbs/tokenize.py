@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 from megamask.config import Config, run_paths
@@ -18,14 +17,10 @@ from megamask.storage import remove_leftovers, require_writable
 def run(config: Config) -> None:
     """Write ``{run_dir}/shards/<domain>`` for every domain, unless its shards fit the settings.
 
-    Only rank 0 works; the other ranks return at once.
-
     Raises:
         ConfigError, ArtifactError: settings, text or tokenizer cannot work; found before anything
             is tokenized.
     """
-    if os.environ.get("RANK", "0") != "0":
-        return
     _check_domains(config)
     folder = run_paths(config).shards
     require_writable(folder)

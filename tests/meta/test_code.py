@@ -23,6 +23,7 @@ USED_ELSEWHERE = {
     "apply_masks": "users of the package",
     "unique_identifiers": "Megatron's blended dataset",
     "full_logits": "tests of parity",
+    "writer_of": "the state of a run, for people",
 }
 LONG = 40  # characters of a literal that must not stand in two files
 

@@ -17,6 +17,7 @@ FOUNDATIONS = [
     "errors",
     "megatron_range",
     "shipped",
+    "process",
     "storage",
     "safe_checkpoint",
     "tables",

@@ -279,11 +279,12 @@ def test_help_names_every_verb() -> None:
     ],
 )
 def test_a_user_error_is_one_message(arguments: list[str], expected: str) -> None:
-    done = run_cli(*arguments, RANK="0")
+    done = run_cli(*arguments)
     assert done.returncode == 2
     assert (
         expected in done.stderr
         and "Traceback" not in done.stderr
         and len(done.stderr.strip().splitlines()) == 1
     )
-    assert "(rank 3)" in run_cli(*arguments, RANK="3").stderr
+    ranks = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}
+    assert "(rank 3)" in run_cli(*arguments, **ranks).stderr

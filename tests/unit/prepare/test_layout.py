@@ -37,7 +37,8 @@ def test_the_launched_layout(monkeypatch: pytest.MonkeyPatch) -> None:
         Layout.launched(parallel(tp=3))
     with pytest.raises(ConfigError, match="sequence_parallel"):
         Layout.launched(parallel(sequence_parallel=True))
-    monkeypatch.setenv("WORLD_SIZE", "6")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "6", "MASTER_ADDR": "n1"}.items():
+        monkeypatch.setenv(name, value)
     assert Layout.launched(parallel(tp=3, sequence_parallel=True)) == Layout(3, 2, True)
     with pytest.raises(ConfigError, match="number of processes, here 6"):
         Layout.launched(parallel(tp=4))

@@ -1,0 +1,276 @@
+"""One writer at a time for each artefact, and no writer while a process reads.
+
+A lock is a file ``.NAME.lock`` beside the artefact NAME. Its holder keeps the file locked with
+``flock``, which the kernel releases when the process ends, however it ends; on NFS the lock covers
+other hosts too. Where a file system has no such locks, or keeps them to one host, the content of
+the file decides: one line of JSON for each holder, whose thread touches the file every ``BEAT``
+seconds. A holder on another host counts as gone after ``SILENCE`` seconds without a touch. The
+clock of the file server alone is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+
+from megamask.errors import ArtifactError
+from megamask.process.holder import Holder
+
+BEAT = 10.0
+SILENCE = 60.0
+PATIENCE = 1.0  # seconds; a reader that starts or ends keeps everybody out for a moment
+SETTLE = 0.2  # seconds, much longer than the writing of a line
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+Lines = list[tuple[Holder, bool]]  # each holder, and whether it writes
+
+
+class Kernel(Enum):
+    """What the kernel says to the wish for a lock."""
+
+    TAKEN = "taken"
+    BUSY = "busy"
+    ABSENT = "the file system has no such locks"
+
+
+@contextmanager
+def locked(what: str, writes: Iterable[Path], reads: Iterable[Path] = ()) -> Iterator[None]:
+    """Hold the locks of artefacts inside the block.
+
+    An artefact whose folder cannot be written gets no lock: a writer fails there on its own, and a
+    reader needs none.
+
+    Args:
+        what: the command that holds them, for the message of those who come second.
+        writes: artefacts that this process alone may touch.
+        reads: artefacts that must stay as they are; several processes may read.
+
+    Raises:
+        ArtifactError: another process holds a lock; the message names it.
+    """
+    holder = Holder.this_process(what)
+    written = {_lock_of(path): path for path in writes}
+    read = {_lock_of(path): path for path in reads}
+    with ExitStack() as stack:
+        held = []
+        for lock in sorted(written.keys() | read.keys()):
+            path = written.get(lock) or read[lock]
+            descriptor = stack.enter_context(_held(lock, path, holder, is_writer=lock in written))
+            if descriptor is not None:
+                held.append(descriptor)
+        stack.enter_context(_beating(held))
+        yield
+
+
+def writer_of(path: Path) -> Holder | None:
+    """The living process that holds the artefact ``path`` as its writer; None for nobody.
+
+    A guess from the outside, for people to read: the lock is not touched.
+    """
+    lock = _lock_of(path)
+    try:
+        lines, age = _lines(lock.read_bytes()), _age(lock)
+    except OSError:
+        return None
+    writers = [holder for holder, is_writer in lines if is_writer]
+    living = (one for one in writers if (one.is_running() if one.is_here() else age < SILENCE))
+    return next(living, None)
+
+
+def _lock_of(path: Path) -> Path:
+    whole = path.resolve()
+    return whole.with_name(f".{whole.name}.lock")
+
+
+@contextmanager
+def _held(lock: Path, path: Path, holder: Holder, is_writer: bool) -> Iterator[int | None]:
+    made = _make_parents(lock.parent) if is_writer else []
+    try:
+        descriptor = _take(lock, path, holder, is_writer)
+        if descriptor is None:
+            yield None
+            return
+        # A forked child would keep the lock after the end of this process.
+        os.register_at_fork(after_in_child=lambda: _close(descriptor, lock))
+        try:
+            yield descriptor
+        finally:
+            _release(descriptor, lock, holder, is_writer)
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # the folder holds something by now
+                folder.rmdir()
+
+
+def _take(lock: Path, path: Path, holder: Holder, is_writer: bool) -> int | None:
+    """The descriptor of the locked file; None where no file can be made."""
+    patience = time.monotonic() + PATIENCE
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError:
+            return None
+        try:
+            state = _flock(descriptor, fcntl.LOCK_EX)
+            is_alone = state is Kernel.TAKEN
+            if state is Kernel.BUSY and not is_writer:
+                state = _flock(descriptor, fcntl.LOCK_SH)
+            if state is Kernel.BUSY and time.monotonic() > patience:
+                raise _refusal(path, _read(descriptor))
+            if state is Kernel.BUSY:
+                time.sleep(0.05)
+            elif _is_file(descriptor, lock):
+                _refuse_others(descriptor, lock, path, is_writer, state)
+                if is_alone or (is_writer and state is Kernel.ABSENT):
+                    os.ftruncate(descriptor, 0)
+                line = json.dumps({**asdict(holder), "writes": is_writer})
+                os.write(descriptor, f"{line}\n".encode())
+                if is_alone and not is_writer:
+                    _flock(descriptor, fcntl.LOCK_SH)
+                if state is Kernel.ABSENT:
+                    _refuse_rival(descriptor, path, holder, is_writer)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # busy, or its last holder removed the file in between
+
+
+def _refuse_others(descriptor: int, lock: Path, path: Path, is_writer: bool, state: Kernel) -> None:
+    """Refuse where a holder lives that the kernel's lock does not tell of."""
+    age = _age(lock)
+    others = [
+        (other, writes)
+        for other, writes in _read(descriptor)
+        if (is_writer or writes)
+        and (
+            # The kernel would have kept the lock from us if a process of this system had it.
+            (state is Kernel.ABSENT and other.pid != os.getpid() and other.is_running())
+            if other.is_here()
+            else age < SILENCE
+        )
+    ]
+    if others:
+        raise _refusal(path, others, f" If that process is gone for certain, delete {lock}.")
+
+
+def _refuse_rival(descriptor: int, path: Path, holder: Holder, is_writer: bool) -> None:
+    """Without the kernel's help: the last of several who wrote their lines at once has the lock."""
+    time.sleep(SETTLE)
+    lines = _read(descriptor)
+    if (holder, is_writer) not in lines or (is_writer and len(lines) > 1):
+        raise _refusal(path, [one for one in lines if one[0] != holder])
+
+
+def _release(descriptor: int, lock: Path, holder: Holder, is_writer: bool) -> None:
+    """Give the lock back, and remove its file if nobody else holds it."""
+    state = _flock(descriptor, fcntl.LOCK_EX)
+    others = [other for other, _ in _read(descriptor) if other != holder and other.is_here()]
+    is_last = state is Kernel.TAKEN or (
+        state is Kernel.ABSENT and (is_writer or not any(one.is_running() for one in others))
+    )
+    if is_last and _is_file(descriptor, lock):
+        lock.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _refusal(path: Path, holders: Lines, more: str = "") -> ArtifactError:
+    if not holders:
+        return ArtifactError(path, "is held by a process that just started", "Start again.")
+    holder, writes = next((one for one in holders if one[1]), holders[0])
+    problem = f"is being {'written' if writes else 'read'} by {holder}"
+    fix = f"Wait for its end, or end it: {holder.how_to_end()}.{more}"
+    return ArtifactError(path, problem, fix)
+
+
+@contextmanager
+def _beating(descriptors: list[int]) -> Iterator[None]:
+    """Touch the files of the locks every ``BEAT`` seconds inside the block."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT):
+            for descriptor in descriptors:
+                with contextlib.suppress(OSError):  # a full disk must not end the thread
+                    os.utime(descriptor)
+
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _flock(descriptor: int, kind: int) -> Kernel:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return Kernel.BUSY
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return Kernel.ABSENT
+    return Kernel.TAKEN
+
+
+def _is_file(descriptor: int, lock: Path) -> bool:
+    """Whether ``lock`` is still the file that was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _close(descriptor: int, lock: Path) -> None:
+    with contextlib.suppress(OSError):
+        if _is_file(descriptor, lock):  # the number may mean another file by now
+            os.close(descriptor)
+
+
+def _read(descriptor: int) -> Lines:
+    return _lines(os.pread(descriptor, 2**20, 0))
+
+
+def _lines(content: bytes) -> Lines:
+    found: Lines = []
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):  # torn
+            value = json.loads(line)
+            if holder := Holder.read(value):
+                found.append((holder, value.get("writes") is True))
+    return found
+
+
+def _age(lock: Path) -> float:
+    """Seconds since the file was touched, by the clock of its file server."""
+    modified = lock.stat().st_mtime
+    probe = lock.with_name(f"{lock.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - modified
+    except OSError:
+        return time.time() - modified
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make ``folder``; return the folders that were missing, the innermost first."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return []
+    return missing

@@ -1,0 +1,67 @@
+"""The one place through which the command line runs a verb: on which ranks, and under which locks.
+
+A verb whose ranks work together runs on all ranks. Any other verb runs on rank 0, and the other
+ranks have nothing to do. Rank 0 holds the locks.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megamask.config import Config, run_paths
+from megamask.errors import EXIT_OK
+from megamask.process.lock import locked
+from megamask.process.place import Place
+from megamask.verbs.table import VERBS
+
+
+def run_verb(name: str, config: Config, arguments: list[Any], place: Place) -> int:
+    """Run a verb and return its exit code.
+
+    Args:
+        name: of the verb.
+        config: the settings.
+        arguments: the verb's own arguments object, if it has any.
+        place: of this process.
+
+    Raises:
+        MegamaskError: see the verb; or another process writes an artefact of the verb.
+    """
+    verb = VERBS[name]
+    if not place.is_main:
+        return _run(verb.module, config, arguments) if verb.is_parallel else EXIT_OK
+    writes = artefacts(verb.writes, config, arguments)
+    reads = [path for path in artefacts(verb.reads, config, arguments) if _is_inside(path, config)]
+    with locked(f"megamask {name}", writes, reads):
+        return _run(verb.module, config, arguments)
+
+
+def artefacts(names: Iterable[str], config: Config, arguments: list[Any]) -> list[Path]:
+    """The paths of artefacts.
+
+    Args:
+        names: of arguments of the verb, of ``RunPaths``, or of files of the run folder.
+        config: the settings.
+        arguments: the verb's own arguments object, if it has any.
+    """
+    paths = run_paths(config)
+    found = []
+    for name in names:
+        if arguments and hasattr(arguments[0], name):
+            given = getattr(arguments[0], name)
+            found += [Path(given)] if given is not None else []
+        else:
+            found.append(getattr(paths, name, paths.run_dir / name))
+    return found
+
+
+def _run(module: str, config: Config, arguments: list[Any]) -> int:
+    return importlib.import_module(module).run(config, *arguments) or EXIT_OK
+
+
+def _is_inside(path: Path, config: Config) -> bool:
+    """Whether an artefact lies in the run folder: a model of the user's gets no lock beside it."""
+    return path.absolute().is_relative_to(Path(config.run_dir).absolute())

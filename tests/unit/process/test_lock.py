@@ -1,0 +1,210 @@
+"""Locks: one writer, or several readers; a dead holder holds nothing; a second start hears who."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megamask.errors import ArtifactError
+from megamask.process import lock as lock_file
+from megamask.process.holder import Holder
+from megamask.process.lock import locked, writer_of
+
+HERE = Holder.this_process("megamask other")
+ELSEWHERE = replace(HERE, host="n2", machine="another system", job="77")
+
+
+@pytest.fixture
+def artefact(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "weights"
+
+
+def lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def name_of_writer(path: Path) -> str:
+    found = writer_of(path)
+    assert found is not None and found.pid == os.getpid()
+    return found.what
+
+
+def leave(path: Path, holder: Holder, age: float, writes: bool = True) -> None:
+    """The lock file of a holder whose last touch was ``age`` seconds ago, and no lock on it."""
+    lock = lock_of(path)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.write_text(json.dumps({**asdict(holder), "writes": writes}) + "\n")
+    os.utime(lock, (time.time() - age,) * 2)
+
+
+def test_writers_exclude_everybody_and_readers_exclude_writers(artefact: Path) -> None:
+    with locked("megamask convert", [artefact]):
+        assert name_of_writer(artefact) == "megamask convert"
+        for writes, reads in (([artefact], []), ([], [artefact])):
+            with pytest.raises(ArtifactError) as caught, locked("x", writes, reads):
+                pass
+            message = str(caught.value)
+            assert f"is being written by megamask convert (process {os.getpid()} on" in message
+            assert f"kill {os.getpid()} on" in message and str(artefact) in message
+    assert writer_of(artefact) is None and not lock_of(artefact).exists()
+    artefact.parent.mkdir(exist_ok=True)
+    with locked("megamask learn", [], [artefact]), ExitStack() as stack:
+        stack.enter_context(locked("megamask prune", [], [artefact]))
+        assert writer_of(artefact) is None
+        with pytest.raises(ArtifactError, match="is being read by megamask learn"):
+            stack.enter_context(locked("x", [artefact]))
+    with locked("x", [artefact]):
+        pass
+    assert not lock_of(artefact).exists()
+
+
+def test_a_refusal_lets_go_of_what_was_taken_before(tmp_path: Path) -> None:
+    with locked("first", [tmp_path / "b"]):
+        with pytest.raises(ArtifactError), locked("second", [tmp_path / "a", tmp_path / "b"]):
+            pass
+        with locked("third", [tmp_path / "a"]):
+            pass
+
+
+def test_a_link_leads_to_the_same_lock(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with locked("first", [tmp_path / "link"]), pytest.raises(ArtifactError), ExitStack() as stack:
+        stack.enter_context(locked("second", [tmp_path / "real"]))
+
+
+def test_folders_made_for_a_lock_go_with_it(artefact: Path) -> None:
+    with locked("x", [artefact]):
+        assert lock_of(artefact).exists()
+    assert not artefact.parent.exists()
+    with locked("x", [], [artefact]):  # a reader makes nothing
+        assert not artefact.parent.exists()
+
+
+def test_where_nothing_can_be_written_there_is_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with locked("x", [tmp_path / "file" / "weights"], [tmp_path / "no" / "shards"]):
+        pass
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["flock", "no-flock"])
+@pytest.mark.parametrize(
+    ("holder", "age", "held"),
+    [
+        (ELSEWHERE, 5.0, (True, True)),
+        (ELSEWHERE, lock_file.SILENCE + 5, (False, False)),
+        # With flock a file without a lock has no holder on this system. Without flock, a process
+        # that runs (the parent of this one) has it.
+        (replace(HERE, pid=os.getppid()), 1000.0, (False, True)),
+        (replace(HERE, pid=2**22 + 1), 0.0, (False, False)),  # above the largest number
+    ],
+    ids=["other host", "silent host", "running", "gone"],
+)
+def test_a_file_that_a_holder_left(
+    artefact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: bool,
+    holder: Holder,
+    age: float,
+    held: tuple[bool, bool],
+) -> None:
+    if not kernel:
+        monkeypatch.setattr(lock_file, "_flock", lambda *_: lock_file.Kernel.ABSENT)
+    leave(artefact, holder, age)
+    if held[0 if kernel else 1]:
+        with pytest.raises(ArtifactError) as caught, locked("x", [artefact]):
+            pass
+        fix = "scancel 77" if holder.job else f"kill {holder.pid}"
+        assert fix in str(caught.value) and f"delete {lock_of(artefact)}" in str(caught.value)
+        assert lock_of(artefact).exists()
+        return
+    with locked("x", [artefact]):
+        assert name_of_writer(artefact) == "x"
+    assert not lock_of(artefact).exists()
+
+
+def test_rubbish_in_the_file_is_nobody(artefact: Path) -> None:
+    artefact.parent.mkdir(parents=True)
+    lock_of(artefact).write_bytes(b'\xff{"what": 3}\n[]\n{"what": "x", "pid": true}\n{"')
+    assert writer_of(artefact) is None
+    with locked("x", [artefact]):
+        pass
+
+
+def test_without_flock_the_content_decides(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_file, "_flock", lambda *_: lock_file.Kernel.ABSENT)
+    with another_process(artefact) as pid, pytest.raises(ArtifactError, match=f"process {pid} on"):
+        ExitStack().enter_context(locked("x", [artefact]))
+
+
+class another_process:  # noqa: N801 - used as a function
+    """A process that holds ``path`` as its writer until the block ends, by SIGKILL."""
+
+    def __init__(self, path: Path) -> None:
+        code = (
+            "import sys, time; from pathlib import Path; from megamask.process.lock import locked\n"
+            "with locked('megamask learn', [Path(sys.argv[1])]): print('held', flush=True); "
+            "time.sleep(60)"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> int:
+        assert self.process.stdout is not None and self.process.stdout.readline() == "held\n"
+        return self.process.pid
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def test_a_killed_holder_holds_nothing(artefact: Path) -> None:
+    with another_process(artefact) as pid:
+        with pytest.raises(ArtifactError, match=f"process {pid} on"), locked("x", [artefact]):
+            pass
+        found = writer_of(artefact)
+        assert found is not None and found.pid == pid
+    assert lock_of(artefact).exists() and writer_of(artefact) is None
+    with locked("x", [artefact]):
+        pass
+
+
+def test_a_forked_child_keeps_no_lock(artefact: Path) -> None:
+    """The child of a holder that was killed goes on; it has none of the locks."""
+    code = (
+        "import os, sys, time; from pathlib import Path\n"
+        "from megamask.process.lock import locked\n"
+        "with locked('x', [Path(sys.argv[1])]):\n"
+        "    if os.fork() == 0: print('forked', flush=True); time.sleep(60); os._exit(0)\n"
+        "    time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(artefact)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert parent.stdout is not None and parent.stdout.readline() == "forked\n"
+        parent.kill()
+        parent.wait()
+        with locked("y", [artefact]):
+            pass
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+
+
+def test_a_living_holder_touches_its_file(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_file, "BEAT", 0.02)
+    with locked("x", [artefact]):
+        os.utime(lock_of(artefact), (0, 0))
+        end = time.monotonic() + 10
+        while lock_of(artefact).stat().st_mtime == 0:
+            assert time.monotonic() < end, "nobody touched the file"
+            time.sleep(0.01)

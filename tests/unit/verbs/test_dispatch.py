@@ -1,0 +1,97 @@
+"""Every verb of the table: who runs it, and what it holds while it runs."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from megamask.__main__ import build_arguments, main, parse
+from megamask.config.load import load_config
+from megamask.errors import EXIT_OK, EXIT_USER_ERROR
+from megamask.process.lock import locked
+from megamask.verbs.dispatch import artefacts
+from megamask.verbs.table import VERBS
+
+# The words that make a verb write a file of its own.
+WORDS = {
+    "plan": ["--model", "llama2-7b", "--json", "{}/plan.json"],
+    "diff": ["wanda", "magnitude", "--json", "{}/d.json", "--picture", "{}/d.png"],
+    "extract": ["learned", "{}/mask.safetensors"],
+}
+WRITERS = [name for name, verb in VERBS.items() if verb.writes]
+
+
+def words(name: str, run_dir: Path) -> list[str]:
+    return [name, f"run_dir={run_dir}", *(word.format(run_dir) for word in WORDS.get(name, []))]
+
+
+def paths_of(name: str, run_dir: Path, kind: str) -> list[Path]:
+    request = parse(words(name, run_dir))
+    arguments = [build_arguments(name, request.arguments)] if VERBS[name].fields else []
+    names = VERBS[name].writes if kind == "writes" else VERBS[name].reads
+    return artefacts(names, load_config(None, request.overrides), arguments)
+
+
+def test_verbs_that_write_nothing_are_few() -> None:
+    assert set(VERBS) - set(WRITERS) <= {"inspect", "settings", "recipes", "status", "stop"}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_second_start_is_refused_by_name(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for path in paths_of(name, run_dir, "writes"):
+        with locked("megamask another", [path]):
+            assert main(words(name, run_dir)) == EXIT_USER_ERROR
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1, said
+        holder = f"is being written by megamask another (process {os.getpid()} on"
+        assert said[0].startswith(f"megamask: error: {path}: {holder}"), said
+    assert list(run_dir.iterdir()) == []  # the refused verb left nothing, its own locks included
+
+
+@pytest.mark.parametrize("name", [name for name, verb in VERBS.items() if verb.reads])
+def test_an_input_that_is_replaced_is_not_read(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in paths_of(name, tmp_path, "reads"):
+        with locked("megamask another", [path]):
+            assert main(words(name, tmp_path)) == EXIT_USER_ERROR
+        assert f"{path}: is being written by" in capsys.readouterr().err
+
+
+def test_whoever_reads_keeps_writers_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as stack:
+        for name in ("learn", "evaluate"):
+            stack.enter_context(locked(f"megamask {name}", [], paths_of(name, tmp_path, "reads")))
+        for name in ("convert", "tokenize"):
+            assert main(words(name, tmp_path)) == EXIT_USER_ERROR
+            assert "is being read by megamask learn" in capsys.readouterr().err
+
+
+def test_a_model_outside_the_run_folder_gets_no_lock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    with locked("megamask another", [tmp_path / "model"]):
+        main([*words("convert", tmp_path / "run"), f"model.hf={tmp_path / 'model'}"])
+    assert "config.json" in capsys.readouterr().err  # the model is empty, not held
+
+
+@pytest.mark.parametrize("name", [name for name, verb in VERBS.items() if not verb.is_parallel])
+def test_the_other_ranks_leave_the_work_to_rank_0(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(key, value)
+    given = ["learned", "wanda"] if name == "diff" else []
+    given = ["learned", str(tmp_path / "m.safetensors")] if name == "extract" else given
+    assert main([name, f"run_dir={tmp_path / 'run'}", *given]) == EXIT_OK
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
