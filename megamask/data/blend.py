@@ -16,15 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megamask.config import Config, run_paths
-from megamask.data.shards import Shards, open_shards
+from megamask.data.sample_cache import describes_samples, holds_plain_integers
+from megamask.data.shards import Part, Shards, open_shards
 from megamask.data.split import TRAIN
 from megamask.data.tokenizer import TextTokenizer, load_tokenizer
 from megamask.errors import ConfigError
 from megamask.storage import atomic_dir
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,57 +93,95 @@ def blend_weights(config: Config) -> dict[str, float]:
     return {name: given[name] / total for name in domains if given.get(name, 0) > 0}
 
 
-def train_dataset(config: Config, num_samples: int, seq_length: int, seed: int) -> Any:
+class Samples:
+    """Training samples, each checked against the note of the shards when it is read.
+
+    ``samples[i]`` has int64 ``tokens`` and ``labels`` (S,).
+
+    Args:
+        dataset: Megatron's dataset.
+        shards: the shards that it reads.
+    """
+
+    def __init__(self, dataset: Any, shards: list[Shards]) -> None:
+        self._dataset = dataset
+        self._most = max(shards, key=lambda one: int(one.meta["splits"][TRAIN]["largest_id"]))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Sample ``number``.
+
+        Raises:
+            ArtifactError: the sample holds a token id that no shard was written with.
+        """
+        sample: dict[str, Any] = self._dataset[number]
+        for row in (sample["tokens"], sample["labels"]):
+            smallest, largest = row.aminmax()
+            self._most.check_ids(TRAIN, int(smallest), int(largest))
+        return sample
+
+
+def train_dataset(config: Config, num_samples: int, seq_length: int, seed: int) -> Samples:
     """At least ``num_samples`` training samples, in the order fixed by (config, seed).
 
-    ``dataset[i]`` has int64 ``tokens`` and ``labels`` (S,). A domain that is shorter than its part
-    of the blend is read again in another order. Where torch.distributed runs, every rank must call
-    this function: rank 0 writes the index cache (``shards/cache``) and the other ranks wait for it.
+    A domain that is shorter than its part of the blend is read again in another order. Where
+    torch.distributed runs, every rank must call this function: rank 0 writes the index cache
+    (``shards/cache``) and the other ranks wait for it.
 
     Raises:
         ConfigError: see :func:`blend_weights`.
-        ArtifactError: see :func:`megamask.data.shards.open_shards`.
+        ArtifactError: see :func:`megamask.data.shards.open_shards`; a broken index of tokens.
     """
     weights, tokenizer = blend_weights(config), load_tokenizer(config)
     shards = {name: open_shards(config, name, TRAIN, tokenizer) for name in weights}
-    # The blend takes up to one sample more than the exact part of a domain.
-    sizes = {name: math.ceil(num_samples * weight) + 1 for name, weight in weights.items()}
-    settings = _dataset_config(shards, weights, tokenizer, seq_length, seed)
-    cache = run_paths(config).shards / "cache" / _cache_key(shards, sizes, settings)
+    sources = [
+        source for name, weight in weights.items() for source in _sources(shards[name], weight)
+    ]
+    sized = [(part, math.ceil(num_samples * weight) + 1) for part, weight in sources]
+    settings = _dataset_config(sources, tokenizer, seq_length, seed)
+    cache = run_paths(config).shards / "cache" / _cache_key(shards, sized, settings)
 
     # Rank 0 builds the index cache, then every rank reads it.
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if (not distributed or torch.distributed.get_rank() == 0) and not cache.is_dir():
-        with atomic_dir(cache) as temporary:
-            _domain_datasets(shards, sizes, settings, temporary)
+    datasets: list[Any] | None = None
+    if not distributed or torch.distributed.get_rank() == 0:
+        datasets = _cached_datasets(sized, settings, cache)
+        if datasets is None:
+            with atomic_dir(cache) as temporary:
+                _domain_datasets(sized, settings, temporary)
     if distributed:
         torch.distributed.barrier()
-    parts = _domain_datasets(shards, sizes, settings, cache)
-    return (
-        parts[0]
-        if len(parts) == 1
-        else _blended(parts, list(weights.values()), num_samples, settings)
+    datasets = datasets or _domain_datasets(sized, settings, cache)
+    blended = (
+        datasets[0]
+        if len(datasets) == 1
+        else _blended(datasets, [weight for _, weight in sources], num_samples, settings)
     )
+    return Samples(blended, list(shards.values()))
+
+
+def _sources(shards: Shards, weight: float) -> list[tuple[Part, float]]:
+    """The parts of a domain, each with its share of the weight by tokens."""
+    parts = [part for part in shards.parts(TRAIN) if part.tokens]
+    if len(parts) == 1:
+        return [(parts[0], weight)]
+    total = sum(part.tokens for part in parts)
+    return [(part, weight * part.tokens / total) for part in parts]
 
 
 def _dataset_config(
-    shards: dict[str, Shards],
-    weights: dict[str, float],
-    tokenizer: TextTokenizer,
-    seq_length: int,
-    seed: int,
+    sources: list[tuple[Part, float]], tokenizer: TextTokenizer, seq_length: int, seed: int
 ) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     eod = tokenizer.eod if tokenizer.eod is not None else -1
+    prefixes = [str(part.index.prefix) for part, _ in sources]
     return GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
-        blend_per_split=[
-            ([shard.prefix(TRAIN) for shard in shards.values()], list(weights.values())),
-            None,
-            None,
-        ],
+        blend_per_split=[(prefixes, [weight for _, weight in sources]), None, None],
         tokenizer=_DatasetTokenizer(tokenizer.fingerprint, tokenizer.vocab_size, eod),
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -150,16 +190,14 @@ def _dataset_config(
     )
 
 
-def _cache_key(shards: dict[str, Shards], sizes: dict[str, int], settings: Any) -> str:
+def _cache_key(shards: dict[str, Shards], sized: list[tuple[Part, int]], settings: Any) -> str:
     """Name of the cache folder: a hash over the paths and the content of the shards.
 
     Megatron's own cache key covers the paths only, so rewritten shards would find a stale cache.
     """
-    content = [
-        [shard.prefix(TRAIN), shard.digests(TRAIN), sizes[name]] for name, shard in shards.items()
-    ]
     deciding = [
-        content,
+        [[str(part.index.prefix), size] for part, size in sized],
+        [shard.digests(TRAIN) for shard in shards.values()],
         settings.random_seed,
         settings.sequence_length,
         settings.tokenizer.fingerprint,
@@ -167,20 +205,30 @@ def _cache_key(shards: dict[str, Shards], sizes: dict[str, int], settings: Any) 
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
 
 
-def _domain_datasets(
-    shards: dict[str, Shards], sizes: dict[str, int], settings: Any, cache: Path
-) -> list[Any]:
+def _cached_datasets(sized: list[tuple[Part, int]], settings: Any, cache: Path) -> list[Any] | None:
+    """The datasets with the indices of a cache; None where there is no cache, or a broken cache,
+    which the log names.
+    """
+    if not cache.is_dir():
+        return None
+    if holds_plain_integers(cache, len(sized)):
+        datasets = _domain_datasets(sized, settings, cache)
+        if all(describes_samples(dataset) for dataset in datasets):
+            return datasets
+    log.warning("%s does not describe the samples of the shards: built again", cache)
+    return None
+
+
+def _domain_datasets(sized: list[tuple[Part, int]], settings: Any, cache: Path) -> list[Any]:
     from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.core.datasets.utils import Split
 
     settings = dataclasses.replace(settings, path_to_cache=str(cache))
     datasets: list[Any] = []
-    for name, shard in shards.items():
-        indexed = GPTDataset.build_low_level_dataset(shard.prefix(TRAIN), settings)
-        documents = np.arange(GPTDataset.numel_low_level_dataset(indexed), dtype=np.int32)
-        datasets.append(
-            GPTDataset(indexed, shard.prefix(TRAIN), documents, sizes[name], Split.train, settings)
-        )
+    for part, size in sized:
+        prefix = str(part.index.prefix)
+        indexed = GPTDataset.build_low_level_dataset(prefix, settings)
+        datasets.append(GPTDataset(indexed, prefix, part.sequences, size, Split.train, settings))
     return datasets
 
 

@@ -82,7 +82,7 @@ def heldout_windows(
             "Raise it, or lower evaluate.window.",
         )
     stream = np.concatenate(
-        [_first_tokens(config, tokenizer), shards.stream(HELDOUT)[:max_tokens].astype(np.int64)]
+        [_first_tokens(config, tokenizer), shards.stream(HELDOUT, max_tokens).astype(np.int64)]
     )[:max_tokens]
     count = len(stream) // window
     if count == 0:

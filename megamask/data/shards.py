@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megamask.config import Config, run_paths
 from megamask.data.split import HELDOUT, TRAIN
+from megamask.data.token_index import TokenIndex, read_index
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ArtifactError, ConfigError
 from megamask.storage import lacks, read_object
@@ -43,6 +44,24 @@ META = {  # what meta.json holds, among other things
 
 
 @dataclass(frozen=True)
+class Part:
+    """The sequences of one indexed dataset that belong to a split.
+
+    Attributes:
+        index: the checked index of the dataset.
+        sequences: numbers of the sequences, ascending, int32.
+    """
+
+    index: TokenIndex
+    sequences: NDArray[np.int32]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the sequences hold."""
+        return int(self.index.lengths[self.sequences].sum(dtype=np.int64))
+
+
+@dataclass(frozen=True)
 class Shards:
     """The verified shards of one domain; ``meta`` is its meta.json."""
 
@@ -53,19 +72,50 @@ class Shards:
         """How many tokens a split holds."""
         return int(self.meta["splits"][split]["tokens"])
 
-    def prefix(self, split: str) -> str:
-        """The path of a split without its suffix, as Megatron names an indexed dataset."""
-        return str(self.folder / split)
-
     def digests(self, split: str) -> list[str]:
         """SHA-256 of the split's files."""
         return [
             self.meta["splits"][split]["files"][split + suffix]["sha256"] for suffix in SUFFIXES
         ]
 
-    def stream(self, split: str) -> NDArray[Any]:
-        """All tokens of a split in stored order, one-dimensional, mapped from disk."""
-        return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
+    def parts(self, split: str) -> list[Part]:
+        """The sequences of a split.
+
+        Raises:
+            ArtifactError: an index is broken, or holds other sequences than were written.
+        """
+        index = read_index(self.folder / split, TOKENIZE_AGAIN)
+        written = self.meta["splits"][split]
+        found = (index.dtype.name, len(index.lengths), index.tokens, len(index.all_tokens()))
+        noted = (self.meta["dtype"], written["documents"], written["tokens"], written["tokens"])
+        if found != noted:
+            problem = "holds other sequences than meta.json beside it was written for"
+            raise ArtifactError(self.folder / f"{split}.idx", problem, TOKENIZE_AGAIN)
+        return [Part(index, np.arange(len(index.lengths), dtype=np.int32))]
+
+    def stream(self, split: str, limit: int | None = None) -> NDArray[Any]:
+        """The first ``limit`` tokens of a split in stored order, one-dimensional; all without it.
+
+        Raises:
+            ArtifactError: see :meth:`parts`; or a token is larger than any that was written.
+        """
+        (part,) = self.parts(split)
+        tokens = part.index.all_tokens()[:limit]
+        if len(tokens):
+            self.check_ids(split, int(tokens.min()), int(tokens.max()))
+        return tokens
+
+    def check_ids(self, split: str, smallest: int, largest: int) -> None:
+        """Check token ids against the largest id that was written.
+
+        Raises:
+            ArtifactError: an id is negative or larger, so the file was changed afterwards.
+        """
+        written = int(self.meta["splits"][split]["largest_id"])
+        if smallest < 0 or largest > written:
+            wrong = smallest if smallest < 0 else largest
+            problem = f"holds the token id {wrong}, the largest that was written is {written}"
+            raise ArtifactError(self.folder / f"{split}.bin", problem, TOKENIZE_AGAIN)
 
 
 def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenizer) -> Shards:
