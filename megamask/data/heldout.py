@@ -81,9 +81,9 @@ def heldout_windows(
             f"at least one window of {window} tokens",
             "Raise it, or lower evaluate.window.",
         )
-    stream = np.concatenate(
-        [_first_tokens(config, tokenizer), shards.stream(HELDOUT, max_tokens).astype(np.int64)]
-    )[:max_tokens]
+    stream = np.concatenate([_first_tokens(config, tokenizer), shards.stream(HELDOUT, max_tokens)])[
+        :max_tokens
+    ]
     count = len(stream) // window
     if count == 0:
         fix = (

@@ -5,6 +5,7 @@ Each domain has one folder with {train,heldout}.bin/.idx (Megatron's indexed dat
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,17 +94,24 @@ class Shards:
             raise ArtifactError(self.folder / f"{split}.idx", problem, TOKENIZE_AGAIN)
         return [Part(index, np.arange(len(index.lengths), dtype=np.int32))]
 
-    def stream(self, split: str, limit: int | None = None) -> NDArray[Any]:
+    def stream(self, split: str, limit: int | None = None) -> NDArray[np.int64]:
         """The first ``limit`` tokens of a split in stored order, one-dimensional; all without it.
 
         Raises:
             ArtifactError: see :meth:`parts`; or a token is larger than any that was written.
         """
-        (part,) = self.parts(split)
-        tokens = part.index.all_tokens()[:limit]
-        if len(tokens):
-            self.check_ids(split, int(tokens.min()), int(tokens.max()))
-        return tokens
+        pieces, left = [np.empty(0, np.int64)], sys.maxsize if limit is None else limit
+        for part in self.parts(split):
+            tokens = part.index.all_tokens()
+            for number in part.sequences:
+                pieces.append(part.index.sequence(tokens, int(number))[:left])
+                left -= len(pieces[-1])
+                if left <= 0:
+                    break
+        stream = np.concatenate(pieces, dtype=np.int64)
+        if len(stream):
+            self.check_ids(split, int(stream.min()), int(stream.max()))
+        return stream
 
     def check_ids(self, split: str, smallest: int, largest: int) -> None:
         """Check token ids against the largest id that was written.
