@@ -1,12 +1,15 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: `megamask_env EXTRAS` makes .venv once, installs pinned versions, and puts it on PATH.
+# Sourced by the other scripts: `megamask_env EXTRAS` makes .venv once, installs pinned versions,
+# and puts it on PATH.
 #
 #   PYTHON   the Python to build on (default python3, at least 3.10)
 #   VENV     where the environment goes (default .venv in the repository)
-#   PIP_OPTIONS   more options for pip install, for example --extra-index-url with PyTorch's index of CPU builds
+#   PIP_OPTIONS   more options for pip install, for example --extra-index-url with PyTorch's index
+#            of CPU builds
 #
-# If $PYTHON already has a torch with CUDA (an NVIDIA container, a cluster module), that torch is kept and seen through
-# --system-site-packages. Otherwise the index decides: PyPI's torch for Linux brings CUDA libraries of several GB, also without a GPU.
+# If $PYTHON already has a torch with CUDA (an NVIDIA container, a cluster module), that torch is
+# kept and seen through --system-site-packages. Otherwise the index decides: PyPI's torch for Linux
+# brings CUDA libraries of several GB, also without a GPU.
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export REPO
@@ -15,7 +18,8 @@ VENV="${VENV:-$REPO/.venv}"
 
 # PyTorch's threads would spin while the sampling kernels want the cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-# Kernels start in the order they are called, so that Megatron's tensor parallel communication runs beside the weight gradients.
+# Kernels start in the order they are called, so that Megatron's tensor parallel communication runs
+# beside the weight gradients.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
 # torchrun waits this many seconds for workers that save a snapshot before it kills them (its own
@@ -39,24 +43,30 @@ retry() {
     return 1
 }
 
-# threads_per_process N: the cores of this machine, divided among N processes (torchrun would give each one thread).
+# threads_per_process N: the cores of this machine, divided among N processes (torchrun would give
+# each process one thread).
 threads_per_process() {
     local cores; cores="$(getconf _NPROCESSORS_ONLN)"
     echo $((cores / $1 > 0 ? cores / $1 : 1))
 }
 
-host_torch() { "$PYTHON" -c 'import torch; assert torch.version.cuda; print(torch.__version__)' 2>/dev/null; }
+host_torch() {
+    "$PYTHON" -c 'import torch; assert torch.version.cuda; print(torch.__version__)' 2>/dev/null
+}
 
-# The constraints of this machine: all pins; or, with a torch of the host, that torch and the pins of what the host lacks.
+# write_constraints TARGET TORCH: all pins; or, with a torch of the host, that torch and the pins of
+# what the host lacks.
 write_constraints() {
     if [ -z "$2" ]; then cp "$REPO/constraints.txt" "$1"; return; fi
     "$PYTHON" - "$REPO/constraints.txt" "$1" "$2" <<'PY'
 import importlib.metadata, re, sys
 pins, target, torch_version = sys.argv[1:]
-installed = {re.sub(r"[-_.]+", "-", d.metadata["Name"] or "").lower() for d in importlib.metadata.distributions()}
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name or "").lower()
+installed = {plain(one.metadata["Name"]) for one in importlib.metadata.distributions()}
 def on_host(line):
     name = re.match(r"[A-Za-z0-9._-]+", line)
-    return bool(name) and re.sub(r"[-_.]+", "-", name.group()).lower() in installed
+    return bool(name) and plain(name.group()) in installed
 kept = [line for line in open(pins).read().splitlines() if not on_host(line)]
 open(target, "w").write("\n".join([f"torch=={torch_version}", *kept]) + "\n")
 PY
@@ -66,27 +76,31 @@ make_venv() {
     local options=()
     if [ -n "$1" ]; then options=(--system-site-packages); fi
     "$PYTHON" -m venv --clear "${options[@]}" "$VENV" ||
-        die "$PYTHON -m venv failed. On Debian or Ubuntu install python3-venv, or name another Python with PYTHON=..."
+        die "$PYTHON -m venv failed. On Debian or Ubuntu install python3-venv, or name another" \
+            "Python with PYTHON=..."
 }
 
 ENV_SECONDS=0
 megamask_env() {
     local extras="$1" stamp key torch_version options started=$SECONDS
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-        die "$PYTHON is missing or older than Python 3.10. Name another one with PYTHON=/path/to/python3."
-    key="$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" <(printf '%s\n' "$extras" "$REPO" "$("$PYTHON" -VV)") | cksum | tr ' ' -)"
+        die "$PYTHON is missing or older than 3.10. Name another one with PYTHON=/path/to/python3."
+    key="$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" \
+        <(printf '%s\n' "$extras" "$REPO" "$("$PYTHON" -VV)") | cksum | tr ' ' -)"
     stamp="$VENV/.installed-$key"
     if [ ! -e "$stamp" ] || [ ! -x "$VENV/bin/python" ]; then
         torch_version="$(host_torch || true)"
         if [ ! -x "$VENV/bin/python" ]; then
-            say "making $VENV with $("$PYTHON" -V)${torch_version:+, keeping torch $torch_version of the host}"
+            say "making $VENV with $("$PYTHON" -V)" \
+                "${torch_version:+, keeping torch $torch_version of the host}"
             make_venv "$torch_version"
         fi
         write_constraints "$VENV/constraints.txt" "$torch_version"
         read -r -a options <<<"${PIP_OPTIONS:-}"
         say "installing megamask[$extras] with pinned versions (once; a few minutes)"
-        retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${options[@]}" \
-            -c "$VENV/constraints.txt" -e "${REPO}[$extras]" || die "pip install failed three times; its messages are above."
+        retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+            "${options[@]}" -c "$VENV/constraints.txt" -e "${REPO}[$extras]" ||
+            die "pip install failed three times; its messages are above."
         touch "$stamp"
         ENV_SECONDS=$((SECONDS - started))
         say "environment ready in $ENV_SECONDS s"

@@ -5,6 +5,7 @@ are stand-ins here: the script's decisions are the subject.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ REPO = Path(__file__).resolve().parents[3]
 
 # srun runs its command once for each task and returns the highest code, as the real one does.
 SRUN = r"""
-while [[ "$1" == --* ]]; do shift; done
+echo "$@" >>"$FAKE_FOLDER/sruns"
+while [[ "$1" == -* ]]; do shift; done
 worst=0
 for ((rank = 0; rank < FAKE_TASKS; rank++)); do
     SLURM_PROCID=$rank SLURM_NTASKS=$FAKE_TASKS SLURM_LOCALID=$((rank % 2)) SLURM_STEP_ID=0 \
@@ -27,10 +29,17 @@ exit $worst
 """
 SCONTROL = r"""
 case "$1 $2" in
-    "show hostnames") printf 'node1\nnode2\n' ;;
-    "show job") echo "JobId=7 Requeue=$FAKE_REQUEUE Restarts=0" ;;
+    "show hostnames") tr , '\n' <<<"${3/node\[1-2\]/node1,node2}" ;;
+    "show job") echo "JobId=7 Requeue=$FAKE_REQUEUE Restarts=0 ExcNodeList=(null) End=0" ;;
+    "show node") echo "NodeName=node1 NodeAddr=127.0.0.9 NodeHostName=node1" ;;
     requeue*) echo requeued >>"$FAKE_FOLDER/requeues" ;;
+    update*) echo "$3" >>"$FAKE_FOLDER/updates" ;;
 esac
+"""
+# The names of the nodes resolve, unless a test says otherwise; addresses always do.
+GETENT = r"""
+[[ "$2" == node* && -n "$FAKE_NO_NAMES" ]] && exit 2
+echo "127.0.0.9 $2"
 """
 # The program ends with its rank's code, and leaves a snapshot where it is told to.
 PROGRAM = r"""
@@ -50,7 +59,12 @@ class Job:
     folder: Path
 
     def life(
-        self, *codes: int, snapshot: str = "", may_requeue: bool = True, layout: str = "2(x2)"
+        self,
+        *codes: int,
+        snapshot: str = "",
+        may_requeue: bool = True,
+        layout: str = "2(x2)",
+        **variables: str,
     ) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
@@ -66,6 +80,11 @@ class Job:
             "FAKE_CODES": " ".join(map(str, codes)),
             "FAKE_SNAPSHOT": snapshot,
             "FAKE_REQUEUE": str(int(may_requeue)),
+            "FAKE_NODES": "node1 node2",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURMD_NODENAME": "n1",
+            "MEGAMASK_LEARN": str(self.folder / "run/learn"),  # empty: the script reads the recipe
+            **variables,
         }
         command = ["bash", str(REPO / "launch/learn.sbatch"), str(self.folder / "recipe.yaml")]
         return subprocess.run(
@@ -86,6 +105,8 @@ def job(tmp_path: Path) -> Job:
         ("scontrol", SCONTROL),
         ("python", PROGRAM),
         ("scancel", ""),
+        ("getent", GETENT),
+        ("sinfo", r'printf "%s\n" $FAKE_NODES'),
     ):
         path = tmp_path / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{body}")
@@ -108,20 +129,21 @@ def test_a_user_error_ends_the_job_with_its_code(job: Job) -> None:
 
 def test_a_recipe_that_cannot_be_read_starts_no_task(job: Job) -> None:
     (job.folder / "recipe.yaml").write_text("learn: {stepz: 3}\n")
-    done = job.life(0, 0)
+    done = job.life(0, 0, MEGAMASK_LEARN="")
     assert done.returncode == 2 and "learn.steps" in done.stderr
     assert not (job.folder / "tasks").exists()
 
 
 def test_a_saved_run_is_queued_again(job: Job) -> None:
-    assert job.life(75, 75, 75, 75, snapshot="step-00000020").returncode == 0
+    saved = job.life(75, 75, 75, 75, snapshot="step-00000020", MEGAMASK_LEARN="")
+    assert saved.returncode == 0 and "saved at step 20" in saved.stdout
     assert job.requeues == 1
 
 
 def test_a_failure_beside_saved_ranks_is_a_failure(job: Job) -> None:
     done = job.life(75, 1, 75, 75, snapshot="step-00000020")
-    assert "failed with code 200" in done.stdout and "saved" not in done.stdout
-    assert "rank 1 ended with code 1" in rank_log(job, 1)
+    assert "failed with code 200" in done.stdout and "saved at" not in done.stdout
+    assert "rank 1 on n1 ended with code 1" in rank_log(job, 1)
     assert job.requeues == 1  # there is a new snapshot to go on from
 
 
@@ -154,6 +176,80 @@ def test_each_rank_has_a_log_of_its_own(job: Job) -> None:
     done = job.life(0, 0)
     assert "the output of rank 0" in done.stdout and "rank 1" not in done.stdout
     assert "the output of rank 1" in rank_log(job, 1)
+
+
+def test_logs_go_where_submit_wants_them(job: Job) -> None:
+    job.life(0, 0, MEGAMASK_LOGS=str(job.folder / "launch/001"))
+    assert "the output of rank 1" in (job.folder / "launch/001/rank-1.log").read_text()
+
+
+def test_a_node_whose_name_does_not_resolve_is_reached_by_its_address(job: Job) -> None:
+    job.life(0, FAKE_NO_NAMES="1")
+    assert (job.folder / "tasks").read_text().split()[-1] == "127.0.0.9"
+
+
+def test_a_task_that_cannot_find_the_first_node_says_so_at_once(job: Job) -> None:
+    done = job.life(0, MASTER_ADDR="node9", FAKE_NO_NAMES="1")
+    assert "error: n1 cannot resolve node9, the first node" in done.stderr
+    assert not (job.folder / "tasks").exists()
+
+
+def test_a_busy_port_is_passed_over(job: Job) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        done = job.life(0, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    assert f"port {port} of 127.0.0.1 is busy" in done.stdout and done.returncode == 0
+
+
+def test_a_port_lies_below_those_that_the_system_hands_out(job: Job) -> None:
+    for number in (1, 7, 99_999_999):
+        job.life(0, SLURM_JOB_ID=str(number), SETUP='echo "$MASTER_PORT" >>"$FAKE_FOLDER/ports"')
+    ports = [int(word) for word in (job.folder / "ports").read_text().split()]
+    assert len(ports) >= 3 and all(20_000 <= port < 32_000 for port in ports)
+
+
+def test_each_task_runs_the_line_of_setup(job: Job) -> None:
+    """Also a line that reads variables that are not set, as those of modules and conda do."""
+    line = 'echo "$NOT_SET${RANK:-} from ${SLURM_PROCID:-the script}" >>"$FAKE_FOLDER/setup"'
+    job.life(0, 0, SETUP=line)
+    said = (job.folder / "setup").read_text().splitlines()
+    assert said == [" from the script", " from 0", " from 1"]
+
+
+def test_a_container_is_handed_to_every_srun(job: Job) -> None:
+    """The recipe too is read inside: the host may have no megamask."""
+    image = {"CONTAINER": "/images/mega mask.sqsh", "MOUNTS": "/data:/data"}
+    assert job.life(0, 0, MEGAMASK_LEARN="", **image).returncode == 0
+    calls = [line for line in (job.folder / "sruns").read_text().splitlines() if "--export" in line]
+    reading, learning = calls
+    assert "-N1 -n1" in reading and "python -c" in reading
+    for call in (reading, learning):
+        assert "--container-image=/images/mega mask.sqsh" in call
+        assert "--container-mounts=/data:/data" in call
+
+
+def test_cores_and_options_reach_srun(job: Job) -> None:
+    job.life(0, SLURM_CPUS_PER_TASK="6", SRUN="--cpu-bind=cores --mpi=none")
+    call = (job.folder / "sruns").read_text()
+    assert "--export=ALL --cpus-per-task=6 " in call and "--cpu-bind=cores --mpi=none bash" in call
+
+
+def test_a_node_that_fails_first_twice_in_a_row_is_left_out(job: Job) -> None:
+    spare = {"FAKE_NODES": "n1 n2 n3"}
+    job.life(0, 1, SLURMD_NODENAME="n2", **spare)
+    job.life(0, 1, SLURMD_NODENAME="n1", SLURM_RESTART_COUNT="1", **spare)
+    assert not (job.folder / "updates").exists()  # each failed once
+    done = job.life(1, 1, SLURMD_NODENAME="n1", SLURM_RESTART_COUNT="2", **spare)
+    assert (job.folder / "updates").read_text() == "ExcNodeList=n1\n"
+    assert "n1 failed first twice in a row" in done.stdout and job.requeues == 3
+
+
+def test_a_node_that_the_job_needs_is_not_left_out(job: Job) -> None:
+    for life in ("0", "1"):
+        job.life(1, SLURM_RESTART_COUNT=life, FAKE_NODES="n1 n2")
+    assert not (job.folder / "updates").exists() and job.requeues == 2
 
 
 def rank_log(job: Job, rank: int) -> str:

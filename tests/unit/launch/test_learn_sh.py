@@ -1,0 +1,97 @@
+"""What launch/learn.sh says, and how it calls torchrun, which is a stand-in here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """A stand-in for Python that prints its arguments and what it was told by the environment."""
+    path = tmp_path / "python"
+    path.write_text(
+        "#!/usr/bin/env bash\n"
+        'echo "share=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-} $*" | tr "\\n" " "\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def learn(python: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(REPO / "launch/learn.sh"), *words],
+        env={**os.environ, "MEGAMASK_PYTHON": str(python), "NPROC_PER_NODE": "2", **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_one_node_needs_no_name_that_resolves(python: Path) -> None:
+    done = learn(python, "my recipe.yaml", "learn.steps=3", VERB="prune")
+    assert "share= -m torch.distributed.run --standalone --local-addr 127.0.0.1" in done.stdout
+    assert "--nproc-per-node 2 --no-python bash -c" in done.stdout
+    assert done.stdout.rstrip().endswith("megamask prune --config my recipe.yaml learn.steps=3")
+
+
+def test_restarts_need_a_store_of_their_own(python: Path) -> None:
+    """Without the variable, restarted processes on gloo find addresses of dead ones and hang."""
+    assert "share=1" in (done := learn(python, "r.yaml", RESTARTS="2")).stdout
+    assert "--max-restarts 2" in done.stdout
+
+
+def nodes(rank: int, port: int, host: str = "127.0.0.1") -> dict[str, str]:
+    return {
+        "NNODES": "2",
+        "NODE_RANK": str(rank),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+        "MASTER_WAIT": "1",
+    }
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_name_that_does_not_resolve_is_one_message(python: Path, rank: int) -> None:
+    done = learn(python, "r.yaml", **nodes(rank, 29500, "no-such-node.invalid"))
+    assert done.returncode == 2 and not done.stdout
+    assert "MASTER_ADDR=no-such-node.invalid does not resolve" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_first_node_refuses_a_port_that_is_taken(python: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        done = learn(python, "r.yaml", **nodes(0, port))
+        assert done.returncode == 2 and f"port {port} of 127.0.0.1 is taken" in done.stderr
+        joined = learn(python, "r.yaml", **nodes(1, port))
+    assert joined.returncode == 0 and f"--master-port {port}" in joined.stdout
+
+
+def test_another_node_waits_for_the_first_and_says_what_is_missing(python: Path) -> None:
+    port = free_port()
+    done = learn(python, "r.yaml", **nodes(1, port))
+    assert done.returncode == 2
+    assert f"node 1 waits for 127.0.0.1:{port}, node 0 (at most 1 s)" in done.stdout
+    assert "did not answer" in done.stderr and "NODE_RANK=0" in done.stderr
+
+
+def test_without_a_recipe_the_use_is_shown(python: Path) -> None:
+    done = learn(python)
+    assert done.returncode == 2 and "./launch/learn.sh RECIPE" in done.stderr
