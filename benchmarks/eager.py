@@ -19,6 +19,34 @@ import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from benchmarks.lab import LOGIT_STD, Lab
+from megamask.sparsity.pattern import Pattern
+
+
+def sample(
+    logits_OGC: torch.Tensor, weight_OI: torch.Tensor, table_CM: torch.Tensor
+) -> torch.Tensor:
+    """W * M, (O, I), with M the mix of candidates under Gumbel-softmax weights (MaskLLM, Eq. 4)."""
+    soft_OGC = F.gumbel_softmax(logits_OGC * 100.0, tau=1.0, dim=-1)
+    return weight_OI * (soft_OGC @ table_CM.to(soft_OGC)).flatten(1)
+
+
+class EagerSampling:
+    """The sampling of one layer alone, forward and backward, on bf16 logits."""
+
+    def __init__(self, weight_OI: torch.Tensor, grad_OI: torch.Tensor, pattern: Pattern) -> None:
+        out_features, in_features = weight_OI.shape
+        self.weight, self.grad = weight_OI, grad_OI
+        self.table_CM = pattern.candidates(torch.bfloat16, weight_OI.device)
+        shape = (out_features, in_features // pattern.m, pattern.num_candidates)
+        logits = torch.randn(shape, device=weight_OI.device).mul_(LOGIT_STD)
+        self.logits = logits.to(weight_OI.dtype).requires_grad_()
+
+    def __call__(self) -> torch.Tensor:
+        """The gradient at the logits, (O, G, C)."""
+        masked = sample(self.logits, self.weight, self.table_CM)
+        objective = (masked * self.grad).sum() - 1e-5 * masked.float().square().sum()
+        (gradient,) = torch.autograd.grad(objective, self.logits)
+        return gradient
 
 
 class EagerSide:
@@ -48,8 +76,7 @@ class EagerSide:
 
     def masked_weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """W * M with M the mix of candidates under Gumbel-softmax weights."""
-        soft_OGC = F.gumbel_softmax(self.logits[name] * 100.0, tau=1.0, dim=-1)
-        masked = weight * (soft_OGC @ self.table_CM.to(soft_OGC)).flatten(1)
+        masked = sample(self.logits[name], weight, self.table_CM)
         self.norms.append(masked.float().square().sum())
         return masked
 

@@ -68,6 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print, write; 1 when a check fails."""
     known = parser(__doc__ or "")
     add_model_options(known)
+    known.add_argument(
+        "--patterns", nargs="+", metavar="N:M", help="of those below: these; default: all"
+    )
     known.set_defaults(model="toy", dtype="fp32", micro=2, accumulate=2, seq=64)
     options = known.parse_args(argv)
     device = choose_device(options.device)
@@ -77,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             if device.type == "cpu" and backend is REFERENCES[distribution]:
                 continue  # the reference itself
             for pattern in patterns:
+                if options.patterns and pattern not in options.patterns:
+                    continue
                 checks += check_operator(
                     name, backend, Pattern.parse(pattern), distribution, device
                 )

@@ -17,6 +17,7 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.common import Timings, copy_bandwidth, interleave, parser, report, table
+from benchmarks.eager import EagerSampling
 from benchmarks.lab import LOGIT_STD
 from megamask.config.learn_tree import SamplingSection
 from megamask.errors import ConfigError
@@ -34,7 +35,7 @@ from megamask.weights.shapes import SHAPES, read_shape
 
 OPERATIONS = ("forward", "backward", "mask statistics")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PLAIN = "torch"
+PLAIN, EAGER = "torch", "eager"
 MASKS = ["categorical/2:4", "subset/2:4", "subset/4:8", "subset/8:16"]
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             masks: Layer(out_features, in_features, masks, options, device)
             for masks in options.masks
         }
-        timings = measure(layers, options.rounds, device)
+        timings = measure(layers, options.rounds, device, options.eager)
         first = options.masks[0]
         rows += [
             layer.figures(name, backend, timings, copy, first)
@@ -87,6 +88,11 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=tuple(DTYPES), default="bf16", help="of weight and gradient"
     )
     options.add_argument("--hard", action="store_true", help="one-hot masks")
+    options.add_argument(
+        "--eager",
+        action="store_true",
+        help="also time the sampling of the paper's method in plain PyTorch (benchmarks/eager.py)",
+    )
     options.add_argument(
         "--copy-mib",
         type=int,
@@ -220,18 +226,24 @@ class Layer:
         here = f"{self.masks} {backend}"
         row["speed_up"] = ratio(timings, f"{self.masks} {PLAIN}", here)
         row["against_first"] = ratio(timings, here, f"{first} {backend}")
+        row["eager_over_this"] = ratio(timings, f"{self.masks} {EAGER}", here)
         return row
 
 
-def measure(layers: dict[str, Layer], rounds: int, device: torch.device) -> Timings:
+def measure(
+    layers: dict[str, Layer], rounds: int, device: torch.device, with_eager: bool = False
+) -> Timings:
     """Times of every kind of masks, backend and operation, interleaved; and of forward and backward
     together, as ``masks backend``.
     """
-    timings = interleave(
-        {side: work for layer in layers.values() for side, work in layer.sides().items()},
-        rounds,
-        device,
-    )
+    sides = {side: work for layer in layers.values() for side, work in layer.sides().items()}
+    if with_eager:
+        sides |= {
+            f"{masks} {EAGER}": EagerSampling(layer.weight, layer.grad, layer.site.pattern)
+            for masks, layer in layers.items()
+            if masks.startswith("categorical/")
+        }
+    timings = interleave(sides, rounds, device)
     both = {}
     for side in (
         f"{masks} {backend}" for masks, layer in layers.items() for backend in layer.backends
@@ -255,6 +267,7 @@ def show(rows: list[dict[str, Any]], copy: float, options: argparse.Namespace) -
     print(f"\ncopy bandwidth, read plus written: {copy / 1e9:.1f} GB/s")
     title = f"{options.shapes}, {options.dtype} weights, fp32 logits"
     against = [f"forward + backward against {one}" for one in (PLAIN, options.masks[0])]
+    against += ["eager / this"] if options.eager else []
     columns = [
         "linear",
         "masks",
@@ -270,6 +283,7 @@ def show(rows: list[dict[str, Any]], copy: float, options: argparse.Namespace) -
             *(row[one]["ns_per_weight"] for one in OPERATIONS),
             row["speed_up"],
             row["against_first"],
+            *([row["eager_over_this"]] if options.eager else []),
         ]
         for row in rows
     ]

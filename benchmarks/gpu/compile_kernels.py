@@ -1,0 +1,195 @@
+"""Compile the Triton kernels that a lease and a learning run ask for, on a machine without a GPU.
+
+``TRITON_CACHE_DIR=/tmp/triton-cache python -m benchmarks.gpu.compile_kernels --capability 90``
+
+The kernels go through the call sites of the product and through Triton's own binder; only the
+launch is left out. So the cache holds exactly the entries that the same calls look for on a GPU,
+as long as Python, Triton and the kernels' sources are the same on both machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from benchmarks.gpu.lease_parts import MASKS
+from benchmarks.sampling import layer_shapes
+from megamask.sparsity.distributions import DISTRIBUTIONS
+from megamask.sparsity.draw import GradientSink, Sample, Site
+from megamask.sparsity.kernels import triton_host
+from megamask.sparsity.noise import NoiseKey
+from megamask.sparsity.operator import sampler_for
+from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.shard import Placement
+from megamask.weights.shapes import read_shape
+
+KEY = NoiseKey(1, 2, 3, 4)
+SOFT, HARD = (Sample(KEY, kappa=300.0, tau=0.5, hard=hard) for hard in (False, True))
+FP32, BF16 = torch.float32, torch.bfloat16
+PARITY_ROWS, PARITY_GROUPS = 256, 96  # of benchmarks/parity.py
+MODELS = ("llama2-7b", "smollm2-135m")
+
+
+class _Driver:
+    """Answers what Triton's binder asks of a driver; there is no device."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        """The first device."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """The device to compile for."""
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where the tensors lie."""
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        """PyTorch's module of the device."""
+        return torch.cuda
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A masked linear as a kernel sees it.
+
+    Attributes:
+        masks: distribution/N:M.
+        rows: O.
+        columns: I.
+        weights: dtype of the weight.
+        logits: dtype of the logits.
+        gradient: dtype of the gradient at the masked weight.
+        blocks: row blocks of the shard: 2 for a fused gate and up.
+    """
+
+    masks: str
+    rows: int
+    columns: int
+    weights: torch.dtype = BF16
+    logits: torch.dtype = FP32
+    gradient: torch.dtype = BF16
+    blocks: int = 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile; print the number of kernels and the seconds."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--capability", type=int, default=90, help="90 for an H100 or H200")
+    options.add_argument("--masks", nargs="+", default=MASKS, metavar="DISTRIBUTION/N:M")
+    options.add_argument("--models", nargs="*", default=MODELS, metavar="SHAPE")
+    chosen = options.parse_args(argv)
+    begin, count = time.monotonic(), 0
+    with compiling(chosen.capability) as compiled:
+        for masks in chosen.masks:
+            parity(masks)
+            for model in chosen.models:
+                run(masks, model)
+            print(f"{masks}: {len(compiled) - count} kernels", flush=True)
+            count = len(compiled)
+    print(f"{count} kernels for sm_{chosen.capability} in {time.monotonic() - begin:.0f} s")
+    return 0
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[list[Any]]:
+    """Make launches of ``triton_host`` compile for ``capability`` and do nothing else.
+
+    Yields:
+        The compiled kernels, each once.
+    """
+    compiled: list[Any] = []
+    seen: set[int] = set()
+
+    def launch(
+        kernel: Any, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any
+    ) -> None:
+        options = {"num_warps": triton_host.WARPS, "enable_fp_fusion": True}
+        made = kernel.warmup(*arguments, grid=(programs,), **constants, **options)
+        if id(made) not in seen:
+            seen.add(id(made))
+            compiled.append(made)
+
+    before: Any = driver.__dict__.get("_active")
+    driver.set_active(_Driver(capability))
+    try:
+        with patch.object(triton_host, "_launch", launch):
+            yield compiled
+    finally:
+        driver.__dict__["_active"] = before
+
+
+def parity(masks: str) -> None:
+    """The kernels of ``benchmarks.parity``: the sample itself, hard masks, statistics."""
+    for dtype in (FP32, BF16):
+        columns = PARITY_GROUPS * _pattern(masks).m
+        layer = Layer(masks, PARITY_ROWS, columns, dtype, gradient=dtype)
+        use(layer, SOFT, GradientSink(norm_coef=1e-3))
+    use(Layer(masks, PARITY_ROWS, columns, FP32, gradient=FP32), HARD, None)
+
+
+def run(masks: str, model: str) -> None:
+    """The kernels of a learning run: the first draw of a step replaces the gradient buffer and
+    measures, later draws add to it; with one draw per step the gradient is fp32.
+    """
+    for name, (rows, columns) in layer_shapes(read_shape(model)).items():
+        for logits, hard in ((FP32, False), (BF16, True)):
+            sample = HARD if hard else SOFT
+            for gradient in (BF16, FP32) if logits is FP32 else (BF16,):
+                layer = Layer(masks, rows, columns, BF16, logits, gradient, _blocks(name))
+                for replace in (True, False):
+                    use(layer, sample, GradientSink(1e-5, _empty(layer, logits), replace), replace)
+
+
+def use(layer: Layer, sample: Sample, sink: GradientSink | None, statistics: bool = False) -> None:
+    """One forward pass, one backward pass into ``sink`` and the statistics of a layer."""
+    pattern, distribution = _pattern(layer.masks), DISTRIBUTIONS[layer.masks.partition("/")[0]]
+    groups = layer.columns // pattern.m
+    place = Placement.shard(layer.rows, groups, axis=0, rank=0, size=1, stride=layer.blocks)
+    site, sampler = Site(pattern, place, distribution), sampler_for("triton", distribution)
+    # Memory that nobody touches is not taken from the machine.
+    logits = torch.empty(layer.rows, site.logits_per_group, groups, dtype=layer.logits)
+    weight = torch.empty(layer.rows, layer.columns, dtype=layer.weights)
+    sampler.forward(logits, weight, site, sample, statistics)
+    if sink is not None:
+        gradient = torch.empty(layer.rows, layer.columns, dtype=layer.gradient)
+        sampler.backward(gradient, logits, weight, site, sample, sink)
+    sampler.mask_statistics(logits, site, sample.kappa)
+
+
+def _empty(layer: Layer, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient buffer of a layer."""
+    name, pattern = layer.masks.partition("/")[0], _pattern(layer.masks)
+    count = DISTRIBUTIONS[name].logits_per_group(pattern)
+    return torch.empty(layer.rows, count, layer.columns // pattern.m, dtype=dtype)
+
+
+def _pattern(masks: str) -> Pattern:
+    return Pattern.parse(masks.partition("/")[2])
+
+
+def _blocks(name: str) -> int:
+    """Row blocks of a shard of this linear."""
+    return 2 if name == "fc1" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

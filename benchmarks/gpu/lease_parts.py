@@ -1,0 +1,223 @@
+"""The parts of a lease of one GPU, the most valuable first: what each answers, how long it should
+take, and its command.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNEL_TESTS = (
+    "tests/unit/sparsity/kernels/triton_checks.py",
+    "tests/unit/sparsity/kernels/triton_subset_checks.py",
+)
+# M = 16 and 32 are left out: a backward kernel of 8:16 takes minutes of a CPU to compile.
+KERNELS_OF_A_LEASE = "not 8-16 and not 2-32"
+ONE_KERNEL = "test_hard_masks_differ_only_at_near_ties"  # of the first file, in the interpreter
+MASKS = ("subset/2:4", "categorical/2:4", "subset/4:8")
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the commands of the parts depend on.
+
+    Attributes:
+        device: ``cuda``, or ``cpu`` for the same parts at toy size.
+        work: folder for files that do not come back.
+        model: a Hugging Face folder or a GGUF file; None where there is no real model.
+        recipe: of the learning run.
+        steps: of the learning run.
+    """
+
+    device: str
+    work: Path
+    model: Path | None = None
+    recipe: Path = Path("configs/recipes/quickstart.yaml")
+    steps: int = 300
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether the parts run at toy size."""
+        return self.device == "cpu"
+
+    def benchmark(self, module: str, *options: str, toy: tuple[str, ...] = ()) -> list[str]:
+        """``python -m benchmarks.MODULE``; ``toy`` replaces the options on a CPU."""
+        chosen = ("--threads", "1", *toy) if self.is_toy else options
+        return [sys.executable, "-m", f"benchmarks.{module}", "--device", self.device, *chosen]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes:
+        name: as given to ``--parts``.
+        answers: the question that it answers.
+        seconds: expected on an H100, imports and compiling included. An estimate until a lease has
+            measured it.
+        limit: seconds after which the part is ended.
+        command: its command; None where the situation lacks what it needs.
+        writes_figures: whether the command takes ``--json FILE``.
+    """
+
+    name: str
+    answers: str
+    seconds: int
+    limit: int
+    command: Callable[[Situation], list[str] | None]
+    writes_figures: bool = True
+
+
+def _facts(here: Situation) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu.machine_facts"]
+
+
+def _kernels(here: Situation) -> list[str]:
+    workers = [] if here.is_toy else ["-n", str(min(12, os.cpu_count() or 1))]
+    chosen = [KERNEL_TESTS[0]] if here.is_toy else list(KERNEL_TESTS)
+    which = ONE_KERNEL if here.is_toy else KERNELS_OF_A_LEASE
+    plain = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which]
+    switch = f"TRITON_INTERPRET={int(here.is_toy)}"
+    return ["env", switch, *plain, *workers, *chosen]
+
+
+def _parity(here: Situation) -> list[str]:
+    return here.benchmark("parity", "--patterns", "2:4", "4:8", toy=("--patterns", "2:4"))
+
+
+def _sampling(here: Situation) -> list[str]:
+    return here.benchmark(
+        "sampling",
+        *("--shapes", "llama2-7b", "--only", "fc1", "fc2", "--masks", *MASKS),
+        *("--backends", "triton", "--rounds", "15", "--copy-mib", "2048", "--eager"),
+        toy=(
+            *("--shapes", "toy", "--only", "qkv", "--masks", "categorical/2:4"),
+            *("--rounds", "2", "--copy-mib", "4", "--eager"),
+        ),
+    )
+
+
+def _step(*settings: str, accumulate: int = 16) -> Callable[[Situation], list[str]]:
+    shape = ("--model", "llama2-7b", "--layers", "4", "--micro", "1", "--seq", "4096")
+    toy = ("--model", "toy", "--micro", "1", "--seq", "64", "--rounds", "1", "--no-memory")
+    chosen = ("learn.method=subset", *settings)
+
+    def command(here: Situation) -> list[str]:
+        batch = ("--accumulate", str(accumulate), "--rounds", "3", "--no-memory")
+        return here.benchmark("step", *shape, *batch, *chosen, toy=(*toy, *chosen))
+
+    return command
+
+
+def _real_model(here: Situation) -> list[str] | None:
+    if here.model is None:
+        return None
+    return [
+        *(sys.executable, "-m", "benchmarks.gpu.real_model", "--device", here.device),
+        *("--model", str(here.model), "--recipe", str(here.recipe), "--steps", str(here.steps)),
+        *("--run-dir", str(here.work / "run")),
+    ]
+
+
+def _whole_model(here: Situation) -> list[str]:
+    return here.benchmark(
+        "gpu.whole_model", "--model", "llama2-7b", "--seq", "4096", toy=("--model", "toy")
+    )
+
+
+def _semi_structured(here: Situation) -> list[str] | None:
+    if here.is_toy:
+        return None
+    return [sys.executable, "-m", "benchmarks.gpu.semi_structured"]
+
+
+def _repeat(here: Situation) -> list[str]:
+    return here.benchmark(
+        "gpu.repeat", "--model", "smollm2-135m", "--layers", "8", toy=("--model", "toy")
+    )
+
+
+def _optimizers(here: Situation) -> list[str]:
+    return here.benchmark(
+        "optimizers",
+        *("--rows", "4096", "--columns", "4096", "--layers", "8", "--rounds", "5"),
+        toy=("--rows", "8", "--columns", "64", "--layers", "1", "--rounds", "1"),
+    )
+
+
+def _plan(here: Situation) -> list[str]:
+    return here.benchmark(
+        "plan",
+        *("--model", "llama2-7b", "--layers", "4", "--micro", "1", "--seq", "4096"),
+        toy=("--model", "toy", "--micro", "1", "--seq", "64", "--rounds", "1"),
+    )
+
+
+def _memory(here: Situation) -> list[str]:
+    return here.benchmark(
+        "memory",
+        *("--model", "llama2-7b", "--layers", "4", "--micro", "1", "--seq", "1024"),
+        "learn.memory=leanest",
+        toy=("--model", "toy", "--micro", "1", "--seq", "64", "learn.memory=leanest"),
+    )
+
+
+def _profile(here: Situation) -> list[str] | None:
+    if here.is_toy:
+        return None
+    sampling = here.benchmark(
+        "sampling",
+        *("--shapes", "llama2-7b", "--only", "fc1", "--masks", "subset/2:4"),
+        *("--backends", "triton", "--rounds", "1", "--copy-mib", "64"),
+    )
+    metrics = (
+        "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+        "smsp__inst_executed.sum",
+        "sm__warps_active.avg.pct_of_peak_sustained_active",
+        "gpu__time_duration.sum",
+    )
+    profiler = ["ncu", "--clock-control", "none", "--launch-skip", "2", "-c", "2"]
+    return [
+        *profiler,
+        "-k",
+        "regex:^(forward|backward)$",
+        "--metrics",
+        ",".join(metrics),
+        *sampling,
+    ]
+
+
+PARTS = (
+    Part("facts", "card, clocks, versions, whether names resolve", 10, 40, _facts, False),
+    Part("kernels", "do the compiled kernels pass their own tests", 80, 120, _kernels, False),
+    Part("parity", "is this device's path the reference's", 45, 90, _parity),
+    Part("sampling", "share of copy bandwidth; eager sampling", 50, 90, _sampling),
+    Part("step", "masked / dense, a draw per micro-batch", 40, 70, _step()),
+    Part(
+        "step-one-draw",
+        "masked / dense, one draw per step of 16 micro-batches",
+        35,
+        70,
+        _step("learn.sampling.draws=step"),
+    ),
+    Part("real-model", "a real model learns: perplexities, tokens/s", 170, 240, _real_model),
+    Part("semi", "2:4 inference against dense, by shape and tokens", 20, 40, _semi_structured),
+    Part(
+        "step-lean",
+        "masked / dense with the lean state",
+        60,
+        90,
+        _step("learn.memory=lean", "learn.sampling.draws=step"),
+    ),
+    Part("repeat", "are two runs equal bit for bit", 40, 80, _repeat),
+    Part("profile", "which bound each kernel hits", 40, 60, _profile, False),
+    Part("whole-model", "LLaMA-2-7B whole: seconds, memory, MFU", 60, 120, _whole_model),
+    Part("optimizers", "nanoseconds a logit of each update", 40, 70, _optimizers),
+    Part("plan", "planned against measured memory and time", 30, 60, _plan),
+    Part("memory", "bytes a weight of the leanest state", 30, 60, _memory),
+)
+BY_NAME = {part.name: part for part in PARTS}
