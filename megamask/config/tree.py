@@ -76,13 +76,15 @@ class ParallelSection(Section):
 class CorpusSection(Section):
     """One text domain. ``kind`` says where its documents come from."""
 
-    kind: Literal["stdlib", "pydocs", "text", "jsonl", "parquet", "hf"]
+    kind: Literal["stdlib", "pydocs", "text", "jsonl", "parquet", "files", "hf"]
     path: str | None = Field(
-        None, description="file, folder or glob (text, jsonl, parquet) or dataset name (hf)"
+        None,
+        description="file, folder or glob (text, jsonl, parquet; files: each by the ending of its "
+        "name) or dataset name (hf)",
     )
     config: str | None = Field(None, description="dataset configuration (hf)")
     split: str = Field("train", description="dataset split (hf)")
-    field: str = Field("text", description="column that holds the text (jsonl, parquet, hf)")
+    field: str = Field("text", description="column that holds the text (jsonl, parquet, files, hf)")
     max_bytes: int | None = Field(None, ge=1, le=10**15, description="stop after this much text")
     heldout: Share = Field(0.05, description="share of documents kept for evaluation")
 

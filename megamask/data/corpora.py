@@ -1,13 +1,12 @@
 """Sources of text: one reader for each corpus kind; every reader yields documents in a fixed order.
 
 A new corpus kind is a reader function here, a line in ``READERS`` and a value of
-``CorpusSection.kind``.
+``CorpusSection.kind``. A new format of files is a line in ``FILE_READERS``, and its endings in
+``text_files.FORMATS``.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
 import json
 import logging
 import sys
@@ -18,10 +17,19 @@ from typing import Any
 
 from megamask.config import CorpusSection
 from megamask.data import stdlib
+from megamask.data.text_files import (
+    corpus_files,
+    format_of,
+    lines,
+    missing_library,
+    required_path,
+    unreadable,
+    whole_text,
+)
 from megamask.errors import ArtifactError, ConfigError
 
 log = logging.getLogger(__name__)
-SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}
+ROWS = 1024  # rows of a table that are texts in memory at once
 
 
 @dataclass(frozen=True)
@@ -100,57 +108,21 @@ def source_stamp(name: str, corpus: CorpusSection) -> list[Any]:
     Raises:
         ConfigError: the path is not given or matches nothing.
     """
-    if corpus.kind in SUFFIXES:
-        stats = [(str(path), path.stat()) for path in _files(name, corpus)]
+    if READERS[corpus.kind] is _read_files:
+        stats = [(str(path), path.stat()) for path in corpus_files(name, corpus)[0]]
         return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     if corpus.kind == "hf":
-        return [_required_path(name, corpus)]
+        return [required_path(name, corpus)]
     return [sys.version]
 
 
-def _files(name: str, corpus: CorpusSection) -> list[Path]:
-    """The sorted files of a path: a file, a glob, or all files of the kind below a folder."""
-    given = _required_path(name, corpus)
-    path = Path(given).expanduser()
-    try:
-        path.is_dir()
-    except (OSError, ValueError) as error:  # too long, or with a zero byte
-        shown = given if len(given) <= 80 else f"{given[:77]}..."
-        allowed = f"a path that can be looked up ({error.__class__.__name__})"
-        raise ConfigError(
-            f"data.domains.{name}.path", shown, allowed, "Correct the path."
-        ) from None
-    if path.is_dir():
-        candidates = [
-            file
-            for file in path.rglob("*")
-            if file.name.endswith(SUFFIXES[corpus.kind]) and not _hidden(file.relative_to(path))
-        ]
-    elif path.is_file():
-        candidates = [path]
-    else:
-        candidates = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    files = sorted(file for file in candidates if file.is_file())
-    if not files:
-        allowed = f"a file, folder or glob with {corpus.kind} files; nothing was found there"
-        raise ConfigError(f"data.domains.{name}.path", given, allowed, "Correct the path.")
-    return files
+def files_left_out(name: str, corpus: CorpusSection) -> list[Path]:
+    """The files below the folder of a domain that its reader leaves out; none for other kinds.
 
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _required_path(name: str, corpus: CorpusSection) -> str:
-    if not corpus.path:
-        wanted = "a dataset name" if corpus.kind == "hf" else "a file, folder or glob"
-        raise ConfigError(
-            f"data.domains.{name}.path",
-            corpus.path,
-            f"kind {corpus.kind} needs {wanted}",
-            f"Set data.domains.{name}.path.",
-        )
-    return corpus.path
+    Raises:
+        ConfigError: the path is not given or matches nothing.
+    """
+    return corpus_files(name, corpus)[1] if READERS[corpus.kind] is _read_files else []
 
 
 def _missing_column(name: str, corpus: CorpusSection, where: Any, columns: Any) -> ConfigError:
@@ -160,13 +132,6 @@ def _missing_column(name: str, corpus: CorpusSection, where: Any, columns: Any) 
         corpus.field,
         allowed,
         f"Set data.domains.{name}.field to one of them.",
-    )
-
-
-def _missing_library(name: str, corpus: CorpusSection, library: str) -> ConfigError:
-    allowed = f"reading it needs the Python package {library}, which is not installed"
-    return ConfigError(
-        f"data.domains.{name}.kind", corpus.kind, allowed, f"Run: pip install {library}"
     )
 
 
@@ -182,40 +147,23 @@ def _read_pydocs(name: str, corpus: CorpusSection) -> Iterator[Document]:
     return (Document(prose, source) for prose, source in stdlib.prose())
 
 
-def _read_text(name: str, corpus: CorpusSection) -> Iterator[Document]:
-    for file in _files(name, corpus):
-        try:
-            yield _own_key(file.read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ArtifactError(
-                file,
-                f"is not UTF-8 text ({error.reason})",
-                f"Narrow data.domains.{name}.path to text files.",
-            ) from error
+def _read_files(name: str, corpus: CorpusSection) -> Iterator[Document]:
+    """The documents of every file, each file in the format of the kind, or of its own name."""
+    for file in corpus_files(name, corpus)[0]:
+        form = format_of(file) if corpus.kind == "files" else corpus.kind
+        assert form is not None
+        yield from map(_own_key, FILE_READERS[form](name, corpus, file))
 
 
-def _read_jsonl(name: str, corpus: CorpusSection) -> Iterator[Document]:
-    for file in _files(name, corpus):
-        for number, line in enumerate(_lines(name, file), 1):
-            if line.strip():
-                yield _own_key(
-                    _text_of(
-                        name, corpus, _parse(name, file, number, line), f"{file}, line {number}"
-                    )
-                )
+def _read_text(name: str, corpus: CorpusSection, file: Path) -> Iterator[str]:
+    yield whole_text(name, file)
 
 
-def _lines(name: str, file: Path) -> Iterator[str]:
-    opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rt", encoding="utf-8-sig") as stream:
-            yield from stream
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ArtifactError(
-            file,
-            f"cannot be read to its end ({error})",
-            f"Restore the file or change data.domains.{name}.path.",
-        ) from error
+def _read_jsonl(name: str, corpus: CorpusSection, file: Path) -> Iterator[str]:
+    for number, line in enumerate(lines(name, file), 1):
+        if line.strip():
+            record = _parse(name, file, number, line)
+            yield _text_of(name, corpus, record, f"{file}, line {number}")
 
 
 def _parse(name: str, file: Path, number: int, line: str) -> dict[str, Any]:
@@ -252,34 +200,72 @@ def _text_of(name: str, corpus: CorpusSection, record: dict[str, Any], where: st
     return value or ""
 
 
-def _read_parquet(name: str, corpus: CorpusSection) -> Iterator[Document]:
+def _read_parquet(name: str, corpus: CorpusSection, file: Path) -> Iterator[str]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise _missing_library(name, corpus, "pyarrow") from None
-    for file in _files(name, corpus):
-        try:
-            table = parquet.ParquetFile(file)
-        except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-            raise ArtifactError(
-                file,
-                f"is not a readable Parquet file ({error})",
-                f"Correct data.domains.{name}.path.",
-            ) from error
-        if corpus.field not in table.schema_arrow.names:
-            raise _missing_column(name, corpus, file, table.schema_arrow.names)
-        for batch in table.iter_batches(columns=[corpus.field]):
-            yield from (
-                _own_key(_text_of(name, corpus, record, str(file))) for record in batch.to_pylist()
-            )
+        raise missing_library(name, "kind", corpus.kind, "pyarrow") from None
+    read = 0
+    try:
+        table = parquet.ParquetFile(file)
+        _check_column(name, corpus, file, table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=ROWS, columns=[corpus.field]):
+            for row in batch.to_pylist():
+                read += 1
+                yield _text_of(name, corpus, row, f"{file}, row {read}")
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        problem = f"is not a readable Parquet file after row {read}"
+        raise unreadable(name, file, problem, error) from error
+
+
+def _read_arrow(name: str, corpus: CorpusSection, file: Path) -> Iterator[str]:
+    """The rows of an Arrow file as ``datasets`` saves it: a stream, or the file format."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise missing_library(name, "kind", corpus.kind, "pyarrow") from None
+    read = 0
+    try:
+        with pyarrow.memory_map(str(file)) as source:
+            try:
+                batches = pyarrow.ipc.open_stream(source)
+            except ValueError:
+                held = pyarrow.ipc.open_file(source)
+                batches = map(held.get_batch, range(held.num_record_batches))
+            for batch in batches:
+                _check_column(name, corpus, file, batch.schema.names)
+                column = batch.column(corpus.field)
+                for start in range(0, len(column), ROWS):
+                    for value in column.slice(start, ROWS).to_pylist():
+                        read += 1
+                        row = {corpus.field: value}
+                        yield _text_of(name, corpus, row, f"{file}, row {read}")
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        raise unreadable(
+            name, file, f"is not a readable Arrow file after row {read}", error
+        ) from error
+
+
+def _check_column(name: str, corpus: CorpusSection, file: Path, columns: list[str]) -> None:
+    if corpus.field not in columns:
+        raise _missing_column(name, corpus, file, columns)
+
+
+FileReader = Callable[[str, CorpusSection, Path], Iterator[str]]
+FILE_READERS: dict[str, FileReader] = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+}
 
 
 def _read_hf(name: str, corpus: CorpusSection) -> Iterator[Document]:
-    path = _required_path(name, corpus)
+    path = required_path(name, corpus)
     try:
         import datasets
     except ImportError:
-        raise _missing_library(name, corpus, "datasets") from None
+        raise missing_library(name, "kind", corpus.kind, "datasets") from None
     try:
         stream = datasets.load_dataset(path, corpus.config, split=corpus.split, streaming=True)
     # The library raises errors of many types: not found, offline, unknown split or configuration.
@@ -311,8 +297,9 @@ def _read_hf(name: str, corpus: CorpusSection) -> Iterator[Document]:
 READERS: dict[str, Callable[[str, CorpusSection], Iterator[Document]]] = {
     "stdlib": _read_stdlib,
     "pydocs": _read_pydocs,
-    "text": _read_text,
-    "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
+    "text": _read_files,
+    "jsonl": _read_files,
+    "parquet": _read_files,
+    "files": _read_files,
     "hf": _read_hf,
 }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megamask.config import Config, run_paths
-from megamask.data.corpora import Document, documents, source_stamp
+from megamask.data.corpora import Document, documents, files_left_out, source_stamp
 from megamask.data.shards import FORMAT, SPLITS, SUFFIXES, Shards, read_shards
 from megamask.data.split import split_documents
 from megamask.data.tokenizer import TextTokenizer
@@ -56,6 +56,10 @@ def write_domain(config: Config, name: str, tokenizer: TextTokenizer, digest: st
         ConfigError, ArtifactError: see :func:`megamask.data.corpora.documents`.
     """
     corpus = config.data.domains[name]
+    if left_out := files_left_out(name, corpus):
+        shown = ", ".join(str(file) for file in left_out[:3])
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        say(f"{name}: not read, for these are no {corpus.kind} files of the corpus: {shown}{more}")
     with atomic_dir(run_paths(config).shards / name) as folder:
         dtype = _token_type(tokenizer.vocab_size)
         sided = split_documents(documents(name, corpus), corpus.heldout)

@@ -141,6 +141,7 @@ def test_a_missing_library_is_named(
 ) -> None:
     for module in (library, f"{library}.parquet"):
         monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.parquet").touch()
     with pytest.raises(ConfigError, match=rf"data\.domains\.d\.kind.*pip install {library}"):
         texts(kind=kind, path=str(tmp_path))
 
