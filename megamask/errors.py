@@ -44,6 +44,24 @@ class ArtifactError(MegamaskError):
         super().__init__(f"{path}: {problem}. {fix}")
 
 
+class ArgumentError(MegamaskError, TypeError, ValueError):
+    """An argument of a public function that cannot work.
+
+    The error is also a TypeError and a ValueError, so that code which catches Python's own classes
+    for a bad argument catches it.
+
+    Args:
+        name: the function and its argument, as ``save_masks: pattern``.
+        value: the given value.
+        allowed: the values that are accepted.
+        fix: the next action of the user, if there is more to say.
+    """
+
+    def __init__(self, name: str, value: object, allowed: str, fix: str = "") -> None:
+        self.name, self.value, self.allowed, self.fix = name, value, allowed, fix
+        super().__init__(f"{name} is {described(value)}: {allowed}. {fix}".rstrip())
+
+
 class LearningError(MegamaskError):
     """Learning cannot go on, for example after a loss that is not finite. Saved snapshots stay."""
 
@@ -55,6 +73,13 @@ def shown(value: object) -> str:
     except Exception:  # a number of more digits than Python writes, a value that holds itself
         text = f"<{type(value).__name__}>"
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def described(value: object) -> str:
+    """A value as the message about an argument shows it: a short literal, or else its type."""
+    if value is None or isinstance(value, bool | str | bytes | int | float | Path):
+        return printable(shown(value))
+    return f"an object of type {type(value).__name__}"
 
 
 def printable(text: str) -> str:

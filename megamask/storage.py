@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from megamask.errors import ArtifactError
+from megamask.file_kinds import JSON, require_file, wrong_file
 
 # key -> type of its value, several types, or the required keys of an object
 Required: TypeAlias = Mapping[str, Any]
@@ -130,13 +131,12 @@ def read_json(path: Path, fix: str) -> Any:
         ArtifactError: the file is missing or is not JSON.
     """
     try:
+        require_file(path, JSON, fix)
         return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ArtifactError(path, "is missing", fix) from None
     except OSError as error:
         raise ArtifactError(path, f"cannot be read ({error.strerror})", fix) from error
-    except (ValueError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(path, f"is not valid JSON ({error})", fix) from error
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise wrong_file(path, JSON, fix, error) from error
 
 
 def read_object(path: Path, fix: str, required: Required) -> dict[str, Any]:

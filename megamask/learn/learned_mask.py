@@ -42,6 +42,7 @@ def save_learned_mask(
             method="learned",
             data=dict(data),
             evaluation=dict(evaluation),
+            float16_fingerprints=masked_model.float16_fingerprints,
         )
     mesh.barrier()
 

@@ -10,6 +10,7 @@ import torch
 from megamask.config import Config
 from megamask.learn.methods import find_method
 from megamask.model.build import attach_logits
+from megamask.model.checkpoint import float16_fingerprints
 from megamask.model.language_model import LanguageModel
 from megamask.model.mask_shards import linear_rules, local_mask
 from megamask.parallel.mask_context import MaskSwitch
@@ -35,6 +36,7 @@ class MaskedModel:
     linears: dict[str, MaskedLinear]
     switch: MaskSwitch
     prior_method: str | None
+    float16_fingerprints: tuple[str, ...] = ()
 
     @property
     def mask_logits(self) -> list[torch.nn.Parameter]:
@@ -76,6 +78,7 @@ def build_masked_model(inputs: LearnInputs, mesh: Mesh) -> MaskedModel:
         linears,
         switch,
         inputs.prior_method,
+        float16_fingerprints(inputs.note),
     )
 
 

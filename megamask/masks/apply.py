@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from megamask.errors import ArtifactError
+from megamask.errors import ArgumentError, ArtifactError
+from megamask.masks.arguments import as_flag, checked_masks
 from megamask.masks.file import MaskSet, load_masks
-from megamask.weights.fingerprint import fingerprint_model, model_linears
+from megamask.masks.held_model import Place, find_places, nearest, shared_weights
+from megamask.masks.obstacles import merged_adapter, obstacle
+from megamask.masks.shapes_fit import check_shapes
+from megamask.weights.fingerprint import Row, fingerprint, model_linears
 
 Model = TypeVar("Model", bound=nn.Module)
+GIVEN = "the given masks"
+UNCHANGED = (
+    "Use the model that the masks were made for, with its weights unpruned and unchanged, or pass "
+    "check_fingerprint=False if the weights were changed on purpose."
+)
 
 
 def apply_masks(
-    hf_model: Model, masks: MaskSet | Path | str, check_fingerprint: bool = True
+    hf_model: Model,
+    masks: MaskSet | Mapping[str, Tensor] | Path | str,
+    check_fingerprint: bool = True,
 ) -> Model:
     """Set the pruned weights of a transformers model to +0.0, in place.
 
-    All checks come before the first change of a weight.
+    The model may be compiled, wrapped by DataParallel or DistributedDataParallel, hold PEFT
+    adapters (which stay dense), lack its head, or be a part of a larger model. All checks come
+    before the first change of a weight. A model that has zeros in all pruned places already stays
+    as it is.
 
     Args:
         hf_model: the model that the masks were made for.
-        masks: the path of a mask file, or the result of ``load_masks``.
+        masks: the path of a mask file, the result of ``load_masks``, or a plain mapping from names
+            of linears to bool or 0/1 masks (out, in). A plain mapping holds no fingerprint, so
+            names and shapes alone are checked.
         check_fingerprint: False also accepts changed weights (fine-tuned, updated by SparseGPT) of
             the same shapes.
 
@@ -32,26 +49,42 @@ def apply_masks(
         ``hf_model``.
 
     Raises:
+        ArgumentError: an argument has another type.
         ArtifactError: the masks belong to updated weights or to another base model, the file is
-            corrupt, or the model has no linear of a mask's name and shape.
+            corrupt, the model has no linear of a mask's name and shape, or the weights cannot be
+            written: they are quantized, offloaded, sharded or reparametrized.
     """
-    mask_set = masks if isinstance(masks, MaskSet) else load_masks(masks)
-    if mask_set.has_own_weights and check_fingerprint:
+    if not isinstance(hf_model, nn.Module):
+        fix = "Load it first: transformers.AutoModelForCausalLM.from_pretrained(path)."
+        raise ArgumentError("apply_masks: hf_model", hf_model, "a loaded model is needed", fix)
+    as_flag("apply_masks: check_fingerprint", check_fingerprint)
+    given = _masks(masks)
+    if isinstance(given, MaskSet) and given.has_own_weights and check_fingerprint:
         raise ArtifactError(
-            mask_set.path,
-            f"belongs to weights that {mask_set.method} updated, not to those of this model",
-            f"Run megamask export export.mask={mask_set.method} and load the folder that it "
+            given.path,
+            f"belongs to weights that {given.method} updated, not to those of this model",
+            f"Run megamask export export.mask={given.method} and load the folder that it "
             "writes, or use a mask of the frozen weights.",
         )
-    linears = model_linears(hf_model)
-    mask_set.check(shapes={name: tuple(linear.weight.shape) for name, linear in linears.items()})
-    if check_fingerprint:
-        mask_set.check(fingerprint=fingerprint_model(hf_model))
-    mask_set.verify()
+    places = _fitting_places(hf_model, given)
+    if isinstance(given, MaskSet):
+        given.verify()
+    place = places[0]
+    if isinstance(given, MaskSet) and check_fingerprint:
+        known = [found for found in places if _is_base(hf_model, found, given)]
+        if not known and not any(_is_applied(found, given) for found in places):
+            _refuse_base(hf_model, place, given)
+        place = next(iter(known), place)
+    elif len(places) > 1:
+        prefixes = " and ".join(repr(found.prefix) for found in places)
+        fix = "Pass the part of the model that the masks belong to, as model.language_model."
+        raise ArtifactError(_name(given), f"fits several parts of the model: {prefixes}", fix)
+    _check_sharing(hf_model, place, given)
     with torch.no_grad():
-        for name, mask_OI in mask_set.items():
-            weight_OI = linears[name].weight
-            weight_OI.copy_(masked(weight_OI, mask_OI))
+        for name, mask_OI in _items(given):
+            weight_OI = place.targets[name].weight
+            assert isinstance(weight_OI, Tensor)
+            weight_OI.masked_fill_(~mask_OI.to(weight_OI.device), 0.0)
     return hf_model
 
 
@@ -61,3 +94,124 @@ def masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
     A product with the mask would leave -0.0, and some sparse kernels keep such a value.
     """
     return weight_OI.masked_fill(~mask_OI.to(weight_OI.device), 0.0)
+
+
+Given = MaskSet | Mapping[str, Tensor]
+
+
+def _masks(masks: Any) -> Given:
+    if isinstance(masks, MaskSet):
+        return masks
+    if isinstance(masks, Mapping):
+        return dict(checked_masks("apply_masks: masks", masks))
+    return load_masks(masks)
+
+
+def _items(given: Given) -> Iterator[tuple[str, Tensor]]:
+    """Name and bool mask, one mask in memory at a time where they come from a file."""
+    return ((name, given[name].bool()) for name in given)
+
+
+def _name(given: Given) -> Path | str:
+    return given.path if isinstance(given, MaskSet) else GIVEN
+
+
+def _shapes(given: Given) -> dict[str, tuple[int, ...]]:
+    if isinstance(given, MaskSet):
+        return {name: given.shape(name) for name in given}
+    return {name: tuple(mask.shape) for name, mask in given.items()}
+
+
+def _fitting_places(model: nn.Module, given: Given) -> list[Place]:
+    """The places of the model where every mask finds a linear of its shape that can be written.
+
+    Raises:
+        ArtifactError: there is none; the message says what the model has in that place.
+    """
+    path, shapes = _name(given), _shapes(given)
+    places = find_places(model, shapes)
+    targets = places[0].targets if places else {}
+    for name, module in targets.items():
+        if found := obstacle(model, name, module):
+            raise ArtifactError(path, *found)
+    missing = [name for name in shapes if name not in targets]
+    here = {name: tuple(_weight(module).shape) for name, module in targets.items()}
+    near = nearest(model, missing[0]) if missing else ""
+    check_shapes(path, shapes, here, type(model).__name__, near)
+    return places
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _is_base(model: nn.Module, place: Place, masks: MaskSet) -> bool:
+    """Whether the weights are those that the masks were made for.
+
+    A fingerprint covers all linears of the text model. Where a larger model adds linears of its
+    own, those of the masks alone, or those outside the head, may be what was covered.
+    """
+    own = {name: module for name, module in place.targets.items() if isinstance(module, nn.Linear)}
+    for linears in (place.base, own, model_linears(model)):
+        if any(obstacle(model, name, linear) for name, linear in linears.items()):
+            continue
+        shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
+        if fingerprint(shapes, _rows(linears)) in masks.fingerprints:
+            return True
+    return False
+
+
+def _rows(linears: Mapping[str, nn.Linear]) -> Row:
+    return lambda name, row: linears[name].weight[row]
+
+
+def _is_applied(place: Place, masks: MaskSet) -> bool:
+    """Whether every pruned place is zero already: the masks were applied before."""
+    weights = ((_weight(place.targets[name]), mask_OI) for name, mask_OI in _items(masks))
+    return not any(bool(weight[~mask.to(weight.device)].any()) for weight, mask in weights)
+
+
+def _refuse_base(model: nn.Module, place: Place, masks: MaskSet) -> NoReturn:
+    """Say which of the known causes makes the weights differ from those of the masks."""
+    if adapter := merged_adapter(model):
+        problem = f"was made for the weights without the adapter that is merged into {adapter}"
+        fix = "Call model.unmerge_adapter() first, and merge the adapter after."
+        raise ArtifactError(masks.path, problem, fix)
+    for name, module in place.base.items():
+        if found := obstacle(model, name, module):
+            raise ArtifactError(masks.path, *found)
+    dtypes = sorted({str(_weight(module).dtype) for module in place.targets.values()})
+    held = ", ".join(dtype.removeprefix("torch.") for dtype in dtypes)
+    if "torch.float16" in dtypes and len(masks.fingerprints) == 1:
+        problem = (
+            f"does not know the weights of this {type(model).__name__} as they are in {held}: "
+            "float16 rounds weights of other dtypes, or this is another base model"
+        )
+        fix = "Load the model with dtype=torch.bfloat16, apply the masks, then call model.half()."
+        raise ArtifactError(masks.path, problem, fix)
+    where = f", linears under {place.prefix!r}" if place.prefix else ""
+    problem = (
+        f"was made for another base model than this {type(model).__name__} in {held}{where} "
+        f"(fingerprint {masks.fingerprint[:12]})"
+    )
+    raise ArtifactError(masks.path, problem, UNCHANGED)
+
+
+def _check_sharing(model: nn.Module, place: Place, given: Given) -> None:
+    """Check that no weight is set to zero by two masks, or in a module without a mask.
+
+    Raises:
+        ArtifactError: naming the modules that share a weight.
+    """
+    names = {id(module): name for name, module in place.targets.items()}
+    modules = dict(model.named_modules())
+    for one, other in shared_weights(model):
+        ours, theirs = names.get(id(modules[one])), names.get(id(modules[other]))
+        if ours == theirs:
+            continue
+        if ours and theirs and torch.equal(given[ours].bool(), given[theirs].bool()):
+            continue
+        problem = f"cannot be applied: {one} and {other} share a weight, and not a mask"
+        raise ArtifactError(_name(given), problem, "Give both a weight of their own.")

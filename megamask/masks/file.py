@@ -3,7 +3,7 @@
 The header (metadata key ``megamask``) holds:
 
 - format_version, pattern, candidate_order, axis: how the packed words are read;
-- fingerprint: the base model of the masks;
+- fingerprint: the base model of the masks; float16_fingerprints, its copies rounded to fp16;
 - method, data, evaluation: how the masks were made, from what, and how good they are;
 - megamask: the version that wrote the file;
 - tensors: name -> shape (O, I) of the mask and sha256 of its packed words;
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,26 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from megamask import __version__
-from megamask.errors import ArtifactError, ConfigError
+from megamask.errors import ArgumentError, ArtifactError, ConfigError
+from megamask.file_kinds import require_file, wrong_file
 from megamask.masks import codec
+from megamask.masks.arguments import (
+    as_flag,
+    as_path,
+    as_pattern,
+    as_text,
+    as_texts,
+    checked_masks,
+)
+from megamask.masks.header import AXIS, FIX, FORMAT_VERSION, header_digest, plain, read_header
+from megamask.masks.shapes_fit import check_shapes
 from megamask.sparsity.pattern import CANDIDATE_ORDER, Pattern
-from megamask.storage import atomic_file, lacks
+from megamask.storage import atomic_file, require_writable
 
-FORMAT_VERSION = 1
 UPDATED = "updated"  # the header of masks that belong to weights of their own
 UPDATING_METHODS = ("sparsegpt_update",)  # files of version 0.1.0 do not say so themselves
-AXIS = "in_features"
-FIX = "Make the mask file again, or copy it again from where it came."
-FACTS: dict[str, type] = {
-    "pattern": str,
-    "fingerprint": str,
-    "method": str,
-    "tensors": dict,
-    "megamask": str,
-}
+MASK_FILE = "a mask file"
+MISSING = "Check the path, or run the verb that makes the mask (prune or learn)."
 
 
 class MaskSet(Mapping[str, Tensor]):
@@ -70,6 +74,12 @@ class MaskSet(Mapping[str, Tensor]):
     def has_own_weights(self) -> bool:
         """Whether the masks were made together with updated weights, and mean nothing without."""
         return self.meta.get("weights") == UPDATED or self.method in UPDATING_METHODS
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """The fingerprints of the base model and of its copies in fp16, where they are known."""
+        known = self.meta.get("float16_fingerprints")
+        return (self.fingerprint, *map(str, known if isinstance(known, list) else ()))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.pattern.mask_of(self.index(name))
@@ -152,9 +162,9 @@ class MaskSet(Mapping[str, Tensor]):
         if pattern is not None and pattern != self.pattern:
             fix = f"Set pattern={self.pattern}, or use a mask made for {pattern}."
             raise ArtifactError(self.path, f"holds {self.pattern} masks, wanted {pattern}", fix)
-        for name in self if shapes is not None else ():
-            self._check_shape(name, (shapes or {}).get(name))
-        if fingerprint is not None and fingerprint != self.fingerprint:
+        if shapes is not None:
+            check_shapes(self.path, {name: self.shape(name) for name in self}, shapes)
+        if fingerprint is not None and fingerprint not in self.fingerprints:
             problem = (
                 f"was made for another base model (fingerprint {self.fingerprint[:12]}, "
                 f"the model has {fingerprint[:12]})"
@@ -164,48 +174,53 @@ class MaskSet(Mapping[str, Tensor]):
             )
             raise ArtifactError(self.path, problem, fix)
 
-    def _check_shape(self, name: str, expected: tuple[int, ...] | None) -> None:
-        fix = "Use the model that the mask was made for."
-        if expected is None:
-            problem = f"has a mask of {name}, which is no linear of the model"
-            raise ArtifactError(self.path, problem, fix)
-        if tuple(expected) != self.shape(name):
-            shapes = f"{self.shape(name)}, the model's linear {tuple(expected)}"
-            raise ArtifactError(self.path, f"mask of {name} has shape {shapes}", fix)
-
 
 def save_masks(
     path: Path | str,
     masks: Mapping[str, Tensor],
-    pattern: Pattern,
+    pattern: Pattern | str,
     *,
     fingerprint: str,
     method: str,
     data: Any = None,
     evaluation: Any = None,
     updated_weights: bool = False,
+    float16_fingerprints: Sequence[str] = (),
 ) -> None:
     """Write a mask file atomically.
 
     Args:
         path: the file.
         masks: HF module name -> bool or 0/1 mask (O, I), 1 = keep, any device.
-        pattern: the pattern of every mask.
+        pattern: the pattern of every mask, as text (``"2:4"``) or parsed.
         fingerprint: fingerprint of the base model.
         method: name of the method that made the masks.
         data: settings and text that the masks were made from, as JSON values.
         evaluation: measured quality of the masks, as JSON values.
         updated_weights: whether the method also changed the kept weights, so that the masks belong
             to the changed weights.
+        float16_fingerprints: fingerprints of the base model's copies in fp16.
 
     Raises:
-        ValueError: a mask is not (O, I) or does not keep exactly n of every m.
+        ArgumentError: an argument has another type, or a mask is not (O, I) or does not keep
+            exactly n of every m. The error is a ValueError and a TypeError too.
+        ArtifactError: the path is a folder, or cannot be written.
     """
+    file, pattern = as_path("save_masks: path", path), as_pattern("save_masks: pattern", pattern)
+    if os.path.isdir(file):
+        raise ArtifactError(file, "is a folder", "Name the file to write.")
+    fingerprint = as_text("save_masks: fingerprint", fingerprint)
+    method = as_text("save_masks: method", method)
+    copies = as_texts("save_masks: float16_fingerprints", float16_fingerprints)
+    as_flag("save_masks: updated_weights", updated_weights)
     packed, tensors = {}, {}
-    for name, mask_OI in masks.items():
-        if mask_OI.dim() != 2:
-            raise ValueError(f"mask of {name} has shape {tuple(mask_OI.shape)}, not (O, I)")
-        packed[name] = codec.pack(pattern.index_of(mask_OI).cpu().numpy(), pattern.num_candidates)
+    for name, mask_OI in checked_masks("save_masks: masks", masks):
+        try:
+            index = pattern.index_of(mask_OI)
+        except ValueError:
+            allowed = f"{pattern} keeps exactly {pattern.n} of every {pattern.m} weights of a row"
+            raise ArgumentError(f"save_masks: masks[{name!r}]", mask_OI, allowed) from None
+        packed[name] = codec.pack(index.cpu().numpy(), pattern.num_candidates)
         tensors[name] = {
             "shape": list(mask_OI.shape),
             "sha256": hashlib.sha256(packed[name].tobytes()).hexdigest(),
@@ -218,13 +233,15 @@ def save_masks(
         "axis": AXIS,
         "fingerprint": fingerprint,
         "method": method,
-        "data": _plain(data),
-        "evaluation": _plain(evaluation),
+        "data": plain("data", data),
+        "evaluation": plain("evaluation", evaluation),
         "tensors": tensors,
         **({"weights": UPDATED} if updated_weights else {}),
+        **({"float16_fingerprints": copies} if copies else {}),
     }
-    header["sha256"] = _header_digest(header)
-    with atomic_file(Path(path)) as temporary:
+    header["sha256"] = header_digest(header)
+    require_writable(file.parent, "the path")
+    with atomic_file(file) as temporary:
         temporary.write_bytes(save(packed, metadata={"megamask": json.dumps(header)}))
 
 
@@ -234,18 +251,17 @@ def load_masks(path: Path | str) -> MaskSet:
     A mask is decoded, and its checksum compared, when it is read from the result.
 
     Raises:
+        ArgumentError: ``path`` is no path.
         ArtifactError: the file is missing, torn or no mask file, has another format version or
-            candidate order, or its sizes do not fit.
+            candidate order, or its sizes do not fit. The message says what the file is instead.
     """
-    path = Path(path)
+    path = as_path("load_masks: path", path)
+    require_file(path, MASK_FILE, FIX if os.path.lexists(path) else MISSING)
     try:
         handle = safe_open(path, framework="numpy")
-    except FileNotFoundError:
-        fix = "Check the path, or run the verb that makes the mask (prune or learn)."
-        raise ArtifactError(path, "is missing", fix) from None
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(path, f"is torn or not a mask file ({error})", FIX) from error
-    meta = _read_header(path, (handle.metadata() or {}).get("megamask"))
+        raise wrong_file(path, MASK_FILE, FIX, error) from error
+    meta = read_header(path, (handle.metadata() or {}).get("megamask"))
     try:
         masks = MaskSet(path, handle, meta)
         _check_sizes(masks, handle)
@@ -253,52 +269,6 @@ def load_masks(path: Path | str) -> MaskSet:
         problem = f"has a header that does not fit its data ({error})"
         raise ArtifactError(path, problem, FIX) from error
     return masks
-
-
-def _read_header(path: Path, text: str | None) -> dict[str, Any]:
-    if text is None:
-        raise ArtifactError(
-            path,
-            "is a safetensors file but not a mask file",
-            "Point at a file that megamask wrote.",
-        )
-    try:
-        meta = json.loads(text)
-        version = meta["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(path, f"has a broken header ({error!r})", FIX) from None
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            path,
-            f"has format version {version}, this megamask reads {FORMAT_VERSION}",
-            "Install a newer megamask.",
-        )
-    for key, value in (("candidate_order", CANDIDATE_ORDER), ("axis", AXIS)):
-        if meta.get(key) != value:
-            raise ArtifactError(
-                path, f"has {key} {meta.get(key)!r}, this megamask reads {value!r}", FIX
-            )
-    if problem := lacks(meta, FACTS):
-        raise ArtifactError(path, f"{problem}, in its header", FIX)
-    for name, about in meta["tensors"].items():
-        if problem := lacks(about, {"shape": list, "sha256": str}, f"tensors.{name}"):
-            raise ArtifactError(path, f"{problem}, in its header", FIX)
-        shape = about["shape"]
-        if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape):
-            raise ArtifactError(path, f"has the shape {shape} for {name}, in its header", FIX)
-    if meta.get("sha256") != _header_digest(meta):
-        raise ArtifactError(path, "has a corrupt header: the checksum does not match", FIX)
-    return dict(meta)
-
-
-def _header_digest(header: dict[str, Any]) -> str:
-    rest = {key: value for key, value in header.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON returns it, so that the hash covers the header that a reader gets."""
-    return json.loads(json.dumps(value, default=str))
 
 
 def _check_sizes(masks: MaskSet, handle: Any) -> None:

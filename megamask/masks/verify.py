@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megamask.config import Config
 from megamask.errors import printable
+from megamask.masks.arguments import as_path
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
 from megamask.weights.architecture import read_architecture
@@ -26,13 +27,21 @@ def configured_masks(config: Config) -> MaskSet | None:
 
 
 def verify(path: Path | str, hf_dir: Path | str | None = None) -> MaskSet:
-    """Open a mask file and check it strictly, as ``check_strictly`` does.
+    """Open a mask file and check it strictly: every mask is decoded, and names, shapes and
+    fingerprint are compared with a model.
+
+    Args:
+        path: the mask file.
+        hf_dir: Hugging Face folder of the model; None compares with no model.
 
     Raises:
+        ArgumentError: an argument is no path.
         ArtifactError: the file is missing or torn, or a mask does not fit the model.
     """
-    masks = load_masks(path)
-    check_strictly(masks, hf_dir)
+    file = as_path("verify: path", path)
+    folder = None if hf_dir is None else as_path("verify: hf_dir", hf_dir)
+    masks = load_masks(file)
+    check_strictly(masks, folder)
     return masks
 
 

@@ -147,7 +147,7 @@ def not_finite(name: str, tensor: torch.Tensor, stored: torch.Tensor) -> str:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """The note beside Megatron weights: fingerprint, dtype, padded_vocab, source.
+    """The note beside Megatron weights: fingerprint, dtype, padded_vocab, source and more.
 
     Raises:
         ArtifactError: there are no weights.
@@ -158,6 +158,14 @@ def read_note(path: Path) -> dict[str, Any]:
         problem = f"names the dtype {note['dtype']!r}"
         raise ArtifactError(path / NOTE, problem, "Run the verb convert again.")
     return note
+
+
+def float16_fingerprints(note: dict[str, Any]) -> tuple[str, ...]:
+    """The fingerprints of the model's copies in fp16, from the note beside its weights. Notes of
+    version 0.1.0 have none.
+    """
+    known = note.get("float16_fingerprints")
+    return tuple(one for one in known if isinstance(one, str)) if isinstance(known, list) else ()
 
 
 def load_weights(model: LanguageModel, path: Path) -> None:

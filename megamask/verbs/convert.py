@@ -13,7 +13,7 @@ from megamask.model.checkpoint import fill_from_hf, read_note, save_sharded, sha
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import Layout
 from megamask.weights.architecture import read_architecture
-from megamask.weights.fingerprint import fingerprint_hf
+from megamask.weights.fingerprint import fingerprints_hf
 from megamask.weights.hf_files import open_checked
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,10 @@ def run(config: Config) -> None:
     Layout.launched(config)
     storage.require_writable(paths.run_dir)
     with open_checked(paths.hf) as reader, start(config) as mesh:
-        note = {
-            "fingerprint": fingerprint_hf(paths.hf),
+        found = fingerprints_hf(paths.hf)
+        note: dict[str, object] = {
+            "fingerprint": found.exact,
+            "float16_fingerprints": list(found.float16),
             "dtype": str(arch.dtype).removeprefix("torch."),
             "padded_vocab": padded_vocab(arch, mesh.tp),
             "source": str(paths.hf),

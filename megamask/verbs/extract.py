@@ -32,7 +32,6 @@ def run(config: Config, arguments: ExtractArguments) -> None:
         raise ConfigError("FILE", str(out), "a file that is not there yet", fix)
     masks = open_masks(arguments.snapshot, config)
     require_writable(out.parent, "FILE")
-    about = {key: masks.meta.get(key) for key in ("data", "evaluation")}
     save_masks(
         out,
         masks,
@@ -40,6 +39,8 @@ def run(config: Config, arguments: ExtractArguments) -> None:
         fingerprint=masks.fingerprint,
         method=masks.method,
         updated_weights=masks.has_own_weights,
-        **about,
+        data=masks.meta.get("data"),
+        evaluation=masks.meta.get("evaluation"),
+        float16_fingerprints=masks.fingerprints[1:],
     )
     log.info("wrote %s: %s masks of %d linears from %s", out, masks.pattern, len(masks), masks.path)

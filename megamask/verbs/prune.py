@@ -17,7 +17,12 @@ from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.errors import MegamaskError
 from megamask.masks.file import load_masks, save_masks
 from megamask.model.build import build_model, masked_linears, padded_vocab
-from megamask.model.checkpoint import load_weights, save_sharded, sharded_state
+from megamask.model.checkpoint import (
+    float16_fingerprints,
+    load_weights,
+    save_sharded,
+    sharded_state,
+)
 from megamask.model.mask_shards import gather_masks
 from megamask.oneshot.criteria import CRITERIA
 from megamask.oneshot.criterion import Pruned
@@ -159,6 +164,7 @@ def prune(
             made_from,
             damping(job, pruned),
             time.perf_counter() - begin,
+            float16_fingerprints(base),
         )
     mesh.barrier()
 
@@ -171,6 +177,7 @@ def write_masks(
     made_from: dict[str, Any],
     raised_damp: dict[str, float],
     seconds: float,
+    copies: tuple[str, ...],
 ) -> None:
     """Write the mask file; its header keeps the rest of the recipe under ``data``."""
     own = ("fingerprint", "pattern", "linears")
@@ -188,6 +195,7 @@ def write_masks(
         method=method,
         data=data,
         updated_weights=CRITERIA[method].updates_weight,
+        float16_fingerprints=copies,
     )
     log.info("wrote %s, %.1f s", path, seconds)
 

@@ -2,14 +2,15 @@
 
 The fingerprint is the same for weights on disk and for a loaded model. It is the SHA-256 over the
 prunable linears in the order of their names: name, shape, and the bf16 bytes of a 16 x 16 grid of
-evenly spaced elements. The cast to bf16 makes bf16 and fp32 copies of a model agree; an fp16 copy
-may differ, because it rounds in another way.
+evenly spaced elements. The cast to bf16 makes bf16 and fp32 copies of a model agree. An fp16 copy
+rounds small values in another way, so the fingerprints of such copies are kept beside the first.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,56 @@ from megamask.weights.mapping import linear_shapes
 GRID = 16
 
 
-def fingerprint(shapes: Mapping[str, tuple[int, ...]], row: Callable[[str, int], Tensor]) -> str:
+Row = Callable[[str, int], Tensor]
+"""``row(name, index)`` returns a row (I,) of the weight of a linear."""
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """The fingerprint of a model, and those of its copies in fp16.
+
+    Attributes:
+        exact: of the weights as they are.
+        float16: of the weights rounded to fp16, straight and by way of bf16. A copy in bf16 or fp32
+            of these copies has the same fingerprints.
+    """
+
+    exact: str
+    float16: tuple[str, ...] = ()
+
+
+def fingerprint(shapes: Mapping[str, tuple[int, ...]], row: Row) -> str:
     """Hex digest of a model.
 
     Args:
         shapes: HF module name -> (O, I) of every prunable linear.
-        row: ``row(name, index)`` returns a row (I,) of the weight of a linear.
+        row: reads the weights.
     """
-    digest = hashlib.sha256(b"megamask-fingerprint-v1")
+    return _digests(shapes, row, (lambda grid: grid,))[0]
+
+
+def fingerprints(shapes: Mapping[str, tuple[int, ...]], row: Row) -> Fingerprints:
+    """The digest of a model and of its copies in fp16. The arguments are those of
+    ``fingerprint``.
+    """
+    exact, straight, by_bf16 = _digests(
+        shapes, row, (lambda grid: grid, torch.Tensor.half, lambda grid: grid.bfloat16().half())
+    )
+    return Fingerprints(exact, tuple(sorted({straight, by_bf16} - {exact})))
+
+
+def _digests(
+    shapes: Mapping[str, tuple[int, ...]], row: Row, copies: tuple[Callable[[Tensor], Tensor], ...]
+) -> list[str]:
+    """A digest for each copy of the weights."""
+    digests = [hashlib.sha256(b"megamask-fingerprint-v1") for _ in copies]
     for name in sorted(shapes):
-        digest.update(f"{name}:{tuple(shapes[name])}".encode())
         rows, columns = (_spread(size) for size in shapes[name])
         grid = torch.stack([row(name, index).detach()[columns].cpu() for index in rows])
-        digest.update(grid.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+        for digest, copy in zip(digests, copies, strict=True):
+            digest.update(f"{name}:{tuple(shapes[name])}".encode())
+            digest.update(copy(grid).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return [digest.hexdigest() for digest in digests]
 
 
 def fingerprint_hf(hf_dir: Path) -> str:
@@ -46,13 +83,18 @@ def fingerprint_hf(hf_dir: Path) -> str:
         ArtifactError: the folder is incomplete.
         ConfigError: the model's family is not supported, or a key of its config is not.
     """
+    return fingerprints_hf(hf_dir).exact
+
+
+def fingerprints_hf(hf_dir: Path) -> Fingerprints:
+    """As ``fingerprint_hf``, with the fingerprints of the copies in fp16."""
     shapes = linear_shapes(read_architecture(hf_dir))
     with open_checked(hf_dir) as reader:
 
         def row(name: str, index: int) -> Tensor:
             return reader.read(f"{name}.weight", slice(index, index + 1))[0]
 
-        return fingerprint(shapes, row)
+        return fingerprints(shapes, row)
 
 
 def fingerprint_model(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megamask.errors import ArtifactError
+from megamask.file_kinds import GGUF, file_kind, require_file, wrong_file
 from megamask.storage import atomic_dir, file_sha256, read_json, require_writable, write_json
 from megamask.weights.hf_files import require_own, share
 
@@ -65,12 +66,14 @@ def unpack(source: Path, out: Path) -> None:
 
 
 def _stamp(source: Path) -> dict[str, str]:
+    fix = "Point model.gguf at a GGUF file."
+    require_file(source, GGUF, fix)
     try:
+        if (kind := file_kind(source)) is None or kind.what != GGUF:
+            raise wrong_file(source, GGUF, fix)
         return {"file": source.name, "sha256": file_sha256(source)}
     except OSError as error:
-        raise ArtifactError(
-            source, f"cannot be read ({error.strerror})", "Point model.gguf at a GGUF file."
-        ) from error
+        raise ArtifactError(source, f"cannot be read ({error.strerror})", fix) from error
 
 
 def _load(source: Path) -> tuple[LlamaForCausalLM, Any]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megamask.errors import ArtifactError
+from megamask.file_kinds import SAFETENSORS, require_file, wrong_file
 from megamask.storage import atomic_dir, read_object, write_json
 from megamask.weights.architecture import read_architecture
 from megamask.weights.mapping import expected_tensors
@@ -27,6 +28,7 @@ NOT_COPIED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"),
     *("*.index.json", "megamask_*.json"),
 )
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".npz", ".ckpt")
 SIDE_FOLDERS = ("additional_chat_templates",)
 FIX = (
     "Download the model again, or point model.hf at a complete Hugging Face folder "
@@ -109,6 +111,7 @@ class HFReader:
         """Tensor name -> file, from the files themselves; an index must agree with them."""
         index = self.hf_dir / INDEX
         if not index.exists():
+            self._check_format()
             return dict.fromkeys(self._open(self.hf_dir / SINGLE).keys(), self.hf_dir / SINGLE)
         weight_map = read_object(index, FIX, {"weight_map": dict})["weight_map"]
         for name, file in weight_map.items():
@@ -125,16 +128,29 @@ class HFReader:
             raise ArtifactError(index, f"does not match the shards: {_some(sorted(wrong))}", FIX)
         return held
 
+    def _check_format(self) -> None:
+        """Check, in a folder without an index, that the weights are in the one file that is read.
+
+        Raises:
+            ArtifactError: the folder has weights in other files alone.
+        """
+        if (self.hf_dir / SINGLE).exists() or not self.hf_dir.is_dir():
+            return
+        parts = sorted(self.hf_dir.glob("*.safetensors"))
+        if parts:
+            problem = f"holds {parts[0].name} and neither {SINGLE} nor {INDEX}"
+            raise ArtifactError(self.hf_dir, problem, f"Copy {INDEX} too, or: {FIX}")
+        others = [path for end in OTHER_WEIGHTS for path in sorted(self.hf_dir.glob(f"*{end}"))]
+        if others:
+            raise wrong_file(others[0], SAFETENSORS, FIX)
+
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
+            require_file(path, SAFETENSORS, FIX)
             try:
                 self._handles[path] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise ArtifactError(path, "is missing", FIX) from None
             except (SafetensorError, OSError) as error:
-                raise ArtifactError(
-                    path, f"is torn or not a safetensors file ({error})", FIX
-                ) from error
+                raise wrong_file(path, SAFETENSORS, FIX, error) from error
         return self._handles[path]
 
     def _handle(self, name: str) -> Any:

@@ -254,7 +254,10 @@ def test_torn_weights(run_dir: Path, refused: Refuse) -> None:
 def test_a_torn_prior(run_dir: Path, refused: Refuse) -> None:
     mask = run_dir / "masks" / "sparsegpt.safetensors"
     mask.write_bytes(mask.read_bytes()[:-10])
-    refused("learn", says=[str(mask), "is torn or not a mask file", "Make the mask file again"])
+    refused(
+        "learn",
+        says=[str(mask), "is torn: it is a safetensors file of", "Make the mask file again"],
+    )
 
 
 def test_a_prior_with_a_flipped_bit_is_refused_before_weights_are_read(
@@ -292,7 +295,7 @@ PRIORS = {
     ),
     "another file": (
         "{run}/weights/config.json",
-        ["config.json", "is torn or not a mask file", "Make the mask file again"],
+        ["config.json", "is not a mask file: it is a JSON text", "Make the mask file again"],
     ),
     "another folder": (
         "{run}/masks",
@@ -335,7 +338,7 @@ SNAPSHOT_TEARS = {
     "tensors gone": ("__0_1.distcp", False, "is torn or no checkpoint (__0_1.distcp"),
     "index cut": (".metadata", True, "is torn or no checkpoint"),
     "index gone": (".metadata", False, "is torn or no checkpoint"),
-    "note cut": ("megamask.json", True, "is not valid JSON"),
+    "note cut": ("megamask.json", True, "is torn or not a JSON text"),
     "note gone": ("megamask.json", False, "is missing"),
 }
 

@@ -21,6 +21,7 @@ from megamask.config import load_config
 from megamask.data.shards import FORMAT, read_shards
 from megamask.errors import MegamaskError
 from megamask.masks.file import load_masks, save_masks
+from megamask.masks.header import header_digest
 from megamask.model.checkpoint import read_note
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
@@ -152,9 +153,7 @@ def test_mask_files(tmp_path: Path) -> None:
             return
         changed = mutated(inner, choose)
         if isinstance(changed, dict):  # a checksum that fits, so that the values are looked at
-            from megamask.masks.file import _header_digest
-
-            changed["sha256"] = _header_digest(changed)
+            changed["sha256"] = header_digest(changed)
         text = {**header, "__metadata__": {"megamask": json.dumps(changed)}}
         encoded = json.dumps(text).encode()
         encoded += b" " * (-len(encoded) % 8)

@@ -18,6 +18,7 @@ FOUNDATIONS = [
     "megatron_range",
     "shipped",
     "process",
+    "file_kinds",
     "storage",
     "safe_checkpoint",
     "tables",

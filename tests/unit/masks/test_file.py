@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import megamask
 from megamask.errors import ArtifactError
-from megamask.masks.file import _header_digest, load_masks, save_masks
+from megamask.masks.file import load_masks, save_masks
+from megamask.masks.header import header_digest
 from megamask.masks.verify import summary
 from megamask.sparsity.pattern import Pattern
 
@@ -55,7 +56,7 @@ def rewrite(
     data = load_file(path)
     (header or (lambda _: None))(meta)
     (tensors or (lambda _: None))(data)
-    meta["sha256"] = _header_digest(meta) if sign else meta["sha256"]
+    meta["sha256"] = header_digest(meta) if sign else meta["sha256"]
     save_file(data, path, metadata={"megamask": json.dumps(meta)})
 
 
@@ -129,7 +130,7 @@ def test_masks_that_break_the_pattern_are_not_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [4, 100, -8, -1])
 def test_truncated_files_are_torn(path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ArtifactError, match="is torn"):
+    with pytest.raises(ArtifactError, match="is torn|of no known format"):
         load_masks(path)
 
 
@@ -140,7 +141,7 @@ def test_missing_or_other_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not a mask file"):
         load_masks(tmp_path / "weights.safetensors")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ArtifactError, match="is torn or not a mask file"):
+    with pytest.raises(ArtifactError, match="is not a mask file: it is a folder"):
         load_masks(tmp_path / "folder")
 
 

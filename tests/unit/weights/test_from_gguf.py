@@ -113,8 +113,11 @@ def test_somebodys_folder_is_not_replaced(tmp_path: Path) -> None:
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.gguf"):
         run(build_config({"model": {"hf": str(tmp_path / "hf")}}))
-    with pytest.raises(ArtifactError, match=r"none\.gguf: cannot be read"):
+    with pytest.raises(ArtifactError, match=r"none\.gguf: is missing"):
         run(config_for(tmp_path / "none.gguf", tmp_path / "hf"))
+    (tmp_path / "page.gguf").write_text("<!DOCTYPE html><html>log in</html>")
+    with pytest.raises(ArtifactError, match=r"page\.gguf: is not a GGUF file: it is an HTML page"):
+        run(config_for(tmp_path / "page.gguf", tmp_path / "hf"))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ArtifactError, match=r"bad\.gguf"):
         run(config_for(tmp_path / "bad.gguf", tmp_path / "hf"))

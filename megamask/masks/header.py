@@ -1,0 +1,85 @@
+"""The JSON header of a mask file: its format, its checks and its checksum. ``masks/file.py`` lists
+the keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megamask.errors import ArgumentError, ArtifactError
+from megamask.sparsity.pattern import CANDIDATE_ORDER
+from megamask.storage import lacks
+
+FORMAT_VERSION = 1
+AXIS = "in_features"
+FIX = "Make the mask file again, or copy it again from where it came."
+FACTS: dict[str, type] = {
+    "pattern": str,
+    "fingerprint": str,
+    "method": str,
+    "tensors": dict,
+    "megamask": str,
+}
+
+
+def read_header(path: Path, text: str | None) -> dict[str, Any]:
+    """The header of a mask file.
+
+    Args:
+        path: the file, for messages.
+        text: the value of the metadata key ``megamask``; None if there is no such key.
+
+    Raises:
+        ArtifactError: the header is missing, damaged, of another format, or lacks a fact.
+    """
+    if text is None:
+        raise ArtifactError(
+            path,
+            "is a safetensors file but not a mask file, such as a model's weights",
+            "Name a file that megamask wrote: RUN/masks/NAME.safetensors.",
+        )
+    try:
+        meta = json.loads(text)
+        version = meta["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(path, f"has a broken header ({error!r})", FIX) from None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            path,
+            f"has format version {version}, this megamask reads {FORMAT_VERSION}",
+            "Install a newer megamask.",
+        )
+    for key, value in (("candidate_order", CANDIDATE_ORDER), ("axis", AXIS)):
+        if meta.get(key) != value:
+            raise ArtifactError(
+                path, f"has {key} {meta.get(key)!r}, this megamask reads {value!r}", FIX
+            )
+    if problem := lacks(meta, FACTS):
+        raise ArtifactError(path, f"{problem}, in its header", FIX)
+    for name, about in meta["tensors"].items():
+        if problem := lacks(about, {"shape": list, "sha256": str}, f"tensors.{name}"):
+            raise ArtifactError(path, f"{problem}, in its header", FIX)
+        shape = about["shape"]
+        if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape):
+            raise ArtifactError(path, f"has the shape {shape} for {name}, in its header", FIX)
+    if meta.get("sha256") != header_digest(meta):
+        raise ArtifactError(path, "has a corrupt header: the checksum does not match", FIX)
+    return dict(meta)
+
+
+def header_digest(header: dict[str, Any]) -> str:
+    """SHA-256 of a header without its own checksum."""
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def plain(name: str, value: Any) -> Any:
+    """The value as JSON returns it, so that the hash covers the header that a reader gets."""
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (ValueError, TypeError, RecursionError) as error:
+        allowed = f"values that JSON can hold ({error})"
+        raise ArgumentError(f"save_masks: {name}", value, allowed) from None
