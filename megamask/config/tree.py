@@ -48,6 +48,10 @@ class ModelSection(Section):
     gguf: str | None = Field(None, description="GGUF file that the verb gguf unpacks into model.hf")
     include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
     exclude: list[str] = Field(default_factory=list, description="linears to keep dense")
+    ignore_keys: list[str] = free(
+        [],
+        description="keys of config.json that megamask does not know and that change nothing",
+    )
 
 
 class ParallelSection(Section):
@@ -109,11 +113,6 @@ class DataSection(Section):
         "auto",
         description="token that ends a document; auto = the tokenizer's EOS, null = no token",
     )
-    bos: Literal["auto", True, False] = Field(
-        "auto",
-        description="begin each document and each calibration sample with the tokenizer's BOS; "
-        "auto = where the tokenizer puts one before a prompt",
-    )
 
 
 class CalibrationSection(Section):
@@ -154,11 +153,7 @@ class EvaluateSection(Section):
         default_factory=dict,
         description="row -> mask, named as learn.prior.mask; empty = all masks of this run",
     )
-    bos: Literal["auto", "window", True, False] = Field(
-        "auto",
-        description="window: each window begins with a BOS; true: one BOS before the held-out "
-        "stream; auto = window where documents begin with a BOS (data.bos), or else false",
-    )
+    bos: bool = Field(False, description="put one BOS before the held-out stream")
 
 
 class ExportSection(Section):

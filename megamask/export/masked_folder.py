@@ -6,7 +6,7 @@ dense model loads the masked model too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +23,11 @@ STAMP = "megamask_export.json"  # this file in the written folder describes its 
 
 
 def export(
-    hf_dir: Path, out: Path, tensors: Iterator[tuple[str, Tensor]], masks: MaskSet | None
+    hf_dir: Path,
+    out: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    masks: MaskSet | None,
+    ignore_keys: Collection[str] = (),
 ) -> None:
     """Write a masked folder, check it and print its size.
 
@@ -32,13 +36,14 @@ def export(
         out: the folder to write.
         tensors: pairs of HF name and dense tensor.
         masks: the masks; None writes the dense tensors.
+        ignore_keys: see ``read_architecture``.
 
     Raises:
         ArtifactError: the written folder fails its check; ``out`` does not change.
     """
 
     def finish(folder: Path) -> None:
-        check_export(folder, masks)
+        check_export(folder, masks, ignore_keys)
         header = None
         if masks is not None:
             header = {key: value for key, value in masks.meta.items() if key != "tensors"}
@@ -54,7 +59,7 @@ def export(
     print(f"{out}: {content}; {_size(out):,} bytes written and verified")
 
 
-def check_export(folder: Path, masks: MaskSet | None) -> None:
+def check_export(folder: Path, masks: MaskSet | None, ignore_keys: Collection[str] = ()) -> None:
     """Read a written folder back and check it.
 
     All tensors must be there, and every pruned place of every masked linear must hold +0.0.
@@ -62,7 +67,7 @@ def check_export(folder: Path, masks: MaskSet | None) -> None:
     Raises:
         ArtifactError: the first linear that fails.
     """
-    with open_checked(folder) as reader:
+    with open_checked(folder, ignore_keys) as reader:
         if masks is None:
             return
         for name, mask_OI in masks.items():

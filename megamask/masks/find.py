@@ -32,9 +32,7 @@ def open_masks(text: str, config: Config, arch: Architecture | None = None) -> M
     """
     path = mask_path(text, run_paths(config))
     if path.is_dir():
-        return load_snapshot(
-            path, arch or _architecture_of(newest_snapshot(path), run_paths(config))
-        )
+        return load_snapshot(path, arch or _architecture_of(newest_snapshot(path), config))
     masks = load_masks(path)
     masks.check_whole()
     return masks
@@ -73,12 +71,13 @@ def mask_path(text: str, paths: RunPaths) -> Path:
     raise ArtifactError(named, "is missing", fix)
 
 
-def _architecture_of(snapshot: Path, paths: RunPaths) -> Architecture:
+def _architecture_of(snapshot: Path, config: Config) -> Architecture:
     """The architecture of the model that a snapshot was learned on.
 
     The places are searched in this order: the run that holds the snapshot, the Hugging Face folder
     that its note names, and the configured run.
     """
+    paths = run_paths(config)
     places = [
         *(folder / "weights" for folder in snapshot.resolve().parents[2:3]),
         paths.weights,
@@ -92,7 +91,7 @@ def _architecture_of(snapshot: Path, paths: RunPaths) -> Architecture:
         pass  # model.hf may not be set; a torn note is reported when the snapshot is opened
     for folder in places:
         if (folder / "config.json").exists():
-            return read_architecture(folder)
+            return read_architecture(folder, config.model.ignore_keys)
     problem = "was learned on a model whose config.json is not found"
     raise ArtifactError(snapshot, problem, "Set model.hf to the Hugging Face folder of that model.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 from megamask.config import Config
@@ -45,19 +46,22 @@ def verify(path: Path | str, hf_dir: Path | str | None = None) -> MaskSet:
     return masks
 
 
-def check_strictly(masks: MaskSet, hf_dir: Path | str | None = None) -> None:
+def check_strictly(
+    masks: MaskSet, hf_dir: Path | str | None = None, ignore_keys: Collection[str] = ()
+) -> None:
     """Decode every mask, and compare names, shapes and fingerprint with a model.
 
     Args:
         masks: the masks.
         hf_dir: Hugging Face folder of the model; None compares with no model.
+        ignore_keys: see ``read_architecture``.
 
     Raises:
         ArtifactError: a mask is corrupt or does not fit the model.
     """
     if hf_dir is not None:
-        masks.check(shapes=linear_shapes(read_architecture(Path(hf_dir))))
-        masks.check(fingerprint=fingerprint_hf(Path(hf_dir)))
+        masks.check(shapes=linear_shapes(read_architecture(Path(hf_dir), ignore_keys)))
+        masks.check(fingerprint=fingerprint_hf(Path(hf_dir), ignore_keys))
     masks.verify()
 
 

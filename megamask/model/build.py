@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.config import Config
+from megamask.model.activations import ACTIVATIONS
 from megamask.model.language_model import LanguageModel
-from megamask.model.rope import inverse_frequencies
+from megamask.model.rope import RotarySets, inverse_frequencies
 from megamask.model.spec import block_spec
 from megamask.model.vocabulary import VocabularyShard
 from megamask.parallel.mask_context import MaskSwitch
@@ -61,9 +61,10 @@ def transformer_config(
         kv_channels=arch.head_dim,
         add_bias_linear=False,  # the spec sets each linear's own bias
         normalization="RMSNorm",
-        layernorm_epsilon=arch.norm_eps,
-        activation_func=F.silu,
-        gated_linear_unit=True,
+        layernorm_epsilon=arch.norm.eps,
+        activation_func=ACTIVATIONS[arch.activation],
+        gated_linear_unit=arch.gated,
+        softmax_scale=arch.attention_scale,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -100,21 +101,29 @@ def build_model(
         ConfigError: the architecture does not split over this TP.
     """
     check_tp(arch, mesh.tp)
+    settings = transformer_config(config, arch, mesh, dtype or DTYPES[config.dtype])
     model = LanguageModel(
-        config=transformer_config(config, arch, mesh, dtype or DTYPES[config.dtype]),
-        transformer_layer_spec=block_spec(arch, mesh.device),
+        config=settings,
+        transformer_layer_spec=block_spec(arch, settings, mesh.device),
         vocab_size=padded_vocab(arch, mesh.tp),
         max_sequence_length=arch.max_positions,
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied,
-        position_embedding_type="rope",
-        rotary_base=int(arch.rope_theta),
+        position_embedding_type="rope" if arch.ropes else "learned_absolute",
     ).to(mesh.device)
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(mesh.device)
+    if arch.ropes:
+        frequencies = [inverse_frequencies(arch, rope).to(mesh.device) for rope in arch.ropes]
+        model.rotary_pos_emb = RotarySets(frequencies)
+    else:  # Megatron makes the table in fp32, whatever the dtype of the model
+        model.embedding.position_embeddings.to(settings.params_dtype)
+    model.logit_cap = arch.logit_cap
     rows = padded_vocab(arch, mesh.tp) // mesh.tp
     first = mesh.tp_rank * rows
     model.shard = VocabularyShard(first, min(max(arch.vocab - first, 0), rows), rows, mesh.tp_group)
     model.requires_grad_(False)
+    if arch.embedding_scale != 1:
+        scale = arch.embedding_scale
+        model.embedding.register_forward_hook(lambda module, inputs, output: output * scale)
     # A recomputed layer passes gradients on only if its input requires a gradient. The output of a
     # frozen embedding requires none, so the hook asks for it.
     if config.parallel.recompute:

@@ -27,7 +27,14 @@ import torch
 import torch.nn.functional as F
 
 from megamask.model.partition_sums import PartitionSums
-from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size, from_ranks, pieces
+from megamask.model.vocabulary import (
+    VocabularyShard,
+    block_size,
+    cap_,
+    chunk_size,
+    from_ranks,
+    pieces,
+)
 
 # Lower bound of the student's probability of the other tokens. It keeps quotients finite, and is
 # too small to change a loss.
@@ -46,6 +53,7 @@ class Distillation:
         temperature: divides the logits of both models in kd.
         top_k: number of named tokens; None takes the whole vocabulary.
         share: weight of kd in the objective.
+        logit_cap: the model's cap of its logits; the student's logits arrive with it.
     """
 
     labels_T: torch.Tensor
@@ -55,6 +63,7 @@ class Distillation:
     temperature: float = 1.0
     top_k: int | None = None
     share: float = 1.0
+    logit_cap: float | None = None
 
     def __call__(
         self, logits_TV: torch.Tensor, tokens: slice, gradient: bool
@@ -67,6 +76,8 @@ class Distillation:
         teacher_TV = torch.mm(
             self.teacher_TH[tokens], self.weight_VH.t(), out=teacher[: len(labels_T)]
         )
+        if self.logit_cap is not None:
+            cap_(teacher_TV, self.logit_cap)
         kind: type[_Block] = _AllTokens if self.top_k is None else _TopTokens
         losses = []
         for rows in pieces(len(labels_T), space.shape[1]):

@@ -13,7 +13,14 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 
-from megamask.model.vocabulary import CrossEntropy, Objective, VocabularyShard, fused_loss
+from megamask.model.vocabulary import (
+    Capped,
+    CrossEntropy,
+    Objective,
+    VocabularyShard,
+    cap_,
+    fused_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,14 @@ class LanguageModel(GPTModel):
     Losses are made of the hidden states by :meth:`losses`, which knows the real rows of this rank's
     vocabulary: rows that only pad it never take part in a softmax. The model runs without the
     wrapper of Megatron's DDP, whose own forward pass only calls it.
+
+    Attributes:
+        shard: this rank's part of the vocabulary.
+        logit_cap: logits become cap * tanh(logit / cap); None leaves them.
     """
 
     shard: VocabularyShard
+    logit_cap: float | None = None
 
     def hidden_states(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last norm, (S, B, H); with sequence parallel, this rank's part of
@@ -65,6 +77,8 @@ class LanguageModel(GPTModel):
             objective: a loss of S x B tokens, in that order.
         """
         hidden_SBH = self.whole(hidden_SBH)
+        if self.logit_cap is not None:
+            objective = Capped(objective, self.logit_cap)
         found = fused_loss(hidden_SBH.flatten(0, 1), self.head_VH, self.shard, objective)
         return tuple(one.view(hidden_SBH.shape[:2]).t().contiguous() for one in found)
 
@@ -72,7 +86,18 @@ class LanguageModel(GPTModel):
         """All logits on every rank, (B, S, ``vocab``): for comparisons, too large for learning."""
         local_SBV, _ = self.output_layer(self.hidden_states(tokens_BS), weight=self.head_VH)
         whole: torch.Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(local_SBV)
+        if self.logit_cap is not None:
+            whole = cap_(whole.clone(), self.logit_cap)
         return whole.transpose(0, 1)[..., :vocab].contiguous()
+
+    def rotary_angles(self, length: int) -> torch.Tensor | None:
+        """The rotary angles of ``length`` positions, as the layers take them; None for a model with
+        a learned table of positions.
+        """
+        if self.position_embedding_type != "rope":
+            return None
+        angles: torch.Tensor = self.rotary_pos_emb(length)
+        return angles
 
     def whole(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """Hidden states of all of S, as the head of this rank needs them; the backward pass sums

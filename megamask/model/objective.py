@@ -52,6 +52,7 @@ def distilled_losses(
         temperature=section.temperature,
         top_k=section.top_k,
         share=section.share,
+        logit_cap=model.logit_cap,
     )
     return TokenLosses(*model.losses(hidden_SBH, objective))
 

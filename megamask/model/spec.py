@@ -1,6 +1,7 @@
-"""The Megatron layer spec: every linear can carry a mask.
+"""The Megatron layer spec of an architecture: every linear can carry a mask.
 
-Norm and attention come from Transformer Engine where it can be imported, else from PyTorch.
+Plain RMSNorm and plain attention come from Transformer Engine where it can be imported, everything
+else from PyTorch.
 """
 
 from __future__ import annotations
@@ -9,73 +10,27 @@ import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megamask.model.layer_parts import (
+    AllHeadsNorm,
+    FrozenNorm,
+    RotatedSelfAttention,
+    SdpaCoreAttention,
+)
+from megamask.model.residual import ParallelLayer, ResidualSum
+from megamask.model.rope import columns
 from megamask.parallel.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from megamask.weights.architecture import Architecture
-
-
-class FrozenRMSNorm(torch.nn.Module):
-    """PyTorch's RMSNorm, one fused kernel on CUDA, with a frozen weight.
-
-    A frozen weight needs no sum of gradients under sequence parallel.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
-    ) -> None:
-        super().__init__()
-        device = torch.cuda.current_device() if not config.use_cpu_initialization else "cpu"
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=device)
-        )
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """weight * x / rms(x), computed in fp32."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class SdpaCoreAttention(MegatronModule):
-    """Causal attention through PyTorch's scaled_dot_product_attention.
-
-    It needs neither an S x S mask nor CUDA's random state.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        """(S, B, heads, D) queries and (S, B, kv heads, D) keys and values -> (S, B, heads * D)."""
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
+from megamask.weights.family import Layer, Norm
 
 
 def has_transformer_engine(device: torch.device) -> bool:
@@ -83,46 +38,99 @@ def has_transformer_engine(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
 
 
-def _norm_and_attention(device: torch.device) -> tuple[Any, Any]:
-    if not has_transformer_engine(device):
-        return FrozenRMSNorm, SdpaCoreAttention
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+def block_spec(
+    arch: Architecture, config: TransformerConfig, device: torch.device
+) -> TransformerBlockSubmodules:
+    """The spec of all layers and of the last norm.
 
-    return TENorm, TEDotProductAttention
-
-
-def block_spec(arch: Architecture, device: torch.device) -> TransformerBlockSubmodules:
-    """The spec of all layers.
-
-    The biases come from the architecture, because Megatron has only one switch for the two biases
-    of Llama's attention.
+    Args:
+        arch: the architecture.
+        config: Megatron's settings of the model.
+        device: device of the model.
     """
-    norm, attention = _norm_and_attention(device)
-    self_attention = SelfAttentionSubmodules(
-        linear_qkv=_linear(MaskedColumnParallelLinear, arch.attention_bias),
-        core_attention=attention,
-        linear_proj=_linear(MaskedRowParallelLinear, arch.attention_out_bias),
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+    specs = {
+        facts: _layer(arch, facts, config, device)
+        for facts in {arch.layer(index) for index in range(arch.num_layers)}
+    }
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[arch.layer(index)] for index in range(arch.num_layers)],
+        layer_norm=_norm(arch, device, arch.logit_scale),
     )
-    mlp = MLPSubmodules(
-        linear_fc1=_linear(MaskedColumnParallelLinear, arch.mlp_bias),
-        linear_fc2=_linear(MaskedRowParallelLinear, arch.mlp_bias),
-    )
-    layer = TransformerLayerSubmodules(
+
+
+def _layer(
+    arch: Architecture, facts: Layer, config: TransformerConfig, device: torch.device
+) -> ModuleSpec:
+    norm = _norm(arch, device) if arch.pre_norms else IdentityOp
+    rotation = None if facts.rope is None else columns(arch, facts.rope)
+    submodules = TransformerLayerSubmodules(
         input_layernorm=norm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
-            params={"attn_mask_type": AttnMaskType.causal},
-            submodules=self_attention,
+            module=RotatedSelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal, "rotation": rotation},
+            submodules=_attention(arch, facts, device),
         ),
-        self_attn_bda=get_bias_dropout_add,
+        self_attn_bda=_residual(arch, config),
         pre_mlp_layernorm=norm,
-        mlp=ModuleSpec(module=MLP, submodules=mlp),
-        mlp_bda=get_bias_dropout_add,
+        # The biases come from the architecture, because Megatron has fewer switches than there are
+        # combinations of biases.
+        mlp=ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(
+                linear_fc1=_linear(MaskedColumnParallelLinear, arch.mlp_bias),
+                linear_fc2=_linear(MaskedRowParallelLinear, arch.mlp_bias),
+            ),
+        ),
+        mlp_bda=_residual(arch, config, adds=not arch.parallel_residual),
     )
-    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(layer_specs=[spec] * arch.num_layers, layer_norm=norm)
+    layer = ParallelLayer if arch.parallel_residual else TransformerLayer
+    return ModuleSpec(module=layer, submodules=submodules)
+
+
+def _attention(arch: Architecture, facts: Layer, device: torch.device) -> SelfAttentionSubmodules:
+    core: Any = ModuleSpec(
+        module=SdpaCoreAttention, params={"window": facts.window, "cap": arch.attention_cap}
+    )
+    if has_transformer_engine(device) and facts.window is None and arch.attention_cap is None:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        core = TEDotProductAttention
+    return SelfAttentionSubmodules(
+        linear_qkv=_linear(MaskedColumnParallelLinear, arch.attention_bias),
+        core_attention=core,
+        linear_proj=_linear(MaskedRowParallelLinear, arch.attention_out_bias),
+        q_layernorm=_heads_norm(arch, arch.heads),
+        k_layernorm=_heads_norm(arch, arch.kv_heads),
+    )
+
+
+def _norm(arch: Architecture, device: torch.device, factor: float = 1.0) -> Any:
+    """The norm of hidden states, times a factor."""
+    plain = arch.norm.kind == "rms" and not (arch.norm.plus_one or arch.norm.bias) and factor == 1
+    if plain and has_transformer_engine(device):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return ModuleSpec(module=FrozenNorm, params={"norm": arch.norm, "factor": factor})
+
+
+def _heads_norm(arch: Architecture, heads: int) -> Any:
+    """The norm of queries or keys."""
+    if arch.qk_norm is None:
+        return IdentityOp
+    norm = Norm("rms", arch.norm.eps, arch.norm.plus_one)
+    if arch.qk_norm == "head":
+        return ModuleSpec(module=FrozenNorm, params={"norm": norm})
+    return ModuleSpec(module=AllHeadsNorm, params={"norm": norm, "width": heads * arch.head_dim})
+
+
+def _residual(arch: Architecture, config: TransformerConfig, adds: bool = True) -> Any:
+    """What joins the output of attention or feed-forward part with the residual stream."""
+    if not arch.post_norms and arch.residual_scale == 1 and adds:
+        return get_bias_dropout_add
+    norm = arch.norm if arch.post_norms else None
+    params = {"config": config, "norm": norm, "factor": arch.residual_scale, "adds": adds}
+    return ModuleSpec(module=ResidualSum, params=params)
 
 
 def _linear(linear: type, bias: bool) -> Any:

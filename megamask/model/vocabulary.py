@@ -71,6 +71,30 @@ class CrossEntropy:
         return (torch.cat(losses),)
 
 
+@dataclass(frozen=True)
+class Capped:
+    """An objective of capped logits, cap * tanh(logit / cap), as one of the logits themselves."""
+
+    objective: Objective
+    cap: float
+
+    def __call__(
+        self, logits_TV: torch.Tensor, tokens: slice, gradient: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """As the objective. With ``gradient``, d loss / d logits overwrites the logits."""
+        cap_(logits_TV, self.cap)
+        slope_TV = 1 - (logits_TV / self.cap).square_() if gradient else None
+        found = self.objective(logits_TV, tokens, gradient)
+        if slope_TV is not None:
+            logits_TV.mul_(slope_TV)
+        return found
+
+
+def cap_(logits_TV: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(logit / cap), in place of the logits."""
+    return logits_TV.div_(cap).tanh_().mul_(cap)
+
+
 def fused_loss(
     hidden_TH: torch.Tensor, weight_VH: torch.Tensor, shard: VocabularyShard, objective: Objective
 ) -> tuple[torch.Tensor, ...]:

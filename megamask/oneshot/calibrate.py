@@ -40,7 +40,7 @@ class HiddenStates:
         self._batches_SBH: list[torch.Tensor] = [
             model.embedding(tokens_BS, positions(tokens_BS)) for tokens_BS in batches
         ]
-        self._rotary = model.rotary_pos_emb(tokens_NS.shape[1])
+        self._rotary = model.rotary_angles(tokens_NS.shape[1])
 
     def feed(self, layer: torch.nn.Module) -> None:
         """Run ``layer`` on all samples for its hooks; the hidden states do not change."""

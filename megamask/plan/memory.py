@@ -84,24 +84,33 @@ def memory_of(work: Workload, device: Device) -> Memory:
 def layer_activations(work: Workload) -> float:
     """Bytes that one layer saves for its backward pass.
 
-    Per token: two norms' fp32 inputs (4 H each), inputs of the four linears (H, Q, H, F), fused
-    q/k/v before and q, k after the rotation, attention's log-sums (4 a head), and of the gated
-    activation the two halves together (2 F), SiLU's output and the other half.
+    Per token: two norms' fp32 inputs (4 H each), or four's, inputs of the four linears (H, Q, H,
+    F), fused q/k/v before and q, k after the rotation, attention's log-sums (4 a head), and of the
+    gated activation the two halves together (2 F), SiLU's output and the other half. An activation
+    without a gate keeps F. Capped attention keeps scores of S keys a head three times.
     """
     arch, tp = work.arch, work.tp
     hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
     q, k, f = arch.heads * arch.head_dim / tp, arch.kv_heads * arch.head_dim / tp, arch.ffn / tp
-    numbers = 2 * hidden + (q + f) + (q + 2 * k) + (q + k) + 4 * f
+    numbers = 2 * hidden + (q + f) + (q + 2 * k) + (q + k) + (4 if arch.gated else 1) * f
+    norms = 2 * arch.pre_norms + 2 * arch.post_norms
+    scores = 0.0
+    if arch.attention_cap is not None:
+        scores = work.config.data.seq_length * arch.heads / tp * (2 * work.width + 4)
     rotary = 4 * work.config.data.seq_length * arch.head_dim * work.width
-    return work.tokens * (work.width * numbers + 8 * hidden + 4 * arch.heads / tp) + rotary
+    return (
+        work.tokens * (work.width * numbers + 4 * norms * hidden + 4 * arch.heads / tp + scores)
+        + rotary
+    )
 
 
 def recomputed_activations(work: Workload) -> float:
     """Bytes of ``layer_activations`` that ``parallel.recompute`` makes again: all of them, or the
-    feed-forward part's without its input (5 F a token).
+    feed-forward part's without its input (5 F a token, or 2 F without a gate).
     """
     if work.config.parallel.recompute == "mlp":
-        return work.tokens * work.width * 5 * work.arch.ffn / work.tp
+        parts = 5 if work.arch.gated else 2
+        return work.tokens * work.width * parts * work.arch.ffn / work.tp
     return layer_activations(work) if work.config.parallel.recompute else 0.0
 
 
@@ -160,7 +169,7 @@ def _forward_in_layer(work: Workload) -> dict[str, float]:
     return {
         ONE_LAYER: float(largest * work.width),
         ACTIVATIONS: 0.0,
-        LAYER: 2 * stream(work) + 4 * wide + gathered(work),
+        LAYER: 2 * stream(work) + (4 if work.arch.gated else 2) * wide + gathered(work),
     }
 
 
@@ -200,7 +209,8 @@ def _in_layer(work: Workload) -> dict[str, float]:
     if config.learn.sampling.backend == "torch" and not once:
         per_logit = work.distribution.reference_bytes(work.pattern)
         weight_grad += per_logit * largest * work.logits_per_group / work.pattern.m
-    busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - 3 * wide)
+    freed = (3 if arch.gated else 1) * wide
+    busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - freed)
     activations = saved_activations(work) + recomputed_activations(work)
     return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest + gathered(work)}
 

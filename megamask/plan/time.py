@@ -172,8 +172,10 @@ def _elementwise_bytes(work: Workload) -> float:
 
 
 def _gated_bytes(work: Workload) -> float:
-    """Bytes per token and layer that the gated activation moves: 14 F forward, times three."""
-    return 3 * 14 * work.arch.ffn / work.tp * work.width / 2
+    """Bytes per token and layer that the activation moves: 14 F forward with a gate, 4 F without,
+    times three.
+    """
+    return 3 * (14 if work.arch.gated else 4) * work.arch.ffn / work.tp * work.width / 2
 
 
 def _sampling(work: Workload, device: Device) -> dict[str, float]:

@@ -76,7 +76,7 @@ class RunInputs:
         Raises:
             ArtifactError: its config.json is missing or names another kind of model.
         """
-        return read_architecture(self.paths.weights)
+        return read_architecture(self.paths.weights, self.config.model.ignore_keys)
 
     @cached_property
     def modules(self) -> list[str]:

@@ -30,13 +30,14 @@ def run(config: Config) -> None:
             written.
     """
     paths = run_paths(config)
-    arch = read_architecture(paths.hf)
+    ignore_keys = config.model.ignore_keys
+    arch = read_architecture(paths.hf, ignore_keys)
     # The model comes first: a tensor parallel size that its heads forbid needs no processes.
     Layout.planned(config, dp=1).check_model(arch)
     Layout.launched(config)
     storage.require_writable(paths.run_dir)
-    with open_checked(paths.hf) as reader, start(config) as mesh:
-        found = fingerprints_hf(paths.hf)
+    with open_checked(paths.hf, ignore_keys) as reader, start(config) as mesh:
+        found = fingerprints_hf(paths.hf, ignore_keys)
         note: dict[str, object] = {
             "fingerprint": found.exact,
             "float16_fingerprints": list(found.float16),

@@ -39,16 +39,16 @@ def run(config: Config) -> None:
         )
     require_own(paths.export, STAMP, "export.out")
     require_writable(paths.export.parent, "export.out")
-    reader = open_checked(paths.hf)
+    reader = open_checked(paths.hf, config.model.ignore_keys)
     masks = configured_masks(config)
     if masks is not None:
-        check_strictly(masks, paths.hf)
+        check_strictly(masks, paths.hf, config.model.ignore_keys)
         masks.check(pattern=Pattern.parse(config.pattern))
     weights = Path(config.export.weights) if config.export.weights else None
     if weights is None and masks is not None:
         weights = own_weights(masks, paths)
     with tensors_of(config, reader, weights) as tensors:
-        export(paths.hf, paths.export, tensors, masks)
+        export(paths.hf, paths.export, tensors, masks, config.model.ignore_keys)
 
 
 @contextmanager
@@ -72,4 +72,5 @@ def tensors_of(
 
     alone = config.parallel.model_copy(update={"tp": 1, "sequence_parallel": False})
     with start(config.model_copy(update={"parallel": alone, "device": "cpu"})):
-        yield megatron_to_hf(weights, read_architecture(run_paths(config).hf))
+        arch = read_architecture(run_paths(config).hf, config.model.ignore_keys)
+        yield megatron_to_hf(weights, arch)

@@ -23,7 +23,7 @@ def run(config: Config, arguments: InspectArguments) -> None:
             "export.mask", "dense", "a mask file", "There is nothing to inspect without a mask."
         )
     masks = open_masks(arguments.mask or config.export.mask or "learned", config)
-    check_strictly(masks, hf_dir if known else None)
+    check_strictly(masks, hf_dir if known else None, config.model.ignore_keys)
     print(summary(masks))
     print(
         f"{masks.path}: valid"

@@ -57,11 +57,11 @@ def find_architecture(config: Config, name: str | None = None) -> Architecture:
         ArtifactError: ``model.hf`` was given and cannot be read.
     """
     if name:
-        return read_shape(name)
+        return read_shape(name, ignore_keys=config.model.ignore_keys)
     paths = run_paths(config)
     for folder in (paths.hf, paths.weights):
         if (folder / "config.json").exists():
-            return read_architecture(folder)
+            return read_architecture(folder, config.model.ignore_keys)
     if config.model.hf:
         raise ArtifactError(
             paths.hf / "config.json",

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from megamask.errors import ArtifactError, ConfigError
 from megamask.storage import read_json
-from megamask.weights.families import FAMILIES
+from megamask.weights.config_keys import ConfigKeys
+from megamask.weights.families.registry import FAMILIES
 from megamask.weights.family import Architecture
 
 __all__ = ["Architecture", "read_architecture"]
 
 
-def read_architecture(hf_dir: Path) -> Architecture:
+def read_architecture(hf_dir: Path, ignore_keys: Collection[str] = ()) -> Architecture:
     """Read the architecture of a model.
 
     Args:
         hf_dir: a Hugging Face folder, or the path of its config.json. Both the keys of
             transformers 4 and those of transformers 5 are known.
+        ignore_keys: unknown keys that the user lets through (``model.ignore_keys``).
 
     Raises:
         ArtifactError: config.json is missing or is not JSON.
@@ -39,4 +42,4 @@ def read_architecture(hf_dir: Path) -> Architecture:
             f"one of {known}",
             "Point model.hf at a model of such a family.",
         )
-    return family.read(config, path)
+    return ConfigKeys(config, path, name, family, ignore_keys).architecture()

@@ -1,29 +1,99 @@
-"""The facts of a model family: how its config.json is read, and its mapping table."""
+"""The facts of a model family: the numbers that fix its arithmetic, and the names in its files.
+
+Every default is neutral: an ``Architecture`` with the defaults is a plain Llama.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from megamask.weights.rule import Rule
+if TYPE_CHECKING:
+    from megamask.weights.config_keys import ConfigKeys
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm over the hidden states.
+
+    Attributes:
+        kind: ``rms`` divides by the root mean square, ``layer`` also subtracts the mean.
+        eps: added to the mean square.
+        plus_one: the factor is 1 + weight in the place of weight.
+        bias: whether a bias is added.
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-6
+    plus_one: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary position embedding.
+
+    Attributes:
+        theta: base of the frequencies.
+        scaling: None, or ``{"type": "linear", "factor": f}``, or ``{"type": "llama3"}`` with the
+            keys ``factor``, ``low_freq_factor``, ``high_freq_factor`` and
+            ``original_max_position_embeddings``.
+        share: share of each head that is rotated, from its first dimension on.
+    """
+
+    theta: float = 10000.0
+    scaling: dict[str, Any] | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The facts in which layers of a model differ.
+
+    Attributes:
+        rope: index of the layer's rotary embedding in ``Architecture.ropes``; None rotates nothing.
+        window: number of keys that a query sees, its own included; None lets it see all before it.
+    """
+
+    rope: int | None = 0
+    window: int | None = None
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers that fix the arithmetic of a decoder; they are the same for every family.
+    """The numbers and choices that fix the arithmetic of a decoder, in one form for every family.
 
     Attributes:
-        family: key of ``megamask.weights.families.FAMILIES``.
-        rope_scaling: None, or ``{"type": "linear", "factor": f}``, or ``{"type": "llama3"}`` with
-            the keys ``factor``, ``low_freq_factor``, ``high_freq_factor`` and
-            ``original_max_position_embeddings``.
+        family: key of ``megamask.weights.families.registry.FAMILIES``.
+        ffn: width of the feed-forward part.
+        max_positions: number of positions; a table of positions has so many rows.
+        tied: whether the head shares the weight of the embedding.
+        norm: every norm of the model.
+        ropes: the rotary embeddings; none means a learned table of positions.
+        layers: the facts of each layer; empty means that all are ``Layer()``.
         attention_bias: whether the projections of queries, keys and values have a bias.
         attention_out_bias: whether the output projection of the attention has a bias.
-        tied: whether the head shares the weight of the embedding.
+        mlp_bias: whether the linears of the feed-forward part have biases.
+        activation: the nonlinearity of the feed-forward part; ``gelu`` is exact.
+        gated: whether the activation of one projection multiplies another projection.
+        pre_norms: whether the inputs of attention and feed-forward part are normalised.
+        post_norms: whether their outputs are normalised before the residual sum.
+        qk_norm: norm of queries and keys: per ``head``, or over ``all heads`` together.
+        attention_scale: factor of the attention scores; None is 1 / sqrt(head_dim).
+        attention_cap: scores become cap * tanh(score / cap).
+        logit_cap: the same for the logits.
+        logit_scale: factor of the logits.
+        embedding_scale: factor of the embedding's output.
+        residual_scale: factor of the outputs of attention and feed-forward part.
+        parallel_residual: attention and feed-forward part read the same residual stream.
+        begins_with_bos: the model was trained with a BOS token before every sequence and is far
+            worse without it.
         dtype: the dtype that the config names.
     """
 
@@ -37,24 +107,90 @@ class Architecture:
     vocab: int
     max_positions: int
     tied: bool
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None = None
+    norm: Norm = Norm()
+    ropes: tuple[Rope, ...] = (Rope(),)
+    layers: tuple[Layer, ...] = ()
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    activation: Activation = "silu"
+    gated: bool = True
+    pre_norms: bool = True
+    post_norms: bool = False
+    qk_norm: Literal["head", "all heads"] | None = None
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    logit_scale: float = 1.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    parallel_residual: bool = False
+    begins_with_bos: bool = False
     dtype: torch.dtype = torch.float32
+
+    def layer(self, index: int) -> Layer:
+        """The facts of a layer."""
+        return self.layers[index] if self.layers else Layer(rope=0 if self.ropes else None)
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names in the files of a family; Llama's are the defaults. ``{}`` is the number of the layer.
+
+    Several names are separate tensors that Megatron fuses, a single name is fused in the file.
+
+    Attributes:
+        positions: the learned table of positions.
+        layer: what the names of a layer begin with; the names up to ``down`` follow it.
+        qkv: queries, keys and values.
+        qkv_by_head: the rows of the fused tensor are [query; key; value] of every head in turn,
+            which is Megatron's order.
+        up: [gate; up] of a gated feed-forward part, else the first linear.
+        mlp_norm: the norm before the feed-forward part.
+        attention_post_norm, mlp_post_norm: norms before the residual sums.
+        transposed: the file holds the weights of linears as (in_features, out_features).
+    """
+
+    embedding: str = "model.embed_tokens"
+    positions: str = ""
+    layer: str = "model.layers.{}."
+    attention_norm: str = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qkv_by_head: bool = False
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    out: str = "self_attn.o_proj"
+    attention_post_norm: str = "post_attention_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    mlp_post_norm: str = "post_feedforward_layernorm"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family.
+    """A model family: its names, and how its config.json is read.
 
     Attributes:
-        read: ``read(config, path)`` checks a parsed config.json and returns the architecture; it
-            raises ConfigError for a key that it does not know.
-        rules: ``rules(arch, padded_vocab)`` returns the mapping table in the order of the model.
+        read: ``read(keys, plain)`` returns the architecture. ``plain`` holds what the common keys
+            say (sizes, tied, dtype); ``keys`` gives the others and remembers which were read.
+        names: the names in the files.
+        defaults: key -> value that an absent key has in the family's class of transformers.
+        neutral: key that can change the arithmetic -> the values that leave it unchanged; null
+            always does.
+        harmless: keys of the family's published models that change nothing.
+        aliases: common key -> its name in this family.
+        ffn_factor: width of the feed-forward part over the hidden width, where the file has no
+            width; None needs the file's.
     """
 
-    read: Callable[[dict[str, Any], Path], Architecture]
-    rules: Callable[[Architecture, int], list[Rule]]
+    read: Callable[[ConfigKeys, Architecture], Architecture]
+    names: Names = Names()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    ffn_factor: int | None = None

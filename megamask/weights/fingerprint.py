@@ -9,7 +9,7 @@ rounds small values in another way, so the fingerprints of such copies are kept 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,20 +76,24 @@ def _digests(
     return [digest.hexdigest() for digest in digests]
 
 
-def fingerprint_hf(hf_dir: Path) -> str:
+def fingerprint_hf(hf_dir: Path, ignore_keys: Collection[str] = ()) -> str:
     """Fingerprint of a Hugging Face folder; 16 rows of each linear are read.
+
+    Args:
+        hf_dir: the folder.
+        ignore_keys: see ``read_architecture``.
 
     Raises:
         ArtifactError: the folder is incomplete.
         ConfigError: the model's family is not supported, or a key of its config is not.
     """
-    return fingerprints_hf(hf_dir).exact
+    return fingerprints_hf(hf_dir, ignore_keys).exact
 
 
-def fingerprints_hf(hf_dir: Path) -> Fingerprints:
+def fingerprints_hf(hf_dir: Path, ignore_keys: Collection[str] = ()) -> Fingerprints:
     """As ``fingerprint_hf``, with the fingerprints of the copies in fp16."""
-    shapes = linear_shapes(read_architecture(hf_dir))
-    with open_checked(hf_dir) as reader:
+    shapes = linear_shapes(read_architecture(hf_dir, ignore_keys))
+    with open_checked(hf_dir, ignore_keys) as reader:
 
         def row(name: str, index: int) -> Tensor:
             return reader.read(f"{name}.weight", slice(index, index + 1))[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
@@ -171,13 +171,17 @@ class HFReader:
         )
 
 
-def open_checked(hf_dir: Path) -> HFReader:
+def open_checked(hf_dir: Path, ignore_keys: Collection[str] = ()) -> HFReader:
     """Open a folder and check its tensors against its config.json.
+
+    Args:
+        hf_dir: the folder.
+        ignore_keys: see ``read_architecture``.
 
     Raises:
         ArtifactError, ConfigError: see ``HFReader.check`` and ``read_architecture``.
     """
-    expected = expected_tensors(read_architecture(hf_dir))
+    expected = expected_tensors(read_architecture(hf_dir, ignore_keys))
     reader = HFReader(hf_dir)
     reader.check(expected)
     return reader

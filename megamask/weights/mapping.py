@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from megamask.errors import ConfigError
-from megamask.weights.families import FAMILIES
+from megamask.weights.families.registry import FAMILIES
 from megamask.weights.family import Architecture
 from megamask.weights.rule import Read, Rule, block
+from megamask.weights.tensor_rules import tensor_rules
 
 __all__ = [
     "Read",
@@ -36,7 +37,7 @@ def rules(arch: Architecture, padded_vocab: int | None = None) -> list[Rule]:
             vocabulary are zeros. None adds no rows.
     """
     assert padded_vocab is None or padded_vocab >= arch.vocab
-    return FAMILIES[arch.family].rules(arch, padded_vocab or arch.vocab)
+    return tensor_rules(arch, FAMILIES[arch.family].names, padded_vocab or arch.vocab)
 
 
 def expected_tensors(arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -61,27 +62,31 @@ def linear_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 def check_tp(arch: Architecture, tp: int) -> None:
     """Check that heads, KV heads and FFN split over ``tp`` ranks.
 
-    The vocabulary is not checked, because it may be padded.
+    Where there are more ranks than KV heads, a number of ranks shares each of them, as Megatron
+    allows. A norm over all heads needs KV heads of its own on every rank. The vocabulary is not
+    checked, because it may be padded.
 
     Raises:
         ConfigError: they do not split; the message names the values of parallel.tp that work.
     """
-    sizes = {
-        "num_attention_heads": arch.heads,
-        "num_key_value_heads": arch.kv_heads,
-        "intermediate_size": arch.ffn,
-    }
-    bad = [f"{name} = {size}" for name, size in sizes.items() if size % tp]
+    bad = _unsplit(arch, tp)
     if bad:
-        works = [
-            number
-            for number in range(1, arch.kv_heads + 1)
-            if not any(size % number for size in sizes.values())
-        ]
+        works = [number for number in range(1, arch.heads + 1) if not _unsplit(arch, number)]
         allowed = f"must divide {', '.join(bad)}; this model allows {', '.join(map(str, works))}"
         raise ConfigError(
             "parallel.tp", tp, allowed, f"Set parallel.tp={works[-1]} or another of these."
         )
+
+
+def _unsplit(arch: Architecture, tp: int) -> list[str]:
+    """The sizes that do not split over ``tp`` ranks, with their names in config.json."""
+    sizes = {"num_attention_heads": arch.heads, "intermediate_size": arch.ffn}
+    bad = [f"{name} = {size}" for name, size in sizes.items() if size % tp]
+    fused = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
+    shares = arch.qk_norm != "all heads" and tp % arch.kv_heads == 0 and fused % tp == 0
+    if arch.kv_heads % tp and not shares:
+        bad.append(f"num_key_value_heads = {arch.kv_heads}")
+    return bad
 
 
 def prunable(arch: Architecture, include: Sequence[str], exclude: Sequence[str]) -> list[str]:

@@ -35,7 +35,8 @@ class Rule:
     - ``replicate``: every rank holds the whole tensor.
     - ``column`` and ``vocab``: the rows are split over the ranks.
     - ``row``: the last axis is split over the ranks.
-    - ``qkv``: the rows are split, and interleaved per KV group as [queries; key; value].
+    - ``qkv``: the rows are split, and interleaved per KV group as [queries; key; value]. Rank r
+      holds the r-th of equal pieces, also where a piece is only a part of a KV group.
     - ``gated``: the rows are split, and each rank holds [its part of gate; its part of up].
 
     Args:
@@ -45,6 +46,8 @@ class Rule:
         shapes: shapes of the HF tensors.
         is_linear: whether the tensor is the weight of a linear that may be pruned.
         kv_groups: number of KV groups of a ``qkv`` tensor.
+        parts: rows of each part, where a single HF tensor holds the parts one after another; empty
+            where every part is an HF tensor.
         padded_rows: number of rows of a ``vocab`` tensor in Megatron; the rows beyond those of the
             HF tensor are zeros.
     """
@@ -56,6 +59,7 @@ class Rule:
     is_linear: bool = False
     kv_groups: int = 1
     padded_rows: int = 0
+    parts: tuple[int, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -64,7 +68,7 @@ class Rule:
 
     def shape(self, tp: int = 1) -> tuple[int, ...]:
         """Shape of the Megatron tensor on each rank."""
-        rows, rest = sum(self._rows(1)), self.shapes[0][1:]
+        rows, rest = sum(self._part_rows()), self.shapes[0][1:]
         if self.kind == "replicate":
             return (rows, *rest)
         if self.kind == "row":
@@ -89,12 +93,10 @@ class Rule:
                 self.hf[0], slice(0, rows), slice(tp_rank * columns, (tp_rank + 1) * columns)
             )
         if self.kind == "vocab":
-            return self._shard_vocab(read, tp_rank, self._rows(tp)[0])
-        parts = [
-            read(name, slice(tp_rank * count, (tp_rank + 1) * count), None)
-            for name, count in zip(self.hf, self._rows(tp), strict=True)
-        ]
-        return self._fuse(parts, tp)
+            return self._shard_vocab(read, tp_rank, _share(self._part_rows()[0], tp))
+        if self._splits_groups(tp):
+            return self._shard_group(read, tp_rank, tp)
+        return self._fuse(self._read_parts(read, tp_rank, tp), self._blocks(tp))
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
         """The full (TP = 1) Megatron tensor from the shards of all ranks, in rank order."""
@@ -102,39 +104,61 @@ class Rule:
             return shards[0]
         if self.kind == "row":
             return torch.cat(list(shards), dim=-1)
-        tp = len(shards)
-        parts = zip(*(self._split(shard, tp) for shard in shards), strict=True)
-        return self._fuse([torch.cat(part) for part in parts], 1)
+        if self.kind != "gated":  # each rank holds the next of equal pieces
+            return torch.cat(list(shards))
+        parts = zip(*(shard.chunk(len(self._part_rows())) for shard in shards), strict=True)
+        return torch.cat([torch.cat(part) for part in parts])
 
     def to_hf(self, full: Tensor) -> dict[str, Tensor]:
         """The HF tensors of a full (TP = 1) Megatron tensor, without padding of the vocabulary."""
         if self.kind == "vocab":
             return {self.hf[0]: full[: self.shapes[0][0]]}
-        return dict(zip(self.hf, self._split(full, 1), strict=True))
+        parts = self._split(full)
+        return dict(zip(self.hf, [torch.cat(parts)] if self.parts else parts, strict=True))
 
-    def _rows(self, tp: int) -> list[int]:
-        """Number of rows of each HF part on one rank."""
+    def _part_rows(self) -> tuple[int, ...]:
+        """Number of rows of each part in the whole Megatron tensor."""
         if self.kind == "vocab":
-            return [_share(self.padded_rows or self.shapes[0][0], tp)]
-        split = 1 if self.kind in ("replicate", "row") else tp
-        return [_share(shape[0], split) for shape in self.shapes]
+            return (self.padded_rows or self.shapes[0][0],)
+        return self.parts or tuple(shape[0] for shape in self.shapes)
+
+    def _read_parts(self, read: Read, piece: int, pieces: int) -> list[Tensor]:
+        """One of equal pieces of every part."""
+        found, first = [], 0
+        for index, rows in enumerate(self._part_rows()):
+            name, count = self.hf[0 if self.parts else index], _share(rows, pieces)
+            start = first + piece * count
+            found.append(read(name, slice(start, start + count), None))
+            first += rows if self.parts else 0
+        return found
 
     def _blocks(self, tp: int) -> int:
-        """Number of blocks of rows, each of which holds a piece of every HF part."""
+        """Number of blocks of rows, each of which holds a piece of every part."""
         return _share(self.kv_groups, tp) if self.kind == "qkv" else 1
 
-    def _fuse(self, parts: Sequence[Tensor], tp: int) -> Tensor:
-        """A rank's Megatron tensor from its pieces of the HF parts."""
-        blocks = self._blocks(tp)
+    def _fuse(self, parts: Sequence[Tensor], blocks: int) -> Tensor:
+        """Rows of the Megatron tensor from pieces of the parts."""
         pieces = [part.reshape(blocks, -1, *part.shape[1:]) for part in parts]
         return torch.cat(pieces, dim=1).flatten(0, 1)
 
-    def _split(self, fused: Tensor, tp: int) -> list[Tensor]:
-        """A rank's pieces of the HF parts: the inverse of ``_fuse``."""
-        blocks = self._blocks(tp)
-        widths = [_share(rows, blocks) for rows in self._rows(tp)]
-        pieces = torch.split(fused.reshape(blocks, -1, *fused.shape[1:]), widths, dim=1)
+    def _split(self, full: Tensor) -> list[Tensor]:
+        """The parts of a full Megatron tensor: the inverse of ``_fuse``."""
+        blocks = self._blocks(1)
+        widths = [_share(rows, blocks) for rows in self._part_rows()]
+        pieces = torch.split(full.reshape(blocks, -1, *full.shape[1:]), widths, dim=1)
         return [piece.flatten(0, 1) for piece in pieces]
+
+    def _splits_groups(self, tp: int) -> bool:
+        """Whether several ranks share a KV group."""
+        return self.kind == "qkv" and self.kv_groups < tp
+
+    def _shard_group(self, read: Read, tp_rank: int, tp: int) -> Tensor:
+        """A rank's piece of a KV group; the whole group is read."""
+        sharers = _share(tp, self.kv_groups)
+        group = torch.cat(self._read_parts(read, tp_rank // sharers, self.kv_groups))
+        rows = _share(len(group), sharers)
+        place = tp_rank % sharers
+        return group[place * rows : (place + 1) * rows]
 
     def _shard_vocab(self, read: Read, tp_rank: int, count: int) -> Tensor:
         """The ``count`` rows of a rank, with zeros for the rows that pad the vocabulary."""

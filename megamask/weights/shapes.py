@@ -5,6 +5,7 @@ They serve to plan and to benchmark a run before anything is downloaded.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from megamask.errors import ConfigError
@@ -14,12 +15,13 @@ FOLDER = Path(__file__).with_name("known")
 SHAPES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 
 
-def read_shape(name: str, key: str = "--model") -> Architecture:
+def read_shape(name: str, key: str = "--model", ignore_keys: Collection[str] = ()) -> Architecture:
     """The architecture of a named shape, or of a Hugging Face folder or config.json.
 
     Args:
         name: one of ``SHAPES``, or a path.
         key: the setting that chose the name, for messages.
+        ignore_keys: see ``read_architecture``.
 
     Raises:
         ConfigError: the name is neither a shape nor a path.
@@ -34,4 +36,4 @@ def read_shape(name: str, key: str = "--model") -> Architecture:
             f"one of {', '.join(SHAPES)}, or a Hugging Face folder",
             "Correct the name or the path.",
         )
-    return read_architecture(Path(name))
+    return read_architecture(Path(name), ignore_keys)

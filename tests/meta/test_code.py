@@ -25,6 +25,7 @@ USED_ELSEWHERE = {
     "unique_identifiers": "Megatron's blended dataset",
     "full_logits": "tests of parity",
     "writer_of": "the state of a run, for people",
+    "get_emb": "Megatron's rotary embedding",
 }
 LONG = 40  # characters of a literal that must not stand in two files
 

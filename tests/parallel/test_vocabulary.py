@@ -96,8 +96,6 @@ def run_case(case: Case, tp: int, sequence_parallel: bool) -> list[torch.Tensor]
         vocab=case.vocab,
         max_positions=SEQUENCE,
         tied=case.tied,
-        norm_eps=1e-5,
-        rope_theta=1e4,
     )
     hidden_SBH, weight_VH, labels_BS, upstream_BS, teacher_SBH = inputs(case)
     with start(config) as mesh:

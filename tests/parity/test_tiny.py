@@ -124,11 +124,12 @@ def swap_keys_and_values(arch: Architecture, reader: Any) -> tuple[Architecture,
 
 
 def change_theta(arch: Architecture, reader: Any) -> tuple[Architecture, Any]:
-    return replace(arch, rope_theta=2 * arch.rope_theta), reader
+    (rope,) = arch.ropes
+    return replace(arch, ropes=(replace(rope, theta=2 * rope.theta),)), reader
 
 
 def forget_scaling(arch: Architecture, reader: Any) -> tuple[Architecture, Any]:
-    return replace(arch, rope_scaling=None), reader
+    return replace(arch, ropes=(replace(arch.ropes[0], scaling=None),)), reader
 
 
 @pytest.mark.parametrize("wrong", [swap_keys_and_values, change_theta])

@@ -35,12 +35,13 @@ DECIDING = """
     learn.maskpro.baseline learn.maskpro.tracker_decay learn.maskpro.score learn.maskpro.samples
     learn.distillation.share learn.distillation.temperature learn.distillation.top_k
     learn.weight_norm
-    evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos data.bos
+    evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos
     export.mask export.weights export.out
 """
 FREE = """
     run_dir device parallel.tp parallel.sequence_parallel parallel.recompute
     parallel.timeout_minutes parallel.threads calibration.micro_batch
+    model.ignore_keys
     learn.preset learn.memory learn.micro_batch learn.resume learn.sampling.backend
     learn.state.masked_weight learn.state.track_flips learn.optimizer.distributed
     learn.snapshot.every learn.snapshot.keep learn.monitor.evaluate_every

@@ -22,7 +22,7 @@ from megamask.sparsity.pattern import Pattern
 PATTERN = Pattern(2, 4)
 
 
-@pytest.fixture(params=[MaskedColumnParallelLinear, MaskedRowParallelLinear])
+@pytest.fixture(params=(MaskedColumnParallelLinear, MaskedRowParallelLinear))
 def linear(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A linear of 12 inputs and 8 outputs with random weight and zero logits."""
     settings = ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False)

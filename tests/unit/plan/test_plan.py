@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from megamask.plan.memory import (
     OTHER_WEIGHTS,
     layer_activations,
     memory_of,
+    recomputed_activations,
 )
 from megamask.plan.time import (
     ATTENTION,
@@ -38,6 +40,7 @@ from megamask.plan.time import (
     time_of,
 )
 from megamask.plan.workload import Workload
+from megamask.weights.mapping import expected_tensors
 from megamask.weights.shapes import SHAPES, read_shape
 
 PAPER = ("learn.preset=maskllm", "learn.micro_batch=1", "data.seq_length=4096")
@@ -68,16 +71,62 @@ def test_prunable_weights(model: str, billions: float) -> None:
     )
 
 
+# Weights in billions as the model cards or papers state them; Gemma 3's without the vision tower.
+# Nemotron-4's is the paper's 3.2 of the embeddings and 12.5 of the rest. NVIDIA's GPT-2B-001 is
+# called "2B" alone: by hand, 2 x 256,000 x 2,048 + 24 x (4 x 2,048^2 + 3 x 2,048 x 5,440).
+PUBLISHED = {
+    "llama2-7b": 6.74,
+    "llama2-13b": 13.02,
+    "llama2-70b": 68.98,
+    "llama3-8b": 8.03,
+    "mistral-7b": 7.24,
+    "nemotron-4-15b": 15.6,
+    "gpt3-2b": 2.25,
+    "qwen2.5-0.5b": 0.49,
+    "qwen2.5-1.5b": 1.54,
+    "qwen2.5-3b": 3.09,
+    "qwen2.5-7b": 7.61,
+    "qwen2.5-14b": 14.7,
+    "qwen2.5-32b": 32.5,
+    "qwen2.5-72b": 72.7,
+    "qwen3-0.6b": 0.6,
+    "qwen3-1.7b": 1.7,
+    "qwen3-4b": 4.0,
+    "qwen3-8b": 8.2,
+    "qwen3-14b": 14.8,
+    "qwen3-32b": 32.8,
+    "gemma-3-270m": 0.268,
+    "gemma-3-1b": 1.0,
+    "gemma-3-4b": 3.88,
+    "gemma-3-12b": 11.77,
+    "gemma-3-27b": 27.0,
+}
+
+
+@pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
+def test_shapes_have_the_published_numbers_of_weights(name: str, billions: float) -> None:
+    arch = read_shape(name)
+    weights = sum(math.prod(shape) for shape in expected_tensors(arch).values())
+    assert weights / 1e9 == pytest.approx(billions, rel=0.02)
+    assert weights / 1e9 != pytest.approx(1.05 * billions, rel=0.02)
+
+
+def test_a_feed_forward_part_without_a_gate_is_planned_as_such() -> None:
+    """Nemotron-4 by hand, TP 8: inputs of the linears, q/k/v, rotated q and k, and F once more."""
+    config = load_config(None, ["parallel.tp=8", "parallel.recompute=mlp", *PAPER])
+    work = Workload(config, read_shape("nemotron-4-15b")).check()
+    q, k, f, h = 6144 / 8, 1024 / 8, 24576 / 8, 6144
+    numbers = 2 * h + (q + f) + (q + 2 * k) + (q + k) + f
+    per_token = 2 * numbers + 8 * h + 4 * 48 / 8
+    assert layer_activations(work) == work.tokens * per_token + 4 * 4096 * 128 * 2
+    assert recomputed_activations(work) == work.tokens * 2 * 2 * f
+    gated = replace(work, arch=replace(work.arch, gated=True))
+    assert memory_of(gated, GPUS["h100"]).total > memory_of(work, GPUS["h100"]).total
+    assert time_of(gated, GPUS["h100"]).seconds > time_of(work, GPUS["h100"]).seconds
+
+
 def test_every_shape_is_read() -> None:
-    assert {
-        "llama2-7b",
-        "llama2-13b",
-        "llama2-70b",
-        "llama3-8b",
-        "llama3-70b",
-        "smollm2-135m",
-        "toy",
-    } == set(SHAPES)
+    assert set(SHAPES) == {"toy", "smollm2-135m", "llama3-70b", *PUBLISHED}
     with pytest.raises(ConfigError, match="llama2-7b"):
         read_shape("llama9")
 

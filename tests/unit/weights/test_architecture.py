@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from megamask.errors import ArtifactError, ConfigError
 from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.family import Norm, Rope
 
 V4 = {
     "model_type": "llama",
@@ -48,6 +49,12 @@ def read(tmp_path: Path, **changes: Any) -> Architecture:
     return read_architecture(tmp_path)
 
 
+def rope(arch: Architecture) -> Rope:
+    """The only rotary embedding."""
+    (only,) = arch.ropes
+    return only
+
+
 def test_transformers_4_spelling(tmp_path: Path) -> None:
     arch = read(tmp_path)
     assert (
@@ -59,11 +66,10 @@ def test_transformers_4_spelling(tmp_path: Path) -> None:
         arch.head_dim,
         arch.vocab,
     ) == (2, 32, 64, 8, 2, 4, 50)
-    assert (arch.tied, arch.norm_eps, arch.rope_theta, arch.rope_scaling, arch.dtype) == (
+    assert (arch.tied, arch.norm, arch.ropes, arch.dtype) == (
         True,
-        1e-5,
-        5e5,
-        None,
+        Norm("rms", 1e-5),
+        (Rope(5e5),),
         torch.bfloat16,
     )
 
@@ -71,19 +77,17 @@ def test_transformers_4_spelling(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
 def test_rope_scaling_in_both_spellings(tmp_path: Path, kind: str) -> None:
     expected = {"type": "llama3", **LLAMA3}
-    assert read(tmp_path, rope_scaling={kind: "llama3", **LLAMA3}).rope_scaling == expected
+    assert rope(read(tmp_path, rope_scaling={kind: "llama3", **LLAMA3})).scaling == expected
     both = read(
         tmp_path,
         rope_theta="absent",
         rope_scaling="absent",
         rope_parameters={kind: "llama3", "rope_theta": 7.0, **LLAMA3},
     )
-    assert both.rope_scaling == expected and both.rope_theta == 7.0
-    assert read(tmp_path, rope_scaling={kind: "linear", "factor": 2.0}).rope_scaling == {
-        "type": "linear",
-        "factor": 2.0,
-    }
-    assert read(tmp_path, rope_scaling={kind: "default"}).rope_scaling is None
+    assert rope(both) == Rope(7.0, expected)
+    linear = rope(read(tmp_path, rope_scaling={kind: "linear", "factor": 2.0}))
+    assert linear.scaling == {"type": "linear", "factor": 2.0}
+    assert rope(read(tmp_path, rope_scaling={kind: "default"})).scaling is None
 
 
 def test_what_transformers_5_writes_is_understood(tmp_path: Path) -> None:
@@ -98,7 +102,7 @@ def test_what_transformers_5_writes_is_understood(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     arch = read_architecture(tmp_path)
     assert arch.head_dim == 16 and arch.attention_bias and arch.attention_out_bias and arch.mlp_bias
-    assert arch.rope_theta == 10000.0 and arch.dtype == torch.float16 and arch.kv_heads == 8
+    assert arch.ropes == (Rope(10000.0),) and arch.dtype == torch.float16 and arch.kv_heads == 8
 
 
 @pytest.mark.parametrize(
@@ -142,6 +146,17 @@ def test_rope_that_is_not_built_is_refused_by_name(
 def test_disagreeing_rope_theta_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="disagrees"):
         read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1.0})
+
+
+def test_a_truly_unknown_key_is_let_through_by_name_and_no_other(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"my_note.*model\.ignore_keys=\[my_note\]"):
+        read(tmp_path, my_note="fine-tuned on Tuesday")
+    plain = read_architecture(tmp_path, ["my_note"])
+    assert plain == read(tmp_path)
+    with pytest.raises(ConfigError):
+        read(tmp_path, my_note=1, sliding_window=4096)
+    with pytest.raises(ConfigError, match=r"config\.json: sliding_window"):
+        read_architecture(tmp_path, ["my_note", "sliding_window"])  # known, and not built
 
 
 def test_unknown_keys_that_are_null_are_harmless(tmp_path: Path) -> None:

@@ -31,8 +31,6 @@ TINY = Architecture(
     vocab=50,
     max_positions=64,
     tied=False,
-    norm_eps=1e-5,
-    rope_theta=1e4,
 )
 BIASED = replace(TINY, attention_bias=True, attention_out_bias=True, mlp_bias=True, tied=True)
 WIDE_HEADS = replace(TINY, head_dim=6)  # heads * head_dim != hidden
@@ -173,13 +171,45 @@ def test_tied_models_have_no_head() -> None:
     assert "output_layer.weight" not in {rule.megatron for rule in rules(BIASED)}
 
 
-@pytest.mark.parametrize("tp", [3, 16])
+@pytest.mark.parametrize("tp", [3, 32])
 def test_a_tp_that_does_not_divide_is_refused(tp: int) -> None:
     with pytest.raises(
-        ConfigError, match=r"parallel\.tp.*num_key_value_heads = 8.*allows 1, 2, 4, 8"
+        ConfigError, match=r"parallel\.tp.*num_attention_heads = 16.*allows 1, 2, 4, 8, 16"
     ):
         check_tp(TINY, tp)
     check_tp(TINY, 8)
+
+
+def test_ranks_may_share_a_kv_head_but_no_norm_over_all_of_them() -> None:
+    check_tp(TINY, 16)
+    few = replace(TINY, heads=12, kv_heads=6, ffn=144)
+    with pytest.raises(ConfigError, match=r"num_key_value_heads = 6; this model allows 1, 2, 3, 6"):
+        check_tp(few, 4)
+    check_tp(few, 12)
+    with pytest.raises(ConfigError, match=r"num_key_value_heads = 8"):
+        check_tp(replace(TINY, qk_norm="all heads"), 16)
+
+
+def test_fused_files_and_shared_kv_heads_hold_the_rows_of_separate_ones() -> None:
+    """Phi-3's fused names hold [q; k; v] and [gate; up]; at TP 16 two ranks share a KV head."""
+    fused = replace(TINY, family="phi3")
+    source, together = random_checkpoint(TINY), {}
+    parts = {"qkv_proj": "qkv", "gate_up_proj": ("gate", "up")}
+    for name in expected_tensors(fused):
+        stem, _, leaf = name.removesuffix(".weight").rpartition(".")
+        ones = [f"{stem}.{one}_proj.weight" for one in parts.get(leaf, ())] or [name]
+        together[name] = torch.cat([source[one] for one in ones])
+    for separate, rule in zip(rules(TINY), rules(fused), strict=True):
+        if rule.kind == "vocab":
+            continue
+        for tp in (1, 2, 16):
+            shards = [rule.shard(reader(together), rank, tp) for rank in range(tp)]
+            plain = [separate.shard(reader(source), rank, tp) for rank in range(tp)]
+            assert {tuple(shard.shape) for shard in shards} == {rule.shape(tp)}
+            assert all(map(torch.equal, shards, plain))
+            full = rule.join(shards)
+            assert torch.equal(full, to_megatron(separate, source))
+            assert all(torch.equal(part, together[name]) for name, part in rule.to_hf(full).items())
 
 
 def test_prunable_follows_include_and_exclude() -> None:
