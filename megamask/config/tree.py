@@ -42,8 +42,8 @@ class ModelSection(Section):
 
     hf: str | None = Field(
         None,
-        description="Hugging Face folder: config.json, *.safetensors, tokenizer; "
-        "null = {run_dir}/hf",
+        description="Hugging Face folder: config.json, weights (.safetensors or "
+        "pytorch_model.bin), tokenizer; null = {run_dir}/hf",
     )
     gguf: str | None = Field(None, description="GGUF file that the verb gguf unpacks into model.hf")
     include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
