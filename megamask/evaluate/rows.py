@@ -12,6 +12,8 @@ import torch
 
 from megamask import storage
 from megamask.config import Config, RunPaths
+from megamask.data.bos import description
+from megamask.data.tokenizer import load_tokenizer
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import own_weights
@@ -122,7 +124,7 @@ def protocol(config: Config, windows: dict[str, torch.Tensor]) -> dict[str, Any]
         "stride": section.window,
         "targets_per_window": section.window - 1,
         "tail": "dropped",
-        "bos": "one at the start" if section.bos else "none",
+        "bos": description(config, load_tokenizer(config)),
         "dtype": config.dtype,
         "split": "held-out documents",
         "tokens": {domain: tokens.numel() for domain, tokens in windows.items()},
