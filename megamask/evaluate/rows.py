@@ -101,11 +101,12 @@ def results(
         measured: method -> domain -> perplexity.
     """
     stages_file = paths.run_dir / "stages.json"
-    stages = storage.read_json(stages_file, "") if stages_file.exists() else {}
+    stages = storage.read_object(stages_file, "Delete it.", {}) if stages_file.exists() else {}
+    about = {name: mask_set.meta.get("data") for name, mask_set in masks.items()}
     seconds = {
-        name: mask_set.meta["data"]["seconds"]
-        for name, mask_set in masks.items()
-        if "seconds" in (mask_set.meta.get("data") or {})
+        name: facts["seconds"]
+        for name, facts in about.items()
+        if isinstance(facts, dict) and isinstance(facts.get("seconds"), int | float)
     }
     return {
         "perplexity": measured,
