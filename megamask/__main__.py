@@ -7,7 +7,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
-import io
 import logging
 import platform
 import sys
@@ -18,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import megamask
-from megamask import machine_errors
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError, printable
 from megamask.process.place import Place, this_place
-from megamask.terminal import PlainFormatter
 from megamask.verbs.table import VERBS, PlanArguments, Verb, words_of
 
 
@@ -50,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     place = Place()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # which cannot write every name
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not words or "-h" in words or "--help" in words:
             print(_help_of(words[0]) if words and words[0] in VERBS else _help())
@@ -75,11 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _show(request.verb, config, place)
             return EXIT_OK
         return run_verb(request.verb, config, arguments, place)
-    except Exception as error:
-        told = error if isinstance(error, MegamaskError) else machine_errors.explained(error)
-        if told is None:
-            raise
-        print(f"megamask: error{place.label}: {printable(str(told))}", file=sys.stderr, flush=True)
+    except MegamaskError as error:
+        print(f"megamask: error{place.label}: {printable(str(error))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("megamask: interrupted", file=sys.stderr, flush=True)
@@ -109,7 +101,7 @@ def parse(words: Sequence[str]) -> Request:
         flag, has_value, value = word.partition("=")
         if flag == "--config":
             request.recipe = Path(_value(flag, value, has_value, rest))
-        elif word == "--dry-run":
+        elif word == "--dry-run" and word not in verb.flags:
             request.dry_run = True
         elif word in verb.flags and verb.flags[word].metadata["kind"] is bool:
             request.arguments[verb.flags[word].name] = True
@@ -128,7 +120,7 @@ def parse(words: Sequence[str]) -> Request:
                 raise ConfigError("argument", word, allowed, "Leave it out.")
             request.arguments[positional.pop(0).name] = word
         else:
-            request.overrides.append(word)
+            request.overrides.append(_full(word, verb))
     return request
 
 
@@ -172,6 +164,13 @@ def _is_override(word: str) -> bool:
     return bool(sign) and "/" not in key
 
 
+def _full(word: str, verb: Verb) -> str:
+    """The override with its whole key: ``nodes=2`` is ``launch.nodes=2`` to a verb with --nodes."""
+    key, sign, value = word.partition("=")
+    whole = verb.shortcuts.get(f"--{key.replace('_', '-')}")
+    return f"{whole}{sign}{value}" if sign and whole else word
+
+
 def _value(flag: str, value: str, has_value: str, rest: list[str]) -> str:
     """The value of a flag: after its =, or the next word."""
     if not has_value and rest:
@@ -213,7 +212,7 @@ def _talk(place: Place) -> None:
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     handler = logging.StreamHandler() if place.is_main else logging.NullHandler()
-    handler.setFormatter(PlainFormatter())
+    handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("megamask").addHandler(handler)
     logging.getLogger("megamask").setLevel(logging.INFO)
 
@@ -261,7 +260,8 @@ def _help_of(name: str) -> str:
     usage = " ".join(["usage: megamask", name, *places, "[--config FILE] [key.sub=value ...]"])
     rows = [(words_of(one), str(one.metadata["help"])) for one in verb.fields]
     rows += [(f"{flag} VALUE", verb.shortcuts[flag]) for flag in _shortcuts(verb)]
-    rows.append(("--dry-run", "print the resolved settings and stop"))
+    if "--dry-run" not in verb.flags:
+        rows.append(("--dry-run", "print the resolved settings and stop"))
     width = max(len(words) for words, _ in rows) + 2
     lines = [usage, "", verb.summary, "", *(f"  {words:<{width}}{said}" for words, said in rows)]
     settings = as_text(verb.sections) if verb.sections else ""

@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megamask import machine_errors
 from megamask.config import Config, RunPaths, deciding, load_config, run_paths
 from megamask.config.legacy import upgrade_note
-from megamask.errors import EXIT_USER_ERROR, ConfigError, MegamaskError, printable
+from megamask.errors import EXIT_USER_ERROR, ConfigError, MegamaskError
 from megamask.storage import read_json, write_json
-from megamask.terminal import tell
 
 READS = {
     "gguf": deciding.GGUF,
@@ -119,7 +117,7 @@ def print_outputs(paths: RunPaths) -> None:
     }
     reports = sorted(paths.run_dir.rglob("report.html"))
     for name, path in {**named, **({"report": reports[0]} if reports else {})}.items():
-        tell(f"{name:<13} {path}")
+        print(f"{name:<13} {path}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -147,11 +145,8 @@ def main() -> int:
             record(rest[0], float(rest[1]), int(rest[2]), config, paths)
         else:
             print_outputs(paths)
-    except Exception as error:
-        told = error if isinstance(error, MegamaskError) else machine_errors.explained(error)
-        if told is None:
-            raise
-        print(f"quickstart: error: {printable(str(told))}", file=sys.stderr)
+    except MegamaskError as error:
+        print(f"quickstart: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 

@@ -19,7 +19,7 @@ from megamask.config.tree import Config
 
 GGUF = ("model.gguf",)
 CONVERT = ("model.hf",)
-TOKENIZE = ("data.tokenizer", "data.domains", "data.eod", "data.bos")
+TOKENIZE = ("data.tokenizer", "data.domains", "data.eod")
 PRUNE = (
     "dtype",
     "pattern",
@@ -39,7 +39,6 @@ LEARN = (
     "data.blend",
     "data.seq_length",
     "data.eod",
-    "data.bos",
     "learn",
 )
 EXPORT = ("export",)

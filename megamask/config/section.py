@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticUndefined
 
 # Every number has a first and a last value. The limits lie far beyond use, and below what overflows
 # in 32-bit arithmetic, in an index of samples or in an allocation.
@@ -29,7 +30,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def free(default: Any = ..., **facts: Any) -> Any:
+def free(default: Any = PydanticUndefined, **facts: Any) -> Any:
     """The ``Field`` of a free setting: its value decides no artefact's content, so it may change
     whenever a run is resumed. Every other setting decides the content of what is made with it.
     """

@@ -1,5 +1,6 @@
 """Every setting, its default and its range. Sections are frozen: nothing changes a setting after
-it was read. The settings of a learning run are in learn_tree.py.
+it was read. The settings of a learning run are in learn_tree.py, and those of
+a job in launch_tree.py.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from megamask.config.launch_tree import LaunchSection
 from megamask.config.learn_tree import LearnSection
 from megamask.config.presets import layered
 from megamask.config.section import (
@@ -42,8 +44,8 @@ class ModelSection(Section):
 
     hf: str | None = Field(
         None,
-        description="Hugging Face folder: config.json, weights (.safetensors or "
-        "pytorch_model.bin), tokenizer; null = {run_dir}/hf",
+        description="Hugging Face folder: config.json, *.safetensors, tokenizer; "
+        "null = {run_dir}/hf",
     )
     gguf: str | None = Field(None, description="GGUF file that the verb gguf unpacks into model.hf")
     include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
@@ -113,11 +115,6 @@ class DataSection(Section):
         "auto",
         description="token that ends a document; auto = the tokenizer's EOS, null = no token",
     )
-    bos: Literal["auto", True, False] = Field(
-        "auto",
-        description="begin each document and each calibration sample with the tokenizer's BOS; "
-        "auto = where the tokenizer puts one before a prompt",
-    )
 
 
 class CalibrationSection(Section):
@@ -158,11 +155,7 @@ class EvaluateSection(Section):
         default_factory=dict,
         description="row -> mask, named as learn.prior.mask; empty = all masks of this run",
     )
-    bos: Literal["auto", "window", True, False] = Field(
-        "auto",
-        description="window: each window begins with a BOS; true: one BOS before the held-out "
-        "stream; auto = window where documents begin with a BOS (data.bos), or else false",
-    )
+    bos: bool = Field(False, description="put one BOS before the held-out stream")
 
 
 class ExportSection(Section):
@@ -202,6 +195,7 @@ class Config(Section):
     learn: LearnSection = LearnSection()
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
+    launch: LaunchSection = LaunchSection()
 
     @model_validator(mode="before")
     @classmethod

@@ -56,6 +56,26 @@ def read_yaml(text: str | bytes) -> Any:
     return value
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text value: ``2:4`` and ``1e-3`` must stay text for YAML 1.1 and 1.2 readers
+    alike.
+    """
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> Any:
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isidentifier() else '"'
+    )
+
+
+_Dumper.add_representer(str, _quoted)
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """The text that :func:`read_yaml` reads back to the same plain values, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def _count(value: Any, depth: int, before: int = 0) -> int:
     """The number of values within ``value``, an alias counted each time.
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +20,12 @@ from megamask.learn.learner import Learner
 from megamask.learn.masked_model import MaskedModel
 from megamask.learn.methods import find_method
 from megamask.learn.preflight import settings_without_effect
-from megamask.leftovers import remove_leftovers
+from megamask.learn.snapshot_steps import snapshot_steps
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
 from megamask.safe_checkpoint import NOTE
 
 log = logging.getLogger(__name__)
-_NAME = re.compile(r"step-(\d{8})$")
 
 
 @dataclass
@@ -73,7 +71,7 @@ class Snapshots:
         )
         if mesh.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder, is_alone=True)
+            storage.remove_leftovers(folder)
         mesh.barrier()
 
     def save(self, progress: Progress) -> None:
@@ -125,8 +123,7 @@ class Snapshots:
 
     def steps(self) -> list[int]:
         """Steps of the finished snapshots, ascending."""
-        folders = (path for path in self.folder.glob("step-*") if path.is_dir())
-        return sorted(int(match[1]) for path in folders if (match := _NAME.search(path.name)))
+        return snapshot_steps(self.folder)
 
     def _put_aside(self) -> None:
         self.mesh.barrier()  # everyone has seen them

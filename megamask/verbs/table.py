@@ -92,6 +92,36 @@ class RecipesArguments:
     name: str | None = argument("NAME", "recipe to print; a list of all recipes by default", None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SubmitArguments:
+    """What the verb submit starts."""
+
+    verb: str = argument(
+        "VERB",
+        "verb to run as a job; learn by default",
+        "learn",
+        choices=("convert", "tokenize", "prune", "learn", "evaluate", "export"),
+    )
+    dry_run: bool = argument(
+        "--dry-run", "print the job's script and start nothing", False, kind=bool
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusArguments:
+    """Which run the verb status looks at."""
+
+    run: str | None = argument("RUN", "run folder; the setting run_dir by default", None)
+    json: bool = argument("--json", "print JSON", False, kind=bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopArguments:
+    """Which run the verb stop ends."""
+
+    run: str | None = argument("RUN", "run folder; the setting run_dir by default", None)
+
+
 @dataclass(frozen=True)
 class Verb:
     """One verb.
@@ -253,6 +283,34 @@ VERBS: dict[str, Verb] = {
         "the recipes that come with the program",
         (),
         RecipesArguments,
+        writes=(),
+    ),
+    "submit": Verb(
+        "megamask.verbs.submit",
+        "start a verb as a job: under Slurm, or under torchrun in the background",
+        ("run_dir", "device", "parallel.tp", "launch"),
+        SubmitArguments,
+        {
+            f"--{name.replace('_', '-')}": f"launch.{name}"
+            for name in (
+                *("nodes", "processes_per_node", "time", "account", "partition", "qos"),
+                *("container", "retries"),
+            )
+        },
+        writes=("launch",),
+    ),
+    "status": Verb(
+        "megamask.verbs.status",
+        "where a learning run stands: step, pace, perplexity, snapshot, job",
+        ("run_dir",),
+        StatusArguments,
+        writes=(),
+    ),
+    "stop": Verb(
+        "megamask.verbs.stop",
+        "save a snapshot of a learning run and end its job for good",
+        ("run_dir",),
+        StopArguments,
         writes=(),
     ),
 }

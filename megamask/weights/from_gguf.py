@@ -10,9 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import GGUF, file_kind, require_file, wrong_file
-from megamask.machine_errors import reading
 from megamask.storage import atomic_dir, file_sha256, read_json, require_writable, write_json
-from megamask.terminal import tell
 from megamask.weights.hf_files import require_own, share
 
 STAMP = "megamask_gguf.json"  # this file in the new folder names the GGUF file
@@ -50,7 +48,7 @@ def unpack(source: Path, out: Path) -> None:
     stamp = _stamp(source)
     require_own(out, STAMP, "model.hf")
     if (out / STAMP).exists() and read_json(out / STAMP, f"Remove {out}.") == stamp:
-        tell(f"{out}: already unpacked from {source.name}")
+        print(f"{out}: already unpacked from {source.name}")
         return
     require_writable(out.parent, "model.hf")
     model, tokenizer = _load(source)
@@ -64,16 +62,18 @@ def unpack(source: Path, out: Path) -> None:
         share(folder)
         write_json(folder / STAMP, stamp)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    tell(f"{out}: {weights:,} weights in bf16 from {source.name}")
+    print(f"{out}: {weights:,} weights in bf16 from {source.name}")
 
 
 def _stamp(source: Path) -> dict[str, str]:
     fix = "Point model.gguf at a GGUF file."
     require_file(source, GGUF, fix)
-    with reading(source, fix):
+    try:
         if (kind := file_kind(source)) is None or kind.what != GGUF:
             raise wrong_file(source, GGUF, fix)
         return {"file": source.name, "sha256": file_sha256(source)}
+    except OSError as error:
+        raise ArtifactError(source, f"cannot be read ({error.strerror})", fix) from error
 
 
 def _load(source: Path) -> tuple[LlamaForCausalLM, Any]:

@@ -15,9 +15,6 @@ PACKAGE = REPO / "megamask"
 
 FOUNDATIONS = [
     "errors",
-    "machine_errors",
-    "leftovers",
-    "terminal",
     "megatron_range",
     "shipped",
     "process",
@@ -30,7 +27,7 @@ FOUNDATIONS = [
 ]  # each may import those before it
 LEVELS = [
     *([room] for room in FOUNDATIONS),
-    ["data", "parallel", "weights", "masks"],
+    ["data", "parallel", "weights", "masks", "launch"],
     ["model"],
     ["optim"],
     ["prepare"],

@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
 import megamask
 from megamask.config import Config, load_config
+from megamask.config.yaml_text import write_yaml
+from megamask.shipped import source_commit
 from megamask.storage import atomic_file, write_json
 
 ABSENT = "absent"
@@ -29,7 +28,7 @@ def versions() -> dict[str, str]:
     own = getattr(megamask, "__version__", None) or _version("megamask")
     found = {
         "megamask": own,
-        "git commit": _git_commit(),
+        "git commit": source_commit() or ABSENT,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -47,28 +46,9 @@ def write_provenance(folder: Path, config: Config) -> None:
     """
     path = folder / "config.yaml"
     with atomic_file(path) as temporary:
-        temporary.write_text(
-            yaml.dump(
-                config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
-            )
-        )
+        temporary.write_text(write_yaml(config.model_dump(mode="json")))
     assert load_config(path) == config, "the written settings read back differently"
     write_json(folder / "versions.json", versions())
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text value: ``2:4`` and ``1e-3`` must stay text for YAML 1.1 and 1.2 readers
-    alike.
-    """
-
-
-def _quoted(dumper: yaml.SafeDumper, text: str) -> Any:
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style=None if text.isidentifier() else '"'
-    )
-
-
-_Dumper.add_representer(str, _quoted)
 
 
 def _version(name: str) -> str:
@@ -83,23 +63,6 @@ def _has_module(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except Exception:  # a parent package that breaks on import is as good as absent
         return False
-
-
-def _git_commit() -> str:
-    root = Path(megamask.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return ABSENT
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ABSENT
-    return answer.stdout.strip()
 
 
 def _cpu_name() -> str:

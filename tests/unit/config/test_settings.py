@@ -35,7 +35,7 @@ DECIDING = """
     learn.maskpro.baseline learn.maskpro.tracker_decay learn.maskpro.score learn.maskpro.samples
     learn.distillation.share learn.distillation.temperature learn.distillation.top_k
     learn.weight_norm
-    evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos data.bos
+    evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos
     export.mask export.weights export.out
 """
 FREE = """
@@ -47,6 +47,9 @@ FREE = """
     learn.snapshot.every learn.snapshot.keep learn.monitor.evaluate_every
     learn.monitor.evaluate_windows learn.monitor.sinks learn.monitor.wandb_project
     evaluate.micro_batch
+    launch.launcher launch.nodes launch.processes_per_node launch.cpus_per_process launch.time
+    launch.warning launch.account launch.partition launch.qos launch.sbatch launch.setup
+    launch.container launch.mounts launch.retries
 """
 
 

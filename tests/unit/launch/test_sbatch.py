@@ -62,7 +62,6 @@ class Job:
         self,
         *codes: int,
         snapshot: str = "",
-        may_requeue: bool = True,
         layout: str = "2(x2)",
         **variables: str,
     ) -> subprocess.CompletedProcess[str]:
@@ -79,7 +78,7 @@ class Job:
             "FAKE_LAYOUT": layout,
             "FAKE_CODES": " ".join(map(str, codes)),
             "FAKE_SNAPSHOT": snapshot,
-            "FAKE_REQUEUE": str(int(may_requeue)),
+            "FAKE_REQUEUE": "1",
             "FAKE_NODES": "node1 node2",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURMD_NODENAME": "n1",
@@ -161,8 +160,8 @@ def test_lives_without_a_new_snapshot_end(job: Job, code: int) -> None:
 
 
 def test_a_job_that_is_not_to_be_queued_again_is_not(job: Job) -> None:
-    assert job.life(75, 75, snapshot="step-00000020", may_requeue=False).returncode == 0
-    assert job.life(1, 1, may_requeue=False).returncode == 1
+    assert job.life(75, 75, snapshot="step-00000020", FAKE_REQUEUE="0").returncode == 0
+    assert job.life(1, 1, FAKE_REQUEUE="0").returncode == 1
     assert job.requeues == 0
 
 

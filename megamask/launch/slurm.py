@@ -1,0 +1,117 @@
+"""Slurm, through its commands."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamask.errors import ArtifactError, ConfigError
+
+TIMEOUT = 60.0  # seconds; a busy controller answers late
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that is in the queue.
+
+    Attributes:
+        number: of the job.
+        state: as ``PENDING`` or ``RUNNING``.
+        reason: why it waits; ``None`` as text where it does not.
+        nodes: that it runs on; empty while it waits.
+        start: when it started or is expected to start; ``N/A`` where that is unknown.
+    """
+
+    number: str
+    state: str
+    reason: str
+    nodes: str
+    start: str
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no process of the job runs, so that there is nothing to save."""
+        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
+
+    def __str__(self) -> str:
+        where = f" on {self.nodes}" if self.nodes else f" ({self.reason})"
+        return f"Slurm job {self.number}, {self.state}{where}"
+
+
+def has_slurm() -> bool:
+    """Whether this machine can submit jobs."""
+    return shutil.which("sbatch") is not None
+
+
+def submit(script: Path) -> str:
+    """Submit a job script.
+
+    Returns:
+        The number of the job.
+
+    Raises:
+        ConfigError: there is no sbatch here.
+        ArtifactError: sbatch refused the script.
+    """
+    done = _call("sbatch", "--parsable", str(script))
+    if done is None:
+        fix = "Submit on a login node, or set launch.launcher=torchrun."
+        raise ConfigError("launch.launcher", "slurm", "needs the command sbatch", fix)
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split()) or f"code {done.returncode}"
+        raise ArtifactError(script, f"was refused ({said})", "Correct launch.* and submit again.")
+    return done.stdout.strip().partition(";")[0]  # "12;cluster"
+
+
+def find_job(number: str) -> QueuedJob | None:
+    """The job, if it is in the queue of the cluster that this machine submits to."""
+    done = _call("squeue", "--noheader", "--jobs", number, "--format", "%T|%r|%N|%S")
+    if done is None or done.returncode != 0 or not done.stdout.strip():
+        return None
+    words = done.stdout.splitlines()[0].split("|")
+    return QueuedJob(number, *words) if len(words) == 4 else None
+
+
+def forbid_requeue(number: str) -> None:
+    """Let the end of the job's processes be the end of the job.
+
+    Raises:
+        ArtifactError: Slurm refused.
+    """
+    _order(number, "scontrol", "update", f"JobId={number}", "Requeue=0")
+
+
+def cancel(number: str) -> None:
+    """Take the job out of the queue.
+
+    Raises:
+        ArtifactError: Slurm refused.
+    """
+    _order(number, "scancel", number)
+
+
+def end_processes(number: str) -> None:
+    """Send SIGTERM to the processes of a job; its script goes on.
+
+    Raises:
+        ArtifactError: Slurm refused.
+    """
+    _order(number, "scancel", "--signal=TERM", number)
+
+
+def _order(number: str, *command: str) -> None:
+    done = _call(*command)
+    if done is None or done.returncode != 0:
+        said = "there is no such command" if done is None else " ".join(done.stderr.split())
+        line = " ".join(command)
+        raise ArtifactError(f"Slurm job {number}", f"{line} failed ({said})", "Try it yourself.")
+
+
+def _call(*command: str) -> subprocess.CompletedProcess[str] | None:
+    """The finished command; None where there is no such command, or no answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,55 @@
+"""The verb stop: let a learning run save a snapshot and end, and its job end for good."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+from megamask.config import Config
+from megamask.errors import ArtifactError
+from megamask.launch import slurm
+from megamask.launch.launch_folder import Launch, launches
+from megamask.learn.signals import STOP_FILE
+from megamask.process.lock import writer_of
+from megamask.verbs.status import paths_of
+from megamask.verbs.table import StopArguments
+
+
+def run(config: Config, arguments: StopArguments) -> None:
+    """Ask, and say what was asked. The run itself ends after the step that it is in.
+
+    Raises:
+        ArtifactError: nothing runs or waits on the run folder, or Slurm refused.
+    """
+    paths = paths_of(config, arguments.run)
+    holder = writer_of(paths.learn)
+    said = [line for launch in launches(paths.run_dir) for line in _end_job(launch, bool(holder))]
+    if holder is not None:
+        submitted = {launch.job for launch in launches(paths.run_dir)}
+        if holder.job and holder.job not in submitted and slurm.find_job(holder.job):
+            slurm.forbid_requeue(holder.job)
+        (paths.learn / STOP_FILE).write_text("")
+        said.append(f"{holder} saves after its step and ends")
+    if not said:
+        raise ArtifactError(paths.run_dir, "nothing runs on it and nothing waits", "Nothing to do.")
+    print("\n".join(said))
+
+
+def _end_job(launch: Launch, is_learning: bool) -> Iterator[str]:
+    """End what a launch started, unless it is the learning run that will see the file STOP."""
+    sees_file = is_learning and launch.verb == "learn"
+    if launch.process and launch.is_running() and not sees_file:
+        os.kill(launch.process.pid, signal.SIGTERM)
+        yield f"{launch.process} was told to end"
+    queued = slurm.find_job(launch.job) if launch.job else None
+    if queued is None:
+        return
+    if queued.is_waiting:
+        slurm.cancel(queued.number)
+        yield f"{queued} is cancelled; what it saved before stays"
+        return
+    slurm.forbid_requeue(queued.number)
+    if not sees_file:
+        slurm.end_processes(queued.number)
+        yield f"{queued} was told to end"
