@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import io
 import logging
 import platform
 import sys
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import megamask
+from megamask import machine_errors
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError, printable
 from megamask.process.place import Place, this_place
+from megamask.terminal import PlainFormatter
 from megamask.verbs.table import VERBS, PlanArguments, Verb, words_of
 
 
@@ -47,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     place = Place()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which cannot write every name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not words or "-h" in words or "--help" in words:
             print(_help_of(words[0]) if words and words[0] in VERBS else _help())
@@ -70,8 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _show(request.verb, config, place)
             return EXIT_OK
         return run_verb(request.verb, config, arguments, place)
-    except MegamaskError as error:
-        print(f"megamask: error{place.label}: {printable(str(error))}", file=sys.stderr, flush=True)
+    except Exception as error:
+        told = error if isinstance(error, MegamaskError) else machine_errors.explained(error)
+        if told is None:
+            raise
+        print(f"megamask: error{place.label}: {printable(str(told))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("megamask: interrupted", file=sys.stderr, flush=True)
@@ -212,7 +220,7 @@ def _talk(place: Place) -> None:
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     handler = logging.StreamHandler() if place.is_main else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(PlainFormatter())
     logging.getLogger("megamask").addHandler(handler)
     logging.getLogger("megamask").setLevel(logging.INFO)
 

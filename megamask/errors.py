@@ -41,7 +41,7 @@ class ArtifactError(MegamaskError):
 
     def __init__(self, path: Path | str, problem: str, fix: str) -> None:
         self.path, self.problem, self.fix = str(path), problem, fix
-        super().__init__(f"{path}: {problem}. {fix}")
+        super().__init__(f"{printable(str(path), kept='')}: {problem}. {fix}")
 
 
 class ArgumentError(MegamaskError, TypeError, ValueError):
@@ -82,8 +82,13 @@ def described(value: object) -> str:
     return f"an object of type {type(value).__name__}"
 
 
-def printable(text: str) -> str:
-    """``text`` with control characters written out: a file's contents must not steer a terminal."""
+def printable(text: str, kept: str = "\n\t") -> str:
+    """``text`` with control characters written out: a file's contents must not steer a terminal.
+
+    Args:
+        text: from a file, a path or a setting.
+        kept: the control characters that stay.
+    """
     return "".join(
-        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text
+        letter if letter.isprintable() or letter in kept else ascii(letter)[1:-1] for letter in text
     )

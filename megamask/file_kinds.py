@@ -47,8 +47,8 @@ _HTML = FileKind(
 )
 _PICKLE = FileKind(
     "a PyTorch pickle, as .bin, .pt and .pth files are",
-    "megamask reads no pickles, because a pickle can run code: save the model with "
-    "save_pretrained, which writes .safetensors files.",
+    "Of pickles, which can run code, megamask reads pytorch_model.bin alone, and only its tensors: "
+    "save the model with save_pretrained, which writes .safetensors files.",
 )
 _STARTS: tuple[tuple[bytes, FileKind], ...] = (
     (b"version https://git-lfs.github.com/spec/", _LFS),

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megamask import machine_errors
 from megamask.config import Config, RunPaths, deciding, load_config, run_paths
 from megamask.config.legacy import upgrade_note
-from megamask.errors import EXIT_USER_ERROR, ConfigError, MegamaskError
+from megamask.errors import EXIT_USER_ERROR, ConfigError, MegamaskError, printable
 from megamask.storage import read_json, write_json
+from megamask.terminal import tell
 
 READS = {
     "gguf": deciding.GGUF,
@@ -117,7 +119,7 @@ def print_outputs(paths: RunPaths) -> None:
     }
     reports = sorted(paths.run_dir.rglob("report.html"))
     for name, path in {**named, **({"report": reports[0]} if reports else {})}.items():
-        print(f"{name:<13} {path}")
+        tell(f"{name:<13} {path}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -145,8 +147,11 @@ def main() -> int:
             record(rest[0], float(rest[1]), int(rest[2]), config, paths)
         else:
             print_outputs(paths)
-    except MegamaskError as error:
-        print(f"quickstart: error: {error}", file=sys.stderr)
+    except Exception as error:
+        told = error if isinstance(error, MegamaskError) else machine_errors.explained(error)
+        if told is None:
+            raise
+        print(f"quickstart: error: {printable(str(told))}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamask.errors import ArtifactError
+from megamask.file_kinds import wrong_file
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -77,6 +78,7 @@ def read_index(folder: Path, fix: str = ADVICE) -> Metadata:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
     path = folder / INDEX
+    _refuse_pipe(path, fix)
     try:
         with path.open("rb") as file:
             index = _TensorsOnly(file).load()
@@ -105,11 +107,18 @@ def check_common(folder: Path, fix: str = ADVICE) -> None:
     """
     import torch
 
+    _refuse_pipe(folder / COMMON, fix)
     try:
         torch.load(folder / COMMON, map_location="cpu", weights_only=True)
     except Exception as error:  # a missing file, a torn archive, a class that is not admitted
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise _torn(folder, f"{COMMON}: {reason}", fix) from error
+
+
+def _refuse_pipe(path: Path, fix: str) -> None:
+    """Refuse what a reader would wait for."""
+    if path.exists() and not path.is_file():
+        raise wrong_file(path, "a part of a checkpoint", fix)
 
 
 def _is_described(entry: Any) -> bool:

@@ -1,16 +1,17 @@
 """Files and folders that are written whole or not at all.
 
-Every output is written under a temporary name and renamed when it is complete.
+Every output is written under a temporary name (``megamask.leftovers``) and renamed when it is
+complete. Errors of the disk become one message (``megamask.machine_errors``).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,17 +19,17 @@ from typing import Any, TypeAlias
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import JSON, require_file, wrong_file
+from megamask.leftovers import remove_leftovers, remove_leftovers_of, temporary_name
+from megamask.machine_errors import reading, writing
 
 # key -> type of its value, several types, or the required keys of an object
 Required: TypeAlias = Mapping[str, Any]
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-
-
 def require_writable(folder: Path, key: str = "run_dir") -> None:
     """Make ``folder`` and write a probe file into it, before any long work.
+
+    What a killed process left in the folder is deleted.
 
     Args:
         folder: the folder to make.
@@ -39,9 +40,10 @@ def require_writable(folder: Path, key: str = "run_dir") -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = _temporary_name(folder / "probe")
+        probe = temporary_name(folder / "probe")
         probe.write_bytes(b"")
         probe.unlink()
+        remove_leftovers(folder)
     except OSError as error:
         raise ArtifactError(
             folder,
@@ -52,32 +54,44 @@ def require_writable(folder: Path, key: str = "run_dir") -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, and rename it to ``path`` when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Yield a temporary path beside ``path``, and rename it to ``path`` when the block succeeds.
+
+    Where ``path`` is a symbolic link, the link stays and the file that it names is written.
+
+    Raises:
+        ArtifactError: the disk is full, or ``path`` cannot be written.
+    """
+    target, temporary = places(path)
+    with writing(path, temporary):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers_of(target)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, target)
+            _sync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
     """Yield a new temporary folder, and rename it to ``path`` when the block succeeds.
 
-    A folder that was at ``path`` before is replaced.
+    A folder that was at ``path`` before is replaced. Links and errors are as in ``atomic_file``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        commit_dir(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    target, temporary = places(path)
+    with writing(path, temporary):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers_of(target)
+        temporary.mkdir()
+        try:
+            yield temporary
+            commit_dir(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def commit_dir(temporary: Path, path: Path) -> None:
@@ -86,7 +100,9 @@ def commit_dir(temporary: Path, path: Path) -> None:
         if file.is_file():
             _sync(file)
     if path.exists():
-        old = _temporary_name(path)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        old = temporary_name(path)
         os.rename(path, old)
         os.rename(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
@@ -95,13 +111,31 @@ def commit_dir(temporary: Path, path: Path) -> None:
     _sync(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary names that a killed process left in ``folder``."""
-    for left in folder.glob(".*.tmp"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+def target_of(path: Path) -> Path:
+    """The path itself, or the place that it names where it is a symbolic link.
+
+    An output behind a link stays on the disk that the link chose. The place may be missing.
+
+    Raises:
+        ArtifactError: the links lead in a circle.
+    """
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise ArtifactError(path, "is a link that leads back to itself", "Remove the link.")
+    return target
+
+
+def places(path: Path) -> tuple[Path, Path]:
+    """Where an output goes, and its temporary name beside that place.
+
+    Raises:
+        ArtifactError: the path is too long, or its links lead in a circle.
+    """
+    with writing(path):
+        target = target_of(path)
+        return target, temporary_name(target)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -132,9 +166,8 @@ def read_json(path: Path, fix: str) -> Any:
     """
     try:
         require_file(path, JSON, fix)
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise ArtifactError(path, f"cannot be read ({error.strerror})", fix) from error
+        with reading(path, fix):
+            return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise wrong_file(path, JSON, fix, error) from error
 

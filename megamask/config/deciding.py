@@ -19,7 +19,7 @@ from megamask.config.tree import Config
 
 GGUF = ("model.gguf",)
 CONVERT = ("model.hf",)
-TOKENIZE = ("data.tokenizer", "data.domains", "data.eod")
+TOKENIZE = ("data.tokenizer", "data.domains", "data.eod", "data.bos")
 PRUNE = (
     "dtype",
     "pattern",
@@ -39,6 +39,7 @@ LEARN = (
     "data.blend",
     "data.seq_length",
     "data.eod",
+    "data.bos",
     "learn",
 )
 EXPORT = ("export",)

@@ -44,8 +44,8 @@ class ModelSection(Section):
 
     hf: str | None = Field(
         None,
-        description="Hugging Face folder: config.json, *.safetensors, tokenizer; "
-        "null = {run_dir}/hf",
+        description="Hugging Face folder: config.json, weights (.safetensors or "
+        "pytorch_model.bin), tokenizer; null = {run_dir}/hf",
     )
     gguf: str | None = Field(None, description="GGUF file that the verb gguf unpacks into model.hf")
     include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
@@ -115,6 +115,11 @@ class DataSection(Section):
         "auto",
         description="token that ends a document; auto = the tokenizer's EOS, null = no token",
     )
+    bos: Literal["auto", True, False] = Field(
+        "auto",
+        description="begin each document and each calibration sample with the tokenizer's BOS; "
+        "auto = where the tokenizer puts one before a prompt",
+    )
 
 
 class CalibrationSection(Section):
@@ -155,7 +160,11 @@ class EvaluateSection(Section):
         default_factory=dict,
         description="row -> mask, named as learn.prior.mask; empty = all masks of this run",
     )
-    bos: bool = Field(False, description="put one BOS before the held-out stream")
+    bos: Literal["auto", "window", True, False] = Field(
+        "auto",
+        description="window: each window begins with a BOS; true: one BOS before the held-out "
+        "stream; auto = window where documents begin with a BOS (data.bos), or else false",
+    )
 
 
 class ExportSection(Section):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megamask.config import Config
 from megamask.data.blend import blend_weights, train_dataset
+from megamask.data.bos import before_document, begun, cut_windows, in_windows
 from megamask.data.shards import open_shards
 from megamask.data.split import HELDOUT, TRAIN
 from megamask.data.tokenizer import TextTokenizer, load_tokenizer
@@ -62,9 +62,10 @@ def heldout_windows(
 ) -> Tensor:
     """The held-out stream of a domain in non-overlapping windows: int64 (N, window).
 
-    The stream holds the documents as stored, each with an EOD after it. It begins with one BOS if
-    ``evaluate.bos`` is set, and ends after ``max_tokens`` tokens. A tail that is shorter than a
-    window is dropped. Without ``tokenizer``, the tokenizer of the configuration is loaded.
+    The stream holds the documents as stored, each with an EOD after it; ``evaluate.bos`` says
+    where a BOS is added (:mod:`megamask.data.bos`). The windows hold at most ``max_tokens`` tokens.
+    A tail that is shorter than a window is dropped. Without ``tokenizer``, the tokenizer of the
+    configuration is loaded.
 
     Raises:
         ConfigError: the domain is unknown, ``evaluate.bos`` is set for a tokenizer without a BOS,
@@ -81,11 +82,10 @@ def heldout_windows(
             f"at least one window of {window} tokens",
             "Raise it, or lower evaluate.window.",
         )
-    stream = np.concatenate([_first_tokens(config, tokenizer), shards.stream(HELDOUT, max_tokens)])[
-        :max_tokens
-    ]
-    count = len(stream) // window
-    if count == 0:
+    stream = shards.stream(HELDOUT, max_tokens)
+    place = in_windows(config, tokenizer)
+    windows = cut_windows(stream, window, place, tokenizer.bos, max_tokens)
+    if not len(windows):
         fix = (
             f"Lower evaluate.window, or raise data.domains.{domain}.heldout (or its text) "
             "and run the verb tokenize."
@@ -95,23 +95,12 @@ def heldout_windows(
             f"has {len(stream)} held-out tokens, too few for one window of {window}",
             fix,
         )
-    return torch.from_numpy(stream[: count * window].reshape(count, window))
-
-
-def _first_tokens(config: Config, tokenizer: TextTokenizer) -> Any:
-    if config.evaluate.bos and tokenizer.bos is None:
-        raise ConfigError(
-            "evaluate.bos",
-            True,
-            f"false for the tokenizer {tokenizer.name}, which has no BOS",
-            "Set evaluate.bos=false.",
-        )
-    return np.array([tokenizer.bos] if config.evaluate.bos else [], dtype=np.int64)
+    return torch.from_numpy(windows)
 
 
 def calibration_tokens(config: Config) -> Tensor:
     """The calibration samples, int64 (samples, S), taken from the training blend with
-    ``calibration.seed``.
+    ``calibration.seed``. Each begins with a BOS where documents do.
 
     Where torch.distributed runs, every rank must call this function.
 
@@ -120,14 +109,15 @@ def calibration_tokens(config: Config) -> Tensor:
     """
     section = config.calibration
     dataset = train_dataset(config, section.samples, section.seq_length, section.seed)
-    return torch.stack([dataset[index]["tokens"] for index in range(section.samples)])
+    begin = before_document(config, load_tokenizer(config))
+    return torch.stack([begun(dataset[index]["tokens"], begin) for index in range(section.samples)])
 
 
 def calibration_description(config: Config) -> dict[str, Any]:
     """The record of the calibration samples: their settings, blend and SHA-256 of the shards."""
     weights, tokenizer = blend_weights(config), load_tokenizer(config)
     section = config.calibration
-    return {
+    described: dict[str, Any] = {
         "samples": section.samples,
         "seq_length": section.seq_length,
         "seed": section.seed,
@@ -137,3 +127,6 @@ def calibration_description(config: Config) -> dict[str, Any]:
         },
         "tokenizer": tokenizer.fingerprint,
     }
+    if before_document(config, tokenizer):
+        described["bos"] = tokenizer.bos
+    return described

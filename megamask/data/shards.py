@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamask.config import Config, run_paths
+from megamask.data.bos import before_document
 from megamask.data.split import HELDOUT, TRAIN
 from megamask.data.token_index import TokenIndex, read_index
 from megamask.data.tokenizer import TextTokenizer
@@ -73,6 +74,11 @@ class Shards:
         """How many tokens a split holds."""
         return int(self.meta["splits"][split]["tokens"])
 
+    @property
+    def begin_with_bos(self) -> bool:
+        """Whether each document begins with a BOS."""
+        return self.meta.get("prepend_bos") is True
+
     def digests(self, split: str) -> list[str]:
         """SHA-256 of the split's files."""
         return [
@@ -131,8 +137,8 @@ def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenize
 
     Raises:
         ConfigError: ``domain`` is not in data.domains.
-        ArtifactError: the shards are missing or torn, another tokenizer made them, or ``split``
-            holds no token.
+        ArtifactError: the shards are missing or torn, another tokenizer or ``data.bos`` made them,
+            or ``split`` holds no token.
     """
     if domain not in config.data.domains:
         raise ConfigError(
@@ -150,6 +156,13 @@ def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenize
         raise ArtifactError(
             shards.folder, problem, "Set data.tokenizer to the first, or run the verb tokenize."
         )
+    begin = before_document(config, tokenizer)
+    if bool(begin) != shards.begin_with_bos:
+        state = "begin with a BOS" if shards.begin_with_bos else "do not begin with a BOS"
+        problem = f"has documents that {state}; data.bos={config.data.bos} asks for the contrary"
+        word = "true" if shards.begin_with_bos else "false"
+        fix = f"Run the verb tokenize, or set data.bos={word}."
+        raise ArtifactError(shards.folder, problem, fix)
     if shards.tokens(split) == 0:
         raise ArtifactError(shards.folder, f"has no {split} text", _more_text(domain, split))
     return shards

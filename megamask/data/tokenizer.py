@@ -29,6 +29,8 @@ class TextTokenizer:
         fingerprint: SHA-256 over the parts that decide the ids; tokenizers with equal fingerprints
             give equal ids.
         encode_batch: texts to ids, without special tokens.
+        adds_bos: whether the tokenizer puts its BOS before a prompt. A sentencepiece ``.model``
+            file does not say, so it adds none.
     """
 
     name: str
@@ -37,6 +39,7 @@ class TextTokenizer:
     bos: int | None
     fingerprint: str
     encode_batch: Encode = field(repr=False)
+    adds_bos: bool = False
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``.
@@ -81,16 +84,19 @@ def _load_hf(path: Path, eod: str | None) -> TextTokenizer:
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     if not vocabulary:
         raise ValueError("its vocabulary is empty")
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
     backend = _published(path) or getattr(tokenizer, "backend_tokenizer", None)
     return TextTokenizer(
         name=str(path),
         vocab_size=max(vocabulary.values()) + 1,
         eod=_eod_id(eod, vocabulary.get, tokenizer.eos_token_id),
-        bos=tokenizer.bos_token_id,
+        bos=bos,
         fingerprint=_hash_slow(tokenizer, vocabulary)
         if backend is None
         else _hash_fast(backend.to_str()),
         encode_batch=_slow_encoder(tokenizer) if backend is None else _fast_encoder(backend),
+        adds_bos=adds_bos,
     )
 
 

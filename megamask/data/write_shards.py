@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megamask.config import Config, run_paths
+from megamask.data.bos import before_document
 from megamask.data.corpora import Document, documents, files_left_out, source_stamp
 from megamask.data.shards import FORMAT, SPLITS, SUFFIXES, Shards, read_shards
 from megamask.data.split import split_documents
@@ -34,6 +35,8 @@ def settings_digest(config: Config, name: str, tokenizer: TextTokenizer) -> str:
         tokenizer.fingerprint,
         _end(config, tokenizer),
     ]
+    if begin := before_document(config, tokenizer):
+        deciding.append(begin)
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
@@ -63,7 +66,8 @@ def write_domain(config: Config, name: str, tokenizer: TextTokenizer, digest: st
     with atomic_dir(run_paths(config).shards / name) as folder:
         dtype = _token_type(tokenizer.vocab_size)
         sided = split_documents(documents(name, corpus), corpus.heldout)
-        counts = _write_tokens(folder, name, dtype, sided, tokenizer, _end(config, tokenizer))
+        begin, end = before_document(config, tokenizer), _end(config, tokenizer)
+        counts = _write_tokens(folder, name, dtype, sided, tokenizer, begin, end)
         meta = {
             "format": FORMAT,
             "domain": name,
@@ -71,6 +75,7 @@ def write_domain(config: Config, name: str, tokenizer: TextTokenizer, digest: st
             "corpus": corpus.model_dump(),
             "dtype": dtype.name,
             "append_eod": tokenizer.eod is not None,
+            "prepend_bos": bool(begin),
             "tokenizer": {
                 key: getattr(tokenizer, key)
                 for key in ("name", "fingerprint", "vocab_size", "eod", "bos")
@@ -96,6 +101,7 @@ def _write_tokens(
     dtype: np.dtype[Any],
     sided: Iterable[tuple[str, Document]],
     tokenizer: TextTokenizer,
+    begin: list[int],
     end: list[int],
 ) -> dict[str, dict[str, int]]:
     """Tokenize and write the documents of both sides.
@@ -116,7 +122,7 @@ def _write_tokens(
     for batch in _batches(sided):
         encoded = tokenizer.encode_batch([document.text for _, document in batch])
         for (split, document), ids in zip(batch, encoded, strict=True):
-            ids = ids + end
+            ids = begin + ids + end
             if not ids:
                 continue
             builders[split].add_document(ids, [len(ids)])

@@ -12,6 +12,8 @@ import torch
 
 from megamask import storage
 from megamask.config import Config, RunPaths
+from megamask.data.bos import description
+from megamask.data.tokenizer import load_tokenizer
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import own_weights
@@ -99,11 +101,12 @@ def results(
         measured: method -> domain -> perplexity.
     """
     stages_file = paths.run_dir / "stages.json"
-    stages = storage.read_json(stages_file, "") if stages_file.exists() else {}
+    stages = storage.read_object(stages_file, "Delete it.", {}) if stages_file.exists() else {}
+    about = {name: mask_set.meta.get("data") for name, mask_set in masks.items()}
     seconds = {
-        name: mask_set.meta["data"]["seconds"]
-        for name, mask_set in masks.items()
-        if "seconds" in (mask_set.meta.get("data") or {})
+        name: facts["seconds"]
+        for name, facts in about.items()
+        if isinstance(facts, dict) and isinstance(facts.get("seconds"), int | float)
     }
     return {
         "perplexity": measured,
@@ -122,7 +125,7 @@ def protocol(config: Config, windows: dict[str, torch.Tensor]) -> dict[str, Any]
         "stride": section.window,
         "targets_per_window": section.window - 1,
         "tail": "dropped",
-        "bos": "one at the start" if section.bos else "none",
+        "bos": description(config, load_tokenizer(config)),
         "dtype": config.dtype,
         "split": "held-out documents",
         "tokens": {domain: tokens.numel() for domain, tokens in windows.items()},

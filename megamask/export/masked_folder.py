@@ -17,6 +17,7 @@ from megamask.errors import ArtifactError
 from megamask.masks.apply import masked
 from megamask.masks.file import MaskSet
 from megamask.storage import write_json
+from megamask.terminal import tell
 from megamask.weights.hf_files import open_checked, write_hf
 
 STAMP = "megamask_export.json"  # this file in the written folder describes its masks
@@ -56,7 +57,7 @@ def export(
         if masks.path.is_file():
             content += f", mask file {masks.size:,} bytes"
     write_hf(out, tensors, hf_dir, finish=finish)
-    print(f"{out}: {content}; {_size(out):,} bytes written and verified")
+    tell(f"{out}: {content}; {_size(out):,} bytes written and verified")
 
 
 def check_export(folder: Path, masks: MaskSet | None, ignore_keys: Collection[str] = ()) -> None:

@@ -21,6 +21,7 @@ from megamask.learn.masked_model import MaskedModel
 from megamask.learn.methods import find_method
 from megamask.learn.preflight import settings_without_effect
 from megamask.learn.snapshot_steps import snapshot_steps
+from megamask.leftovers import remove_leftovers
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
 from megamask.safe_checkpoint import NOTE
@@ -71,7 +72,7 @@ class Snapshots:
         )
         if mesh.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            storage.remove_leftovers(folder)
+            remove_leftovers(folder, is_alone=True)
         mesh.barrier()
 
     def save(self, progress: Progress) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megamask import storage
 from megamask.errors import ArtifactError
+from megamask.machine_errors import writing
 from megamask.model.build import model_rules
 from megamask.model.language_model import LanguageModel
 from megamask.parallel.mesh import Mesh
@@ -48,20 +49,28 @@ def save_sharded(
 
     The folder is written under a temporary name and renamed when it is complete. All ranks must
     call this function.
+
+    Raises:
+        ArtifactError: the disk is full, or ``path`` cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.writing.tmp")
-    if mesh.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    mesh.barrier()
-    with _deaf_helpers():
-        dist_checkpointing.save(state, str(temporary), validate_access_integrity=True)
-    mesh.barrier()
-    if mesh.is_main:
-        storage.write_json(temporary / NOTE, note)
-        for file in files:
-            shutil.copy(file, temporary)
-        storage.commit_dir(temporary, path)
+    target, temporary = storage.places(path)
+    temporary = Path(mesh.from_main(str(temporary)))
+    with writing(path, temporary):
+        try:
+            if mesh.is_main:
+                temporary.mkdir(parents=True)
+            mesh.barrier()
+            with _deaf_helpers():
+                dist_checkpointing.save(state, str(temporary), validate_access_integrity=True)
+            mesh.barrier()
+            if mesh.is_main:
+                storage.write_json(temporary / NOTE, note)
+                for file in files:
+                    shutil.copy(file, temporary)
+                storage.commit_dir(temporary, target)
+        finally:
+            if mesh.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
     mesh.barrier()
 
 

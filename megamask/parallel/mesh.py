@@ -91,6 +91,14 @@ class Mesh:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes)
 
+    def from_main(self, text: str) -> str:
+        """``text`` of the main process, on every process."""
+        if self.world == 1:
+            return text
+        texts = [text]
+        dist.broadcast_object_list(texts, src=0)
+        return texts[0]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import yaml
 from megamask.config import Config, run_paths
 from megamask.config.nested import flatten
 from megamask.errors import ArtifactError
+from megamask.file_kinds import wrong_file
+from megamask.machine_errors import reading
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
-from megamask.storage import read_json
+from megamask.storage import lacks, read_object
 
 Record = dict[str, Any]
+NUMBER = (int, float)
+RECORD: dict[str, Any] = {"kind": str, "step": int, "tokens": NUMBER, "seconds": NUMBER}
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,7 @@ def read_run(config: Config) -> RunData:
     paths = run_paths(config)
     records = read_metrics(paths.learn / "metrics.jsonl")
     masks = {path.stem: path for path in sorted(paths.masks.glob("*.safetensors"))}
-    results = (
-        read_json(paths.results, "Run the verb evaluate again.") if paths.results.exists() else {}
-    )
+    results = read_results(paths.results)
     if not records and not masks and not results:
         raise ArtifactError(
             paths.run_dir,
@@ -70,10 +73,12 @@ def read_run(config: Config) -> RunData:
         results=results,
         masks=masks,
         prior=_prior(config),
-        settings=written.read_text()
+        settings=_text_of(written)
         if written.exists()
         else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
-        versions=read_json(versions, "Run the verb learn again.") if versions.exists() else {},
+        versions=read_object(versions, "Run the verb learn again.", {})
+        if versions.exists()
+        else {},
         seeds={"seed": config.seed, "calibration.seed": config.calibration.seed},
     )
 
@@ -86,13 +91,64 @@ def read_metrics(path: Path) -> list[Record]:
     if not path.exists():
         return []
     by_step: dict[tuple[int, str], Record] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+    for line in _text_of(path).splitlines():
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             record = json.loads(line)
-            by_step[(int(record["step"]), str(record["kind"]))] = record
-        except (ValueError, KeyError, TypeError):
-            continue
+            required = RECORD | ({"perplexity": dict} if record["kind"] == "evaluation" else {})
+            if not lacks(record, required):
+                by_step[(record["step"], record["kind"])] = _numbers_of(record)
     return [by_step[key] for key in sorted(by_step)]
+
+
+def _text_of(path: Path) -> str:
+    fix = "Delete it, or run the verb learn again."
+    with reading(path, fix):
+        if not path.is_file():
+            raise wrong_file(path, "a text", fix)
+        return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _numbers_of(record: Record) -> Record:
+    """The record without values that are no numbers, which another program may have written."""
+
+    kept = {key: value for key, value in record.items() if _is_number(value)}
+    by_domain = record.get("perplexity")
+    if isinstance(by_domain, dict):
+        there = {name: value for name, value in by_domain.items() if _is_number(value, above=0)}
+        kept["perplexity"] = there
+    return {**kept, "kind": record["kind"]}
+
+
+def _is_number(value: Any, above: float = -1e300) -> bool:
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and above < value < 1e300
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of ``results.json``; {} where there is none.
+
+    Raises:
+        ArtifactError: the file holds something else than the verb evaluate writes.
+    """
+    if not path.exists():
+        return {}
+    fix = "Run the verb evaluate again."
+    results = read_object(path, fix, {"perplexity": dict})
+    rows = results["perplexity"].items()
+    by_key = {key: results.get(key, {}) for key in ("seconds", "density", "mask_bytes")}
+    tables = {f"perplexity.{name}": row for name, row in rows} | by_key
+    for place, row in {**tables, "protocol": results.get("protocol", {})}.items():
+        if not isinstance(row, dict):
+            raise ArtifactError(path, f"holds {type(row).__name__} at {place}", fix)
+    for place, row in tables.items():
+        for name, value in row.items():
+            above = 0 if place.startswith("perplexity.") else -1
+            if value is not None and not _is_number(value, above):
+                raise ArtifactError(path, f"holds no number at {place}.{name}", fix)
+    for key, row in by_key.items():
+        if key in results:
+            results[key] = {name: value for name, value in row.items() if value is not None}
+    return results
 
 
 def mask_provenance(path: Path) -> dict[str, str]:

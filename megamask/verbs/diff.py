@@ -11,6 +11,7 @@ from megamask.masks.compare import differences
 from megamask.masks.find import open_masks
 from megamask.report.difference_tables import draw, figures, lines
 from megamask.storage import require_writable, write_json
+from megamask.terminal import tell
 from megamask.verbs.table import DiffArguments
 
 
@@ -25,7 +26,7 @@ def run(config: Config, arguments: DiffArguments) -> None:
             require_writable(Path(out).parent, key)
     a, b = open_masks(arguments.a, config), open_masks(arguments.b, config)
     found = differences(a, b)
-    print("\n".join(lines(a, b, found)))
+    tell("\n".join(lines(a, b, found)))
     if arguments.json:
         write_json(Path(arguments.json), figures(a, b, found))
     if arguments.picture:

@@ -6,6 +6,7 @@ from megamask.config import Config, run_paths
 from megamask.errors import ConfigError
 from megamask.masks.find import open_masks
 from megamask.masks.verify import check_strictly, summary
+from megamask.terminal import tell
 from megamask.verbs.table import InspectArguments
 
 
@@ -24,8 +25,8 @@ def run(config: Config, arguments: InspectArguments) -> None:
         )
     masks = open_masks(arguments.mask or config.export.mask or "learned", config)
     check_strictly(masks, hf_dir if known else None, config.model.ignore_keys)
-    print(summary(masks))
-    print(
+    tell(summary(masks))
+    tell(
         f"{masks.path}: valid"
         + (f", belongs to {hf_dir}" if known else f" (no model in {hf_dir} to compare with)")
     )

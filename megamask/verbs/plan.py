@@ -15,6 +15,7 @@ from megamask.plan.memory import memory_of
 from megamask.plan.plan_tables import as_json, footer, headline, memory_table, time_table
 from megamask.plan.time import time_of
 from megamask.plan.workload import Workload
+from megamask.terminal import tell
 from megamask.verbs.table import PlanArguments
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.shapes import SHAPES, read_shape
@@ -42,7 +43,7 @@ def run(config: Config, arguments: PlanArguments) -> None:
     )
     tables = [memory_table(memories[0]), time_table(work, devices, memories, times)]
     title = headline(work, arguments.model or config.model.hf or config.run_dir)
-    print("\n\n".join("\n".join(lines) for lines in ([title], *tables, footer(devices))))
+    tell("\n\n".join("\n".join(lines) for lines in ([title], *tables, footer(devices))))
     if arguments.json:
         storage.write_json(Path(arguments.json), as_json(work, devices, memories, times, target))
     check_fits(work.config, arch, target, work.dp)

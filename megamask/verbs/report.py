@@ -8,6 +8,7 @@ from megamask.report.html import render_report
 from megamask.report.reading import read_run
 from megamask.report.results_table import format_table
 from megamask.storage import atomic_file, require_writable
+from megamask.terminal import tell
 
 
 def run(config: Config) -> None:
@@ -27,8 +28,8 @@ def run(config: Config) -> None:
     with atomic_file(run_dir / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     if data.results.get("perplexity"):
-        print(format_table(data.results))
+        tell(format_table(data.results))
     for picture in pictures:
         if picture.path is None:
-            print(f"{picture.title}: not there yet. {picture.missing}")
-    print(f"\nReport: {run_dir / 'report.html'}")
+            tell(f"{picture.title}: not there yet. {picture.missing}")
+    tell(f"\nReport: {run_dir / 'report.html'}")

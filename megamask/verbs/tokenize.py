@@ -11,7 +11,8 @@ from megamask.data.shards import read_shards
 from megamask.data.tokenizer import TextTokenizer, load_tokenizer
 from megamask.data.write_shards import is_current, say, settings_digest, summary, write_domain
 from megamask.errors import ConfigError
-from megamask.storage import remove_leftovers, require_writable
+from megamask.leftovers import remove_leftovers
+from megamask.storage import require_writable
 
 
 def run(config: Config) -> None:
@@ -24,7 +25,7 @@ def run(config: Config) -> None:
     _check_domains(config)
     folder = run_paths(config).shards
     require_writable(folder)
-    remove_leftovers(folder)
+    remove_leftovers(folder, is_alone=True)
     tokenizer = load_tokenizer(config)
     _check_eod(config, tokenizer)
     digests = {name: settings_digest(config, name, tokenizer) for name in config.data.domains}

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import GGUF, file_kind, require_file, wrong_file
+from megamask.machine_errors import reading
 from megamask.storage import atomic_dir, file_sha256, read_json, require_writable, write_json
+from megamask.terminal import tell
 from megamask.weights.hf_files import require_own, share
 
 STAMP = "megamask_gguf.json"  # this file in the new folder names the GGUF file
@@ -48,7 +50,7 @@ def unpack(source: Path, out: Path) -> None:
     stamp = _stamp(source)
     require_own(out, STAMP, "model.hf")
     if (out / STAMP).exists() and read_json(out / STAMP, f"Remove {out}.") == stamp:
-        print(f"{out}: already unpacked from {source.name}")
+        tell(f"{out}: already unpacked from {source.name}")
         return
     require_writable(out.parent, "model.hf")
     model, tokenizer = _load(source)
@@ -62,18 +64,16 @@ def unpack(source: Path, out: Path) -> None:
         share(folder)
         write_json(folder / STAMP, stamp)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{out}: {weights:,} weights in bf16 from {source.name}")
+    tell(f"{out}: {weights:,} weights in bf16 from {source.name}")
 
 
 def _stamp(source: Path) -> dict[str, str]:
     fix = "Point model.gguf at a GGUF file."
     require_file(source, GGUF, fix)
-    try:
+    with reading(source, fix):
         if (kind := file_kind(source)) is None or kind.what != GGUF:
             raise wrong_file(source, GGUF, fix)
         return {"file": source.name, "sha256": file_sha256(source)}
-    except OSError as error:
-        raise ArtifactError(source, f"cannot be read ({error.strerror})", fix) from error
 
 
 def _load(source: Path) -> tuple[LlamaForCausalLM, Any]:

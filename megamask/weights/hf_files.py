@@ -18,6 +18,7 @@ from torch import Tensor
 from megamask.errors import ArtifactError
 from megamask.file_kinds import SAFETENSORS, require_file, wrong_file
 from megamask.storage import atomic_dir, read_object, write_json
+from megamask.weights import torch_bin
 from megamask.weights.architecture import read_architecture
 from megamask.weights.mapping import expected_tensors
 
@@ -32,7 +33,7 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".npz", ".ck
 SIDE_FOLDERS = ("additional_chat_templates",)
 FIX = (
     "Download the model again, or point model.hf at a complete Hugging Face folder "
-    "with .safetensors files."
+    "with .safetensors files or pytorch_model.bin."
 )
 
 
@@ -40,7 +41,7 @@ class HFReader:
     """The tensors of an HF folder, read block by block. The reader is a context manager.
 
     Raises:
-        ArtifactError: there are no safetensors, a file is missing or torn, or the index disagrees
+        ArtifactError: there are no weights, a file is missing or torn, or the index disagrees
             with the files.
     """
 
@@ -109,10 +110,10 @@ class HFReader:
 
     def _index(self) -> dict[str, Path]:
         """Tensor name -> file, from the files themselves; an index must agree with them."""
-        index = self.hf_dir / INDEX
+        single, index = self._names_of_files()
         if not index.exists():
-            self._check_format()
-            return dict.fromkeys(self._open(self.hf_dir / SINGLE).keys(), self.hf_dir / SINGLE)
+            self._check_format(single)
+            return dict.fromkeys(self._open(single).keys(), single)
         weight_map = read_object(index, FIX, {"weight_map": dict})["weight_map"]
         for name, file in weight_map.items():
             if not isinstance(file, str) or file != Path(file).name:
@@ -128,13 +129,19 @@ class HFReader:
             raise ArtifactError(index, f"does not match the shards: {_some(sorted(wrong))}", FIX)
         return held
 
-    def _check_format(self) -> None:
+    def _names_of_files(self) -> tuple[Path, Path]:
+        """The single file and the index: those of safetensors, unless there are only PyTorch's."""
+        names = [(SINGLE, INDEX), (torch_bin.SINGLE, torch_bin.INDEX)]
+        places = [(self.hf_dir / single, self.hf_dir / index) for single, index in names]
+        return next((pair for pair in places if any(file.exists() for file in pair)), places[0])
+
+    def _check_format(self, single: Path) -> None:
         """Check, in a folder without an index, that the weights are in the one file that is read.
 
         Raises:
             ArtifactError: the folder has weights in other files alone.
         """
-        if (self.hf_dir / SINGLE).exists() or not self.hf_dir.is_dir():
+        if single.exists() or not self.hf_dir.is_dir():
             return
         parts = sorted(self.hf_dir.glob("*.safetensors"))
         if parts:
@@ -145,7 +152,9 @@ class HFReader:
             raise wrong_file(others[0], SAFETENSORS, FIX)
 
     def _open(self, path: Path) -> Any:
-        if path not in self._handles:
+        if path not in self._handles and path.suffix == ".bin":
+            self._handles[path] = torch_bin.TorchFile(path, FIX)
+        elif path not in self._handles:
             require_file(path, SAFETENSORS, FIX)
             try:
                 self._handles[path] = safe_open(path, framework="pt")

@@ -26,6 +26,7 @@ USED_ELSEWHERE = {
     "full_logits": "tests of parity",
     "writer_of": "the state of a run, for people",
     "get_emb": "Megatron's rotary embedding",
+    "handleError": "logging",
 }
 LONG = 40  # characters of a literal that must not stand in two files
 

@@ -15,6 +15,9 @@ PACKAGE = REPO / "megamask"
 
 FOUNDATIONS = [
     "errors",
+    "machine_errors",
+    "leftovers",
+    "terminal",
     "megatron_range",
     "shipped",
     "process",

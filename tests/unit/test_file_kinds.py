@@ -132,8 +132,8 @@ def test_what_is_no_file_is_named_and_not_opened(tmp_path: Path, name: str) -> N
 
 
 def test_a_folder_of_pickles_or_parts_is_named(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(of_torch(legacy=False))
-    with pytest.raises(ArtifactError, match=r"pytorch_model\.bin.*PyTorch pickle.*save_pretrained"):
+    (tmp_path / "model.pt").write_bytes(of_torch(legacy=False))
+    with pytest.raises(ArtifactError, match=r"model\.pt.*PyTorch pickle.*save_pretrained"):
         HFReader(tmp_path)
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(WHOLE)
     with pytest.raises(ArtifactError, match=r"and neither model\.safetensors nor .*index\.json"):

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from megamask.errors import ArtifactError
+from megamask.leftovers import remove_leftovers, temporary_name
 from megamask.storage import (
     atomic_dir,
     atomic_file,
     read_json,
-    remove_leftovers,
     require_writable,
     write_json,
 )
@@ -132,12 +132,39 @@ def test_a_plain_write_would_be_torn(tmp_path: Path) -> None:
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / ".a.0123.tmp").write_text("torn")
-    (tmp_path / ".b.0123.tmp").mkdir()
-    (tmp_path / ".hidden").write_text("the user's own")
-    (tmp_path / "b.tmp").write_text("the user's own")
+    """The names of a process that has ended go; those of this process and of strangers stay."""
+    code = (
+        "import sys; from pathlib import Path; from megamask.leftovers import temporary_name; "
+        "print(temporary_name(Path(sys.argv[1])))"
+    )
+    for name in ("a", "b"):
+        command = [sys.executable, "-c", code, str(tmp_path / name)]
+        dead = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout[:-1])
+        if name == "a":
+            dead.write_text("torn")
+        else:
+            dead.mkdir()
+    own = temporary_name(tmp_path / "a")
+    own.write_text("being written")
+    foreign = tmp_path / ".a.megamask-ffffff-1-2-abcd.tmp"  # of another machine
+    foreign.write_text("being written there")
+    kept = {own.name, foreign.name, ".hidden", "b.tmp", ".a.01234567.tmp"}
+    for name in kept - {own.name, foreign.name}:
+        (tmp_path / name).write_text("the user's own")
     remove_leftovers(tmp_path)
+    assert names(tmp_path) == kept
+    os.utime(foreign, (0, 0))
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == kept - {foreign.name}
+    remove_leftovers(tmp_path, is_alone=True)
     assert names(tmp_path) == {".hidden", "b.tmp"}
+
+
+def test_a_temporary_name_fits_beside_the_longest_name(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 127)
+    with atomic_file(path) as temporary:
+        temporary.write_text("x")
+    assert path.read_text() == "x"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

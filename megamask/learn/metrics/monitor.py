@@ -24,6 +24,7 @@ import torch
 from megamask.config import Config
 from megamask.learn.metrics.sinks import (
     Console,
+    Forgiving,
     MetricsFile,
     PackageLog,
     Record,
@@ -71,7 +72,10 @@ class Monitor:
         self._package_log = PackageLog(folder / "log.txt", self._console)
         try:
             metrics = MetricsFile(folder / "metrics.jsonl", resume_step)
-            self._sinks: list[Sink] = [metrics, *open_optional_sinks(folder, config, resume_step)]
+            self._sinks: list[Sink] = [
+                Forgiving(metrics, "metrics.jsonl"),
+                *open_optional_sinks(folder, config, resume_step),
+            ]
         except BaseException:
             self._package_log.close()
             raise

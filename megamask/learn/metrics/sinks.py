@@ -13,12 +13,15 @@ import shutil
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from megamask.config import Config
 from megamask.errors import ConfigError
+from megamask.machine_errors import reading
 from megamask.storage import atomic_file, finite
+from megamask.terminal import PlainFormatter
 
 Record = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -45,8 +48,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = trim_metrics(path, resume_step)
-        self.seconds = float(kept[-1].get("seconds") or 0.0) if kept else 0.0
-        self._known = {(record.get("kind"), record.get("step")) for record in kept}
+        seconds = kept[-1].get("seconds") if kept else None
+        self.seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
+        self._known = {(str(record.get("kind")), record.get("step")) for record in kept}
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -64,6 +68,35 @@ class MetricsFile:
         self._file.close()
 
 
+class Forgiving:
+    """A sink whose errors do not end the run: the log tells the first one.
+
+    A full disk loses metrics, and the snapshot that comes next tells of the disk.
+    """
+
+    def __init__(self, sink: Sink, name: str) -> None:
+        self._sink, self._name, self._told = sink, name, False
+
+    def write(self, record: Record) -> None:
+        """Hand the record on."""
+        try:
+            self._sink.write(record)
+        except Exception as error:
+            self._tell(error)
+
+    def close(self) -> None:
+        """Close the sink."""
+        try:
+            self._sink.close()
+        except Exception as error:
+            self._tell(error)
+
+    def _tell(self, error: Exception) -> None:
+        if not self._told:
+            self._told = True
+            _log.warning("%s: metrics are lost (%s)", self._name, error)
+
+
 def trim_metrics(path: Path, resume_step: int) -> list[Record]:
     """Cut ``path`` back to the steps a resumed run will not repeat, and return the records kept.
 
@@ -72,17 +105,16 @@ def trim_metrics(path: Path, resume_step: int) -> list[Record]:
     """
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    kept = []
+    with reading(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines if resume_step > 0 else ():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            if record.get("step", 0) <= resume_step:
+                kept.append(record)
+        except (ValueError, TypeError, AttributeError, RecursionError):
             continue  # the line that a killed process was writing
-    kept = [
-        record
-        for record in records
-        if resume_step > 0 and isinstance(record, dict) and record.get("step", 0) <= resume_step
-    ]
     with atomic_file(path) as temporary:
         temporary.write_text(
             "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
@@ -179,12 +211,12 @@ def open_optional_sinks(folder: Path, config: Config, resume_step: int) -> list[
     chosen = config.learn.monitor.sinks
     if "tensorboard" in chosen:
         try:
-            sinks.append(TensorBoard(folder / "tensorboard", resume_step))
+            sinks.append(Forgiving(TensorBoard(folder / "tensorboard", resume_step), "tensorboard"))
         except ImportError:
             _log.info("nothing is written for tensorboard: pip install tensorboard")
     if "wandb" in chosen or "wandb_offline" in chosen:
         try:
-            sinks.append(Wandb(folder, config, resume_step))
+            sinks.append(Forgiving(Wandb(folder, config, resume_step), "wandb"))
         except ImportError:
             _log.info("wandb is not installed, so nothing is written for it (pip install wandb)")
     return sinks
@@ -239,9 +271,11 @@ class PackageLog:
     def __init__(self, path: Path, console: Console) -> None:
         self._logger = logging.getLogger("megamask")
         self._before = (self._logger.handlers, self._logger.propagate, self._logger.level)
-        file = logging.FileHandler(path, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self._logger.handlers = [file, _ConsoleHandler(console)]
+        file = _LogFile(path, console)
+        file.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+        screen = _ConsoleHandler(console)
+        screen.setFormatter(PlainFormatter())
+        self._logger.handlers = [file, screen]
         self._logger.propagate = False
         self._logger.setLevel(logging.INFO)
 
@@ -251,6 +285,24 @@ class PackageLog:
             handler.close()
         self._logger.handlers, self._logger.propagate = self._before[:2]
         self._logger.setLevel(self._before[2])
+
+
+class _LogFile(logging.FileHandler):
+    """``log.txt``. Lines that cannot be written are lost, and the terminal tells it once."""
+
+    def __init__(self, path: Path, console: Console) -> None:
+        super().__init__(path, encoding="utf-8")
+        self._console, self._told = console, False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not self._told:
+            self._told = True
+            self._console.message(f"{self.baseFilename}: lines are lost ({error})")
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 class _ConsoleHandler(logging.Handler):

@@ -35,7 +35,7 @@ DECIDING = """
     learn.maskpro.baseline learn.maskpro.tracker_decay learn.maskpro.score learn.maskpro.samples
     learn.distillation.share learn.distillation.temperature learn.distillation.top_k
     learn.weight_norm
-    evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos
+    evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos data.bos
     export.mask export.weights export.out
 """
 FREE = """

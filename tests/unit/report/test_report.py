@@ -184,15 +184,18 @@ def test_what_the_run_says_cannot_become_markup(tmp_path: Path) -> None:
 
 def test_metrics_of_a_killed_and_resumed_run_come_once(tmp_path: Path) -> None:
     lines = [
-        '{"kind": "train", "step": 2, "x": 1}',
-        '{"kind": "train", "step": 1}',
-        '{"kind": "train", "step": 2, "x": 2}',
+        '{"kind": "train", "step": 2, "tokens": 2, "seconds": 2, "x": 1}',
+        '{"kind": "train", "step": 1, "tokens": 1, "seconds": 1, "x": "of another program"}',
+        '{"kind": "train", "step": 2, "tokens": 2, "seconds": 3, "x": 2}',
+        '{"kind": "train", "step": 3, "tokens": null, "seconds": 3}',
+        '{"kind": "train", "step": 1e999, "tokens": 1, "seconds": 1}',
+        '{"kind": "evaluation", "step": 1, "tokens": 1, "seconds": 1}',
         '{"kind": "tr',
     ]
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     assert read_metrics(tmp_path / "m.jsonl") == [
-        {"kind": "train", "step": 1},
-        {"kind": "train", "step": 2, "x": 2},
+        {"kind": "train", "step": 1, "tokens": 1, "seconds": 1},
+        {"kind": "train", "step": 2, "tokens": 2, "seconds": 3, "x": 2},
     ]
 
 

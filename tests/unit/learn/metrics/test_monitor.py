@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megamask.config import Config, build_config
 from megamask.learn.metrics.monitor import Monitor, Pace, duration, peak_memory_gib
-from megamask.learn.metrics.sinks import Console, trim_metrics
+from megamask.learn.metrics.sinks import Console, Forgiving, MetricsFile, PackageLog, trim_metrics
 
 VALUES = {
     "loss": 3.0,
@@ -245,3 +245,42 @@ def test_memory_is_in_gib() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_full_disk_loses_metrics_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file of the folder is the full device: steps go on, and each sink tells it once."""
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    file = Forgiving(FullFile(), "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.write({"kind": "train", "step": step, "tokens": 1, "seconds": 1.0})
+    file.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "metrics.jsonl: metrics are lost ([Errno 28] No space left on device)"
+    ]
+    log = PackageLog(tmp_path / "log.txt", Console())
+    for text in ("one", "two"):
+        logging.getLogger("megamask").info(text)
+    log.close()
+    said = capsys.readouterr().err
+    assert said.count("log.txt: lines are lost ([Errno 28]") == 1 and "Traceback" not in said
+    assert "one\n" in said and "two\n" in said
+
+
+class FullFile(MetricsFile):
+    """Metrics that go to the full device."""
+
+    def __init__(self) -> None:
+        self._known = set()
+        self._file = Path("/dev/full").open("w")  # noqa: SIM115 - closed by close
+
+
+def test_no_escape_code_of_a_name_reaches_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = PackageLog(tmp_path / "log.txt", Console())
+    logging.getLogger("megamask").info("wandb run %s", "a\x1b[31m\rb")
+    log.close()
+    assert r"a\x1b[31m\rb" in capsys.readouterr().err
+    assert r"a\x1b[31m\rb" in (tmp_path / "log.txt").read_text()
