@@ -11,6 +11,7 @@ from megamask.config import Config
 from megamask.data.heldout import evaluation_windows
 from megamask.learn.masked_model import MaskedModel
 from megamask.model.perplexity import perplexity
+from megamask.parallel.masked_linear import MaskedLinear, folded_in_turn
 from megamask.parallel.mesh import Mesh
 
 
@@ -28,20 +29,17 @@ def monitor_windows(config: Config) -> dict[str, torch.Tensor]:
 def hard_mask_perplexity(
     masked_model: MaskedModel, mesh: Mesh, windows: Mapping[str, torch.Tensor], micro_batch: int
 ) -> dict[str, float]:
-    """Perplexity per domain of the model under its hard mask, which is folded into the weights
-    once.
+    """Perplexity per domain of the model under its hard mask.
+
+    A linear's masked weight is made when the linear computes and freed after it, so an evaluation
+    needs room for one masked weight and not for a second model.
     """
-    for linear in masked_model.linears.values():
-        linear.fold(linear.hard_mask())
-    try:
+    with folded_in_turn(masked_model.linears.values(), MaskedLinear.hard_codes):
         masked_model.model.eval()
         return {
             domain: perplexity(masked_model.model, mesh, tokens, micro_batch)
             for domain, tokens in windows.items()
         }
-    finally:
-        for linear in masked_model.linears.values():
-            linear.fold(None)
 
 
 def mean_log_perplexity(by_domain: Mapping[str, float]) -> float:

@@ -134,6 +134,14 @@ class UpdateRule(ABC):
             logits_per_group: logits of each group of M weights.
         """
 
+    def saved_bytes(self, logits_dtype: str, logits_per_group: int) -> float:
+        """Bytes of optimizer state per mask logit in a snapshot."""
+        return self.moment_bytes(logits_dtype, logits_per_group)
+
+    def copied_bytes(self) -> float:
+        """Bytes per mask logit that ``moments`` makes beside the state, for a snapshot."""
+        return 0.0
+
     @abstractmethod
     def build(
         self,

@@ -91,6 +91,14 @@ class Lion8bitRule(LionRule):
         """A code, and the share of an exponent."""
         return 1 + 1 / (BLOCK * logits_per_group)
 
+    def saved_bytes(self, logits_dtype: str, logits_per_group: int) -> float:
+        """The momentum in bf16."""
+        return 2.0
+
+    def copied_bytes(self) -> float:
+        """The momentum in bf16."""
+        return 2.0
+
     def build(
         self,
         section: OptimizerSection,

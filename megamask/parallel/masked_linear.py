@@ -11,6 +11,8 @@ candidates or M positions).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ from megamask.sparsity.draw import GradientSink, Sample, Sampler, Site
 from megamask.sparsity.operator import sample_mask, sampler_for
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
+
+BLOCK = 1 << 22  # weights whose mask exists at a time while a mask is folded
 
 
 class MaskedLinear:
@@ -155,11 +159,22 @@ class MaskedLinear:
             else torch.where(mask_OI.to(self.weight.device), self.weight.detach(), 0)
         )
 
+    def fold_codes(self, hard_codes_OG: torch.Tensor) -> None:
+        """``fold`` of the mask of these hard codes; only some rows of the mask exist at a time."""
+        weight_OI = self.weight.detach()
+        folded_OI = torch.empty_like(weight_OI)
+        for rows in row_blocks(*weight_OI.shape):
+            kept = self.site.mask_of(hard_codes_OG[rows].to(weight_OI.device))
+            folded_OI[rows] = torch.where(kept, weight_OI[rows], 0)
+        self.folded_weight = folded_OI
+
+    def hard_codes(self) -> torch.Tensor:
+        """The hard code of every group, (O, G), as ``Site.mask_of`` reads it; draws no noise."""
+        return self.mask_statistics(1.0)[0]
+
     def hard_mask(self) -> torch.Tensor:
         """The mask of the largest logit of every group, (O, I) bool; draws no noise."""
-        assert self.mask_logits is not None
-        hard_codes, _ = self.mask_statistics(1.0)
-        return self.site.mask_of(hard_codes)
+        return self.site.mask_of(self.hard_codes())
 
     def mask_statistics(self, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(hard code of every group, (O, G) as ``Site.mask_of`` reads it; sum over groups of the
@@ -224,6 +239,34 @@ class MaskedLinear:
         if self.stride == 2 and key in sharded:
             sharded[key] = apply_swiglu_sharded_factory(sharded[key], offsets)
         return sharded
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices that cover the rows of a matrix, each of at most ``BLOCK`` numbers or one row."""
+    step = max(1, BLOCK // max(columns, 1))
+    yield from (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+@contextmanager
+def folded_in_turn(
+    linears: Iterable[MaskedLinear], codes_of: Callable[[MaskedLinear], torch.Tensor]
+) -> Iterator[None]:
+    """Every linear computes under a fixed mask inside the block, and only the linear that computes
+    holds a masked weight.
+
+    Args:
+        linears: the linears.
+        codes_of: the hard codes, (O, G), of a linear's mask; asked for at each forward pass.
+    """
+    with ExitStack() as stack:
+        for linear in linears:
+            module: Any = linear
+            stack.callback(linear.fold, None)
+            before = module.register_forward_pre_hook(lambda one, _: one.fold_codes(codes_of(one)))
+            after = module.register_forward_hook(lambda one, *_: one.fold(None))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield
 
 
 def _prepare(linear: Any, shard_axis: int, stride: int) -> None:

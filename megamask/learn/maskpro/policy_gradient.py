@@ -29,8 +29,8 @@ exchange no gradients, replicas (DP) only K sums of losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
 from types import ModuleType
@@ -47,7 +47,7 @@ from megamask.learn.maskpro import score, score_numba
 from megamask.learn.maskpro.samples import InitialLosses, numbers_of
 from megamask.learn.maskpro.score import choose_score, sample_of
 from megamask.parallel.mask_context import Measured, RunningSample
-from megamask.parallel.masked_linear import MaskedLinear
+from megamask.parallel.masked_linear import MaskedLinear, folded_in_turn
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.noise import NoiseKey
 
@@ -194,7 +194,7 @@ class MaskPro:
         under m_0, or 0 where that cancels.
         """
         if self.section.baseline == "hard_mask":
-            with self._masked(lambda linear: linear.hard_mask()):
+            with folded_in_turn(self._linears, MaskedLinear.hard_codes):
                 return self._losses(tokens, labels)
         if not self._compares:
             return torch.zeros(len(numbers), dtype=torch.float64)
@@ -205,7 +205,7 @@ class MaskPro:
         return self.initial_losses(numbers)
 
     def _losses_of_initial(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with self._masked(self._initial_mask):
+        with folded_in_turn(self._linears, lambda linear: self.initial[linear.parameter_id]):
             return self._losses(tokens, labels)
 
     def _losses(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -225,8 +225,9 @@ class MaskPro:
         """
         return self.section.baseline != "leave_one_out" or self.section.data == "split"
 
-    def _initial_mask(self, linear: MaskedLinear) -> torch.Tensor:
-        return linear.site.mask_of(self.initial[linear.parameter_id])
+    @property
+    def _linears(self) -> Iterable[MaskedLinear]:
+        return self.masked_model.linears.values()
 
     @contextmanager
     def _drawing(self, running: RunningSample) -> Iterator[None]:
@@ -235,20 +236,6 @@ class MaskPro:
             yield
         finally:
             self.masked_model.switch.running = None
-
-    @contextmanager
-    def _masked(self, mask_of: Callable[[MaskedLinear], torch.Tensor]) -> Iterator[None]:
-        """Fold a mask into each linear when it starts to compute, and let go of the masked weight
-        when it is done.
-        """
-        with ExitStack() as stack:
-            for linear in self.masked_model.linears.values():
-                module: Any = linear
-                stack.callback(
-                    module.register_forward_pre_hook(lambda one, _: one.fold(mask_of(one))).remove
-                )
-                stack.callback(module.register_forward_hook(lambda one, *_: one.fold(None)).remove)
-            yield
 
 
 @torch.no_grad()

@@ -46,8 +46,9 @@ class Subset(Distribution):
 
     def mask_of(self, hard_codes_OG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """The mask, (O, I) bool, that the bits of the codes spell out."""
-        position = torch.arange(pattern.m, device=hard_codes_OG.device, dtype=torch.int32)
-        return (hard_codes_OG.to(torch.int32).unsqueeze(-1) >> position & 1).bool().flatten(-2)
+        # In the dtype of the codes, where the highest bit may be the sign.
+        bits_M = (1 << torch.arange(pattern.m, device=hard_codes_OG.device)).to(hard_codes_OG.dtype)
+        return (hard_codes_OG.unsqueeze(-1) & bits_M).ne(0).flatten(-2)
 
     def hard_mask(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """The mask, (O, I) bool, of the N largest logits; ties go to the earlier position."""
