@@ -8,6 +8,9 @@ python -m benchmarks.plan --model smollm2-135m --json plan.json
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -15,10 +18,21 @@ from benchmarks.allocations import peak_bytes
 from benchmarks.common import interleave, parser, report, table
 from benchmarks.lab import Lab, add_model_options, architecture, open_lab, read_config
 from benchmarks.memory import OTHER, count
+from megamask.learn.evaluation import hard_mask_perplexity
+from megamask.learn.learned_mask import save_learned_mask
 from megamask.learn.method import GRADIENTS, HARD_CODES, LOGITS, MOMENTS, STEP_GRADIENTS, WEIGHTS
 from megamask.learn.metrics.mask_stats import MaskStatistics
+from megamask.learn.snapshot import Progress, Snapshots
 from megamask.plan.hardware import GIB, GPUS, Device, device_named
-from megamask.plan.memory import ALLOWANCE, OTHER_WEIGHTS, memory_of
+from megamask.plan.memory import (
+    EVALUATION,
+    MASK_FILE,
+    OTHER_WEIGHTS,
+    RESUME,
+    SNAPSHOT,
+    STEP,
+    memory_of,
+)
 from megamask.plan.time import time_of
 from megamask.plan.workload import Workload
 
@@ -26,19 +40,25 @@ from megamask.plan.workload import Workload
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write the comparison."""
     known = parser(__doc__ or "")
+    known.add_argument(
+        "--moments", action="store_true", help="evaluation, mask file, snapshot and resume too"
+    )
     add_model_options(known)
     options = known.parse_args(argv)
     work = Workload(read_config(options), architecture(options)).check()
     with open_lab(options, steps=4 + options.rounds) as lab:
         device = lab.mesh.device
-        held, peak, seconds = measure(lab, options.rounds)
+        held, peaks, seconds = measure(lab, options.rounds, options.moments)
     plan, time = memory_of(work, known_device(device)), time_of(work, known_device(device))
     predicted = {
         part: plan.state[part] for part in (WEIGHTS, LOGITS, GRADIENTS, MOMENTS, HARD_CODES)
     }
     predicted[OTHER] = plan.state[OTHER_WEIGHTS] + plan.state.get(STEP_GRADIENTS, 0.0)
     parts = {part: {"predicted": predicted[part], "measured": held[part]} for part in predicted}
-    parts["peak"] = {"predicted": plan.total - plan.parts[ALLOWANCE], "measured": peak}
+    state = sum(plan.state.values())
+    for moment, measured in peaks.items():
+        working = sum(plan.moments[moment].values())
+        parts[f"peak of {moment}"] = {"predicted": state + working, "measured": measured}
     rows = []
     for part, size in parts.items():
         ratio = size["predicted"] / max(size["measured"], 1)
@@ -59,8 +79,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(lab: Lab, rounds: int) -> tuple[dict[str, int], float, float]:
-    """(bytes held between steps, by part; peak bytes; median seconds of a step)."""
+def measure(
+    lab: Lab, rounds: int, moments: bool = False
+) -> tuple[dict[str, int], dict[str, float], float]:
+    """(bytes held between steps, by part; peak bytes at every moment; median seconds of a step)."""
     learner, device, numbers = lab.learner, lab.mesh.device, iter(range(10**9))
     assert learner is not None
     mask_statistics = MaskStatistics(lab.masked_model, lab.mesh, lab.config.learn.state.track_flips)
@@ -70,13 +92,37 @@ def measure(lab: Lab, rounds: int) -> tuple[dict[str, int], float, float]:
 
     step()
     held = count(lab, mask_statistics)
+    with tempfile.TemporaryDirectory() as folder:
+        others = other_moments(lab, Path(folder)) if moments else {}
+        works = {STEP: step, **others}
+        peaks = {name: peak_of(work, device, held) for name, work in works.items()}
+    return held, peaks, interleave({"step": step}, rounds, device).median("step")
+
+
+def other_moments(lab: Lab, folder: Path) -> dict[str, Callable[[], object]]:
+    """What a run does besides its steps, in the order of its life."""
+    config, model = lab.config, lab.masked_model
+    assert lab.learner is not None
+    snapshots = Snapshots(folder / "snapshots", config, lab.mesh, model, lab.learner)
+    section = config.evaluate
+    windows = torch.randint(model.arch.vocab, (section.micro_batch, section.window))
+    return {
+        EVALUATION: lambda: hard_mask_perplexity(
+            model, lab.mesh, {"random": windows}, section.micro_batch
+        ),
+        MASK_FILE: lambda: save_learned_mask(folder / "mask.safetensors", model, lab.mesh, {}, {}),
+        SNAPSHOT: lambda: snapshots.save(Progress(step=1)),
+        RESUME: snapshots.restore,
+    }
+
+
+def peak_of(work: Callable[[], object], device: torch.device, held: dict[str, int]) -> float:
+    """The most bytes of tensors that exist at once during ``work``."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        step()
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = sum(held.values()) + peak_bytes(step)
-    return held, float(peak), interleave({"step": step}, rounds, device).median("step")
+        work()
+        return float(torch.cuda.max_memory_allocated(device))
+    return float(sum(held.values()) + peak_bytes(work))
 
 
 def known_device(device: torch.device) -> Device:

@@ -75,11 +75,9 @@ class GradientMethod(Method):
         9.5 leanest, masked weights left out.
         """
         state, weight = run.learn.state, float(WIDTH[run.dtype])
-        per_group = self.distribution.logits_per_group(run.pattern)
-        logits = per_group / run.pattern.m
+        per_group, logits = self._logits(run)
         code = self.distribution.code_dtype(run.pattern).itemsize / run.pattern.m
         moments = find_rule(run.learn.optimizer.kind).moment_bytes(state.logits, per_group)
-        share = run.moments_share if run.learn.optimizer.distributed else 1.0
         one_draw = run.learn.sampling.draws == "step"
         sums_in_fp32 = run.accumulations > 1 and state.grads == "fp32"
         kept = weight * (1.0 - run.redrawn_share) if state.masked_weight == "keep" else 0.0
@@ -87,11 +85,28 @@ class GradientMethod(Method):
             WEIGHTS: weight,
             LOGITS: WIDTH[state.logits] * logits,
             GRADIENTS: WIDTH[state.grads] * logits,
-            MOMENTS: moments * logits * share,
+            MOMENTS: moments * logits * _share(run),
             HARD_CODES: 2 * code if state.track_flips else 0.0,
             KEPT: weight if one_draw else kept,
             STEP_GRADIENTS: (WIDTH["fp32"] if sums_in_fp32 else weight) if one_draw else 0.0,
         }
+
+    def saved_bytes(self, run: StateOf) -> float:
+        """Logits, and moments in the form that a snapshot holds."""
+        per_group, logits = self._logits(run)
+        dtype = run.learn.state.logits
+        moments = find_rule(run.learn.optimizer.kind).saved_bytes(dtype, per_group)
+        return logits * (WIDTH[dtype] + moments * _share(run))
+
+    def copied_bytes(self, run: StateOf) -> float:
+        """Moments that a snapshot holds in another form than the optimizer."""
+        copies = find_rule(run.learn.optimizer.kind).copied_bytes()
+        return self._logits(run)[1] * copies * _share(run)
+
+    def _logits(self, run: StateOf) -> tuple[int, float]:
+        """Logits per group and per weight."""
+        per_group = self.distribution.logits_per_group(run.pattern)
+        return per_group, per_group / run.pattern.m
 
     def unused_settings(self, learn: LearnSection) -> set[str]:
         """The settings of the policy gradient, and those of distillation where there is none."""
@@ -103,6 +118,11 @@ class GradientMethod(Method):
     def announcement(self, learn: LearnSection) -> str:
         """The learning rates, which may be derived."""
         return "learning rate {:.2g}, falling to {:.2g}".format(*learning_rates(learn))
+
+
+def _share(run: StateOf) -> float:
+    """The share of the moments that one replica holds."""
+    return run.moments_share if run.learn.optimizer.distributed else 1.0
 
 
 def check_schedules(section: SamplingSection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from megamask.config import Config
 from megamask.data.blend import blend_weights
 from megamask.errors import MegamaskError
 from megamask.learn.masked_model import MaskedModel
-from megamask.masks.file import load_masks, save_masks
-from megamask.model.mask_shards import gather_masks
+from megamask.masks.file import load_masks
+from megamask.masks.save import save_codes
+from megamask.model.mask_shards import gather_codes, hf_shapes
 from megamask.parallel.mesh import Mesh
 
 
@@ -31,19 +33,26 @@ def save_learned_mask(
         data: what the mask was learned from.
         evaluation: how good it is.
     """
-    local = {name: linear.hard_mask() for name, linear in masked_model.linears.items()}
-    masks = gather_masks(local, masked_model.arch, mesh)
+    linears, arch, pattern = masked_model.linears, masked_model.arch, masked_model.pattern
+    codes_of = {name: linear.hard_codes for name, linear in linears.items()}
+    distributions = {linear.site.distribution for linear in linears.values()}
+    codes = gather_codes(codes_of, arch, mesh)
     if mesh.is_main:
-        save_masks(
+        (distribution,) = distributions
+        save_codes(
             path,
-            masks,
-            masked_model.pattern,
+            hf_shapes(linears, arch),
+            codes,
+            partial(distribution.index_of, pattern=pattern),
+            pattern,
             fingerprint=masked_model.fingerprint,
             method="learned",
             data=dict(data),
             evaluation=dict(evaluation),
             float16_fingerprints=masked_model.float16_fingerprints,
         )
+    for _ in codes:
+        pass  # the other ranks take part in gathering
     mesh.barrier()
 
 

@@ -86,6 +86,16 @@ class Method(ABC):
         of ``PARTS``. A part that the method does not have may be left out.
         """
 
+    def saved_bytes(self, run: StateOf) -> float:
+        """Bytes per prunable weight that one rank writes into a snapshot: logits, and optimizer
+        state where the method has an optimizer.
+        """
+        return self.state_bytes(run)[LOGITS]
+
+    def copied_bytes(self, run: StateOf) -> float:
+        """Bytes per prunable weight that are made beside the state to write or read a snapshot."""
+        return 0.0
+
     @abstractmethod
     def unused_settings(self, learn: LearnSection) -> set[str]:
         """Dotted settings that change nothing under this method, whatever their value is."""

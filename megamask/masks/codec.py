@@ -7,10 +7,15 @@ beyond the last index are zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
+BLOCK = 1 << 13  # words that are packed at a time: their digits stay in the cache
 
 
 def digits_per_word(base: int) -> int:
@@ -26,16 +31,49 @@ def num_words(count: int, base: int) -> int:
     return -(-count // digits_per_word(base))
 
 
-def pack(index: npt.NDArray[np.integer], base: int) -> Words:
-    """The words of the indices (any shape, each in [0, base)), in row-major order."""
-    digits = digits_per_word(base)
-    padded = np.zeros((num_words(index.size, base), digits), dtype=_digit(base))
-    padded.reshape(-1)[: index.size] = index.reshape(-1)
-    words = np.zeros(len(padded), dtype=np.uint64)
-    for digit in reversed(range(digits)):
-        words *= np.uint64(base)
-        words += padded[:, digit]
+def pack(codes: Any, base: int, index_of: Callable[[Any], Any] | None = None) -> Words:
+    """The words of indices, in row-major order, a block of them at a time.
+
+    Args:
+        codes: an array or a tensor on the CPU, of any shape: indices, each in [0, base), or what
+            ``index_of`` makes indices of.
+        base: number of candidates.
+        index_of: the indices of some codes.
+
+    Raises:
+        ValueError: an index is not in [0, base).
+    """
+    flat, digits = codes.reshape(-1), digits_per_word(base)
+    words = np.zeros(num_words(len(flat), base), dtype=np.uint64)
+    for first in range(0, len(words), BLOCK):
+        block = words[first : first + BLOCK]
+        part = flat[first * digits : (first + BLOCK) * digits]
+        index = np.asarray(part if index_of is None else index_of(part))
+        if index.min() < 0 or index.max() >= base:
+            raise ValueError(f"digits out of range for {base} candidates")
+        padded = np.zeros((len(block), digits), dtype=_digit(base))
+        padded.reshape(-1)[: len(index)] = index
+        _add_digits(block, padded, base)
     return words
+
+
+def _add_digits(words: Words, digits: npt.NDArray[np.unsignedinteger], base: int) -> None:
+    """Make ``words``, which are 0, of their digits, (words, digits), least significant first.
+
+    Two digits of a byte each are one digit of a byte in base ** 2 where it fits: half the work.
+    """
+    if digits.dtype == np.uint8 and base * base <= 256 and digits.shape[1] % 2 == 0:
+        digits, base = _pairs(base)[digits.view("<u2")], base * base
+    for place in reversed(range(digits.shape[1])):
+        words *= np.uint64(base)
+        words += digits[:, place]
+
+
+@lru_cache
+def _pairs(base: int) -> npt.NDArray[np.uint8]:
+    """The value of two digits, by the little-endian 16-bit number that holds a digit per byte."""
+    both = np.arange(2**16)
+    return ((both & 255) + base * (both >> 8)).astype(np.uint8)
 
 
 def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.unsignedinteger]:

@@ -16,7 +16,6 @@ Shapes: O out_features, I in_features, G groups per row.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
-from megamask import __version__
 from megamask.errors import ArgumentError, ArtifactError, ConfigError
 from megamask.file_kinds import require_file, wrong_file
 from megamask.masks import codec
@@ -40,12 +37,12 @@ from megamask.masks.arguments import (
     as_texts,
     checked_masks,
 )
-from megamask.masks.header import AXIS, FIX, FORMAT_VERSION, header_digest, plain, read_header
+from megamask.masks.header import FIX, UPDATED, read_header
+from megamask.masks.save import save_words
 from megamask.masks.shapes_fit import check_shapes
-from megamask.sparsity.pattern import CANDIDATE_ORDER, Pattern
-from megamask.storage import atomic_file, require_writable
+from megamask.sparsity.pattern import Pattern
+from megamask.storage import require_writable
 
-UPDATED = "updated"  # the header of masks that belong to weights of their own
 UPDATING_METHODS = ("sparsegpt_update",)  # files of version 0.1.0 do not say so themselves
 MASK_FILE = "a mask file"
 MISSING = "Check the path, or run the verb that makes the mask (prune or learn)."
@@ -213,36 +210,29 @@ def save_masks(
     method = as_text("save_masks: method", method)
     copies = as_texts("save_masks: float16_fingerprints", float16_fingerprints)
     as_flag("save_masks: updated_weights", updated_weights)
-    packed, tensors = {}, {}
+    packed: dict[str, codec.Words] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, mask_OI in checked_masks("save_masks: masks", masks):
         try:
-            index = pattern.index_of(mask_OI)
+            bits = pattern.bits_of(mask_OI).cpu()
+            packed[name] = codec.pack(bits, pattern.num_candidates, pattern.index_of_bits)
         except ValueError:
             allowed = f"{pattern} keeps exactly {pattern.n} of every {pattern.m} weights of a row"
             raise ArgumentError(f"save_masks: masks[{name!r}]", mask_OI, allowed) from None
-        packed[name] = codec.pack(index.cpu().numpy(), pattern.num_candidates)
-        tensors[name] = {
-            "shape": list(mask_OI.shape),
-            "sha256": hashlib.sha256(packed[name].tobytes()).hexdigest(),
-        }
-    header: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "megamask": __version__,
-        "pattern": str(pattern),
-        "candidate_order": CANDIDATE_ORDER,
-        "axis": AXIS,
-        "fingerprint": fingerprint,
-        "method": method,
-        "data": plain("data", data),
-        "evaluation": plain("evaluation", evaluation),
-        "tensors": tensors,
-        **({"weights": UPDATED} if updated_weights else {}),
-        **({"float16_fingerprints": copies} if copies else {}),
-    }
-    header["sha256"] = header_digest(header)
+        shapes[name] = tuple(mask_OI.shape)
     require_writable(file.parent, "the path")
-    with atomic_file(file) as temporary:
-        temporary.write_bytes(save(packed, metadata={"megamask": json.dumps(header)}))
+    save_words(
+        file,
+        shapes,
+        packed.items(),
+        pattern,
+        fingerprint=fingerprint,
+        method=method,
+        data=data,
+        evaluation=evaluation,
+        updated_weights=updated_weights,
+        float16_fingerprints=copies,
+    )
 
 
 def load_masks(path: Path | str) -> MaskSet:

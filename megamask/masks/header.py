@@ -15,6 +15,7 @@ from megamask.storage import lacks
 
 FORMAT_VERSION = 1
 AXIS = "in_features"
+UPDATED = "updated"  # the header of masks that belong to weights of their own
 FIX = "Make the mask file again, or copy it again from where it came."
 FACTS: dict[str, type] = {
     "pattern": str,

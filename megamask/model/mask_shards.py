@@ -5,7 +5,7 @@ The mapping table of the weights converts the masks too. O out_features, I in_fe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -31,19 +31,35 @@ def local_mask(masks: Mapping[str, torch.Tensor], rule: Rule, mesh: Mesh) -> tor
     )
 
 
-def gather_masks(
-    local: Mapping[str, torch.Tensor], arch: Architecture, mesh: Mesh
-) -> dict[str, torch.Tensor]:
-    """Whole masks by HF module name, (O, I) bool, from the shards of all ranks by Megatron name.
+def hf_shapes(names: Iterable[str], arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """HF module name -> (O, I) of the parts of Megatron linears, in the order of the linears."""
+    table = linear_rules(arch)
+    return {
+        module: shape
+        for name in names
+        for module, shape in zip(table[name].modules, table[name].shapes, strict=True)
+    }
 
-    All TP ranks must call this function.
+
+def gather_codes(
+    codes_of: Mapping[str, Callable[[], torch.Tensor]], arch: Architecture, mesh: Mesh
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """HF module name and whole codes, (O, G) on the CPU, of every linear. The main rank yields
+    them; the other ranks yield nothing, and keep one shard at a time.
+
+    All ranks must run through the iterator.
+
+    Args:
+        codes_of: Megatron name -> makes this rank's shard (O, G) of a number per group.
+        arch: the architecture.
+        mesh: process groups of this rank.
     """
-    table, whole = linear_rules(arch), {}
-    for name, mask_OI in local.items():
-        shards = mesh.gather_over_tp(mask_OI.to(torch.uint8))
-        parts = table[name].to_hf(table[name].join(shards))
-        whole.update({hf.rpartition(".")[0]: part.bool().cpu() for hf, part in parts.items()})
-    return whole
+    table = linear_rules(arch)
+    for name, make in codes_of.items() if mesh.dp_rank == 0 else ():
+        shards = mesh.gather_to_first(make())
+        if shards:
+            parts = table[name].to_hf(table[name].join(shards).cpu())
+            yield from ((hf.rpartition(".")[0], part) for hf, part in parts.items())
 
 
 def fold_masks(

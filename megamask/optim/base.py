@@ -139,7 +139,9 @@ class UpdateRule(ABC):
         return self.moment_bytes(logits_dtype, logits_per_group)
 
     def copied_bytes(self) -> float:
-        """Bytes per mask logit that ``moments`` makes beside the state, for a snapshot."""
+        """Bytes per mask logit that ``moments`` makes on the host beside the state, for a snapshot;
+        one linear at a time is converted on the device.
+        """
         return 0.0
 
     @abstractmethod

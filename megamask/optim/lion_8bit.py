@@ -68,8 +68,8 @@ class Lion8bit(Lion):
         return torch.zeros(logits.shape, dtype=torch.int8, device=logits.device), exponents
 
     def moments(self) -> dict[str, list[torch.Tensor]]:
-        """The momentum as bf16, exactly."""
-        return {"momentum": [dequantize(*state).bfloat16() for state in self.state]}
+        """The momentum as bf16, exactly, in the memory of the host."""
+        return {"momentum": [dequantize(*state).bfloat16().cpu() for state in self.state]}
 
     @torch.no_grad()
     def load_moments(self, moments: dict[str, list[torch.Tensor]], steps: int) -> None:

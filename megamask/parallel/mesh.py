@@ -83,6 +83,17 @@ class Mesh:
         dist.all_gather(shards, tensor.contiguous(), group=self.tp_group)
         return shards
 
+    def gather_to_first(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The equally shaped tensors of all shards, in rank order, on the first rank of a copy; an
+        empty list on the other ranks. The dtype may be any.
+        """
+        if self.tp == 1:
+            return [tensor]
+        raw = tensor.contiguous().view(torch.uint8)  # gloo and NCCL do not know every integer
+        shards = [torch.empty_like(raw) for _ in range(self.tp)] if self.tp_rank == 0 else None
+        dist.gather(raw, shards, dist.get_global_rank(self.tp_group, 0), self.tp_group)
+        return [shard.view(tensor.dtype) for shard in shards or []]
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any process; all processes get the same answer."""
         if self.world == 1:

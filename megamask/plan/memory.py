@@ -1,5 +1,7 @@
-"""Peak memory of one rank, by part: state, saved activations, and the working memory of the busiest
-moment of a step.
+"""Peak memory of one rank, by part, at every moment of a run: a learning step, an evaluation, a
+snapshot, a resume, and the writing of a mask.
+
+A part is state, saved activations, or the working memory of the busiest point of a moment.
 
 The activations are the tensors that the code saves for the backward pass with PyTorch's own norm,
 activation and attention (Transformer Engine's need less). A test compares the sum with the numbers
@@ -18,45 +20,88 @@ import torch
 
 from megamask.learn.method import KEPT, STEP_GRADIENTS
 from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size
+from megamask.parallel.masked_linear import BLOCK
 from megamask.plan.hardware import Device
 from megamask.plan.workload import Workload
 
+STEP = "a learning step"
+EVALUATION = "an evaluation"
+SNAPSHOT = "a snapshot"
+RESUME = "a resume from a snapshot"
+MASK_FILE = "the writing of a mask"
 OTHER_WEIGHTS = "embedding, head, norms, dense linears"
 ONE_LAYER = "masked weights of one layer or linear"
 ACTIVATIONS = "activations"
 NEW_HARD_CODES = "hard masks of this step"
 LOSS = "working memory of the vocabulary loss"
 LAYER = "working memory of a layer's backward"
+EVALUATED = "hidden states of an evaluation"
+ONE_MASK = "hard mask of one linear"
+COPIES = "copies that a snapshot needs"
 ALLOWANCE = "allowance: CUDA context, NCCL, fragmentation"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at the busiest moment.
+    """Bytes of one rank at every moment of a run.
 
     Attributes:
         state: bytes that live from step to step, by part.
-        step: bytes that live within a step, by part, at the busiest moment.
-        allowance: bytes of CUDA context, NCCL and fragmentation, which are assumed, not counted.
+        moments: moment -> bytes that live within the moment, by part, at its busiest point.
+        device: decides the bytes of CUDA context, NCCL and fragmentation, which are assumed, not
+            counted.
     """
 
     state: dict[str, float]
-    step: dict[str, float]
-    allowance: float
+    moments: dict[str, dict[str, float]]
+    device: Device
+
+    @property
+    def step(self) -> dict[str, float]:
+        """Bytes that live within a learning step, by part."""
+        return self.moments[STEP]
+
+    def parts_at(self, moment: str) -> dict[str, float]:
+        """Bytes of all parts at a moment."""
+        working = self.moments[moment]
+        allowance = self.device.allowance(sum(working.values()))
+        return {**self.state, **working, ALLOWANCE: allowance}
+
+    def total_at(self, moment: str) -> float:
+        """Bytes of all parts together at a moment."""
+        return sum(self.parts_at(moment).values())
+
+    @property
+    def busiest(self) -> str:
+        """The moment that takes the most memory."""
+        return max(self.moments, key=self.total_at)
 
     @property
     def parts(self) -> dict[str, float]:
-        """Bytes of all parts."""
-        return {**self.state, **self.step, ALLOWANCE: self.allowance}
+        """Bytes of all parts at the busiest moment."""
+        return self.parts_at(self.busiest)
 
     @property
     def total(self) -> float:
-        """Bytes of all parts together."""
-        return sum(self.parts.values())
+        """Bytes of all parts together at the busiest moment."""
+        return self.total_at(self.busiest)
 
 
 def memory_of(work: Workload, device: Device) -> Memory:
     """Peak bytes of one rank of ``work`` on ``device``."""
+    state, step = _state_and_step(work, device)
+    moments = {
+        STEP: step,
+        EVALUATION: _evaluation(work, device),
+        SNAPSHOT: _snapshot(work, device),
+        RESUME: _resume(work, device),
+        MASK_FILE: _mask_file(work),
+    }
+    return Memory(state, moments, device)
+
+
+def _state_and_step(work: Workload, device: Device) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes that stay, and bytes within a learning step, by part."""
     weights = work.masked_weights
     whole = {part: size * weights for part, size in work.state.items()}
     kept, gradients = {KEPT: whole.pop(KEPT)}, {STEP_GRADIENTS: whole.pop(STEP_GRADIENTS)}
@@ -78,7 +123,7 @@ def memory_of(work: Workload, device: Device) -> Memory:
         **max(moments, key=lambda moment: sum(moment.values())),
         NEW_HARD_CODES: weights / work.pattern.m * work.code_bytes,
     }
-    return Memory(state, step, device.allowance(sum(step.values())))
+    return state, step
 
 
 def layer_activations(work: Workload) -> float:
@@ -171,6 +216,70 @@ def _forward_in_layer(work: Workload) -> dict[str, float]:
         ACTIVATIONS: 0.0,
         LAYER: 2 * stream(work) + (4 if work.arch.gated else 2) * wide + gathered(work),
     }
+
+
+def _evaluation(work: Workload, device: Device) -> dict[str, float]:
+    """The busiest point may be the fold of the largest linear, the activation after it, or the
+    loss. Nothing is saved for a backward pass.
+    """
+    there = work.evaluating
+    largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
+    block = min(largest, BLOCK)  # weights whose mask exists at a time
+    codes = largest / work.pattern.m * work.code_bytes
+    table = work.distribution.fold_bytes(work.pattern)
+    if work.config.learn.sampling.backend == "torch":
+        logits = largest * work.logits_per_group / work.pattern.m
+        codes += work.distribution.reference_bytes(work.pattern) * logits
+    masked = float(largest * work.width)
+    wide = there.tokens * work.arch.ffn / work.tp * work.width
+    hidden = {EVALUATED: 2 * stream(there) + gathered(there)}
+    points = [
+        {**hidden, ONE_LAYER: masked, ONE_MASK: codes + block * (table + 1 + work.width)},
+        {**hidden, ONE_LAYER: masked, LAYER: 2 * wide},
+        {**hidden, LAYER: 5 * wide},
+        _forward_at_loss(there, device),
+    ]
+    return max(points, key=lambda point: sum(point.values()))
+
+
+def _snapshot(work: Workload, device: Device) -> dict[str, float]:
+    """Moments in the form of a snapshot, which CUDA tensors take on the host. A CPU run also copies
+    the halves of [gate; up], which are views.
+    """
+    copied = _copied(work, device)
+    return {COPIES: copied + max(_gated_bytes(work) if device.is_cpu else 0.0, _converted(work))}
+
+
+def _resume(work: Workload, device: Device) -> dict[str, float]:
+    """Moments in the form of a snapshot; all else is read into its place."""
+    return {COPIES: _copied(work, device) + _converted(work)}
+
+
+def _copied(work: Workload, device: Device) -> float:
+    """Bytes of the device that hold moments in the form of a snapshot."""
+    per_weight = work.method.copied_bytes(work.state_of)
+    return work.masked_weights * per_weight if device.is_cpu else 0.0
+
+
+def _converted(work: Workload) -> float:
+    """Bytes of one linear's moments in fp32, three times, where a snapshot holds another form."""
+    if not work.method.copied_bytes(work.state_of):
+        return 0.0
+    largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
+    return 12.0 * largest * work.logits_per_group / work.pattern.m
+
+
+def _gated_bytes(work: Workload) -> float:
+    """Bytes in a snapshot of the logits and moments of [gate; up]."""
+    gated = sum(linear.weights for linear in work.linears if linear.is_masked and linear.is_gated)
+    return gated * work.method.saved_bytes(work.state_of)
+
+
+def _mask_file(work: Workload) -> dict[str, float]:
+    """Hard codes of the largest linear, of this rank and, on the first rank, of all shards."""
+    largest = max((linear.whole for linear in work.linears if linear.is_masked), default=0)
+    shards = 2 if work.tp > 1 else 1
+    return {ONE_MASK: shards * largest / work.pattern.m * work.code_bytes}
 
 
 def _in_layer(work: Workload) -> dict[str, float]:

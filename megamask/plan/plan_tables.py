@@ -43,11 +43,14 @@ def headline(work: Workload, name: str) -> str:
 
 
 def memory_table(memory: Memory) -> list[str]:
-    """A table of the GiB of one rank, by part."""
+    """A table of the GiB of one rank at the busiest moment, by part, and of the sum at every other
+    moment.
+    """
     rows = [[part, f"{size / GIB:,.2f}"] for part, size in memory.parts.items() if size]
-    return table(
-        ["memory of one rank, by part", "GiB"], [*rows, ["**sum**", f"{memory.total / GIB:,.2f}"]]
-    )
+    rows.append([f"**sum: {memory.busiest}**", f"{memory.total / GIB:,.2f}"])
+    others = [one for one in memory.moments if one != memory.busiest]
+    rows += [[f"sum: {one}", f"{memory.total_at(one) / GIB:,.2f}"] for one in others]
+    return table(["memory of one rank, by part", "GiB"], rows)
 
 
 def time_table(
@@ -117,6 +120,8 @@ def as_json(
         found = {
             "memory_bytes": memory.parts,
             "total_bytes": memory.total,
+            "busiest": memory.busiest,
+            "total_bytes_at": {one: memory.total_at(one) for one in memory.moments},
             "fits": memory.total <= device.capacity,
         }
         found |= {

@@ -29,6 +29,7 @@ class Linear:
         whole: weights of the whole linear.
         is_masked: whether it gets a mask.
         is_recomputed: whether ``parallel.recompute`` computes it twice.
+        is_gated: whether it holds [gate; up], whose halves a checkpoint saves apart.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class Linear:
     whole: int
     is_masked: bool
     is_recomputed: bool
+    is_gated: bool
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class Workload:
                 math.prod(rule.shape(1)),
                 not chosen.isdisjoint(rule.modules),
                 recompute is True or (recompute == "mlp" and ".mlp." in rule.megatron),
+                rule.kind == "gated",
             )
             for rule in rules(self.arch)
             if rule.is_linear
@@ -201,16 +204,35 @@ class Workload:
     @property
     def state(self) -> dict[str, float]:
         """Bytes per masked weight, by part: ``state_bytes`` of this run."""
-        return state_bytes(
-            StateOf(
-                self.pattern,
-                self.config.learn,
-                self.accumulations,
-                self.config.dtype,
-                self.recomputed_share,
-                self.updated_share,
-            )
+        return state_bytes(self.state_of)
+
+    @cached_property
+    def state_of(self) -> StateOf:
+        """The run, as methods count its state."""
+        return StateOf(
+            self.pattern,
+            self.config.learn,
+            self.accumulations,
+            self.config.dtype,
+            self.recomputed_share,
+            self.updated_share,
         )
+
+    @cached_property
+    def evaluating(self) -> Workload:
+        """The same run with the windows of an evaluation in the place of its micro-batches."""
+        section = self.config.evaluate
+        settings = {
+            "learn.micro_batch": section.micro_batch,
+            "data.seq_length": section.window,
+            "learn.distillation.share": 0.0,
+        }
+        return self.with_settings(settings)
+
+    @property
+    def saved_bytes(self) -> float:
+        """Bytes that the busiest rank writes into a snapshot."""
+        return self.masked_weights * self.method.saved_bytes(self.state_of)
 
     def with_settings(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
         """The same run with other settings.

@@ -9,6 +9,7 @@ Shapes: O out_features, I in_features, G groups per row, L mask logits a group.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -51,6 +52,18 @@ class Distribution(ABC):
     def mask_of(self, hard_codes_OG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """The mask, (O, I) bool, of the hard codes that samplers return."""
 
+    def index_of(self, hard_codes: torch.Tensor, pattern: Pattern) -> Any:
+        """Candidate index of every hard code, an array or tensor of integers of the same shape.
+
+        Args:
+            hard_codes: of any shape, on the CPU.
+            pattern: N:M.
+
+        Raises:
+            ValueError: a code is none of this pattern.
+        """
+        return pattern.index_of(self.mask_of(hard_codes, pattern))
+
     @abstractmethod
     def hard_mask(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """The most probable mask, (O, I) bool. Draws no noise."""
@@ -79,6 +92,10 @@ class Distribution(ABC):
     @abstractmethod
     def noise_unit(self, pattern: Pattern) -> float:
         """Standard deviation of initial logits in units of ``learn.sampling.logit_std``."""
+
+    def fold_bytes(self, pattern: Pattern) -> float:
+        """Working memory of ``mask_of`` in bytes per weight, the mask itself left out."""
+        return float(self.code_dtype(pattern).itemsize)
 
     @abstractmethod
     def reference_bytes(self, pattern: Pattern) -> float:

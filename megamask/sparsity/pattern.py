@@ -12,11 +12,14 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from megamask.errors import ConfigError
 
 MAX_CANDIDATES = 256  # of a table
+TABLE_BITS = 16  # groups up to this size look their index up in one table
 MAX_GROUP = 64  # so that the index of a candidate fits in 64 bits
 CANDIDATE_ORDER = "itertools.combinations-v1"
 
@@ -140,16 +143,95 @@ class Pattern:
         Raises:
             ValueError: some group does not keep exactly n.
         """
-        if not self.is_valid(mask_OI):
+        index = self.index_of_bits(self.bits_of(mask_OI).cpu())
+        return torch.from_numpy(index.astype(np.int64)).to(mask_OI.device)
+
+    def bits_dtype(self) -> torch.dtype:
+        """The smallest integer with m bits."""
+        for bits, dtype in ((8, torch.uint8), (16, torch.int16), (32, torch.int32)):
+            if self.m <= bits:
+                return dtype
+        return torch.int64
+
+    def bits_of(self, mask_OI: torch.Tensor) -> torch.Tensor:
+        """Every group of a mask (..., I) as a number, (..., G): bit j says that position j is kept.
+
+        Raises:
+            ValueError: the mask holds something else than 0 and 1, or no whole number of groups.
+        """
+        is_mask = mask_OI.dtype == torch.bool or bool(((mask_OI == 0) | (mask_OI == 1)).all())
+        if not is_mask or mask_OI.shape[-1] % self.m:
             raise ValueError(f"the mask is not {self}")
         groups = mask_OI.bool().unflatten(-1, (-1, self.m))
-        left, above = (
-            self.n + 1 - groups.cumsum(-1),
-            torch.zeros(groups.shape[:-1], dtype=torch.int64, device=mask_OI.device),
-        )
-        for j, choose in enumerate(self._choose(mask_OI.device)):
-            above += torch.where(groups[..., j], choose[left[..., j].clamp(max=self.n)], 0)
-        return self.num_candidates - 1 - above
+        bits = torch.zeros(groups.shape[:-1], dtype=self.bits_dtype(), device=mask_OI.device)
+        for position in range(self.m):
+            bits |= groups[..., position].to(bits.dtype) << position
+        return bits
+
+    def index_of_bits(self, bits_G: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
+        """Candidate index of the groups in ``bits_of``, of any shape, on the CPU.
+
+        Raises:
+            ValueError: some group does not keep exactly n.
+        """
+        bits = bits_G.numpy()
+        bits = bits.view(f"u{bits.itemsize}")
+        index: npt.NDArray[np.unsignedinteger]
+        if self.m <= 8 and bits.size % 2 == 0 and bits.flags.c_contiguous:
+            two = self._pair_table[bits.reshape(-1).view(np.uint16)]
+            index = two.view(np.uint8).reshape(bits.shape)
+        elif self.m <= TABLE_BITS:
+            index = self._index_table[bits]
+        else:
+            index = self._index_by_bytes(bits)
+        if index.size and index.max() == self.num_candidates:
+            raise ValueError(f"the mask is not {self}")
+        return index
+
+    @cached_property
+    def _index_table(self) -> npt.NDArray[np.unsignedinteger]:
+        """``_index_by_bytes`` of every number that ``bits_of`` could return."""
+        bits = np.arange(2**8 if self.m <= 8 else 2**16, dtype=np.uint64)
+        return self._index_by_bytes(bits).astype(np.min_scalar_type(self.num_candidates))
+
+    @cached_property
+    def _pair_table(self) -> npt.NDArray[np.uint16]:
+        """Two candidate indices of a byte each, by two numbers of ``bits_of`` of a byte each: a
+        look-up for two groups.
+        """
+        both = np.arange(2**16, dtype=np.uint16).view(np.uint8)
+        return self._index_table[both].view(np.uint16)
+
+    def _index_by_bytes(self, bits: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.uint64]:
+        """Candidate index, or the number of candidates where not exactly n bits are set."""
+        bits = bits.astype(np.uint64)
+        above, left = np.zeros(bits.shape, dtype=np.uint64), np.full(bits.shape, self.n)
+        for number, (shares, ones) in enumerate(self._byte_tables):
+            byte = (bits >> np.uint64(8 * number)) & np.uint64(255)
+            above += shares[np.maximum(left, 0), byte]
+            left -= ones[byte]
+        outside = bits >> np.uint64(self.m) if self.m < 64 else np.zeros_like(bits)
+        index: npt.NDArray[np.uint64] = np.uint64(self.num_candidates - 1) - above
+        index[(left != 0) | (outside != 0)] = self.num_candidates
+        return index
+
+    @cached_property
+    def _byte_tables(self) -> list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]]:
+        """For every 8 positions: the share of a byte in the candidates after a candidate, by how
+        many positions are kept from there on and by the byte, (n + 1, 256); and its number of ones.
+        """
+        choose, tables = self._choose(torch.device("cpu")).numpy().astype(np.uint64), []
+        byte = np.arange(256)
+        for first in range(0, self.m, 8):
+            shares = np.zeros((self.n + 1, 256), dtype=np.uint64)
+            ones = np.zeros(256, dtype=np.int64)
+            for bit, position in enumerate(range(first, min(first + 8, self.m))):
+                is_kept = (byte >> bit & 1).astype(bool)
+                left = np.arange(self.n + 1)[:, None] - ones  # from this position on
+                shares += np.where(is_kept, choose[position][np.maximum(left, 0)], np.uint64(0))
+                ones += is_kept
+            tables.append((shares, ones))
+        return tables
 
     def mask_of(self, index_OG: torch.Tensor, dtype: torch.dtype = torch.bool) -> torch.Tensor:
         """Mask (..., I) of candidate indices (..., G)."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.errors import MegamaskError
-from megamask.masks.file import load_masks, save_masks
+from megamask.masks.file import load_masks
+from megamask.masks.save import save_codes
 from megamask.model.build import build_model, masked_linears, padded_vocab
 from megamask.model.checkpoint import (
     float16_fingerprints,
@@ -23,7 +25,7 @@ from megamask.model.checkpoint import (
     save_sharded,
     sharded_state,
 )
-from megamask.model.mask_shards import gather_masks
+from megamask.model.mask_shards import gather_codes, hf_shapes
 from megamask.oneshot.criteria import CRITERIA
 from megamask.oneshot.criterion import Pruned
 from megamask.oneshot.layerwise import PruningJob, damping, prune_layerwise
@@ -32,7 +34,6 @@ from megamask.prepare.dense_model import load_dense
 from megamask.prepare.layout import check_positions
 from megamask.prepare.run_inputs import RunInputs
 from megamask.safe_checkpoint import NOTE
-from megamask.sparsity.pattern import Pattern
 
 log = logging.getLogger(__name__)
 
@@ -154,26 +155,29 @@ def prune(
             paths.updated_weights(method),
             {**base, "method": method, "recipe": made_from},
         )
-    masks = gather_masks({name: one.mask_OI for name, one in pruned.items()}, job.arch, mesh)
+    bits_of = {name: partial(job.pattern.bits_of, one.mask_OI) for name, one in pruned.items()}
+    gathered = gather_codes(bits_of, job.arch, mesh)
     if mesh.is_main:
         write_masks(
-            paths.mask(method),
+            job,
             method,
-            masks,
-            job.pattern,
+            gathered,
+            hf_shapes(pruned, job.arch),
             made_from,
             damping(job, pruned),
             time.perf_counter() - begin,
             float16_fingerprints(base),
         )
+    for _ in gathered:
+        pass  # the other ranks take part in gathering
     mesh.barrier()
 
 
 def write_masks(
-    path: Path,
+    job: PruningJob,
     method: str,
-    masks: dict[str, torch.Tensor],
-    pattern: Pattern,
+    bits: Iterable[tuple[str, torch.Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
     made_from: dict[str, Any],
     raised_damp: dict[str, float],
     seconds: float,
@@ -186,11 +190,13 @@ def write_masks(
     }
     if raised_damp:
         data["raised_damp"] = raised_damp
-    ordered = {name: masks[name] for name in made_from["linears"]}
-    save_masks(
+    path = run_paths(job.config).mask(method)
+    save_codes(
         path,
-        ordered,
-        pattern,
+        {name: shapes[name] for name in made_from["linears"]},
+        bits,
+        job.pattern.index_of_bits,
+        job.pattern,
         fingerprint=made_from["fingerprint"],
         method=method,
         data=data,

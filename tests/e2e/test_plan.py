@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from megamask.__main__ import main
+from megamask.learn.method import LOGITS, WEIGHTS
+from megamask.plan.memory import EVALUATION, MASK_FILE, RESUME, SNAPSHOT, STEP
 from tests.fork_server import ROOT
 
 RECIPES = {"debug": "toy", "quickstart": "smollm2-135m", "maskllm-llama2-7b": "llama2-7b"}
@@ -65,6 +67,8 @@ def test_flags_and_table(ask: Ask, tmp_path: Path) -> None:
         "A100 80GB",
         "H200 141GB",
         "mask logits",
+        "**sum: a learning step**",
+        "sum: an evaluation",
         "GPU-hours",
         "not measured",
         "70%",
@@ -141,6 +145,10 @@ CASES = {
 }
 
 
+MOMENTS = {"default": ["--moments"], "mlp, regenerate": ["--moments"]}
+PEAK = "peak of "
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """``benchmarks.plan`` of every case, in one process of its own: 11.8 M prunable weights, 512
@@ -161,8 +169,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         "2",
     ]
     runs = [
-        [*known, "--json", str(folder / f"{name}.json"), *settings]
-        for name, settings in CASES.items()
+        [*known, *MOMENTS.get(name, []), "--json", str(folder / f"{name}.json"), *settings]
+        # Megatron's writer and reader keep some tensors, so cases with snapshots come last.
+        for name, settings in sorted(CASES.items(), key=lambda case: case[0] in MOMENTS)
     ]
     script = f"from benchmarks.plan import main\nfor run in {runs!r}: main(run)"
     subprocess.run(
@@ -179,16 +188,41 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 def test_planned_memory_is_what_a_step_takes(
     measured: dict[str, dict[str, Any]], case: str
 ) -> None:
-    parts = {part: (one["predicted"], one["measured"]) for part, one in measured[case].items()}
-    planned_peak, peak = parts.pop("peak")
+    parts = {
+        part: (one["predicted"], one["measured"])
+        for part, one in measured[case].items()
+        if not part.startswith(PEAK) or part.endswith(STEP)
+    }
+    planned_peak, peak = parts.pop(PEAK + STEP)
     planned_rest, rest = parts.pop("all other tensors")
     assert all(abs(planned - held) <= 4 * LINEARS for planned, held in parts.values()), (
         parts
     )  # state is counted: AdamW's counters remain
-    assert planned_rest == pytest.approx(rest, rel=0.02)  # a rotary table and counters are left out
+    # A rotary table and counters are left out; Megatron caches the tables of an evaluation too.
+    assert planned_rest == pytest.approx(rest, rel=0.05 if case in MOMENTS else 0.02)
     assert planned_peak == pytest.approx(peak, rel=0.05)  # promised: 10 %; seen: 1 %
     state = sum(held for _, held in parts.values()) + rest
     assert planned_peak - state == pytest.approx(
         peak - state, rel=0.15
     )  # the part of it that a step makes; seen: up to 8 %
     assert planned_peak - state != pytest.approx(1.5 * (peak - state), rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MOMENTS)
+@pytest.mark.parametrize("moment", [EVALUATION, MASK_FILE, SNAPSHOT, RESUME])
+def test_planned_memory_is_what_every_other_moment_takes(
+    measured: dict[str, dict[str, Any]], case: str, moment: str
+) -> None:
+    """Before, an evaluation made a masked weight of every linear, and a resume joined the halves of
+    [gate; up] in new memory: 2 bytes a weight and nearly half of a snapshot more.
+    """
+    found = measured[case][PEAK + moment]
+    planned, peak = found["predicted"], found["measured"]
+    assert planned == pytest.approx(peak, rel=0.05)  # promised: 10 %; seen: up to 3 %
+    weights = measured[case][WEIGHTS]["measured"]
+    if moment == EVALUATION:
+        assert planned + weights != pytest.approx(peak, rel=0.05)
+    if moment == RESUME:
+        logits = measured[case][LOGITS]["measured"]
+        assert planned + 0.45 * 2 * logits != pytest.approx(peak, rel=0.05)

@@ -27,6 +27,7 @@ USED_ELSEWHERE = {
     "writer_of": "the state of a run, for people",
     "get_emb": "Megatron's rotary embedding",
     "handleError": "logging",
+    "is_valid": "tests, of masks",
 }
 LONG = 40  # characters of a literal that must not stand in two files
 

@@ -23,7 +23,7 @@ from megamask.config.load import build_config
 from megamask.errors import ConfigError
 from megamask.model.build import build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
-from megamask.model.mask_shards import gather_masks, linear_rules
+from megamask.model.mask_shards import linear_rules
 from megamask.oneshot.criteria import CRITERIA
 from megamask.oneshot.layerwise import PruningJob, prune_layerwise
 from megamask.parallel.mesh import start
@@ -31,6 +31,7 @@ from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 from megamask.weights.hf_files import open_checked
 from tests.parallel.ranks import RanksError, run_ranks
+from tests.parallel.tiny import gather_masks
 
 KEEP, GROUP, DAMP = 2, 4, 0.01
 DENSE_LINEAR = "model.layers.1.self_attn.o_proj"  # kept out with model.exclude

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from megamask.learn.gumbel import GradientLearner
+from megamask.learn.learned_mask import save_learned_mask
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Progress, Snapshots
+from megamask.masks.file import load_masks, save_masks
 from megamask.masks.from_snapshot import load_snapshot
-from megamask.model.mask_shards import gather_masks
 from megamask.parallel.mesh import Mesh, start
 from megamask.prepare.run_inputs import LearnInputs
+from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 from tests.parallel.ranks import meet_again, run_ranks
-from tests.parallel.tiny import config_of
+from tests.parallel.tiny import config_of, gather_masks
 
 pytestmark = pytest.mark.slow
 Masks = dict[str, torch.Tensor]
@@ -88,6 +90,7 @@ def save_all(rank: int, run_dir: Path, folder: Path, tp: int) -> dict[str, tuple
                 GradientLearner(settings, mesh, masked_model),
             )
             snapshots.save(Progress(step=7))
+            save_learned_mask(folder / f"{name}.safetensors", masked_model, mesh, {"a": 1}, {})
             found[name] = (
                 hard_codes(masked_model, mesh),
                 dict(load_snapshot(folder / name, masked_model.arch)),
@@ -141,6 +144,34 @@ def test_a_snapshot_of_two_ranks_is_read_as_their_winners(
     assert not same(
         {**dict(masks), name: expected[name].roll(1, dims=0)}, expected
     )  # the comparison sees rows that are out of place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mask_file_of_two_ranks_has_the_bytes_of_whole_masks(
+    folder: Path, saved: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    """From hard codes that stay sharded until a linear is written, and from bool masks at once."""
+    masks, pattern = saved[kind][0], Pattern.parse(KINDS[kind].pattern)
+    fingerprint, *copies = load_masks(folder / f"{kind}.safetensors").fingerprints
+
+    def written(masks: Masks) -> bytes:
+        path = tmp_path / "whole.safetensors"
+        save_masks(
+            path,
+            masks,
+            pattern,
+            fingerprint=fingerprint,
+            method="learned",
+            data={"a": 1},
+            evaluation={},
+            float16_fingerprints=copies,
+        )
+        return path.read_bytes()
+
+    found = (folder / f"{kind}.safetensors").read_bytes()
+    assert found == written(masks)
+    name = next(iter(masks))
+    assert found != written({**masks, name: masks[name].roll(1, dims=0)})
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -15,7 +15,6 @@ from megamask.data.batches import BatchPlan
 from megamask.learn.gumbel import GradientLearner, GradientResult
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.metrics.mask_stats import MaskStatistics, MaskStats
-from megamask.model.mask_shards import gather_masks
 from megamask.parallel.mask_context import RunningSample
 from megamask.parallel.mesh import start
 from megamask.prepare.run_inputs import LearnInputs
@@ -25,7 +24,7 @@ from megamask.sparsity.operator import sampler_for
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.subset.subset import SUBSET
 from tests.parallel.ranks import run_ranks
-from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits
+from tests.parallel.tiny import Chains, config_of, gather_hf, gather_logits, gather_masks
 
 pytestmark = pytest.mark.slow
 STEPS = 6

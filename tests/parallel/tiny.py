@@ -20,7 +20,7 @@ from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs import convert
-from megamask.weights.architecture import read_architecture
+from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.fingerprint import fingerprint_hf
 from megamask.weights.mapping import linear_shapes
 from tests.fork_server import ROOT
@@ -141,6 +141,20 @@ def gather_hf(
         rule = table[name]
         parts = rule.to_hf(rule.join(mesh.gather_over_tp(tensor.detach())))
         whole.update({hf.removesuffix(".weight"): part.clone() for hf, part in parts.items()})
+    return whole
+
+
+def gather_masks(
+    local: Mapping[str, torch.Tensor], arch: Architecture, mesh: Mesh
+) -> dict[str, torch.Tensor]:
+    """Whole masks by HF module name, (O, I) bool, on every rank, from the shards by Megatron
+    name.
+    """
+    table, whole = linear_rules(arch), {}
+    for name, mask_OI in local.items():
+        shards = mesh.gather_over_tp(mask_OI.to(torch.uint8))
+        parts = table[name].to_hf(table[name].join(shards))
+        whole.update({hf.rpartition(".")[0]: part.bool() for hf, part in parts.items()})
     return whole
 
 

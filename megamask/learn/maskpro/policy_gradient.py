@@ -113,7 +113,8 @@ class MaskPro:
         }
         self.initial_losses: InitialLosses | None = None
         for linear in masked_model.linears.values():
-            _set_logits(linear, self._initial_mask(linear), self.section.initial_logit)
+            initial = linear.site.mask_of(self.initial[linear.parameter_id])
+            _set_logits(linear, initial, self.section.initial_logit)
 
     @torch.no_grad()
     def step(self, step: int, plan: BatchPlan) -> PolicyResult:

@@ -6,6 +6,8 @@ Shapes: O out_features, I in_features, G groups per row, C candidates.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megamask.sparsity.distribution import Distribution
@@ -36,6 +38,10 @@ class Categorical(Distribution):
         """The mask, (O, I) bool, of the candidates with these indices."""
         return pattern.mask_of(hard_codes_OG)
 
+    def index_of(self, hard_codes: torch.Tensor, pattern: Pattern) -> Any:
+        """The codes themselves."""
+        return hard_codes
+
     def hard_mask(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """The mask, (O, I) bool, of the candidates with the largest logits, the first of equals."""
         return pattern.mask_of(logits_OLG.float().max(dim=1).indices)
@@ -54,6 +60,10 @@ class Categorical(Distribution):
     def noise_unit(self, pattern: Pattern) -> float:
         """1, because ``learn.sampling.logit_std`` is that of candidates' logits."""
         return 1.0
+
+    def fold_bytes(self, pattern: Pattern) -> float:
+        """An int64 index of a candidate for each group."""
+        return 8 / pattern.m
 
     def reference_bytes(self, pattern: Pattern) -> float:
         """32: noise, scores, relaxed index and its gradient, with copies, in fp32."""

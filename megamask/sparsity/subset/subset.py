@@ -6,6 +6,8 @@ Shapes: O out_features, I in_features, G groups per row, M group size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megamask.errors import ConfigError
@@ -40,15 +42,17 @@ class Subset(Distribution):
 
     def code_dtype(self, pattern: Pattern) -> torch.dtype:
         """The smallest integer with M bits."""
-        if pattern.m <= 8:
-            return torch.uint8
-        return torch.int16 if pattern.m <= 16 else torch.int32
+        return pattern.bits_dtype()
 
     def mask_of(self, hard_codes_OG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """The mask, (O, I) bool, that the bits of the codes spell out."""
         # In the dtype of the codes, where the highest bit may be the sign.
         bits_M = (1 << torch.arange(pattern.m, device=hard_codes_OG.device)).to(hard_codes_OG.dtype)
         return (hard_codes_OG.unsqueeze(-1) & bits_M).ne(0).flatten(-2)
+
+    def index_of(self, hard_codes: torch.Tensor, pattern: Pattern) -> Any:
+        """Candidate index of the kept positions."""
+        return pattern.index_of_bits(hard_codes)
 
     def hard_mask(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """The mask, (O, I) bool, of the N largest logits; ties go to the earlier position."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
+from megamask.masks import codec
 from megamask.masks.codec import digits_per_word, num_words, pack, unpack
 from megamask.sparsity.pattern import MAX_CANDIDATES
 
@@ -41,6 +43,30 @@ def test_words_are_those_of_plain_arithmetic(base: int) -> None:
         for at in range(0, 100, digits)
     ]
     assert [int(word) for word in pack(index, base)] == expected
+
+
+@pytest.mark.parametrize("base", [2, 3, 6, 10, 15, 16, 70, 256, math.comb(16, 8)])
+def test_blocks_and_codes_do_not_show(base: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, and indices that are looked up block by block."""
+    index = np.random.default_rng(1).integers(base, size=(3, 7 * digits_per_word(base) + 1))
+    whole = pack(index, base)
+    monkeypatch.setattr(codec, "BLOCK", 4)
+    sizes = []
+
+    def index_of(codes: Any) -> Any:
+        sizes.append(len(codes))
+        return base - 1 - codes
+
+    assert np.array_equal(pack(index, base), whole)
+    assert np.array_equal(pack(base - 1 - index, base, index_of), whole)
+    assert len(sizes) == -(-len(whole) // 4) and max(sizes) == 4 * digits_per_word(base)
+
+
+@pytest.mark.parametrize("base", [6, 70, math.comb(16, 8)])
+def test_an_index_out_of_range_is_refused(base: int) -> None:
+    for wrong in (base, -1):
+        with pytest.raises(ValueError, match=f"out of range for {base}"):
+            pack(np.array([0, wrong, 1]), base)
 
 
 def test_bits_per_weight_at_2_4() -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save, save_file
 
 import megamask
 from megamask.errors import ArtifactError
+from megamask.masks.codec import pack
 from megamask.masks.file import load_masks, save_masks
 from megamask.masks.header import header_digest
 from megamask.masks.verify import summary
@@ -33,6 +35,24 @@ def random_masks(
     }
 
 
+@pytest.mark.parametrize("pattern", [P24, Pattern(4, 8), Pattern(3, 7), Pattern(16, 32)], ids=str)
+def test_the_bytes_are_those_of_safetensors(pattern: Pattern, tmp_path: Path) -> None:
+    """The file is written tensor by tensor, in another order than its own."""
+    names = ["b.é", "a.x", 'c."quoted"\\']
+    shapes = [(3, 5 * pattern.m), (24, 2 * pattern.m), (1, pattern.m)]
+    masks = random_masks(pattern, shapes=dict(zip(names, shapes, strict=True)))
+    path, data = tmp_path / "m.safetensors", {"text": 'a "b" \\ \n \x7f é', "numbers": [1, 2.5]}
+    save_masks(path, masks, pattern, fingerprint="f", method="m", data=data)
+    packed = {
+        name: pack(pattern.index_of(mask).numpy(), pattern.num_candidates)
+        for name, mask in masks.items()
+    }
+    with safe_open(path, framework="numpy") as handle:
+        assert path.read_bytes() == save(packed, metadata=handle.metadata())
+    assert all(torch.equal(load_masks(path)[name], mask) for name, mask in masks.items())
+    assert load_masks(path).meta["data"] == data
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     save_masks(
@@ -49,8 +69,6 @@ def path(tmp_path: Path) -> Path:
 def rewrite(
     path: Path, header: Change | None = None, tensors: Change | None = None, sign: bool = True
 ) -> None:
-    from safetensors import safe_open
-
     with safe_open(path, framework="numpy") as handle:
         meta = json.loads(handle.metadata()["megamask"])
     data = load_file(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,29 @@ def test_candidates_without_a_table_are_in_the_same_order(n: int, m: int) -> Non
     )  # as the tables of small patterns are ordered
     for number, kept in enumerate(first):
         assert mask[0, number * m : (number + 1) * m].nonzero().flatten().tolist() == list(kept)
+
+
+@pytest.mark.parametrize(("n", "m"), [*PATTERNS, (8, 16), (5, 17), (16, 32), (32, 64)])
+def test_bits_spell_out_the_mask(n: int, m: int) -> None:
+    pattern = Pattern(n, m)
+    mask = pattern.best(torch.rand(3, 5 * m, generator=torch.Generator().manual_seed(m)))
+    bits = pattern.bits_of(mask)
+    assert bits.shape == (3, 5) and bits.dtype == pattern.bits_dtype()
+    spelled = [[int(one) % 2**m for one in row] for row in bits]  # the highest bit may be the sign
+    assert spelled == [
+        [sum(int(bit) << place for place, bit in enumerate(group)) for group in row]
+        for row in mask.unflatten(1, (-1, m)).int()
+    ]
+    index = pattern.index_of_bits(bits)
+    assert np.array_equal(pattern.mask_of(torch.from_numpy(index.astype(np.int64))), mask)
+    wrong = bits.clone()
+    wrong[1, 2] ^= 1  # a kept position more or less
+    with pytest.raises(ValueError, match=f"the mask is not {n}:{m}"):
+        pattern.index_of_bits(wrong)
+    if m % 8:
+        wrong[1, 2] = bits[1, 2] | (1 << m)  # a position that the group does not have
+        with pytest.raises(ValueError, match=f"the mask is not {n}:{m}"):
+            pattern.index_of_bits(wrong)
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (2, 5)])

@@ -1,0 +1,70 @@
+"""A safetensors file of 64-bit words, written tensor by tensor.
+
+The bytes are those of ``safetensors.numpy.save``, which takes all tensors at once. The sizes are
+known before the words, so each tensor goes to its place as it comes, in any order, and the header
+is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from megamask.masks.codec import Words
+from megamask.storage import atomic_file
+
+_WIDTH = 8  # bytes of a word
+
+
+def write_words(
+    path: Path,
+    counts: Mapping[str, int],
+    tensors: Iterable[tuple[str, Words]],
+    metadata: Callable[[Mapping[str, str]], str],
+) -> None:
+    """Write the file atomically, with one tensor in memory at a time.
+
+    Args:
+        path: the file.
+        counts: name -> number of words of every tensor.
+        tensors: name and words of every tensor, in any order.
+        metadata: the text under the key ``megamask``, from name -> sha256 of the words in
+            hexadecimal. Its length must not depend on the digests.
+    """
+    blank = hashlib.sha256().hexdigest()
+    begin = len(_head(counts, metadata(dict.fromkeys(counts, blank))))
+    offsets, digests = _offsets(counts), {}
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        for name, words in tensors:
+            assert words.shape == (counts[name],)
+            content = words.astype("<u8", copy=False).tobytes()
+            digests[name] = hashlib.sha256(content).hexdigest()
+            stream.seek(begin + offsets[name])
+            stream.write(content)
+        assert digests.keys() == counts.keys()
+        head = _head(counts, metadata(digests))
+        assert len(head) == begin
+        stream.seek(0)
+        stream.write(head)
+
+
+def _offsets(counts: Mapping[str, int]) -> dict[str, int]:
+    """Name -> first byte of a tensor in the data of the file. Tensors lie in the order of names."""
+    found, end = {}, 0
+    for name in sorted(counts):
+        found[name] = end
+        end += counts[name] * _WIDTH
+    return found
+
+
+def _head(counts: Mapping[str, int], metadata: str) -> bytes:
+    """The header with its length, padded with spaces to a multiple of 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": {"megamask": metadata}}
+    for name, first in _offsets(counts).items():
+        place = [first, first + counts[name] * _WIDTH]
+        entries[name] = {"dtype": "U64", "shape": [counts[name]], "data_offsets": place}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,53 @@
+"""Every moment of a run against sums done by hand for LLaMA-2-7B."""
+
+from __future__ import annotations
+
+from megamask.plan.hardware import GPUS, device_named
+from megamask.plan.memory import (
+    COPIES,
+    EVALUATION,
+    MASK_FILE,
+    ONE_LAYER,
+    ONE_MASK,
+    RESUME,
+    SNAPSHOT,
+    STEP,
+    memory_of,
+)
+from megamask.plan.plan_tables import memory_table
+from tests.unit.plan.test_plan import WEIGHTS_7B, plan
+
+
+def test_every_moment_by_hand() -> None:
+    """Lean, subset, one rank: 4 bytes of moments and 2 of a logit a weight in a snapshot."""
+    settings = ["learn.memory=lean", "parallel.recompute=true", "evaluate.micro_batch=1"]
+    work = plan("learn.method=subset", *settings)
+    memory = memory_of(work, GPUS["h100"])
+    largest, block = 2 * 4096 * 11008, 1 << 22
+    evaluation = memory.moments[EVALUATION]
+    assert evaluation[ONE_LAYER] == 2 * largest  # one masked weight, not all
+    assert evaluation[ONE_MASK] == largest / 4 + block * (1 + 1 + 2)
+    assert work.saved_bytes == 6 * WEIGHTS_7B
+    assert memory.moments[SNAPSHOT][COPIES] == memory.moments[RESUME][COPIES] == 0
+    assert memory.moments[MASK_FILE] == {ONE_MASK: largest / 4}
+    on_cpu = memory_of(work, device_named("cpu")).moments[SNAPSHOT]
+    assert on_cpu[COPIES] == 6 * 32 * largest
+    totals = {moment: memory.total_at(moment) for moment in memory.moments}
+    assert memory.busiest == STEP and memory.total == max(totals.values()) == totals[STEP]
+
+
+def test_the_busiest_moment_is_named_and_decides() -> None:
+    """Long windows make an evaluation larger than a step; 8-bit moments grow on the host, in a
+    snapshot, and are converted linear by linear.
+    """
+    settings = ["learn.method=subset", "learn.memory=leanest", "parallel.recompute=true"]
+    small = [*settings, "data.seq_length=128"]
+    long = plan(*small, "evaluate.window=4096", "evaluate.micro_batch=64")
+    memory = memory_of(long, GPUS["h100"])
+    assert memory.busiest == EVALUATION
+    assert memory.total > sum(memory.state.values()) + sum(memory.step.values())
+    assert "**sum: an evaluation**" in "\n".join(memory_table(memory))
+    short, largest = plan(*small), 2 * 4096 * 11008
+    assert memory_of(short, GPUS["h100"]).moments[SNAPSHOT][COPIES] == 12 * largest
+    on_cpu = memory_of(short, device_named("cpu")).moments[SNAPSHOT]
+    assert on_cpu[COPIES] == 2 * WEIGHTS_7B + 4 * 32 * largest
