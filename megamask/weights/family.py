@@ -92,8 +92,6 @@ class Architecture:
         embedding_scale: factor of the embedding's output.
         residual_scale: factor of the outputs of attention and feed-forward part.
         parallel_residual: attention and feed-forward part read the same residual stream.
-        begins_with_bos: the model was trained with a BOS token before every sequence and is far
-            worse without it.
         dtype: the dtype that the config names.
     """
 
@@ -125,7 +123,6 @@ class Architecture:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     parallel_residual: bool = False
-    begins_with_bos: bool = False
     dtype: torch.dtype = torch.float32
 
     def layer(self, index: int) -> Layer:
