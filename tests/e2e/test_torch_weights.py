@@ -38,7 +38,8 @@ def without_weights(model: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 def in_parts(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Two files and an index, as old repositories of large models have them."""
-    names, weight_map = sorted(tensors), {}
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"pytorch_model-{number:05d}-of-00002.bin"
         torch.save({name: tensors[name] for name in part}, folder / file)
