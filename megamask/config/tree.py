@@ -82,11 +82,11 @@ class ParallelSection(Section):
 class CorpusSection(Section):
     """One text domain. ``kind`` says where its documents come from."""
 
-    kind: Literal["stdlib", "pydocs", "text", "jsonl", "parquet", "files", "hf"]
+    kind: Literal["stdlib", "pydocs", "text", "jsonl", "parquet", "files", "hf", "megatron"]
     path: str | None = Field(
         None,
         description="file, folder or glob (text, jsonl, parquet; files: each by the ending of its "
-        "name) or dataset name (hf)",
+        "name), dataset name (hf), or path of .bin and .idx files without the ending (megatron)",
     )
     config: str | None = Field(None, description="dataset configuration (hf)")
     split: str = Field("train", description="dataset split (hf)")

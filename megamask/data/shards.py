@@ -19,7 +19,7 @@ from megamask.data.split import HELDOUT, TRAIN
 from megamask.data.token_index import TokenIndex, read_index
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ArtifactError, ConfigError
-from megamask.storage import lacks, read_object
+from megamask.storage import file_sha256, lacks, read_object
 
 FORMAT = 1
 SPLITS = (TRAIN, HELDOUT)
@@ -30,18 +30,27 @@ TOKENIZE_AGAIN = "Delete the folder and run the verb tokenize again."
 
 TOKEN_TYPES = ("uint16", "int32")  # of Megatron's indexed datasets, for ids of any vocabulary
 _FILE = {"size": int, "sha256": str}
-_SPLITS = {
-    split: {
-        **{"documents": int, "tokens": int, "largest_id": int},
-        "files": {f"{split}{suffix}": _FILE for suffix in SUFFIXES},
+
+
+def _required(suffixes: tuple[str, ...], more: dict[str, Any]) -> dict[str, Any]:
+    """What meta.json holds, among other things."""
+    counts = {"documents": int, "tokens": int, "largest_id": int}
+    return {
+        "settings_sha256": str,
+        "tokenizer": {"name": str, "fingerprint": str},
+        "splits": {
+            split: {**counts, "files": {f"{split}{suffix}": _FILE for suffix in suffixes}}
+            for split in SPLITS
+        },
+        **more,
     }
-    for split in SPLITS
-}
-META = {  # what meta.json holds, among other things
-    "settings_sha256": str,
-    "dtype": str,
-    "tokenizer": {"name": str, "fingerprint": str},
-    "splits": _SPLITS,
+
+
+META = _required(SUFFIXES, {"dtype": str})
+META_IN_PLACE = _required((".npy",), {"sources": list})
+SOURCE = {  # a dataset that is used in place
+    **{"prefix": str, "sequences": int, "tokens": int},
+    "files": {suffix: _FILE for suffix in SUFFIXES},
 }
 
 
@@ -81,9 +90,7 @@ class Shards:
 
     def digests(self, split: str) -> list[str]:
         """SHA-256 of the split's files."""
-        return [
-            self.meta["splits"][split]["files"][split + suffix]["sha256"] for suffix in SUFFIXES
-        ]
+        return [file["sha256"] for file in self.meta["splits"][split]["files"].values()]
 
     def parts(self, split: str) -> list[Part]:
         """The sequences of a split.
@@ -129,7 +136,50 @@ class Shards:
         if smallest < 0 or largest > written:
             wrong = smallest if smallest < 0 else largest
             problem = f"holds the token id {wrong}, the largest that was written is {written}"
-            raise ArtifactError(self.folder / f"{split}.bin", problem, TOKENIZE_AGAIN)
+            place = self.folder / f"{split}.bin"
+            raise ArtifactError(place if place.exists() else self.folder, problem, TOKENIZE_AGAIN)
+
+
+class ShardsInPlace(Shards):
+    """Shards that are sequences of datasets elsewhere (:mod:`megamask.data.in_place`)."""
+
+    def digests(self, split: str) -> list[str]:
+        """SHA-256 of the numbers of the split's sequences, and of all files of the datasets."""
+        files = [file for source in self.meta["sources"] for file in source["files"].values()]
+        return super().digests(split) + [file["sha256"] for file in files]
+
+    def parts(self, split: str) -> list[Part]:
+        """The sequences of a split, by dataset. Raises as in the base class."""
+        numbers, before, parts = self._numbers(split), 0, []
+        for source in self.meta["sources"]:
+            index = read_index(Path(source["prefix"]), TOKENIZE_AGAIN)
+            if (len(index.lengths), index.tokens) != (source["sequences"], source["tokens"]):
+                problem = f"holds other sequences than {self.folder} was written for"
+                raise ArtifactError(f"{source['prefix']}.idx", problem, TOKENIZE_AGAIN)
+            first, end = np.searchsorted(numbers, [before, before + len(index.lengths)])
+            parts.append(Part(index, (numbers[first:end] - before).astype(np.int32)))
+            before += len(index.lengths)
+        known = len(numbers) == 0 or (numbers[0] >= 0 and numbers[-1] < before)
+        if not known or sum(part.tokens for part in parts) != self.tokens(split):
+            problem = "holds other sequences than meta.json beside it was written for"
+            raise ArtifactError(self.folder / f"{split}.npy", problem, TOKENIZE_AGAIN)
+        return parts
+
+    def _numbers(self, split: str) -> NDArray[np.int64]:
+        """The numbers of the split's sequences, counted over all datasets, ascending."""
+        file = self.folder / f"{split}.npy"
+        try:
+            numbers = np.load(file, allow_pickle=False)
+        except Exception as error:  # whatever numpy raises over a torn or hostile file
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            problem = f"cannot be read as an array of numbers ({reason})"
+            raise ArtifactError(file, problem, TOKENIZE_AGAIN) from error
+        plain = isinstance(numbers, np.ndarray) and numbers.dtype == np.int64 and numbers.ndim == 1
+        if not plain or (numbers[1:] <= numbers[:-1]).any():
+            problem = "holds something else than ascending numbers"
+            raise ArtifactError(file, problem, TOKENIZE_AGAIN)
+        found: NDArray[np.int64] = numbers
+        return found
 
 
 def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenizer) -> Shards:
@@ -179,16 +229,31 @@ def read_shards(folder: Path) -> Shards:
         raise ArtifactError(
             folder / "meta.json", f"is not of shard format {FORMAT}", TOKENIZE_AGAIN
         )
-    if problem := lacks(meta, META):
+    in_place = "sources" in meta
+    if problem := lacks(meta, META_IN_PLACE if in_place else META):
         raise ArtifactError(folder / "meta.json", problem, TOKENIZE_AGAIN)
-    if meta["dtype"] not in TOKEN_TYPES:
+    files = {
+        folder / file: described["size"]
+        for split in SPLITS
+        for file, described in meta["splits"][split]["files"].items()
+        if file in {f"{split}{suffix}" for suffix in (*SUFFIXES, ".npy")}
+    }
+    for source in meta["sources"] if in_place else ():
+        if problem := lacks(source, SOURCE):
+            raise ArtifactError(folder / "meta.json", f"{problem} in sources", TOKENIZE_AGAIN)
+        for suffix in SUFFIXES:
+            files[Path(source["prefix"] + suffix)] = source["files"][suffix]["size"]
+    if not in_place and meta["dtype"] not in TOKEN_TYPES:
         problem = f"names the dtype {meta['dtype']!r}, tokens have one of {', '.join(TOKEN_TYPES)}"
         raise ArtifactError(folder / "meta.json", problem, TOKENIZE_AGAIN)
-    for split in SPLITS:
-        for suffix in SUFFIXES:
-            written = meta["splits"][split]["files"][f"{split}{suffix}"]
-            _check_size(folder / f"{split}{suffix}", written["size"])
-    return Shards(folder, meta)
+    for path, size in files.items():
+        _check_size(path, size)
+    return ShardsInPlace(folder, meta) if in_place else Shards(folder, meta)
+
+
+def describe_file(file: Path) -> dict[str, dict[str, Any]]:
+    """Name -> size and SHA-256 of a file that was written."""
+    return {file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}}
 
 
 def check_vocabulary(config: Config, vocab: int) -> None:

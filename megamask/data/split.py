@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-
-from megamask.data.corpora import Document
+from typing import Protocol, TypeVar
 
 TRAIN, HELDOUT = "train", "heldout"
 _HASH_KEY = b"megamask held-out documents v1"
 
 
-def unit_hash(key: str) -> float:
+class Keyed(Protocol):
+    """A document with a key, whose hash decides the side."""
+
+    @property
+    def key(self) -> str | bytes:
+        """The key."""
+
+
+D = TypeVar("D", bound=Keyed)
+
+
+def unit_hash(key: str | bytes) -> float:
     """A keyed hash of ``key``, uniform in [0, 1)."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8, key=_HASH_KEY).digest()
+    data = key.encode() if isinstance(key, str) else key
+    digest = hashlib.blake2b(data, digest_size=8, key=_HASH_KEY).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def split_documents(documents: Iterable[Document], share: float) -> Iterator[tuple[str, Document]]:
+def split_documents(documents: Iterable[D], share: float) -> Iterator[tuple[str, D]]:
     """Yield (side, document) for every document; the order may differ from that of ``documents``.
 
     The side is ``heldout`` where the hash of the document's key is below ``share``, so documents
@@ -31,7 +42,7 @@ def split_documents(documents: Iterable[Document], share: float) -> Iterator[tup
     first_side = ""
     both = share in (0.0, 1.0)  # whether both sides have documents, or one side is meant empty
     others = False  # whether the first side has documents of other keys than the nearest
-    nearest: list[Document] = []  # the documents of the key that may still move
+    nearest: list[D] = []  # the documents of the key that may still move
     nearest_distance = 0.0
     for document in documents:
         unit = unit_hash(document.key)

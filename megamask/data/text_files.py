@@ -50,16 +50,7 @@ def corpus_files(name: str, corpus: CorpusSection) -> tuple[list[Path], list[Pat
     Raises:
         ConfigError: the path is not given, cannot be looked up, or matches nothing.
     """
-    given = required_path(name, corpus)
-    path = Path(given).expanduser()
-    try:
-        path.is_dir()
-    except (OSError, ValueError) as error:  # too long, or with a zero byte
-        shown = given if len(given) <= 80 else f"{given[:77]}..."
-        allowed = f"a path that can be looked up ({error.__class__.__name__})"
-        raise ConfigError(
-            f"data.domains.{name}.path", shown, allowed, "Correct the path."
-        ) from None
+    path = looked_up(name, corpus)
     if path.is_dir():
         found = sorted(
             file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)
@@ -74,11 +65,30 @@ def corpus_files(name: str, corpus: CorpusSection) -> tuple[list[Path], list[Pat
         if unknown:
             allowed = f"files whose names end in one of {_endings()}; {unknown[0]} does not"
             fix = f"Set data.domains.{name}.kind to the format of the files, or narrow the path."
-            raise ConfigError(f"data.domains.{name}.path", given, allowed, fix)
+            raise ConfigError(f"data.domains.{name}.path", corpus.path, allowed, fix)
     if not files:
         allowed = f"a file, folder or glob with {corpus.kind} files; nothing was found there"
-        raise ConfigError(f"data.domains.{name}.path", given, allowed, "Correct the path.")
+        raise ConfigError(f"data.domains.{name}.path", corpus.path, allowed, "Correct the path.")
     return files, left_out
+
+
+def looked_up(name: str, corpus: CorpusSection) -> Path:
+    """The path of a domain, which may be a glob.
+
+    Raises:
+        ConfigError: the path is not given or cannot be looked up.
+    """
+    given = required_path(name, corpus)
+    path = Path(given).expanduser()
+    try:
+        path.is_dir()
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        shown = given if len(given) <= 80 else f"{given[:77]}..."
+        allowed = f"a path that can be looked up ({error.__class__.__name__})"
+        raise ConfigError(
+            f"data.domains.{name}.path", shown, allowed, "Correct the path."
+        ) from None
+    return path
 
 
 def required_path(name: str, corpus: CorpusSection) -> str:

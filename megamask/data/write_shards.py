@@ -6,20 +6,22 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megamask.config import Config, run_paths
+from megamask.config import Config, CorpusSection, run_paths
+from megamask.data import in_place
 from megamask.data.bos import before_document
 from megamask.data.corpora import Document, documents, files_left_out, source_stamp
-from megamask.data.shards import FORMAT, SPLITS, SUFFIXES, Shards, read_shards
+from megamask.data.shards import FORMAT, SPLITS, Shards, describe_file, read_shards
 from megamask.data.split import split_documents
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ArtifactError
-from megamask.storage import atomic_dir, file_sha256, write_json
+from megamask.storage import atomic_dir, write_json
 
 # Text that the tokenizer gets at once; it works on the documents of a batch in parallel.
 BATCH_CHARACTERS = 2**20
@@ -31,7 +33,7 @@ def settings_digest(config: Config, name: str, tokenizer: TextTokenizer) -> str:
     deciding = [
         FORMAT,
         corpus.model_dump(),
-        source_stamp(name, corpus),
+        _writer(corpus).stamp(name, corpus),
         tokenizer.fingerprint,
         _end(config, tokenizer),
     ]
@@ -56,36 +58,84 @@ def write_domain(config: Config, name: str, tokenizer: TextTokenizer, digest: st
     """Tokenize a domain and write its shard folder, ``meta.json`` included.
 
     Raises:
-        ConfigError, ArtifactError: see :func:`megamask.data.corpora.documents`.
+        ConfigError, ArtifactError: see :func:`megamask.data.corpora.documents` and
+            :func:`megamask.data.in_place.write`.
     """
-    corpus = config.data.domains[name]
-    if left_out := files_left_out(name, corpus):
-        shown = ", ".join(str(file) for file in left_out[:3])
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        say(f"{name}: not read, for these are no {corpus.kind} files of the corpus: {shown}{more}")
     with atomic_dir(run_paths(config).shards / name) as folder:
-        dtype = _token_type(tokenizer.vocab_size)
-        sided = split_documents(documents(name, corpus), corpus.heldout)
-        begin, end = before_document(config, tokenizer), _end(config, tokenizer)
-        counts = _write_tokens(folder, name, dtype, sided, tokenizer, begin, end)
+        corpus = config.data.domains[name]
         meta = {
             "format": FORMAT,
             "domain": name,
             "settings_sha256": digest,
             "corpus": corpus.model_dump(),
-            "dtype": dtype.name,
             "append_eod": tokenizer.eod is not None,
-            "prepend_bos": bool(begin),
+            "prepend_bos": bool(before_document(config, tokenizer)),
             "tokenizer": {
                 key: getattr(tokenizer, key)
                 for key in ("name", "fingerprint", "vocab_size", "eod", "bos")
             },
-            "splits": {
-                split: {**counts[split], "files": _describe_files(folder, split)}
-                for split in SPLITS
-            },
+            **_writer(corpus).write(config, name, tokenizer, folder),
         }
         write_json(folder / "meta.json", meta)
+
+
+def check_domain(config: Config, name: str, tokenizer: TextTokenizer) -> None:
+    """Check what can be refused before any domain is written.
+
+    Raises:
+        ConfigError, ArtifactError: see :func:`write_domain`.
+    """
+    _writer(config.data.domains[name]).check(config, name, tokenizer)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How the shards of a kind of corpus are made.
+
+    Attributes:
+        stamp: facts that change when the source changes although no setting did.
+        check: refuses what can be refused early.
+        write: writes the files of the folder that it is given; returns a part of meta.json.
+    """
+
+    stamp: Callable[[str, CorpusSection], list[Any]]
+    check: Callable[[Config, str, TextTokenizer], None]
+    write: Callable[[Config, str, TextTokenizer, Path], dict[str, Any]]
+
+
+def _writer(corpus: CorpusSection) -> Writer:
+    return WRITERS.get(corpus.kind, TEXT)
+
+
+def _check_text(config: Config, name: str, tokenizer: TextTokenizer) -> None:
+    """Read the first document, which shows the errors of the settings of a corpus."""
+    next(iter(documents(name, config.data.domains[name])))
+
+
+def _write_text(
+    config: Config, name: str, tokenizer: TextTokenizer, folder: Path
+) -> dict[str, Any]:
+    corpus = config.data.domains[name]
+    if left_out := files_left_out(name, corpus):
+        shown = ", ".join(str(file) for file in left_out[:3])
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        say(f"{name}: not read, for these are no {corpus.kind} files of the corpus: {shown}{more}")
+    dtype = _token_type(tokenizer.vocab_size)
+    sided = split_documents(documents(name, corpus), corpus.heldout)
+    begin, end = before_document(config, tokenizer), _end(config, tokenizer)
+    counts = _write_tokens(folder, name, dtype, sided, tokenizer, begin, end)
+    described = {
+        split: describe_file(folder / f"{split}.bin") | describe_file(folder / f"{split}.idx")
+        for split in SPLITS
+    }
+    return {
+        "dtype": dtype.name,
+        "splits": {split: {**counts[split], "files": described[split]} for split in SPLITS},
+    }
+
+
+TEXT = Writer(source_stamp, _check_text, _write_text)
+WRITERS = {"megatron": Writer(in_place.stamp, in_place.check, in_place.write)}
 
 
 def _token_type(vocab_size: int) -> np.dtype[Any]:
@@ -148,13 +198,6 @@ def _batches(sided: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, 
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _describe_files(folder: Path, split: str) -> dict[str, dict[str, Any]]:
-    described: dict[str, dict[str, Any]] = {}
-    for file in (folder / f"{split}{suffix}" for suffix in SUFFIXES):
-        described[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
-    return described
 
 
 def say(line: str, end: str = "\n") -> None:

@@ -6,10 +6,16 @@ import re
 
 from megamask.config import Config, run_paths
 from megamask.data.blend import blend_weights
-from megamask.data.corpora import documents
 from megamask.data.shards import read_shards
 from megamask.data.tokenizer import TextTokenizer, load_tokenizer
-from megamask.data.write_shards import is_current, say, settings_digest, summary, write_domain
+from megamask.data.write_shards import (
+    check_domain,
+    is_current,
+    say,
+    settings_digest,
+    summary,
+    write_domain,
+)
 from megamask.errors import ConfigError
 from megamask.leftovers import remove_leftovers
 from megamask.storage import require_writable
@@ -30,9 +36,8 @@ def run(config: Config) -> None:
     _check_eod(config, tokenizer)
     digests = {name: settings_digest(config, name, tokenizer) for name in config.data.domains}
     stale = [name for name in config.data.domains if not is_current(folder / name, digests[name])]
-    # The first document of a corpus shows the errors of its settings.
     for name in stale:
-        next(iter(documents(name, config.data.domains[name])))
+        check_domain(config, name, tokenizer)
     for name in config.data.domains:
         state = "kept, settings and tokenizer are the same"
         if name in stale:

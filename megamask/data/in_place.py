@@ -1,0 +1,230 @@
+"""Shards that Megatron's own tools wrote (``*_text_document.bin`` and ``.idx``), used in place.
+
+Nothing is copied: the folder of the domain holds ``meta.json`` and the numbers of the sequences of
+either side (``train.npy``, ``heldout.npy``; int64, counted over all datasets). The datasets say
+nothing about their tokenizer, so all tokens are looked at once: their ids must be in the vocabulary
+of ``data.tokenizer``, and documents must end and begin as ``data.eod`` and ``data.bos`` say.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamask.config import Config, CorpusSection
+from megamask.data.bos import before_document
+from megamask.data.shards import SPLITS, describe_file, read_shards
+from megamask.data.split import split_documents
+from megamask.data.text_files import looked_up
+from megamask.data.token_index import TokenIndex, bin_file, idx_file, read_index
+from megamask.data.tokenizer import TextTokenizer
+from megamask.errors import ArtifactError, ConfigError, MegamaskError
+from megamask.storage import file_sha256
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """A document of a dataset.
+
+    Attributes:
+        key: its tokens as little-endian int32; their hash decides the side.
+        sequences: the numbers of its sequences, counted over all datasets.
+        tokens: how many tokens it has.
+        smallest, largest: its ids.
+        first, last: the ids at its ends.
+    """
+
+    key: bytes
+    sequences: range
+    tokens: int
+    smallest: int
+    largest: int
+    first: int
+    last: int
+
+
+def prefixes(name: str, corpus: CorpusSection) -> list[Path]:
+    """The datasets that ``data.domains.<name>.path`` means, sorted: paths without ``.bin`` and
+    ``.idx``. The setting is such a path, one of the two files, a glob of either, or a folder.
+
+    Raises:
+        ConfigError: there is no dataset, or ``max_bytes`` is set, which counts text.
+    """
+    path = looked_up(name, corpus)
+    if corpus.max_bytes is not None:
+        allowed = "null for kind megatron: max_bytes counts text, and the shards hold tokens"
+        key = f"data.domains.{name}.max_bytes"
+        raise ConfigError(key, corpus.max_bytes, allowed, "Name fewer shards.")
+    if path.is_dir():
+        matches = [str(file) for file in path.rglob("*.idx")]
+    else:
+        matches = glob.glob(str(path), recursive=True) + glob.glob(f"{path}.idx", recursive=True)
+    ends = (".idx", ".bin")
+    found = sorted({Path(match[:-4]) for match in matches if match.endswith(ends)})
+    if not found:
+        allowed = "the path of a dataset without .bin and .idx, a glob or a folder of datasets"
+        key = f"data.domains.{name}.path"
+        raise ConfigError(key, corpus.path, f"{allowed}; none is there", "Correct the path.")
+    return found
+
+
+def stamp(name: str, corpus: CorpusSection) -> list[Any]:
+    """Facts that change when the datasets change although no setting did. Raises as
+    :func:`prefixes`.
+    """
+    files = [place(one) for one in prefixes(name, corpus) for place in (bin_file, idx_file)]
+    return [
+        [str(file), file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else str(file)
+        for file in files
+    ]
+
+
+def check(config: Config, name: str, tokenizer: TextTokenizer) -> None:
+    """Check everything that needs no look at the tokens.
+
+    Raises:
+        ConfigError: see :func:`prefixes`.
+        ArtifactError: a broken index, or shards of this package of another tokenizer.
+    """
+    for prefix in prefixes(name, config.data.domains[name]):
+        read_index(prefix, _fix(name))
+        _check_note(prefix, tokenizer)
+
+
+def write(config: Config, name: str, tokenizer: TextTokenizer, folder: Path) -> dict[str, Any]:
+    """Look at all tokens, and write the numbers of the sequences of both sides into ``folder``.
+
+    Returns:
+        The part of meta.json that describes the datasets and both sides.
+
+    Raises:
+        ConfigError, ArtifactError: see :func:`check`; ids outside of the vocabulary, or documents
+            that do not end or begin as the settings say.
+    """
+    corpus = config.data.domains[name]
+    indices = [read_index(prefix, _fix(name)) for prefix in prefixes(name, corpus)]
+    numbers: dict[str, list[range]] = {split: [] for split in SPLITS}
+    counts = {split: {"documents": 0, "tokens": 0, "largest_id": -1} for split in SPLITS}
+    ends = {"begin": 0, "end": 0}
+    for side, document in split_documents(_documents(indices, name, tokenizer), corpus.heldout):
+        numbers[side].append(document.sequences)
+        count = counts[side]
+        count["documents"] += 1
+        count["tokens"] += document.tokens
+        count["largest_id"] = max(count["largest_id"], document.largest)
+        ends["begin"] += document.first == tokenizer.bos
+        ends["end"] += document.last == tokenizer.eod
+    documents = sum(count["documents"] for count in counts.values())
+    place = indices[0].prefix
+    _check_ends(place, ends, documents, tokenizer)
+    _check_begins(place, ends, documents, config, tokenizer)
+    for split, ranges in numbers.items():
+        flat = [np.arange(one.start, one.stop, dtype=np.int64) for one in ranges]
+        np.save(folder / f"{split}.npy", np.sort(np.concatenate([np.empty(0, np.int64), *flat])))
+    return {
+        "sources": [_described(index) for index in indices],
+        "splits": {
+            split: {**counts[split], "files": describe_file(folder / f"{split}.npy")}
+            for split in SPLITS
+        },
+    }
+
+
+def _documents(
+    indices: list[TokenIndex], name: str, tokenizer: TextTokenizer
+) -> Iterator[TokenDocument]:
+    """The documents with tokens of all datasets, in stored order.
+
+    Raises:
+        ArtifactError: an id that the tokenizer does not know.
+    """
+    before = 0
+    for index in indices:
+        tokens = index.all_tokens()
+        for first, end in zip(index.bounds[:-1].tolist(), index.bounds[1:].tolist(), strict=True):
+            pieces = [index.sequence(tokens, number) for number in range(first, end)]
+            ids: NDArray[Any] = np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
+            if not len(ids):
+                continue
+            document = TokenDocument(
+                ids.astype("<i4").tobytes(),
+                range(before + first, before + end),
+                len(ids),
+                int(ids.min()),
+                int(ids.max()),
+                int(ids[0]),
+                int(ids[-1]),
+            )
+            if document.smallest < 0 or document.largest >= tokenizer.vocab_size:
+                wrong = document.smallest if document.smallest < 0 else document.largest
+                known = f"the tokenizer {tokenizer.name} knows the ids below {tokenizer.vocab_size}"
+                fix = f"Set data.tokenizer to the tokenizer of these shards, or {_fix(name)[8:]}"
+                problem = f"holds the token id {wrong}, {known}"
+                raise ArtifactError(bin_file(index.prefix), problem, fix)
+            yield document
+        before += len(index.lengths)
+
+
+def _check_ends(
+    place: Path, ends: dict[str, int], documents: int, tokenizer: TextTokenizer
+) -> None:
+    if tokenizer.eod is not None and documents and not ends["end"]:
+        problem = f"has no document that ends with the token {tokenizer.eod} of data.eod"
+        fix = (
+            "Set data.tokenizer to the tokenizer of these shards, data.eod to their token at the "
+            "end of a document, or data.eod=null if they have none."
+        )
+        raise ArtifactError(bin_file(place), problem, fix)
+
+
+def _check_begins(
+    place: Path, ends: dict[str, int], documents: int, config: Config, tokenizer: TextTokenizer
+) -> None:
+    wanted, found = bool(before_document(config, tokenizer)), ends["begin"]
+    if tokenizer.bos is not None and wanted != (found == documents > 0):
+        asks = "asks for one before each" if wanted else "asks for none"
+        problem = f"has {found} of {documents} documents that begin with the BOS {tokenizer.bos}"
+        fix = f"Set data.bos={'false' if wanted else 'true'}, or write the shards again."
+        problem = f"{problem}, and data.bos={config.data.bos} {asks}"
+        raise ArtifactError(bin_file(place), problem, fix)
+
+
+def _check_note(prefix: Path, tokenizer: TextTokenizer) -> None:
+    """Check the tokenizer of shards that this package wrote, which say it in their meta.json.
+
+    Raises:
+        ArtifactError: another tokenizer made them.
+    """
+    try:
+        made_by = read_shards(prefix.parent).meta["tokenizer"]
+    except MegamaskError:
+        return  # the shards are from elsewhere
+    if made_by["fingerprint"] != tokenizer.fingerprint:
+        problem = f"was made with the tokenizer {made_by['name']}, not with {tokenizer.name}"
+        raise ArtifactError(bin_file(prefix), problem, "Set data.tokenizer to the first.")
+
+
+def _described(index: TokenIndex) -> dict[str, Any]:
+    files = {
+        suffix: {"size": file.stat().st_size, "sha256": file_sha256(file)}
+        for suffix, file in (
+            (".bin", bin_file(index.prefix)),
+            (".idx", idx_file(index.prefix)),
+        )
+    }
+    return {
+        "prefix": str(index.prefix.absolute()),
+        "sequences": len(index.lengths),
+        "tokens": index.tokens,
+        "files": files,
+    }
+
+
+def _fix(name: str) -> str:
+    return f"Correct data.domains.{name}.path, or write the shards again."
