@@ -34,15 +34,16 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import HFReader
 from megamask.weights.mapping import rules
 
+EXTRA_STATE = "_extra_state"  # end of the name of a module's extra state
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
-    """The tensors of the model's sharded state dict."""
+    """The tensors of the model's sharded state dict, without the extra state of modules."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
-    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    return {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
 
 
 def save_sharded(
@@ -201,7 +202,9 @@ def load_weights(model: LanguageModel, path: Path) -> None:
         ArtifactError: missing, torn, or another architecture.
     """
     loaded = load_sharded(sharded_state(model), path, "Run the verb convert again.")
-    model.load_state_dict(loaded, strict=True)
+    # A module's own extra state, such as Transformer Engine's, is no weight and is not saved.
+    own = {key: value for key, value in model.state_dict().items() if key.endswith(EXTRA_STATE)}
+    model.load_state_dict({**own, **loaded}, strict=True)
     model.clear_padding()
 
 

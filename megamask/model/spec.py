@@ -1,12 +1,13 @@
 """The Megatron layer spec of an architecture: every linear can carry a mask.
 
-Plain RMSNorm and plain attention come from Transformer Engine where it can be imported, everything
-else from PyTorch.
+Norm and attention come from PyTorch. With MEGAMASK_TRANSFORMER_ENGINE=1 in the environment, plain
+RMSNorm and plain attention come from Transformer Engine on CUDA, which no run has tried yet.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megamask.errors import ConfigError
 from megamask.model.layer_parts import (
     AllHeadsNorm,
     FrozenNorm,
@@ -32,10 +34,25 @@ from megamask.parallel.masked_linear import MaskedColumnParallelLinear, MaskedRo
 from megamask.weights.architecture import Architecture
 from megamask.weights.family import Layer, Norm
 
+ENGINE = "MEGAMASK_TRANSFORMER_ENGINE"
+
 
 def has_transformer_engine(device: torch.device) -> bool:
-    """Whether Transformer Engine's norm and attention are used: on CUDA, when importable."""
-    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine's norm and attention are used: on CUDA, where the environment asks
+    for them.
+
+    Raises:
+        ConfigError: the environment asks for them and Transformer Engine is not installed.
+    """
+    asked = os.environ.get(ENGINE, "0")
+    if asked not in ("0", "1"):
+        raise ConfigError(ENGINE, asked, "0 or 1, in the environment", "Unset it.")
+    if device.type != "cuda" or asked == "0":
+        return False
+    if importlib.util.find_spec("transformer_engine") is None:
+        allowed = "1 needs the package transformer_engine, which is not installed"
+        raise ConfigError(ENGINE, asked, allowed, "Unset it, or install Transformer Engine.")
+    return True
 
 
 def block_spec(

@@ -1,0 +1,104 @@
+"""Megatron weights on disk, saved and loaded by the functions that the verbs use."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megamask.errors import ConfigError
+from megamask.model import spec
+from megamask.model.build import build_model
+from megamask.model.checkpoint import load_weights, save_sharded, sharded_state
+from megamask.model.language_model import LanguageModel
+from megamask.model.layer_parts import FrozenNorm
+from megamask.model.spec import ENGINE, has_transformer_engine
+from megamask.parallel.mesh import Mesh, start
+from megamask.weights.architecture import read_architecture
+from tests.unit.learn.one_rank import ROOT, tiny_config
+
+CONFIG = tiny_config()
+
+
+class NormWithExtraState(FrozenNorm):
+    """Stands in for Transformer Engine's norm, which has extra state beside its weight."""
+
+    extra: Any = None
+
+    def get_extra_state(self) -> torch.Tensor:
+        """What Transformer Engine returns without FP8."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Keep what was loaded."""
+        self.extra = state
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    with start(CONFIG) as mesh:
+        yield mesh
+
+
+def model_of(mesh: Mesh, seed: int) -> LanguageModel:
+    arch = read_architecture(ROOT / "configs" / "models" / "tiny-llama.json")
+    model = build_model(CONFIG, arch, mesh)
+    noise = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.normal_(generator=noise)
+    return model
+
+
+@pytest.mark.parametrize("has_extra_state", [False, True])
+def test_a_model_comes_back(
+    has_extra_state: bool, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where modules have extra state, which is not saved; before, the load missed it."""
+    if has_extra_state:
+        monkeypatch.setattr(spec, "FrozenNorm", NormWithExtraState)
+    saved, loaded = model_of(mesh, 1), model_of(mesh, 2)
+    # Megatron's linears have extra state too, and put it back themselves.
+    extra = [key for key in saved.state_dict() if key.endswith("norm._extra_state")]
+    assert bool(extra) == has_extra_state
+    path = tmp_path / "weights"
+    save_sharded(sharded_state(saved), path, mesh, {})
+    load_weights(loaded, path)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, saved.get_parameter(name)), name
+    if has_extra_state:
+        without = {key: one for key, one in saved.state_dict().items() if key not in extra}
+        with pytest.raises(RuntimeError, match="_extra_state"):
+            loaded.load_state_dict(without, strict=True)
+
+
+def test_a_weight_that_is_missing_is_still_missed(mesh: Mesh, tmp_path: Path) -> None:
+    model, path = model_of(mesh, 1), tmp_path / "weights"
+    state = sharded_state(model)
+    state.pop("decoder.final_layernorm.weight")
+    save_sharded(state, path, mesh, {})
+    with pytest.raises(Exception, match="decoder.final_layernorm.weight"):
+        load_weights(model, path)
+
+
+def test_transformer_engine_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    there, cuda = object(), torch.device("cuda", 0)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: there if name == "transformer_engine" else find(name, *rest),
+    )
+    monkeypatch.delenv(ENGINE, raising=False)
+    assert not has_transformer_engine(cuda)  # importable is not enough
+    monkeypatch.setenv(ENGINE, "1")
+    assert has_transformer_engine(cuda) and not has_transformer_engine(torch.device("cpu"))
+    there = None
+    with pytest.raises(ConfigError, match=f"{ENGINE} = '1': .*not installed. Unset it"):
+        has_transformer_engine(cuda)
+    monkeypatch.setenv(ENGINE, "yes")
+    with pytest.raises(ConfigError, match="0 or 1"):
+        has_transformer_engine(cuda)
