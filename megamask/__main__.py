@@ -9,8 +9,11 @@ import importlib
 import importlib.metadata
 import io
 import logging
+import os
 import platform
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field
@@ -19,10 +22,21 @@ from typing import Any
 
 import megamask
 from megamask import machine_errors
-from megamask.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError, printable
+from megamask.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USER_ERROR,
+    ConfigError,
+    DismissedError,
+    MegamaskError,
+    printable,
+)
 from megamask.process.place import Place, this_place
+from megamask.process.signals import Interrupted, StopRequest, stop_on_signal
 from megamask.terminal import PlainFormatter
 from megamask.verbs.table import VERBS, PlanArguments, Verb, words_of
+
+TURN = 5.0  # seconds that a rank leaves to rank 0 to tell an error
 
 
 @dataclass
@@ -45,11 +59,35 @@ class Request:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code (0 done, 2 user error, 75 interrupted after a snapshot,
-    130 Ctrl-C).
+    """Run one verb; return the exit code (0 done, 2 user error, 69 another rank is missing, 75
+    interrupted after a snapshot, 128 + N stopped by signal N).
+
+    A failed rank of several ends its process here: Python's own way out would wait for threads of
+    backends that wait for other ranks.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    with stop_on_signal(is_raising=True) as stop:
+        try:
+            code = _run(words, stop)
+        except Interrupted as signalled:  # at the very end
+            code = signalled.code
+    if argv is None and code and _has_joined():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _has_joined() -> bool:
+    """Whether this process has joined process groups, without importing torch for the answer."""
+    module = sys.modules.get("torch.distributed")
+    return module is not None and module.is_available() and module.is_initialized()
+
+
+def _run(words: list[str], stop: StopRequest) -> int:
     place = Place()
+    saves = bool(words) and words[0] in VERBS and VERBS[words[0]].saves_on_signal
     if isinstance(sys.stdout, io.TextIOWrapper):  # which cannot write every name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -59,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[0] == "--version":
             print(_versions())
             return EXIT_OK
+        stop.is_raising = not saves
         place = this_place()
         request = parse(words)
         # pydantic and yaml: not needed for --help
@@ -74,16 +113,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             if place.is_main:
                 _show(request.verb, config, place)
             return EXIT_OK
-        return run_verb(request.verb, config, arguments, place)
+        return run_verb(request.verb, config, arguments, place, stop)
+    except Interrupted as signalled:
+        if place.is_main and saves:
+            _say(f"{signalled}: nothing to save yet; start again to begin")
+        elif place.is_main:
+            _say(f"{signalled}: stopped. Nothing half-written is left; start again to do it anew")
+        return EXIT_INTERRUPTED if saves else signalled.code
     except Exception as error:
         told = error if isinstance(error, MegamaskError) else machine_errors.explained(error)
-        if told is None:
+        if told is None and place.world == 1:
             raise
-        print(f"megamask: error{place.label}: {printable(str(told))}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        if told is None:
+            _say(f"error{place.label}: {traceback.format_exc()}")
+            return 1
+        if not isinstance(told, DismissedError) and (place.is_main or _is_first(stop)):
+            _say(f"error{place.label}: {printable(str(told))}")
+        return told.code
     except KeyboardInterrupt:
-        print("megamask: interrupted", file=sys.stderr, flush=True)
+        _say("interrupted")
         return 130
+
+
+def _say(text: str) -> None:
+    print(f"megamask: {text}", file=sys.stderr, flush=True)
+
+
+def _is_first(stop: StopRequest) -> bool:
+    """Whether a rank other than 0 tells its error: rank 0 mostly finds the same error, and then
+    the launcher ends this rank before its turn.
+    """
+    end = time.monotonic() + TURN
+    try:
+        while time.monotonic() < end:
+            stop.raise_if_set()
+            time.sleep(0.05)
+    except Interrupted:
+        return False
+    return True
 
 
 def parse(words: Sequence[str]) -> Request:

@@ -8,11 +8,18 @@ MAX_SHOWN = 300  # characters of a value in a message
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE: another rank did not come or did not answer
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: a snapshot was saved, and the same command goes on from it
 
 
 class MegamaskError(Exception):
-    """Base class of the errors that the command line prints as one message without a traceback."""
+    """Base class of the errors that the command line prints as one message without a traceback.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    code = EXIT_USER_ERROR
 
 
 class ConfigError(MegamaskError):
@@ -80,6 +87,16 @@ def described(value: object) -> str:
     if value is None or isinstance(value, bool | str | bytes | int | float | Path):
         return printable(shown(value))
     return f"an object of type {type(value).__name__}"
+
+
+class LaunchError(MegamaskError):
+    """Another rank did not come, ended, or does not answer; the same command may work again."""
+
+    code = EXIT_UNAVAILABLE
+
+
+class DismissedError(MegamaskError):
+    """All ranks leave, and rank 0 says why: this rank has nothing to say."""
 
 
 def printable(text: str, kept: str = "\n\t") -> str:

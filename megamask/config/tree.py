@@ -68,8 +68,11 @@ class ParallelSection(Section):
         description="make activations again in the backward pass: true, those of each layer; "
         "mlp, those of its feed-forward part",
     )
+    start_minutes: Annotated[int, Field(ge=1, le=100_000)] = free(
+        10, description="how long a rank waits for the others to start and to connect"
+    )
     timeout_minutes: Annotated[int, Field(ge=1, le=100_000)] = free(
-        30, description="how long a rank waits for the others"
+        30, description="how long a rank waits for the others later, and for the end of a step"
     )
     threads: int | None = free(
         None,

@@ -17,11 +17,13 @@ from megamask.learn.metrics.banner import banner
 from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.learn.metrics.monitor import Monitor
 from megamask.learn.metrics.provenance import write_provenance
-from megamask.learn.signals import StopRequest
 from megamask.learn.snapshot import Snapshots
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.process.holder import Holder, utc_now
+from megamask.process.place import this_place
+from megamask.process.signals import StopRequest
+from megamask.process.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Run:
             self.mask_statistics.forget_latest()
         # signs of life and metrics
         self.holder = Holder.this_process("megamask learn")
+        self.watchdog = Watchdog(paths.learn / "logs", this_place())
         tokens = learn.global_batch * config.data.seq_length
         self.monitor = Monitor(
             paths.learn, config, learn.steps, tokens, mesh.is_main, self.progress.step
@@ -66,12 +69,16 @@ class Run:
         Returns:
             EXIT_INTERRUPTED after a signal, so that a launcher starts the run again; else EXIT_OK.
         """
-        learn, progress = self.config.learn, self.progress
         if self.mesh.is_main:
             stop.watch(self.paths.learn)
+        with self.watchdog.watching():
+            return self._learn(stop)
+
+    def _learn(self, stop: StopRequest) -> int:
+        learn, progress = self.config.learn, self.progress
         self._show("starting")
         try:
-            if self.mesh.any(self.mesh.is_main and self._is_done()):
+            if self.mesh.from_main(self._is_done()):
                 mask = self.paths.mask("learned")
                 self.monitor.note(f"{mask} is there already, learned in {progress.step} steps")
                 self._show("finished")
@@ -88,6 +95,7 @@ class Run:
                     return self._leave(stop)
                 if progress.step % learn.snapshot.every == 0:
                     self.snapshots.save(progress)
+                    self._show("learning")
             self._finish()
             self._show("finished")
             return EXIT_OK
@@ -105,11 +113,17 @@ class Run:
         self._show("learning")
 
     def _show(self, state: State) -> None:
-        """Write the heartbeat."""
+        """Write the heartbeat, and start the time of the watchdog anew.
+
+        One process waits for nobody, and its steps may take any time.
+        """
         if self.mesh.is_main:
             step, steps = self.progress.step, self.config.learn.steps
             heartbeat = Heartbeat(state, step, steps, utc_now(), self.holder, self.mesh.world)
             heartbeat.write(self.paths.learn)
+        if self.mesh.world > 1:
+            limit = 60.0 * self.config.parallel.timeout_minutes
+            self.watchdog.expect(f"progress after step {self.progress.step}", limit)
 
     def _is_time_to_evaluate(self) -> bool:
         every, step = self.config.learn.monitor.evaluate_every, self.progress.step
@@ -119,11 +133,13 @@ class Run:
         progress, micro_batch = self.progress, self.config.evaluate.micro_batch
         by_domain = hard_mask_perplexity(self.masked_model, self.mesh, self.windows, micro_batch)
         score = mean_log_perplexity(by_domain)
-        if progress.best_score is None or score < progress.best_score:
+        is_better = progress.best_score is None or score < progress.best_score
+        if self.mesh.from_main(is_better):
             progress.best_score, progress.best_step = score, progress.step
             if progress.step:
                 self._save_mask("learned-best", by_domain)
         self.monitor.evaluation(progress.step, by_domain)
+        self._show("learning")
         return by_domain
 
     def _is_done(self) -> bool:
@@ -132,7 +148,7 @@ class Run:
 
     def _leave(self, stop: StopRequest) -> int:
         step, who = self.progress.step, stop.received or "another process"
-        if step not in self.snapshots.steps():
+        if step != self.snapshots.newest():
             self.snapshots.save(self.progress)
         self.monitor.note(f"{who}: saved at step {step}; start again to go on")
         self._show("interrupted")
@@ -143,7 +159,7 @@ class Run:
     def _finish(self) -> None:
         by_domain = self._evaluate()
         self._save_mask("learned", by_domain)
-        if self.progress.step not in self.snapshots.steps():
+        if self.progress.step != self.snapshots.newest():
             self.snapshots.save(self.progress)
         best, mask = self.progress.best_step, self.paths.mask("learned")
         self.monitor.note(f"wrote {mask}; best held-out step {best}")

@@ -99,12 +99,12 @@ class Snapshots:
             ConfigError: the snapshot was made under other settings.
             ArtifactError: it is torn, or belongs to another model.
         """
-        steps = self.steps()
-        if steps and not self.config.learn.resume:
+        newest = self.newest()
+        if newest is not None and not self.config.learn.resume:
             self._put_aside()
-        if not steps or not self.config.learn.resume:
+        if newest is None or not self.config.learn.resume:
             return Progress()
-        path = self.folder / f"step-{steps[-1]:08d}"
+        path = self.folder / f"step-{newest:08d}"
         fix = f"Delete {path} to resume from the one before, or all of {self.folder} to start over."
         required = {"progress": dict, "fingerprint": str, "settings": dict}
         note = storage.read_object(path / NOTE, fix, required)
@@ -121,6 +121,14 @@ class Snapshots:
         )
         self.learner.load(loaded["optimizer"])
         return progress
+
+    def newest(self) -> int | None:
+        """The step of the newest finished snapshot as rank 0 sees it; None where there is none.
+
+        All ranks must call this: on a network file system they may see new folders at other times.
+        """
+        found = self.mesh.from_main(max(self.steps(), default=-1))
+        return None if found < 0 else found
 
     def steps(self) -> list[int]:
         """Steps of the finished snapshots, ascending."""

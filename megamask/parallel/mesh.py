@@ -5,11 +5,11 @@ that make Megatron-Core run without CUDA.
 from __future__ import annotations
 
 import datetime
-import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -18,9 +18,14 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import random
 from torch.overrides import TorchFunctionMode
 
-from megamask.config import Config
-from megamask.errors import ConfigError
-from megamask.process.place import this_place
+from megamask.config import Config, run_paths
+from megamask.errors import ConfigError, DismissedError, LaunchError, MegamaskError
+from megamask.parallel.roll_call import Roll, call_roll, cores
+from megamask.process.place import Place, this_place
+from megamask.process.signals import StopRequest
+from megamask.process.watchdog import Watchdog
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,35 @@ class Mesh:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes)
 
-    def from_main(self, text: str) -> str:
-        """``text`` of the main process, on every process."""
+    def from_main(self, value: Value) -> Value:
+        """The ``value`` of rank 0, on every rank.
+
+        Whatever decides about collective work is decided on rank 0: ranks that decide for
+        themselves may see files at other times and round differently, and then wait for each other.
+        """
         if self.world == 1:
-            return text
-        texts = [text]
-        dist.broadcast_object_list(texts, src=0)
-        return texts[0]
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def require_same(self, what: str, value: Any) -> None:
+        """Check that all ranks have the ``value`` of rank 0, before collective work that follows
+        from the value.
+
+        Raises:
+            LaunchError: on a rank that has another value.
+            DismissedError: on the other ranks.
+        """
+        differs = self.from_main(value) != value
+        if not self.any(differs):
+            return
+        if not differs:
+            raise DismissedError(f"another rank has other {what}")
+        raise LaunchError(
+            f"rank {self.rank} on {socket.gethostname()} has other {what} than rank 0: {value}. "
+            "A network file system may show new files late: start again."
+        )
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -136,59 +163,108 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextmanager
-def start(config: Config) -> Iterator[Mesh]:
+def start(
+    config: Config, stop: StopRequest | None = None, place: Place | None = None
+) -> Iterator[Mesh]:
     """Initialise process groups and Megatron-Core's parallel state, and destroy them at the end.
 
     ``parallel.tp`` divides the number of processes (``megamask.prepare.layout`` refuses others).
+    After an error the groups of several ranks are left as they are: their end would wait for the
+    other ranks before anybody reads the error.
+
+    Args:
+        config: the settings.
+        stop: a request to stop, read until all ranks have come.
+        place: of this process; None asks the launcher's environment.
 
     Raises:
-        ConfigError: the device cannot work here.
+        ConfigError: the device cannot work here, or the ranks have different settings.
+        LaunchError: a rank did not come, or ended inside the block.
+        Interrupted: a signal came while ranks were missing.
     """
-    device, tp, world = choose_device(config.device), config.parallel.tp, this_place().world
-    assert world % tp == 0
-    _limit_threads(config)
+    place = place or this_place()
+    assert place.world % config.parallel.tp == 0
+    device = choose_device(config.device)
+    with megatron_on_cpu(active=device.type == "cpu"), _lost_ranks_named(config, place):
+        mesh = _join(config, place, device, stop or StopRequest())
+        try:
+            yield mesh
+        except BaseException:
+            if place.world == 1:
+                _part()
+            raise
+        _part()
+
+
+def _join(config: Config, place: Place, device: torch.device, stop: StopRequest) -> Mesh:
+    section = config.parallel
+    roll = call_roll(place, config, stop) if place.world > 1 else Roll(dist.HashStore(), sharers=1)
+    torch.set_num_threads(section.threads or max(1, len(cores()) // roll.sharers))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with megatron_on_cpu(active=device.type == "cpu"):
-        _join(device, world, config.parallel.timeout_minutes)
-        try:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=tp, create_gloo_process_groups=device.type == "cuda"
-            )
-            if device.type == "cuda":
-                tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
-            yield Mesh(
-                device=device,
-                rank=dist.get_rank(),
-                world=world,
-                tp=tp,
-                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-                dp=world // tp,
-                dp_rank=parallel_state.get_data_parallel_rank(),
-            )
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-
-
-def _join(device: torch.device, world: int, timeout_minutes: int) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    if world == 1:
+    watchdog = Watchdog(run_paths(config).learn / "logs", place)
+    with watchdog.watching():
+        if place.world > 1:
+            watchdog.expect("connection to the other ranks", 60.0 * section.start_minutes)
         dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            "nccl" if device.type == "cuda" else "gloo",
+            store=roll.store,
+            rank=place.rank,
+            world_size=place.world,
+            timeout=datetime.timedelta(minutes=section.timeout_minutes),
         )
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=section.tp,
+            create_gloo_process_groups=device.type == "cuda",
+            distributed_timeout_minutes=section.timeout_minutes,
+        )
+        mesh = Mesh(
+            device=device,
+            rank=place.rank,
+            world=place.world,
+            tp=section.tp,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            dp=place.world // section.tp,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+        )
+        # A backend connects at its first call. A connection that cannot be made shows here.
+        mesh.sum_over_tp(torch.zeros(1, device=device))
+        mesh.mean_over_dp(torch.zeros(1, device=device))
+        mesh.any(False)
+    if device.type == "cuda":
+        tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+    return mesh
 
 
-def _limit_threads(config: Config) -> None:
-    """Divide the cores among the processes of this machine; torchrun would give each one thread."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    available = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    torch.set_num_threads(config.parallel.threads or max(1, available // local))
+def _part() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_ranks_named(config: Config, place: Place) -> Iterator[None]:
+    """Turn the errors that backends raise when another rank is gone into errors of the launch."""
+    try:
+        yield
+    except (RuntimeError, MegamaskError) as error:
+        lost = _lost_rank(error)
+        if place.world == 1 or lost is None:
+            raise
+        raise LaunchError(
+            f"another rank ended, or gave no answer for {config.parallel.timeout_minutes} minutes "
+            f"(parallel.timeout_minutes). Its own output says why; start again to go on. "
+            f"({str(lost).splitlines()[0]})"
+        ) from error
+
+
+def _lost_rank(error: BaseException | None) -> BaseException | None:
+    """The error of the backend that ``error`` is, or that caused it."""
+    while error is not None:
+        is_backend = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if isinstance(error, RuntimeError) and is_backend:
+            return error
+        error = error.__cause__
+    return None
 
 
 # Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls,

@@ -45,7 +45,7 @@ def run(config: Config) -> None:
             "padded_vocab": padded_vocab(arch, mesh.tp),
             "source": str(paths.hf),
         }
-        if _is_done(config, note):
+        if mesh.from_main(_is_done(config, note)):
             if mesh.is_main:
                 log.info("%s already holds this model", paths.weights)
             return

@@ -15,10 +15,13 @@ from megamask.config import Config, run_paths
 from megamask.errors import EXIT_OK
 from megamask.process.lock import locked
 from megamask.process.place import Place
+from megamask.process.signals import StopRequest
 from megamask.verbs.table import VERBS
 
 
-def run_verb(name: str, config: Config, arguments: list[Any], place: Place) -> int:
+def run_verb(
+    name: str, config: Config, arguments: list[Any], place: Place, stop: StopRequest
+) -> int:
     """Run a verb and return its exit code.
 
     Args:
@@ -26,17 +29,23 @@ def run_verb(name: str, config: Config, arguments: list[Any], place: Place) -> i
         config: the settings.
         arguments: the verb's own arguments object, if it has any.
         place: of this process.
+        stop: the request to stop, for the verb that saves first.
 
     Raises:
         MegamaskError: see the verb; or another process writes an artefact of the verb.
     """
     verb = VERBS[name]
+    given = {"stop": stop} if verb.saves_on_signal else {}
+
+    def run() -> int:
+        return importlib.import_module(verb.module).run(config, *arguments, **given) or EXIT_OK
+
     if not place.is_main:
-        return _run(verb.module, config, arguments) if verb.is_parallel else EXIT_OK
+        return run() if verb.is_parallel else EXIT_OK
     writes = artefacts(verb.writes, config, arguments)
     reads = [path for path in artefacts(verb.reads, config, arguments) if _is_inside(path, config)]
     with locked(f"megamask {name}", writes, reads):
-        return _run(verb.module, config, arguments)
+        return run()
 
 
 def artefacts(names: Iterable[str], config: Config, arguments: list[Any]) -> list[Path]:
@@ -56,10 +65,6 @@ def artefacts(names: Iterable[str], config: Config, arguments: list[Any]) -> lis
         else:
             found.append(getattr(paths, name, paths.run_dir / name))
     return found
-
-
-def _run(module: str, config: Config, arguments: list[Any]) -> int:
-    return importlib.import_module(module).run(config, *arguments) or EXIT_OK
 
 
 def _is_inside(path: Path, config: Config) -> bool:

@@ -33,6 +33,7 @@ def run(config: Config) -> None:
     inputs.check_vocabulary()
     windows = evaluation_windows(config, config.evaluate.max_tokens)
     with start(config) as mesh:
+        mesh.require_same("masks to evaluate", list(masks))
         rows = Rows(config, paths, inputs.arch, mesh, windows)
         measured = {DENSE: rows.dense()}
         measured |= {method: rows.masked(method, found) for method, found in masks.items()}

@@ -69,8 +69,9 @@ def tensors_of(
     # Only an export of Megatron weights needs Megatron-Core, and then one process on the CPU.
     from megamask.model.checkpoint import megatron_to_hf
     from megamask.parallel.mesh import start
+    from megamask.process.place import Place
 
     alone = config.parallel.model_copy(update={"tp": 1, "sequence_parallel": False})
-    with start(config.model_copy(update={"parallel": alone, "device": "cpu"})):
+    with start(config.model_copy(update={"parallel": alone, "device": "cpu"}), place=Place()):
         arch = read_architecture(run_paths(config).hf, config.model.ignore_keys)
         yield megatron_to_hf(weights, arch)

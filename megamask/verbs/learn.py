@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import nullcontext
+
 import torch
 
 from megamask.config import Config
 from megamask.learn.loop import Run
 from megamask.learn.preflight import check_early
-from megamask.learn.signals import stop_on_signal
 from megamask.parallel.mesh import Mesh, start
 from megamask.plan.fit import check_free
 from megamask.prepare.run_inputs import LearnInputs
+from megamask.process.signals import Interrupted, StopRequest, stop_on_signal
 
 
-def run(config: Config) -> int:
+def run(config: Config, stop: StopRequest | None = None) -> int:
     """Learn masks and write them to ``run_paths(config).mask("learned")``; resumes by default.
+
+    Args:
+        config: the settings.
+        stop: the request to save and leave; None catches the signals here.
 
     Returns:
         EXIT_OK, also when ``megamask stop`` asked to save and leave; EXIT_INTERRUPTED when a signal
         asked.
 
     Raises:
+        Interrupted: a signal came before there was anything to save.
         MegamaskError: anything the user can mend, before the first step where possible.
     """
     inputs = LearnInputs(config)
     check_early(inputs)
-    with start(config) as mesh, stop_on_signal() as stop:
+    catching = stop_on_signal() if stop is None else nullcontext(stop)
+    with catching as request, start(config, request) as mesh:
+        if mesh.any(bool(request)):
+            raise Interrupted(request.received or signal.SIGTERM.name)
         _check_free(inputs, mesh)
-        return Run(inputs, mesh).learn(stop)
+        return Run(inputs, mesh).learn(request)
 
 
 def _check_free(inputs: LearnInputs, mesh: Mesh) -> None:

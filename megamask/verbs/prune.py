@@ -53,7 +53,7 @@ def run(config: Config) -> None:
     check_early(inputs)
     recipes = {method: recipe(inputs, method) for method in config.prune.methods}
     todo = {method: one for method, one in recipes.items() if not is_done(config, method, one)}
-    if not todo:
+    if not todo and inputs.layout.tp * inputs.layout.dp == 1:
         return
     inputs.layout.check_model(inputs.arch)
     inputs.layout.check_rows(inputs.arch, inputs.modules, inputs.pattern)
@@ -61,6 +61,9 @@ def run(config: Config) -> None:
         check_positions(config, inputs.arch, ("calibration.seq_length",))
     inputs.check_vocabulary()
     with start(config) as mesh:
+        todo = {method: one for method, one in recipes.items() if mesh.from_main(method in todo)}
+        if not todo:
+            return
         dense = load_dense(inputs, mesh)
         job = PruningJob(
             config, mesh, inputs.arch, inputs.pattern, dense.model.eval(), dense.linears

@@ -136,6 +136,8 @@ class Verb:
             arguments, or of files of the run folder.
         reads: artefacts that must not change while it runs, named likewise.
         is_parallel: whether the ranks of a job work on it together; otherwise rank 0 does it alone.
+        saves_on_signal: whether ``run`` takes a request to stop and saves before it leaves;
+            otherwise a signal stops the verb where it is.
     """
 
     module: str
@@ -147,6 +149,7 @@ class Verb:
     writes: tuple[str, ...]
     reads: tuple[str, ...] = ()
     is_parallel: bool = False
+    saves_on_signal: bool = False
 
     @property
     def fields(self) -> tuple[Field[Any], ...]:
@@ -228,6 +231,7 @@ VERBS: dict[str, Verb] = {
         writes=("learn",),
         reads=("weights", "shards"),
         is_parallel=True,
+        saves_on_signal=True,
     ),
     "evaluate": Verb(
         "megamask.verbs.evaluate",

@@ -118,7 +118,7 @@ def lead(folder: Path) -> int:
     function: Any = _load(module_name, file)
     for part in qualified_name.split("."):
         function = getattr(function, part)
-    args, ports = pickle.loads(packed), _free_ports()
+    args, ports = pickle.loads(packed), free_ports()
     context = multiprocessing.get_context("fork")
     ranks = [
         context.Process(target=_rank, args=(folder, function, rank, world_size, ports, args))
@@ -176,7 +176,7 @@ def _load(name: str, file: str) -> Any:
     return module
 
 
-def _free_ports() -> list[str]:
+def free_ports() -> list[str]:
     """Below the ports that systems hand out: a rank that calls before the store listens could be
     given that very port for itself.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megamask.learn.signals import SIGNALS, STOP_FILE, StopRequest, stop_on_signal
+from megamask.process.signals import SIGNALS, STOP_FILE, StopRequest, stop_on_signal
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)

@@ -1,0 +1,112 @@
+"""Requests to stop: signals, and the file that the verb stop writes.
+
+A learning run finishes its step, saves and leaves. Any other verb stops where it is: what it writes
+is written whole or not at all, so there is nothing to save.
+
+Launchers and schedulers send SIGTERM or SIGUSR1, a terminal that closes SIGHUP, Ctrl-C SIGINT. A
+second Ctrl-C leaves at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+STOP_FILE = "STOP"  # in the folder of the learning run
+
+
+class Interrupted(BaseException):
+    """A signal stops the verb. No ``except Exception`` takes this for a failure of its own.
+
+    Args:
+        name: of the signal.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
+
+    @property
+    def code(self) -> int:
+        """The exit code that shells give to a process that the signal killed."""
+        return 128 + signal.Signals[self.name].value
+
+
+class StopRequest:
+    """Set by a signal or a file, read between steps.
+
+    Attributes:
+        received: the name of the signal, or ``megamask stop``.
+        is_final: whether the run is asked to stay down: a launcher must not start it again.
+        is_raising: whether a signal raises ``Interrupted`` where it arrives, for work that does not
+            read the request.
+    """
+
+    def __init__(self, is_raising: bool = False) -> None:
+        self.received: str | None = None
+        self.is_final = False
+        self.is_raising = is_raising
+        self._file: Path | None = None
+
+    def watch(self, folder: Path) -> None:
+        """Look for a file ``STOP`` in ``folder`` too; one that is there already was not meant for
+        this run, and goes.
+        """
+        self._file = folder / STOP_FILE
+        self._file.unlink(missing_ok=True)
+
+    def done(self) -> None:
+        """Remove the file ``STOP``."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    def raise_if_set(self) -> None:
+        """Leave, at a place where nothing is to be saved.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        """The signal handler.
+
+        Raises:
+            Interrupted: where signals are to raise.
+            KeyboardInterrupt: at the second SIGINT.
+        """
+        name = signal.Signals(number).name
+        if number == signal.SIGINT and self.received == name:
+            raise KeyboardInterrupt
+        self.received = name
+        if self.is_raising:
+            raise Interrupted(name)
+
+    def __bool__(self) -> bool:
+        if not self.is_final and self._file is not None and self._file.exists():
+            self.received, self.is_final = "megamask stop", True
+        return self.received is not None
+
+
+@contextmanager
+def stop_on_signal(is_raising: bool = False) -> Iterator[StopRequest]:
+    """Catch the signals inside the block and put the old handlers back afterwards.
+
+    A signal that was ignored before stays so: nohup asks for that. Outside the main thread, where
+    Python catches no signals, nothing is caught.
+    """
+    request = StopRequest(is_raising)
+    is_main = threading.current_thread() is threading.main_thread()
+    wanted = [one for one in SIGNALS if is_main and signal.getsignal(one) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request) for number in wanted}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

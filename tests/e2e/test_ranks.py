@@ -1,0 +1,216 @@
+"""Every verb on two ranks, every verb started twice, and ranks that fail: one message, an exit
+code, no hang, and whole artefacts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamask import load_masks
+from megamask.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR
+from megamask.learn.heartbeat import Heartbeat
+from megamask.learn.loop import Run
+from megamask.process import watchdog
+from megamask.process.place import this_place
+from megamask.verbs.table import VERBS
+from tests.e2e.program import Finished, contents, here, refusal
+from tests.e2e.ranks import run_program
+
+pytestmark = pytest.mark.slow
+Settings = Callable[[Path], list[str]]
+LEARN = ("learn.steps=4", "learn.snapshot.every=2", "data.seq_length=16")
+# Words of verbs, and what a verb says that cannot work on this run.
+WORDS = {
+    "learn": (*LEARN, "learn.prior.mask=wanda"),
+    "prune": ("prune.methods=[magnitude, wanda]",),
+    "evaluate": ("evaluate.masks={wanda: wanda, learned: learned}",),
+    "diff": ("wanda", "magnitude", "--json", "{run}/diff.json"),
+    "extract": ("wanda", "{run}/extracted.safetensors"),
+    "inspect": ("wanda",),
+    "plan": ("--model", "llama2-7b", "--tp=8", "--dp=8", "--json", "{run}/plan.json"),
+    "export": ("export.mask=wanda",),
+}
+REFUSED = {"gguf": "model.gguf"}
+# In the order of a run; verbs that are not named here follow.
+ORDER = ("convert", "tokenize", "prune", "learn", "export", "evaluate", "report")
+# Verbs that hand a job to another program, or ask for a run that goes on.
+ELSEWHERE = {"submit", "status", "stop"}
+
+
+def words(verb: str, run_dir: Path) -> list[str]:
+    return [word.replace("{run}", str(run_dir)) for word in WORDS.get(verb, ())]
+
+
+def messages(ranks: list[Finished]) -> list[str]:
+    """What all ranks said of errors."""
+    assert not any("Traceback" in one.stderr for one in ranks), ranks
+    lines = [line for one in ranks for line in one.stderr.splitlines()]
+    return [line for line in lines if line.startswith("megamask: ")]
+
+
+def left_behind(run_dir: Path) -> list[Path]:
+    """Locks and temporary files."""
+    return [path for end in ("lock", "tmp") for path in run_dir.rglob(f".*.{end}")]
+
+
+ALL = [*ORDER, *(verb for verb in VERBS if verb not in {*ORDER, *ELSEWHERE})]
+# The verbs whose ranks work together, and the text that they need. The others have a test of the
+# whole table in one process, tests/unit/verbs/test_dispatch.py.
+TOGETHER = [verb for verb in ORDER if VERBS[verb].is_parallel or verb == "tokenize"]
+TABLE = pytest.mark.parametrize(
+    "verbs", [TOGETHER, pytest.param(ALL, marks=pytest.mark.nightly)], ids=["parallel", "all"]
+)
+
+
+@TABLE
+def test_verbs_on_two_ranks(
+    verbs: list[str], prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    for verb in verbs:
+        ranks = run_program(verb, *settings(run_dir), *words(verb, run_dir))
+        codes = [one.code for one in ranks]
+        if verb in REFUSED:
+            (message,) = messages(ranks)
+            assert EXIT_USER_ERROR in codes and REFUSED[verb] in message, ranks
+        else:
+            assert codes == [0, 0] and not messages(ranks), (verb, ranks)
+        assert VERBS[verb].is_parallel or not ranks[1].stdout, (verb, ranks[1])
+    assert not left_behind(run_dir)
+    made = ("diff.json", "extracted.safetensors", "plan.json", "report.html", "export/config.json")
+    assert verbs is not ALL or all((run_dir / name).exists() for name in made)
+    # The one-shot masks of the calibration text do not depend on who computes them, but for ties.
+    for method in ("magnitude", "wanda"):
+        found, expected = (
+            load_masks(folder / "masks" / f"{method}.safetensors") for folder in (run_dir, prepared)
+        )
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    found = Heartbeat.read(run_dir / "learn")
+    assert found is not None and (found.state, found.step, found.world) == ("finished", 4, 2)
+
+
+@TABLE
+def test_verbs_started_twice(
+    verbs: list[str], prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    refused = []
+    for verb in verbs:
+        given = [*settings(run_dir), *words(verb, run_dir)]
+        both = run_program(verb, *given, is_launched=False)
+        codes = sorted(one.code for one in both)
+        expected = [EXIT_USER_ERROR] if verb in REFUSED else [0]
+        # A second start that comes after the end of the first finds the work done.
+        assert codes in ([*expected, *expected], [0, EXIT_USER_ERROR]), (verb, both)
+        for one in both:
+            if one.code and verb not in REFUSED:
+                told = refusal(one)
+                # extract refuses a file that is there
+                assert f"is being written by megamask {verb}" in told or verb == "extract", told
+                refused.append(verb)
+    assert {"learn", "prune", "convert"} <= set(refused)  # they take long enough to meet
+    assert not left_behind(run_dir)
+    for method in ("magnitude", "wanda"):
+        found, whole = (
+            load_masks(folder / "masks" / f"{method}.safetensors") for folder in (run_dir, prepared)
+        )
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
+    here("inspect", *settings(run_dir), "learned")
+    names = [name for name in contents(prepared / "weights") if name.endswith(".distcp")]
+    assert names and all((run_dir / "weights" / name).exists() for name in names)
+
+
+def test_a_mistake_of_all_ranks_is_told_once(run_dir: Path, settings: Settings) -> None:
+    cases: list[tuple[str, list[str]]] = [
+        ("learn", ["learn.prior.mask=absent"]),  # before the ranks meet
+        ("prune", ["parallel.tp=2", "parallel.sequence_parallel=true", "calibration.seq_length=7"]),
+        ("evaluate", ["evaluate.masks={x: absent}"]),
+        ("learn", ["learn.micro_batch=7"]),
+    ]
+    for verb, overrides in cases:
+        ranks = run_program(verb, *settings(run_dir), *overrides)
+        assert len(messages(ranks)) == 1, ranks
+        assert ranks[0].code == EXIT_USER_ERROR
+        assert max(one.seconds for one in ranks) < 60
+
+
+def fail_on_rank_1() -> None:
+    """Rank 1 raises in its second step, while rank 0 waits for the gradients."""
+    step = Run._step
+
+    def failing(self: Run) -> None:
+        if self.mesh.rank == 1 and self.progress.step == 1:
+            raise ValueError("rank one has had enough")
+        step(self)
+
+    Run._step = failing  # type: ignore[method-assign]
+
+
+def hang_on_rank_1() -> None:
+    """Rank 1 sleeps in its second step; a step may take three seconds here."""
+    step, expect = Run._step, watchdog.Watchdog.expect
+    watchdog.GRACE = 3.0
+
+    def hanging(self: Run) -> None:
+        if self.mesh.rank == 1 and self.progress.step == 1:
+            time.sleep(600)
+        step(self)
+
+    def expect_soon(self: watchdog.Watchdog, what: str, seconds: float) -> None:
+        expect(self, what, 3.0 if what.startswith("progress after step 1") else seconds)
+
+    Run._step = hanging  # type: ignore[method-assign]
+    watchdog.Watchdog.expect = expect_soon  # type: ignore[method-assign]
+
+
+def other_rate_on_rank_1() -> None:
+    """Rank 1 was started with another learning rate."""
+    import megamask.config.load as load
+
+    read = load.read_settings
+
+    def other(recipe: Path | None, overrides: list[str]) -> object:
+        more = ["learn.optimizer.lr=0.5"] if this_place().rank == 1 else []
+        return read(recipe, [*overrides, *more])
+
+    load.read_settings = other  # type: ignore[assignment]
+
+
+HERE = "tests.e2e.test_ranks"
+
+
+def test_a_rank_that_fails_is_heard_and_ends_the_job(run_dir: Path, settings: Settings) -> None:
+    fault = f"{HERE}:fail_on_rank_1"
+    zero, one = run_program("learn", *settings(run_dir), *LEARN, prepare=fault)
+    assert one.code == 1 and "ValueError: rank one has had enough" in one.stderr
+    assert "megamask: error (rank 1): Traceback" in one.stderr
+    assert zero.code not in (0, EXIT_USER_ERROR) and "Traceback" not in zero.stderr, zero
+    assert max(zero.seconds, one.seconds) < 60  # the time to load included; gloo's is minutes
+    found = Heartbeat.read(run_dir / "learn")
+    assert found is not None and found.step == 1
+
+
+def test_ranks_that_hang_say_where(run_dir: Path, settings: Settings) -> None:
+    fault = f"{HERE}:hang_on_rank_1"
+    ranks = run_program("learn", *settings(run_dir), *LEARN, prepare=fault)
+    assert EXIT_UNAVAILABLE in [one.code for one in ranks], ranks
+    stacks = [(run_dir / "learn" / "logs" / f"stacks-rank-{rank}.txt") for rank in (0, 1)]
+    assert "in hanging" in stacks[1].read_text() and "in hanging" in stacks[0].read_text()
+    waiting = "torch/distributed"
+    assert waiting in stacks[0].read_text() and waiting not in stacks[1].read_text()
+    assert any("no progress after step 1 within 0.05 minutes" in one.stderr for one in ranks)
+
+
+def test_ranks_with_other_settings_are_refused(run_dir: Path, settings: Settings) -> None:
+    fault = f"{HERE}:other_rate_on_rank_1"
+    before = contents(run_dir)
+    ranks = run_program("learn", *settings(run_dir), *LEARN, prepare=fault)
+    (message,) = messages(ranks)
+    assert "learn.optimizer.lr = 0.5: rank 1 on" in message
+    assert [one.code for one in ranks] == [EXIT_USER_ERROR] * 2
+    assert not (run_dir / "learn" / "snapshots").exists() and contents(run_dir) == before
