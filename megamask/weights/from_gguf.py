@@ -1,51 +1,39 @@
-"""A GGUF file to a plain Hugging Face folder in bf16."""
+"""A GGUF file to a plain Hugging Face folder in bf16, one tensor at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from gguf import GGUFReader, ReaderTensor, dequantize
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import GGUF, file_kind, require_file, wrong_file
 from megamask.machine_errors import reading
 from megamask.storage import atomic_dir, file_sha256, read_json, require_writable, write_json
 from megamask.terminal import tell
-from megamask.weights.hf_files import require_own, share
+from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.families.registry import FAMILIES
+from megamask.weights.gguf_header import ROPE_FACTORS, Header
+from megamask.weights.hf_files import require_own, share, write_tensors
+from megamask.weights.mapping import expected_tensors
 
 STAMP = "megamask_gguf.json"  # this file in the new folder names the GGUF file
-# The settings of a Llama that a GGUF file can carry. The loaded config also holds settings that
-# only the loader needs.
-KEPT = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-    "attention_bias",
-    "mlp_bias",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+LONG_LISTS = ("tokens", "scores", "token_type", "merges")  # of the tokenizer
 
 
 def unpack(source: Path, out: Path) -> None:
     """Write the model and tokenizer of the GGUF file ``source`` to ``out``.
 
     Raises:
-        ArtifactError: the file is missing or is no GGUF file of a Llama, or ``out`` holds other
-            files.
+        ArtifactError: the file is missing, is no GGUF file of a supported model or asks for a
+            feature that is not built, or ``out`` holds other files.
     """
     stamp = _stamp(source)
     require_own(out, STAMP, "model.hf")
@@ -53,17 +41,37 @@ def unpack(source: Path, out: Path) -> None:
         tell(f"{out}: already unpacked from {source.name}")
         return
     require_writable(out.parent, "model.hf")
-    model, tokenizer = _load(source)
-    for name, tensor in model.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            fix = "Use a GGUF file that was made from a whole model."
-            raise ArtifactError(source, f"{name} holds numbers that are not finite", fix)
+    fields, stored = _read(source)
+    header = Header(fields, source)
+    if EMBEDDING not in stored:
+        raise _damaged(source, f"misses {EMBEDDING}")
+    factors = stored.pop(ROPE_FACTORS, None)
+    config = header.config(
+        vocab=int(stored[EMBEDDING].shape[-1]),
+        tied=HEAD not in stored,
+        factors=None if factors is None else _values(factors),
+    )
+    biases = {
+        "attention_bias": "blk.0.attn_q.bias" in stored,
+        "mlp_bias": "blk.0.ffn_up.bias" in stored,
+    }
+    model_type = header.family.model_type
+    if model_type == "llama":
+        config |= biases
+    tokenizer = _tokenizer(source)
+    weights = 0
     with atomic_dir(out) as folder:
-        model.save_pretrained(folder)
+        names = {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
+        settings = AutoConfig.for_model(model_type, **config, **names, dtype=torch.bfloat16)
+        settings.save_pretrained(folder)
+        GenerationConfig.from_model_config(settings).save_pretrained(folder)
+        arch = read_architecture(folder)
+        places = _places(arch, stored, source)
+        write_tensors(folder, _tensors(arch, header, places, source))
         tokenizer.save_pretrained(folder)
         share(folder)
         write_json(folder / STAMP, stamp)
-    weights = sum(parameter.numel() for parameter in model.parameters())
+        weights = sum(int(np.prod(shape)) for shape in expected_tensors(arch).values())
     tell(f"{out}: {weights:,} weights in bf16 from {source.name}")
 
 
@@ -76,26 +84,105 @@ def _stamp(source: Path) -> dict[str, str]:
         return {"file": source.name, "sha256": file_sha256(source)}
 
 
-def _load(source: Path) -> tuple[LlamaForCausalLM, Any]:
-    where = {"gguf_file": source.name, "local_files_only": True}
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
+    """The fields but for long lists, and the tensors, which stay on the disk."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
-    except Exception as error:  # the loaders raise errors of many types, also bare Exception
-        raise ArtifactError(
-            source,
-            f"cannot be loaded as a GGUF model ({error})",
-            "Use a GGUF file of a Llama model.",
-        ) from error
-    if loaded.config.model_type != "llama":
-        raise ArtifactError(
-            source, f"holds a {loaded.config.model_type} model", "Use a GGUF file of a Llama model."
+        reader = GGUFReader(source)
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not (name.startswith("tokenizer.") and name.endswith(LONG_LISTS))
+        }
+    except Exception as error:  # the reader raises errors of many types
+        raise _damaged(source, f"cannot be read as a GGUF file ({error})") from error
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _damaged(source: Path, problem: str) -> ArtifactError:
+    return ArtifactError(source, problem, "Use a GGUF file that was made from a whole model.")
+
+
+def _tokenizer(source: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.parent, gguf_file=source.name, local_files_only=True
         )
-    # A new model carries no settings of the GGUF loader, so save_pretrained writes a plain folder.
-    settings = loaded.config.to_dict()
-    config = LlamaConfig(
-        **{key: settings[key] for key in KEPT if key in settings}, dtype=torch.bfloat16
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    return model, tokenizer
+    except Exception as error:  # the loader raises errors of many types, also bare Exception
+        problem = f"holds a tokenizer that cannot be read ({error})"
+        fix = "Use a GGUF file with a tokenizer that transformers knows."
+        raise ArtifactError(source, problem, fix) from error
+
+
+def _places(
+    arch: Architecture, stored: dict[str, ReaderTensor], source: Path
+) -> dict[str, ReaderTensor]:
+    """HF name -> tensor of the file.
+
+    Raises:
+        ArtifactError: the file holds other tensors or shapes than the model.
+    """
+    left, places = dict(stored), {}
+    for hf, shape in expected_tensors(arch).items():
+        name = _gguf_name(arch, hf)
+        tensor = left.pop(name, None)
+        if tensor is None:
+            raise _damaged(source, f"misses {name}")
+        found = tuple(int(size) for size in reversed(tensor.shape))
+        if found != shape:
+            raise _damaged(source, f"{name} has the shape {found}, not {shape}")
+        places[hf] = tensor
+    if left:
+        problem = f"holds tensors that no part of the model reads: {', '.join(list(left)[:3])}"
+        raise ArtifactError(source, problem, "Use a Hugging Face folder of the model.")
+    return places
+
+
+def _gguf_name(arch: Architecture, hf: str) -> str:
+    """The name of an HF tensor in a GGUF file, which has the same names for all families."""
+    names = FAMILIES[arch.family].names
+    stem, _, leaf = hf.rpartition(".")
+    whole = {names.embedding: "token_embd", names.final_norm: "output_norm", names.head: "output"}
+    if stem in whole:
+        return f"{whole[stem]}.{leaf}"
+    parts = {names.attention_norm: "attn_norm", names.out: "attn_output", names.down: "ffn_down"}
+    parts |= dict(zip(names.qkv, ("attn_q", "attn_k", "attn_v"), strict=True))
+    parts |= dict(zip(names.up, ("ffn_gate", "ffn_up"), strict=True))
+    parts |= {names.query_norm: "attn_q_norm", names.key_norm: "attn_k_norm"}
+    if arch.post_norms:
+        parts |= {names.attention_post_norm: "post_attention_norm"}
+        parts |= {names.mlp_post_norm: "post_ffw_norm"}
+    parts |= {names.mlp_norm: "ffn_norm"}
+    before, _, after = names.layer.partition("{}")
+    number, _, part = stem.removeprefix(before).partition(after)
+    return f"blk.{number}.{parts[part]}.{leaf}"
+
+
+def _tensors(
+    arch: Architecture, header: Header, places: dict[str, ReaderTensor], source: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors as the model has them, in bf16."""
+    for hf, tensor in places.items():
+        values = _values(tensor)
+        if not bool(torch.isfinite(values).all()):
+            raise _damaged(source, f"{hf} holds numbers that are not finite")
+        if header.family.permuted and ".attn_q." in tensor.name:
+            values = _unpermuted(values, arch.heads)
+        if header.family.permuted and ".attn_k." in tensor.name:
+            values = _unpermuted(values, arch.kv_heads)
+        if header.family.one_plus and tensor.name.endswith("norm.weight"):
+            values = values - 1
+        yield hf, values.to(torch.bfloat16)
+
+
+def _values(tensor: ReaderTensor) -> torch.Tensor:
+    """The numbers of a tensor in fp32."""
+    plain = dequantize(tensor.data, tensor.tensor_type)
+    return torch.from_numpy(np.array(plain, dtype=np.float32))
+
+
+def _unpermuted(values: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows in the order of transformers: llama.cpp rotates neighbours, transformers the halves of a
+    head.
+    """
+    pairs = values.reshape(heads, len(values) // heads // 2, 2, *values.shape[1:])
+    return pairs.transpose(1, 2).reshape(values.shape)

@@ -216,8 +216,7 @@ def write_hf(
             to add files.
     """
     with atomic_dir(out_dir) as folder:
-        shards = _write_shards(folder, tensors, max_shard_bytes)
-        _name_shards(folder, shards)
+        write_tensors(folder, tensors, max_shard_bytes)
         _copy_side_files(source_dir, folder)
         share(folder)
         if finish is not None:
@@ -284,6 +283,13 @@ def share(folder: Path) -> None:
     """
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)
+
+
+def write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write the weight files of a folder; the arguments are those of ``write_hf``."""
+    _name_shards(folder, _write_shards(folder, tensors, max_shard_bytes))
 
 
 def _write_shards(

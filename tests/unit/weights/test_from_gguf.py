@@ -4,36 +4,57 @@ files.
 
 from __future__ import annotations
 
+import math
+import struct
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megamask.config import Config, build_config
 from megamask.errors import ArtifactError, ConfigError
 from megamask.verbs.gguf import run
+from megamask.weights.architecture import read_architecture
+from megamask.weights.family import Rope
 from megamask.weights.from_gguf import STAMP
 from megamask.weights.hf_files import open_checked
 
 HIDDEN, FFN, VOCAB = 32, 64, 256
 
 
-def write_gguf(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
-    """A one-layer Llama with a byte-level vocabulary."""
+def write_gguf(
+    path: Path,
+    seed: int = 0,
+    arch: str = "llama",
+    keys: dict[str, Any] | None = None,
+    more: dict[str, np.ndarray] | None = None,
+    heads: tuple[int, int] = (4, 2),
+) -> dict[str, np.ndarray]:
+    """A one-layer model with a byte-level vocabulary, and header keys and tensors on top."""
     rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(1)
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(FFN)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    writer.add_head_count(heads[0])
+    writer.add_head_count_kv(heads[1])
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(5000.0)
+    if "rope.freq_base" not in (keys or {}):
+        writer.add_rope_freq_base(5000.0)
     writer.add_vocab_size(VOCAB)
+    for key, value in (keys or {}).items():
+        add: dict[type, Any] = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            bool: writer.add_bool,
+        }
+        add[type(value)](f"{arch}.{key}", value)
     tokens = [
         *(
             chr(code)
@@ -48,23 +69,36 @@ def write_gguf(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    shapes = {
+    width = (keys or {}).get("attention.key_length", HIDDEN // heads[0])
+    q, kv = heads[0] * width, heads[1] * width
+    shapes: dict[str, tuple[int, ...]] = {
         "token_embd": (VOCAB, HIDDEN),
         "output_norm": (HIDDEN,),
         "blk.0.attn_norm": (HIDDEN,),
         "blk.0.ffn_norm": (HIDDEN,),
-        "blk.0.attn_q": (HIDDEN, HIDDEN),
-        "blk.0.attn_k": (HIDDEN // 2, HIDDEN),
-        "blk.0.attn_v": (HIDDEN // 2, HIDDEN),
-        "blk.0.attn_output": (HIDDEN, HIDDEN),
+        "blk.0.attn_q": (q, HIDDEN),
+        "blk.0.attn_k": (kv, HIDDEN),
+        "blk.0.attn_v": (kv, HIDDEN),
+        "blk.0.attn_output": (HIDDEN, q),
         "blk.0.ffn_gate": (FFN, HIDDEN),
         "blk.0.ffn_up": (FFN, HIDDEN),
         "blk.0.ffn_down": (HIDDEN, FFN),
     }
+    if arch in ("qwen3", "gemma3"):
+        shapes |= {"blk.0.attn_q_norm": (width,), "blk.0.attn_k_norm": (width,)}
+    if arch == "gemma3":
+        shapes |= {"blk.0.post_attention_norm": (HIDDEN,), "blk.0.post_ffw_norm": (HIDDEN,)}
     tensors = {
         f"{name}.weight": rng.standard_normal(shape).astype(np.float32)
         for name, shape in shapes.items()
     }
+    if arch == "qwen2":
+        biases = {"attn_q": q, "attn_k": kv, "attn_v": kv}
+        tensors |= {
+            f"blk.0.{name}.bias": rng.standard_normal(rows).astype(np.float32)
+            for name, rows in biases.items()
+        }
+    tensors |= more or {}
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -122,3 +156,119 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"bad\.gguf"):
         run(config_for(tmp_path / "bad.gguf", tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
+
+
+# transformers reads no head width of Qwen3 and takes 128
+QWEN3 = {"attention.key_length": 128, "attention.value_length": 128}
+GEMMA3 = {
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+    "attention.sliding_window": 8,
+    "rope.scaling.type": "linear",
+    "rope.scaling.factor": 8.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "keys"),
+    [("llama", {}), ("qwen2", {}), ("qwen3", QWEN3), ("gemma3", GEMMA3)],
+    ids=["llama", "qwen2", "qwen3", "gemma3"],
+)
+def test_every_tensor_is_that_of_transformers(
+    tmp_path: Path, arch: str, keys: dict[str, Any]
+) -> None:
+    write_gguf(tmp_path / "m.gguf", arch=arch, keys=keys)
+    run(config_for(tmp_path / "m.gguf", tmp_path / "hf"))
+    open_checked(tmp_path / "hf")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name].to(torch.bfloat16)), name
+    read = read_architecture(tmp_path / "hf")
+    if arch == "gemma3":  # what transformers leaves out
+        assert read.ropes == (Rope(5000.0, {"type": "linear", "factor": 8.0}), Rope(10000.0))
+        assert read.layers[0].window == 8 and read.attention_scale == 16**-0.5
+    else:
+        assert read.ropes == (Rope(5000.0),)
+
+
+def llama3_divisors(factor: float, width: int = 8, theta: float = 5e5) -> np.ndarray:
+    """The tensor that llama.cpp makes of Llama 3.1's scaling, written as its converter does it."""
+    divisors = []
+    for index in range(0, width, 2):
+        wavelength = 2 * math.pi * theta ** (index / width)
+        if wavelength < 8192 / 4:
+            divisors.append(1.0)
+        elif wavelength > 8192:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, dtype=np.float32)
+
+
+def test_a_rope_scaling_is_kept(tmp_path: Path) -> None:
+    """Each was dropped once, so that every position beyond the first got wrong angles."""
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    write_gguf(tmp_path / "linear.gguf", keys=linear)
+    run(config_for(tmp_path / "linear.gguf", tmp_path / "linear"))
+    found = read_architecture(tmp_path / "linear").ropes
+    assert found == (Rope(5000.0, {"type": "linear", "factor": 4.0}),)
+    for factor in (8.0, 32.0):
+        path, out = tmp_path / f"{factor}.gguf", tmp_path / f"{factor}"
+        divisors = {"rope_freqs.weight": llama3_divisors(factor)}
+        write_gguf(path, keys={"rope.freq_base": 5e5}, more=divisors)
+        run(config_for(path, out))
+        scaling = {"type": "llama3", "factor": factor, "low_freq_factor": 1.0}
+        scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        assert read_architecture(out).ropes == (Rope(5e5, scaling),)
+        config = AutoConfig.from_pretrained(out)
+        assert config.rope_parameters["factor"] == factor
+        assert config.rope_parameters["rope_type"] == "llama3"
+
+
+@pytest.mark.parametrize(
+    ("keys", "more", "message"),
+    [
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {}, r"rope\.scaling\.type"),
+        ({"attention.sliding_window": 32}, {}, r"attention\.sliding_window"),
+        ({"attention.scale": 0.3}, {}, r"attention\.scale = 0\.3"),
+        ({"logit_scale": 2.0}, {}, r"logit_scale"),
+        ({"expert_count": 8}, {}, r"expert_count = 8"),
+        ({"attention.value_length": 4}, {}, r"8 is built"),
+        ({}, {"rope_freqs.weight": np.array([1, 1, 2, 3], np.float32)}, r"rope_freqs\.weight"),
+        ({}, {"blk.0.ffn_gate_exps.weight": np.zeros((8, 32), np.float32)}, r"ffn_gate_exps"),
+        ({}, {"blk.0.attn_q.bias": np.zeros(32, np.float32)}, r"misses blk\.0\.attn_k\.bias"),
+        ({"feed_forward_length": 48}, {}, r"ffn_gate\.weight has the shape \(64, 32\)"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(
+    tmp_path: Path, keys: dict[str, Any], more: dict[str, np.ndarray], message: str
+) -> None:
+    length = keys.get("feed_forward_length")
+    write_gguf(tmp_path / "m.gguf", keys={} if length else keys, more=more)
+    if length:  # the header says another width than the tensors have
+        raw = (tmp_path / "m.gguf").read_bytes()
+        name = b"llama.feed_forward_length" + struct.pack("<I", 4)
+        place = raw.index(name) + len(name)
+        (tmp_path / "m.gguf").write_bytes(raw[:place] + struct.pack("<I", 48) + raw[place + 4 :])
+    with pytest.raises(ArtifactError, match=message):
+        run(config_for(tmp_path / "m.gguf", tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_biases_of_a_llama_are_read(tmp_path: Path) -> None:
+    shapes = {"attn_q": 32, "attn_k": 16, "attn_v": 16, "attn_output": 32}
+    biases = {f"blk.0.{name}.bias": np.full(rows, 0.5) for name, rows in shapes.items()}
+    more = {name: bias.astype(np.float32) for name, bias in biases.items()}
+    write_gguf(tmp_path / "m.gguf", more=more)
+    run(config_for(tmp_path / "m.gguf", tmp_path / "hf"))
+    arch = read_architecture(tmp_path / "hf")
+    assert arch.attention_bias and arch.attention_out_bias and not arch.mlp_bias
+
+
+def test_another_architecture_is_named(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", arch="mamba")
+    with pytest.raises(ArtifactError, match="holds a mamba model"):
+        run(config_for(tmp_path / "m.gguf", tmp_path / "hf"))
