@@ -128,7 +128,9 @@ def test_shard_notes(tmp_path: Path) -> None:
     survives(lambda: read_shards(tmp_path), json_writer(tmp_path / "meta.json", meta))
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "llama3-8b"])
+@pytest.mark.parametrize(
+    "name", ["tiny-llama", "llama3-8b", "gemma-3-4b", "nemotron-4-15b", "qwen2.5-7b"]
+)
 def test_model_configs(tmp_path: Path, name: str) -> None:
     known = ROOT / "megamask" / "weights" / "known" / f"{name}.json"
     source = known if known.exists() else ROOT / "configs" / "models" / f"{name}.json"

@@ -10,7 +10,9 @@ from megamask.weights.family import Architecture, Family, Names, Norm
 
 def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
     """Half of each head is rotated where the file does not say otherwise."""
-    bias = keys.flag("attention_bias")
+    bias, width = keys.flag("attention_bias"), keys.value("kv_channels", plain.head_dim)
+    if width != plain.head_dim:
+        raise keys.error("kv_channels", width, f"head_dim is {plain.head_dim}")
     return replace(
         plain,
         norm=Norm("layer", keys.real("norm_eps"), plus_one=True, bias=True),
