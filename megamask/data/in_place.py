@@ -167,6 +167,7 @@ def _documents(
                 fix = f"Set data.tokenizer to the tokenizer of these shards, or {_fix(name)[8:]}"
                 problem = f"holds the token id {wrong}, {known}"
                 raise ArtifactError(bin_file(index.prefix), problem, fix)
+            tokenizer.check_ids(document.largest, bin_file(index.prefix))
             yield document
         before += len(index.lengths)
 

@@ -31,6 +31,8 @@ class TextTokenizer:
         encode_batch: texts to ids, without special tokens.
         adds_bos: whether the tokenizer puts its BOS before a prompt. A sentencepiece ``.model``
             file does not say, so it adds none.
+        model_vocab: the ids that the model knows are below this number; None where no model is
+            there to ask.
     """
 
     name: str
@@ -40,6 +42,18 @@ class TextTokenizer:
     fingerprint: str
     encode_batch: Encode = field(repr=False)
     adds_bos: bool = False
+    model_vocab: int | None = None
+
+    def check_ids(self, largest: int, place: Path | str) -> None:
+        """Check that the model knows the ids of a text.
+
+        Raises:
+            ArtifactError: ``largest`` is an id that the model does not know; ``place`` is named.
+        """
+        if self.model_vocab is not None and largest >= self.model_vocab:
+            problem = f"gives the token id {largest}, the model knows the {self.model_vocab} below"
+            fix = "Set data.tokenizer to the tokenizer of the model."
+            raise ArtifactError(place, problem, fix)
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``.

@@ -181,6 +181,7 @@ def _write_tokens(
             count["tokens"] += len(ids)
             count["bytes"] += len(document.text.encode())
             count["largest_id"] = max(count["largest_id"], *ids)
+            tokenizer.check_ids(count["largest_id"], tokenizer.name)
         _say_progress(name, counts, time.monotonic() - started)
     for split, builder in builders.items():
         builder.finalize(str(folder / f"{split}.idx"))

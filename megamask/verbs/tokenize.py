@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from dataclasses import replace
 
 from megamask.config import Config, run_paths
 from megamask.data.blend import blend_weights
+from megamask.data.bos import before_document
 from megamask.data.shards import read_shards
 from megamask.data.tokenizer import TextTokenizer, load_tokenizer
 from megamask.data.write_shards import (
@@ -16,9 +19,12 @@ from megamask.data.write_shards import (
     summary,
     write_domain,
 )
-from megamask.errors import ConfigError
+from megamask.errors import ConfigError, MegamaskError
 from megamask.leftovers import remove_leftovers
 from megamask.storage import require_writable
+from megamask.weights.architecture import read_architecture
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
@@ -32,8 +38,9 @@ def run(config: Config) -> None:
     folder = run_paths(config).shards
     require_writable(folder)
     remove_leftovers(folder, is_alone=True)
-    tokenizer = load_tokenizer(config)
+    tokenizer = replace(load_tokenizer(config), model_vocab=_model_vocabulary(config))
     _check_eod(config, tokenizer)
+    _check_vocabulary(config, tokenizer)
     digests = {name: settings_digest(config, name, tokenizer) for name in config.data.domains}
     stale = [name for name in config.data.domains if not is_current(folder / name, digests[name])]
     for name in stale:
@@ -44,6 +51,35 @@ def run(config: Config) -> None:
             write_domain(config, name, tokenizer, digests[name])
             state = "tokenized"
         say(summary(name, read_shards(folder / name), state))
+
+
+def _model_vocabulary(config: Config) -> int | None:
+    """How many ids the model of the run knows; None where there is no model that can be read."""
+    paths = run_paths(config)
+    for folder in (paths.hf, paths.weights):
+        if (folder / "config.json").is_file():
+            try:
+                return read_architecture(folder, config.model.ignore_keys).vocab
+            except MegamaskError:
+                return None  # the verbs that use the model say why
+    return None
+
+
+def _check_vocabulary(config: Config, tokenizer: TextTokenizer) -> None:
+    """Check the ids that every document has, and warn of ids that a document may have.
+
+    Raises:
+        ArtifactError: the model does not know the tokenizer's token at an end of a document.
+    """
+    ends = [tokenizer.eod, *before_document(config, tokenizer)]
+    tokenizer.check_ids(max((one for one in ends if one is not None), default=0), tokenizer.name)
+    if tokenizer.model_vocab is not None and tokenizer.vocab_size > tokenizer.model_vocab:
+        log.warning(
+            "%s has ids up to %d, the model knows the %d below: text with such an id is refused",
+            tokenizer.name,
+            tokenizer.vocab_size - 1,
+            tokenizer.model_vocab,
+        )
 
 
 def _check_domains(config: Config) -> None:
