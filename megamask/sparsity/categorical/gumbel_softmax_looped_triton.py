@@ -20,8 +20,10 @@ from megamask.sparsity.kernels.triton_tiles import (
     Kernels,
     counter,
     exp,
+    first_tile,
     mask_gradients,
     mask_positions,
+    next_tile,
     rounded,
     score_of,
     tile,
@@ -42,9 +44,7 @@ def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
 
 
 @triton.jit
-def _block_scores(
-    line, inside, named, block, slope, inverse_tau, C: tl.constexpr, GROUPS: tl.constexpr
-):
+def _block_scores(line, inside, named, block, slope, inverse_tau, C: tl.constexpr, groups):
     """Scores of candidates 4 block .. 4 block + 3, and their largest; LOWEST where there is no such
     candidate.
     """
@@ -52,7 +52,7 @@ def _block_scores(
     count = tl.where(inside, C, 0)
     for i in tl.static_range(4):
         exists = count > block * 4 + i
-        pi = tl.load(line + (block * 4 + i) * GROUPS, mask=exists, other=0.0).to(tl.float32)
+        pi = tl.load(line + (block * 4 + i) * groups, mask=exists, other=0.0).to(tl.float32)
         score = tl.where(exists, score_of(pi, words[i], slope, inverse_tau), LOWEST)
         scores, top = scores + (score,), tl.maximum(top, score, propagate_nan=tl.PropagateNan.ALL)
     return scores, top
@@ -68,7 +68,7 @@ def _soft(
     inverse_tau,
     C: tl.constexpr,
     M: tl.constexpr,
-    GROUPS: tl.constexpr,
+    groups,
 ):
     """Largest score, sum of exp(score - largest), and the M soft mask entries."""
     top = tl.full(inside.shape, LOWEST, tl.float32)
@@ -77,7 +77,7 @@ def _soft(
     for _ in tl.static_range(M):
         masks = masks + (tl.zeros(inside.shape, tl.float32),)
     for block in range((C + 3) // 4):
-        scores, highest = _block_scores(line, inside, named, block, slope, inverse_tau, C, GROUPS)
+        scores, highest = _block_scores(line, inside, named, block, slope, inverse_tau, C, groups)
         highest = tl.maximum(top, highest, propagate_nan=tl.PropagateNan.ALL)
         shrink = exp(top - highest)
         total, masks, top = total * shrink, _scaled(masks, shrink, M), highest
@@ -114,7 +114,7 @@ def _hard(
     inverse_tau,
     C: tl.constexpr,
     M: tl.constexpr,
-    GROUPS: tl.constexpr,
+    groups,
 ):
     """The M entries of the candidate with the first largest score; NaN in a group with a score that
     is NaN or infinite.
@@ -122,7 +122,7 @@ def _hard(
     top = tl.full(inside.shape, LOWEST, tl.float32)
     hard_codes = tl.full(inside.shape, 0, tl.int64)
     for block in range((C + 3) // 4):
-        scores, highest = _block_scores(line, inside, named, block, slope, inverse_tau, C, GROUPS)
+        scores, highest = _block_scores(line, inside, named, block, slope, inverse_tau, C, groups)
         for i in tl.static_range(4):
             better, code = scores[i] > top, tl.load(codes + block * 4 + i)
             hard_codes = tl.where(better, code, hard_codes)
@@ -134,12 +134,12 @@ def _hard(
 
 
 @triton.jit
-def _statistics(line, inside, kappa, C: tl.constexpr, GROUPS: tl.constexpr):
+def _statistics(line, inside, kappa, C: tl.constexpr, groups):
     """Index of the first largest logit, and max softmax(kappa pi); 0 outside."""
     top = tl.full(inside.shape, LOWEST, tl.float32)
     total, index = tl.zeros(inside.shape, tl.float32), tl.full(inside.shape, 0, tl.int32)
     for c in range(C):
-        pi = tl.load(line + c * GROUPS, mask=inside, other=0.0).to(tl.float32)
+        pi = tl.load(line + c * groups, mask=inside, other=0.0).to(tl.float32)
         highest = tl.maximum(top, pi, propagate_nan=tl.PropagateNan.ALL)
         index = tl.where(pi > top, c, index)
         total = total * exp((top - highest) * kappa) + exp((pi - highest) * kappa)
@@ -155,6 +155,7 @@ def forward(
     logits,
     weight,
     rows: tl.int32,
+    groups: tl.int32,
     programs: tl.int32,
     global_row: tl.int64,
     first_group: tl.int64,
@@ -172,7 +173,6 @@ def forward(
     BITS: tl.constexpr,
     HARD: tl.constexpr,
     STATISTICS: tl.constexpr,
-    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
@@ -180,20 +180,22 @@ def forward(
     """As gumbel_softmax_triton.forward."""
     squares = tl.zeros((ROWS, COLS), tl.float32)
     largest = tl.zeros((ROWS, COLS), tl.float32)
-    for t in range(TILES):
-        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        line = logits + o * C * GROUPS + g
+    row, column = first_tile(TILES, groups, COLS)
+    for _number in range(TILES):
+        o, g, inside = tile(row, column, rows, groups, ROWS, COLS)
+        row, column = next_tile(row, column, groups, COLS)
+        line = logits + o * C * groups + g
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
         if HARD:
-            masks = _hard(line, inside, codes, named, slope, inverse_tau, C, M, GROUPS)
+            masks = _hard(line, inside, codes, named, slope, inverse_tau, C, M, groups)
         else:
-            _, _, masks = _soft(line, inside, codes, named, slope, inverse_tau, C, M, GROUPS)
-        squares += mask_positions(masked, weight, masks, o, g, inside, GROUPS, M, BITS)
+            _, _, masks = _soft(line, inside, codes, named, slope, inverse_tau, C, M, groups)
+        squares += mask_positions(masked, weight, masks, o, g, inside, groups, M, BITS)
         if STATISTICS:
-            index, probability = _statistics(line, inside, kappa, C, GROUPS)
-            tl.store(hard_codes + o * GROUPS + g, index, mask=inside)
+            index, probability = _statistics(line, inside, kappa, C, groups)
+            tl.store(hard_codes + o * groups + g, index, mask=inside)
             largest += probability
     tl.store(sums + tl.program_id(0), tl.sum(squares))
     tl.store(sums + programs + tl.program_id(0), tl.sum(largest))
@@ -206,6 +208,7 @@ def backward(
     logits,
     weight,
     rows: tl.int32,
+    groups: tl.int32,
     global_row: tl.int64,
     first_group: tl.int64,
     groups_in_row: tl.int64,
@@ -223,30 +226,31 @@ def backward(
     GRAD_BITS: tl.constexpr,
     HARD: tl.constexpr,
     ADD: tl.constexpr,
-    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """As gumbel_softmax_triton.backward."""
-    for t in range(TILES):
-        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        line, out = logits + o * C * GROUPS + g, dlogits + o * C * GROUPS + g
+    row, column = first_tile(TILES, groups, COLS)
+    for _number in range(TILES):
+        o, g, inside = tile(row, column, rows, groups, ROWS, COLS)
+        row, column = next_tile(row, column, groups, COLS)
+        line, out = logits + o * C * groups + g, dlogits + o * C * groups + g
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
-        top, total, soft = _soft(line, inside, codes, named, slope, inverse_tau, C, M, GROUPS)
+        top, total, soft = _soft(line, inside, codes, named, slope, inverse_tau, C, M, groups)
         masks = (
-            _hard(line, inside, codes, named, slope, inverse_tau, C, M, GROUPS) if HARD else soft
+            _hard(line, inside, codes, named, slope, inverse_tau, C, M, groups) if HARD else soft
         )
         dmasks = mask_gradients(
-            grad, weight, masks, norm_coef, o, g, inside, GROUPS, M, BITS, GRAD_BITS
+            grad, weight, masks, norm_coef, o, g, inside, groups, M, BITS, GRAD_BITS
         )
         mean = tl.zeros((ROWS, COLS), tl.float32)  # sum_c y dy, which is sum_j soft dmask
         for j in tl.static_range(M):
             mean += soft[j] * dmasks[j]
         for block in range((C + 3) // 4):
-            scores, _ = _block_scores(line, inside, named, block, slope, inverse_tau, C, GROUPS)
+            scores, _ = _block_scores(line, inside, named, block, slope, inverse_tau, C, groups)
             for i in tl.static_range(4):
                 c, code, dy = (
                     block * 4 + i,
@@ -258,8 +262,8 @@ def backward(
                 result = slope * (exp(scores[i] - top) / total) * (dy - mean)
                 there = tl.where(inside, C, 0) > c
                 if ADD:
-                    result += tl.load(out + c * GROUPS, mask=there, other=0.0).to(tl.float32)
-                tl.store(out + c * GROUPS, rounded(result, dlogits.dtype.element_ty), mask=there)
+                    result += tl.load(out + c * groups, mask=there, other=0.0).to(tl.float32)
+                tl.store(out + c * groups, rounded(result, dlogits.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=("rows", "kappa"))
@@ -268,18 +272,20 @@ def mask_statistics(
     sums,
     logits,
     rows: tl.int32,
+    groups: tl.int32,
     kappa,
     C: tl.constexpr,
-    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """As gumbel_softmax_triton.mask_statistics."""
     largest = tl.zeros((ROWS, COLS), tl.float32)
-    for t in range(TILES):
-        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        index, probability = _statistics(logits + o * C * GROUPS + g, inside, kappa, C, GROUPS)
-        tl.store(hard_codes + o * GROUPS + g, index, mask=inside)
+    row, column = first_tile(TILES, groups, COLS)
+    for _number in range(TILES):
+        o, g, inside = tile(row, column, rows, groups, ROWS, COLS)
+        row, column = next_tile(row, column, groups, COLS)
+        index, probability = _statistics(logits + o * C * groups + g, inside, kappa, C, groups)
+        tl.store(hard_codes + o * groups + g, index, mask=inside)
         largest += probability
     tl.store(sums + tl.program_id(0), tl.sum(largest))

@@ -23,8 +23,10 @@ from megamask.sparsity.kernels.triton_tiles import (
     Kernels,
     counter,
     exp,
+    first_tile,
     mask_gradients,
     mask_positions,
+    next_tile,
     read_logits,
     rounded,
     scores_of,
@@ -35,6 +37,7 @@ from megamask.sparsity.pattern import Pattern
 # Up to so many candidates, the kernels hold all of a group in registers; compiling them takes
 # quadratic time.
 UNROLLED = 32
+FEW = 8  # up to so many candidates, a thread has registers for four groups
 
 
 def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
@@ -45,7 +48,8 @@ def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
     codes = [sum(1 << j for j in kept) for kept in pattern.kept_positions]
     table = sum(code << (c * pattern.m) for c, code in enumerate(codes))
     constants = {**candidates, "M": pattern.m, "TABLE": table}
-    return Kernels(forward, backward, mask_statistics, constants, candidates)
+    several = 4 if pattern.num_candidates <= FEW else 1
+    return Kernels(forward, backward, mask_statistics, constants, candidates, several)
 
 
 @triton.jit
@@ -136,6 +140,7 @@ def forward(
     logits,
     weight,
     rows: tl.int32,
+    groups: tl.int32,
     programs: tl.int32,
     global_row: tl.int64,
     first_group: tl.int64,
@@ -153,7 +158,6 @@ def forward(
     BITS: tl.constexpr,
     HARD: tl.constexpr,
     STATISTICS: tl.constexpr,
-    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
@@ -163,9 +167,11 @@ def forward(
     """
     squares = tl.zeros((ROWS, COLS), tl.float32)
     largest = tl.zeros((ROWS, COLS), tl.float32)
-    for t in range(TILES):
-        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        pis = read_logits(logits, o, g, inside, GROUPS, C)
+    row, column = first_tile(TILES, groups, COLS)
+    for _number in range(TILES):
+        o, g, inside = tile(row, column, rows, groups, ROWS, COLS)
+        row, column = next_tile(row, column, groups, COLS)
+        pis = read_logits(logits, o, g, inside, groups, C)
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
@@ -173,9 +179,9 @@ def forward(
         top = _largest(scores, C)
         y = _one_hot(scores, top, C) if HARD else _softmax(scores, top, C)
         masks = _position_masks(y, C, M, TABLE)
-        squares += mask_positions(masked, weight, masks, o, g, inside, GROUPS, M, BITS)
+        squares += mask_positions(masked, weight, masks, o, g, inside, groups, M, BITS)
         if STATISTICS:
-            tl.store(hard_codes + o * GROUPS + g, _hard_code(pis, C).to(tl.uint8), mask=inside)
+            tl.store(hard_codes + o * groups + g, _hard_code(pis, C).to(tl.uint8), mask=inside)
             largest += tl.where(inside, _largest_probability(pis, kappa, C), 0.0)
     tl.store(sums + tl.program_id(0), tl.sum(squares))
     tl.store(sums + programs + tl.program_id(0), tl.sum(largest))
@@ -188,6 +194,7 @@ def backward(
     logits,
     weight,
     rows: tl.int32,
+    groups: tl.int32,
     global_row: tl.int64,
     first_group: tl.int64,
     groups_in_row: tl.int64,
@@ -205,7 +212,6 @@ def backward(
     GRAD_BITS: tl.constexpr,
     HARD: tl.constexpr,
     ADD: tl.constexpr,
-    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
@@ -213,9 +219,11 @@ def backward(
     """dlogits (+)= the gradient at the logits of grad, the gradient at weight * mask, minus
     norm_coef * |weight * mask|^2.
     """
-    for t in range(TILES):
-        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        pis = read_logits(logits, o, g, inside, GROUPS, C)
+    row, column = first_tile(TILES, groups, COLS)
+    for _number in range(TILES):
+        o, g, inside = tile(row, column, rows, groups, ROWS, COLS)
+        row, column = next_tile(row, column, groups, COLS)
+        pis = read_logits(logits, o, g, inside, groups, C)
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
@@ -224,17 +232,17 @@ def backward(
         y = _softmax(scores, top, C)
         masks = _position_masks(_one_hot(scores, top, C) if HARD else y, C, M, TABLE)
         dmasks = mask_gradients(
-            grad, weight, masks, norm_coef, o, g, inside, GROUPS, M, BITS, GRAD_BITS
+            grad, weight, masks, norm_coef, o, g, inside, groups, M, BITS, GRAD_BITS
         )
         mean = tl.zeros_like(top)
         for c in tl.static_range(C):
             mean += y[c] * _candidate_sum(dmasks, c, M, TABLE)
-        line = dlogits + o * C * GROUPS + g
+        line = dlogits + o * C * groups + g
         for c in tl.static_range(C):
             result = slope * y[c] * (_candidate_sum(dmasks, c, M, TABLE) - mean)
             if ADD:
-                result += tl.load(line + c * GROUPS, mask=inside, other=0.0).to(tl.float32)
-            tl.store(line + c * GROUPS, rounded(result, dlogits.dtype.element_ty), mask=inside)
+                result += tl.load(line + c * groups, mask=inside, other=0.0).to(tl.float32)
+            tl.store(line + c * groups, rounded(result, dlogits.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows", "kappa"))
@@ -243,9 +251,9 @@ def mask_statistics(
     sums,
     logits,
     rows: tl.int32,
+    groups: tl.int32,
     kappa,
     C: tl.constexpr,
-    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
@@ -254,9 +262,11 @@ def mask_statistics(
     noise.
     """
     largest = tl.zeros((ROWS, COLS), tl.float32)
-    for t in range(TILES):
-        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        pis = read_logits(logits, o, g, inside, GROUPS, C)
-        tl.store(hard_codes + o * GROUPS + g, _hard_code(pis, C).to(tl.uint8), mask=inside)
+    row, column = first_tile(TILES, groups, COLS)
+    for _number in range(TILES):
+        o, g, inside = tile(row, column, rows, groups, ROWS, COLS)
+        row, column = next_tile(row, column, groups, COLS)
+        pis = read_logits(logits, o, g, inside, groups, C)
+        tl.store(hard_codes + o * groups + g, _hard_code(pis, C).to(tl.uint8), mask=inside)
         largest += tl.where(inside, _largest_probability(pis, kappa, C), 0.0)
     tl.store(sums + tl.program_id(0), tl.sum(largest))

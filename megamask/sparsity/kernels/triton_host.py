@@ -23,13 +23,14 @@ from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Sampled, Site
 from megamask.sparsity.shard import RowBlock
 
 WARPS = 4
-# Groups a tile. One group a thread: all tensors of a program then have one layout, and nothing
-# moves between threads.
-TILE = 32 * WARPS
-TILES = 4  # a program in a big layer has so many tiles, which share its fixed costs
-# A layer with fewer tiles (4 million weights at 2:4) gives each its own program, to occupy the
-# device.
-MANY_TILES = 1 << 15
+THREADS = 32 * WARPS  # of a program; a tile has ``Kernels.groups_a_thread`` times as many groups
+WIDTHS = (512, 256, 128, 64, 32)  # of a tile, in groups; not below 32: lines are read whole
+# A thread in a big layer has so many groups, in one tile or one after the other: they share the
+# fixed costs of a program.
+GROUPS_OF_A_THREAD = 4
+# A layer with fewer groups (16 million weights at 2:4) gives each tile a program of its own, to
+# occupy the device.
+MANY_GROUPS = 1 << 22
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -53,7 +54,7 @@ class TritonSampler:
         out, kernels = _words(masked, site), self.kernels_of(site.pattern, logits.device)
         rows, _, groups = logits.shape
         hard_codes = logits.new_empty((rows, groups) if statistics else 0, dtype=site.code_dtype)
-        cut = Cut.of(rows, groups)
+        cut = Cut.of(rows, groups, kernels.groups_a_thread)
         sums = logits.new_empty(
             (2, sum(cut.programs(block.rows) for block in site.placement.blocks)),
             dtype=torch.float32,
@@ -71,6 +72,7 @@ class TritonSampler:
                 logits[here],
                 words[here],
                 block.rows,
+                groups,
                 sums.shape[1],
                 *_place(block, site),
                 *_noise(sample),
@@ -98,7 +100,7 @@ class TritonSampler:
         words, grads = _words(weight, site), _words(grad, site)
         kernels, buffer = self.kernels_of(site.pattern, logits.device), sink.buffer
         gradient = torch.empty_like(logits) if buffer is None else buffer.contiguous()
-        cut = Cut.of(logits.shape[0], logits.shape[-1])
+        cut = Cut.of(logits.shape[0], logits.shape[-1], kernels.groups_a_thread)
         for block, here in _blocks(site):
             _launch(
                 kernels.backward,
@@ -109,6 +111,7 @@ class TritonSampler:
                 logits[here],
                 words[here],
                 block.rows,
+                logits.shape[-1],
                 *_place(block, site),
                 *_noise(sample),
                 float(sink.norm_coef),
@@ -127,7 +130,8 @@ class TritonSampler:
         """(hard codes (O, G), sum over groups of the largest probability, 0-d)."""
         logits = mask_logits.detach().contiguous()
         rows, _, groups = logits.shape
-        cut, kernels = Cut.of(rows, groups), self.kernels_of(site.pattern, logits.device)
+        kernels = self.kernels_of(site.pattern, logits.device)
+        cut = Cut.of(rows, groups, kernels.groups_a_thread)
         hard_codes = logits.new_empty((rows, groups), dtype=site.code_dtype)
         sums = logits.new_empty(cut.programs(rows), dtype=torch.float32)
         _launch(
@@ -138,6 +142,7 @@ class TritonSampler:
             sums,
             logits,
             rows,
+            groups,
             float(kappa),
             **kernels.statistics_constants,
             **cut.constants,
@@ -154,12 +159,21 @@ class Cut(NamedTuple):
     tiles: int
 
     @classmethod
-    def of(cls, rows: int, groups: int) -> Cut:
-        """The width that leaves the fewest threads idle at the end of a row; not below 32, so that
-        lines are read whole.
+    def of(cls, rows: int, groups: int, groups_a_thread: int = 1) -> Cut:
+        """The widest tile that leaves at most a sixteenth of a row's threads idle at its end, else
+        the tile that leaves the fewest. Few widths serve all layers: each width is a compile.
+
+        Args:
+            rows: of the layer.
+            groups: of a row.
+            groups_a_thread: of the kernels.
         """
-        cols = min((128, 64, 32), key=lambda width: -(-groups // width) * width)
-        return cls(groups, TILE // cols, cols, TILES if rows * groups >= MANY_TILES * TILE else 1)
+        size = THREADS * groups_a_thread
+        covered = {width: -(-groups // width) * width for width in WIDTHS if width <= size}
+        enough = [width for width, threads in covered.items() if 16 * threads <= 17 * groups]
+        cols = enough[0] if enough else min(covered, key=lambda width: covered[width])
+        tiles = GROUPS_OF_A_THREAD // groups_a_thread if rows * groups >= MANY_GROUPS else 1
+        return cls(groups, size // cols, cols, tiles)
 
     def programs(self, rows: int) -> int:
         """How many programs cover ``rows`` rows."""
@@ -169,7 +183,7 @@ class Cut(NamedTuple):
     @property
     def constants(self) -> dict[str, int]:
         """Arguments of the kernels."""
-        return {"GROUPS": self.groups, "ROWS": self.rows, "COLS": self.cols, "TILES": self.tiles}
+        return {"ROWS": self.rows, "COLS": self.cols, "TILES": self.tiles}
 
 
 def _launch(

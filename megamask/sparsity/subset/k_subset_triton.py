@@ -20,8 +20,10 @@ from megamask.sparsity.kernels.triton_tiles import (
     Kernels,
     counter,
     exp,
+    first_tile,
     mask_gradients,
     mask_positions,
+    next_tile,
     read_logits,
     rounded,
     scores_of,
@@ -29,11 +31,14 @@ from megamask.sparsity.kernels.triton_tiles import (
 )
 from megamask.sparsity.pattern import Pattern
 
+FEW = 4  # up to so many positions, a thread has registers for four groups
+
 
 def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
     """The kernels for this pattern."""
     shape = {"N": pattern.n, "M": pattern.m}
-    return Kernels(forward, backward, mask_statistics, shape, shape)
+    several = 4 if pattern.m <= FEW else 1
+    return Kernels(forward, backward, mask_statistics, shape, shape, several)
 
 
 @triton.jit
@@ -209,6 +214,7 @@ def forward(
     logits,
     weight,
     rows: tl.int32,
+    groups: tl.int32,
     programs: tl.int32,
     global_row: tl.int64,
     first_group: tl.int64,
@@ -225,7 +231,6 @@ def forward(
     BITS: tl.constexpr,
     HARD: tl.constexpr,
     STATISTICS: tl.constexpr,
-    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
@@ -233,9 +238,11 @@ def forward(
     """As gumbel_softmax_triton.forward; hard_codes holds the bits of the kept positions."""
     squares = tl.zeros((ROWS, COLS), tl.float32)
     largest = tl.zeros((ROWS, COLS), tl.float32)
-    for t in range(TILES):
-        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        pis = read_logits(logits, o, g, inside, GROUPS, M)
+    row, column = first_tile(TILES, groups, COLS)
+    for _number in range(TILES):
+        o, g, inside = tile(row, column, rows, groups, ROWS, COLS)
+        row, column = next_tile(row, column, groups, COLS)
+        pis = read_logits(logits, o, g, inside, groups, M)
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
@@ -246,10 +253,10 @@ def forward(
         else:
             u, v = _factors(scores, ranks, N, M)
             masks = _marginals(u, v, N, M)
-        squares += mask_positions(masked, weight, masks, o, g, inside, GROUPS, M, BITS)
+        squares += mask_positions(masked, weight, masks, o, g, inside, groups, M, BITS)
         if STATISTICS:
             bits, probability = _statistics(pis, kappa, N, M)
-            tl.store(hard_codes + o * GROUPS + g, bits.to(hard_codes.dtype.element_ty), mask=inside)
+            tl.store(hard_codes + o * groups + g, bits.to(hard_codes.dtype.element_ty), mask=inside)
             largest += tl.where(inside, probability, 0.0)
     tl.store(sums + tl.program_id(0), tl.sum(squares))
     tl.store(sums + programs + tl.program_id(0), tl.sum(largest))
@@ -262,6 +269,7 @@ def backward(
     logits,
     weight,
     rows: tl.int32,
+    groups: tl.int32,
     global_row: tl.int64,
     first_group: tl.int64,
     groups_in_row: tl.int64,
@@ -278,15 +286,16 @@ def backward(
     GRAD_BITS: tl.constexpr,
     HARD: tl.constexpr,
     ADD: tl.constexpr,
-    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """As gumbel_softmax_triton.backward."""
-    for t in range(TILES):
-        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        pis = read_logits(logits, o, g, inside, GROUPS, M)
+    row, column = first_tile(TILES, groups, COLS)
+    for _number in range(TILES):
+        o, g, inside = tile(row, column, rows, groups, ROWS, COLS)
+        row, column = next_tile(row, column, groups, COLS)
+        pis = read_logits(logits, o, g, inside, groups, M)
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
@@ -295,15 +304,15 @@ def backward(
         u, v = _factors(scores, ranks, N, M)
         masks = _hard(scores, ranks, N, M) if HARD else _marginals(u, v, N, M)
         dmasks = mask_gradients(
-            grad, weight, masks, norm_coef, o, g, inside, GROUPS, M, BITS, GRAD_BITS
+            grad, weight, masks, norm_coef, o, g, inside, groups, M, BITS, GRAD_BITS
         )
         found = _covariances(u, v, dmasks, N, M)
-        line = dlogits + o * M * GROUPS + g
+        line = dlogits + o * M * groups + g
         for j in tl.static_range(M):
             result = slope * found[j]
             if ADD:
-                result += tl.load(line + j * GROUPS, mask=inside, other=0.0).to(tl.float32)
-            tl.store(line + j * GROUPS, rounded(result, dlogits.dtype.element_ty), mask=inside)
+                result += tl.load(line + j * groups, mask=inside, other=0.0).to(tl.float32)
+            tl.store(line + j * groups, rounded(result, dlogits.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows", "kappa"))
@@ -312,19 +321,21 @@ def mask_statistics(
     sums,
     logits,
     rows: tl.int32,
+    groups: tl.int32,
     kappa,
     N: tl.constexpr,
     M: tl.constexpr,
-    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """As gumbel_softmax_triton.mask_statistics; hard_codes holds the bits of the kept positions."""
     largest = tl.zeros((ROWS, COLS), tl.float32)
-    for t in range(TILES):
-        o, g, inside = tile(tl.program_id(0) * TILES + t, rows, GROUPS, ROWS, COLS)
-        bits, probability = _statistics(read_logits(logits, o, g, inside, GROUPS, M), kappa, N, M)
-        tl.store(hard_codes + o * GROUPS + g, bits.to(hard_codes.dtype.element_ty), mask=inside)
+    row, column = first_tile(TILES, groups, COLS)
+    for _number in range(TILES):
+        o, g, inside = tile(row, column, rows, groups, ROWS, COLS)
+        row, column = next_tile(row, column, groups, COLS)
+        bits, probability = _statistics(read_logits(logits, o, g, inside, groups, M), kappa, N, M)
+        tl.store(hard_codes + o * groups + g, bits.to(hard_codes.dtype.element_ty), mask=inside)
         largest += tl.where(inside, probability, 0.0)
     tl.store(sums + tl.program_id(0), tl.sum(largest))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ import triton.language as tl
 
 from megamask.sparsity.categorical import gumbel_softmax
 from megamask.sparsity.categorical.categorical import CATEGORICAL
+from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.draw import GradientSink, Sample, Site
-from megamask.sparsity.kernels import triton_tiles
+from megamask.sparsity.kernels import triton_host, triton_tiles
 from megamask.sparsity.noise import NoiseKey, words
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement, RowBlock
+from megamask.sparsity.subset.subset import SUBSET
 from tests.unit.sparsity.samplers import TRITON
 from tests.unit.sparsity.test_backends import changed
 from tests.unit.sparsity.test_noise import KNOWN_ANSWERS
@@ -280,6 +283,39 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
         assert torch.equal(
             TRITON.backward(grad[rows][:, inputs], *some, SINK), gradient[rows][..., groups]
         )
+
+
+@pytest.mark.parametrize("distribution", [CATEGORICAL, SUBSET], ids=str)
+def test_tiles_of_a_program_have_the_bits_of_tiles_side_by_side(
+    distribution: Distribution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large layers give a program several tiles. Six tiles of 70 groups wrap to the next rows
+    within a program, and leave the second program half full.
+    """
+    kernels = import_module(str(distribution.triton))
+    monkeypatch.setattr(kernels, "FEW", 0)  # one group a thread, so that there are several tiles
+    rows, groups = 8, 70
+    site = Site(Pattern(2, 4), Placement.whole(rows, groups), distribution)
+    generator = torch.Generator().manual_seed(1)
+    pi = 0.01 * torch.randn(rows, site.logits_per_group, groups, generator=generator)
+    w, g = (torch.randn(rows, groups * 4, generator=generator) for _ in range(2))
+    g, pi, w = (one.to(DEVICE) for one in (g, pi, w))
+
+    def run() -> list[torch.Tensor]:
+        sampler = triton_host.TritonSampler(kernels)
+        forward = sampler.forward(pi, w, site, SOFT, statistics=True)
+        backward = sampler.backward(g, pi, w, site, SOFT, SINK)
+        return [forward.masked, forward.hard_codes, backward, *forward.sums[None]]
+
+    assert triton_host.Cut.of(rows, groups).tiles == 1
+    *expected, sums = run()
+    monkeypatch.setattr(triton_host, "MANY_GROUPS", 0)
+    assert triton_host.Cut.of(rows, groups).programs(rows) == 2
+    *found, found_sums = run()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    # fp32 sums of a tile each, added in another order
+    torch.testing.assert_close(found_sums, sums, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])

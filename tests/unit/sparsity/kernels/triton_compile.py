@@ -1,15 +1,21 @@
-"""Compile every Triton kernel for Hopper (sm_90); no GPU is needed. Prints one line a kernel:
-registers, spilled bytes, layout changes.
+"""Compile every Triton kernel for GPUs that are not here, and compare what the compiler made of
+them with ``compiled.json``: registers and bytes of local memory a thread, and the instructions of
+the program over the groups that a thread holds at once.
 
-python -m tests.unit.sparsity.kernels.triton_compile   (with --all also 8:16: takes minutes)
+python -m tests.unit.sparsity.kernels.triton_compile            2:4, for sm_90
+python -m tests.unit.sparsity.kernels.triton_compile --all      all patterns, for sm_80, 90 and 100
+python -m tests.unit.sparsity.kernels.triton_compile --write    the same, and write compiled.json
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,87 +33,163 @@ from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset.subset import SUBSET
 
 CPU = torch.device("cpu")
-TARGET = GPUTarget("cuda", 90, 32)
+RECORD = Path(__file__).with_name("compiled.json")
 POINTERS = {"masked": "*i64", "weight": "*i64", "grad": "*i64", "sums": "*fp32", "codes": "*i64"}
 HARD_CODES = {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
 WHOLE = Placement.whole(1, 1)
-# The most registers and bytes of local memory a thread: 32 registers leave a Hopper multiprocessor
-# full, 64 half full, 128 a quarter.
-CASES = {
-    Site(Pattern(2, 4), WHOLE, CATEGORICAL): (32, 0),
-    Site(Pattern(1, 4), WHOLE, CATEGORICAL): (32, 0),
-    Site(Pattern(4, 8), WHOLE, CATEGORICAL): (64, 0),
-    Site(Pattern(2, 4), WHOLE, SUBSET): (48, 0),
-    Site(Pattern(4, 8), WHOLE, SUBSET): (128, 16),
-}
-SLOW = {Site(Pattern(8, 16), WHOLE, SUBSET): (255, 2048)}
+FEW = [Site(Pattern(2, 4), WHOLE, one) for one in (CATEGORICAL, SUBSET)]
+ALL = [
+    *FEW,
+    Site(Pattern(1, 4), WHOLE, CATEGORICAL),
+    Site(Pattern(4, 8), WHOLE, CATEGORICAL),
+    Site(Pattern(4, 8), WHOLE, SUBSET),
+]
+CAPABILITIES = (80, 90, 100)
+GROWTH = 1.1  # of registers or instructions that is a failure
+# Bytes of local memory a thread: kernels of 2:4 keep everything in registers.
+MOST_SPILLED = 16
 
 
-def source(site: Site, name: str, logits: str, flag: bool) -> ASTSource:
-    """A kernel with bf16 weights, as fused_cuda launches it in a big layer."""
-    assert site.distribution.triton is not None
-    kernels = import_module(site.distribution.triton).kernels_of(site.pattern, CPU)
-    kernel = getattr(kernels, name)
-    cut = triton_host.Cut.of(1 << 20, 1024)
-    constants: dict[str, Any] = {
-        **kernels.constants,
-        **cut.constants,
-        "BITS": 16,
-        "GRAD_BITS": 16,
-        **dict.fromkeys(("HARD", "STATISTICS", "ADD"), flag),
-    }
-    pointers = {
-        **POINTERS,
-        "hard_codes": HARD_CODES[site.code_dtype],
-        "logits": f"*{logits}",
-        "dlogits": f"*{logits}",
-    }
-    signature, aligned = {}, {}
-    for position, parameter in enumerate(kernel.params):
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-        else:
-            signature[parameter.name] = (
-                pointers.get(parameter.name) or parameter.annotation_type or "fp32"
-            )
-        if parameter.name in pointers:
-            aligned[(position,)] = [["tt.divisibility", 16]]
-    used = {key: value for key, value in constants.items() if signature.get(key) == "constexpr"}
-    return ASTSource(kernel, signature, used, aligned)
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is launched in a big layer with bf16 weights.
+
+    Attributes:
+        site: distribution and pattern.
+        kernel: forward, backward or mask_statistics.
+        logits: fp32, or bf16.
+        flag: HARD, STATISTICS and ADD together.
+        capability: 90 for sm_90.
+    """
+
+    site: Site
+    kernel: str
+    logits: str
+    flag: bool
+    capability: int
+
+    @property
+    def name(self) -> str:
+        """As in ``compiled.json``."""
+        what = f"{self.site.distribution.name} {self.site.pattern} {self.kernel}"
+        return f"{what} {self.logits}{' flags' if self.flag else ''} sm_{self.capability}"
+
+    def measure(self) -> dict[str, float]:
+        """Compile; the figures of the module's docstring by name."""
+        options = {"num_warps": triton_host.WARPS, "enable_fp_fusion": True}
+        target = GPUTarget("cuda", self.capability, 32)
+        compiled = triton.compile(self.source(), target=target, options=options)
+        registers, spilled, instructions = resources(compiled.asm["cubin"])
+        per_group = round(instructions / self.cut.rows / self.cut.cols * triton_host.THREADS)
+        return {"registers": registers, "spilled": spilled, "instructions": per_group}
+
+    @property
+    def kernels(self) -> Any:
+        """The kernels of this distribution and pattern."""
+        assert self.site.distribution.triton is not None
+        return import_module(self.site.distribution.triton).kernels_of(self.site.pattern, CPU)
+
+    @property
+    def cut(self) -> triton_host.Cut:
+        """The tiles of a big layer."""
+        return triton_host.Cut.of(1 << 20, 1024, self.kernels.groups_a_thread)
+
+    def source(self) -> ASTSource:
+        """The kernel as triton_host launches it: pointers are aligned, and 16 divides G."""
+        kernels = self.kernels
+        kernel = getattr(kernels, self.kernel)
+        constants: dict[str, Any] = {
+            **kernels.constants,
+            **self.cut.constants,
+            "BITS": 16,
+            "GRAD_BITS": 16,
+            **dict.fromkeys(("HARD", "STATISTICS", "ADD"), self.flag),
+        }
+        pointers = {
+            **POINTERS,
+            "hard_codes": HARD_CODES[self.site.code_dtype],
+            "logits": f"*{self.logits}",
+            "dlogits": f"*{self.logits}",
+        }
+        signature, aligned = {}, {}
+        for position, parameter in enumerate(kernel.params):
+            if parameter.is_constexpr:
+                signature[parameter.name] = "constexpr"
+            else:
+                signature[parameter.name] = (
+                    pointers.get(parameter.name) or parameter.annotation_type or "fp32"
+                )
+            if parameter.name in (*pointers, "groups"):
+                aligned[(position,)] = [["tt.divisibility", 16]]
+        used = {key: value for key, value in constants.items() if signature.get(key) == "constexpr"}
+        return ASTSource(kernel, signature, used, aligned)
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of local memory a thread)."""
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """(registers a thread, bytes of local memory a thread, instructions of the program)."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2]) + int(found[3])
+
+        def dump(what: str) -> str:
+            command = [str(tool), what, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("-res-usage"), dump("-sass")
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
+    assert found, usage
+    lines = re.findall(r"/\*[0-9a-f]{4}\*/\s+(.*)", code)
+    instructions = sum(not line.startswith("NOP") for line in lines)
+    return int(found[1]), int(found[2]) + int(found[3]), instructions
 
 
-def main() -> int:
-    """1 when a kernel spills, or needs so many registers that few programs fit."""
-    passed = True
-    for site, (most, local) in {**CASES, **(SLOW if "--all" in sys.argv else {})}.items():
-        for name in ("forward", "backward", "mask_statistics"):
-            for logits, flag in (("fp32", False), ("bf16", True)):
-                options = {"num_warps": triton_host.WARPS, "enable_fp_fusion": True}
-                compiled = triton.compile(
-                    source(site, name, logits, flag), target=TARGET, options=options
-                )
-                registers, spilled = resources(compiled.asm["cubin"])
-                moved = compiled.asm["ttgir"].count("convert_layout")
-                what = f"{name} {site.distribution} {site.pattern} {logits} flags={flag}"
-                found = f"{registers} registers, {spilled} bytes spilled, {moved} layout changes"
-                print(f"{what}: {found}", flush=True)
-                passed &= spilled <= local and registers <= most
-    return 0 if passed else 1
+def variants(sites: list[Site], capabilities: tuple[int, ...]) -> Iterator[Variant]:
+    """All kernels of ``sites``, plain with fp32 logits and with every flag with bf16 logits."""
+    for capability in capabilities:
+        for site in sites:
+            for kernel in ("forward", "backward", "mask_statistics"):
+                for logits, flag in (("fp32", False), ("bf16", True)):
+                    yield Variant(site, kernel, logits, flag, capability)
+
+
+def grown(name: str, found: dict[str, float], known: dict[str, float] | None) -> list[str]:
+    """What is larger than it may be.
+
+    Args:
+        name: of the variant.
+        found: what the compiler made of it.
+        known: what ``compiled.json`` says; None for a new variant or another version of Triton,
+            whose compiler may choose otherwise.
+    """
+    wrong = [f"{found['spilled']} bytes spilled"] if found["spilled"] > MOST_SPILLED else []
+    for what, before in (known or {}).items():
+        if found[what] > GROWTH * before:
+            wrong.append(f"{found[what]} {what}, {before} before")
+    return [f"{name}: {one}" for one in wrong]
+
+
+def main(arguments: list[str]) -> int:
+    """1 when a kernel has grown by a tenth, or spills."""
+    everything = bool({"--all", "--write"} & set(arguments))
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    comparable = record.get("triton") == triton.__version__
+    known, wrong, found = record.get("kernels", {}) if comparable else {}, [], {}
+    chosen = variants(ALL, CAPABILITIES) if everything else variants(FEW, (90,))
+    for variant in chosen:
+        found[variant.name] = variant.measure()
+        print(f"{variant.name}: {found[variant.name]}", flush=True)
+        wrong += grown(variant.name, found[variant.name], known.get(variant.name))
+    if "--write" in arguments:
+        lines = [f'  "{name}": {json.dumps(one)}' for name, one in found.items()]
+        body = ",\n".join(lines)
+        RECORD.write_text(
+            f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{body}\n }}\n}}\n'
+        )
+        return 0
+    print("\n".join(wrong) or f"{len(found)} kernels are as they were")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
