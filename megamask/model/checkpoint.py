@@ -7,6 +7,7 @@ other TP.
 from __future__ import annotations
 
 import logging
+import queue
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +16,14 @@ from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megamask import storage
@@ -64,7 +67,7 @@ def save_sharded(
             if mesh.is_main:
                 temporary.mkdir(parents=True)
             mesh.barrier()
-            with _deaf_helpers():
+            with _deaf_helpers(), _results_in_this_process():
                 dist_checkpointing.save(state, str(temporary), validate_access_integrity=True)
             mesh.barrier()
             if mesh.is_main:
@@ -82,10 +85,10 @@ def save_sharded(
 def _deaf_helpers() -> Iterator[None]:
     """Start the helper processes of Megatron's writer deaf to the signals that end a run.
 
-    A launcher signals the whole process group. Megatron's writer starts a helper at the first save
-    and keeps it: with the default reaction to SIGTERM or SIGUSR1 the helper died with the group,
-    and the save that the signal asks for failed. A process inherits the signals that its parent
-    blocks. This process itself loses none: a blocked signal waits until the block ends.
+    A launcher signals the whole process group. Megatron's writer forks helpers for a save: with the
+    default reaction to SIGTERM or SIGUSR1 they died with the group, and the save failed. A process
+    inherits the signals that its parent blocks. This process itself loses none: a blocked signal
+    waits until the block ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
@@ -95,6 +98,21 @@ def _deaf_helpers() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _results_in_this_process() -> Iterator[None]:
+    """Let Megatron's writer collect the results of a save in a queue of this process.
+
+    Megatron keeps the queue in a process of its own, since its saves may go on in the background:
+    at the first save every rank starts an interpreter that imports torch. A save in the foreground
+    fills and empties the queue in one process.
+    """
+    if not hasattr(filesystem_async, "_get_write_results_queue"):  # a version without the queue
+        yield
+        return
+    with patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
+        yield
 
 
 def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tests.e2e.program import (
     contents,
     here,
     in_process,
-    megamask,
+    in_ranks,
     refusal,
 )
 
@@ -212,7 +212,7 @@ def test_two_ranks_finish_what_one_began(
     interrupted: Path, whole: Path, settings: Settings, tmp_path: Path
 ) -> None:
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
-    megamask("learn", *settings(run_dir), *RUN, "parallel.tp=2", launch=2)
+    in_ranks(2, ["learn", *settings(run_dir), *RUN, "parallel.tp=2"])
     assert [record["step"] for record in records(run_dir)] == list(range(1, STEPS + 1))
     ours, theirs = (
         load_masks(folder / "masks" / "learned.safetensors") for folder in (run_dir, whole)
@@ -236,8 +236,8 @@ def test_sigusr1_saves_and_a_restart_ends_the_same(
 def test_a_signal_to_the_whole_group_after_a_periodic_snapshot_saves(
     run_dir: Path, settings: Settings, launch: int | None
 ) -> None:
-    """Launchers signal process groups, and Megatron's writer keeps a helper process after the first
-    save: the helper must not die of the signal that asks for the next one.
+    """Launchers signal process groups, and a save has helper processes: they must not die of the
+    signal that asks for the next save.
     """
     ranks = ["learn.global_batch=4"] if launch else []
     with Program("learn", *settings(run_dir), *RUN, *ranks, launch=launch) as program:
