@@ -197,6 +197,11 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = free(
         "auto", description="auto = the GPU where there is one"
     )
+    deterministic: bool = free(
+        False,
+        description="use only algorithms that give the same bits each time; a CPU always does, "
+        "on CUDA attention gets slower and larger",
+    )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and activations")
     pattern: str = Field("2:4", description="keep N of every M consecutive inputs")
     model: ModelSection = ModelSection()

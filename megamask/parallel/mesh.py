@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from megamask.config import Config, run_paths
 from megamask.errors import ConfigError, DismissedError, LaunchError, MegamaskError
+from megamask.parallel.determinism import deterministic
 from megamask.parallel.roll_call import Roll, call_roll, cores
 from megamask.process.place import Place, this_place
 from megamask.process.signals import StopRequest
@@ -185,7 +186,11 @@ def start(
     place = place or this_place()
     assert place.world % config.parallel.tp == 0
     device = choose_device(config.device)
-    with megatron_on_cpu(active=device.type == "cpu"), _lost_ranks_named(config, place):
+    with (
+        deterministic(config.deterministic, device),
+        megatron_on_cpu(active=device.type == "cpu"),
+        _lost_ranks_named(config, place),
+    ):
         mesh = _join(config, place, device, stop or StopRequest())
         try:
             yield mesh

@@ -176,7 +176,7 @@ def words_of(one: Field[Any]) -> str:
     return str(one.metadata["words"])
 
 
-EVERYWHERE = ("run_dir", "device", "dtype", "parallel")
+EVERYWHERE = ("run_dir", "device", "deterministic", "dtype", "parallel")
 LEARNING = ("seed", "pattern", "model", "data", "learn", "evaluate.window", "evaluate.max_tokens")
 VERBS: dict[str, Verb] = {
     "gguf": Verb(

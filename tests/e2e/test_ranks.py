@@ -4,6 +4,7 @@ code, no hang, and whole artefacts.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -214,3 +215,14 @@ def test_ranks_with_other_settings_are_refused(run_dir: Path, settings: Settings
     assert "learn.optimizer.lr = 0.5: rank 1 on" in message
     assert [one.code for one in ranks] == [EXIT_USER_ERROR] * 2
     assert not (run_dir / "learn" / "snapshots").exists() and contents(run_dir) == before
+
+
+def test_deterministic_algorithms_change_no_bit_on_a_cpu(
+    run_dir: Path, settings: Settings, tmp_path: Path
+) -> None:
+    masks = []
+    for asked in ("false", "true"):
+        folder = Path(shutil.copytree(run_dir, tmp_path / asked))
+        here("learn", *settings(folder), "learn.steps=2", f"deterministic={asked}")
+        masks.append(load_masks(folder / "masks" / "learned.safetensors"))
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])

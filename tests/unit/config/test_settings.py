@@ -39,8 +39,8 @@ DECIDING = """
     export.mask export.weights export.out
 """
 FREE = """
-    run_dir device parallel.tp parallel.sequence_parallel parallel.recompute
-    parallel.timeout_minutes parallel.threads calibration.micro_batch
+    run_dir device deterministic parallel.tp parallel.sequence_parallel parallel.recompute
+    parallel.start_minutes parallel.timeout_minutes parallel.threads calibration.micro_batch
     model.ignore_keys
     learn.preset learn.memory learn.micro_batch learn.resume learn.sampling.backend
     learn.state.masked_weight learn.state.track_flips learn.optimizer.distributed

@@ -95,3 +95,30 @@ def test_the_other_ranks_leave_the_work_to_rank_0(
     given = ["learned", str(tmp_path / "m.safetensors")] if name == "extract" else given
     assert main([name, f"run_dir={tmp_path / 'run'}", *given]) == EXIT_OK
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("verb", "key"),
+    [
+        ("learn", "data.seq_length"),
+        ("learn", "evaluate.window"),
+        ("prune", "calibration.seq_length"),
+        ("evaluate", "evaluate.window"),
+        ("plan", "data.seq_length"),
+    ],
+)
+def test_a_sequence_that_ranks_cannot_divide_is_refused_before_anything_is_read(
+    verb: str,
+    key: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run folder is empty: a verb that looked for weights first would miss them."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    layout = ["parallel.tp=2", "parallel.sequence_parallel=true"]
+    text = ["data.domains.a={kind: text, path: x}", f"{key}=33"]
+    given = ["--model", "llama2-7b"] if verb == "plan" else []
+    assert main([verb, *given, f"run_dir={tmp_path}", *layout, *text]) == EXIT_USER_ERROR
+    assert f"{key} = 33: a multiple of parallel.tp=2" in capsys.readouterr().err
