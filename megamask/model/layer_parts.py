@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -162,15 +163,12 @@ class AllHeadsNorm(torch.nn.Module):
         config: names dtype and device.
         width: number of dimensions of all heads of all ranks.
         norm: an RMSNorm.
-        tp_group: the ranks that share the heads; None takes Megatron's.
     """
 
-    def __init__(
-        self, config: TransformerConfig, width: int, norm: Norm, tp_group: Any = None, **_: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, width: int, norm: Norm, **_: Any) -> None:
         super().__init__()
         ranks = config.tensor_model_parallel_size
-        self.norm, self.width, self.tp_group, self.ranks = norm, width, tp_group, ranks
+        self.norm, self.width, self.ranks = norm, width, ranks
         self.weight = _parameter(config, torch.ones(width // ranks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -195,7 +193,7 @@ class AllHeadsNorm(torch.nn.Module):
             prefix,
             {"weight": 0},
             sharded_offsets,
-            tp_group=self.tp_group,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
         return sharded

@@ -55,6 +55,7 @@ def settings(
     run_dir: Path | None = None,
     hf: Path | None = None,
     sequence_parallel: bool | None = None,
+    recompute: bool | str = False,
 ) -> Config:
     """fp32 on the CPU."""
     chosen = {
@@ -64,6 +65,7 @@ def settings(
         "run_dir": run_dir,
         "model.hf": hf,
         "parallel.sequence_parallel": sequence_parallel,
+        "parallel.recompute": str(recompute).lower(),
     }
     return load_config(
         None, [f"{key}={value}" for key, value in chosen.items() if value is not None]

@@ -10,16 +10,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megamask.model.build import build_model, model_rules
-from megamask.model.checkpoint import fill_from_hf
+from megamask.model.build import build_model, masked_linears, model_rules
+from megamask.model.checkpoint import fill_from_hf, save_sharded, sharded_state
 from megamask.parallel.mesh import start
 from megamask.weights.architecture import read_architecture
 from megamask.weights.hf_files import open_checked
 from tests.parallel.ranks import meet_again, run_ranks
-from tests.parity.megatron import LOGITS, Output, output, settings, transformers_output
+from tests.parity.megatron import (
+    LOGITS,
+    Output,
+    hf_tensors,
+    output,
+    output_of_weights,
+    settings,
+    transformers_output,
+)
 from tests.parity.variants import LENGTH, VARIANTS, VOCAB, make
 
 NAMES = list(VARIANTS)
+# Saved at TP 2 and read at TP 1: tensors of every kind that Llama does not have.
+SAVED = ("olmo2", "gemma3", "gpt_neox parallel", "phi3")
+GRADIENT = 5e-5  # of the largest; fp32 rounding gives 1e-5 at most in the backward pass
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,8 @@ def outputs(
     rank: int, folders: dict[str, Path], tokens_NS: torch.Tensor, tp: int, splits: tuple[bool, ...]
 ) -> list[dict[str, Output]]:
     """Outputs of every model, without and with sequence parallel as ``splits`` says. The first
-    models are also turned back into HF tensors, which must be those of the files.
+    models are also turned back into HF tensors, which must be those of the files, and at TP 2 some
+    are saved.
     """
     found = []
     for split in splits:
@@ -64,6 +76,10 @@ def outputs(
                         shards = mesh.gather_over_tp(parameters[rule.megatron])
                         back.update(rule.to_hf(rule.join(shards)))
                     assert same(back, load_file(folder / "model.safetensors")), name
+                    if tp > 1 and name in SAVED:
+                        note = {"fingerprint": "", "dtype": "float32", "padded_vocab": VOCAB + 1}
+                        files = [folder / "config.json"]
+                        save_sharded(sharded_state(model), folder / "saved", mesh, note, files)
                 one[name] = output(model, arch, mesh, tokens_NS)
         found.append(one)
         if tp > 1:
@@ -98,6 +114,83 @@ def test_outputs_are_those_of_transformers_at_tp_2(
     for plain, split in run_ranks(outputs, 2, folders, tokens_NS, 2, (False, True)):
         check(plain, expected)
         check(split, expected)
+
+
+def test_weights_that_tp_2_saved_are_read_at_tp_1_and_come_back(
+    folders: dict[str, Path], tokens_NS: torch.Tensor, expected: dict[str, Output]
+) -> None:
+    missing = [name for name in SAVED if not (folders[name] / "saved").exists()]
+    if missing:  # this test alone
+        run_ranks(outputs, 2, {name: folders[name] for name in SAVED}, tokens_NS, 2, (False,))
+    for name in SAVED:
+        weights = folders[name] / "saved"
+        assert output_of_weights(0, weights, tokens_NS, 1).agrees(expected[name]), name
+        assert same(hf_tensors(weights), load_file(folders[name] / "model.safetensors")), name
+
+
+Gradients = dict[str, dict[str, torch.Tensor]]
+
+
+def gradients(
+    rank: int, folders: dict[str, Path], tokens_NS: torch.Tensor, tp: int, recompute: bool | str
+) -> Gradients:
+    """d mean cross entropy / d weight of every linear, by HF name."""
+    config = settings(tp, sequence_parallel=tp > 1, recompute=recompute)
+    found: Gradients = {}
+    with start(config) as mesh:
+        for name, folder in folders.items():
+            arch = read_architecture(folder)
+            with open_checked(folder) as reader:
+                model = build_model(config, arch, mesh)
+                fill_from_hf(model, arch, mesh, reader)
+            linears = masked_linears(model)
+            for linear in linears.values():
+                linear.weight.requires_grad_(True)
+            model.token_losses(tokens_NS, tokens_NS.roll(-1, 1))[:, :-1].mean().backward()
+            found[name] = {}
+            for rule in model_rules(arch, tp):
+                linear = linears.get(rule.megatron.removesuffix(".weight"))
+                if linear is not None and rule.is_linear:
+                    assert linear.weight.grad is not None
+                    found[name] |= rule.to_hf(rule.join(mesh.gather_over_tp(linear.weight.grad)))
+    return found
+
+
+def gradients_of_transformers(folder: Path, tokens_NS: torch.Tensor) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    logits = model(tokens_NS).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens_NS[:, 1:].flatten()).backward()
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@pytest.mark.nightly
+def test_gradients_are_those_of_transformers_with_and_without_recomputation(
+    folders: dict[str, Path], tokens_NS: torch.Tensor
+) -> None:
+    plain = gradients(0, folders, tokens_NS, 1, False)
+    for name, folder in folders.items():
+        theirs = gradients_of_transformers(folder, tokens_NS)
+        for linear, gradient in plain[name].items():
+            other = theirs[linear]
+            assert float((gradient - other).abs().max() / other.abs().max()) < GRADIENT, linear
+            assert float((gradient - 1.001 * other).abs().max() / other.abs().max()) > GRADIENT
+    modes: tuple[bool | str, ...] = ("mlp", True)
+    for recompute in modes:
+        again = gradients(0, folders, tokens_NS, 1, recompute)
+        assert all(same(again[name], plain[name]) for name in folders)
+        for ranks in run_ranks(gradients, 2, folders, tokens_NS, 2, recompute):
+            for name, found in ranks.items():
+                for linear, gradient in found.items():
+                    other = plain[name][linear]
+                    assert float((gradient - other).abs().max() / other.abs().max()) < GRADIENT
 
 
 @pytest.mark.parametrize("name", NAMES)
