@@ -5,7 +5,7 @@ them; each is read as the setting that it is called now, and said once in the lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -51,8 +51,13 @@ def upgrade(
     for before, now in RENAMED.items():
         if old.has(before):
             old.set(now, old.pop(before), before)
-    for translate in (_method, _distillation, _weight_norm, _epsilon, _sinks, _eod, _baseline):
-        translate(old)
+    for now, translate in TRANSLATED.items():
+        try:
+            translate(old)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            allowed = "a value that fits the old words beside it"
+            fix = "Write new words alone: megamask settings lists them."
+            raise ConfigError(now, old.current(now), allowed, fix) from None
     old.drop_empty("learn.loss")
     return values
 
@@ -62,17 +67,23 @@ def upgrade_note(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: as the note holds them: flattened, or nested as before.
+
+    Raises:
+        TypeError: the note holds something else than settings.
     """
     flat = flatten(settings)
-    nested = nest(flat)
-    learn = nested.get("learn", {})
-    if "method" not in learn:
-        for key, value in BEFORE_SETTING.items():
-            merge(nested, nest({key: flat.get(key, value)}))
-    found = flatten(upgrade(nested, say=False))
-    if found.get("learn.optimizer.clip") == 0 and "learn.optimizer.epsilon" in found:
-        # The relative part is in units of the clip: such a run learned without it.
-        found["learn.optimizer.epsilon"] = [found["learn.optimizer.epsilon"][0], 0.0]
+    try:
+        nested = nest(flat)
+        learn = nested.get("learn", {})
+        if "method" not in learn:
+            for key, value in BEFORE_SETTING.items():
+                merge(nested, nest({key: flat.get(key, value)}))
+        found = flatten(upgrade(nested, say=False))
+        if found.get("learn.optimizer.clip") == 0 and "learn.optimizer.epsilon" in found:
+            # The relative part is in units of the clip: such a run learned without it.
+            found["learn.optimizer.epsilon"] = [found["learn.optimizer.epsilon"][0], 0.0]
+    except (AttributeError, IndexError, ConfigError) as error:
+        raise TypeError(f"the settings are no settings ({error})") from None
     return found
 
 
@@ -254,3 +265,15 @@ def _baseline(old: _Old) -> None:
         old.set(key, "hard_mask")
         if old.say:
             log.warning("%s=winner is %s=hard_mask now", key, key)
+
+
+# new word -> the function that makes it of old words
+TRANSLATED: dict[str, Callable[[_Old], None]] = {
+    "learn.method": _method,
+    "learn.distillation.share": _distillation,
+    "learn.weight_norm": _weight_norm,
+    "learn.optimizer.epsilon": _epsilon,
+    "learn.monitor.sinks": _sinks,
+    "data.eod": _eod,
+    "learn.maskpro.baseline": _baseline,
+}

@@ -5,7 +5,6 @@ of a snapshot or of a folder of snapshots.
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 
 from megamask.config import Config, RunPaths, run_paths
@@ -13,7 +12,7 @@ from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.from_snapshot import load_snapshot, newest_snapshot
 from megamask.safe_checkpoint import NOTE
-from megamask.storage import read_object
+from megamask.storage import read_json, read_object
 from megamask.weights.architecture import Architecture, read_architecture
 
 
@@ -84,10 +83,10 @@ def _architecture_of(snapshot: Path, config: Config) -> Architecture:
         paths.hf,
     ]
     try:
-        settings = json.loads((snapshot / NOTE).read_text())["settings"]
+        settings = read_json(snapshot / NOTE, "")["settings"]
         hf = settings["model.hf"] if "model.hf" in settings else settings["model"]["hf"]
         places.insert(1, Path(hf))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ArtifactError, KeyError, TypeError):
         pass  # model.hf may not be set; a torn note is reported when the snapshot is opened
     for folder in places:
         if (folder / "config.json").exists():

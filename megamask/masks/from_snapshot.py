@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megamask.config.legacy import upgrade_note
 from megamask.config.method_names import DISTRIBUTION_OF
-from megamask.config.nested import nest
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.safe_checkpoint import NOTE, read_index, reason_of
@@ -35,6 +34,7 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule
 
+BLEND = "data.blend."
 LOGITS = ".mask_logits"  # end of the name of a tensor of mask logits
 _STEP = re.compile(r"step-\d{8}")
 
@@ -153,7 +153,11 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
         "snapshot": str(path),
         "step": step,
         "distribution": distribution.name,
-        "blend": nest(settings).get("data", {}).get("blend", {}),
+        "blend": {
+            key.removeprefix(BLEND): share
+            for key, share in settings.items()
+            if key.startswith(BLEND)
+        },
     }
     meta = {
         "pattern": str(pattern),

@@ -95,8 +95,8 @@ def read_metrics(path: Path) -> list[Record]:
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             record = json.loads(line)
             required = RECORD | ({"perplexity": dict} if record["kind"] == "evaluation" else {})
-            if not lacks(record, required):
-                by_step[(record["step"], record["kind"])] = _numbers_of(record)
+            if not lacks(record, required) and not lacks(kept := _numbers_of(record), required):
+                by_step[(kept["step"], kept["kind"])] = kept
     return [by_step[key] for key in sorted(by_step)]
 
 

@@ -20,6 +20,7 @@ from megamask.terminal import tell
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.gguf_header import ROPE_FACTORS, Header
+from megamask.weights.gguf_layout import read_layout
 from megamask.weights.hf_files import require_own, share, write_tensors
 from megamask.weights.mapping import expected_tensors
 
@@ -41,6 +42,7 @@ def unpack(source: Path, out: Path) -> None:
         tell(f"{out}: already unpacked from {source.name}")
         return
     require_writable(out.parent, "model.hf")
+    read_layout(source)
     fields, stored = _read(source)
     header = Header(fields, source)
     if EMBEDDING not in stored:

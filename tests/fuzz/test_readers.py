@@ -1,108 +1,48 @@
-"""Whatever a file holds, a reader reads it or says one error of ours: no other exception leaves.
-
-Bounded and seeded: every reader gets a valid file, mutated ``MUTATIONS`` times. A mutation changes
-values of JSON by type, drops or doubles keys, or changes bytes.
+"""Whatever a file holds, a reader reads it or says one error of ours: no other exception leaves, no
+reader waits, and none takes the memory that a length in the file asks for.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from megamask.config import load_config
+from megamask.config import load_config, run_paths
 from megamask.data.shards import FORMAT, read_shards
-from megamask.errors import MegamaskError
+from megamask.errors import ArtifactError
 from megamask.masks.file import load_masks, save_masks
+from megamask.masks.from_snapshot import load_snapshot
 from megamask.masks.header import header_digest
 from megamask.model.checkpoint import read_note
+from megamask.report.html import findings, render_report
+from megamask.report.reading import read_run
+from megamask.report.results_table import format_table
+from megamask.safe_checkpoint import INDEX, NOTE, check_common
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
+from megamask.weights.from_gguf import unpack
+from megamask.weights.gguf_layout import read_layout
+from megamask.weights.hf_files import HFReader
+from tests.fuzz.mutations import (
+    bytes_writer,
+    json_writer,
+    mutated,
+    mutated_bytes,
+    peak_mib,
+    reset_peak,
+    survives,
+)  # fmt: skip
+from tests.unit.weights.test_from_gguf import write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
-MUTATIONS = 3000
-ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 3, 2**31, 2**63, -(2**63), 10**30, 0.5, 1e308, float("inf"),
-    float("nan"), "", "x", "../x", "\ud83d", "\x00", "2:4", "1e9", "uint16", "float16", [], [1], {},
-    {"a": 1}, [[[]]], {"x": {"y": []}},
-]  # fmt: skip
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all values within a JSON value."""
-    yield path
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from places(inner, (*path, key))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from places(inner, (*path, number))
-
-
-def mutated(value: Any, choose: random.Random) -> Any:
-    """A copy with one to three odd values, dropped keys or new keys."""
-    value = copy.deepcopy(value)
-    for _ in range(choose.randint(1, 3)):
-        *way, last = choose.choice([path for path in places(value) if path] or [(None,)])
-        if last is None:
-            return choose.choice(ODD)
-        place = value
-        for key in way:
-            place = place[key]
-        what = choose.random()
-        if what < 0.15 and isinstance(place, dict):
-            del place[last]
-        elif what < 0.25 and isinstance(place, dict):
-            place[str(choose.choice(ODD))] = choose.choice(ODD)
-        else:
-            place[last] = copy.deepcopy(choose.choice(ODD))
-    return value
-
-
-def mutated_bytes(data: bytes, choose: random.Random) -> bytes:
-    """A copy with some other bytes, a part cut out, or an end cut off."""
-    changed = bytearray(data)
-    for _ in range(choose.randint(1, 6)):
-        changed[choose.randrange(len(changed))] = choose.randrange(256)
-    if choose.random() < 0.3:
-        start = choose.randrange(len(changed))
-        del changed[start : start + choose.choice([1, 7, len(changed)])]
-    return bytes(changed)
-
-
-def survives(
-    read: Callable[[], Any], write: Callable[[random.Random], None], count: int = MUTATIONS
-) -> Counter[str]:
-    """How often a mutated file was read and refused."""
-    outcomes: Counter[str] = Counter()
-    for seed in range(count):
-        write(random.Random(seed))
-        try:
-            read()
-            outcomes["read"] += 1
-        except MegamaskError:
-            outcomes["refused"] += 1
-        except Exception as error:  # what this test is about
-            raise AssertionError(f"mutation {seed}: {type(error).__name__}: {error}") from error
-    assert outcomes["refused"] > count // 20, outcomes
-    return outcomes
-
-
-def json_writer(path: Path, value: Any) -> Callable[[random.Random], None]:
-    def write(choose: random.Random) -> None:
-        if choose.random() < 0.8:
-            path.write_bytes(json.dumps(mutated(value, choose)).encode("utf-8", "surrogatepass"))
-        else:
-            path.write_bytes(mutated_bytes(json.dumps(value).encode(), choose))
-
-    return write
+SNAPSHOT = ROOT / "tests" / "e2e" / "golden" / "old-snapshot-subset" / "step-00000002"
+TINY = ROOT / "configs" / "models" / "tiny-llama.json"
 
 
 def test_weights_notes(tmp_path: Path) -> None:
@@ -177,4 +117,182 @@ def test_recipes(tmp_path: Path, recipe: str) -> None:
         else:
             path.write_bytes(mutated_bytes(text.encode(), choose))
 
-    survives(lambda: load_config(path), write, count=1500)
+    survives(lambda: load_config(path), write, count=1200)
+
+
+def test_recipes_in_old_words(tmp_path: Path) -> None:
+    """Every old word, beside the new word that it became."""
+    old = {
+        "learn": {
+            "learner": "maskpro", "distribution": "linear", "footprint": "lean",
+            "loss": {"kind": "mix", "share": 0.5}, "weight_norm": {"coef": 1e-5, "decay": "none"},
+            "optimizer": {"eps": 1e-8, "eps_rms": 0.1, "epsilon": [1e-8, 0.1]},
+            "monitor": {"patience": 3, "tensorboard": True, "wandb": "off", "sinks": []},
+            "maskpro": {"baseline": "winner"},
+            "method": "subset", "distillation": {"share": 0.1}, "memory": "lean",
+        },
+        "data": {"append_eod": True, "eod_token": "x", "eod": "auto"},
+        "plan": {"dp": 2, "gpu": "h100"}, "diff": {"a": "x"},
+    }  # fmt: skip
+    write = json_writer(tmp_path / "recipe.yaml", old)
+    survives(lambda: load_config(tmp_path / "recipe.yaml"), write, count=800)
+
+
+def test_safetensors_of_models(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({f"layer.{number}.weight": torch.ones(4, 4) for number in range(4)}, path)
+
+    def read() -> None:
+        with HFReader(tmp_path) as reader:
+            for name in reader.names():
+                reader.read(name, slice(0, 2))
+                reader.tensor(name)
+
+    survives(read, bytes_writer(path, path.read_bytes()), count=2500)
+
+
+def test_indices_of_models(tmp_path: Path) -> None:
+    for number in range(2):
+        save_file({f"{number}.weight": torch.ones(4)}, tmp_path / f"{number}.safetensors")
+    index = {
+        "metadata": {"total_size": 32},
+        "weight_map": {f"{number}.weight": f"{number}.safetensors" for number in range(2)},
+    }
+    write = json_writer(tmp_path / "model.safetensors.index.json", index)
+    survives(lambda: HFReader(tmp_path).names(), write, count=1500)
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    write_gguf(path)
+    return path.read_bytes()
+
+
+def test_gguf_headers(tmp_path: Path, gguf: bytes) -> None:
+    """Half of the mutations lie in the first KiB, where the counts and the facts are."""
+    path = tmp_path / "m.gguf"
+
+    def write(choose: random.Random) -> None:
+        part = 1024 if choose.random() < 0.5 else len(gguf)
+        path.write_bytes(mutated_bytes(gguf[:part], choose) + gguf[part:])
+
+    outcomes = survives(lambda: read_layout(path), write, count=4000)
+    assert outcomes["read"] > 100, outcomes  # weights and texts may hold anything
+
+
+def test_gguf_files(tmp_path: Path, gguf: bytes) -> None:
+    """What the check of the header lets through goes to the readers of libraries."""
+    path, out = tmp_path / "m.gguf", tmp_path / "hf"
+
+    def read() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        unpack(path, out)
+
+    survives(read, bytes_writer(path, gguf), count=60)
+
+
+def test_gguf_without_a_tensor_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader could fill a missing tensor with random numbers."""
+    import gguf as library
+
+    add = library.GGUFWriter.add_tensor
+    monkeypatch.setattr(
+        library.GGUFWriter,
+        "add_tensor",
+        lambda self, name, tensor: name == "blk.0.attn_q.weight" or add(self, name, tensor),
+    )
+    write_gguf(tmp_path / "m.gguf")
+    with pytest.raises(ArtifactError, match=r"misses blk\.0\.attn_q\.weight"):
+        unpack(tmp_path / "m.gguf", tmp_path / "hf")
+
+
+def test_snapshots(tmp_path: Path) -> None:
+    """The note, the index and the tensors of a snapshot that 0.1.0 wrote."""
+    folder = Path(shutil.copytree(SNAPSHOT, tmp_path / "step-00000002"))
+    arch = read_architecture(TINY)
+    whole = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    note = json.loads(whole[NOTE])
+    read = {name for name in whole if name.endswith(".distcp")} | {INDEX, NOTE}
+
+    def write(choose: random.Random) -> None:
+        for name in read:
+            (folder / name).write_bytes(whole[name])
+        name = choose.choice(sorted(read))
+        if name == NOTE:
+            (folder / NOTE).write_bytes(json.dumps(mutated(note, choose)).encode())
+        else:
+            (folder / name).write_bytes(mutated_bytes(whole[name], choose))
+
+    def masks() -> None:
+        found = load_snapshot(folder, arch)
+        _ = found[next(iter(found))]
+
+    masks()  # the snapshot as it is
+    survives(masks, write, count=500)
+
+
+def test_common_files_of_snapshots(tmp_path: Path) -> None:
+    torch.save({"steps": 3, "name": "x", "list": [1.0, None]}, tmp_path / "common.pt")
+    data = (tmp_path / "common.pt").read_bytes()
+    survives(lambda: check_common(tmp_path), bytes_writer(tmp_path / "common.pt", data), count=1500)
+
+
+def test_results_and_metrics_of_runs(tmp_path: Path) -> None:
+    config = load_config(None, [f"run_dir={tmp_path}"])
+    paths = run_paths(config)
+    paths.learn.mkdir()
+    results = {
+        "perplexity": {"dense": {"code": 7.0}, "learned": {"code": 9.0}, "wanda": {"code": 12.0}},
+        "protocol": {"window": 512, "tail": "dropped", "bos": False, "tokens": {"code": 6144}},
+        "seconds": {"prune": 12.0, "wanda": 3.0},
+        "density": {"dense": 1.0, "learned": 0.5},
+        "mask_bytes": {"learned": 1000},
+    }
+    stamp = {"tokens": 10, "seconds": 1.5}
+    lines = [
+        {"kind": "train", "step": 1, **stamp, "loss": 3.0},
+        {"kind": "evaluation", "step": 1, **stamp, "perplexity": {"code": 9.0}},
+    ]
+
+    def write(choose: random.Random) -> None:
+        paths.results.write_text(json.dumps(results))
+        (paths.learn / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+        what = choose.random()
+        if what < 0.6:
+            json_writer(paths.results, results)(choose)
+        else:
+            line = json.dumps(mutated(choose.choice(lines), choose)).encode("utf-8", "replace")
+            if what < 0.8:
+                line = mutated_bytes(line, choose)
+            (paths.learn / "metrics.jsonl").write_bytes(line + b"\n")
+
+    def read() -> None:
+        data = read_run(config)
+        findings(data.results)
+        render_report(config, data, [])
+        if data.results.get("perplexity"):
+            format_table(data.results)
+
+    survives(read, write, count=400)
+
+
+def test_a_reader_takes_at_most_twice_the_file(tmp_path: Path, gguf: bytes) -> None:
+    """Measured at files of 32 MiB; a reader that held three copies would show."""
+    size, path = 32, tmp_path / "m.safetensors"
+    save_file({"a": torch.zeros(size, 2**18)}, path)
+    (tmp_path / "model.safetensors").symlink_to(path)
+    padded = tmp_path / "m.gguf"
+    padded.write_bytes(gguf + bytes(size * 2**20))
+
+    def grown(read: object) -> float:
+        reset_peak()
+        start = peak_mib()
+        assert callable(read)
+        read()
+        return peak_mib() - start
+
+    assert grown(lambda: HFReader(tmp_path).tensor("a").sum()) < 2.1 * size
+    assert grown(lambda: read_layout(padded)) < 2.1 * size
+    data = bytes(size * 2**20)
+    assert grown(lambda: [data[1:], data[2:], data[3:]]) > 2.5 * size  # the measure sees copies

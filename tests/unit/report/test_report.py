@@ -12,11 +12,11 @@ import matplotlib.image
 import pytest
 import torch
 
-from megamask.config import Config, build_config
+from megamask.config import Config, build_config, load_config
 from megamask.errors import ArtifactError
 from megamask.masks.file import save_masks
-from megamask.report.html import findings
-from megamask.report.reading import mask_provenance, read_metrics
+from megamask.report.html import Picture, findings, render_report
+from megamask.report.reading import RunData, mask_provenance, read_metrics
 from megamask.report.step_pictures import loss_picture
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.report import run
@@ -230,3 +230,22 @@ def test_distillation_has_a_panel_of_its_own_where_it_took_part(kd: bool) -> Non
     ]
     titles = [axes.get_title(loc="left") for axes in loss_picture(train).axes]
     assert len(titles) == 3 + kd and any("Distillation" in title for title in titles) == kd
+
+
+def test_names_of_strangers_are_text_on_the_page(tmp_path: Path) -> None:
+    """Names of domains, methods and versions come from files, which anybody may have written."""
+    bad = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+    data = RunData(
+        results={
+            "perplexity": {bad: {bad: 2.0}, "dense": {bad: 1.0}, "learned": {bad: 1.5}},
+            "protocol": {bad: bad},
+            "seconds": {bad + "x": 1.0},
+        },
+        settings=bad,
+        versions={bad: bad},
+    )
+    config = load_config(None, [f"run_dir={tmp_path}", f"model.hf={bad}"])
+    pictures = [Picture(bad, bad, bad, bad, None)]
+    page = render_report(config, data, pictures)
+    assert "<script" not in page and "<img src=x" not in page
+    assert page.count("&lt;script&gt;") > 10
