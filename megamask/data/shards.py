@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,7 @@ class Shards:
 
     folder: Path
     meta: dict[str, Any]
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES  # of the files of a split
 
     def tokens(self, split: str) -> int:
         """How many tokens a split holds."""
@@ -90,7 +91,8 @@ class Shards:
 
     def digests(self, split: str) -> list[str]:
         """SHA-256 of the split's files."""
-        return [file["sha256"] for file in self.meta["splits"][split]["files"].values()]
+        files = self.meta["splits"][split]["files"]
+        return [files[split + suffix]["sha256"] for suffix in self.suffixes]
 
     def parts(self, split: str) -> list[Part]:
         """The sequences of a split.
@@ -143,9 +145,11 @@ class Shards:
 class ShardsInPlace(Shards):
     """Shards that are sequences of datasets elsewhere (:mod:`megamask.data.in_place`)."""
 
+    suffixes: ClassVar[tuple[str, ...]] = (".npy",)
+
     def digests(self, split: str) -> list[str]:
         """SHA-256 of the numbers of the split's sequences, and of all files of the datasets."""
-        files = [file for source in self.meta["sources"] for file in source["files"].values()]
+        files = [source["files"][suffix] for source in self.meta["sources"] for suffix in SUFFIXES]
         return super().digests(split) + [file["sha256"] for file in files]
 
     def parts(self, split: str) -> list[Part]:

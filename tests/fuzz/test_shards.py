@@ -4,6 +4,7 @@ readers never get a file that would end them.
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import struct
@@ -17,10 +18,11 @@ import pytest
 import torch
 
 from megamask.data.blend import _cached_datasets, _dataset_config, _domain_datasets
-from megamask.data.shards import Part
+from megamask.data.shards import Part, describe_file, read_shards
 from megamask.data.token_index import HEADER, bin_file, idx_file, read_index
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ArtifactError
+from tests.fuzz.test_readers import json_writer, survives
 
 MUTATIONS = 2200  # of each token type
 SEQ = 8
@@ -181,3 +183,35 @@ class Payload:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return Path.touch, (self.marker,)
+
+
+def test_notes_of_shards_in_place(tmp_path: Path) -> None:
+    """The note that names datasets elsewhere, and the numbers of their sequences."""
+    write_dataset(tmp_path / "web", np.uint16)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    counts = {"documents": 3, "tokens": 15, "largest_id": 208}
+    splits: dict[str, Any] = {}
+    for split, numbers in (("train", [0, 1, 2]), ("heldout", [3, 4, 5])):
+        np.save(folder / f"{split}.npy", np.array(numbers, np.int64))
+        splits[split] = {**counts, "files": describe_file(folder / f"{split}.npy")}
+    splits["heldout"] |= {"tokens": 49, "largest_id": 516}
+    files = {
+        file.suffix: list(describe_file(file).values())[0]
+        for file in (bin_file(tmp_path / "web"), idx_file(tmp_path / "web"))
+    }
+    source = {"prefix": str(tmp_path / "web"), "sequences": 6, "tokens": 64, "files": files}
+    meta = {
+        "format": 1, "settings_sha256": "0", "sources": [source], "splits": splits,
+        "tokenizer": {"name": "x", "fingerprint": "0", "vocab_size": 512, "eod": 1, "bos": None},
+    }  # fmt: skip
+
+    def read() -> None:
+        shards = read_shards(folder)
+        for split in ("train", "heldout"):
+            assert len(shards.stream(split)) == shards.tokens(split)
+            shards.digests(split)
+
+    (folder / "meta.json").write_text(json.dumps(meta))
+    read()
+    survives(read, json_writer(folder / "meta.json", meta), count=1500)
