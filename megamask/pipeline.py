@@ -12,7 +12,7 @@ from megamask import machine_errors
 from megamask.config import Config, RunPaths, deciding, load_config, run_paths
 from megamask.config.legacy import upgrade_note
 from megamask.errors import EXIT_USER_ERROR, ConfigError, MegamaskError, printable
-from megamask.storage import read_json, write_json
+from megamask.storage import file_sha256, read_json, read_object, write_json
 from megamask.terminal import tell
 
 READS = {
@@ -44,28 +44,41 @@ def artefacts(stage: str, config: Config, paths: RunPaths) -> list[Path]:
     }.get(stage, [])
 
 
+def is_there(stage: str, config: Config, paths: RunPaths) -> bool:
+    """Whether every artefact of the stage is there, whatever it was made with."""
+    found = artefacts(stage, config, paths)
+    return bool(found) and all(path.exists() for path in found)
+
+
 def is_done(stage: str, config: Config, paths: RunPaths) -> bool:
     """Whether every artefact of the stage is there.
 
-    The artefacts of ``REMADE`` must also be as new as the learned mask, and of these settings.
+    The artefacts of ``REMADE`` must also be as new as the learned mask, and of these settings. The
+    stage ``learn`` is not done where it goes on with other settings, as with more steps.
     """
-    found = artefacts(stage, config, paths)
-    if not found or not all(path.exists() for path in found):
+    if not is_there(stage, config, paths):
         return False
+    if stage == "learn":
+        return not changes(stage, config, paths)
     learned = paths.mask("learned")
-    newer_mask = learned.exists() and learned.stat().st_mtime > found[0].stat().st_mtime
+    made = artefacts(stage, config, paths)[0].stat().st_mtime
+    newer_mask = learned.exists() and learned.stat().st_mtime > made
     return stage not in REMADE or not (newer_mask or changes(stage, config, paths))
 
 
 def check(config: Config, paths: RunPaths) -> None:
-    """Refuse to reuse artefacts that were made with other settings.
+    """Refuse to reuse artefacts that were made with other settings. The verb learn itself judges
+    the settings that every step reads anew, and the content of its prior.
 
     Raises:
         ConfigError: naming the first setting that differs.
     """
+    judged = {"learn": (*deciding.settings_of_role("each step"), "learn.prior.mask")}
     for stage in READS:
-        if stage not in REMADE and is_done(stage, config, paths):
+        if stage not in REMADE and is_there(stage, config, paths):
             for key, (before, now) in changes(stage, config, paths).items():
+                if key in judged.get(stage, ()):
+                    continue
                 other = "RUN_DIR=runs/other ./launch/quickstart.sh ..."
                 fix = f"Start afresh in another folder: {other}"
                 raise ConfigError(
@@ -74,7 +87,8 @@ def check(config: Config, paths: RunPaths) -> None:
 
 
 def changes(stage: str, config: Config, paths: RunPaths) -> dict[str, tuple[Any, Any]]:
-    """The settings that decide the stage's artefacts and differ from those it was made with.
+    """The settings that decide the stage's artefacts and differ from those it was made with. A path
+    that has the same content as the former path does not differ.
 
     Returns:
         key -> (value that the finished stage was made with, value now).
@@ -83,6 +97,12 @@ def changes(stage: str, config: Config, paths: RunPaths) -> dict[str, tuple[Any,
     if before is None:
         return {}
     found = deciding.changes(upgrade_note(before), config, READS[stage])
+    paths_of_content = deciding.settings_of_role("content")
+    found = {
+        key: values
+        for key, values in found.items()
+        if key not in paths_of_content or not _has_same_content(key, config, paths)
+    }
     if stage != "learn" or not found:
         return found
     # Importing the room learn takes seconds, so it waits until a setting differs.
@@ -90,6 +110,33 @@ def changes(stage: str, config: Config, paths: RunPaths) -> dict[str, tuple[Any,
 
     ignored = settings_without_effect(config.learn)
     return {key: values for key, values in found.items() if key not in ignored}
+
+
+def _has_same_content(key: str, config: Config, paths: RunPaths) -> bool:
+    """Whether the path of a setting has the content that the run was made from: the fingerprint of
+    the converted weights, the digest of the unpacked file, the tokenizer of the shards.
+    """
+    # These modules import torch or transformers, so they wait until a path differs.
+    from megamask.data.shards import read_shards
+    from megamask.data.tokenizer import load_tokenizer
+    from megamask.safe_checkpoint import NOTE
+    from megamask.weights.fingerprint import fingerprint_hf
+    from megamask.weights.from_gguf import STAMP
+
+    try:
+        if key == "model.hf":
+            note = read_object(paths.weights / NOTE, "", {"fingerprint": str})
+            return bool(note["fingerprint"] == fingerprint_hf(paths.hf))
+        if key == "model.gguf" and config.model.gguf:
+            stamp = read_object(paths.hf / STAMP, "", {"sha256": str})
+            return bool(stamp["sha256"] == file_sha256(Path(config.model.gguf).expanduser()))
+        if key == "data.tokenizer":
+            found = load_tokenizer(config).fingerprint
+            domains = [read_shards(paths.shards / name) for name in config.data.domains]
+            return all(one.meta["tokenizer"]["fingerprint"] == found for one in domains)
+    except (MegamaskError, OSError):
+        pass  # what is missing or torn is no known content
+    return False
 
 
 def record(stage: str, seconds: float, code: int, config: Config, paths: RunPaths) -> None:

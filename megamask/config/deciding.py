@@ -1,12 +1,18 @@
 """The settings that decide what an artefact contains. An artefact that was made under other
 deciding settings is not continued and not reused.
 
-Each artefact names the sections or settings that it is made from (a tuple below); of these, the
-settings that the tree declares free (``section.free``) decide nothing.
+Each artefact names the sections or settings that it is made from (a tuple below). The tree says for
+each setting what a change of it means (``section.Role``):
+
+- ``free``: nothing.
+- ``each step``: a learning run goes on with the new value, and records the change.
+- ``content``: a path. What lies there decides, by a digest that the artefact keeps.
+- ``decides``: the artefact is another one.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -14,9 +20,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from megamask.config.nested import flatten
-from megamask.config.section import is_free
+from megamask.config.section import Role, role_of
 from megamask.config.tree import Config
 
+RUN = "{run_dir}"  # stands for the run folder in paths below it
 GGUF = ("model.gguf",)
 CONVERT = ("model.hf",)
 TOKENIZE = ("data.tokenizer", "data.domains", "data.eod", "data.bos")
@@ -52,7 +59,7 @@ def deciding_settings(config: Config, sections: Sequence[str]) -> dict[str, Any]
     """
     flat = flatten(config.model_dump(mode="json"))
     return {
-        key: _relative(value, config.run_dir)
+        key: _below_run(value, config.run_dir)
         for key, value in flat.items()
         if _is_below(key, sections) and not _is_below(key, free_settings())
     }
@@ -64,7 +71,8 @@ def changes(
     sections: Sequence[str],
     ignored: Collection[str] = (),
 ) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (value before, value now) of the deciding settings that differ, sorted.
+    """Dotted key -> (value before, value now) of the deciding settings that differ, sorted. Two
+    spellings of one path do not differ.
 
     Args:
         before: ``deciding_settings`` of the same sections, in the words of today; settings that it
@@ -75,29 +83,36 @@ def changes(
     """
     here = deciding_settings(now, sections)
     there = {
-        key: _relative(value, now.run_dir)
+        key: value
         for key, value in (deciding_settings(Config(), sections) | dict(before)).items()
         if _is_below(key, sections) and not _is_below(key, free_settings())
     }
     return {
         key: (there.get(key), here.get(key))
         for key in sorted(here.keys() | there.keys())
-        if key not in ignored and here.get(key) != there.get(key)
+        if key not in ignored
+        and _spelled(here.get(key), now.run_dir) != _spelled(there.get(key), now.run_dir)
     }
 
 
 @cache
 def free_settings() -> tuple[str, ...]:
     """Dotted keys of the settings that decide no artefact's content."""
-    return tuple(_free(Config, ""))
+    return settings_of_role("free")
 
 
-def _free(section: type[BaseModel], prefix: str) -> list[str]:
+@cache
+def settings_of_role(role: Role) -> tuple[str, ...]:
+    """Dotted keys of the settings with ``role``."""
+    return tuple(_of_role(role, Config, ""))
+
+
+def _of_role(role: Role, section: type[BaseModel], prefix: str) -> list[str]:
     found: list[str] = []
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += _free(field.annotation, f"{prefix}{name}.")
-        elif is_free(section, name):
+            found += _of_role(role, field.annotation, f"{prefix}{name}.")
+        elif role_of(section, name) == role:
             found.append(f"{prefix}{name}")
     return found
 
@@ -106,5 +121,20 @@ def _is_below(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def _relative(value: Any, run_dir: str) -> Any:
-    return value.replace(run_dir, "{run_dir}") if isinstance(value, str) and run_dir else value
+def _below_run(value: Any, run_dir: str) -> Any:
+    """A path below the run folder relative to it; every other value as it is."""
+    spelled = _spelled(value, run_dir)
+    return spelled if isinstance(spelled, str) and spelled.startswith(RUN) else value
+
+
+def _spelled(value: Any, run_dir: str) -> Any:
+    """One spelling for all spellings of a path: absolute, without links and ``..``, or relative to
+    the run folder. A text without a slash is no path, but the name of a mask, for example.
+    """
+    if not isinstance(value, str) or "/" not in value or "\0" in value:
+        return value
+    root = os.path.realpath(os.path.expanduser(run_dir))
+    inside = value == RUN or value.startswith(f"{RUN}/")
+    text = root + value[len(RUN) :] if inside else os.path.expanduser(value)
+    whole = os.path.realpath(text)
+    return RUN + whole[len(root) :] if whole == root or whole.startswith(f"{root}/") else whole

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megamask.config.section import is_free
+from megamask.config.section import Role, role_of
 from megamask.config.tree import Config
 
 WIDTH = 100
@@ -30,7 +30,12 @@ command line wins. Below both lie the named settings of `learn.preset`, `learn.m
 `learn.method` (`megamask/config/presets.py`), and below these the defaults. `null` is no value.
 
 A setting decides the content of what is made with it, so that a run whose setting changed is not
-continued. The settings marked *free* decide nothing, and may change whenever a run is resumed.
+continued. Three kinds of settings are marked:
+
+- *Free*: the setting decides nothing, and may change whenever a run is resumed.
+- *Each step*: every learning step reads the setting anew, so a resumed run may change it from there
+  on. The log warns, and snapshots, masks and reports record the change.
+- *Content*: the setting is a path. What lies there decides, and the path may change.
 """
 
 
@@ -43,14 +48,14 @@ class Leaf:
         default: as in a recipe.
         allowed: its values.
         meaning: its description.
-        free: whether it decides no artefact's content.
+        role: what a change of it means for what was made before.
     """
 
     key: str
     default: str
     allowed: str
     meaning: str
-    free: bool
+    role: Role
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ def as_text(prefixes: Sequence[str] = ()) -> str:
         title = f"{group.key}: {group.about}" if group.key else "top level"
         lines += ["", *textwrap.wrap(title, WIDTH)]
         for leaf in group.leaves:
-            free = " (free)" if leaf.free else ""
-            lines += _wrap(f"{leaf.key} = {leaf.default}   {leaf.allowed}{free}", "  ")
+            role = "" if leaf.role == "decides" else f" ({leaf.role})"
+            lines += _wrap(f"{leaf.key} = {leaf.default}   {leaf.allowed}{role}", "  ")
             lines += _wrap(leaf.meaning, "      ") if leaf.meaning else []
     return "\n".join(lines[1:])
 
@@ -105,8 +110,8 @@ def as_markdown() -> str:
     for group in groups():
         lines += [f"## {group.key or 'Top level'}", "", *textwrap.wrap(group.about, WIDTH), ""]
         for leaf in group.leaves:
-            free = " *Free.*" if leaf.free else ""
-            text = f"`{leaf.key}` = `{leaf.default}` ({leaf.allowed}): {leaf.meaning}.{free}"
+            role = "" if leaf.role == "decides" else f" *{leaf.role.capitalize()}.*"
+            text = f"`{leaf.key}` = `{leaf.default}` ({leaf.allowed}): {leaf.meaning}.{role}"
             lines += textwrap.wrap(
                 text,
                 WIDTH,
@@ -139,7 +144,7 @@ def _groups(section: type[BaseModel], prefix: str) -> Iterator[Group]:
             continue
         default = in_recipe(field.get_default(call_default_factory=True))
         allowed = _allowed(annotation, _bounds(field))
-        own.append(Leaf(key, default, allowed, field.description or "", is_free(section, name)))
+        own.append(Leaf(key, default, allowed, field.description or "", role_of(section, name)))
     about = " ".join((section.__doc__ or "").split()).replace("``", "`")
     yield Group(prefix.rstrip("."), about, tuple(own))
     for annotation, key in below:

@@ -16,6 +16,8 @@ from megamask.config.section import (
     Section,
     Share,
     Steps,
+    by_content,
+    each_step,
     free,
 )  # fmt: skip
 
@@ -25,16 +27,18 @@ class SamplingSection(Section):
     first and a last value, linear in progress.
     """
 
-    mode: Literal["soft", "hard"] = Field(
+    mode: Literal["soft", "hard"] = each_step(
         "soft", description="relaxed masks, or hard masks with the gradient of the relaxed masks"
     )
-    draws: Literal["micro_batch", "step"] = Field(
+    draws: Literal["micro_batch", "step"] = each_step(
         "micro_batch", description="a new mask for every micro-batch, or one for the whole step"
     )
-    kappa: tuple[Coefficient, Coefficient] = Field(
+    kappa: tuple[Coefficient, Coefficient] = each_step(
         (100.0, 500.0), description="scale of the logits: first and last"
     )
-    tau: tuple[Positive, Positive] = Field((1.0, 0.05), description="temperature: first and last")
+    tau: tuple[Positive, Positive] = each_step(
+        (1.0, 0.05), description="temperature: first and last"
+    )
     logit_std: Positive = Field(
         0.01, description="standard deviation of the initial logits, and the prior's unit"
     )
@@ -50,7 +54,7 @@ class SamplingSection(Section):
 class PriorSection(Section):
     """The mask that initialises the logits (MaskLLM, Eq. 9-10)."""
 
-    mask: str | None = Field(
+    mask: str | None = by_content(
         "sparsegpt",
         description="name of a mask of this run, mask file, snapshot, folder of snapshots, or null",
     )
@@ -63,7 +67,7 @@ class StateSection(Section):
     logits: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16 is updated with stochastic rounding: plain bf16 loses small steps"
     )
-    grads: Literal["fp32", "bf16"] = Field(
+    grads: Literal["fp32", "bf16"] = each_step(
         "fp32", description="of the buffer in which micro-batches add up their gradients"
     )
     masked_weight: Literal["keep", "regenerate"] = free(
@@ -78,31 +82,31 @@ class OptimizerSection(Section):
     """The optimizer of the mask logits. The moments of ``adamw`` have the dtype of the logits."""
 
     kind: str = Field("adamw", description="adamw, adamw8bit, lion or lion8bit")
-    lr: Rate | None = Field(
+    lr: Rate | None = each_step(
         None,
         description="logits per step; null = half the prior's gap (strength x logit_std) over the "
         "root of learn.steps, and a third of that for Lion",
     )
-    min_lr: Coefficient | None = Field(
+    min_lr: Coefficient | None = each_step(
         None, description="the rate at the end; null = a tenth of lr"
     )
-    warmup_steps: int | None = Field(
+    warmup_steps: int | None = each_step(
         None,
         ge=0,
         le=10**7,
         description="steps in which the rate rises; null = a tenth of learn.steps",
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
+    schedule: Literal["cosine", "linear", "constant"] = each_step(
         "cosine", description="how the rate falls from lr to min_lr"
     )
-    weight_decay: Coefficient = Field(0.1, description="decay of the logits, times the rate")
-    betas: tuple[Below1, Below1] = Field((0.9, 0.95), description="decay rates of both moments")
-    epsilon: tuple[Annotated[float, Field(ge=1e-30, le=1e6)], Coefficient] = Field(
+    weight_decay: Coefficient = each_step(0.1, description="decay of the logits, times the rate")
+    betas: tuple[Below1, Below1] = each_step((0.9, 0.95), description="decay rates of both moments")
+    epsilon: tuple[Annotated[float, Field(ge=1e-30, le=1e6)], Coefficient] = each_step(
         (1e-8, 0.1),
         description="AdamW: absolute part, and part in units of a clipped gradient's root mean "
         "square (0 with clip=0); small gradients then move logits less",
     )
-    clip: Coefficient = Field(1.0, description="largest gradient norm; 0 switches clipping off")
+    clip: Coefficient = each_step(1.0, description="largest gradient norm; 0 switches clipping off")
     distributed: bool = free(
         False,
         description="each replica updates some layers, and keeps optimizer state for those layers "
@@ -115,22 +119,22 @@ class MaskProSection(Section):
     passes, and makes masks with a low loss likelier.
     """
 
-    lr: Rate = Field(50.0, description="logits per nat of loss")
+    lr: Rate = each_step(50.0, description="logits per nat of loss")
     initial_logit: Positive = Field(
         10.0, description="of the weights that the prior keeps; the other logits start at 0"
     )
-    masks: Batch = Field(1, description="masks drawn per step")
-    data: Literal["split", "shared"] = Field(
+    masks: Batch = each_step(1, description="masks drawn per step")
+    data: Literal["split", "shared"] = each_step(
         "split",
         description="the masks of a step divide its micro-batches, or each sees all of them",
     )
-    baseline: Literal["tracker", "leave_one_out", "hard_mask"] = Field(
+    baseline: Literal["tracker", "leave_one_out", "hard_mask"] = each_step(
         "tracker",
         description="what a mask is compared with: past residuals, the step's other masks, or the "
         "hard mask on the same data",
     )
-    tracker_decay: Below1 = Field(0.99, description="of the moving average of past residuals")
-    score: Literal["auto", "set", "ordered"] = Field(
+    tracker_decay: Below1 = each_step(0.99, description="of the moving average of past residuals")
+    score: Literal["auto", "set", "ordered"] = each_step(
         "auto", description="of the mask, or of the order of its draws; auto: set if N <= 4"
     )
     samples: int | None = Field(
@@ -144,13 +148,13 @@ class MaskProSection(Section):
 class DistillationSection(Section):
     """How much the masked model learns from the dense model instead of the text."""
 
-    share: Share = Field(
+    share: Share = each_step(
         0.0, description="weight of the dense model in the loss: 0 = text alone, 1 = no text"
     )
-    temperature: Annotated[float, Field(ge=1e-3, le=100)] = Field(
+    temperature: Annotated[float, Field(ge=1e-3, le=100)] = each_step(
         1.0, description="divides the logits of both models"
     )
-    top_k: int | None = Field(
+    top_k: int | None = each_step(
         None,
         ge=1,
         le=2**31 - 1,
@@ -197,7 +201,7 @@ class LearnSection(Section):
     memory: Literal["default", "lean", "leanest"] = free(
         "default", description="named choices of learn.state and learn.optimizer, likewise"
     )
-    steps: Steps = Field(2000, description="steps of the whole run")
+    steps: Steps = each_step(2000, description="steps of the whole run")
     micro_batch: Batch = free(4, description="samples of one pass on one replica")
     global_batch: Batch = Field(4, description="samples of a step, over all replicas")
     resume: bool = free(
@@ -209,7 +213,7 @@ class LearnSection(Section):
     optimizer: OptimizerSection = OptimizerSection()
     maskpro: MaskProSection = MaskProSection()
     distillation: DistillationSection = DistillationSection()
-    weight_norm: tuple[Coefficient, Coefficient] = Field(
+    weight_norm: tuple[Coefficient, Coefficient] = each_step(
         (1e-5, 0.0),
         description="coefficient of the term - c * sum |W * M|^2 (MaskLLM, Eq. 8): first and last",
     )

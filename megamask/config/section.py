@@ -1,8 +1,8 @@
-"""The parts of every section of the settings tree: base class, common ranges, free settings."""
+"""The parts of every section of the settings tree: base class, common ranges, roles."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticUndefined
@@ -30,14 +30,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# The role of a setting says what a change of it means for what was made with the former value.
+Role = Literal["decides", "each step", "content", "free"]
+
+
 def free(default: Any = PydanticUndefined, **facts: Any) -> Any:
     """The ``Field`` of a free setting: its value decides no artefact's content, so it may change
     whenever a run is resumed. Every other setting decides the content of what is made with it.
     """
-    return Field(default, json_schema_extra={"free": True}, **facts)
+    return Field(default, json_schema_extra={"role": "free"}, **facts)
 
 
-def is_free(section: type[BaseModel], name: str) -> bool:
-    """Whether the setting ``name`` of ``section`` was declared with :func:`free`."""
+def each_step(default: Any = PydanticUndefined, **facts: Any) -> Any:
+    """The ``Field`` of a setting that every learning step reads anew. A resumed run may change it
+    from there on: nothing that was made before stands on the new value. The change is recorded.
+    """
+    return Field(default, json_schema_extra={"role": "each step"}, **facts)
+
+
+def by_content(default: Any = PydanticUndefined, **facts: Any) -> Any:
+    """The ``Field`` of a path whose content decides: artefacts keep a digest of the content, and
+    the path may change.
+    """
+    return Field(default, json_schema_extra={"role": "content"}, **facts)
+
+
+def role_of(section: type[BaseModel], name: str) -> Role:
+    """The role of the setting ``name`` of ``section``: ``decides`` unless its field says more."""
     extra = section.model_fields[name].json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("free"))
+    role: Role = extra.get("role", "decides") if isinstance(extra, dict) else "decides"  # type: ignore[assignment]
+    return role

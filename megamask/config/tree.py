@@ -21,6 +21,7 @@ from megamask.config.section import (
     Seed,
     Share,
     Tokens,
+    by_content,
     free,
 )  # fmt: skip
 from megamask.errors import ConfigError
@@ -42,12 +43,14 @@ class ModelSection(Section):
     Face module names.
     """
 
-    hf: str | None = Field(
+    hf: str | None = by_content(
         None,
         description="Hugging Face folder: config.json, weights (.safetensors or "
         "pytorch_model.bin), tokenizer; null = {run_dir}/hf",
     )
-    gguf: str | None = Field(None, description="GGUF file that the verb gguf unpacks into model.hf")
+    gguf: str | None = by_content(
+        None, description="GGUF file that the verb gguf unpacks into model.hf"
+    )
     include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
     exclude: list[str] = Field(default_factory=list, description="linears to keep dense")
     ignore_keys: list[str] = free(
@@ -101,7 +104,7 @@ class CorpusSection(Section):
 class DataSection(Section):
     """Text domains, how they are tokenized and how they are blended for learning."""
 
-    tokenizer: str | None = Field(
+    tokenizer: str | None = by_content(
         None,
         description="Hugging Face tokenizer folder or sentencepiece .model file; null = model.hf",
     )

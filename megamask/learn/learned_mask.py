@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config import Config
+from megamask.config.changed import Changed, write_changes
 from megamask.data.blend import blend_weights
 from megamask.errors import MegamaskError
 from megamask.learn.masked_model import MaskedModel
@@ -57,9 +58,15 @@ def save_learned_mask(
 
 
 def learned_from(
-    config: Config, steps: int, seconds: float, prior_method: str | None
+    config: Config,
+    steps: int,
+    seconds: float,
+    prior_method: str | None,
+    changes: list[Changed],
 ) -> dict[str, Any]:
-    """What the header of a mask file says about a run of ``steps`` steps."""
+    """What the header of a mask file says about a run of ``steps`` steps, in which ``changes`` of
+    the settings were made.
+    """
     return {
         "blend": blend_weights(config),
         "seq_length": config.data.seq_length,
@@ -67,6 +74,7 @@ def learned_from(
         "seconds": round(seconds, 1),
         "prior": prior_method,
         "method": config.learn.method,
+        **write_changes(changes),
     }
 
 

@@ -46,7 +46,12 @@ class Run:
         self.learner: Learner = method.build(config, mesh, self.masked_model)
         # the state of an earlier life of this run
         self.snapshots = Snapshots(
-            paths.learn / "snapshots", config, mesh, self.masked_model, self.learner
+            paths.learn / "snapshots",
+            config,
+            mesh,
+            self.masked_model,
+            self.learner,
+            inputs.content,
         )
         self.progress = self.snapshots.restore()
         if self.progress.step:
@@ -59,7 +64,7 @@ class Run:
             paths.learn, config, learn.steps, tokens, mesh.is_main, self.progress.step
         )
         if mesh.is_main:
-            write_provenance(paths.learn, config)
+            write_provenance(paths.learn, config, self.snapshots.changes)
             for line in banner(config, self.masked_model, mesh):
                 self.monitor.note(line)
 
@@ -167,7 +172,8 @@ class Run:
     def _save_mask(self, name: str, by_domain: dict[str, float]) -> None:
         step, window = self.progress.step, self.config.evaluate.window
         prior = self.masked_model.prior_method
-        data = learned_from(self.config, step, self.monitor.seconds, prior)
+        changes = self.snapshots.changes
+        data = learned_from(self.config, step, self.monitor.seconds, prior, changes)
         evaluation = {"step": step, "window": window, "perplexity": by_domain}
         path = self.paths.mask(name)
         save_learned_mask(path, self.masked_model, self.mesh, data, evaluation)

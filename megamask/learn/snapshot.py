@@ -13,7 +13,8 @@ from typing import Any
 
 from megamask import storage
 from megamask.config import Config
-from megamask.config.deciding import LEARN, changes, deciding_settings
+from megamask.config.changed import Changed, read_changes, write_changes
+from megamask.config.deciding import LEARN, changes, deciding_settings, settings_of_role
 from megamask.config.legacy import upgrade_note
 from megamask.errors import ArtifactError, ConfigError
 from megamask.learn.learner import Learner
@@ -24,9 +25,12 @@ from megamask.learn.snapshot_steps import snapshot_steps
 from megamask.leftovers import remove_leftovers
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
+from megamask.prepare.content import Content
+from megamask.process.holder import utc_now
 from megamask.safe_checkpoint import NOTE
 
 log = logging.getLogger(__name__)
+MODEL_PATHS = ("model.hf", "model.gguf")  # the fingerprint stands for their content
 
 
 @dataclass
@@ -53,7 +57,12 @@ class Progress:
 
 
 class Snapshots:
-    """The snapshots of one run, in ``folder``/step-NNNNNNNN."""
+    """The snapshots of one run, in ``folder``/step-NNNNNNNN.
+
+    Attributes:
+        content: digests of the inputs, for the notes; None leaves text and prior unchecked.
+        changes: the settings that resumed runs changed, oldest first.
+    """
 
     def __init__(
         self,
@@ -62,14 +71,11 @@ class Snapshots:
         mesh: Mesh,
         masked_model: MaskedModel,
         learner: Learner,
+        content: Content | None = None,
     ) -> None:
-        self.folder, self.config, self.mesh, self.masked_model, self.learner = (
-            folder,
-            config,
-            mesh,
-            masked_model,
-            learner,
-        )
+        self.folder, self.config, self.content = folder, config, content
+        self.mesh, self.masked_model, self.learner = mesh, masked_model, learner
+        self.changes: list[Changed] = []
         if mesh.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder, is_alone=True)
@@ -81,7 +87,10 @@ class Snapshots:
             "progress": asdict(progress),
             "settings": deciding_settings(self.config, LEARN),
             "fingerprint": self.masked_model.fingerprint,
+            "float16_fingerprints": list(self.masked_model.float16_fingerprints),
             "distribution": find_method(self.config.learn.method).distribution.name,
+            **({} if self.content is None else {"content": self.content.note()}),
+            **write_changes(self.changes),
         }
         save_sharded(self._state(), self.folder / f"step-{progress.step:08d}", self.mesh, note)
         if self.mesh.is_main:
@@ -95,9 +104,12 @@ class Snapshots:
         With ``learn.resume=false`` the snapshots of the run before are put aside: among those of a
         new run the newest would not be its own.
 
+        Settings that every step reads anew may differ: the log warns, and ``changes`` records each
+        change.
+
         Raises:
             ConfigError: the snapshot was made under other settings.
-            ArtifactError: it is torn, or belongs to another model.
+            ArtifactError: it is torn, or belongs to another model, text, tokenizer or prior.
         """
         newest = self.newest()
         if newest is not None and not self.config.learn.resume:
@@ -114,7 +126,8 @@ class Snapshots:
         except (AttributeError, KeyError, TypeError) as error:
             problem = f"is not the note of a snapshot ({error!r})"
             raise ArtifactError(path / NOTE, problem, fix) from None
-        self._check(note["fingerprint"], settings, path)
+        self._check(note, settings, path)
+        self.changes = [*read_changes(note), *self._changed(settings, progress.step)]
         loaded = load_sharded(self._state(is_loading=True), path, fix)
         self.masked_model.model.load_state_dict(
             {key: value for key, value in loaded.items() if key != "optimizer"}, strict=False
@@ -158,15 +171,47 @@ class Snapshots:
             "optimizer": self.learner.state(logits, is_loading),
         }
 
-    def _check(self, fingerprint: str, there: dict[str, Any], path: Path) -> None:
-        if fingerprint != self.masked_model.fingerprint:
+    def _check(self, note: dict[str, Any], there: dict[str, Any], path: Path) -> None:
+        """Check that the snapshot is of this model, these settings and this text.
+
+        The notes of version 0.1.0 hold no digests of text, tokenizer and prior: their paths are
+        compared in the place of the content.
+        """
+        if note["fingerprint"] != self.masked_model.fingerprint:
             raise ArtifactError(
                 path,
                 "was made for another base model",
                 "Use another run_dir, or convert the model that it was made for.",
             )
-        ignored = settings_without_effect(self.config.learn)
-        for key, (before, now) in changes(there, self.config, LEARN, ignored).items():
+        content = note.get("content")
+        known = settings_of_role("content") if content is not None else MODEL_PATHS
+        for key, (before, now) in self._differences(there).items():
+            if key in known or key in settings_of_role("each step"):
+                continue
             fix = "Set it back, use another run_dir, or start over with learn.resume=false."
             allowed = f"the run in {path.parent} was started with {before!r}"
             raise ConfigError(key, now, allowed, fix)
+        if content is not None and self.content is not None:
+            self.content.check_same(content, path, self.config)
+
+    def _differences(self, there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        return changes(there, self.config, LEARN, settings_without_effect(self.config.learn))
+
+    def _changed(self, there: dict[str, Any], step: int) -> list[Changed]:
+        """The settings that change with this start, each said in the log."""
+        found = [
+            Changed(step, utc_now(), key, before, now)
+            for key, (before, now) in self._differences(there).items()
+            if key in settings_of_role("each step")
+        ]
+        if self.mesh.is_main:
+            for one in found:
+                log.warning("changed for this run: %s", one)
+            if any(one.setting == "learn.steps" for one in found) and step:
+                log.warning(
+                    "the learning rate, kappa, tau and the weight-norm term are functions of step "
+                    "/ learn.steps: from step %d on they are those of a run of %d steps",
+                    step,
+                    self.config.learn.steps,
+                )
+        return found

@@ -16,6 +16,7 @@ Shapes: O out_features, I in_features, G groups per row.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -119,6 +120,15 @@ class MaskSet(Mapping[str, Tensor]):
     def size(self) -> int:
         """Bytes on disk."""
         return self.path.stat().st_size
+
+    @property
+    def content_sha256(self) -> str:
+        """Digest of pattern, names, shapes and masks, from the checksums of the header: equal for
+        equal masks, however they were made and wherever they lie.
+        """
+        tensors = self.meta["tensors"]
+        facts = [[name, list(self.shape(name)), tensors[name]["sha256"]] for name in sorted(self)]
+        return hashlib.sha256(json.dumps([str(self.pattern), facts]).encode()).hexdigest()
 
     def check_whole(self) -> None:
         """Compare every checksum without decoding the masks.

@@ -8,6 +8,7 @@ Shapes: O out_features, I in_features, L logits a group, G groups per row.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from megamask.config.changed import read_changes, write_changes
 from megamask.config.legacy import upgrade_note
 from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.errors import ArtifactError, ConfigError
@@ -35,6 +37,7 @@ from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule
 
 BLEND = "data.blend."
+SAMPLES, SAMPLE_BYTES = 16, 2**16  # that the digest of a snapshot reads of each file
 LOGITS = ".mask_logits"  # end of the name of a tensor of mask logits
 _STEP = re.compile(r"step-\d{8}")
 
@@ -69,6 +72,21 @@ class SnapshotMasks(MaskSet):
     def index(self, name: str) -> Tensor:
         """Candidate index of every group, (O, G) int64."""
         return self.pattern.index_of(self[name])
+
+    @property
+    def content_sha256(self) -> str:
+        """Digest of the names, sizes and samples of the snapshot's files, 16 x 64 KiB of each: to
+        read all logits would take as long as to learn a step.
+        """
+        digest = hashlib.sha256()
+        for file in sorted(self.path.iterdir()):
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}:".encode())
+            with file.open("rb") as stream:
+                for place in range(SAMPLES):
+                    stream.seek(place * size // SAMPLES)
+                    digest.update(stream.read(SAMPLE_BYTES))
+        return digest.hexdigest()
 
     def check_whole(self) -> None:
         """Check nothing: the sizes of the files were compared when the snapshot was opened."""
@@ -158,10 +176,12 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
             for key, share in settings.items()
             if key.startswith(BLEND)
         },
+        **write_changes(read_changes(note)),
     }
     meta = {
         "pattern": str(pattern),
         "fingerprint": fingerprint,
+        "float16_fingerprints": note.get("float16_fingerprints"),
         "method": "learned",
         "data": data,
         "tensors": shapes,

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from megamask.config import Config
+from megamask.config.changed import CHANGES, read_changes
 from megamask.errors import printable
 from megamask.masks.arguments import as_path
 from megamask.masks.file import MaskSet, load_masks
@@ -67,6 +68,10 @@ def check_strictly(
 
 def summary(masks: MaskSet) -> str:
     """Lines of names and values: method, pattern, density, linears, size, base model and more."""
+    data = masks.meta.get("data")
+    changed = read_changes(data) if isinstance(data, dict) else []
+    if changed and isinstance(data, dict):
+        data = {key: value for key, value in data.items() if key != CHANGES}
     weights = sum(math.prod(masks.shape(name)) for name in masks)
     facts = {
         "method": masks.method,
@@ -77,9 +82,10 @@ def summary(masks: MaskSet) -> str:
         "bits per weight": f"{8 * masks.size / weights:.3f}" if weights else "-",
         "size": f"{masks.size:,} bytes",
         "base model": masks.fingerprint[:12],
-        "data": masks.meta.get("data"),
+        "data": data,
         "evaluation": masks.meta.get("evaluation"),
         "written by": f"megamask {masks.meta['megamask']}" if "megamask" in masks.meta else None,
     }
     known = {name: value for name, value in facts.items() if value is not None}
-    return "\n".join(f"{name:<16} {printable(str(value))}" for name, value in known.items())
+    lines = [*known.items(), *(("changed", change) for change in changed)]
+    return "\n".join(f"{name:<16} {printable(str(value))}" for name, value in lines)

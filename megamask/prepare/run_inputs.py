@@ -11,6 +11,7 @@ from megamask.data.shards import check_vocabulary
 from megamask.errors import ConfigError
 from megamask.masks.file import MaskSet
 from megamask.model.checkpoint import read_note
+from megamask.prepare.content import Content
 from megamask.prepare.layout import Layout, check_positions
 from megamask.prepare.prior_mask import description, load_prior
 from megamask.sparsity.pattern import Pattern
@@ -114,6 +115,15 @@ class LearnInputs(RunInputs):
         """How the prior was made. Raises as ``prior``."""
         return None if self.prior is None else description(self.prior, self.paths)
 
+    @cached_property
+    def content(self) -> Content:
+        """Digests of what the run learns from.
+
+        Raises:
+            MegamaskError: shards or prior are missing, or do not fit.
+        """
+        return Content.of(self.config, self.prior)
+
     def check(self) -> None:
         """Read everything but the weights, and check that it fits together.
 
@@ -124,7 +134,7 @@ class LearnInputs(RunInputs):
         check_positions(self.config, self.arch, ("data.seq_length", "evaluate.window"))
         _check_top_k(self.config, self.arch)
         self.layout.check_linears(self.config, self.arch, self.modules, self.pattern)
-        _ = self.prior
+        _ = self.content
         self.check_vocabulary()
 
 

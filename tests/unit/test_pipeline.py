@@ -59,12 +59,11 @@ def test_what_was_made_with_other_settings_is_not_reused(tmp_path: Path) -> None
         ask(tmp_path, "check", settings=six).returncode == 0
     )  # there is no learned mask to be mistaken for another
     touch(tmp_path / "masks" / "learned.safetensors")
-    refused = ask(tmp_path, "check", settings=six)
-    assert (
-        refused.returncode == 2
-        and "learn.steps = 6" in refused.stderr
-        and "RUN_DIR=" in refused.stderr
-    )
+    assert ask(tmp_path, "check", settings=six).returncode == 0
+    assert ask(tmp_path, "is-done", "learn", settings=six).returncode == 1  # learning goes on
+    assert ask(tmp_path, "is-done", "learn", settings=five).returncode == 0
+    refused = ask(tmp_path, "check", settings=(*five, "seed=7"))
+    assert refused.returncode == 2 and "seed = 7" in refused.stderr and "RUN_DIR=" in refused.stderr
     assert (
         ask(
             tmp_path, "check", settings=(*five, "parallel.tp=3", "device=cpu", "evaluate.window=64")

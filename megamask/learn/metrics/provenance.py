@@ -11,6 +11,7 @@ import torch
 
 import megamask
 from megamask.config import Config, load_config
+from megamask.config.changed import Changed, write_changes
 from megamask.config.yaml_text import write_yaml
 from megamask.shipped import source_commit
 from megamask.storage import atomic_file, write_json
@@ -40,15 +41,18 @@ def versions() -> dict[str, str]:
     return found | {"platform": platform.platform(), "cpu": _cpu_name(), "gpu": _gpu_name()}
 
 
-def write_provenance(folder: Path, config: Config) -> None:
-    """Write ``config.yaml`` (every setting; ``--config`` reads it back to the same settings) and
-    ``versions.json``.
+def write_provenance(folder: Path, config: Config, changes: list[Changed]) -> None:
+    """Write ``config.yaml`` (every setting; ``--config`` reads it back to the same settings),
+    ``versions.json`` and, for a run whose settings changed, ``changes.json``.
     """
     path = folder / "config.yaml"
     with atomic_file(path) as temporary:
         temporary.write_text(write_yaml(config.model_dump(mode="json")))
     assert load_config(path) == config, "the written settings read back differently"
     write_json(folder / "versions.json", versions())
+    (folder / "changes.json").unlink(missing_ok=True)  # of a run before, which this run replaces
+    if changes:
+        write_json(folder / "changes.json", write_changes(changes))
 
 
 def _version(name: str) -> str:

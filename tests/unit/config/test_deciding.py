@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,44 @@ def test_paths_below_the_run_folder_are_relative_to_it() -> None:
     assert changes({"model.hf": "/a/run/hf"}, before, LEARN) == {}
 
 
+SPELLINGS: list[Callable[[str], str]] = [
+    lambda path: f"{path}/",
+    lambda path: path.replace("/", "//"),
+    lambda path: f"{path}/../{Path(path).name}",
+    lambda path: f"./{os.path.relpath(path)}",
+    lambda path: str(Path(path).parent / "link" / Path(path).name),
+    lambda path: path.replace(str(Path.home()), "~", 1),
+]
+
+
+@pytest.mark.parametrize("key", ["model.hf", "data.tokenizer", "learn.prior.mask"])
+def test_spellings_of_a_path_are_one_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Any spelling before and any now, inside the run folder and outside it, never differ; another
+    path differs under any spelling.
+    """
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    for place in ("run/hf", "outside/hf", "other/hf"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place).with_name("link").symlink_to((tmp_path / place).parent)
+    words = [f"run_dir={tmp_path / 'run'}"]
+    for place in ("run/hf", "outside/hf"):
+        path = str(tmp_path / place)
+        spelled = [path, *(spell(path) for spell in SPELLINGS)]
+        assert len(set(spelled)) == 7
+        for before in spelled:
+            found = deciding_settings(load_config(None, [*words, f"{key}={before}"]), LEARN)
+            for now in spelled:
+                assert not changes(found, load_config(None, [*words, f"{key}={now}"]), LEARN)
+            for spell in SPELLINGS:
+                now = spell(str(tmp_path / "other" / "hf"))
+                assert set(changes(found, load_config(None, [*words, f"{key}={now}"]), LEARN)) == {
+                    key
+                }
+
+
 def learned(folder: Path, *words: str) -> None:
     config = load_config(None, [f"run_dir={folder}", *words])
     pipeline.record("learn", 1.0, 0, config, run_paths(config))
@@ -107,8 +147,13 @@ def check(folder: Path, *words: str) -> None:
 def test_a_stage_goes_on_with_whatever_learning_resumes_with(tmp_path: Path) -> None:
     learned(tmp_path)
     check(tmp_path, *[word for word in FREE_OF_LEARNING if "run_dir" not in word], *WITHOUT_EFFECT)
-    with pytest.raises(ConfigError, match=r"learn\.steps = 3: learn in .* was made with 2000"):
-        check(tmp_path, "learn.steps=3")
+    with pytest.raises(ConfigError, match=r"seed = 7: learn in .* was made with 1234"):
+        check(tmp_path, "seed=7")
+    config = load_config(None, [f"run_dir={tmp_path}", "learn.steps=3000"])
+    pipeline.check(config, run_paths(config))  # the verb learn goes on, so it is not done
+    assert not pipeline.is_done("learn", config, run_paths(config))
+    config = load_config(None, [f"run_dir={tmp_path}"])
+    assert pipeline.is_done("learn", config, run_paths(config))
 
 
 def test_a_stage_that_was_recorded_in_old_words_is_understood(tmp_path: Path) -> None:

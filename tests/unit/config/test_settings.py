@@ -11,33 +11,38 @@ from pydantic import BaseModel
 
 from megamask.__main__ import main
 from megamask.config import describe
-from megamask.config.deciding import free_settings
+from megamask.config.deciding import settings_of_role
 from megamask.config.load import leaf_keys, load_config
-from megamask.config.section import Section
+from megamask.config.section import Role, Section
 from megamask.config.tree import Config
 from megamask.verbs.table import VERBS
 
 REPO = Path(__file__).resolve().parents[3]
-# A setting more is a decision: write it here, and say in its Field whether it is free.
+# A setting more is a decision: write it here under its role, which its Field says.
 DECIDING = """
-    seed dtype pattern model.hf model.gguf model.include model.exclude
-    data.tokenizer data.domains data.blend data.seq_length data.eod
+    seed dtype pattern model.include model.exclude
+    data.domains data.blend data.seq_length data.eod
     calibration.samples calibration.seq_length calibration.seed
     prune.methods prune.damp prune.block
-    learn.method learn.steps learn.global_batch
-    learn.sampling.mode learn.sampling.draws learn.sampling.kappa learn.sampling.tau
-    learn.sampling.logit_std learn.sampling.initial_noise learn.prior.mask learn.prior.strength
-    learn.state.logits learn.state.grads
-    learn.optimizer.kind learn.optimizer.lr learn.optimizer.min_lr learn.optimizer.warmup_steps
-    learn.optimizer.schedule learn.optimizer.weight_decay learn.optimizer.betas
-    learn.optimizer.epsilon learn.optimizer.clip
-    learn.maskpro.lr learn.maskpro.initial_logit learn.maskpro.masks learn.maskpro.data
-    learn.maskpro.baseline learn.maskpro.tracker_decay learn.maskpro.score learn.maskpro.samples
-    learn.distillation.share learn.distillation.temperature learn.distillation.top_k
-    learn.weight_norm
+    learn.method learn.global_batch
+    learn.sampling.logit_std learn.sampling.initial_noise learn.prior.strength
+    learn.state.logits learn.optimizer.kind
+    learn.maskpro.initial_logit learn.maskpro.samples
     evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos data.bos
     export.mask export.weights export.out
 """
+EACH_STEP = """
+    learn.steps learn.sampling.mode learn.sampling.draws learn.sampling.kappa learn.sampling.tau
+    learn.state.grads
+    learn.optimizer.lr learn.optimizer.min_lr learn.optimizer.warmup_steps
+    learn.optimizer.schedule learn.optimizer.weight_decay learn.optimizer.betas
+    learn.optimizer.epsilon learn.optimizer.clip
+    learn.maskpro.lr learn.maskpro.masks learn.maskpro.data learn.maskpro.baseline
+    learn.maskpro.tracker_decay learn.maskpro.score
+    learn.distillation.share learn.distillation.temperature learn.distillation.top_k
+    learn.weight_norm
+"""
+CONTENT = "model.hf model.gguf data.tokenizer learn.prior.mask"
 FREE = """
     run_dir device deterministic parallel.tp parallel.sequence_parallel parallel.recompute
     parallel.start_minutes parallel.timeout_minutes parallel.threads calibration.micro_batch
@@ -54,8 +59,15 @@ FREE = """
 
 
 def test_the_settings_are_these() -> None:
-    assert sorted(leaf_keys(Config)) == sorted([*DECIDING.split(), *FREE.split()])
-    assert sorted(free_settings()) == sorted(FREE.split())
+    roles: dict[Role, str] = {
+        "decides": DECIDING,
+        "each step": EACH_STEP,
+        "content": CONTENT,
+        "free": FREE,
+    }
+    for role, keys in roles.items():
+        assert sorted(settings_of_role(role)) == sorted(keys.split()), role
+    assert sorted(leaf_keys(Config)) == sorted(" ".join(roles.values()).split())
 
 
 def test_every_setting_says_what_it_is_in_words_of_the_tree() -> None:

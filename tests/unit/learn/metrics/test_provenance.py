@@ -25,12 +25,12 @@ from megamask.learn.metrics.provenance import versions, write_provenance
 )
 def test_the_settings_read_back(tmp_path: Path, overrides: list[str]) -> None:
     config = load_config(None, overrides)
-    write_provenance(tmp_path, config)
+    write_provenance(tmp_path, config, [])
     assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_versions_are_all_text_and_true(tmp_path: Path) -> None:
-    write_provenance(tmp_path, load_config())
+    write_provenance(tmp_path, load_config(), [])
     found = json.loads((tmp_path / "versions.json").read_text())
     assert found == versions() and all(isinstance(value, str) and value for value in found.values())
     assert found["python"] == platform.python_version() and found["torch"] == torch.__version__
