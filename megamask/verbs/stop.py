@@ -10,8 +10,8 @@ from megamask.config import Config
 from megamask.errors import ArtifactError
 from megamask.launch import slurm
 from megamask.launch.launch_folder import Launch, launches
-from megamask.learn.signals import STOP_FILE
 from megamask.process.lock import writer_of
+from megamask.process.signals import STOP_FILE
 from megamask.verbs.status import paths_of
 from megamask.verbs.table import StopArguments
 

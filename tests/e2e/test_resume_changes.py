@@ -116,7 +116,7 @@ def test_fewer_steps_end_the_run_where_it_stands(run: Path, settings: Settings) 
         ("seed=7", "seed = 7"),
         ("pattern=1:4", "pattern"),
         ("learn.method=categorical", "learn.method = 'categorical'"),
-        ("learn.optimizer.kind=lion", "learn.optimizer.kind = 'lion'"),
+        ("learn.state.logits=bf16", "learn.state.logits"),
         ("data.blend={prose: 1, code: 1}", "data.blend"),
         ("learn.global_batch=4", "learn.global_batch = 4"),
         ("learn.prior.mask=null", "learn.prior.mask = None"),
