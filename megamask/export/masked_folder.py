@@ -18,6 +18,8 @@ from megamask.masks.apply import masked
 from megamask.masks.file import MaskSet
 from megamask.storage import write_json
 from megamask.terminal import tell
+from megamask.weights.architecture import read_architecture
+from megamask.weights.file_layout import file_layout
 from megamask.weights.hf_files import open_checked, write_hf
 
 STAMP = "megamask_export.json"  # this file in the written folder describes its masks
@@ -56,7 +58,8 @@ def export(
         content = f"{masks.method} {masks.pattern} on {len(masks)} linears"
         if masks.path.is_file():
             content += f", mask file {masks.size:,} bytes"
-    write_hf(out, tensors, hf_dir, finish=finish)
+    layout = file_layout(read_architecture(hf_dir, ignore_keys))
+    write_hf(out, tensors, hf_dir, finish=finish, layout=layout)
     tell(f"{out}: {content}; {_size(out):,} bytes written and verified")
 
 

@@ -146,6 +146,8 @@ class Names:
         mlp_norm: the norm before the feed-forward part.
         attention_post_norm, mlp_post_norm: norms before the residual sums.
         transposed: the file holds the weights of linears as (in_features, out_features).
+        prefix: beginning of the names that some files leave out.
+        buffers: endings of tensors in old files that follow from the config.
     """
 
     embedding: str = "model.embed_tokens"
@@ -165,6 +167,8 @@ class Names:
     final_norm: str = "model.norm"
     head: str = "lm_head"
     transposed: bool = False
+    prefix: str = ""
+    buffers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from megamask.file_kinds import SAFETENSORS, require_file, wrong_file
 from megamask.storage import atomic_dir, read_object, write_json
 from megamask.weights import torch_bin
 from megamask.weights.architecture import read_architecture
+from megamask.weights.file_layout import FileLayout, file_layout, turned
 from megamask.weights.mapping import expected_tensors
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ NOT_COPIED = (
     *("*.index.json", "megamask_*.json"),
 )
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".npz", ".ckpt")
+PLAIN = FileLayout()
 SIDE_FOLDERS = ("additional_chat_templates",)
 FIX = (
     "Download the model again, or point model.hf at a complete Hugging Face folder "
@@ -38,17 +40,26 @@ FIX = (
 
 
 class HFReader:
-    """The tensors of an HF folder, read block by block. The reader is a context manager.
+    """The tensors of an HF folder, read block by block, weights of linears as (O, I). The reader is
+    a context manager.
+
+    Args:
+        hf_dir: the folder.
+        layout: how its files hold the tensors.
 
     Raises:
         ArtifactError: there are no weights, a file is missing or torn, or the index disagrees
             with the files.
     """
 
-    def __init__(self, hf_dir: Path) -> None:
-        self.hf_dir = hf_dir
+    def __init__(self, hf_dir: Path, layout: FileLayout = PLAIN) -> None:
+        self.hf_dir, self.layout = hf_dir, layout
         self._handles: dict[Path, Any] = {}
-        self._file_of = self._index()
+        stored, prefix = self._index(), layout.prefix
+        if any(name.startswith(prefix) for name in stored):
+            prefix = ""  # the names are whole
+        self._prefix = prefix
+        self._file_of = {f"{prefix}{name}": path for name, path in stored.items()}
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -56,24 +67,28 @@ class HFReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
-        return tuple(self._slice(name).get_shape())
+        stored = tuple(self._slice(name).get_shape())
+        return stored[::-1] if name in self.layout.transposed else stored
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> Tensor:
         """A block of a tensor, ``cols`` along the second axis: a ``Read`` for the mapping table."""
         stored = self._slice(name)
+        if name in self.layout.transposed:
+            turned: Tensor = stored[slice(None) if cols is None else cols, rows]
+            return turned.t()
         part: Tensor = stored[rows] if cols is None else stored[rows, cols]
         return part
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
-        whole: Tensor = self._handle(name).get_tensor(name)
-        return whole
+        whole: Tensor = self._handle(name).get_tensor(name.removeprefix(self._prefix))
+        return whole.t() if name in self.layout.transposed else whole
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Check that the folder holds exactly the tensors ``expected`` (name -> shape).
 
-        Two kinds of extra tensors are allowed: the rotary frequencies of old checkpoints, which
-        follow from the config, and a head that is a copy of the tied embedding.
+        Two kinds of extra tensors are allowed: buffers of old checkpoints, which follow from the
+        config, and a head that is a copy of the tied embedding.
 
         Raises:
             ArtifactError: tensors are missing, unknown or wrongly shaped; the message names them.
@@ -81,7 +96,7 @@ class HFReader:
         extra = [
             name
             for name in self._file_of
-            if name not in expected and not name.endswith("rotary_emb.inv_freq")
+            if name not in expected and not name.endswith(self.layout.buffers)
         ]
         problems = {
             "misses": [name for name in expected if name not in self._file_of],
@@ -169,12 +184,12 @@ class HFReader:
         return self._open(self._file_of[name])
 
     def _slice(self, name: str) -> Any:
-        return self._handle(name).get_slice(name)
+        return self._handle(name).get_slice(name.removeprefix(self._prefix))
 
     def _is_copy_of_embedding(self, name: str) -> bool:
-        embedding = "model.embed_tokens.weight"
+        embedding = self.layout.embedding
         return (
-            name == "lm_head.weight"
+            name.removeprefix(self._prefix) == self.layout.head
             and embedding in self._file_of
             and torch.equal(self.tensor(name), self.tensor(embedding))
         )
@@ -190,9 +205,9 @@ def open_checked(hf_dir: Path, ignore_keys: Collection[str] = ()) -> HFReader:
     Raises:
         ArtifactError, ConfigError: see ``HFReader.check`` and ``read_architecture``.
     """
-    expected = expected_tensors(read_architecture(hf_dir, ignore_keys))
-    reader = HFReader(hf_dir)
-    reader.check(expected)
+    arch = read_architecture(hf_dir, ignore_keys)
+    reader = HFReader(hf_dir, file_layout(arch))
+    reader.check(expected_tensors(arch))
     return reader
 
 
@@ -202,6 +217,7 @@ def write_hf(
     source_dir: Path,
     max_shard_bytes: int = 5 * 10**9,
     finish: Callable[[Path], None] | None = None,
+    layout: FileLayout = PLAIN,
 ) -> None:
     """Write an HF folder tensor by tensor.
 
@@ -214,9 +230,10 @@ def write_hf(
         max_shard_bytes: size limit of a weight file, in bytes.
         finish: called with the written folder before it is renamed to ``out_dir``, to check it or
             to add files.
+        layout: how the files hold the tensors.
     """
     with atomic_dir(out_dir) as folder:
-        write_tensors(folder, tensors, max_shard_bytes)
+        write_tensors(folder, turned(tensors, layout), max_shard_bytes)
         _copy_side_files(source_dir, folder)
         share(folder)
         if finish is not None:

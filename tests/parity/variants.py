@@ -224,6 +224,11 @@ VARIANTS: dict[str, Variant] = {
         {},
         {"eps": norm(eps=1e-2), "theta": ropes(theta=2e4)},
     ),
+    "gpt2": Variant(
+        "gpt2",
+        {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 128, "n_inner": 112},
+        {"exact GELU": set_(activation="gelu"), "RMSNorm": norm(kind="rms")},
+    ),
 }
 
 

@@ -42,6 +42,7 @@ GPT_NEOX = Family(
         down="mlp.dense_4h_to_h",
         final_norm="gpt_neox.final_layer_norm",
         head="embed_out",
+        buffers=(".attention.bias", ".attention.masked_bias"),
     ),
     defaults={
         "layer_norm_eps": 1e-5,

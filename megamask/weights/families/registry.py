@@ -8,6 +8,7 @@ arithmetic of all families is in ``megamask.model.spec``, which knows architectu
 from __future__ import annotations
 
 from megamask.weights.families.gemma import GEMMA2, GEMMA3
+from megamask.weights.families.gpt2 import GPT2
 from megamask.weights.families.gpt_neox import GPT_NEOX
 from megamask.weights.families.granite import GRANITE
 from megamask.weights.families.llama import LLAMA
@@ -36,4 +37,5 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "olmo2": OLMO2,
+    "gpt2": GPT2,
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megamask.errors import ArtifactError
 from megamask.weights.architecture import read_architecture
+from megamask.weights.file_layout import file_layout
 from megamask.weights.fingerprint import fingerprint_hf, fingerprint_model
 from megamask.weights.hf_files import HFReader, open_checked, write_hf
 from megamask.weights.mapping import expected_tensors, linear_shapes
@@ -239,3 +241,32 @@ def test_everything_but_weights_is_copied(
     assert "additional_chat_templates/tool.jinja" in written
     assert not written & {"pytorch_model.bin", "model.gguf", ".gitattributes", "other.safetensors"}
     assert "left out onnx" in caplog.text
+
+
+def test_files_with_transposed_weights_and_short_names_come_back_as_they_were(
+    tmp_path: Path,
+) -> None:
+    """GPT-2's linears lie as (in, out); its first files leave out a prefix and hold buffers."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=16, vocab_size=50)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "new")
+    written = load_file(tmp_path / "new" / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in written.items()}
+    (tmp_path / "old").mkdir()
+    save_file(old | {"h.0.attn.bias": torch.ones(1)}, tmp_path / "old" / "model.safetensors")
+    shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old")
+    layout = file_layout(read_architecture(tmp_path / "new"))
+    name = "transformer.h.0.attn.c_attn.weight"
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        with open_checked(folder) as reader:
+            assert reader.shape(name) == (96, 32) and set(written) <= set(reader.names())
+            assert torch.equal(reader.tensor(name), written[name].t())
+            block = reader.read(name, slice(3, 7), slice(4, 8))
+            assert torch.equal(block, written[name].t()[3:7, 4:8])
+            tensors = [(one, reader.tensor(one)) for one in written]
+        write_hf(tmp_path / "out", tensors, folder, layout=layout)
+        found = load_file(tmp_path / "out" / "model.safetensors")
+        assert found.keys() == written.keys()
+        assert all(torch.equal(found[one], written[one]) for one in written)
+        assert fingerprint_hf(folder) == fingerprint_hf(tmp_path / "out")
