@@ -151,10 +151,10 @@ def gradients(
             model.token_losses(tokens_NS, tokens_NS.roll(-1, 1))[:, :-1].mean().backward()
             found[name] = {}
             for rule in model_rules(arch, tp):
-                linear = linears.get(rule.megatron.removesuffix(".weight"))
-                if linear is not None and rule.is_linear:
-                    assert linear.weight.grad is not None
-                    found[name] |= rule.to_hf(rule.join(mesh.gather_over_tp(linear.weight.grad)))
+                if rule.is_linear:
+                    gradient = linears[rule.megatron.removesuffix(".weight")].weight.grad
+                    assert gradient is not None
+                    found[name] |= rule.to_hf(rule.join(mesh.gather_over_tp(gradient)))
     return found
 
 
