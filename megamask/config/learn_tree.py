@@ -168,6 +168,9 @@ class SnapshotSection(Section):
 
     every: Steps = free(50, description="steps between snapshots")
     keep: Samples = free(2, description="snapshots that stay on disk")
+    background: bool = free(
+        True, description="write periodic snapshots beside the next steps, from a copy on the host"
+    )
 
 
 class MonitorSection(Section):

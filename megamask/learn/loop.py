@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict
 
 from megamask.data.batches import BatchPlan
-from megamask.errors import EXIT_INTERRUPTED, EXIT_OK
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, LearningError
 from megamask.learn.evaluation import hard_mask_perplexity, mean_log_perplexity, monitor_windows
 from megamask.learn.heartbeat import Heartbeat, State
 from megamask.learn.learned_mask import learned_from, save_learned_mask, step_of
@@ -94,17 +94,23 @@ class Run:
                 self._evaluate()
             while progress.step < learn.steps:
                 self._step()
+                self.snapshots.background.proceed()
                 if self._is_time_to_evaluate():
                     self._evaluate()
                 if self.mesh.any(bool(stop)):
                     return self._leave(stop)
                 if progress.step % learn.snapshot.every == 0:
-                    self.snapshots.save(progress)
+                    self.snapshots.begin(progress)
                     self._show("learning")
             self._finish()
             self._show("finished")
             return EXIT_OK
+        except LearningError:  # raised on all ranks
+            self.snapshots.background.proceed(wait=True)
+            self._show("failed")
+            raise
         except BaseException:
+            self.snapshots.background.abandon()
             self._show("failed")
             raise
         finally:
@@ -153,6 +159,7 @@ class Run:
 
     def _leave(self, stop: StopRequest) -> int:
         step, who = self.progress.step, stop.received or "another process"
+        self.snapshots.background.proceed(wait=True)
         if step != self.snapshots.newest():
             self.snapshots.save(self.progress)
         self.monitor.note(f"{who}: saved at step {step}; start again to go on")
@@ -164,6 +171,7 @@ class Run:
     def _finish(self) -> None:
         by_domain = self._evaluate()
         self._save_mask("learned", by_domain)
+        self.snapshots.background.proceed(wait=True)
         if self.progress.step != self.snapshots.newest():
             self.snapshots.save(self.progress)
         best, mask = self.progress.best_step, self.paths.mask("learned")

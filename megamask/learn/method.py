@@ -86,11 +86,15 @@ class Method(ABC):
         of ``PARTS``. A part that the method does not have may be left out.
         """
 
+    def logit_bytes(self, run: StateOf) -> float:
+        """Bytes of mask logits per prunable weight."""
+        return self.state_bytes(run)[LOGITS]
+
     def saved_bytes(self, run: StateOf) -> float:
         """Bytes per prunable weight that one rank writes into a snapshot: logits, and optimizer
         state where the method has an optimizer.
         """
-        return self.state_bytes(run)[LOGITS]
+        return self.logit_bytes(run)
 
     def copied_bytes(self, run: StateOf) -> float:
         """Bytes per prunable weight that are made beside the state to write or read a snapshot."""

@@ -23,6 +23,7 @@ from megamask.learn.methods import find_method
 from megamask.learn.preflight import settings_without_effect
 from megamask.learn.snapshot_steps import snapshot_steps
 from megamask.leftovers import remove_leftovers
+from megamask.model.background_save import BackgroundSave
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.content import Content
@@ -62,6 +63,7 @@ class Snapshots:
     Attributes:
         content: digests of the inputs, for the notes; None leaves text and prior unchecked.
         changes: the settings that resumed runs changed, oldest first.
+        background: the snapshot that is being written beside learning.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Snapshots:
         self.folder, self.config, self.content = folder, config, content
         self.mesh, self.masked_model, self.learner = mesh, masked_model, learner
         self.changes: list[Changed] = []
+        self.background = BackgroundSave(mesh)
         if mesh.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder, is_alone=True)
@@ -83,7 +86,28 @@ class Snapshots:
 
     def save(self, progress: Progress) -> None:
         """Write a snapshot, then delete all but the last ``learn.snapshot.keep``."""
-        note = {
+        self.background.proceed(wait=True)
+        save_sharded(self._state(), self._path(progress), self.mesh, self._note(progress))
+        if self.mesh.is_main:
+            self._delete_old()
+        self.mesh.barrier()
+
+    def begin(self, progress: Progress) -> None:
+        """Begin to write a snapshot beside the next steps, where ``learn.snapshot.background`` asks
+        for it; else as ``save``. A snapshot that is being written still is waited for.
+        """
+        if not self.config.learn.snapshot.background:
+            self.save(progress)
+            return
+        self.background.proceed(wait=True)
+        state, note = self._state(), self._note(progress)
+        self.background.start(state, self._path(progress), note, self._delete_old)
+
+    def _path(self, progress: Progress) -> Path:
+        return self.folder / f"step-{progress.step:08d}"
+
+    def _note(self, progress: Progress) -> dict[str, Any]:
+        return {
             "progress": asdict(progress),
             "settings": deciding_settings(self.config, LEARN),
             "fingerprint": self.masked_model.fingerprint,
@@ -92,11 +116,10 @@ class Snapshots:
             **({} if self.content is None else {"content": self.content.note()}),
             **write_changes(self.changes),
         }
-        save_sharded(self._state(), self.folder / f"step-{progress.step:08d}", self.mesh, note)
-        if self.mesh.is_main:
-            for old in self.steps()[: -self.config.learn.snapshot.keep]:
-                shutil.rmtree(self.folder / f"step-{old:08d}")
-        self.mesh.barrier()
+
+    def _delete_old(self) -> None:
+        for old in self.steps()[: -self.config.learn.snapshot.keep]:
+            shutil.rmtree(self.folder / f"step-{old:08d}")
 
     def restore(self) -> Progress:
         """Load the newest snapshot into logits and optimizer; a fresh Progress when there is none.

@@ -67,7 +67,7 @@ def save_sharded(
             if mesh.is_main:
                 temporary.mkdir(parents=True)
             mesh.barrier()
-            with _deaf_helpers(), _results_in_this_process():
+            with deaf_helpers(), results_go_through(queue.Queue):
                 dist_checkpointing.save(state, str(temporary), validate_access_integrity=True)
             mesh.barrier()
             if mesh.is_main:
@@ -82,7 +82,7 @@ def save_sharded(
 
 
 @contextmanager
-def _deaf_helpers() -> Iterator[None]:
+def deaf_helpers() -> Iterator[None]:
     """Start the helper processes of Megatron's writer deaf to the signals that end a run.
 
     A launcher signals the whole process group. Megatron's writer forks helpers for a save: with the
@@ -101,8 +101,8 @@ def _deaf_helpers() -> Iterator[None]:
 
 
 @contextmanager
-def _results_in_this_process() -> Iterator[None]:
-    """Let Megatron's writer collect the results of a save in a queue of this process.
+def results_go_through(make_queue: Callable[[], Any]) -> Iterator[None]:
+    """Let Megatron's writer collect the results of a save in a queue of ours.
 
     Megatron keeps the queue in a process of its own, since its saves may go on in the background:
     at the first save every rank starts an interpreter that imports torch. A save in the foreground
@@ -111,7 +111,7 @@ def _results_in_this_process() -> Iterator[None]:
     if not hasattr(filesystem_async, "_get_write_results_queue"):  # a version without the queue
         yield
         return
-    with patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
+    with patch.object(filesystem_async, "_get_write_results_queue", make_queue):
         yield
 
 

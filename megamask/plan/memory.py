@@ -27,6 +27,7 @@ from megamask.plan.workload import Workload
 STEP = "a learning step"
 EVALUATION = "an evaluation"
 SNAPSHOT = "a snapshot"
+BESIDE = "a step while a snapshot is written"
 RESUME = "a resume from a snapshot"
 MASK_FILE = "the writing of a mask"
 OTHER_WEIGHTS = "embedding, head, norms, dense linears"
@@ -97,6 +98,10 @@ def memory_of(work: Workload, device: Device) -> Memory:
         RESUME: _resume(work, device),
         MASK_FILE: _mask_file(work),
     }
+    if device.is_cpu and work.config.learn.snapshot.background:
+        # The writer shares the pages of this process until a step overwrites them.
+        shared = moments[SNAPSHOT][COPIES] + work.saved_bytes
+        moments[BESIDE] = {**step, COPIES: shared}
     return Memory(state, moments, device)
 
 

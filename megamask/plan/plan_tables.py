@@ -15,6 +15,7 @@ from megamask.plan.hardware import (
     Device,
 )
 from megamask.plan.memory import Memory, memory_of
+from megamask.plan.saving import saving_of
 from megamask.plan.time import Time, flops_per_token
 from megamask.plan.workload import Workload
 from megamask.tables import table
@@ -135,13 +136,14 @@ def as_json(
             "gpu_hours": time.gpu_hours(steps),
             "assumed": asdict(device),
         }
-    fits = memory_of(work, target).total <= target.capacity
+    fits, saving = memory_of(work, target).total <= target.capacity, saving_of(work)
     return {
         "predicted": "not measured",
         "prunable_weights": work.all_masked_weights,
         "flops_per_token": flops_per_token(work),
         "bytes_per_weight": work.state,
         "tokens_per_step": work.tokens_a_step,
+        "snapshot": {"bytes": saving.total_bytes, "seconds": saving.seconds},
         "devices": rows,
         "target": target.title,
         "advice": None if fits else advice(work, target),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from contextlib import nullcontext
 
@@ -12,8 +13,12 @@ from megamask.learn.loop import Run
 from megamask.learn.preflight import check_early
 from megamask.parallel.mesh import Mesh, start
 from megamask.plan.fit import check_free
+from megamask.plan.saving import grace_warning, saving_of
+from megamask.plan.workload import Workload
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.process.signals import Interrupted, StopRequest, stop_on_signal
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config, stop: StopRequest | None = None) -> int:
@@ -38,7 +43,15 @@ def run(config: Config, stop: StopRequest | None = None) -> int:
         if mesh.any(bool(request)):
             raise Interrupted(request.received or signal.SIGTERM.name)
         _check_free(inputs, mesh)
+        _warn_of_grace(inputs, mesh)
         return Run(inputs, mesh).learn(request)
+
+
+def _warn_of_grace(inputs: LearnInputs, mesh: Mesh) -> None:
+    """Say before the first step if a signal may leave too little time for a snapshot."""
+    saving = saving_of(Workload(inputs.config, inputs.arch, mesh.dp))
+    if mesh.is_main and (warning := grace_warning(inputs.config, saving)):
+        log.warning("%s", warning)
 
 
 def _check_free(inputs: LearnInputs, mesh: Mesh) -> None:

@@ -13,6 +13,7 @@ from megamask.plan.fit import check_fits
 from megamask.plan.hardware import GPUS, device_named
 from megamask.plan.memory import memory_of
 from megamask.plan.plan_tables import as_json, footer, headline, memory_table, time_table
+from megamask.plan.saving import saving_lines
 from megamask.plan.time import time_of
 from megamask.plan.workload import Workload
 from megamask.terminal import tell
@@ -43,7 +44,8 @@ def run(config: Config, arguments: PlanArguments) -> None:
     )
     tables = [memory_table(memories[0]), time_table(work, devices, memories, times)]
     title = headline(work, arguments.model or config.model.hf or config.run_dir)
-    tell("\n\n".join("\n".join(lines) for lines in ([title], *tables, footer(devices))))
+    texts = [[title], *tables, saving_lines(work), footer(devices)]
+    tell("\n\n".join("\n".join(lines) for lines in texts))
     if arguments.json:
         storage.write_json(Path(arguments.json), as_json(work, devices, memories, times, target))
     check_fits(work.config, arch, target, work.dp)

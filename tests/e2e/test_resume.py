@@ -165,7 +165,8 @@ def test_three_kills(
     choose = random.Random(SEED)
     pace = (records(whole)[-1]["seconds"] - records(whole)[0]["seconds"]) / (STEPS - 1)
     for number in range(KILLS):
-        steps, delay = choose.randint(1, 3), choose.uniform(0, pace)
+        # A snapshot is finished when the next begins at the latest: in the fourth step.
+        steps, delay = choose.randint(4, 6), choose.uniform(0, pace)
         kill_after(steps, delay, run_dir, settings)
         with capsys.disabled():
             where = (

@@ -28,6 +28,7 @@ USED_ELSEWHERE = {
     "get_emb": "Megatron's rotary embedding",
     "handleError": "logging",
     "is_valid": "tests, of masks",
+    "get_nowait": "Megatron's writer of checkpoints",
 }
 LONG = 40  # characters of a literal that must not stand in two files
 

@@ -49,7 +49,7 @@ FREE = """
     model.ignore_keys
     learn.preset learn.memory learn.micro_batch learn.resume learn.sampling.backend
     learn.state.masked_weight learn.state.track_flips learn.optimizer.distributed
-    learn.snapshot.every learn.snapshot.keep learn.monitor.evaluate_every
+    learn.snapshot.every learn.snapshot.keep learn.snapshot.background learn.monitor.evaluate_every
     learn.monitor.evaluate_windows learn.monitor.sinks learn.monitor.wandb_project
     evaluate.micro_batch
     launch.launcher launch.nodes launch.processes_per_node launch.cpus_per_process launch.time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megamask.plan.hardware import GPUS, device_named
 from megamask.plan.memory import (
+    BESIDE,
     COPIES,
     EVALUATION,
     MASK_FILE,
@@ -32,6 +33,9 @@ def test_every_moment_by_hand() -> None:
     assert memory.moments[MASK_FILE] == {ONE_MASK: largest / 4}
     on_cpu = memory_of(work, device_named("cpu")).moments[SNAPSHOT]
     assert on_cpu[COPIES] == 6 * 32 * largest
+    beside = memory_of(work, device_named("cpu")).moments[BESIDE]
+    assert beside[COPIES] == on_cpu[COPIES] + 6 * WEIGHTS_7B  # pages that a step overwrites
+    assert BESIDE not in memory.moments  # CUDA tensors are copied to the host first
     totals = {moment: memory.total_at(moment) for moment in memory.moments}
     assert memory.busiest == STEP and memory.total == max(totals.values()) == totals[STEP]
 

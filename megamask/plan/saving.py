@@ -1,0 +1,102 @@
+"""Bytes and seconds of a snapshot, against the seconds that a launcher grants after its signal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megamask.config import Config
+from megamask.plan.hardware import GPUS_A_NODE
+from megamask.plan.workload import Workload
+
+RANK_RATE, NODE_RATE = 1e9, 4e9  # bytes per second to disk, of a rank and of a node: assumed
+TORCHRUN_SECONDS = 30.0  # of torchrun between SIGTERM and SIGKILL, unless told otherwise
+# Below this size a snapshot takes about a second, whatever the disk.
+SMALL = 1e9
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A snapshot of a run.
+
+    Attributes:
+        rank_bytes: bytes that the busiest rank writes.
+        node_bytes: bytes that the ranks of a node write.
+        total_bytes: bytes of the snapshot.
+    """
+
+    rank_bytes: float
+    node_bytes: float
+    total_bytes: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds to write it, at the assumed rates."""
+        return max(self.rank_bytes / RANK_RATE, self.node_bytes / NODE_RATE)
+
+
+def saving_of(work: Workload) -> Saving:
+    """The snapshot of ``work``.
+
+    One replica writes the logits. Optimizer state is written by the replica that updates it: the
+    same one, or with a distributed optimizer each its own part.
+    """
+    rank = work.saved_bytes
+    divided = work.config.learn.optimizer.distributed and not work.forward_passes
+    writers = work.tp * (work.dp if divided else 1)
+    whole = rank * work.tp
+    if divided:
+        whole += (
+            (rank - work.masked_weights * work.method.logit_bytes(work.state_of))
+            * (work.dp - 1)
+            * work.tp
+        )
+    return Saving(rank, rank * min(writers, GPUS_A_NODE), whole)
+
+
+def grace_of(config: Config, environment: Mapping[str, str] = os.environ) -> tuple[str, float]:
+    """Who ends a run that was asked to leave, and after how many seconds; infinity where nobody
+    does.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment:
+        text = environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
+        seconds = float(text) if text.isdigit() else TORCHRUN_SECONDS
+        return "torchrun (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)", seconds
+    if "SLURM_JOB_ID" in environment:
+        return "Slurm (launch.warning)", float(config.launch.warning)
+    return "nobody", float("inf")
+
+
+def grace_warning(
+    config: Config, saving: Saving, environment: Mapping[str, str] = os.environ
+) -> str | None:
+    """A sentence where a snapshot may take longer than the launcher waits; else None."""
+    who, grace = grace_of(config, environment)
+    if saving.rank_bytes < SMALL or saving.seconds <= grace:
+        return None
+    return (
+        f"a snapshot of {saving.total_bytes / 1e9:,.0f} GB takes about {saving.seconds:,.0f} s at "
+        f"{RANK_RATE / 1e9:g} GB/s a rank and {NODE_RATE / 1e9:g} a node, and {who} ends the run "
+        f"{grace:,.0f} s after its signal: the run would then go on from the snapshot before. "
+        "Raise the grace, or take learn.memory=lean"
+    )
+
+
+def saving_lines(work: Workload) -> list[str]:
+    """The snapshot in words, for ``plan``."""
+    saving, section = saving_of(work), work.config.learn.snapshot
+    copy = f"from a copy of {saving.node_bytes / 1e9:,.1f} GB in the host memory of a node"
+    when = f"beside the next steps, {copy}" if section.background else "between two steps"
+    lines = [
+        f"A snapshot has {saving.total_bytes / 1e9:,.1f} GB and takes about "
+        f"{saving.seconds:,.0f} s (assumed: {RANK_RATE / 1e9:g} GB/s a rank, "
+        f"{NODE_RATE / 1e9:g} a node):",
+        f"- Every {section.every} steps it is written {when}.",
+        "- After a signal it must be whole within the launcher's grace: "
+        f"{TORCHRUN_SECONDS:.0f} s of torchrun unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says more "
+        f"(launch/learn.sh: 600), {work.config.launch.warning} s of Slurm (launch.warning).",
+    ]
+    if saving.rank_bytes >= SMALL and saving.seconds > TORCHRUN_SECONDS:
+        lines.append("- **It takes longer than torchrun's own grace.**")
+    return lines

@@ -1,0 +1,160 @@
+"""Snapshots that are written beside the next steps: what they hold, and what is left when the run
+or the writer dies.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megamask.errors import ArtifactError
+from megamask.learn.gumbel import GradientLearner
+from megamask.learn.snapshot import Progress, Snapshots
+from tests.unit.learn.one_rank import ROOT, tiny_config, tiny_masked_model, tiny_plan
+
+Tensors = list[torch.Tensor]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[tuple[Snapshots, Any]]:
+    """Snapshots of a learner that has taken a step, and the batches of its run."""
+    config = tiny_config({"snapshot": {"keep": 2}})
+    with tiny_masked_model(config) as (mesh, masked_model):
+        learner = GradientLearner(config, mesh, masked_model)
+        plan = tiny_plan(config, mesh)
+        learner.step(0, plan)
+        yield Snapshots(tmp_path / "snapshots", config, mesh, masked_model, learner), plan
+
+
+def state_of(snapshots: Snapshots) -> Tensors:
+    learner: Any = snapshots.learner
+    tensors = [*snapshots.masked_model.mask_logits, *learner.optimizer.state_tensors()]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    return all(torch.equal(mine, yours) for mine, yours in zip(one, other, strict=True))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_snapshot_holds_the_moment_at_which_it_was_begun(run: tuple[Snapshots, Any]) -> None:
+    snapshots, plan = run
+    before = state_of(snapshots)
+    snapshots.begin(Progress(step=1))
+    snapshots.learner.step(1, plan)  # overwrites logits and moments while they are written
+    after = state_of(snapshots)
+    assert not same(before, after)
+    assert snapshots.steps() == []  # not there before it is whole
+    snapshots.background.proceed(wait=True)
+    assert snapshots.steps() == [1] and files(snapshots.folder) == ["step-00000001"]
+
+    assert snapshots.restore().step == 1
+    assert same(state_of(snapshots), before)
+    snapshots.learner.step(1, plan)
+    assert same(state_of(snapshots), after)  # bit for bit as without the detour
+
+
+def test_snapshots_follow_each_other_and_old_ones_go(run: tuple[Snapshots, Any]) -> None:
+    snapshots, plan = run
+    for step in (1, 2, 3):
+        snapshots.begin(Progress(step=step))
+        assert snapshots.steps() == list(range(1, step))[-2:]  # the one before is whole by now
+        snapshots.learner.step(step, plan)
+    while not snapshots.background.proceed():  # as the loop asks after every step
+        time.sleep(0.01)
+    assert files(snapshots.folder) == ["step-00000002", "step-00000003"]
+    snapshots.begin(Progress(step=4))
+    snapshots.save(Progress(step=5))  # a signal came: the running one first
+    assert files(snapshots.folder) == ["step-00000004", "step-00000005"]
+
+
+def test_a_writer_that_is_killed_is_told_and_the_snapshot_before_stays(
+    run: tuple[Snapshots, Any],
+) -> None:
+    snapshots, _ = run
+    snapshots.save(Progress(step=1))
+    snapshots.begin(Progress(step=2))
+    queue: Any = snapshots.background._queue
+    os.kill(queue.async_calls[0].async_caller.process.pid, signal.SIGKILL)
+    with pytest.raises(ArtifactError, match="step-00000002: could not be written.*goes on from"):
+        snapshots.background.proceed(wait=True)
+    assert files(snapshots.folder) == ["step-00000001"]
+    assert snapshots.background.proceed()  # nothing is being written
+    snapshots.begin(Progress(step=3))
+    snapshots.background.abandon()
+    assert files(snapshots.folder) == ["step-00000001"]
+    snapshots.begin(Progress(step=4))
+    snapshots.background.proceed(wait=True)
+    assert snapshots.steps() == [1, 4] and snapshots.restore().step == 4
+
+
+def test_a_full_disk_is_one_message(
+    run: tuple[Snapshots, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    snapshots, _ = run
+    monkeypatch.setattr(filesystem_async, "_write_item", full)  # the writer is a fork
+    snapshots.begin(Progress(step=1))
+    with pytest.raises(ArtifactError, match="(?i)no space left"):
+        snapshots.background.proceed(wait=True)
+    assert files(snapshots.folder) == []
+
+
+ORPHAN = """
+import multiprocessing, os, signal, sys, time
+from megamask.model.background_save import _as_child
+
+def write():
+    grandchild = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    grandchild.start()
+    print(os.getpid(), grandchild.pid, flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    context.Process(target=_as_child, args=(write, os.getpid())).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_a_writer_ends_with_its_run() -> None:
+    """Left alone, the writer would keep the lock of a killed run, and its restart would be
+    refused.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    numbers = [int(word) for word in process.stdout.readline().split()]
+    assert len(numbers) == 2 and all(Path(f"/proc/{number}").exists() for number in numbers)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while any(is_running(number) for number in numbers):
+        assert time.monotonic() < end, "a writer outlived its run"
+        time.sleep(0.02)
+
+
+def is_running(number: int) -> bool:
+    """Whether a process exists and is no zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
