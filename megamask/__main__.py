@@ -32,7 +32,7 @@ from megamask.errors import (
     printable,
 )
 from megamask.process.place import Place, this_place
-from megamask.process.signals import Interrupted, StopRequest, stop_on_signal
+from megamask.process.signals import Interrupted, StopRequest, ignore_from_now_on, stop_on_signal
 from megamask.terminal import PlainFormatter
 from megamask.verbs.table import VERBS, PlanArguments, Verb, words_of
 
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _run(words, stop)
         except Interrupted as signalled:  # at the very end
             code = signalled.code
+    if argv is None:
+        ignore_from_now_on()
     if argv is None and code and _has_joined():
         logging.shutdown()
         sys.stdout.flush()

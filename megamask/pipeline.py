@@ -12,6 +12,7 @@ from megamask import machine_errors
 from megamask.config import Config, RunPaths, deciding, load_config, run_paths
 from megamask.config.legacy import upgrade_note
 from megamask.errors import EXIT_USER_ERROR, ConfigError, MegamaskError, printable
+from megamask.process.lock import locked
 from megamask.storage import file_sha256, read_json, read_object, write_json
 from megamask.terminal import tell
 
@@ -145,16 +146,15 @@ def record(stage: str, seconds: float, code: int, config: Config, paths: RunPath
 
     The seconds of interrupted attempts count towards the attempt that ends.
     """
-    file = paths.run_dir / "stages.json"
-    known = _read(file)
-    unfinished = f"{stage} (unfinished)"
-    total = known.pop(unfinished, 0) + seconds
-    write_json(file, {**known, (unfinished if code else stage): total})
-    if not code and stage in READS:
-        settings = paths.run_dir / "quickstart.json"
-        write_json(
-            settings, {**_read(settings), stage: deciding.deciding_settings(config, READS[stage])}
-        )
+    file, settings = (paths.run_dir / f"{name}.json" for name in ("stages", "quickstart"))
+    with locked("quickstart.sh", [file]):
+        known = _read(file)
+        unfinished = f"{stage} (unfinished)"
+        total = known.pop(unfinished, 0) + seconds
+        write_json(file, {**known, (unfinished if code else stage): total})
+        if not code and stage in READS:
+            made_with = deciding.deciding_settings(config, READS[stage])
+            write_json(settings, {**_read(settings), stage: made_with})
 
 
 def print_outputs(paths: RunPaths) -> None:

@@ -21,6 +21,7 @@ from megamask.errors import ArtifactError
 from megamask.file_kinds import JSON, require_file, wrong_file
 from megamask.leftovers import remove_leftovers, remove_leftovers_of, temporary_name
 from megamask.machine_errors import reading, writing
+from megamask.process.signals import held
 
 # key -> type of its value, several types, or the required keys of an object
 Required: TypeAlias = Mapping[str, Any]
@@ -103,8 +104,9 @@ def commit_dir(temporary: Path, path: Path) -> None:
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         old = temporary_name(path)
-        os.rename(path, old)
-        os.rename(temporary, path)
+        with held():
+            os.rename(path, old)
+            os.rename(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(temporary, path)

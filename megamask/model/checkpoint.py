@@ -32,13 +32,13 @@ from megamask.machine_errors import writing
 from megamask.model.build import model_rules
 from megamask.model.language_model import LanguageModel
 from megamask.parallel.mesh import Mesh
+from megamask.process.signals import SIGNALS
 from megamask.safe_checkpoint import NOTE, check_common, read_index, reason_of
 from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import HFReader
 from megamask.weights.mapping import rules
 
 EXTRA_STATE = "_extra_state"  # end of the name of a module's extra state
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
@@ -90,11 +90,11 @@ def deaf_helpers() -> Iterator[None]:
     inherits the signals that its parent blocks. This process itself loses none: a blocked signal
     waits until the block ends.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         # Python's resource tracker comes first: its start unblocks SIGINT and SIGTERM in passing.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

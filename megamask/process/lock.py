@@ -26,6 +26,7 @@ from pathlib import Path
 
 from megamask.errors import ArtifactError
 from megamask.process.holder import Holder
+from megamask.process.signals import leave_to_main_thread
 
 BEAT = 10.0
 SILENCE = 60.0
@@ -199,6 +200,7 @@ def _beating(descriptors: list[int]) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
+        leave_to_main_thread()
         while not done.wait(BEAT):
             for descriptor in descriptors:
                 with contextlib.suppress(OSError):  # a full disk must not end the thread

@@ -110,3 +110,30 @@ def stop_on_signal(is_raising: bool = False) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let a signal raise at the end of the block at the earliest: the block stays whole."""
+    handlers = (signal.getsignal(number) for number in SIGNALS)
+    request = next((one for one in handlers if isinstance(one, StopRequest)), None)
+    if request is None or not request.is_raising:
+        yield
+        return
+    request.is_raising = False
+    try:
+        yield
+    finally:
+        request.is_raising = True
+    request.raise_if_set()
+
+
+def ignore_from_now_on() -> None:
+    """Let no signal change the exit code of a program that is done."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave_to_main_thread() -> None:
+    """Let the signals of this process pass by the calling thread, so that the main thread wakes."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

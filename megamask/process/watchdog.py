@@ -19,6 +19,7 @@ from pathlib import Path
 from megamask.errors import EXIT_UNAVAILABLE
 from megamask.process.holder import Holder, utc_now
 from megamask.process.place import Place
+from megamask.process.signals import leave_to_main_thread
 
 # Seconds between the stacks and the end: the other ranks, whose connections break at the end of
 # this one, write their stacks first.
@@ -61,6 +62,7 @@ class Watchdog:
             thread.join()
 
     def _watch(self) -> None:
+        leave_to_main_thread()
         with self._changed:
             while not self._is_closed:
                 left = self._deadline - time.monotonic()

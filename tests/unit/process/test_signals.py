@@ -1,14 +1,23 @@
-"""Which signals ask a run to save, and what a second Ctrl-C does."""
+"""Which signals ask a run to save, which stop other work, and what a second Ctrl-C does."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
-from megamask.process.signals import SIGNALS, STOP_FILE, StopRequest, stop_on_signal
+from megamask.process.signals import (
+    SIGNALS,
+    STOP_FILE,
+    Interrupted,
+    StopRequest,
+    held,
+    leave_to_main_thread,
+    stop_on_signal,
+)
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -52,3 +61,65 @@ def test_a_file_after_a_signal_makes_the_request_final(tmp_path: Path) -> None:
         assert stop and not stop.is_final
         (tmp_path / STOP_FILE).write_text("")
         assert stop and stop.is_final
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_work_that_saves_nothing_is_left_where_it_is(number: signal.Signals) -> None:
+    with stop_on_signal(is_raising=True):
+        with pytest.raises(Interrupted) as caught:
+            os.kill(os.getpid(), number)
+        assert caught.value.code == 128 + number
+        assert not isinstance(caught.value, Exception)  # no reader takes it for a torn file
+
+
+def test_a_block_that_must_be_whole_is_left_at_its_end() -> None:
+    done = []
+    with stop_on_signal(is_raising=True):
+        with pytest.raises(Interrupted), held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("whole")
+        assert done == ["whole"]
+        with pytest.raises(Interrupted):  # and from then on at once
+            os.kill(os.getpid(), signal.SIGTERM)
+    with stop_on_signal() as stop, held():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop
+    with held():  # no handler of ours
+        pass
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signal(is_raising=True) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_another_thread_catches_nothing() -> None:
+    found = []
+
+    def ask() -> None:
+        with stop_on_signal() as stop:
+            found.append(bool(stop))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def test_our_threads_leave_signals_to_the_main_thread() -> None:
+    masks = []
+
+    def ask() -> None:
+        leave_to_main_thread()
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert set(SIGNALS) <= masks[0]
+    assert not set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
