@@ -9,6 +9,7 @@ second Ctrl-C leaves at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -128,10 +129,10 @@ def held() -> Iterator[None]:
     request.raise_if_set()
 
 
-def ignore_from_now_on() -> None:
-    """Let no signal change the exit code of a program that is done."""
+def end_with(code: int) -> None:
+    """Let a signal end a program that is done, with the exit code that it has earned."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: os._exit(code))
 
 
 def leave_to_main_thread() -> None:

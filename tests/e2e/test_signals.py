@@ -1,4 +1,4 @@
-"""A signal at any moment ends a verb with one message and a code, and leaves no half-written file."""
+"""A signal at any moment ends a verb with one message and its code, and leaves files whole."""
 
 from __future__ import annotations
 

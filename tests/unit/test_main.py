@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megamask.__main__ import build_arguments, main, parse
+from megamask.__main__ import main
 from megamask.config.load import load_config, read_settings
 from megamask.errors import ConfigError
 from megamask.verbs.table import DiffArguments, ExtractArguments, InspectArguments, PlanArguments
+from megamask.verbs.words import build_arguments, parse
 
 
 def test_words_are_overrides_arguments_and_a_recipe_in_any_order() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -123,3 +125,12 @@ def test_our_threads_leave_signals_to_the_main_thread() -> None:
     thread.join()
     assert set(SIGNALS) <= masks[0]
     assert not set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_signal_after_the_end_changes_no_code(code: int) -> None:
+    script = (
+        "import os, signal; from megamask.process.signals import end_with; "
+        f"end_with({code}); os.kill(os.getpid(), signal.SIGTERM); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == code

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megamask.__main__ import build_arguments, main, parse
+from megamask.__main__ import main
 from megamask.config.load import load_config
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR
 from megamask.process.lock import locked
 from megamask.verbs.dispatch import artefacts
 from megamask.verbs.table import VERBS
+from megamask.verbs.words import build_arguments, parse
 
 # The words that make a verb write a file of its own.
 WORDS = {
