@@ -97,6 +97,11 @@ class CorpusSection(Section):
     config: str | None = Field(None, description="dataset configuration (hf)")
     split: str = Field("train", description="dataset split (hf)")
     field: str = Field("text", description="column that holds the text (jsonl, parquet, files, hf)")
+    join: str | None = Field(
+        None,
+        description="make one document of all rows, with this text between them; WikiText's rows "
+        "are paragraphs, and its usual protocol joins them with two line feeds",
+    )
     max_bytes: int | None = Field(None, ge=1, le=10**15, description="stop after this much text")
     heldout: Share = Field(0.05, description="share of documents kept for evaluation")
 
@@ -110,7 +115,7 @@ class DataSection(Section):
     )
     domains: dict[str, CorpusSection] = Field(
         default_factory=dict, description="name -> corpus: kind, path, config, split, field, "
-        "max_bytes, heldout"
+        "join, max_bytes, heldout"
     )  # fmt: skip
     blend: dict[str, Weight] = Field(
         default_factory=dict,

@@ -49,7 +49,8 @@ class Document:
 def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
     """The documents of domain ``name`` in a fixed order, without blank documents.
 
-    The stream ends after ``corpus.max_bytes`` bytes of UTF-8; the last document is cut there.
+    The stream ends after ``corpus.max_bytes`` bytes of UTF-8; the last document is cut there. With
+    ``corpus.join``, all rows are one document, blank rows included.
 
     Raises:
         ConfigError: a setting ``data.domains.<name>.*`` cannot work (no such file, no such column,
@@ -58,7 +59,8 @@ def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
     """
     left = corpus.max_bytes if corpus.max_bytes is not None else sys.maxsize
     is_empty, replaced = True, 0
-    for raw in READERS[corpus.kind](name, corpus):
+    raws = READERS[corpus.kind](name, corpus)
+    for raw in raws if corpus.join is None else _joined(raws, corpus.join, left):
         document, broken = _encodable(raw)
         replaced += broken
         if not document.text.strip():
@@ -81,6 +83,17 @@ def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
             f"holds no text (data.domains.{name})",
             f"Give data.domains.{name} a corpus with text and max_bytes enough, or remove it.",
         )
+
+
+def _joined(rows: Iterator[Document], between: str, limit: int) -> Iterator[Document]:
+    """One document of the rows in order, read until it has ``limit`` characters."""
+    texts, size = [], 0
+    for row in rows:
+        texts.append(row.text)
+        size += len(row.text) + len(between)
+        if size > limit:
+            break
+    yield _own_key(between.join(texts))
 
 
 def _encodable(document: Document) -> tuple[Document, bool]:

@@ -54,13 +54,13 @@ def prefixes(name: str, corpus: CorpusSection) -> list[Path]:
     ``.idx``. The setting is such a path, one of the two files, a glob of either, or a folder.
 
     Raises:
-        ConfigError: there is no dataset, or ``max_bytes`` is set, which counts text.
+        ConfigError: there is no dataset, or ``max_bytes`` or ``join`` is set, which are about text.
     """
     path = looked_up(name, corpus)
-    if corpus.max_bytes is not None:
-        allowed = "null for kind megatron: max_bytes counts text, and the shards hold tokens"
-        key = f"data.domains.{name}.max_bytes"
-        raise ConfigError(key, corpus.max_bytes, allowed, "Name fewer shards.")
+    for setting, fix in (("max_bytes", "Name fewer shards."), ("join", "Leave it out.")):
+        if (value := getattr(corpus, setting)) is not None:
+            allowed = f"null for kind megatron: {setting} is about text, and the shards hold tokens"
+            raise ConfigError(f"data.domains.{name}.{setting}", value, allowed, fix)
     if path.is_dir():
         matches = [str(file) for file in path.rglob("*.idx")]
     else:

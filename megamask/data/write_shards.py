@@ -32,7 +32,12 @@ def settings_digest(config: Config, name: str, tokenizer: TextTokenizer) -> str:
     corpus = config.data.domains[name]
     deciding = [
         FORMAT,
-        corpus.model_dump(),
+        # A setting that came later decides only where it is set, so older shards stay current.
+        {
+            key: value
+            for key, value in corpus.model_dump().items()
+            if (key, value) != ("join", None)
+        },
         _writer(corpus).stamp(name, corpus),
         tokenizer.fingerprint,
         _end(config, tokenizer),

@@ -189,6 +189,7 @@ def test_settings_that_cannot_work(
     for corpus, said in (
         (in_place(tmp_path / "absent"), r"data\.domains\.d\.path.*none is there"),
         (in_place(prefix, max_bytes=100), r"data\.domains\.d\.max_bytes"),
+        (in_place(prefix, join=" "), r"data\.domains\.d\.join"),
         ({"kind": "megatron"}, r"data\.domains\.d\.path"),
         (in_place("a\0b"), r"data\.domains\.d\.path"),
     ):

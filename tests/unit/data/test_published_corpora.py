@@ -18,6 +18,7 @@ import pytest
 
 from megamask.config import Config, CorpusSection, run_paths
 from megamask.data.corpora import documents, files_left_out
+from megamask.data.heldout import heldout_windows
 from megamask.data.shards import read_shards
 from megamask.errors import ArtifactError, ConfigError
 from megamask.verbs import tokenize
@@ -149,6 +150,30 @@ def test_a_folder_with_formats_mixed_is_read_in_the_order_of_the_names(
     tokenize.run(make_config({"d": {"kind": "files", "path": str(tmp_path)}}))
     said = capsys.readouterr().err
     assert said.count("README.md") == 1 and said.count("dataset_info.json") == 1
+
+
+def test_rows_joined_as_the_protocol_of_wikitext_joins_them(
+    tmp_path: Path, make_config: Callable[..., Config], tokenizer_folder: Path
+) -> None:
+    """One document, with the blank rows, tokenized as a whole, and one BOS before it if wanted."""
+    import pyarrow.parquet as parquet
+    from tokenizers import Tokenizer
+
+    rows = ["", " = Title = \n", "", " A row of text . \n" * 9, " Another , without end"]
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "test.parquet")
+    corpus = {"kind": "parquet", "path": str(tmp_path), "join": "\n\n", "heldout": 1}
+    whole = "\n\n".join(rows)
+    assert texts(**corpus) == [whole]
+    assert texts(**corpus, max_bytes=20) == [whole[:20]]
+    train = {"kind": "parquet", "path": str(tmp_path), "heldout": 0}
+    config = make_config({"w": corpus, "t": train}, evaluate={"bos": True})
+    tokenize.run(config)
+    plain = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    ids = plain.encode(whole, add_special_tokens=False).ids
+    assert read_shards(run_paths(config).shards / "w").stream("heldout").tolist() == [*ids, 0]
+    windows = heldout_windows(config, "w", 16, None)
+    assert windows.flatten().tolist() == [1, *ids, 0][: windows.numel()] and len(windows) > 3
+    assert texts(kind="parquet", path=str(tmp_path)) != [whole]
 
 
 def test_members_of_a_joined_file_and_marks_within_are_read(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from megamask.config import Config, run_paths
 from megamask.data.shards import open_shards, read_shards
 from megamask.data.split import unit_hash
 from megamask.data.tokenizer import load_tokenizer
+from megamask.data.write_shards import settings_digest
 from megamask.errors import ArtifactError, ConfigError
 from megamask.verbs import tokenize
 
@@ -155,3 +156,26 @@ def test_errors_come_before_any_work(
         assert not (run_paths(config).shards / "good").exists()
     with pytest.raises(ConfigError, match=r"data\.domains"):
         tokenize.run(make_config({}))
+
+
+def test_settings_that_came_later_leave_older_shards_current(
+    two_domains: Callable[..., Config],
+) -> None:
+    """The digest is over the settings of version 0.1.0, plus later settings that are set."""
+    config = two_domains()
+    corpus, tokenizer = config.data.domains["a"], load_tokenizer(config)
+    file = Path(corpus.path or "")
+    first = {"kind", "path", "config", "split", "field", "max_bytes", "heldout"}
+    stat = file.stat()
+    deciding = [
+        1,
+        {key: value for key, value in corpus.model_dump().items() if key in first},
+        [[str(file), stat.st_size, stat.st_mtime_ns]],
+        tokenizer.fingerprint,
+        [0],
+    ]
+    wanted = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    assert settings_digest(config, "a", tokenizer) == wanted
+    joined = config.model_dump()
+    joined["data"]["domains"]["a"]["join"] = ""
+    assert settings_digest(Config.model_validate(joined), "a", tokenizer) != wanted
