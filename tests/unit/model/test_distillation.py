@@ -15,7 +15,7 @@ from megamask.config import build_config
 from megamask.errors import ConfigError
 from megamask.model import vocabulary
 from megamask.model.distillation import Distillation
-from megamask.model.vocabulary import VocabularyShard, fused_loss
+from megamask.model.vocabulary import Capped, VocabularyShard, fused_loss
 
 VOCAB, HIDDEN, TOKENS = 301, 24, 37
 SHARD = VocabularyShard(0, VOCAB, VOCAB)
@@ -305,3 +305,52 @@ def test_settings_out_of_range_are_refused_by_name(settings: dict[str, object], 
     with pytest.raises(ConfigError) as caught:
         build_config({"learn": {"distillation": settings}})
     assert caught.value.key == key
+
+
+CAP = (
+    30.0  # logits reach 20; a smaller cap would make ties of them, which fp32 and fp64 order apart
+)
+
+
+def capped_reference(
+    given: tuple[torch.Tensor, ...], temperature: float, top_k: int | None, share: float
+) -> list[torch.Tensor]:
+    """As ``reference``, of a model whose logits are cap * tanh(logit / cap)."""
+    student_TH, teacher_TH, weight_VH, labels_T, upstream_T = given
+    leaf = student_TH.double().requires_grad_()
+    student_TV, teacher_TV = (
+        CAP * torch.tanh(hidden.double() @ weight_VH.double().T / CAP)
+        for hidden in (leaf, teacher_TH)
+    )
+    lm_T = F.cross_entropy(student_TV, labels_T, reduction="none")
+    log_q, log_p = (
+        events(one / temperature, teacher_TV, top_k) for one in (student_TV, teacher_TV)
+    )
+    kd_T = temperature**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+    objective_T = (1 - share) * lm_T + share * kd_T
+    (grad_TH,) = torch.autograd.grad(objective_T, leaf, upstream_T.double())
+    return [objective_T.detach(), lm_T.detach(), kd_T.detach(), grad_TH]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "share"), [(1.0, None, 0.3), (2.0, 7, 0.5)])
+def test_capped_logits_have_their_own_losses_and_gradient(
+    temperature: float, top_k: int | None, share: float
+) -> None:
+    given = inputs()
+    student_TH, teacher_TH, weight_VH, labels_T, upstream_T = given
+    expected = capped_reference(given, temperature, top_k, share)
+
+    def found(teacher_cap: float | None) -> list[torch.Tensor]:
+        leaf = student_TH.clone().requires_grad_()
+        objective = Distillation(
+            labels_T, teacher_TH, weight_VH, SHARD, temperature, top_k, share, teacher_cap
+        )
+        losses = fused_loss(leaf, weight_VH, SHARD, Capped(objective, CAP))
+        gradient = torch.autograd.grad(losses[0], leaf, upstream_T)[0]
+        return [*(one.detach() for one in losses), gradient]
+
+    assert all(error(one, other) < FP32 for one, other in zip(found(CAP), expected, strict=True))
+    # A teacher without the cap, and a model without it, are other models.
+    assert error(found(None)[2], expected[2]) > 100 * FP32
+    plain = fused(given, temperature, top_k, share)
+    assert all(error(one, other) > 100 * FP32 for one, other in zip(plain, expected, strict=True))
