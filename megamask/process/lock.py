@@ -17,7 +17,6 @@ import json
 import os
 import threading
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from enum import Enum
 from pathlib import Path
 
 from megamask.errors import ArtifactError
+from megamask.leftovers import temporary_name
 from megamask.process.holder import Holder
 from megamask.process.signals import leave_to_main_thread
 
@@ -258,7 +258,7 @@ def _lines(content: bytes) -> Lines:
 def _age(lock: Path) -> float:
     """Seconds since the file was touched, by the clock of its file server."""
     modified = lock.stat().st_mtime
-    probe = lock.with_name(f"{lock.name}.{uuid.uuid4().hex[:8]}.tmp")
+    probe = temporary_name(lock.with_name(lock.name[1:].removesuffix(".lock")))
     try:
         probe.touch()
         return probe.stat().st_mtime - modified

@@ -18,8 +18,8 @@ import pytest
 
 from megamask.masks.file import load_masks
 from megamask.safe_checkpoint import INDEX, read_index
-from tests.e2e.program import RECIPE, ROOT
-from tests.fork_server import child_environment, fork_server
+from tests.e2e.program import RECIPE
+from tests.fork_server import ROOT, child_environment, fork_server
 
 Settings = Callable[[Path], list[str]]
 TIMED = ("seconds", "times", "tokens_per_second", "memory_gib", "eta_seconds")
