@@ -86,6 +86,10 @@ class AdamWRule(UpdateRule):
     name = "adamw"
     has_epsilon = True
 
+    def uses_numba(self, logits_dtype: str) -> bool:
+        """For bf16 logits."""
+        return logits_dtype == "bf16"
+
     def moment_bytes(self, logits_dtype: str, logits_per_group: int) -> float:
         """Two moments: 8 bytes in fp32, 4 in bf16."""
         return 8.0 if logits_dtype == "fp32" else 4.0

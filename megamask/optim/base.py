@@ -125,6 +125,12 @@ class UpdateRule(ABC):
             ConfigError: a package or a compiler is missing.
         """
 
+    def uses_numba(self, logits_dtype: str) -> bool:
+        """Whether compiled kernels, which give the bits of plain PyTorch, update logits of this
+        dtype on a CPU.
+        """
+        return False
+
     @abstractmethod
     def moment_bytes(self, logits_dtype: str, logits_per_group: int) -> float:
         """Bytes of optimizer state per mask logit.

@@ -91,6 +91,10 @@ class LionRule(UpdateRule):
         "Lion moves every logit by the full rate: use about a third of AdamW's learning rate"
     )
 
+    def uses_numba(self, logits_dtype: str) -> bool:
+        """For logits of either dtype."""
+        return True
+
     def moment_bytes(self, logits_dtype: str, logits_per_group: int) -> float:
         """One moment in bf16."""
         return 2.0

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import torch
 
 from megamask.config import Config
+from megamask.learn.kernel_check import with_proven_kernels
 from megamask.learn.loop import Run
 from megamask.learn.preflight import check_early
 from megamask.parallel.mesh import Mesh, start
@@ -44,6 +45,9 @@ def run(config: Config, stop: StopRequest | None = None) -> int:
             raise Interrupted(request.received or signal.SIGTERM.name)
         _check_free(inputs, mesh)
         _warn_of_grace(inputs, mesh)
+        proven = with_proven_kernels(config, inputs.pattern, mesh)
+        if proven != config:
+            inputs = LearnInputs(proven)
         return Run(inputs, mesh).learn(request)
 
 
