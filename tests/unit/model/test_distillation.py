@@ -255,8 +255,6 @@ def test_nothing_of_tokens_times_vocabulary_is_kept_or_made(top_k: int | None) -
         teacher_TH.repeat(10, 1),
         labels_T.repeat(10),
     )
-    gc.collect()
-    before = {id(one) for one in gc.get_objects() if isinstance(one, torch.Tensor)}
     made, saved = [], []
 
     def pack(one: torch.Tensor) -> torch.Tensor:
@@ -268,26 +266,30 @@ def test_nothing_of_tokens_times_vocabulary_is_kept_or_made(top_k: int | None) -
 
         def spy(logits_TV: torch.Tensor, tokens: slice, gradient: bool) -> tuple[torch.Tensor, ...]:
             found = objective(logits_TV, tokens, gradient)
-            made.append(largest_new(before))
+            made.append(largest_new())
             return found
 
         return fused_loss(student_TH, weight_VH, SHARD, spy)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
-        losses = learn()
+    gc.collect()
+    gc.freeze()  # nothing that exists now is looked at: the search is as short as what is new
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+            losses = learn()
+        left = largest_new()
+    finally:
+        gc.unfreeze()
     assert len(losses[0]) == 370 and max(saved) == 370 * HIDDEN
     logits_of_a_chunk, gradient = 16 * VOCAB, 370 * HIDDEN
     assert max(made) == max(logits_of_a_chunk, gradient)
-    assert largest_new(before) <= 370 * HIDDEN
+    assert left <= 370 * HIDDEN
 
 
-def largest_new(before: set[int]) -> int:
+def largest_new() -> int:
+    """Elements of the largest tensor since the last ``gc.freeze``."""
     gc.collect()
-    return max(
-        one.untyped_storage().nbytes() // 4
-        for one in gc.get_objects()
-        if isinstance(one, torch.Tensor) and id(one) not in before
-    )
+    new = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+    return max(one.untyped_storage().nbytes() // 4 for one in new)
 
 
 @pytest.mark.parametrize(

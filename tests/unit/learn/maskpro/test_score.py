@@ -32,6 +32,9 @@ from tests.unit.sparsity.samplers import FUSED
 
 KINDS = ("ordered", "set")
 SHAPES = [(1, 4), (2, 4), (3, 4), (2, 8), (4, 8)]
+# A shape compiles kernels of its own. Of 3:4 and 2:5, 5:6 holds the rules: more than half of a
+# group, and a group that is no power of two.
+COMPILED = [(1, 4), (2, 4), (5, 6), (4, 8)]
 # nats: 23-bit uniforms give Gumbels in -2.8 .. 16.7, so nothing further behind is ever drawn
 DRAWABLE = 19.5
 
@@ -131,9 +134,9 @@ def test_what_is_left_is_not_a_difference() -> None:
     )  # by subtraction: nothing right
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (2, 5)])
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (5, 6)])
 def test_draws_follow_the_law(n: int, m: int) -> None:
-    groups, logits = 60_000, torch.tensor([1.1, -0.4, 0.2, 0.9, -1.0])[:m]
+    groups, logits = 60_000, torch.tensor([1.1, -0.4, 0.2, 0.9, -1.0, 0.5])[:m]
     site = Site(Pattern(n, m), Placement.whole(1, groups), SUBSET)
     masked = FUSED.forward(
         logits[None, :, None].repeat(1, 1, groups),
@@ -153,11 +156,11 @@ def test_draws_follow_the_law(n: int, m: int) -> None:
     assert float(law.sum()) == pytest.approx(1)
     statistic = float(((counts - groups * law).square() / (groups * law)).sum())
     # P(chi-square > limit) = 1e-6 for C - 1 degrees of freedom
-    assert statistic < {3: 30.7, 5: 35.9, 9: 45.1}[site.pattern.num_candidates - 1]
+    assert statistic < {3: 30.7, 5: 35.9}[site.pattern.num_candidates - 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("n", "m"), SHAPES)
+@pytest.mark.parametrize(("n", "m"), COMPILED)
 def test_kernel_adds_what_the_reference_adds(n: int, m: int, kind: str) -> None:
     logits = 3 * torch.randn(5, m, 77, generator=torch.Generator().manual_seed(1))
     site, key, coefficients = (
