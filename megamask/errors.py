@@ -34,7 +34,7 @@ class ConfigError(MegamaskError):
 
     def __init__(self, key: str, value: object, allowed: str, fix: str) -> None:
         self.key, self.value, self.allowed, self.fix = key, value, allowed, fix
-        super().__init__(f"{key} = {shown(value)}: {allowed}. {fix}")
+        super().__init__(f"{printable(key)} = {shown(value)}: {allowed}. {fix}")
 
 
 class ArtifactError(MegamaskError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +21,7 @@ from megamask.config.section import (
     each_step,
     free,
 )  # fmt: skip
+from megamask.errors import ConfigError
 
 
 class SamplingSection(Section):
@@ -222,3 +224,25 @@ class LearnSection(Section):
     )
     snapshot: SnapshotSection = SnapshotSection()
     monitor: MonitorSection = MonitorSection()
+
+    NAMED: ClassVar = ("preset", "memory", "method")
+
+    def model_copy(
+        self: LearnSection, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> LearnSection:
+        """As ``Section.model_copy``. A named setting applies when the copy becomes a part of a
+        ``Config``.
+
+        Raises:
+            ConfigError: a named setting in the place of another, whose settings would stay.
+        """
+        for name in self.NAMED:
+            former, now = getattr(self, name), (update or {}).get(name, getattr(self, name))
+            if former not in (now, type(self).model_fields[name].default):
+                raise ConfigError(
+                    f"learn.{name}",
+                    now,
+                    f"not in a copy of settings that {former} made: those would stay",
+                    f'Write build_config({{"learn": {{"{name}": ...}}}}).',
+                )
+        return super().model_copy(update=update, deep=deep)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from megamask.config.presets import named_settings, plain
 from megamask.config.recipes import find_recipe
 from megamask.config.tree import Config
 from megamask.config.yaml_text import read_yaml
-from megamask.errors import ConfigError
+from megamask.errors import ArgumentError, ConfigError
 
 # The kinds of error that pydantic reports for a number without its range.
 _OUT_OF_RANGE = {
@@ -28,11 +28,12 @@ _OUT_OF_RANGE = {
 }
 
 
-def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(recipe: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply ``key.sub=value`` overrides.
 
     Args:
-        recipe: a file, or the name of a recipe that comes with the program, such as ``quickstart``.
+        recipe: a file, as text or a path, or the name of a recipe that comes with the program, such
+            as ``quickstart``.
         overrides: words ``key.sub=value``.
 
     Raises:
@@ -42,7 +43,7 @@ def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Co
 
 
 def read_settings(
-    recipe: Path | None, overrides: Sequence[str]
+    recipe: Path | str | None, overrides: Sequence[str]
 ) -> tuple[Config, dict[str, dict[str, Any]]]:
     """As ``load_config``, and the arguments of verbs that were given as settings, as they were
     before: verb -> argument -> value.
@@ -50,7 +51,13 @@ def read_settings(
     Raises:
         ConfigError: as ``load_config``.
     """
-    from_recipe: dict[str, Any] = _read_recipe(recipe) if recipe is not None else {}
+    if not isinstance(recipe, str | Path | None) or recipe == "":
+        raise ArgumentError("load_config: recipe", recipe, "a path is needed, or None")
+    words = overrides if isinstance(overrides, list | tuple) else [None]
+    if not all(isinstance(one, str) for one in words):
+        allowed = 'a list of words is needed, as ["learn.steps=100"]'
+        raise ArgumentError("load_config: overrides", overrides, allowed)
+    from_recipe: dict[str, Any] = _read_recipe(Path(recipe)) if recipe is not None else {}
     from_overrides: dict[str, Any] = {}
     for override in overrides:
         key, sign, text = override.partition("=")
@@ -83,12 +90,16 @@ def _upgrade(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return given
 
 
-def build_config(values: dict[str, Any]) -> Config:
+def build_config(values: Mapping[str, Any]) -> Config:
     """Check ``values`` against the tree, over the named settings that they ask for.
 
     Raises:
+        ArgumentError: ``values`` is no mapping.
         ConfigError: the first thing that is wrong.
     """
+    if not isinstance(values, Mapping):
+        allowed = 'a mapping is needed, as {"learn": {"steps": 100}}'
+        raise ArgumentError("build_config: values", values, allowed)
     return _checked(_upgrade([copy.deepcopy(plain(values))]))
 
 

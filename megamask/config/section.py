@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticUndefined
@@ -22,12 +23,31 @@ Positive = Annotated[float, Field(ge=1e-9, le=1e6)]
 Rate = Annotated[float, Field(ge=1e-12, le=1e6)]
 
 
+AnySection = TypeVar("AnySection", bound="Section")
+
+
 class Section(BaseModel):
     """Base of the sections. A section refuses unknown keys and infinite values, and nothing can
     reassign a setting after it was read.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def model_copy(
+        self: AnySection, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> AnySection:
+        """A copy with other values, checked as given values are: pydantic itself takes whatever
+        ``update`` holds.
+
+        Args:
+            update: setting or section -> value.
+            deep: has no meaning here, because nothing changes a section.
+
+        Raises:
+            ValidationError: a name that does not exist, or a value out of range.
+        """
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self).model_validate({**given, **(update or {})})
 
 
 # The role of a setting says what a change of it means for what was made with the former value.
