@@ -9,6 +9,7 @@ of ``data.tokenizer``, and documents must end and begin as ``data.eod`` and ``da
 from __future__ import annotations
 
 import glob
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,11 +110,11 @@ def write(config: Config, name: str, tokenizer: TextTokenizer, folder: Path) -> 
     """
     corpus = config.data.domains[name]
     indices = [read_index(prefix, _fix(name)) for prefix in prefixes(name, corpus)]
-    numbers: dict[str, list[range]] = {split: [] for split in SPLITS}
+    numbers = {split: array("q") for split in SPLITS}
     counts = {split: {"documents": 0, "tokens": 0, "largest_id": -1} for split in SPLITS}
     ends = {"begin": 0, "end": 0}
     for side, document in split_documents(_documents(indices, name, tokenizer), corpus.heldout):
-        numbers[side].append(document.sequences)
+        numbers[side].extend(document.sequences)
         count = counts[side]
         count["documents"] += 1
         count["tokens"] += document.tokens
@@ -124,9 +125,8 @@ def write(config: Config, name: str, tokenizer: TextTokenizer, folder: Path) -> 
     place = indices[0].prefix
     _check_ends(place, ends, documents, tokenizer)
     _check_begins(place, ends, documents, config, tokenizer)
-    for split, ranges in numbers.items():
-        flat = [np.arange(one.start, one.stop, dtype=np.int64) for one in ranges]
-        np.save(folder / f"{split}.npy", np.sort(np.concatenate([np.empty(0, np.int64), *flat])))
+    for split, found in numbers.items():
+        np.save(folder / f"{split}.npy", np.sort(np.array(found, np.int64)))
     return {
         "sources": [_described(index) for index in indices],
         "splits": {
