@@ -33,7 +33,7 @@ answers() { timeout 3 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$1" "$2" 2>/dev/null; 
 # where torchrun would try again for a quarter of an hour.
 find_master() {
     local host="$1" port="$2" rank="$3" end=$((SECONDS + ${MASTER_WAIT:-900}))
-    getent hosts "$host" >/dev/null || die "MASTER_ADDR=$host does not resolve on $(uname -n)"
+    getent ahosts "$host" >/dev/null || die "MASTER_ADDR=$host does not resolve on $(uname -n)"
     if [ "$rank" -eq 0 ]; then
         if answers "$host" "$port"; then
             die "port $port of $host is taken; choose another MASTER_PORT on every node"

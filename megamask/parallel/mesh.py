@@ -22,6 +22,7 @@ from megamask.config import Config, run_paths
 from megamask.errors import ConfigError, DismissedError, LaunchError, MegamaskError
 from megamask.parallel.determinism import deterministic
 from megamask.parallel.roll_call import Roll, call_roll, cores
+from megamask.process.network import choose_interface
 from megamask.process.place import Place, this_place
 from megamask.process.signals import StopRequest
 from megamask.process.watchdog import Watchdog
@@ -207,6 +208,7 @@ def _join(config: Config, place: Place, device: torch.device, stop: StopRequest)
     torch.set_num_threads(section.threads or max(1, len(cores()) // roll.sharers))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    choose_interface(place)
     watchdog = Watchdog(run_paths(config).learn / "logs", place)
     with watchdog.watching():
         if place.world > 1:

@@ -86,9 +86,9 @@ def test_the_first_node_refuses_a_port_that_is_taken(python: Path) -> None:
 
 def test_another_node_waits_for_the_first_and_says_what_is_missing(python: Path) -> None:
     port = free_port()
-    done = learn(python, "r.yaml", **nodes(1, port))
+    done = learn(python, "r.yaml", **nodes(1, port, "127.0.0.77"))  # an address without a name
     assert done.returncode == 2
-    assert f"node 1 waits for 127.0.0.1:{port}, node 0 (at most 1 s)" in done.stdout
+    assert f"node 1 waits for 127.0.0.77:{port}, node 0 (at most 1 s)" in done.stdout
     assert "did not answer" in done.stderr and "NODE_RANK=0" in done.stderr
 
 
