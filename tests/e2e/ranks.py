@@ -8,9 +8,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from importlib import import_module
-from typing import IO
+from typing import IO, Literal
 
 from megamask.__main__ import main
 from tests.e2e.program import RECIPE, Finished
@@ -39,8 +38,7 @@ def run_program(
     *overrides: str,
     ranks: int = 2,
     prepare: str | None = None,
-    variables: Mapping[str, str] | None = None,
-    is_launched: bool = True,
+    launcher: Literal["torchrun", "srun"] | None = "torchrun",
 ) -> list[Finished]:
     """What each rank left behind, in rank order.
 
@@ -49,8 +47,8 @@ def run_program(
         overrides: more words.
         ranks: number of processes.
         prepare: see ``program``.
-        variables: of the environment, for all ranks.
-        is_launched: False starts processes that know nothing of each other.
+        launcher: whose variables the processes find; None starts processes that know nothing of
+            each other.
 
     Raises:
         AssertionError: a rank did not end in time.
@@ -59,13 +57,7 @@ def run_program(
     port = free_ports()[0]
     children, begin = [], time.monotonic()
     for rank in range(ranks):
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        launched = {key: str(value) for key, value in numbers.items()}
-        environment = {
-            **child_environment(),
-            **(launched | {"MASTER_ADDR": "127.0.0.1"} if is_launched else {}),
-            **(variables or {}),
-        }
+        environment = {**child_environment(), **_variables(launcher, rank, ranks, port)}
         out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         child = fork_server(child_environment()).call(
             "tests.e2e.ranks:program",
@@ -84,7 +76,7 @@ def run_program(
             for rank, (child, _, _) in enumerate(children):
                 if rank not in ends and child.poll() is not None:
                     ends[rank] = time.monotonic() - begin
-            if is_launched and not is_told and any(children[rank][0].poll() for rank in ends):
+            if launcher and not is_told and any(children[rank][0].poll() for rank in ends):
                 is_told = True
                 time.sleep(0.1)
                 for rank, (child, _, _) in enumerate(children):
@@ -100,6 +92,16 @@ def run_program(
         assert rank in ends, f"rank {rank} of {verb} did not end\n{told[-4000:]}"
         found.append(Finished(child.wait(), said, told, ends[rank]))
     return found
+
+
+def _variables(launcher: str | None, rank: int, ranks: int, port: str) -> dict[str, str]:
+    found: dict[str, object] = {}
+    if launcher == "torchrun":
+        found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+    elif launcher == "srun":
+        found = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": ranks}
+        found |= {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_STEP_NODELIST": "localhost"}
+    return {key: str(value) for key, value in {**found, "MASTER_PORT": port}.items()}
 
 
 def _text(file: IO[str]) -> str:

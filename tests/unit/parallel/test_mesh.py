@@ -56,3 +56,15 @@ def test_cuda_requests_land_on_the_cpu_only_inside() -> None:
     if not torch.cuda.is_available():
         with pytest.raises((AssertionError, RuntimeError)):
             torch.zeros(2, device="cuda")
+
+
+@pytest.mark.parametrize(("devices", "expected"), [(1, 0), (2, 1), (8, 3)])
+def test_a_task_that_sees_its_own_device_alone_takes_that(
+    devices: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "n1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    assert choose_device("auto") == torch.device("cuda", expected)
