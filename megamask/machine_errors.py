@@ -38,7 +38,8 @@ CHECK = "Check the path and its disk; then run the same command."
 # What the system reports without a file name when a write fails.
 _OF_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
-_TORN_ARCHIVE = "inline_container"  # PyTorch's writer: fewer bytes were written than were given
+# What PyTorch's and numpy's writers say when fewer bytes were written than were given.
+_TORN_WRITE = re.compile(r"inline_container|\d+ requested and \d+ written")
 _NO_MEMORY = re.compile("can't allocate memory|Unable to allocate|out of memory", re.IGNORECASE)
 
 
@@ -114,7 +115,7 @@ def number_of(error: BaseException) -> int | None:
     text = str(error)
     if found := _NUMBER.search(text):
         return int(found[1] or found[2])
-    if _TORN_ARCHIVE in text:
+    if _TORN_WRITE.search(text):
         return errno.ENOSPC
     return None if error.__cause__ is None else number_of(error.__cause__)
 

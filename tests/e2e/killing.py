@@ -51,3 +51,16 @@ def run(words: list[str], folder: str, moment: int, log: str) -> int:
     ended = list(events)
     Path(log).write_text(json.dumps(ended))
     return code
+
+
+def run_limited(words: list[str], limit: int) -> int:
+    """Run the command line ``words`` where no file may have more than ``limit`` bytes, as on a disk
+    that becomes full.
+    """
+    import resource
+
+    from megamask.__main__ import main
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return main(words)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -70,6 +71,11 @@ def folder_with_tensors(path: Path) -> None:
         save_file({"a": torch.zeros(LIMIT)}, folder / "a.safetensors")
 
 
+def array(path: Path) -> None:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.zeros(LIMIT))
+
+
 def archive(path: Path) -> None:
     with atomic_file(path) as temporary:
         torch.save(torch.zeros(2 * LIMIT), temporary)
@@ -79,6 +85,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "json": lambda path: write_json(path, list(range(LIMIT))),
     "safetensors": folder_with_tensors,
     "torch": archive,
+    "numpy": array,
 }
 
 

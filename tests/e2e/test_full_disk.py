@@ -1,0 +1,52 @@
+"""A disk that is full ends each verb with one message, and leaves no half of an output."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.program import RECIPE
+from tests.e2e.test_kills import AFTER_LEARNING, MADE
+from tests.fork_server import ROOT, child_environment, fork_server
+
+Settings = Callable[[Path], list[str]]
+# verb -> bytes that a file may have, and the output that does not fit
+LIMITS = {
+    "convert": (16_384, "weights"),
+    "tokenize": (2_048, "shards/prose"),
+    "learn": (16_384, "learn/snapshots/step-00000002"),
+    "export": (65_536, "export"),
+    "report": (4_096, "pictures"),
+}
+
+
+@pytest.mark.parametrize("verb", LIMITS)
+def test_a_verb_on_a_full_disk(
+    verb: str, settings: Settings, prepared: Path, general: Path, tmp_path: Path
+) -> None:
+    limit, output = LIMITS[verb]
+    run_dir = tmp_path / "run"
+    shutil.copytree(general if verb in AFTER_LEARNING else prepared, run_dir)
+    for name in MADE[verb] if verb != "learn" else ():
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    environment = child_environment()
+    words = [verb, "--config", str(RECIPE), *settings(run_dir)]
+    with tempfile.TemporaryFile("w+") as said:
+        child = fork_server(environment).call(
+            "tests.e2e.killing:run_limited", words, limit,
+            stdout=said, stderr=said, environment=environment, cwd=ROOT,
+        )  # fmt: skip
+        code = child.wait(180)
+        child.close()
+        said.seek(0)
+        text = said.read()
+    errors = [line for line in text.splitlines() if line.startswith("megamask: error")]
+    assert code == 2 and len(errors) == 1 and "Traceback" not in text, f"{code}\n{text[-3000:]}"
+    assert f"{run_dir / output}" in errors[0] and "cannot be written (" in errors[0]
+    assert "then run the same command" in errors[0]
+    left = [str(path) for path in run_dir.rglob(".*.tmp")]
+    assert not left and (verb == "report" or not (run_dir / output).exists()), left
