@@ -4,6 +4,7 @@ whose content is the same. Another text, tokenizer, model or prior is refused.
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import megamask
 from megamask.config.nested import nest
@@ -46,7 +48,9 @@ def note_of(run_dir: Path, step: int) -> Path:
     return run_dir / "learn" / "snapshots" / f"step-{step:08d}" / "megamask.json"
 
 
-def test_a_finished_run_goes_on_with_more_steps_and_says_so(run: Path, settings: Settings) -> None:
+def test_a_finished_run_goes_on_with_more_steps_and_says_so(
+    run: Path, settings: Settings, model: Path
+) -> None:
     words = [*settings(run), *RUN, "learn.steps=6", "learn.optimizer.lr=0.003"]
     done = here("learn", *words)
     assert "learn.optimizer.lr 0.02 -> 0.003 after step 4" in done.stderr
@@ -70,7 +74,12 @@ def test_a_finished_run_goes_on_with_more_steps_and_says_so(run: Path, settings:
     shown = here("inspect", *words).stdout
     assert "changed          learn.steps 4 -> 6 after step 4" in shown
     here("report", *words)
-    assert "learn.optimizer.lr" in (run / "report.html").read_text()
+    report = html.unescape((run / "report.html").read_text())
+    assert '"setting": "learn.optimizer.lr", "before": 0.02, "after": 0.003' in report
+    # what convert found of copies in fp16 reaches the mask, and fits the model as users hold it
+    held = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16)
+    assert learned.fingerprints[1:]
+    megamask.apply_masks(held, run / "masks" / "learned.safetensors")
     # the same command again has nothing to do, and no change to tell
     again = here("learn", *words)
     assert "is there already, learned in 6 steps" in again.stderr and "->" not in again.stderr
