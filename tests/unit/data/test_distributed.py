@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from megamask.config import Config
+from megamask.config import Config, run_paths
 from megamask.data.blend import train_dataset
 from megamask.verbs import tokenize
 from tests.parallel.ranks import run_ranks
@@ -33,6 +33,10 @@ def test_two_ranks_read_what_one_process_reads(
 ) -> None:
     config = two_domains()
     tokenize.run(config)
-    by_rank = run_ranks(read, 2, config)
     alone = tokens_of(config)
+    caches = list((run_paths(config).shards / "cache").rglob("*.npy"))
+    for cache in caches:  # cut off: rank 0 builds them again, before any other rank reads them
+        cache.write_bytes(cache.read_bytes()[:100])
+    by_rank = run_ranks(read, 2, config)
     assert all(torch.equal(tokens, alone) for tokens in by_rank)
+    assert len(caches) == 6 and all(cache.stat().st_size > 100 for cache in caches)
