@@ -63,7 +63,7 @@ import importlib.metadata, re, sys
 pins, target, torch_version = sys.argv[1:]
 def plain(name):
     return re.sub(r"[-_.]+", "-", name or "").lower()
-installed = {plain(one.metadata["Name"]) for one in importlib.metadata.distributions()}
+installed = {"torch", *(plain(one.metadata["Name"]) for one in importlib.metadata.distributions())}
 def on_host(line):
     name = re.match(r"[A-Za-z0-9._-]+", line)
     return bool(name) and plain(name.group()) in installed
