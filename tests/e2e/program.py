@@ -82,7 +82,7 @@ class Program:
         stdout, stderr = self._files
         environment = child_environment()
         return fork_server(environment).call(
-            "megamask.__main__:main",
+            "tests.e2e.program:run_program",
             words,
             stdout=stdout,
             stderr=stderr,
@@ -143,6 +143,12 @@ class Program:
     def _text(self, index: int) -> str:
         self._files[index].seek(0)
         return self._files[index].read()
+
+
+def run_program(words: list[str]) -> int:
+    """The program with ``words`` as its command line, which ends as a process of its own does."""
+    sys.argv = ["megamask", *words]
+    return main()
 
 
 def megamask(
