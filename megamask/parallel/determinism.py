@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from megamask.errors import ConfigError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_memory: Any = torch.utils.deterministic  # its module names no attributes for type checkers
 FIXED = (":4096:8", ":16:8")  # the values with which cuBLAS promises the same bits
 
 
@@ -39,7 +41,7 @@ def deterministic(is_asked: bool, device: torch.device) -> Iterator[None]:
         _fix_workspaces()
     before = (
         torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        _memory.fill_uninitialized_memory,
         torch.backends.cudnn.benchmark,
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
@@ -56,7 +58,7 @@ def _switch(
     algorithms: bool, fill: bool, benchmark: bool, flash: bool, efficient: bool, cudnn: bool
 ) -> None:
     torch.use_deterministic_algorithms(algorithms)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    _memory.fill_uninitialized_memory = fill
     torch.backends.cudnn.benchmark = benchmark
     torch.backends.cuda.enable_flash_sdp(flash)
     torch.backends.cuda.enable_mem_efficient_sdp(efficient)

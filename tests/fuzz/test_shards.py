@@ -22,7 +22,7 @@ from megamask.data.shards import Part, describe_file, read_shards
 from megamask.data.token_index import HEADER, bin_file, idx_file, read_index
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ArtifactError
-from tests.fuzz.test_readers import json_writer, survives
+from tests.fuzz.mutations import json_writer, survives
 
 MUTATIONS = 2200  # of each token type
 SEQ = 8
