@@ -15,7 +15,7 @@ from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.held_model import Place, find_places, nearest, shared_weights
 from megamask.masks.obstacles import merged_adapter, obstacle
 from megamask.masks.shapes_fit import check_shapes
-from megamask.weights.fingerprint import Row, fingerprint, model_linears
+from megamask.weights.fingerprint import Row, fingerprint, is_linear, model_linears, weight_OI
 
 Model = TypeVar("Model", bound=nn.Module)
 GIVEN = "the given masks"
@@ -82,9 +82,8 @@ def apply_masks(
     _check_sharing(hf_model, place, given)
     with torch.no_grad():
         for name, mask_OI in _items(given):
-            weight_OI = place.targets[name].weight
-            assert isinstance(weight_OI, Tensor)
-            weight_OI.masked_fill_(~mask_OI.to(weight_OI.device), 0.0)
+            weight = weight_OI(place.targets[name])
+            weight.masked_fill_(~mask_OI.to(weight.device), 0.0)
     return hf_model
 
 
@@ -135,16 +134,10 @@ def _fitting_places(model: nn.Module, given: Given) -> list[Place]:
         if found := obstacle(model, name, module):
             raise ArtifactError(path, *found)
     missing = [name for name in shapes if name not in targets]
-    here = {name: tuple(_weight(module).shape) for name, module in targets.items()}
+    here = {name: tuple(weight_OI(module).shape) for name, module in targets.items()}
     near = nearest(model, missing[0]) if missing else ""
     check_shapes(path, shapes, here, type(model).__name__, near)
     return places
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _is_base(model: nn.Module, place: Place, masks: MaskSet) -> bool:
@@ -153,23 +146,23 @@ def _is_base(model: nn.Module, place: Place, masks: MaskSet) -> bool:
     A fingerprint covers all linears of the text model. Where a larger model adds linears of its
     own, those of the masks alone, or those outside the head, may be what was covered.
     """
-    own = {name: module for name, module in place.targets.items() if isinstance(module, nn.Linear)}
+    own = {name: module for name, module in place.targets.items() if is_linear(module)}
     for linears in (place.base, own, model_linears(model)):
         if any(obstacle(model, name, linear) for name, linear in linears.items()):
             continue
-        shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
+        shapes = {name: tuple(weight_OI(linear).shape) for name, linear in linears.items()}
         if fingerprint(shapes, _rows(linears)) in masks.fingerprints:
             return True
     return False
 
 
-def _rows(linears: Mapping[str, nn.Linear]) -> Row:
-    return lambda name, row: linears[name].weight[row]
+def _rows(linears: Mapping[str, nn.Module]) -> Row:
+    return lambda name, row: weight_OI(linears[name])[row]
 
 
 def _is_applied(place: Place, masks: MaskSet) -> bool:
     """Whether every pruned place is zero already: the masks were applied before."""
-    weights = ((_weight(place.targets[name]), mask_OI) for name, mask_OI in _items(masks))
+    weights = ((weight_OI(place.targets[name]), mask_OI) for name, mask_OI in _items(masks))
     return not any(bool(weight[~mask.to(weight.device)].any()) for weight, mask in weights)
 
 
@@ -182,7 +175,7 @@ def _refuse_base(model: nn.Module, place: Place, masks: MaskSet) -> NoReturn:
     for name, module in place.base.items():
         if found := obstacle(model, name, module):
             raise ArtifactError(masks.path, *found)
-    dtypes = sorted({str(_weight(module).dtype) for module in place.targets.values()})
+    dtypes = sorted({str(weight_OI(module).dtype) for module in place.targets.values()})
     held = ", ".join(dtype.removeprefix("torch.") for dtype in dtypes)
     if "torch.float16" in dtypes and len(masks.fingerprints) == 1:
         problem = (

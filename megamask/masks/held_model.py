@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from megamask.weights.fingerprint import is_linear, weight_OI
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Attributes under which wrappers hold a module within a model: torch.compile, FSDP, activation
@@ -34,7 +36,7 @@ class Place:
 
     prefix: str
     targets: dict[str, nn.Module]
-    base: dict[str, nn.Linear]
+    base: dict[str, nn.Module]
 
 
 def find_places(model: nn.Module, shapes: Shapes) -> list[Place]:
@@ -108,17 +110,17 @@ def _place(
         {
             root + name.removeprefix(prefix): module
             for name, module in modules.items()
-            if name.startswith(prefix) and isinstance(module, nn.Linear) and module is not head
+            if name.startswith(prefix) and is_linear(module) and module is not head
         },
     )
 
 
 def _fitting(place: Place, shapes: Shapes) -> int:
     """Number of masks whose module has a weight of their shape."""
-    weights = {name: getattr(module, "weight", None) for name, module in place.targets.items()}
     return sum(
-        isinstance(weight, Tensor) and tuple(weight.shape) == shapes[name]
-        for name, weight in weights.items()
+        isinstance(getattr(module, "weight", None), Tensor)
+        and tuple(weight_OI(module).shape) == shapes[name]
+        for name, module in place.targets.items()
     )
 
 

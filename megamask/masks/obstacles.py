@@ -1,4 +1,4 @@
-"""What keeps a mask from a linear: quantized, offloaded, sharded, transposed or reparametrized
+"""What keeps a mask from a linear: quantized, offloaded, sharded or reparametrized
 weights, each with the way round it.
 """
 
@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from megamask.weights.fingerprint import is_linear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FOLDER = "Or run the verb export, which writes a masked Hugging Face folder, and load that folder."
@@ -27,9 +29,6 @@ def obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str] 
     kind = type(module).__name__
     where = f"cannot be applied to {name}"
     weight = module._parameters.get("weight")
-    if kind == "Conv1D":
-        fix = "Replace it by an nn.Linear with the transposed weight, and apply the masks then."
-        return f"{where}, which is a Conv1D: its weight is stored as (in, out)", fix
     if _is_quantized(module, weight):
         dtype = "packed" if weight is None else str(weight.dtype).removeprefix("torch.")
         fix = (
@@ -37,8 +36,8 @@ def obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str] 
             f"pruned model. {_FOLDER}"
         )
         return f"{where}, which is quantized ({_kind(module, weight)}, {dtype})", fix
-    if not isinstance(module, nn.Linear):
-        return f"{where}, which is a {kind} and no nn.Linear", "Use the model of the masks."
+    if not is_linear(module):
+        return f"{where}, which is a {kind} and no linear", "Use the model of the masks."
     if weight is None:
         return _not_a_parameter(model, module, where)
     if hasattr(weight, "ds_id"):
@@ -67,7 +66,7 @@ def merged_adapter(model: nn.Module) -> str:
     return ""
 
 
-def _not_a_parameter(model: nn.Module, module: nn.Linear, where: str) -> tuple[str, str]:
+def _not_a_parameter(model: nn.Module, module: nn.Module, where: str) -> tuple[str, str]:
     if hasattr(module, "parametrizations"):
         fix = "Remove it with torch.nn.utils.parametrize.remove_parametrizations."
         return f"{where}, whose weight is computed by a parametrization", fix

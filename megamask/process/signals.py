@@ -13,9 +13,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 STOP_FILE = "STOP"  # in the folder of the learning run
@@ -55,11 +57,13 @@ class StopRequest:
         self._file: Path | None = None
 
     def watch(self, folder: Path) -> None:
-        """Look for a file ``STOP`` in ``folder`` too; one that is there already was not meant for
-        this run, and goes.
+        """Look for a file ``STOP`` in ``folder`` too. A file that is older than this process was
+        meant for an earlier run, and goes; a file that came while the model was loaded stays.
         """
         self._file = folder / STOP_FILE
-        self._file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if self._file.stat().st_mtime < psutil.Process().create_time():
+                self._file.unlink()
 
     def done(self) -> None:
         """Remove the file ``STOP``."""

@@ -22,6 +22,7 @@ from megamask.weights.hf_files import open_checked
 from megamask.weights.mapping import linear_shapes
 
 GRID = 16
+TRANSPOSED = "Conv1D"  # class of transformers whose weight is (I, O); known without an import
 
 
 Row = Callable[[str, int], Tensor]
@@ -104,18 +105,32 @@ def fingerprints_hf(hf_dir: Path, ignore_keys: Collection[str] = ()) -> Fingerpr
 def fingerprint_model(model: nn.Module) -> str:
     """Fingerprint of a transformers model in memory, over all its linears except the head."""
     linears = model_linears(model)
-    shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
-    return fingerprint(shapes, lambda name, index: linears[name].weight[index])
+    shapes = {name: tuple(weight_OI(linear).shape) for name, linear in linears.items()}
+    return fingerprint(shapes, lambda name, index: weight_OI(linears[name])[index])
 
 
-def model_linears(model: nn.Module) -> dict[str, nn.Linear]:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear: of PyTorch, or a ``Conv1D`` of transformers (GPT-2)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == TRANSPOSED
+
+
+def weight_OI(module: nn.Module) -> Tensor:
+    """The weight of a linear, (O, I): the parameter itself, or a view of what a ``Conv1D`` keeps as
+    (I, O). What is written to the result is written to the weight.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if type(module).__name__ == TRANSPOSED else weight
+
+
+def model_linears(model: nn.Module) -> dict[str, Any]:
     """HF module name -> linear, for the prunable linears of a transformers model."""
     find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if is_linear(module) and module is not head
     }
 
 

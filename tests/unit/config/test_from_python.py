@@ -75,7 +75,7 @@ ODD: list[Any] = [
     [1],
     {1: 2},
     {"learn": 3},
-    object(),
+    b"bytes",
     Path,
     None,
 ]

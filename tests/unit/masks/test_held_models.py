@@ -253,12 +253,6 @@ class QuantLinear(nn.Module):
         self.register_buffer("qweight", linear.weight.to(torch.int32))
 
 
-def conv(linear: nn.Linear) -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D(linear.out_features, linear.in_features)
-
-
 def torchao(linear: nn.Linear) -> nn.Module:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -290,12 +284,11 @@ def of_inference(linear: nn.Linear) -> nn.Module:
         (QuantLinear, r"quantized \(QuantLinear, packed\)"),
         (torchao, r"quantized \(Int8Tensor"),
         (lambda linear: linear.to(torch.float8_e4m3fn), r"quantized \(Linear, float8_e4m3fn\)"),
-        (conv, r"Conv1D: its weight is stored as \(in, out\)"),
         (lambda linear: linear.to("meta"), "on the meta device.*run the verb export"),
         (parametrized, "remove_parametrizations"),
         (pruned, r"torch\.nn\.utils\.prune\.remove"),
         (of_inference, r"outside torch\.inference_mode"),
-        (lambda linear: nn.Embedding(64, 32), "is a Embedding and no nn.Linear"),
+        (lambda linear: nn.Embedding(64, 32), "is a Embedding and no linear"),
     ],
 )
 def test_what_is_in_the_way_is_named(

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megamask.process.signals import (
@@ -47,6 +48,7 @@ def test_the_second_ctrl_c_leaves_at_once() -> None:
 def test_a_file_asks_too_and_is_final(tmp_path: Path) -> None:
     stop = StopRequest()
     (tmp_path / STOP_FILE).write_text("")
+    os.utime(tmp_path / STOP_FILE, (0, psutil.Process().create_time() - 1))
     assert not stop
     stop.watch(tmp_path)
     assert not stop and not (tmp_path / STOP_FILE).exists()  # it was meant for an earlier run
@@ -54,6 +56,13 @@ def test_a_file_asks_too_and_is_final(tmp_path: Path) -> None:
     assert stop and stop.is_final and stop.received == "megamask stop"
     stop.done()
     assert stop and not (tmp_path / STOP_FILE).exists()
+
+
+def test_a_file_that_came_while_the_model_was_loaded_counts(tmp_path: Path) -> None:
+    stop = StopRequest()
+    (tmp_path / STOP_FILE).write_text("")
+    stop.watch(tmp_path)
+    assert stop and stop.is_final
 
 
 def test_a_file_after_a_signal_makes_the_request_final(tmp_path: Path) -> None:
