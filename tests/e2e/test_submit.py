@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.program import RECIPE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,10 +46,12 @@ def wait_for(run_dir: Path, is_there: Callable[[dict[str, Any]], bool]) -> dict[
 
 
 def test_a_run_is_submitted_watched_refused_a_second_time_and_stopped(
-    run_dir: Path, settings: Settings
+    run_dir: Path, settings: Settings, request: pytest.FixtureRequest
 ) -> None:
+    """Whatever fails, no process of the run outlives the test."""
     words = ["--config", str(RECIPE), *settings(run_dir), "launch.launcher=torchrun"]
     words += ["launch.retries=2", "learn.steps=100000", "learn.snapshot.every=100000"]
+    request.addfinalizer(lambda: subprocess.run(["pkill", "-KILL", "-f", f"{run_dir}/"]))
     submitted = megamask("submit", *words)
     assert submitted.returncode == 0, submitted.stderr
     assert "learn of" in submitted.stdout and "job.log" in submitted.stdout
