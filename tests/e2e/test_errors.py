@@ -519,12 +519,21 @@ def test_another_tokenizer_than_that_of_the_shards(
 
 @pytest.mark.parametrize("verb", ["prune", "learn", "evaluate"])
 def test_a_tokenizer_with_more_ids_than_the_model(
-    run_dir: Path, tmp_path: Path, settings: Settings, refused: Refuse, verb: str
+    run_dir: Path, tmp_path: Path, model: Path, settings: Settings, refused: Refuse, verb: str
 ) -> None:
     large = tmp_path / "large"
     large.mkdir()
     save_tokenizer(large, vocab_size=700, reserved=300)
-    assert in_process("tokenize", *settings(run_dir), f"data.tokenizer={large}").code == 0
+    refused(
+        "tokenize",
+        f"data.tokenizer={large}",
+        says=["the model knows the 512 below", "tokenizer of the model"],
+    )
+    # shards that were made for a larger model
+    config = json.loads((model / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
+    words = (f"data.tokenizer={large}", f"model.hf={large}")
+    assert in_process("tokenize", *settings(run_dir), *words).code == 0
     refused(
         verb,
         f"data.tokenizer={large}",
@@ -597,6 +606,7 @@ def test_a_loss_that_is_not_finite(run_dir: Path, settings: Settings) -> None:
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
         {"surprise": 1},
     ],
+    ids=lambda key: str(next(iter(key))),
 )
 def test_a_model_feature_that_is_not_built(
     tmp_path: Path, model: Path, refused: Refuse, key: dict[str, object]
@@ -605,10 +615,13 @@ def test_a_model_feature_that_is_not_built(
     config = json.loads((folder / "config.json").read_text())
     config.pop("rope_parameters", None)
     (folder / "config.json").write_text(json.dumps({**config, **key}))
+    fix = "Point model.hf at a plain checkpoint of a supported family"
+    if "surprise" in key:
+        fix = "set model.ignore_keys=[surprise]"
     refused(
         "convert",
         f"model.hf={folder}",
-        says=[f"config.json: {next(iter(key))}", "Point model.hf at a plain Llama checkpoint"],
+        says=[f"config.json: {next(iter(key))}", fix],
     )
 
 

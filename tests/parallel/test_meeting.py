@@ -32,8 +32,9 @@ def settings(learn: dict[str, Any] | None = None, **parallel: Any) -> Config:
 def hurried(minutes: float) -> Config:
     """Settings with a time below what a user can set."""
     config = settings()
-    parallel = config.parallel.model_copy(update={"start_minutes": minutes})
-    return config.model_copy(update={"parallel": parallel})
+    values = {**config.parallel.model_dump(), "start_minutes": minutes}
+    parallel = type(config.parallel).model_construct(**values)  # without validation
+    return Config.model_construct(**{**dict(config), "parallel": parallel})
 
 
 def several_meetings(rank: int) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def test_a_learning_run_reads_each_input_once(
     assert opened.count(str(weights / "megamask.json")) == 1
     assert priors == ["magnitude.safetensors"]
     parsed.pop("megamask.masks.file")  # a mask file states its own pattern
-    assert parsed == {"megamask.prepare.run_inputs": 1}
+    # The plan of a snapshot's seconds stands on settings alone.
+    assert parsed == {"megamask.prepare.run_inputs": 1, "megamask.plan.workload": 1}
 
 
 def test_nothing_is_read_before_it_is_asked_for(prepared: Config, opened: list[str]) -> None:
