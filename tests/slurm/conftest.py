@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """The cluster, or a skip that says what is missing."""
+    """The cluster, or a skip that says what is missing or why its daemons do not start here. A job
+    that fails in a running cluster is a failure.
+    """
     if why := missing():
         pytest.skip(f"no Slurm cluster: {why}")
-    with Lab(Path(os.path.realpath(tmp_path_factory.mktemp("lab")))) as lab:
+    lab = Lab(Path(os.path.realpath(tmp_path_factory.mktemp("lab"))))
+    try:
+        lab.__enter__()
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"no Slurm cluster: its daemons do not start here: {error}")
+    with closing(lab):
         yield lab
