@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +16,7 @@ from tests.e2e.conftest import (  # noqa: F401 - fixtures
     run_dir,
     settings,
 )
-from tests.slurm.lab import Lab, missing
+from tests.slurm.lab import Lab, LabError, missing
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,15 +30,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """The cluster, or a skip that says what is missing or why its daemons do not start here. A job
-    that fails in a running cluster is a failure.
+    """The cluster, or a skip that says what this machine lacks. A job that fails in a running
+    cluster is a failure, and so is a mistake in the code of the lab.
     """
     if why := missing():
         pytest.skip(f"no Slurm cluster: {why}")
     lab = Lab(Path(os.path.realpath(tmp_path_factory.mktemp("lab"))))
-    try:
-        lab.__enter__()
-    except (AssertionError, OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"no Slurm cluster: its daemons do not start here: {error}")
+    open_lab(lab)
     with closing(lab):
         yield lab
+
+
+def open_lab(lab: Lab) -> None:
+    """Start the cluster, or skip the test with the reason why this machine does not hold it."""
+    try:
+        lab.__enter__()
+    except LabError as error:
+        pytest.skip(f"no Slurm cluster: it does not start here: {error}")

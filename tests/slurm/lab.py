@@ -67,6 +67,10 @@ def missing() -> str:
     return ""
 
 
+class LabError(Exception):
+    """This machine does not let the cluster start: a tool or a daemon refuses or never answers."""
+
+
 @dataclass
 class Lab:
     """The cluster. Use as a context manager.
@@ -121,14 +125,42 @@ class Lab:
             assert time.monotonic() < end, f"{what}: not in {seconds:.0f} s\n{self.logs()}"
             time.sleep(0.5)
 
+    def _await(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
+        """Wait for a part of the cluster that starts.
+
+        Raises:
+            LabError: a process of the lab ended, or the part does not answer in time.
+        """
+
+        def holds() -> bool:
+            try:
+                return condition()
+            except subprocess.TimeoutExpired:  # of a command that asks
+                return False
+
+        end = time.monotonic() + seconds
+        while not holds():
+            for name, process in [*self._holders.items(), *self._daemons.items()]:
+                if (code := process.poll()) is not None:
+                    raise LabError(f"{name} ended with code {code}\n{self._ends()}")
+            if time.monotonic() >= end:
+                raise LabError(f"{what}: no answer in {seconds:.0f} s\n{self._ends()}")
+            time.sleep(0.2)
+
     def logs(self) -> str:
         """The queue and the ends of the daemons' logs."""
-        parts = [self.run("scontrol", "show", "job").stdout, self.run("sinfo").stdout]
-        for path in [*sorted(self.folder.glob("*.log")), *self.watched]:
+        said = [self.run("scontrol", "show", "job").stdout, self.run("sinfo").stdout]
+        return "\n".join([*said, self._ends()])
+
+    def _ends(self) -> str:
+        """The ends of the daemons' logs and outputs."""
+        said = []
+        ours = [path for suffix in ("log", "out") for path in self.folder.glob(f"*.{suffix}")]
+        for path in [*sorted(ours), *self.watched]:
             text = path.read_text(errors="replace") if path.exists() else ""
             lines = [line for line in text.splitlines() if "pmix" not in line][-15:]
-            parts.append("\n".join([f"== {path.name}", *lines]))
-        return "\n".join(parts)
+            said.append("\n".join([f"== {path.name}", *lines]))
+        return "\n".join(said)
 
     def kill_node(self, name: str) -> None:
         """The node dies: first its network, so that nobody hears of its end, then its processes."""
@@ -183,11 +215,12 @@ class Lab:
         files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={self.folder}/munge/{name}" for option, name in files.items()]
         self._daemon("munged", "ctl", "munged", "-F", "--force", f"--key-file={key}", *options)
-        self.wait(lambda: (self.folder / "munge/socket").exists(), "munged", 10)
+        self._await(lambda: (self.folder / "munge/socket").exists(), "munged", 10)
         self._daemon("slurmctld", "ctl", "slurmctld", "-D", *self._conf)
         for name in NODES:
             self.start_node(name)
-        self.wait(lambda: self.run("sinfo", "-h", "-o", "%t %D").stdout == "idle 2\n", "nodes", 60)
+        idle = "idle 2\n"
+        self._await(lambda: self.run("sinfo", "-h", "-o", "%t %D").stdout == idle, "nodes", 60)
 
     def _join(self) -> None:
         """Hosts with a network of their own, and a bridge on the controller between them."""
@@ -202,7 +235,7 @@ class Lab:
                 f"hostname {name}; exec sleep inf",
             ]
             self._holders[name] = subprocess.Popen(command, start_new_session=True)
-        self.wait(
+        self._await(
             lambda: all(
                 self.run("hostname", host=name).stdout.strip() == name for name in self._holders
             ),
@@ -229,7 +262,8 @@ class Lab:
 
     def _ip(self, host: str, *words: str) -> None:
         done = self.run("ip", *words, host=host)
-        assert done.returncode == 0, (words, done.stderr)
+        if done.returncode:
+            raise LabError(f"ip {' '.join(words)} on {host}: {done.stderr.strip()}")
 
     def _enter(self, host: str) -> list[str]:
         return ["nsenter", "-t", str(self._holders[host].pid), "-n", "-u", "-m"]
