@@ -6,8 +6,8 @@
 #   NPROC_PER_NODE   processes on this node (default: its GPUs, or 1)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for more than one node (run the same line on each)
 #   MASTER_WAIT      seconds that a node waits for node 0 (default 900)
-#   RESTARTS         how often torchrun starts all processes again after one died (default 0);
-#                    they go on from the newest snapshot
+#   RESTARTS         how often torchrun starts all processes again after one ended with an error,
+#                    a mistake of the user included (default 0); they go on from the newest snapshot
 #   VERB             another verb to run the same way (default learn)
 # NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network where a node has several.
 #
@@ -26,6 +26,8 @@ gpus="$(nvidia-smi -L 2>/dev/null | wc -l || true)"
 NPROC_PER_NODE="${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_process "$NPROC_PER_NODE")}"
 export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# All restarts have one name: learn.resume=false starts over at the first start alone.
+MEGAMASK_LAUNCH="torchrun.$(uname -n).$$.$(date +%s)"; export MEGAMASK_LAUNCH
 
 answers() { timeout 3 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$1" "$2" 2>/dev/null; }
 

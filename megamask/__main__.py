@@ -15,6 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import MISSING
 from typing import Any
 
 import megamask
@@ -193,7 +194,7 @@ def _help_of(name: str) -> str:
 
     verb = VERBS[name]
     places = [
-        f"[{words_of(one)}]" if one.default is None else words_of(one) for one in verb.positional
+        words_of(one) if one.default is MISSING else f"[{words_of(one)}]" for one in verb.positional
     ]
     usage = " ".join(["usage: megamask", name, *places, "[--config FILE] [key.sub=value ...]"])
     rows = [(words_of(one), str(one.metadata["help"])) for one in verb.fields]

@@ -79,5 +79,7 @@ class LaunchSection(Section):
         "run_dir are always there",
     )
     retries: Annotated[int, Field(ge=0, le=1000)] = free(
-        3, description="how often in a row a job without a new snapshot is started again"
+        3,
+        description="Slurm: how often in a row a job without a new snapshot is queued again; "
+        "torchrun: how often it starts all processes again, whatever ended them",
     )

@@ -32,8 +32,10 @@ class QueuedJob:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether no process of the job runs, so that there is nothing to save."""
-        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
+        """Whether the job has no processes, so that there is nothing to save. A suspended job has
+        processes, which hold steps that no snapshot has.
+        """
+        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD")
 
     def __str__(self) -> str:
         where = f" on {self.nodes}" if self.nodes else f" ({self.reason})"

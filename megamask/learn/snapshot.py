@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from megamask.process.holder import utc_now
 from megamask.safe_checkpoint import NOTE
 
 log = logging.getLogger(__name__)
+LAUNCH = "MEGAMASK_LAUNCH"  # variable: the name of all starts of a job, or of one torchrun
+STARTED_OVER = "started-over.json"  # the launch that put the snapshots of the run before aside
 MODEL_PATHS = ("model.hf", "model.gguf")  # the fingerprint stands for their content
 
 
@@ -125,7 +128,9 @@ class Snapshots:
         """Load the newest snapshot into logits and optimizer; a fresh Progress when there is none.
 
         With ``learn.resume=false`` the snapshots of the run before are put aside: among those of a
-        new run the newest would not be its own.
+        new run the newest would not be its own. A launch does so once: its later starts, after a
+        requeue by Slurm or a restart by torchrun, resume. The launch scripts name it in the
+        variable MEGAMASK_LAUNCH, and a start without a name is a launch of its own.
 
         Settings that every step reads anew may differ: the log warns, and ``changes`` records each
         change.
@@ -135,9 +140,10 @@ class Snapshots:
             ArtifactError: it is torn, or belongs to another model, text, tokenizer or prior.
         """
         newest = self.newest()
-        if newest is not None and not self.config.learn.resume:
-            self._put_aside()
-        if newest is None or not self.config.learn.resume:
+        if not self.config.learn.resume and not self._has_started_over():
+            self._start_over(newest is not None)
+            return Progress()
+        if newest is None:
             return Progress()
         path = self.folder / f"step-{newest:08d}"
         fix = f"Delete {path} to resume from the one before, or all of {self.folder} to start over."
@@ -170,17 +176,29 @@ class Snapshots:
         """Steps of the finished snapshots, ascending."""
         return snapshot_steps(self.folder)
 
-    def _put_aside(self) -> None:
+    def _has_started_over(self) -> bool:
+        """Whether an earlier start of this launch has put the snapshots of the run before aside."""
+        launch, path = os.environ.get(LAUNCH), self.folder / STARTED_OVER
+        try:
+            found = bool(launch) and storage.read_json(path, "") == {"launch": launch}
+        except ArtifactError:  # there is none, mostly
+            found = False
+        return self.mesh.from_main(found)
+
+    def _start_over(self, has_snapshots: bool) -> None:
+        """Put the snapshots of the run before aside, if there are any, and note who did."""
         self.mesh.barrier()  # everyone has seen them
-        if self.mesh.is_main:
+        if self.mesh.is_main and has_snapshots:
             names = (
                 self.folder.with_name(f"{self.folder.name}-before-{number}")
                 for number in itertools.count(1)
             )
             aside = next(path for path in names if not path.exists())
             self.folder.rename(aside)
-            self.folder.mkdir()
             log.warning("learn.resume=false: the snapshots of the run before are in %s now", aside)
+        if self.mesh.is_main:
+            self.folder.mkdir(exist_ok=True)
+            storage.write_json(self.folder / STARTED_OVER, {"launch": os.environ.get(LAUNCH)})
         self.mesh.barrier()
 
     def _state(self, is_loading: bool = False) -> dict[str, Any]:

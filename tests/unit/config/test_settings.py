@@ -120,6 +120,16 @@ def test_help_lists_what_a_verb_takes(verb: str, capsys: pytest.CaptureFixture[s
     assert all(_groups(verb) or verb in ("settings", "recipes") for verb in VERBS)
 
 
+@pytest.mark.parametrize(
+    ("verb", "usage"), [("submit", "[VERB]"), ("inspect", "[MASK]"), ("extract", "SNAPSHOT FILE")]
+)
+def test_help_puts_what_may_be_left_out_into_brackets(
+    verb: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, "--help"]) == 0
+    assert f"megamask {verb} {usage} [--config FILE]" in capsys.readouterr().out
+
+
 def _groups(verb: str) -> list[describe.Group]:
     """Of every section that the table names, which must exist."""
     sections = VERBS[verb].sections

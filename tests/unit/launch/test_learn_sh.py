@@ -18,6 +18,7 @@ def python(tmp_path: Path) -> Path:
     path = tmp_path / "python"
     path.write_text(
         "#!/usr/bin/env bash\n"
+        'echo "$MEGAMASK_LAUNCH" >>"$(dirname "$0")/launches"\n'
         'echo "share=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-} $*" | tr "\\n" " "\n'
     )
     path.chmod(0o755)
@@ -53,6 +54,14 @@ def test_restarts_need_a_store_of_their_own(python: Path) -> None:
     """Without the variable, restarted processes on gloo find addresses of dead ones and hang."""
     assert "share=1" in (done := learn(python, "r.yaml", RESTARTS="2")).stdout
     assert "--max-restarts 2" in done.stdout
+
+
+def test_each_start_of_torchrun_has_a_name_of_its_own(python: Path) -> None:
+    """By that name learn knows a restart, which must not start over, from a new start."""
+    learn(python, "r.yaml", MEGAMASK_LAUNCH="inherited")
+    learn(python, "r.yaml", MEGAMASK_LAUNCH="inherited")
+    names = python.with_name("launches").read_text().split()
+    assert len(names) == len(set(names)) == 2 and "inherited" not in names
 
 
 def nodes(rank: int, port: int, host: str = "127.0.0.1") -> dict[str, str]:

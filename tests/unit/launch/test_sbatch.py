@@ -13,12 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from megamask.verbs.table import VERBS
+
 REPO = Path(__file__).resolve().parents[3]
 
 # srun runs its command once for each task and returns the highest code, as the real one does.
 SRUN = r"""
 echo "$@" >>"$FAKE_FOLDER/sruns"
 while [[ "$1" == -* ]]; do shift; done
+if [ -n "$FAKE_DEAD_NODE" ]; then
+    echo "srun: error: Task launch for StepId=7.0 failed on node $FAKE_DEAD_NODE: No route" >&2
+    echo "srun: error: Application launch failed: No route" >&2
+    exit 1
+fi
 worst=0
 for ((rank = 0; rank < FAKE_TASKS; rank++)); do
     SLURM_PROCID=$rank SLURM_NTASKS=$FAKE_TASKS SLURM_LOCALID=$((rank % 2)) SLURM_STEP_ID=0 \
@@ -89,9 +96,20 @@ class Job:
             **variables,
         }
         command = ["bash", str(REPO / "launch/learn.sbatch"), str(self.folder / "recipe.yaml")]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, check=False
-        )
+        log = self.folder / "errors"  # of all lives, as --open-mode=append leaves it
+        size = log.stat().st_size if log.exists() else 0
+        with log.open("a") as errors:
+            done = subprocess.run(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        done.stderr = log.read_text()[size:]
+        return done
 
     @property
     def requeues(self) -> int:
@@ -174,6 +192,58 @@ def test_lives_without_a_new_snapshot_end(job: Job, code: int) -> None:
     assert job.requeues == 7
 
 
+def test_lives_are_those_of_one_job_and_end_with_its_success(job: Job) -> None:
+    spare = {"FAKE_NODES": "n1 n2 n3"}
+    for _ in range(3):
+        assert job.life(1, **spare).returncode == 0
+    (job.folder / "updates").unlink()  # n1 was left out
+    other = job.life(1, SLURM_JOB_ID="8", **spare)  # with lives, and a failed node, of its own
+    assert other.returncode == 0 and not (job.folder / "updates").exists()
+    for _ in range(2):
+        assert job.life(1, SLURM_JOB_ID="8").returncode == 0
+    assert job.life(0, SLURM_JOB_ID="8").returncode == 0
+    for _ in range(3):  # somebody queues the job that ended again
+        assert job.life(1, SLURM_JOB_ID="8").returncode == 0
+    assert job.life(1, SLURM_JOB_ID="8").returncode == 1
+    assert job.life(1, SLURM_JOB_ID="8").returncode == 0
+
+
+def test_another_verb_saves_nothing_and_counts_its_own_lives(job: Job) -> None:
+    """Also where a learning run writes snapshots meanwhile."""
+    for life in range(3):
+        done = job.life(138, 138, VERB="prune", snapshot=f"step-{life + 1:08d}")
+        assert done.returncode == 0 and "stopped by a signal; queueing job 7" in done.stdout
+    last = job.life(138, 138, VERB="prune")
+    assert last.returncode == 1 and "no end of prune in 4 lives" in last.stderr
+    assert job.requeues == 3
+    for _ in range(3):
+        assert job.life(75, 75).returncode == 0
+    assert "no new snapshot in 4 lives" in job.life(75, 75).stderr
+
+
+def test_a_signal_before_the_first_snapshot_is_not_called_a_save(job: Job) -> None:
+    assert "stopped by a signal; queueing" in job.life(75, 75).stdout
+
+
+def test_all_lives_of_a_job_have_one_name(job: Job) -> None:
+    """By that name learn knows that an earlier life has put the snapshots before aside."""
+    line = 'echo "$MEGAMASK_LAUNCH" >>"$FAKE_FOLDER/names"'
+    for number, life in (("7", "0"), ("7", "1"), ("8", "0")):
+        job.life(75, SLURM_JOB_ID=number, SLURM_RESTART_COUNT=life, SETUP=line)
+    names = (job.folder / "names").read_text().split()
+    assert len(names) == 6 and len(set(names[:4])) == 1 and len(set(names)) == 2
+
+
+@pytest.mark.parametrize("verb", VERBS["submit"].fields[0].metadata["choices"])
+def test_ranks_that_work_together_end_together(job: Job, verb: str) -> None:
+    """Without scancel in the image, srun ends the tasks that wait for a failed task. Rank 0 of a
+    verb of one rank may work for hours after the others have left.
+    """
+    assert job.life(0, VERB=verb).returncode == 0
+    wait = "600" if VERBS[verb].is_parallel else "0"
+    assert f"--wait={wait} " in (job.folder / "sruns").read_text()
+
+
 def test_a_job_that_is_not_to_be_queued_again_is_not(job: Job) -> None:
     assert job.life(75, 75, snapshot="step-00000020", FAKE_REQUEUE="0").returncode == 0
     assert job.life(1, 1, FAKE_REQUEUE="0").returncode == 1
@@ -247,7 +317,6 @@ def test_a_container_is_handed_to_every_srun(job: Job) -> None:
 def test_cores_and_options_reach_srun(job: Job) -> None:
     job.life(0, SLURM_CPUS_PER_TASK="6", SRUN="--cpu-bind=cores --mpi=none")
     call = (job.folder / "sruns").read_text()
-    assert "--wait=0 " in call  # rank 0 alone may work for hours
     assert "--export=ALL --cpus-per-task=6 " in call and "--cpu-bind=cores --mpi=none bash" in call
 
 
@@ -259,6 +328,18 @@ def test_a_node_that_fails_first_twice_in_a_row_is_left_out(job: Job) -> None:
     done = job.life(1, 1, SLURMD_NODENAME="n1", SLURM_RESTART_COUNT="2", **spare)
     assert (job.folder / "updates").read_text() == "ExcNodeList=n1\n"
     assert "n1 failed first twice in a row" in done.stdout and job.requeues == 3
+
+
+def test_a_node_that_starts_no_task_is_left_out_too(job: Job) -> None:
+    """srun alone speaks of such a node: no task wrote its name down."""
+    spare = {"FAKE_NODES": "n1 n2 n3", "RETRIES": "9"}
+    job.life(0, FAKE_DEAD_NODE="n2", **spare)
+    job.life(0, 1, SLURM_RESTART_COUNT="1", **spare)  # the words of the life before do not count
+    job.life(0, FAKE_DEAD_NODE="n2", SLURM_RESTART_COUNT="2", **spare)
+    assert not (job.folder / "updates").exists()
+    done = job.life(0, FAKE_DEAD_NODE="n2", SLURM_RESTART_COUNT="3", **spare)
+    assert "n2 failed first twice in a row" in done.stdout
+    assert (job.folder / "updates").read_text() == "ExcNodeList=n2\n"
 
 
 def test_a_node_that_the_job_needs_is_not_left_out(job: Job) -> None:

@@ -313,7 +313,11 @@ def test_stop_ends_a_job_that_has_nothing_to_save(cluster: Cluster) -> None:
     assert cluster.calls[1:] == ["scancel 41"]
     cluster.queue("RUNNING|None|n1|N/A")
     assert main(["stop", str(cluster.run_dir)]) == 0
-    assert cluster.calls[2:] == ["scontrol update JobId=41 Requeue=0", "scancel --signal=TERM 41"]
+    told = ["scontrol update JobId=41 Requeue=0", "scancel --signal=TERM 41"]
+    assert cluster.calls[2:] == told
+    cluster.queue("SUSPENDED|None|n1|N/A")  # its processes wait with what they have not saved
+    assert main(["stop", str(cluster.run_dir)]) == 0
+    assert cluster.calls[4:] == told
     assert not (cluster.run_dir / "learn/STOP").exists()
 
 
