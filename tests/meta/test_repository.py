@@ -78,6 +78,7 @@ DOCUMENTS = sorted(
         *REPO.glob("configs/**/*.md"),
         *REPO.glob("docker/*.md"),
         REPO / "benchmarks" / "README.md",
+        *REPO.glob("benchmarks/gpu/*.md"),
     }
 )
 
