@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from megamask.data.sample_cache import describes_samples, holds_plain_integers
 from megamask.data.shards import Part, Shards, open_shards
 from megamask.data.split import TRAIN
 from megamask.data.tokenizer import TextTokenizer, load_tokenizer
-from megamask.errors import ConfigError
+from megamask.errors import ArtifactError, ConfigError
 from megamask.storage import atomic_dir
 
 log = logging.getLogger(__name__)
@@ -99,13 +100,12 @@ class Samples:
     ``samples[i]`` has int64 ``tokens`` and ``labels`` (S,).
 
     Args:
-        dataset: Megatron's dataset.
-        shards: the shards that it reads.
+        dataset: Megatron's dataset, of one source or blended.
+        owners: the shards of each of its sources, in their order.
     """
 
-    def __init__(self, dataset: Any, shards: list[Shards]) -> None:
-        self._dataset = dataset
-        self._most = max(shards, key=lambda one: int(one.meta["splits"][TRAIN]["largest_id"]))
+    def __init__(self, dataset: Any, owners: list[Shards]) -> None:
+        self._dataset, self._owners = dataset, owners
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -114,12 +114,13 @@ class Samples:
         """Sample ``number``.
 
         Raises:
-            ArtifactError: the sample holds a token id that no shard was written with.
+            ArtifactError: the sample holds a token id that its shards were not written with.
         """
         sample: dict[str, Any] = self._dataset[number]
+        owner = self._owners[int(sample.get("dataset_id", 0))]  # of a blended dataset alone
         for row in (sample["tokens"], sample["labels"]):
             smallest, largest = row.aminmax()
-            self._most.check_ids(TRAIN, int(smallest), int(largest))
+            owner.check_ids(TRAIN, int(smallest), int(largest))
         return sample
 
 
@@ -132,13 +133,13 @@ def train_dataset(config: Config, num_samples: int, seq_length: int, seed: int) 
 
     Raises:
         ConfigError: see :func:`blend_weights`.
-        ArtifactError: see :func:`megamask.data.shards.open_shards`; a broken index of tokens.
+        ArtifactError: see :func:`megamask.data.shards.open_shards`; a broken index of tokens, or
+            indices of samples that do not describe the documents.
     """
     weights, tokenizer = blend_weights(config), load_tokenizer(config)
     shards = {name: open_shards(config, name, TRAIN, tokenizer) for name in weights}
-    sources = [
-        source for name, weight in weights.items() for source in _sources(shards[name], weight)
-    ]
+    of_domains = {name: _sources(shards[name], weight) for name, weight in weights.items()}
+    sources = [source for found in of_domains.values() for source in found]
     sized = [(part, math.ceil(num_samples * weight) + 1) for part, weight in sources]
     settings = _dataset_config(sources, tokenizer, seq_length, seed)
     cache = run_paths(config).shards / "cache" / _cache_key(shards, sized, settings)
@@ -150,7 +151,7 @@ def train_dataset(config: Config, num_samples: int, seq_length: int, seed: int) 
         datasets = _cached_datasets(sized, settings, cache)
         if datasets is None:
             with atomic_dir(cache) as temporary:
-                _domain_datasets(sized, settings, temporary)
+                _build_cache(sized, settings, temporary, cache)
     if distributed:
         torch.distributed.barrier()
     datasets = datasets or _domain_datasets(sized, settings, cache)
@@ -159,7 +160,7 @@ def train_dataset(config: Config, num_samples: int, seq_length: int, seed: int) 
         if len(datasets) == 1
         else _blended(datasets, [weight for _, weight in sources], num_samples, settings)
     )
-    return Samples(blended, list(shards.values()))
+    return Samples(blended, [shards[name] for name, found in of_domains.items() for _ in found])
 
 
 def _sources(shards: Shards, weight: float) -> list[tuple[Part, float]]:
@@ -211,7 +212,7 @@ def _cached_datasets(sized: list[tuple[Part, int]], settings: Any, cache: Path) 
     """
     if not cache.is_dir():
         return None
-    if holds_plain_integers(cache, len(sized)):
+    if holds_plain_integers(_cache_folders(sized, cache)):
         datasets = _domain_datasets(sized, settings, cache)
         if all(describes_samples(dataset) for dataset in datasets):
             return datasets
@@ -219,13 +220,39 @@ def _cached_datasets(sized: list[tuple[Part, int]], settings: Any, cache: Path) 
     return None
 
 
+def _build_cache(sized: list[tuple[Part, int]], settings: Any, folder: Path, cache: Path) -> None:
+    """Write the indices of samples into ``folder``, which becomes ``cache``.
+
+    Raises:
+        ArtifactError: Megatron's indices do not describe samples of the documents.
+    """
+    if not all(map(describes_samples, _domain_datasets(sized, settings, folder))):
+        problem = "would not describe the samples of the shards"
+        raise ArtifactError(cache, problem, "Run the verb tokenize again, then this command.")
+
+
+def _cache_folders(sized: list[tuple[Part, int]], cache: Path) -> list[Path]:
+    """The folder of the indices of each part.
+
+    Megatron names the files by path and number of samples, and not by documents. So a part whose
+    path and number are those of an earlier part, as of two domains that split one dataset in two
+    ways, has a folder of its own.
+    """
+    before, folders = Counter[tuple[str, int]](), []
+    for part, size in sized:
+        name = (str(part.index.prefix), size)
+        folders.append(cache / str(before[name]) if before[name] else cache)
+        before[name] += 1
+    return folders
+
+
 def _domain_datasets(sized: list[tuple[Part, int]], settings: Any, cache: Path) -> list[Any]:
     from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.core.datasets.utils import Split
 
-    settings = dataclasses.replace(settings, path_to_cache=str(cache))
     datasets: list[Any] = []
-    for part, size in sized:
+    for (part, size), folder in zip(sized, _cache_folders(sized, cache), strict=True):
+        settings = dataclasses.replace(settings, path_to_cache=str(folder))
         prefix = str(part.index.prefix)
         indexed = GPTDataset.build_low_level_dataset(prefix, settings)
         datasets.append(GPTDataset(indexed, prefix, part.sequences, size, Split.train, settings))

@@ -3,7 +3,8 @@
 Nothing is copied: the folder of the domain holds ``meta.json`` and the numbers of the sequences of
 either side (``train.npy``, ``heldout.npy``; int64, counted over all datasets). The datasets say
 nothing about their tokenizer, so all tokens are looked at once: their ids must be in the vocabulary
-of ``data.tokenizer``, and documents must end and begin as ``data.eod`` and ``data.bos`` say.
+of ``data.tokenizer``, and most documents of each dataset must end and begin as ``data.eod`` and
+``data.bos`` say. Not all: a tool may have cut a long document in two.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class TokenDocument:
     """A document of a dataset.
 
     Attributes:
+        dataset: the number of the dataset.
         key: its tokens as little-endian int32; their hash decides the side.
         sequences: the numbers of its sequences, counted over all datasets.
         tokens: how many tokens it has.
@@ -41,6 +43,7 @@ class TokenDocument:
         first, last: the ids at its ends.
     """
 
+    dataset: int
     key: bytes
     sequences: range
     tokens: int
@@ -48,6 +51,21 @@ class TokenDocument:
     largest: int
     first: int
     last: int
+
+
+@dataclass
+class Ends:
+    """How the documents of a dataset begin and end.
+
+    Attributes:
+        documents: how many documents there are.
+        begin: how many of them begin with the BOS.
+        end: how many of them end with the EOD.
+    """
+
+    documents: int = 0
+    begin: int = 0
+    end: int = 0
 
 
 def prefixes(name: str, corpus: CorpusSection) -> list[Path]:
@@ -106,27 +124,29 @@ def write(config: Config, name: str, tokenizer: TextTokenizer, folder: Path) -> 
 
     Raises:
         ConfigError, ArtifactError: see :func:`check`; ids outside of the vocabulary, or documents
-            that do not end or begin as the settings say.
+            of a dataset most of which do not end or begin as the settings say.
     """
     corpus = config.data.domains[name]
     indices = [read_index(prefix, _fix(name)) for prefix in prefixes(name, corpus)]
     numbers = {split: array("q") for split in SPLITS}
     counts = {split: {"documents": 0, "tokens": 0, "largest_id": -1} for split in SPLITS}
-    ends = {"begin": 0, "end": 0}
+    ends = [Ends() for _ in indices]
     for side, document in split_documents(_documents(indices, name, tokenizer), corpus.heldout):
         numbers[side].extend(document.sequences)
         count = counts[side]
         count["documents"] += 1
         count["tokens"] += document.tokens
         count["largest_id"] = max(count["largest_id"], document.largest)
-        ends["begin"] += document.first == tokenizer.bos
-        ends["end"] += document.last == tokenizer.eod
-    documents = sum(count["documents"] for count in counts.values())
-    place = indices[0].prefix
-    _check_ends(place, ends, documents, tokenizer)
-    _check_begins(place, ends, documents, config, tokenizer)
-    for split, found in numbers.items():
-        np.save(folder / f"{split}.npy", np.sort(np.array(found, np.int64)))
+        found = ends[document.dataset]
+        found.documents += 1
+        found.begin += document.first == tokenizer.bos
+        found.end += document.last == tokenizer.eod
+    for index, found in zip(indices, ends, strict=True):
+        if found.documents:
+            _check_ends(bin_file(index.prefix), found, tokenizer)
+            _check_begins(bin_file(index.prefix), found, config, tokenizer)
+    for split, sequences in numbers.items():
+        np.save(folder / f"{split}.npy", np.sort(np.array(sequences, np.int64)))
     return {
         "sources": [_described(index) for index in indices],
         "splits": {
@@ -145,7 +165,7 @@ def _documents(
         ArtifactError: an id that the tokenizer does not know.
     """
     before = 0
-    for index in indices:
+    for dataset, index in enumerate(indices):
         tokens = index.all_tokens()
         for first, end in zip(index.bounds[:-1].tolist(), index.bounds[1:].tolist(), strict=True):
             pieces = [index.sequence(tokens, number) for number in range(first, end)]
@@ -153,6 +173,7 @@ def _documents(
             if not len(ids):
                 continue
             document = TokenDocument(
+                dataset,
                 ids.astype("<i4").tobytes(),
                 range(before + first, before + end),
                 len(ids),
@@ -172,28 +193,29 @@ def _documents(
         before += len(index.lengths)
 
 
-def _check_ends(
-    place: Path, ends: dict[str, int], documents: int, tokenizer: TextTokenizer
-) -> None:
-    if tokenizer.eod is not None and documents and not ends["end"]:
-        problem = f"has no document that ends with the token {tokenizer.eod} of data.eod"
+def _check_ends(place: Path, found: Ends, tokenizer: TextTokenizer) -> None:
+    if tokenizer.eod is not None and 2 * found.end <= found.documents:
+        problem = (
+            f"has {found.end} of {found.documents} documents that end with the token "
+            f"{tokenizer.eod} of data.eod, which asks for most"
+        )
         fix = (
             "Set data.tokenizer to the tokenizer of these shards, data.eod to their token at the "
             "end of a document, or data.eod=null if they have none."
         )
-        raise ArtifactError(bin_file(place), problem, fix)
+        raise ArtifactError(place, problem, fix)
 
 
-def _check_begins(
-    place: Path, ends: dict[str, int], documents: int, config: Config, tokenizer: TextTokenizer
-) -> None:
-    wanted, found = bool(before_document(config, tokenizer)), ends["begin"]
-    if tokenizer.bos is not None and wanted != (found == documents > 0):
-        asks = "asks for one before each" if wanted else "asks for none"
-        problem = f"has {found} of {documents} documents that begin with the BOS {tokenizer.bos}"
+def _check_begins(place: Path, found: Ends, config: Config, tokenizer: TextTokenizer) -> None:
+    wanted, most = bool(before_document(config, tokenizer)), 2 * found.begin > found.documents
+    if tokenizer.bos is not None and wanted != most:
+        asks = "asks for most" if wanted else "asks for no more than half"
+        problem = (
+            f"has {found.begin} of {found.documents} documents that begin with the BOS "
+            f"{tokenizer.bos}, and data.bos={config.data.bos} {asks}"
+        )
         fix = f"Set data.bos={'false' if wanted else 'true'}, or write the shards again."
-        problem = f"{problem}, and data.bos={config.data.bos} {asks}"
-        raise ArtifactError(bin_file(place), problem, fix)
+        raise ArtifactError(place, problem, fix)
 
 
 def _check_note(prefix: Path, tokenizer: TextTokenizer) -> None:

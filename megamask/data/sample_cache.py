@@ -9,6 +9,7 @@ is built again: it is derived from the shards and the settings alone.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,21 @@ KINDS = ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_i
 CHUNK = 2**20
 
 
-def holds_plain_integers(cache: Path, datasets: int) -> bool:
-    """Whether a cache folder holds the files of so many datasets and nothing else, and every array
-    is one of integers that numpy maps without unpickling anything.
+def holds_plain_integers(folders: Sequence[Path]) -> bool:
+    """Whether the folders of a cache hold the files of their datasets and nothing else, and every
+    array is one of integers that numpy maps without unpickling anything.
+
+    Args:
+        folders: the folder of each dataset; a folder may be that of several.
     """
-    files = list(cache.iterdir())
+    return all(
+        folder.is_dir() and _holds(folder, datasets, set(folders))
+        for folder, datasets in Counter(folders).items()
+    )
+
+
+def _holds(folder: Path, datasets: int, folders: set[Path]) -> bool:
+    files = [file for file in folder.iterdir() if file not in folders]
     kinds = Counter(file.name.rpartition("-")[2] for file in files)
     return kinds == dict.fromkeys(KINDS, datasets) and all(
         _is_plain(file) for file in files if file.suffix == ".npy"

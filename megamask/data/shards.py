@@ -26,6 +26,8 @@ SPLITS = (TRAIN, HELDOUT)
 SUFFIXES = (".bin", ".idx")
 TOKENIZE = "Run the verb tokenize."
 TOKENIZE_AGAIN = "Delete the folder and run the verb tokenize again."
+# For files of the user, which shards in place name: nobody is told to delete them.
+SOURCE_CHANGED = "Restore the file, or run the verb tokenize again."
 
 
 TOKEN_TYPES = ("uint16", "int32")  # of Megatron's indexed datasets, for ids of any vocabulary
@@ -156,10 +158,10 @@ class ShardsInPlace(Shards):
         """The sequences of a split, by dataset. Raises as in the base class."""
         numbers, before, parts = self._numbers(split), 0, []
         for source in self.meta["sources"]:
-            index = read_index(Path(source["prefix"]), TOKENIZE_AGAIN)
+            index = read_index(Path(source["prefix"]), SOURCE_CHANGED)
             if (len(index.lengths), index.tokens) != (source["sequences"], source["tokens"]):
                 problem = f"holds other sequences than {self.folder} was written for"
-                raise ArtifactError(f"{source['prefix']}.idx", problem, TOKENIZE_AGAIN)
+                raise ArtifactError(f"{source['prefix']}.idx", problem, SOURCE_CHANGED)
             first, end = np.searchsorted(numbers, [before, before + len(index.lengths)])
             parts.append(Part(index, (numbers[first:end] - before).astype(np.int32)))
             before += len(index.lengths)
@@ -191,8 +193,8 @@ def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenize
 
     Raises:
         ConfigError: ``domain`` is not in data.domains.
-        ArtifactError: the shards are missing or torn, another tokenizer or ``data.bos`` made them,
-            or ``split`` holds no token.
+        ArtifactError: the shards are missing or torn, another tokenizer, ``data.bos`` or
+            ``data.eod`` made them, or ``split`` holds no token.
     """
     if domain not in config.data.domains:
         raise ConfigError(
@@ -217,6 +219,7 @@ def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenize
         word = "true" if shards.begin_with_bos else "false"
         fix = f"Run the verb tokenize, or set data.bos={word}."
         raise ArtifactError(shards.folder, problem, fix)
+    _check_ends(shards, tokenizer)
     if shards.tokens(split) == 0:
         raise ArtifactError(shards.folder, f"has no {split} text", _more_text(domain, split))
     return shards
@@ -236,22 +239,19 @@ def read_shards(folder: Path) -> Shards:
     in_place = "sources" in meta
     if problem := lacks(meta, META_IN_PLACE if in_place else META):
         raise ArtifactError(folder / "meta.json", problem, TOKENIZE_AGAIN)
-    files = {
-        folder / file: described["size"]
-        for split in SPLITS
-        for file, described in meta["splits"][split]["files"].items()
-        if file in {f"{split}{suffix}" for suffix in (*SUFFIXES, ".npy")}
-    }
+    for split in SPLITS:
+        for file, described in meta["splits"][split]["files"].items():
+            if file in {f"{split}{suffix}" for suffix in (*SUFFIXES, ".npy")}:
+                _check_size(folder / file, described["size"], TOKENIZE_AGAIN)
     for source in meta["sources"] if in_place else ():
         if problem := lacks(source, SOURCE):
             raise ArtifactError(folder / "meta.json", f"{problem} in sources", TOKENIZE_AGAIN)
         for suffix in SUFFIXES:
-            files[Path(source["prefix"] + suffix)] = source["files"][suffix]["size"]
+            place, size = Path(source["prefix"] + suffix), source["files"][suffix]["size"]
+            _check_size(place, size, SOURCE_CHANGED)
     if not in_place and meta["dtype"] not in TOKEN_TYPES:
         problem = f"names the dtype {meta['dtype']!r}, tokens have one of {', '.join(TOKEN_TYPES)}"
         raise ArtifactError(folder / "meta.json", problem, TOKENIZE_AGAIN)
-    for path, size in files.items():
-        _check_size(path, size)
     return ShardsInPlace(folder, meta) if in_place else Shards(folder, meta)
 
 
@@ -282,14 +282,41 @@ def check_vocabulary(config: Config, vocab: int) -> None:
             )
 
 
-def _check_size(file: Path, size: int) -> None:
+def _check_size(file: Path, size: int, fix: str) -> None:
     if not file.is_file():
         raise ArtifactError(file, "is missing", TOKENIZE)
     size_now = file.stat().st_size
     if size_now != size:
         state = "truncated" if size_now < size else "overwritten"
         problem = f"is {state}: {size_now} bytes, {size} were written"
-        raise ArtifactError(file, problem, TOKENIZE_AGAIN)
+        raise ArtifactError(file, problem, fix)
+
+
+def _check_ends(shards: Shards, tokenizer: TextTokenizer) -> None:
+    """Check the ids at the ends of documents, which the fingerprint of a tokenizer leaves out.
+
+    Shards that do not note an id are taken as they are.
+
+    Raises:
+        ArtifactError: the shards note another id.
+    """
+    noted = dict(shards.meta["tokenizer"])
+    if shards.meta.get("append_eod") is False:  # the settings of 0.1.0 noted an EOD all the same
+        noted["eod"] = None
+    ends = [("eod", "end with", "data.eod")]
+    if shards.begin_with_bos:
+        ends.append(("bos", "begin with", "the BOS of data.tokenizer"))
+    for key, place, setting in ends:
+        wanted = getattr(tokenizer, key)
+        if (written := noted.get(key, wanted)) != wanted:
+            problem = f"has documents that {place} {_token(written)}"
+            problem = f"{problem}; {setting} is {_token(wanted)} now"
+            fix = f"Run the verb tokenize, or set {setting} as it was."
+            raise ArtifactError(shards.folder, problem, fix)
+
+
+def _token(number: object) -> str:
+    return "no token" if number is None else f"the token {number}"
 
 
 def _more_text(domain: str, split: str) -> str:

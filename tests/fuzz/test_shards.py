@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from megamask.data.blend import _cached_datasets, _dataset_config, _domain_datasets
+from megamask.data.sample_cache import describes_samples
 from megamask.data.shards import Part, describe_file, read_shards
 from megamask.data.token_index import HEADER, bin_file, idx_file, read_index
 from megamask.data.tokenizer import TextTokenizer
@@ -105,7 +106,7 @@ def test_indices_of_tokens(tmp_path: Path, dtype: type[np.integer[Any]]) -> None
         )
         if part.tokens > 1:  # Megatron's own readers take it
             datasets = _domain_datasets([(part, 20)], config, tmp_path / "cache")
-            assert samples(datasets).shape[1] == SEQ
+            assert samples(datasets).shape[1] == SEQ and describes_samples(datasets[0])
             shutil.rmtree(tmp_path / "cache")
     assert outcomes["read"] > 100 and outcomes["refused"] > MUTATIONS // 2, outcomes
 

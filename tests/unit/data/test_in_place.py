@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from megamask.data.blend import train_dataset
 from megamask.data.heldout import calibration_tokens, heldout_windows
 from megamask.data.shards import read_shards
 from megamask.data.split import unit_hash
+from megamask.data.token_index import HEADER, idx_file
 from megamask.data.tokenizer import load_tokenizer
 from megamask.errors import ArtifactError, ConfigError, MegamaskError
 from megamask.verbs import tokenize
@@ -151,6 +154,52 @@ def test_a_second_run_keeps_what_fits(
     train_dataset(config, 10, SEQ, seed=3)
 
 
+def test_nobody_is_told_to_delete_a_dataset(
+    tmp_path: Path, make_config: MakeConfig, ids: list[list[int]]
+) -> None:
+    prefix = write_shards(tmp_path / "web", ids)
+    config = make_config({"d": in_place(prefix)})
+    tokenize.run(config)
+    index = idx_file(prefix)
+    whole = index.read_bytes()
+    shorter = bytearray(whole)  # of the same size, with a token less in its first sequence
+    struct.pack_into("<i", shorter, HEADER.size, 2)
+    for changed, said in (
+        (whole[:-8], "truncated"),
+        (b"x" + whole[1:], "no usable index"),
+        (bytes(shorter), "other sequences"),
+    ):
+        index.write_bytes(changed)
+        with pytest.raises(ArtifactError, match=rf"web\.idx.*{said}.*verb tokenize") as caught:
+            train_dataset(config, 10, SEQ, seed=3)
+        assert "Delete" not in str(caught.value)
+
+
+def test_two_domains_that_split_one_dataset(
+    tmp_path: Path, make_config: MakeConfig, ids: list[list[int]], tokenizer_folder: Path
+) -> None:
+    """Each reads its own training documents, also from a cache, though Megatron's names of the
+    indices are the same.
+    """
+    prefix = write_shards(tmp_path / "web", ids)
+    shares = {"few": 0.75, "many": 0.25}
+    config = make_config({name: in_place(prefix, share) for name, share in shares.items()})
+    tokenize.run(config)
+    plain = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    for seed, order in ((3, ["few", "many"]), (3, ["few", "many"]), (3, ["many", "few"])):
+        domains = {name: in_place(prefix, shares[name]) for name in order}
+        samples = train_dataset(make_config(domains), 400, SEQ, seed=seed)
+        for place, name in enumerate(order):
+            rows = [samples[at] for at in range(400)]
+            read = [row["tokens"].tolist() for row in rows if row["dataset_id"] == place]
+            assert len(read) == 200
+            seen = {int(x) for x in re.findall(r"doc(\d+)x", " ".join(plain.decode_batch(read)))}
+            assert seen == {n for n, one in enumerate(ids) if not is_held(one, shares[name])}
+    caches = [one for one in (run_paths(config).shards / "cache").iterdir()]
+    assert len(caches) == 2  # the second run read what the first wrote
+    assert all(len(list(cache.rglob("*.npy"))) == 6 for cache in caches)
+
+
 def test_another_tokenizer_is_refused(
     tmp_path: Path, make_config: MakeConfig, ids: list[list[int]], other_tokenizer_folder: Path
 ) -> None:
@@ -162,7 +211,7 @@ def test_another_tokenizer_is_refused(
     with pytest.raises(ArtifactError, match=r"web\.bin.*token id -3"):
         tokenize.run(make_config({"d": in_place(prefix)}))
     write_shards(prefix, [one[:-1] for one in ids])
-    with pytest.raises(ArtifactError, match=r"web\.bin.*no document that ends.*data\.eod=null"):
+    with pytest.raises(ArtifactError, match=r"web\.bin.*0 of 60 documents that end.*eod=null"):
         tokenize.run(make_config({"d": in_place(prefix)}))
     tokenize.run(make_config({"d": in_place(prefix)}, eod=None))
     write_shards(prefix, [[1, *one] for one in ids])
@@ -180,6 +229,35 @@ def test_another_tokenizer_is_refused(
     tokenize.run(make_config(domains))
     with pytest.raises(ArtifactError, match=r"train\.bin.*was made with the tokenizer"):
         tokenize.run(make_config(domains, tokenizer=str(other_tokenizer_folder)))
+
+
+def test_most_documents_of_each_dataset_begin_and_end_as_the_settings_say(
+    tmp_path: Path, make_config: MakeConfig, ids: list[list[int]]
+) -> None:
+    """Half of them is too few, and a good dataset does not speak for the other."""
+    write_shards(tmp_path / "a", ids)
+    bare, begun = [one[:-1] for one in ids], [[1, *one] for one in ids]
+    cases: tuple[tuple[list[list[int]], bool, str | None], ...] = (
+        ([*ids[:31], *bare[31:]], False, None),
+        ([*ids[:30], *bare[30:]], False, r"b\.bin.*30 of 60 documents that end with the token 0"),
+        ([*ids[:1], *bare[1:]], False, r"b\.bin.*1 of 60 documents that end with the token 0"),
+        ([*begun[:30], *ids[30:]], False, None),
+        ([*begun[:31], *ids[31:]], False, r"b\.bin.*31 of 60 documents that begin.*bos=true"),
+        (begun, True, r"a\.bin.*0 of 60 documents that begin.*bos=false"),
+    )
+    for documents, bos, said in cases:
+        write_shards(tmp_path / "b", documents)
+        config = make_config({"d": in_place(tmp_path / "[ab]", heldout=0)}, bos=bos)
+        if said is None:
+            tokenize.run(config)
+        else:
+            with pytest.raises(ArtifactError, match=said):
+                tokenize.run(config)
+    for documents, fits in (([*begun[:31], *ids[31:]], True), ([*begun[:30], *ids[30:]], False)):
+        write_shards(tmp_path / "b", documents)
+        config = make_config({"d": in_place(tmp_path / "b", heldout=0)}, bos=True)
+        with nullcontext() if fits else pytest.raises(ArtifactError, match="30 of 60"):
+            tokenize.run(config)
 
 
 def test_settings_that_cannot_work(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -73,13 +74,31 @@ def test_tokens_that_were_changed(two_domains: Callable[..., Config]) -> None:
     """An id that nobody wrote would end the model with an index error."""
     config = two_domains()
     tokenize.run(config)
-    for split in ("train", "heldout"):
-        file = run_paths(config).shards / "a" / f"{split}.bin"
-        tokens = np.frombuffer(file.read_bytes(), np.uint16).copy()
-        tokens[::7] = 60_000
-        file.write_bytes(tokens.tobytes())
+    for name in ("a", "b"):
+        folder = run_paths(config).shards / name
+        whole = {split: (folder / f"{split}.bin").read_bytes() for split in ("train", "heldout")}
+        for split, data in whole.items():
+            tokens = np.frombuffer(data, np.uint16).copy()
+            tokens[::7] = 60_000
+            (folder / f"{split}.bin").write_bytes(tokens.tobytes())
+        said = r"token id 60000.*verb tokenize"
+        for blend in ({"a": 1, "b": 1}, {name: 1}):  # two sources and one
+            samples = train_dataset(two_domains(blend=blend), 10, 32, seed=3)
+            with pytest.raises(ArtifactError, match=rf"/{name}/train\.bin.*{said}"):
+                [samples[number] for number in range(10)]
+        with pytest.raises(ArtifactError, match=rf"/{name}/heldout\.bin.*{said}"):
+            heldout_windows(config, name, 20, None)
+        for split, data in whole.items():
+            (folder / f"{split}.bin").write_bytes(data)
+
+
+def test_an_id_that_another_domain_alone_has(two_domains: Callable[..., Config]) -> None:
+    config = two_domains()
+    tokenize.run(config)
+    note = run_paths(config).shards / "b" / "meta.json"
+    meta = json.loads(note.read_text())
+    meta["splits"]["train"]["largest_id"] = 100
+    note.write_text(json.dumps(meta))
     samples = train_dataset(config, 10, 32, seed=3)
-    with pytest.raises(ArtifactError, match=r"train\.bin.*token id 60000.*verb tokenize"):
+    with pytest.raises(ArtifactError, match=r"/b/train\.bin.*the largest that was written is 100"):
         [samples[number] for number in range(10)]
-    with pytest.raises(ArtifactError, match=r"heldout\.bin.*token id 60000.*verb tokenize"):
-        heldout_windows(config, "a", 20, None)

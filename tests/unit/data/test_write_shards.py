@@ -122,6 +122,33 @@ def test_truncated_missing_and_foreign_shards_are_refused(
         open_shards(config, "c", "train", tokenizer)
 
 
+def test_shards_with_other_ends_are_refused(two_domains: Callable[..., Config]) -> None:
+    """Shards of before, which noted no ends, are taken as they are."""
+    config, begun = two_domains(), two_domains(bos=True)
+    tokenize.run(config)
+    note = run_paths(config).shards / "a" / "meta.json"
+    meta = json.loads(note.read_text())
+
+    def opens(asked: Config, **noted: Any) -> None:
+        made_by = {**meta["tokenizer"], **noted.pop("tokenizer", {})}
+        made_by = {key: value for key, value in made_by.items() if value != "absent"}
+        note.write_text(json.dumps({**meta, **noted, "tokenizer": made_by}))
+        open_shards(asked, "a", "train", load_tokenizer(asked))
+
+    for eod, said in (("<end>", r"data\.eod is the token 2"), (None, r"data\.eod is no token")):
+        with pytest.raises(ArtifactError, match=rf"end with the token 0; {said} now.*tokenize"):
+            opens(two_domains(eod=eod))
+        opens(two_domains(eod=eod), tokenizer={"eod": "absent"})
+    opens(two_domains(eod=None), append_eod=False)
+    with pytest.raises(ArtifactError, match=r"end with no token; data\.eod is the token 0 now"):
+        opens(config, append_eod=False)
+    opens(config, tokenizer={"bos": 7})  # no document begins with it
+    with pytest.raises(ArtifactError, match=r"begin with the token 7; the BOS .* the token 1 now"):
+        opens(begun, prepend_bos=True, tokenizer={"bos": 7})
+    opens(begun, prepend_bos=True)
+    opens(begun, prepend_bos=True, tokenizer={"bos": "absent"})
+
+
 def test_a_side_without_text_is_refused(tmp_path: Path, make_config: Callable[..., Config]) -> None:
     (tmp_path / "one.txt").write_text("the only document")
     config = make_config({"d": {"kind": "text", "path": str(tmp_path / "one.txt")}})
