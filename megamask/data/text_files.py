@@ -144,12 +144,15 @@ def whole_text(name: str, file: Path) -> str:
     """The text of a UTF-8 file, compressed or not, with line feeds at the ends of lines.
 
     Raises:
-        ArtifactError: the file is no UTF-8 text, or is broken.
+        ArtifactError: the file is no UTF-8 text, is broken, or is a pointer of Git LFS.
         ConfigError: a package for the compression is not installed.
     """
     try:
         with io.TextIOWrapper(_opened(name, file), encoding="utf-8-sig") as stream:
-            return stream.read()
+            text = stream.read()
+            if text.startswith(POINTER.decode()):
+                raise ValueError("no text")
+            return text
     except UnicodeDecodeError as error:
         fix = f"Narrow data.domains.{name}.path to text files."
         raise ArtifactError(file, f"is not UTF-8 text ({error.reason})", fix) from error

@@ -206,7 +206,10 @@ def test_a_bad_line_and_a_torn_file_are_named(tmp_path: Path, compression: str) 
             texts(kind="jsonl", path=str(torn))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.zst", "a.parquet", "a.arrow"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.json.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.txt", "a.txt.gz", "a.raw"],
+)
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     with pytest.raises(ArtifactError, match="pointer of Git LFS.*git lfs pull"):
