@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megamask.errors import ArtifactError, printable
 from megamask.file_kinds import require_file
+from megamask.machine_errors import explained
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 KIND = "a PyTorch file of tensors"
@@ -33,6 +34,7 @@ class TorchFile:
     Raises:
         ArtifactError: the file is missing or torn, holds something else than tensors by name, or
             asks for code to be run.
+        MegamaskError: the machine does not let it be read, or lacks the memory.
     """
 
     def __init__(self, path: Path, fix: str) -> None:
@@ -78,7 +80,7 @@ def _read(path: Path, fix: str) -> dict[str, Tensor]:
         raise ArtifactError(path, problem, safe) from error
     except Exception as error:  # torch raises errors of many types over bytes that it cannot read
         problem = f"is torn or not {KIND} ({_first_line(error)})"
-        raise ArtifactError(path, problem, fix) from error
+        raise explained(error) or ArtifactError(path, problem, fix) from error
     if not isinstance(held, dict):
         raise ArtifactError(path, f"holds {type(held).__name__}, not tensors by name", fix)
     for name, tensor in held.items():
