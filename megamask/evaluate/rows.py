@@ -84,21 +84,20 @@ class Rows:
         return row
 
 
-def results(
-    config: Config,
-    paths: RunPaths,
-    masks: dict[str, MaskSet],
-    windows: dict[str, torch.Tensor],
-    measured: dict[str, dict[str, float]],
+def facts_beside(
+    config: Config, paths: RunPaths, masks: dict[str, MaskSet], windows: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """The content of ``results.json``.
+    """The content of ``results.json`` beside the perplexities. Files are read, the tokenizer among
+    them, so the facts are put together before anything is measured.
 
     Args:
         config: the settings.
         paths: the paths of the run.
         masks: method -> masks.
         windows: domain -> held-out tokens (N windows, S sequence).
-        measured: method -> domain -> perplexity.
+
+    Raises:
+        ConfigError, ArtifactError: the tokenizer or ``stages.json`` cannot be read.
     """
     stages_file = paths.run_dir / "stages.json"
     stages = storage.read_object(stages_file, "Delete it.", {}) if stages_file.exists() else {}
@@ -109,7 +108,6 @@ def results(
         if isinstance(facts, dict) and isinstance(facts.get("seconds"), int | float)
     }
     return {
-        "perplexity": measured,
         "protocol": protocol(config, windows),
         "seconds": {**stages, **seconds},
         "density": {DENSE: 1.0} | {name: each.pattern.density for name, each in masks.items()},

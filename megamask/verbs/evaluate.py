@@ -6,7 +6,7 @@ from megamask import storage
 from megamask.config import Config
 from megamask.data.heldout import evaluated_domains, evaluation_windows
 from megamask.errors import ConfigError
-from megamask.evaluate.rows import DENSE, Rows, log, results
+from megamask.evaluate.rows import DENSE, Rows, facts_beside, log
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks, own_weights
 from megamask.parallel.mesh import start
@@ -32,13 +32,14 @@ def run(config: Config) -> None:
     check_positions(config, inputs.arch, ("evaluate.window",))
     inputs.check_vocabulary()
     windows = evaluation_windows(config, config.evaluate.max_tokens)
+    beside = facts_beside(config, paths, masks, windows)
     with start(config) as mesh:
         mesh.require_same("masks to evaluate", list(masks))
         rows = Rows(config, paths, inputs.arch, mesh, windows)
         measured = {DENSE: rows.dense()}
         measured |= {method: rows.masked(method, found) for method, found in masks.items()}
         if mesh.is_main:
-            storage.write_json(paths.results, results(config, paths, masks, windows, measured))
+            storage.write_json(paths.results, {"perplexity": measured, **beside})
             log.info("wrote %s", paths.results)
 
 

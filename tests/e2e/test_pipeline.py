@@ -17,6 +17,7 @@ import torch
 
 from megamask import apply_masks, load_masks
 from megamask.errors import ArtifactError
+from megamask.evaluate.rows import Rows
 from megamask.sparsity.pattern import Pattern
 from tests.e2e.program import Finished, contents, in_process, in_ranks, megamask, refusal
 
@@ -311,3 +312,27 @@ def test_two_tensor_parallel_ranks(
     assert spread["dense"] == pytest.approx(
         json.loads((alone / "results.json").read_text())["perplexity"]["dense"], rel=2e-5
     )
+
+
+def test_files_that_are_lost_while_evaluate_measures_cost_nothing(
+    run_dir: Path,
+    model: Path,
+    settings: Callable[[Path], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "hf"))
+    measure = Rows.dense
+
+    def measure_and_lose(rows: Rows) -> dict[str, float]:
+        shutil.rmtree(copy)
+        (run_dir / "stages.json").write_text("{")
+        return measure(rows)
+
+    monkeypatch.setattr(Rows, "dense", measure_and_lose)
+    masks = run_dir / "masks" / "magnitude.safetensors"
+    words = [f"data.tokenizer={copy}", f"evaluate.masks={{magnitude: {masks}}}"]
+    assert in_process("evaluate", *settings(run_dir), *words).code == 0
+    results = json.loads((run_dir / "results.json").read_text())
+    assert set(results["perplexity"]) == {"dense", "magnitude"}
+    assert results["protocol"]["bos"] == "none" and not copy.exists()
