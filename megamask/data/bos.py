@@ -1,7 +1,10 @@
 """Where the beginning-of-text token (BOS) stands: before each document, before each window.
 
 A model that always saw a BOS spends attention on it (an attention sink), so its masks are learned,
-and its perplexity is measured, with the BOS where it was in the model's own training.
+and its perplexity is measured, with the BOS where it was in the model's own training. Learning
+samples are the exception: they are cut out of the documents one after the other, so most of them
+begin in the middle of a document, without a BOS, while calibration samples and the windows of an
+evaluation begin with one.
 """
 
 from __future__ import annotations
@@ -55,8 +58,10 @@ def description(config: Config, tokenizer: TextTokenizer) -> str:
         "stream": "one at the start",
         "window": "one at the start of each window",
     }
-    words = places[in_windows(config, tokenizer)]
-    return f"{words}, and one before each document" if before_document(config, tokenizer) else words
+    place, of_document = in_windows(config, tokenizer), "one before each document"
+    if not before_document(config, tokenizer):
+        return places[place]
+    return of_document if place == "none" else f"{places[place]}, and {of_document}"
 
 
 def cut_windows(

@@ -80,6 +80,8 @@ def test_a_tokenizer_without_bos_keeps_every_byte_and_digest(
     assert description(auto, tokenizer) == "none"
     llama = two_domains(tokenizer=str(bos_tokenizer_folder), bos=False)
     assert settings_digest(llama, "a", load_tokenizer(llama)) == digest
+    unbegun = two_domains(tokenizer=str(bos_tokenizer_folder), evaluate={"bos": False})
+    assert description(unbegun, load_tokenizer(unbegun)) == "one before each document"
 
 
 def test_windows_and_calibration_begin_with_it(
