@@ -11,28 +11,28 @@ from typing import Any, TypeVar
 import torch
 
 from megamask.errors import ConfigError
-from megamask.weights.family import Architecture, Family, Layer, Rope
+from megamask.weights.family import Activation, Architecture, Family, Layer, Rope
 
 # Keys that cannot change the arithmetic of a forward pass in evaluation mode, in any family.
 HARMLESS = frozenset({
     "architectures", "model_type", "transformers_version", "_name_or_path", "_commit_hash",
     "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
     "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout",
-    "embedding_dropout", "residual_dropout", "classifier_dropout", "summary_type",
-    "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
-    "initializer_range", "use_cache", "cache_implementation", "torchscript", "is_llama_config",
-    "is_decoder", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id",
-    "decoder_start_token_id", "tokenizer_class", "prefix", "output_attentions",
-    "output_hidden_states", "return_dict", "return_dict_in_generate", "output_scores",
-    "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type",
-    "task_specific_params", "finetuning_task", "max_sequence_length", "max_length", "min_length",
-    "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "embedding_dropout", "residual_dropout",
+    "classifier_dropout", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_proj_to_labels", "summary_first_dropout", "initializer_range", "use_cache",
+    "cache_implementation", "torchscript", "is_llama_config", "is_decoder", "pad_token_id",
+    "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class",
+    "prefix", "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate",
+    "output_scores", "chunk_size_feed_forward", "id2label", "label2id", "num_labels",
+    "problem_type", "task_specific_params", "finetuning_task", "max_sequence_length", "max_length",
+    "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
     "length_penalty", "num_beams", "transformers.js_config", "unsloth_fixed", "unsloth_version",
     "license", "gradient_checkpointing", "keys_to_ignore_at_inference",
+    "pretraining_tp",  # in how many products Llama once cut a matrix; no class here reads it
 })  # fmt: skip
 # Keys that can change the arithmetic, with the values that leave it unchanged, in any family.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "pretraining_tp": (1,),
     "rope_interleaved": (False,),
     "quantization_config": (),
     "is_encoder_decoder": (False,),
@@ -56,6 +56,16 @@ ROPE_FACTORS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# The rotary embeddings of a model that has two of them.
+ROPES = ("full_attention", "sliding_attention")
+# Names that transformers has for a GELU; three are the tanh form, and differ in their
+# rounding alone.
+GELUS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Meaning = TypeVar("Meaning")
@@ -164,6 +174,12 @@ class ConfigKeys:
         """Layers that all have the window of ``sliding_window``."""
         return (Layer(window=self.window()),) * plain.num_layers
 
+    def refuse_groups(self, plain: Architecture) -> None:
+        """Refuse KV heads that several queries share, in a family that has none."""
+        if plain.kv_heads != plain.heads:
+            problem = f"the family {self._name} has a KV head for each of its {plain.heads} heads"
+            raise self.error("num_key_value_heads", plain.kv_heads, problem)
+
     def flag(self, key: str) -> bool:
         """true or false; false where the family has no default."""
         value = self.value(key, False)
@@ -220,7 +236,7 @@ class ConfigKeys:
         Args:
             theta_key: key of the base outside of these objects.
             share_key: key of the share of a head that is rotated; None builds whole heads only.
-            inside: name of the embedding within rope_parameters, where there are several.
+            inside: one of ``ROPES``, the name within rope_parameters, where there are two.
             scaled: whether rope_scaling is that of this embedding.
         """
         key = "rope_parameters" if "rope_parameters" in self._config else "rope_scaling"
@@ -231,6 +247,9 @@ class ConfigKeys:
         if key == "rope_parameters" and old is not None and old != given:
             raise self.error("rope_scaling", old, "disagrees with rope_parameters")
         if inside is not None and key == "rope_parameters":
+            for name, value in given.items() if isinstance(given, dict) else ():
+                if name not in ROPES and value is not None:
+                    raise self.error(f"{key}.{name}", value, f"only {' and '.join(ROPES)} are read")
             key = f"{key}.{inside}"
             given = given.get(inside) if isinstance(given, dict) else None
             given = {} if given is None else given
@@ -292,7 +311,8 @@ class ConfigKeys:
         return DTYPES[name]
 
     def _refuse_unread(self) -> None:
-        neutral = {**NEUTRAL, **self._family.neutral}
+        own = self._family.neutral
+        neutral = {key: NEUTRAL.get(key, ()) + own.get(key, ()) for key in {*NEUTRAL, *own}}
         known = self._read | HARMLESS | self._family.harmless
         for key, value in self._config.items():
             if value is None or key in known:

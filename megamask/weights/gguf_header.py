@@ -33,6 +33,8 @@ COMMON = {
     "attention.key_length": "head_dim",
     "vocab_size": "vocab_size",
 }
+# The sizes that every header needs.
+SIZES = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count")
 # Tokens of the tokenizer -> key of config.json.
 TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 # The constants of Llama 3.1 to 3.3; a file holds only the divisors that follow from them.
@@ -117,23 +119,20 @@ class Header:
         left = self._own_keys()
         keys = {**COMMON, **self.family.keys}
         config = {keys[name]: left.pop(name) for name in list(left) if name in keys}
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "intermediate_size",
-            "num_attention_heads",
-        ):
-            if type(config.get(name)) is not int or config[name] < 1:
-                raise self._refused(name, config.get(name), "a positive whole number is needed")
+        for name in SIZES:
+            value = config.get(keys[name])
+            if type(value) is not int or value < 1:
+                raise self._refused(name, value, "a positive whole number is needed")
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
         if config.setdefault("vocab_size", vocab) != vocab:
             raise self._refused("vocab_size", config["vocab_size"], f"there are {vocab} rows")
-        rotated = left.pop("rope.dimension_count", None)
+        rotated = left.get("rope.dimension_count")
         config.setdefault("head_dim", rotated or config["hidden_size"] // heads)
-        for name in (rotated, left.pop("attention.value_length", None)):
-            if name not in (None, config["head_dim"]):
-                raise self._refused("rope.dimension_count", name, f"{config['head_dim']} is built")
+        for name in ("rope.dimension_count", "attention.value_length"):
+            width = left.pop(name, None)
+            if width not in (None, config["head_dim"]):
+                raise self._refused(name, width, f"{config['head_dim']} is built")
         theta = config.pop("rope_theta", 10000.0)
         scaling = self._scaling(left, config["head_dim"], theta, factors)
         self._refuse(left)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megamask.weights.config_keys import ConfigKeys
-from megamask.weights.family import Activation, Architecture, Family, Names, Norm
+from megamask.weights.config_keys import GELUS, ConfigKeys
+from megamask.weights.family import Architecture, Family, Names, Norm
 
 
 def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
     """Biases everywhere, and a feed-forward part of four times the hidden width by default."""
-    activations: dict[str, Activation] = {
-        "gelu_new": "gelu_tanh",
-        "gelu_pytorch_tanh": "gelu_tanh",
-        "gelu": "gelu",
-    }
+    keys.refuse_groups(plain)
     return replace(
         plain,
         norm=Norm("layer", keys.real("layer_norm_epsilon"), bias=True),
@@ -22,7 +18,7 @@ def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
         attention_bias=True,
         attention_out_bias=True,
         mlp_bias=True,
-        activation=keys.choice("activation_function", activations),
+        activation=keys.choice("activation_function", GELUS),
         gated=False,
     )
 

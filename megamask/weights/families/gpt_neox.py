@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megamask.weights.config_keys import ConfigKeys
-from megamask.weights.family import Activation, Architecture, Family, Names, Norm
+from megamask.weights.config_keys import GELUS, ConfigKeys
+from megamask.weights.family import Architecture, Family, Names, Norm
 
 
 def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
     """The fused rows in the file are already in Megatron's order."""
+    keys.refuse_groups(plain)
     bias = keys.flag("attention_bias")
-    activations: dict[str, Activation] = {
-        "gelu": "gelu",
-        "gelu_new": "gelu_tanh",
-        "gelu_fast": "gelu_tanh",
-        "gelu_pytorch_tanh": "gelu_tanh",
-    }
     return replace(
         plain,
         norm=Norm("layer", keys.real("layer_norm_eps"), bias=True),
@@ -24,7 +19,7 @@ def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
         attention_bias=bias,
         attention_out_bias=bias,
         mlp_bias=True,
-        activation=keys.choice("hidden_act", activations),
+        activation=keys.choice("hidden_act", GELUS),
         gated=False,
         parallel_residual=keys.flag("use_parallel_residual"),
     )
@@ -52,5 +47,4 @@ GPT_NEOX = Family(
         "rotary_pct": 0.25,
         "use_parallel_residual": True,
     },
-    neutral={"num_key_value_heads": ()},
 )

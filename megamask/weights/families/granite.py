@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megamask.weights.config_keys import ConfigKeys
-from megamask.weights.family import Architecture, Family, Norm
+from megamask.weights.families import llama
+from megamask.weights.family import Architecture, Family
 
 
 def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
     """The attention's factor is a factor of the scores, in the place of 1 / sqrt(head_dim)."""
-    bias = keys.flag("attention_bias")
     return replace(
-        plain,
-        norm=Norm("rms", keys.real("rms_norm_eps")),
-        ropes=(keys.rope(),),
-        attention_bias=bias,
-        attention_out_bias=bias,
-        mlp_bias=keys.flag("mlp_bias"),
+        llama.read(keys, plain),
         attention_scale=keys.real("attention_multiplier"),
         embedding_scale=keys.real("embedding_multiplier"),
         residual_scale=keys.real("residual_multiplier"),

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.2, and models of its class such as SmolLM2."""
+"""Llama 1 to 3.3, and models of its class such as SmolLM2."""
 
 from __future__ import annotations
 

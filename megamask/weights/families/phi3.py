@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4 (mini): fused projections in the file, a window, a partial rotation."""
+"""Phi-3 with 4k positions and Phi-4 (14B): fused projections in the file, a window."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from megamask.weights.family import Architecture, Family, Names, Norm
 
 
 def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
-    """The rotary scaling of the models with 128k positions (longrope) is refused by name."""
+    """The rotary scaling of Phi-3 with 128k positions, Phi-3.5 and Phi-4 mini (longrope) is refused
+    by name.
+    """
     return replace(
         plain,
         norm=Norm("rms", keys.real("rms_norm_eps")),

@@ -18,7 +18,6 @@ DEFAULTS: dict[str, Any] = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "use_mrope": (False,),
-    "attention_bias": (False,),
 }
 
 
@@ -53,7 +52,11 @@ def read_qwen3(keys: ConfigKeys, plain: Architecture) -> Architecture:
     )
 
 
-QWEN2 = Family(read_qwen2, defaults=DEFAULTS | {"num_key_value_heads": 32}, neutral=NEUTRAL)
+QWEN2 = Family(
+    read_qwen2,
+    defaults=DEFAULTS | {"num_key_value_heads": 32},
+    neutral=NEUTRAL | {"attention_bias": (False,)},
+)
 QWEN3 = Family(
     read_qwen3,
     defaults=DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},

@@ -5,25 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megamask.weights.config_keys import ConfigKeys
-from megamask.weights.family import Architecture, Family, Layer, Norm
+from megamask.weights.families import llama
+from megamask.weights.family import Architecture, Family, Layer
 
 
 def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
     """In ``no_rope_layers`` 1 means a layer with a rotary embedding, and 0 a layer without."""
-    count, bias = plain.num_layers, keys.flag("attention_bias")
+    count = plain.num_layers
     interval = keys.whole("no_rope_layer_interval")
     rotated = keys.list_of("no_rope_layers", {1: True, 0: False}, count)
     if rotated is None:
         rotated = [(index + 1) % interval != 0 for index in range(count)]
     keys.layer_windows(None, [False] * count)
     return replace(
-        plain,
-        norm=Norm("rms", keys.real("rms_norm_eps")),
-        ropes=(keys.rope(),),
+        llama.read(keys, plain),
         layers=tuple(Layer(rope=0 if one else None) for one in rotated),
-        attention_bias=bias,
-        attention_out_bias=bias,
-        mlp_bias=keys.flag("mlp_bias"),
     )
 
 

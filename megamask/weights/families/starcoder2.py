@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megamask.weights.config_keys import ConfigKeys
-from megamask.weights.family import Activation, Architecture, Family, Names, Norm
+from megamask.weights.config_keys import GELUS, ConfigKeys
+from megamask.weights.family import Architecture, Family, Names, Norm
 
 
 def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
     """``use_bias`` speaks of all linears."""
     bias = keys.flag("use_bias")
-    activations: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
     return replace(
         plain,
         norm=Norm("layer", keys.real("norm_epsilon"), bias=True),
@@ -20,7 +19,7 @@ def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
         attention_bias=bias,
         attention_out_bias=bias,
         mlp_bias=bias,
-        activation=keys.choice("hidden_act", activations),
+        activation=keys.choice("hidden_act", GELUS),
         gated=False,
     )
 

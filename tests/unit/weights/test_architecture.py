@@ -109,7 +109,6 @@ def test_what_transformers_5_writes_is_understood(tmp_path: Path) -> None:
     ("key", "value"),
     [
         ("sliding_window", 4096),
-        ("pretraining_tp", 2),
         ("hidden_act", "gelu"),
         ("quantization_config", {"bits": 4}),
         ("rope_interleaved", True),
@@ -161,6 +160,11 @@ def test_a_truly_unknown_key_is_let_through_by_name_and_no_other(tmp_path: Path)
 
 def test_unknown_keys_that_are_null_are_harmless(tmp_path: Path) -> None:
     assert read(tmp_path, sliding_window=None, anything_else=None, quantization_config=None)
+
+
+def test_keys_that_no_class_reads_change_nothing(tmp_path: Path) -> None:
+    """SmolLM3-3B is published with 2, and no setting let it through."""
+    assert read(tmp_path, pretraining_tp=2, hidden_dropout_prob=0.1) == read(tmp_path)
 
 
 def test_missing_or_broken_config_is_named(tmp_path: Path) -> None:

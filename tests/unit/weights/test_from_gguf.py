@@ -21,6 +21,7 @@ from megamask.verbs.gguf import run
 from megamask.weights.architecture import read_architecture
 from megamask.weights.family import Rope
 from megamask.weights.from_gguf import STAMP
+from megamask.weights.gguf_header import SIZES, Header
 from megamask.weights.hf_files import open_checked
 
 HIDDEN, FFN, VOCAB = 32, 64, 256
@@ -236,7 +237,12 @@ def test_a_rope_scaling_is_kept(tmp_path: Path) -> None:
         ({"attention.scale": 0.3}, {}, r"attention\.scale = 0\.3"),
         ({"logit_scale": 2.0}, {}, r"logit_scale"),
         ({"expert_count": 8}, {}, r"expert_count = 8"),
-        ({"attention.value_length": 4}, {}, r"8 is built"),
+        ({"attention.value_length": 4}, {}, r"has attention\.value_length = 4: 8 is built"),
+        (
+            {"attention.key_length": 8, "rope.dimension_count": 4},
+            {},
+            r"has rope\.dimension_count = 4: 8 is built",
+        ),
         ({}, {"rope_freqs.weight": np.array([1, 1, 2, 3], np.float32)}, r"rope_freqs\.weight"),
         ({}, {"blk.0.ffn_gate_exps.weight": np.zeros((8, 32), np.float32)}, r"ffn_gate_exps"),
         ({}, {"blk.0.attn_q.bias": np.zeros(32, np.float32)}, r"misses blk\.0\.attn_k\.bias"),
@@ -256,6 +262,18 @@ def test_what_is_not_read_is_refused_by_name(
     with pytest.raises(ArtifactError, match=message):
         run(config_for(tmp_path / "m.gguf", tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_is_named_as_the_header_names_it(name: str) -> None:
+    fields = {f"llama.{size}": 8 for size in SIZES if size != name}
+    for value in (None, 0, "8"):
+        wrong = fields | ({} if value is None else {f"llama.{name}": value})
+        header = Header({"general.architecture": "llama", **wrong}, Path("m.gguf"))
+        with pytest.raises(ArtifactError) as caught:
+            header.config(256, True, None)
+        message = f"has {name} = {value!r}: a positive whole number is needed"
+        assert caught.value.problem == message
 
 
 def test_biases_of_a_llama_are_read(tmp_path: Path) -> None:
