@@ -55,7 +55,9 @@ class RotatedSelfAttention(SelfAttention):
 class SdpaCoreAttention(MegatronModule):
     """Causal attention through PyTorch's scaled_dot_product_attention.
 
-    It needs no random state of CUDA, and an S x S mask only where a window cuts keys off.
+    It needs no random state of CUDA, and an S x S mask only where a window cuts keys off. Such a
+    mask shuts out the kernels of CUDA that read grouped keys and values, so these are repeated for
+    every head; without that CUDA would make S x S scores.
 
     Args:
         softmax_scale: factor of the scores; None is 1 / sqrt(D).
@@ -91,6 +93,8 @@ class SdpaCoreAttention(MegatronModule):
             out = self._capped(q, k, v)
         else:
             cut = self.window is not None and q.shape[2] > self.window
+            if cut:
+                k, v = _repeated(q, k, v)
             out = F.scaled_dot_product_attention(
                 q,
                 k,
@@ -111,11 +115,20 @@ class SdpaCoreAttention(MegatronModule):
     def _capped(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         cap, scale = self.cap, q.shape[-1] ** -0.5 if self.scale is None else self.scale
         assert cap is not None
-        shared = q.shape[1] // k.shape[1]
-        k, v = (tensor.repeat_interleave(shared, dim=1) for tensor in (k, v))
+        k, v = _repeated(q, k, v)
         scores = torch.tanh(q @ k.transpose(-1, -2) * scale / cap) * cap
         scores = scores.masked_fill(~self._seen(q), -torch.inf)
         return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _repeated(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values for every head of the queries, (B, heads, S, D) each."""
+    shared = q.shape[1] // k.shape[1]
+    if shared == 1:
+        return k, v
+    return k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
 
 
 class FrozenNorm(torch.nn.Module):

@@ -3,13 +3,7 @@ snapshot, a resume, and the writing of a mask.
 
 A part is state, saved activations, or the working memory of the busiest point of a moment.
 
-The activations are the tensors that the code saves for the backward pass with PyTorch's own norm,
-activation and attention (Transformer Engine's need less). A test compares the sum with the numbers
-of PyTorch's allocator. Attention makes no S x S matrix.
-
-Legend: T tokens of a micro-batch, H hidden, Q
-and K the widths of this rank's queries and keys, F of its feed-forward, V its rows of the
-vocabulary.
+A test compares the sum with the numbers of PyTorch's allocator.
 """
 
 from __future__ import annotations
@@ -22,6 +16,7 @@ from megamask.learn.method import KEPT, STEP_GRADIENTS
 from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size
 from megamask.parallel.masked_linear import BLOCK
 from megamask.plan.hardware import Device
+from megamask.plan.saved_tensors import recomputed_activations, saved_activations, stream
 from megamask.plan.workload import Workload
 
 STEP = "a learning step"
@@ -129,61 +124,6 @@ def _state_and_step(work: Workload, device: Device) -> tuple[dict[str, float], d
         NEW_HARD_CODES: weights / work.pattern.m * work.code_bytes,
     }
     return state, step
-
-
-def layer_activations(work: Workload) -> float:
-    """Bytes that one layer saves for its backward pass.
-
-    Per token: two norms' fp32 inputs (4 H each), or four's, inputs of the four linears (H, Q, H,
-    F), fused q/k/v before and q, k after the rotation, attention's log-sums (4 a head), and of the
-    gated activation the two halves together (2 F), SiLU's output and the other half. An activation
-    without a gate keeps F. Capped attention keeps scores of S keys a head three times.
-    """
-    arch, tp = work.arch, work.tp
-    hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
-    q, k, f = arch.heads * arch.head_dim / tp, arch.kv_heads * arch.head_dim / tp, arch.ffn / tp
-    numbers = 2 * hidden + (q + f) + (q + 2 * k) + (q + k) + (4 if arch.gated else 1) * f
-    norms = 2 * arch.pre_norms + 2 * arch.post_norms
-    scores = 0.0
-    if arch.attention_cap is not None:
-        scores = work.config.data.seq_length * arch.heads / tp * (2 * work.width + 4)
-    rotary = 4 * work.config.data.seq_length * arch.head_dim * work.width
-    return (
-        work.tokens * (work.width * numbers + 4 * norms * hidden + 4 * arch.heads / tp + scores)
-        + rotary
-    )
-
-
-def recomputed_activations(work: Workload) -> float:
-    """Bytes of ``layer_activations`` that ``parallel.recompute`` makes again: all of them, or the
-    feed-forward part's without its input (5 F a token, or 2 F without a gate).
-    """
-    if work.config.parallel.recompute == "mlp":
-        parts = 5 if work.arch.gated else 2
-        return work.tokens * work.width * parts * work.arch.ffn / work.tp
-    return layer_activations(work) if work.config.parallel.recompute else 0.0
-
-
-def stream(work: Workload) -> float:
-    """Bytes of the hidden states between two layers."""
-    return (
-        work.tokens
-        * work.arch.hidden
-        / (work.tp if work.config.parallel.sequence_parallel else 1)
-        * work.width
-    )
-
-
-def saved_activations(work: Workload) -> float:
-    """Bytes of activations when the forward pass of all layers is over.
-
-    The norm of the first layer saves nothing, because the embedding is frozen.
-    """
-    layers = work.arch.num_layers
-    fp32_stream = stream(work) * 4 / work.width
-    if work.config.parallel.recompute is True:
-        return layers * stream(work) + fp32_stream
-    return layers * (layer_activations(work) - recomputed_activations(work))
 
 
 def _at_loss(work: Workload, device: Device) -> dict[str, float]:

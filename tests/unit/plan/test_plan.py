@@ -21,10 +21,9 @@ from megamask.plan.memory import (
     LOSS,
     ONE_LAYER,
     OTHER_WEIGHTS,
-    layer_activations,
     memory_of,
-    recomputed_activations,
 )
+from megamask.plan.saved_tensors import layer_activations, recomputed_activations
 from megamask.plan.time import (
     ATTENTION,
     DP_LINKS,

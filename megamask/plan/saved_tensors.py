@@ -1,0 +1,93 @@
+"""Activations: the tensors that the layers save for the backward pass, with PyTorch's own norm,
+activation and attention (Transformer Engine's need less).
+
+Attention makes S x S scores under a cap alone; a layer whose window cuts keys off keeps an S x S
+mask.
+
+Legend: S sequence, T tokens of a micro-batch, H hidden, Q and K the widths of this rank's queries
+and keys, F of its feed-forward.
+"""
+
+from __future__ import annotations
+
+from megamask.plan.workload import Workload
+
+
+def layer_activations(work: Workload) -> float:
+    """Bytes that one layer saves for its backward pass.
+
+    Per token: two norms' fp32 inputs (4 H each), or four's, inputs of the four linears (H, Q, H,
+    F), fused q/k/v before and q, k after the rotation, attention's log-sums (4 a head), and of the
+    gated activation the two halves together (2 F), SiLU's output and the other half. An activation
+    without a gate keeps F. Capped attention keeps scores of S keys a head three times.
+    """
+    arch, tp = work.arch, work.tp
+    hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
+    q, k, f = arch.heads * arch.head_dim / tp, arch.kv_heads * arch.head_dim / tp, arch.ffn / tp
+    numbers = 2 * hidden + (q + f) + (q + 2 * k) + (q + k) + (4 if arch.gated else 1) * f
+    norms = 2 * arch.pre_norms + 2 * arch.post_norms
+    scores = 0.0
+    if arch.attention_cap is not None:
+        scores = work.config.data.seq_length * arch.heads / tp * (2 * work.width + 4)
+    rotary = 4 * work.config.data.seq_length * arch.head_dim * work.width
+    return (
+        work.tokens * (work.width * numbers + 4 * norms * hidden + 4 * arch.heads / tp + scores)
+        + rotary
+    )
+
+
+def window_activations(work: Workload, layer: int) -> float:
+    """Bytes that a layer saves beside ``layer_activations`` where keys are masked.
+
+    PyTorch keeps the S x S mask of a window in the dtype of the model, and that of capped scores in
+    one byte a key. Keys and values that a window repeats for every head (2 Q a token) take the
+    place of fused q/k/v and rotated k, or come beside the fused tensor that a norm of q and k
+    keeps.
+    """
+    arch, length = work.arch, work.config.data.seq_length
+    if arch.attention_cap is not None:
+        return float(length**2)
+    window = arch.layer(layer).window
+    if window is None or window >= length:
+        return 0.0
+    q, k = (heads * arch.head_dim / work.tp for heads in (arch.heads, arch.kv_heads))
+    repeated = 0.0
+    if q != k:
+        repeated = 2 * q - k if arch.qk_norm else q - 3 * k
+    return work.width * (length**2 + work.tokens * repeated)
+
+
+def recomputed_activations(work: Workload) -> float:
+    """Bytes of one layer that ``parallel.recompute`` makes again: all of them, or the feed-forward
+    part's without its input (5 F a token, or 2 F without a gate).
+    """
+    if work.config.parallel.recompute == "mlp":
+        parts = 5 if work.arch.gated else 2
+        return work.tokens * work.width * parts * work.arch.ffn / work.tp
+    if not work.config.parallel.recompute:
+        return 0.0
+    masked = max(window_activations(work, layer) for layer in range(work.arch.num_layers))
+    return layer_activations(work) + masked
+
+
+def stream(work: Workload) -> float:
+    """Bytes of the hidden states between two layers."""
+    return (
+        work.tokens
+        * work.arch.hidden
+        / (work.tp if work.config.parallel.sequence_parallel else 1)
+        * work.width
+    )
+
+
+def saved_activations(work: Workload) -> float:
+    """Bytes of activations when the forward pass of all layers is over.
+
+    The norm of the first layer saves nothing, because the embedding is frozen.
+    """
+    layers = work.arch.num_layers
+    fp32_stream = stream(work) * 4 / work.width
+    if work.config.parallel.recompute is True:
+        return layers * stream(work) + fp32_stream
+    masked = sum(window_activations(work, layer) for layer in range(layers))
+    return layers * (layer_activations(work) - recomputed_activations(work)) + masked
