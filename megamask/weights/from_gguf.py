@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import GGUF, file_kind, require_file, wrong_file
-from megamask.machine_errors import reading
+from megamask.machine_errors import explained, reading
 from megamask.storage import atomic_dir, file_sha256, read_json, require_writable, write_json
 from megamask.terminal import tell
 from megamask.weights.architecture import Architecture, read_architecture
@@ -35,6 +35,7 @@ def unpack(source: Path, out: Path) -> None:
     Raises:
         ArtifactError: the file is missing, is no GGUF file of a supported model or asks for a
             feature that is not built, or ``out`` holds other files.
+        MegamaskError: the machine does not let it be read, or lacks the memory.
     """
     stamp = _stamp(source)
     require_own(out, STAMP, "model.hf")
@@ -96,7 +97,8 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
             if not (name.startswith("tokenizer.") and name.endswith(LONG_LISTS))
         }
     except Exception as error:  # the reader raises errors of many types
-        raise _damaged(source, f"cannot be read as a GGUF file ({error})") from error
+        problem = f"cannot be read as a GGUF file ({error})"
+        raise explained(error) or _damaged(source, problem) from error
     return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
@@ -112,7 +114,7 @@ def _tokenizer(source: Path) -> Any:
     except Exception as error:  # the loader raises errors of many types, also bare Exception
         problem = f"holds a tokenizer that cannot be read ({error})"
         fix = "Use a GGUF file with a tokenizer that transformers knows."
-        raise ArtifactError(source, problem, fix) from error
+        raise explained(error) or ArtifactError(source, problem, fix) from error
 
 
 def _places(

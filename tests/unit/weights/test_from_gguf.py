@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megamask.config import Config, build_config
 from megamask.errors import ArtifactError, ConfigError
+from megamask.machine_errors import MemoryShortError
 from megamask.verbs.gguf import run
+from megamask.weights import from_gguf
 from megamask.weights.architecture import read_architecture
 from megamask.weights.family import Rope
 from megamask.weights.from_gguf import STAMP
@@ -290,3 +292,18 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", arch="mamba")
     with pytest.raises(ArtifactError, match="holds a mamba model"):
         run(config_for(tmp_path / "m.gguf", tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("reader", ["GGUFReader", "AutoTokenizer.from_pretrained"])
+def test_a_machine_that_is_short_of_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    write_gguf(tmp_path / "m.gguf")
+
+    def fails(*words: Any, **more: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(f"{from_gguf.__name__}.{reader}", fails)
+    with pytest.raises(MemoryShortError, match="memory does not hold"):
+        from_gguf.unpack(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
