@@ -14,7 +14,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING
 from typing import Any
 
@@ -32,7 +33,7 @@ from megamask.process.place import Place, this_place
 from megamask.process.signals import Interrupted, StopRequest, end_with, stop_on_signal
 from megamask.terminal import PlainFormatter
 from megamask.verbs.table import VERBS, PlanArguments, words_of
-from megamask.verbs.words import build_arguments, parse, shortcuts_of
+from megamask.verbs.words import Request, build_arguments, parse, shortcuts_of
 
 TURN = 5.0  # seconds that a rank leaves to rank 0 to tell an error
 
@@ -80,21 +81,8 @@ def _run(words: list[str], stop: StopRequest) -> int:
             return EXIT_OK
         stop.is_raising = not saves
         place = this_place()
-        request = parse(words)
-        # pydantic and yaml: not needed for --help
-        from megamask.config.load import read_settings
-        from megamask.verbs.dispatch import run_verb
-
-        _talk(place)
-        config, old_arguments = read_settings(request.recipe, request.overrides)
-        verb = VERBS[request.verb]
-        given = old_arguments.get(request.verb, {}) | request.arguments
-        arguments = [build_arguments(request.verb, given)] if verb.fields else []
-        if request.dry_run:
-            if place.is_main:
-                _show(request.verb, config, place)
-            return EXIT_OK
-        return run_verb(request.verb, config, arguments, place, stop)
+        with _log_shown(place):
+            return _run_verb(parse(words), place, stop)
     except Interrupted as signalled:
         if place.is_main and saves:
             _say(f"{signalled}: nothing to save yet; start again to begin")
@@ -114,6 +102,22 @@ def _run(words: list[str], stop: StopRequest) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
+
+
+def _run_verb(request: Request, place: Place, stop: StopRequest) -> int:
+    # pydantic and yaml: not needed for --help
+    from megamask.config.load import read_settings
+    from megamask.verbs.dispatch import run_verb
+
+    config, old_arguments = read_settings(request.recipe, request.overrides)
+    verb = VERBS[request.verb]
+    given = old_arguments.get(request.verb, {}) | request.arguments
+    arguments = [build_arguments(request.verb, given)] if verb.fields else []
+    if request.dry_run:
+        if place.is_main:
+            _show(request.verb, config, place)
+        return EXIT_OK
+    return run_verb(request.verb, config, arguments, place, stop)
 
 
 def _say(text: str) -> None:
@@ -145,15 +149,26 @@ def _show(name: str, config: Any, place: Place) -> None:
         importlib.import_module(VERBS["plan"].module).run(config, arguments)
 
 
-def _talk(place: Place) -> None:
+@contextmanager
+def _log_shown(place: Place) -> Iterator[None]:
     """Send what verbs log to the terminal, from the main process; Megatron's remarks on optional
     packages stay out of it.
+
+    The logger is given back as it was: a program that runs several verbs tells each message once,
+    and to the stderr of its time.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     handler = logging.StreamHandler() if place.is_main else logging.NullHandler()
     handler.setFormatter(PlainFormatter())
-    logging.getLogger("megamask").addHandler(handler)
-    logging.getLogger("megamask").setLevel(logging.INFO)
+    logger = logging.getLogger("megamask")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _help() -> str:

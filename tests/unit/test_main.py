@@ -132,3 +132,16 @@ def test_versions_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["megamask", "torch", "megatron-core", "python"]
+
+
+def test_a_program_that_runs_several_verbs_keeps_its_logger() -> None:
+    """A handler that stayed would repeat each message, to a stderr that may be closed by then."""
+    logger = logging.getLogger("megamask")
+    before = (list(logger.handlers), logger.level)
+    for words, code in (
+        (["recipes", "debug"], 0),
+        (["recipes", "debugg"], 2),
+        (["learn", "x=1"], 2),
+    ):
+        assert main(words) == code
+        assert (logger.handlers, logger.level) == before
