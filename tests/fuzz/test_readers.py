@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from megamask.config import load_config, run_paths
 from megamask.data.shards import FORMAT, read_shards
 from megamask.errors import ArtifactError
+from megamask.machine_errors import reading
 from megamask.masks.file import load_masks, save_masks
 from megamask.masks.from_snapshot import load_snapshot
 from megamask.masks.header import header_digest
@@ -29,11 +31,14 @@ from megamask.weights.architecture import read_architecture
 from megamask.weights.from_gguf import unpack
 from megamask.weights.gguf_layout import read_layout
 from megamask.weights.hf_files import HFReader
+from tests.fuzz import mutations
 from tests.fuzz.mutations import (
+    TooLong,
     bytes_writer,
     json_writer,
     mutated,
     mutated_bytes,
+    patience,
     peak_mib,
     reset_peak,
     survives,
@@ -275,6 +280,29 @@ def test_results_and_metrics_of_runs(tmp_path: Path) -> None:
             format_table(data.results)
 
     survives(read, write, count=400)
+
+
+def test_a_reader_that_waits_or_refuses_everything_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wrong answers: a hang that a reader takes for an error of the file, and no reading."""
+    monkeypatch.setattr(mutations, "PATIENCE", 0.05)
+
+    def waits() -> None:
+        try:
+            with reading(tmp_path):
+                time.sleep(30)
+        except Exception as error:
+            raise ArtifactError(tmp_path, "is torn", "Make it.") from error
+
+    def refuses() -> None:
+        raise ArtifactError(tmp_path, "is torn", "Make it.")
+
+    with pytest.raises(TooLong), patience():
+        waits()
+    for read, said in ((waits, "TooLong"), (refuses, "'refused': 20")):
+        with pytest.raises(AssertionError, match=said):
+            survives(read, lambda choose: None, count=20)
 
 
 def test_a_reader_takes_at_most_twice_the_file(tmp_path: Path, gguf: bytes) -> None:
