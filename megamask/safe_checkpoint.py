@@ -3,13 +3,17 @@
 Megatron-Core and PyTorch unpickle the file ``.metadata`` of a checkpoint folder. A pickle can name
 any function of any module and have it called, so a snapshot from somebody else could run code.
 Every reader of this package therefore opens ``.metadata`` here first: the unpickler of this module
-admits the classes that a checkpoint of plain tensors needs, and nothing else. A checkpoint that
-holds other objects than tensors is refused as well, because PyTorch unpickles such objects freely.
+admits the classes that a checkpoint of plain tensors needs, and nothing else. It fills new objects
+with attributes alone, never a class, which the whole process has. A checkpoint that holds other
+objects than tensors is refused as well, because PyTorch unpickles such objects freely.
 """
 
 from __future__ import annotations
 
+import importlib
+import io
 import pickle
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,24 +48,59 @@ ADMITTED: dict[str, frozenset[str]] = {
 }  # fmt: skip
 
 
+def _admitted(module: str, name: str) -> Any:
+    """The class or function of that name.
+
+    Raises:
+        UnpicklingError: the name is not admitted; nothing of it has been imported or called.
+    """
+    import torch
+
+    if module == "torch" and (
+        name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+    ):
+        return getattr(torch, name)
+    if name in ADMITTED.get(module, ()):
+        return getattr(importlib.import_module(module), name)
+    raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor needs")
+
+
 class _TensorsOnly(pickle.Unpickler):
-    """An unpickler that knows the admitted names, ``torch.Size`` and the dtypes of tensors."""
+    """The parser that PyTorch uses, which knows the admitted names alone: ``torch.Size``, the
+    dtypes of tensors and ``ADMITTED``.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class or function of that name.
+        return _admitted(module, name)
 
-        Raises:
-            UnpicklingError: the name is not admitted; nothing of it has been imported or called.
-        """
-        import torch
 
-        if module == "torch" and (
-            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return getattr(torch, name)
-        if name in ADMITTED.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor needs")
+class _NewObjectsOnly(pickle._Unpickler):
+    """A parser that also looks at what a pickle fills with attributes.
+
+    The classes, functions, dtypes and members of enumerations that a pickle names are those of the
+    whole process: an attribute of one would change every later path or tensor. Only the parser in
+    Python lets a subclass look.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _admitted(module, name)
+
+    def _build(self) -> None:
+        filled = self.stack[-2]
+        if isinstance(filled, type) or not is_dataclass(filled):
+            raise pickle.UnpicklingError(f"it sets attributes of {filled!r:.100}")
+        self.load_build()
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it holds what no tensor needs")
+
+    dispatch[pickle.BUILD[0]] = _build
+    # objects that the process registered, and a length whose memory is taken before it is checked
+    dispatch |= dict.fromkeys(
+        (code[0] for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8)), _refuse
+    )
 
 
 def read_index(folder: Path, fix: str = ADVICE) -> Metadata:
@@ -80,8 +119,9 @@ def read_index(folder: Path, fix: str = ADVICE) -> Metadata:
     path = folder / INDEX
     _refuse_pipe(path, fix)
     try:
-        with path.open("rb") as file:
-            index = _TensorsOnly(file).load()
+        data = path.read_bytes()
+        _NewObjectsOnly(io.BytesIO(data)).load()
+        index = _TensorsOnly(io.BytesIO(data)).load()
     except OSError as error:
         raise _torn(folder, f"{INDEX}: {error.strerror}", fix) from error
     except Exception as error:  # a torn pickle raises whatever its bytes happen to ask for

@@ -25,6 +25,7 @@ USED_ELSEWHERE = {
     "unique_identifiers": "Megatron's blended dataset",
     "full_logits": "tests of parity",
     "writer_of": "the state of a run, for people",
+    "find_class": "pickle",
     "get_emb": "Megatron's rotary embedding",
     "handleError": "logging",
     "is_valid": "tests, of masks",

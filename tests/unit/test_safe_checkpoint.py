@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megamask.errors import ArtifactError
 from megamask.safe_checkpoint import COMMON, INDEX, check_common, read_index
 
 MUTATIONS = 2000
+
+
+class Victim:
+    """A class that a pickle changes."""
 
 
 class Payload:
@@ -66,6 +73,41 @@ def test_a_payload_in_the_index_never_runs(folder: Path, tmp_path: Path, depth: 
     assert not target.exists()
     pickle.loads((folder / INDEX).read_bytes())  # the payload is real: a plain reader runs it
     assert target.is_dir()
+
+
+def test_an_index_changes_no_class_of_the_process(folder: Path) -> None:
+    """Admitted names are shared by the whole process: an index fills new objects alone."""
+    layout = b"ctorch.serialization\n_get_layout\n"
+    kind = b"ctorch.distributed.checkpoint.planner\nWriteItemType\n"
+    of_a_class = b"cpathlib\nPosixPath\n"
+    state, slots = b"(N(Vname\nV../secret\ndt", b"(Vname\nV../secret\nd"
+    whole = (folder / INDEX).read_bytes()
+    for payload in (
+        of_a_class + state + b"b.",  # attributes of slots
+        kind + slots + b"b.",
+        kind + b"(I1\ntR" + slots + b"b.",  # the member of an enumeration
+        layout + slots + b"b.",  # a function
+        layout + b"(Vtorch.strided\ntR" + slots + b"b.",  # an object of torch
+        of_a_class + state + b"b0" + whole,  # before a right index
+    ):
+        (folder / INDEX).write_bytes(payload)
+        with pytest.raises(ArtifactError, match="it sets attributes of"):
+            read_index(folder)
+        assert Path("a/b").name == "b" and WriteItemType(1).name == "TENSOR"
+        assert not hasattr(torch.serialization._get_layout, "name")
+    with pytest.raises(ArtifactError, match="holds what no tensor needs"):
+        (folder / INDEX).write_bytes(b"\x96" + (2**40).to_bytes(8, "little") + b".")
+        read_index(folder)
+
+
+def test_a_plain_unpickler_changes_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong answer, on a class of this test."""
+    module = types.ModuleType("megamask_victim")
+    vars(module)["Victim"] = Victim
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    name = b"cmegamask_victim\nVictim\n"
+    pickle.loads(name + b"(N(Vname\nV../secret\ndtb.")
+    assert vars(Victim)["name"] == "../secret"
 
 
 def test_a_payload_in_the_common_file_never_runs(folder: Path, tmp_path: Path) -> None:
