@@ -21,6 +21,7 @@ from megamask.terminal import tell
 from megamask.weights.architecture import read_architecture
 from megamask.weights.file_layout import file_layout
 from megamask.weights.hf_files import open_checked, write_hf
+from megamask.weights.own_folder import own_files
 
 STAMP = "megamask_export.json"  # this file in the written folder describes its masks
 
@@ -50,7 +51,7 @@ def export(
         header = None
         if masks is not None:
             header = {key: value for key, value in masks.meta.items() if key != "tensors"}
-        write_json(folder / STAMP, {"megamask": __version__, "mask": header})
+        write_json(folder / STAMP, {"megamask": __version__, "mask": header, **own_files(folder)})
 
     content = "dense"
     if masks is not None:

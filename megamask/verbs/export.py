@@ -18,7 +18,8 @@ from megamask.masks.verify import check_strictly, configured_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import require_writable
 from megamask.weights.architecture import read_architecture
-from megamask.weights.hf_files import HFReader, open_checked, require_own
+from megamask.weights.hf_files import HFReader, open_checked
+from megamask.weights.own_folder import require_own
 
 
 def run(config: Config) -> None:

@@ -15,14 +15,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from megamask.errors import ArtifactError
 from megamask.file_kinds import GGUF, file_kind, require_file, wrong_file
 from megamask.machine_errors import explained, reading
-from megamask.storage import atomic_dir, file_sha256, read_json, require_writable, write_json
+from megamask.storage import atomic_dir, file_sha256, read_object, require_writable, write_json
 from megamask.terminal import tell
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.gguf_header import ROPE_FACTORS, Header
 from megamask.weights.gguf_layout import read_layout
-from megamask.weights.hf_files import require_own, share, write_tensors
+from megamask.weights.hf_files import share, write_tensors
 from megamask.weights.mapping import expected_tensors
+from megamask.weights.own_folder import own_files, require_own
 
 STAMP = "megamask_gguf.json"  # this file in the new folder names the GGUF file
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -38,10 +39,12 @@ def unpack(source: Path, out: Path) -> None:
         MegamaskError: the machine does not let it be read, or lacks the memory.
     """
     stamp = _stamp(source)
+    if (out / STAMP).exists():
+        made = read_object(out / STAMP, f"Remove {out}.", {})
+        if stamp.items() <= made.items():
+            tell(f"{out}: already unpacked from {source.name}")
+            return
     require_own(out, STAMP, "model.hf")
-    if (out / STAMP).exists() and read_json(out / STAMP, f"Remove {out}.") == stamp:
-        tell(f"{out}: already unpacked from {source.name}")
-        return
     require_writable(out.parent, "model.hf")
     read_layout(source)
     fields, stored = _read(source)
@@ -73,7 +76,7 @@ def unpack(source: Path, out: Path) -> None:
         write_tensors(folder, _tensors(arch, header, places, source))
         tokenizer.save_pretrained(folder)
         share(folder)
-        write_json(folder / STAMP, stamp)
+        write_json(folder / STAMP, {**stamp, **own_files(folder)})
         weights = sum(int(np.prod(shape)) for shape in expected_tensors(arch).values())
     tell(f"{out}: {weights:,} weights in bf16 from {source.name}")
 

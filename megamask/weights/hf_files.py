@@ -272,27 +272,6 @@ def _belongs(file: Path, folder: Path) -> bool:
     return target.is_file() and target.parent in homes
 
 
-def require_own(out_dir: Path, stamp: str, key: str) -> None:
-    """Check that a folder may be replaced.
-
-    Args:
-        out_dir: the folder; it may be missing, empty, or the output of an earlier run.
-        stamp: name of the file that an earlier run left in its output.
-        key: the setting that chose the folder, for the message.
-
-    Raises:
-        ArtifactError: the folder holds other files.
-    """
-    if out_dir.exists() and not (
-        out_dir.is_dir() and ((out_dir / stamp).exists() or not any(out_dir.iterdir()))
-    ):
-        raise ArtifactError(
-            out_dir,
-            "holds files that this verb did not make, and would replace",
-            f"Remove it, or point {key} elsewhere.",
-        )
-
-
 def share(folder: Path) -> None:
     """Give weight files the mode of an ordinary new file.
 

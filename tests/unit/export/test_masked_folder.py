@@ -5,6 +5,7 @@ weights.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,39 @@ def test_export_equals_apply_masks(made: Made, capsys: pytest.CaptureFixture[str
     assert "verified" in capsys.readouterr().out
     assert json.loads((folder / "export" / STAMP).read_text())["mask"]["method"] == "learned"
     run(config(folder))  # its own folder may be written again
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_users_file_in_an_export_is_kept(made: Made, is_old: bool) -> None:
+    folder, _ = made
+    (folder / "hf" / "additional_chat_templates").mkdir()
+    (folder / "hf" / "additional_chat_templates" / "tool.jinja").write_text("x")
+    run(config(folder))
+    stamp = folder / "export" / STAMP
+    note = json.loads(stamp.read_text())
+    assert set(note["files"]) == {
+        path.relative_to(folder / "export").as_posix()
+        for path in (folder / "export").rglob("*")
+        if path.is_file() and path != stamp
+    }
+    if is_old:  # the stamp of 0.1.0 has no list
+        del note["files"]
+        time = stamp.stat().st_mtime_ns
+        stamp.write_text(json.dumps(note))
+        os.utime(stamp, ns=(time, time))
+    else:  # a copy may have any times
+        os.utime(stamp, ns=(0, 0))
+    for name in ("README.md", "logs/a.txt"):
+        mine = folder / "export" / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("years of work")
+        after = stamp.stat().st_mtime_ns + 10**9
+        os.utime(mine, ns=(after, after))
+        with pytest.raises(ArtifactError, match=rf"did not make.*: {name}\. .*export\.out"):
+            run(config(folder))
+        mine.unlink()
+    run(config(folder))
+    assert stamp.exists()
 
 
 def test_dense_export_changes_nothing(made: Made) -> None:

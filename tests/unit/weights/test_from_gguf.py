@@ -129,10 +129,17 @@ def test_gguf_becomes_a_plain_folder_once(
     open_checked(tmp_path / "hf")
     before = (tmp_path / "hf" / "model.safetensors").stat().st_mtime_ns
     run(config)
-    assert "already unpacked" in capsys.readouterr().out
+    (tmp_path / "hf" / "mine.txt").write_text("years of work")
+    run(config)  # nothing would be replaced
+    assert capsys.readouterr().out.count("already unpacked") == 2
+    (tmp_path / "hf" / "mine.txt").unlink()
     assert (tmp_path / "hf" / "model.safetensors").stat().st_mtime_ns == before
-    write_gguf(tmp_path / "m.gguf", seed=1)  # another source: made again
-    run(config)
+    write_gguf(tmp_path / "m.gguf", seed=1)
+    (tmp_path / "hf" / "mine.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match=r"did not make.*: mine\.txt\. .*model\.hf"):
+        run(config)
+    (tmp_path / "hf" / "mine.txt").unlink()
+    run(config)  # another source: made again
     assert (tmp_path / "hf" / "model.safetensors").stat().st_mtime_ns != before and (
         tmp_path / "hf" / STAMP
     ).exists()
