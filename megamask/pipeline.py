@@ -32,7 +32,8 @@ REMADE = ("export", "evaluate")
 def artefacts(stage: str, config: Config, paths: RunPaths) -> list[Path]:
     """The paths whose presence says that a stage is done.
 
-    The stage ``report`` has none and always runs, because it prints the table.
+    The stage ``report`` has none and always runs, because it prints the table; ``prune`` without a
+    method has none either and is left out.
     """
     return {
         "gguf": [paths.hf],
@@ -47,8 +48,7 @@ def artefacts(stage: str, config: Config, paths: RunPaths) -> list[Path]:
 
 def is_there(stage: str, config: Config, paths: RunPaths) -> bool:
     """Whether every artefact of the stage is there, whatever it was made with."""
-    found = artefacts(stage, config, paths)
-    return bool(found) and all(path.exists() for path in found)
+    return stage != "report" and all(path.exists() for path in artefacts(stage, config, paths))
 
 
 def is_done(stage: str, config: Config, paths: RunPaths) -> bool:
@@ -61,10 +61,12 @@ def is_done(stage: str, config: Config, paths: RunPaths) -> bool:
         return False
     if stage == "learn":
         return not changes(stage, config, paths)
+    if stage not in REMADE:
+        return True
     learned = paths.mask("learned")
     made = artefacts(stage, config, paths)[0].stat().st_mtime
     newer_mask = learned.exists() and learned.stat().st_mtime > made
-    return stage not in REMADE or not (newer_mask or changes(stage, config, paths))
+    return not (newer_mask or changes(stage, config, paths))
 
 
 def check(config: Config, paths: RunPaths) -> None:

@@ -8,6 +8,7 @@ import logging
 
 from megamask import storage
 from megamask.config.learn_tree import LearnSection
+from megamask.config.paths import RunPaths
 from megamask.config.section import Section
 from megamask.data.blend import blend_weights
 from megamask.data.heldout import evaluated_domains
@@ -33,6 +34,18 @@ def unused_settings(learn: LearnSection) -> list[str]:
     return sorted(given & settings_without_effect(learn))
 
 
+def require_places(paths: RunPaths) -> None:
+    """Check every folder that the run writes into: the mask is written last, after hours.
+
+    Raises:
+        ArtifactError: the first folder that cannot be written.
+    """
+    storage.require_writable(paths.run_dir)
+    for folder in (paths.masks, paths.learn, paths.learn / "snapshots"):
+        if folder.exists() or folder.is_symlink():  # the others are made when they are needed
+            storage.require_writable(folder)
+
+
 def check_early(inputs: LearnInputs) -> None:
     """Everything that can be refused before the model is loaded: settings first, then files.
 
@@ -46,7 +59,7 @@ def check_early(inputs: LearnInputs) -> None:
     blend_weights(config)
     evaluated_domains(config)
     method.check(config, inputs.pattern)
-    storage.require_writable(inputs.paths.run_dir)
+    require_places(inputs.paths)
     inputs.check()
     if unused := unused_settings(config.learn):
         learn = config.learn

@@ -15,7 +15,7 @@ import torch
 from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.data.heldout import calibration_description, calibration_tokens
-from megamask.errors import MegamaskError
+from megamask.errors import ConfigError, MegamaskError
 from megamask.masks.file import load_masks
 from megamask.masks.save import save_codes
 from megamask.model.build import build_model, masked_linears, padded_vocab
@@ -75,17 +75,22 @@ def run(config: Config) -> None:
 
 
 def check_early(inputs: RunInputs) -> None:
-    """Every setting that can be refused before a file is read, and the output folder.
+    """Every setting that can be refused before a file is read, and the output folders.
 
     Raises:
-        MegamaskError: a layout, pattern, block or output folder that cannot work.
+        MegamaskError: no method, or a layout, pattern, block or output folder that cannot work.
     """
     config, layout, pattern = inputs.config, inputs.layout, inputs.pattern
+    if not config.prune.methods:
+        fix = "Name a method, or leave the verb out."
+        raise ConfigError("prune.methods", [], "at least one method", fix)
     for method in config.prune.methods:
         CRITERIA[method].check(pattern, config.prune)
     if any(CRITERIA[method].needs_stats for method in config.prune.methods):
         layout.check_lengths(config, ("calibration.seq_length",))
     storage.require_writable(inputs.paths.masks)
+    if any(CRITERIA[method].updates_weight for method in config.prune.methods):
+        storage.require_writable(inputs.paths.run_dir)
 
 
 def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:

@@ -35,7 +35,9 @@ def run(config: Config) -> None:
             is tokenized.
     """
     _check_domains(config)
-    folder = run_paths(config).shards
+    paths = run_paths(config)
+    folder = paths.shards
+    require_writable(paths.run_dir)  # where the lock of the shards lies, and what it left behind
     require_writable(folder)
     remove_leftovers(folder, is_alone=True)
     tokenizer = replace(load_tokenizer(config), model_vocab=_model_vocabulary(config))

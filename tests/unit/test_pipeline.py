@@ -79,6 +79,12 @@ def test_a_stage_that_failed_holds_no_settings(tmp_path: Path) -> None:
     assert ask(tmp_path, "check", settings=("prune.methods=[magnitude]",)).returncode == 0
 
 
+def test_no_method_leaves_prune_out(tmp_path: Path) -> None:
+    assert ask(tmp_path, "is-done", "prune", settings=("prune.methods=[]",)).returncode == 0
+    assert ask(tmp_path, "is-done", "prune").returncode == 1
+    assert ask(tmp_path, "is-done", "report").returncode == 1  # always runs
+
+
 def test_another_protocol_evaluates_again(tmp_path: Path) -> None:
     touch(tmp_path / "results.json")
     assert ask(tmp_path, "record", "evaluate", "1", "0").returncode == 0

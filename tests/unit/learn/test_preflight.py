@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megamask.config.learn_tree import SamplingSection
 from megamask.config.load import load_config
-from megamask.errors import ConfigError
+from megamask.config.paths import run_paths
+from megamask.errors import ArtifactError, ConfigError
 from megamask.learn.gradient_method import check_schedules
-from megamask.learn.preflight import unused_settings
+from megamask.learn.preflight import require_places, unused_settings
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,23 @@ def test_a_schedule_that_stays_or_hardens(values: dict[str, tuple[float, float]]
 )
 def test_settings_that_change_nothing_are_named(given: list[str], unused: list[str]) -> None:
     assert unused_settings(load_config(None, given).learn) == unused
+
+
+@pytest.mark.parametrize("name", [".", "masks", "learn", "learn/snapshots"])
+def test_a_place_that_cannot_be_written(tmp_path: Path, name: str) -> None:
+    """Found before the model is loaded. A link that leads below a file stands for a read-only
+    folder, which would not stop root.
+    """
+    paths = run_paths(load_config(None, [f"run_dir={tmp_path / 'run'}"]))
+    require_places(paths)
+    assert [path.name for path in paths.run_dir.iterdir()] == []  # makes none of them
+    (tmp_path / "file").write_text("")
+    place = paths.run_dir / name
+    if name == ".":
+        place.rmdir()
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(tmp_path / "file" / "below")
+    with pytest.raises(ArtifactError, match=rf"^{place}: cannot be written"):
+        require_places(paths)
+    place.unlink()
+    require_places(paths)

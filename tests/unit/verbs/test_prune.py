@@ -5,6 +5,8 @@ tokens are random here.
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import load_masks
 from megamask.model.checkpoint import megatron_to_hf
 from megamask.parallel.mesh import start
+from megamask.prepare.run_inputs import RunInputs
 from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import read_json
 from megamask.verbs import convert, prune
 from megamask.weights.architecture import read_architecture
+from tests.unit.test_machine_errors import as_nobody, in_child
 
 VOCAB = 40
 
@@ -246,3 +250,28 @@ def test_refuses_an_output_that_cannot_be_written(run_dir: Path, hf: Path) -> No
     (run_dir / "masks").write_text("a file in the way")
     with pytest.raises(ArtifactError, match=r"cannot be written.*run_dir"):
         prune.run(configured(run_dir, hf))
+
+
+def test_no_method_is_refused(run_dir: Path, hf: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prune\.methods = \[\].*at least one method"):
+        prune.run(configured(run_dir, hf, "prune.methods=[]"))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_run_folder_that_cannot_be_written(hf: Path) -> None:
+    """Updated weights lie beside the masks, whose folder may be open alone, as behind a link."""
+    with tempfile.TemporaryDirectory(prefix="megamask-test-", dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        (Path(folder) / "masks").mkdir()
+        (Path(folder) / "masks").chmod(0o777)
+        told = {
+            method: in_child(
+                lambda method=method: prune.check_early(
+                    RunInputs(configured(Path(folder), hf, f"prune.methods=[{method}]"))
+                ),
+                as_nobody,
+            )
+            for method in ("magnitude", "sparsegpt_update")
+        }
+    assert told["magnitude"] == ""
+    assert told["sparsegpt_update"].startswith(f"{folder}: cannot be written (Permission denied)")
