@@ -129,7 +129,8 @@ def _of_write(error: BaseException, path: Path, temporary: Path) -> ArtifactErro
         return _told(str(path), "cannot be written", number) if known else None
     name = os.fsdecode(name)
     own = (*path.parents, *temporary.parents)
-    if Path(name) in own or name.startswith((str(temporary), str(path))):
+    # whole names: models/llama is no part of models/llama-8b
+    if Path(name) in own or any(Path(name).is_relative_to(one) for one in (temporary, path)):
         return _told(str(path), "cannot be written", number)
     return _told(name, "cannot be used", number)  # an input that was read in the block
 

@@ -133,10 +133,14 @@ def places(path: Path) -> tuple[Path, Path]:
     """Where an output goes, and its temporary name beside that place.
 
     Raises:
-        ArtifactError: the path is too long, or its links lead in a circle.
+        ArtifactError: the path is too long, its links lead in a circle, or it has no name of its
+            own: ``.``, ``..`` and ``/``.
     """
     with writing(path):
         target = target_of(path)
+        if target.name in ("", ".."):
+            problem = f"cannot be written ({os.strerror(errno.EISDIR)})"
+            raise ArtifactError(path, problem, "Choose a name within it.")
         return target, temporary_name(target)
 
 

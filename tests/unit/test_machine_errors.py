@@ -143,6 +143,12 @@ def test_places_where_no_file_can_be(tmp_path: Path) -> None:
     for path, said in cases.items():
         with pytest.raises(ArtifactError, match=f"cannot be written .*({said})"):
             write_json(path, {})
+    for path in (Path("."), Path("/"), Path(".."), tmp_path / "..", Path("")):
+        said = r"cannot be written \(Is a directory\)\. Choose a name within it\.$"
+        with pytest.raises(ArtifactError, match=said):
+            write_json(path, {})
+        with pytest.raises(ArtifactError, match=said), atomic_dir(path):
+            pass
     with (
         pytest.raises(ArtifactError, match=r"cannot be written \(Not a directory\)"),
         atomic_dir(tmp_path / "file") as folder,
@@ -224,6 +230,17 @@ def test_an_input_that_fails_within_an_output_is_named_itself(tmp_path: Path) ->
         atomic_file(tmp_path / "out"),
     ):
         Path("/elsewhere").read_text()
+    beside = tmp_path / "out-8b" / "config.json"  # its name only begins as the output's does
+    with (
+        pytest.raises(ArtifactError, match=rf"^{beside}: cannot be used \(No such file"),
+        atomic_dir(tmp_path / "out"),
+    ):
+        beside.read_text()
+    with (
+        pytest.raises(ArtifactError, match=rf"^{tmp_path / 'out'}: cannot be written"),
+        atomic_dir(tmp_path / "out") as folder,
+    ):
+        (folder / "missing" / "a").write_text("")
     with pytest.raises(ConnectionError), atomic_file(tmp_path / "out"):  # not the disk's
         raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
     with pytest.raises(ZeroDivisionError), writing(tmp_path / "out"):
