@@ -116,7 +116,9 @@ def source_stamp(name: str, corpus: CorpusSection) -> list[Any]:
     """Facts that change when the source changes although no setting did.
 
     For files these are names, sizes and times of modification; for the text of the Python
-    installation it is the Python version.
+    installation it is the Python version. A file that was replaced with its size and time kept is
+    not noticed. The time of the last change of its inode would tell, but a copy, a backup or a
+    ``chmod`` changes that too, and terabytes would be tokenized again.
 
     Raises:
         ConfigError: the path is not given or matches nothing.

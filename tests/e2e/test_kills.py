@@ -1,8 +1,9 @@
 """A verb that was killed at any moment is run again: the same files are there, and no others.
 
 The moments are the events at which the verb opens, makes, renames or deletes a file, so they are
-the same in every run. The normal tier kills each verb at a few moments, one after the other without
-a repair between; the nightly tier at 20 moments of each verb, each on a fresh copy.
+the same in every run. The normal tier kills six verbs (``IN_NORMAL_TIER``) at two moments, one
+after the other without a repair between. Only the nightly tier kills ``learn``, ``evaluate`` and
+the others: every verb at 20 moments, each on a fresh copy.
 """
 
 from __future__ import annotations
@@ -103,7 +104,15 @@ def run(words: list[str], run_dir: Path, moment: int = 0) -> list[str]:
 
 
 def made(run_dir: Path) -> dict[str, Any]:
-    """Relative path -> content, times left out."""
+    """Relative path -> content.
+
+    Left out is what differs between two runs that nobody killed: what tells times (``TIMED``, so
+    the ``seconds`` in the header of a mask file, and ``OTHERS``), and with them the digest over
+    that header; the digests of the masks stay. A mask file and an index are compared by their
+    content, not by their bytes: the header holds those seconds, and an index is a pickle with the
+    place of each piece, which depends on the order in which Megatron's writers came to their turn.
+    The pieces themselves, of the same names, are compared byte by byte.
+    """
     found: dict[str, Any] = {}
     for path in sorted(run_dir.rglob("*")):
         name = str(path.relative_to(run_dir))
