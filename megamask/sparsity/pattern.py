@@ -120,17 +120,6 @@ class Pattern:
             )
         return in_features // self.m
 
-    def is_valid(self, mask_OI: torch.Tensor) -> bool:
-        """Whether every group keeps exactly n (0/1 or bool mask, groups along the last axis)."""
-        if mask_OI.shape[-1] % self.m:
-            return False
-        as_int = mask_OI.to(torch.int32)
-        if not torch.equal(as_int.to(mask_OI.dtype), mask_OI) or bool(
-            ((as_int != 0) & (as_int != 1)).any()
-        ):
-            return False
-        return bool((as_int.unflatten(-1, (-1, self.m)).sum(-1) == self.n).all())
-
     def already_fits(self, weight_OI: torch.Tensor) -> bool:
         """Whether the weight is pruned already: every group holds at least m - n exact zeros."""
         if weight_OI.shape[-1] % self.m:

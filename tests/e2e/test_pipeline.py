@@ -20,6 +20,7 @@ from megamask.errors import ArtifactError
 from megamask.evaluate.rows import Rows
 from megamask.sparsity.pattern import Pattern
 from tests.e2e.program import Finished, contents, in_process, in_ranks, megamask, refusal
+from tests.masks import is_valid
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +65,7 @@ def test_a_mask_file_is_valid(pipeline: tuple[Path, Any], method: str) -> None:
     masks.verify()
     assert masks.method == method
     assert len(masks) == 2 * 7  # two layers; q, k, v, o, gate, up, down
-    assert all(Pattern(2, 4).is_valid(mask) for mask in masks.values())
+    assert all(is_valid(Pattern(2, 4), mask) for mask in masks.values())
 
 
 def test_learning_moves_the_mask_and_helps(

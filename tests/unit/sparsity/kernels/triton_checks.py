@@ -25,6 +25,7 @@ from megamask.sparsity.noise import NoiseKey, words
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement, RowBlock
 from megamask.sparsity.subset.subset import SUBSET
+from tests.masks import is_valid
 from tests.unit.sparsity.samplers import TRITON
 from tests.unit.sparsity.test_backends import changed
 from tests.unit.sparsity.test_noise import KNOWN_ANSWERS
@@ -246,7 +247,7 @@ def test_hard_masks_differ_only_at_near_ties() -> None:
         backend.forward(pi, torch.ones_like(w), site, draw).masked
         for backend in (gumbel_softmax, TRITON)
     )
-    assert site.pattern.is_valid(fused)
+    assert is_valid(site.pattern, fused)
     top = gumbel_softmax.soft_index(pi, site, draw).topk(2, dim=1).values
     clear = (top[:, 0] - top[:, 1] > 4 * index_error(pi, draw)).repeat_interleave(4, dim=1)
     assert torch.equal(plain[clear], fused[clear])

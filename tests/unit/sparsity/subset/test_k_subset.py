@@ -21,6 +21,7 @@ from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.sparsity.subset import k_subset
 from megamask.sparsity.subset.subset import SUBSET
+from tests.masks import is_valid
 from tests.unit.sparsity.categorical import reference
 from tests.unit.sparsity.subset import subsets
 from tests.unit.sparsity.subset.subsets import PATTERNS
@@ -192,7 +193,7 @@ def test_soft_masks_tend_to_the_largest_scores(n: int, m: int) -> None:
     site, logits, *_ = problem(n, m)
     score = k_subset.scores(logits, site, Sample(KEY, 100.0, 1.0))
     hard = k_subset.largest(score, site.pattern)
-    assert site.pattern.is_valid(hard.transpose(1, 2).flatten(1))
+    assert is_valid(site.pattern, hard.transpose(1, 2).flatten(1))
     distance = [
         float((k_subset.marginals(score / tau, site.pattern) - hard).abs().mean())
         for tau in (4.0, 1.0, 0.25, 0.05)
