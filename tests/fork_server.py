@@ -3,7 +3,10 @@
 torch, Megatron-Core and transformers take five seconds to import, and the tests start hundreds of
 processes. A forked child finds the modules imported. The server calls no function of them before
 it forks, so a child starts in the state of a fresh process after its imports: no thread runs, and
-no kernel is loaded. ``ForkServer`` is the client's side; the bottom of the file is the server.
+no kernel is loaded. Two things differ. All children of a server share its hash seed, so sets of
+words have the same order in each: a test of such an order needs fresh processes. And the generators
+of ``random`` and numpy, which the imports make, are seeded anew in each child. ``ForkServer`` is
+the client's side; the bottom of the file is the server.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Modules that nearly every child imports. A module that cannot be imported is the child's affair.
+# Modules that nearly every child imports. A module that cannot be imported is the affair of the
+# child that needs it: the server leaves it out, and the child fails with the module's own error.
 PRELOADED = (
     "pytest",
     "torch.distributed.checkpoint",
@@ -261,16 +265,25 @@ def _settle(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:  # ``random`` seeds itself anew after a fork
+        numpy.random.seed()
     module, name = target.split(":")
     return lambda: int(getattr(importlib.import_module(module), name)(*args))
+
+
+def preload(names: Iterable[str]) -> None:
+    """Import the modules that can be imported."""
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 def main() -> int:
     """Import, then fork for whoever holds the other end of the connection."""
     control = socket.socket(fileno=int(sys.argv[1]))
     faulthandler.enable()
-    for name in PRELOADED:
-        importlib.import_module(name)
+    preload(PRELOADED)
     gc.collect()
     gc.freeze()  # a collection in a child does not touch, hence copy, the pages of the modules
     call = serve(control)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from tests.fork_server import Child, ForkServer, child_environment, fork_server
@@ -46,7 +47,7 @@ def start(tmp_path: Path) -> Start:
 def describe(word: str) -> int:
     """Print what a program sees of its surroundings."""
     print(word, os.getcwd(), os.environ["COLOUR"], sys.stdin.read(), threading.active_count())
-    print(random.random(), "torch" in sys.modules, file=sys.stderr)
+    print(random.random(), numpy.random.random(), "torch" in sys.modules, file=sys.stderr)
     return 7
 
 
@@ -91,8 +92,9 @@ def test_a_child_sees_its_own_surroundings(start: Start, tmp_path: Path) -> None
         child.close()
         assert (tmp_path / "out").read_text() == f"word {tmp_path} green  1\n"
         found.append((tmp_path / "err").read_text().split())
-    (first, _), (second, has_torch) = found
-    assert first != second  # each child has random numbers of its own
+    (first, first_of_numpy, _), (second, second_of_numpy, has_torch) = found
+    # each child has random numbers of its own
+    assert first != second and first_of_numpy != second_of_numpy
     assert has_torch == "True"
 
 
@@ -140,3 +142,23 @@ def test_a_server_ends_with_its_connection_and_takes_the_children_along(tmp_path
     sleeper = int((tmp_path / "out").read_text())
     server.close()
     wait_until(lambda: not lives(sleeper) and not lives(child.pid))
+
+
+def test_a_module_that_cannot_be_imported_fails_in_the_child(tmp_path: Path) -> None:
+    """The server lives on, and the child tells the error of the module."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('broken on purpose')\n")
+    environment = child_environment()
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    server = ForkServer(environment)
+    codes = []
+    with (tmp_path / "err").open("wb") as err:
+        for target in ("tests.parallel.tiny:config_of", f"{__name__}:raise_an_error"):
+            child = server.call(
+                target, stdout=err, stderr=err, environment=environment, cwd=tmp_path
+            )
+            codes.append(child.wait(60))
+            child.close()
+    server.close()
+    assert codes == [1, 1]
+    said = (tmp_path / "err").read_text()
+    assert "RuntimeError: broken on purpose" in said and "ValueError: no" in said
