@@ -76,11 +76,15 @@ def test_growth_and_spilling_are_seen() -> None:
     program = (
         "from tests.unit.sparsity.kernels.triton_compile import grown\n"
         "known = {'registers': 40, 'spilled': 0, 'instructions': 300}\n"
-        "assert grown('k', {'registers': 44, 'spilled': 0, 'instructions': 330}, known) == []\n"
-        "assert grown('k', {'registers': 45, 'spilled': 0, 'instructions': 300}, known)\n"
-        "assert grown('k', {'registers': 40, 'spilled': 0, 'instructions': 331}, known)\n"
-        "assert grown('k', {'registers': 40, 'spilled': 8, 'instructions': 300}, known)\n"
-        "assert grown('k', {'registers': 40, 'spilled': 64, 'instructions': 300}, None)\n"
+        "assert grown(4, {'registers': 44, 'spilled': 0, 'instructions': 330}, known) == []\n"
+        "assert grown(4, {'registers': 45, 'spilled': 0, 'instructions': 300}, known)\n"
+        "assert grown(4, {'registers': 40, 'spilled': 0, 'instructions': 331}, known)\n"
+        "assert grown(4, {'registers': 40, 'spilled': 8, 'instructions': 300}, known)\n"
+        "assert grown(4, {'registers': 40, 'spilled': 8, 'instructions': 300}, None)\n"
+        "assert grown(8, {'registers': 40, 'spilled': 8, 'instructions': 300}, None) == []\n"
+        "assert grown(8, {'registers': 40, 'spilled': 24, 'instructions': 300}, None)\n"
+        "assert grown(4, {'registers': 128, 'spilled': 0, 'instructions': 999}, None) == []\n"
+        "assert grown(4, {'registers': 129, 'spilled': 0, 'instructions': 300}, None)\n"
     )
     child = run("-c", program, TRITON_INTERPRET="0")
     assert child.returncode == 0, child.stderr
