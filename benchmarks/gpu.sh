@@ -38,6 +38,7 @@ fi
 if [ -n "${CACHE:-}" ]; then
     mkdir -p "$work/triton-cache"
     cp -r "$CACHE/." "$work/triton-cache/"
+    "$PYTHON" benchmarks/gpu/move_cache.py "$work/triton-cache" || exit 2
     export TRITON_CACHE_DIR="$work/triton-cache"
 fi
 # One process, one machine: collectives go over the loopback device, whatever the host's name is.

@@ -5,6 +5,7 @@ python -m benchmarks.memory --model smollm2-135m --json memory.json
 
 from __future__ import annotations
 
+import argparse
 import gc
 import sys
 import warnings
@@ -35,9 +36,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def main(argv: list[str] | None = None) -> int:
     """Count the bytes of each kind of state, print and write them."""
-    known = parser(__doc__ or "")
-    add_model_options(known)
-    options = known.parse_args(argv)
+    options = read_options(argv)
     with open_lab(options, steps=2) as lab:
         kept = kept_for_backward(lab)
         mask_statistics = MaskStatistics(
@@ -74,6 +73,13 @@ def main(argv: list[str] | None = None) -> int:
     }
     report("memory", options, figures, device)
     return 0
+
+
+def read_options(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    options = parser(__doc__ or "")
+    add_model_options(options)
+    return options.parse_args(argv)
 
 
 def count(lab: Lab, mask_statistics: MaskStatistics) -> dict[str, int]:

@@ -71,14 +71,7 @@ class Layer:
 
 def main(argv: list[str] | None = None) -> int:
     """Time, print, write."""
-    known = parser(__doc__ or "")
-    known.add_argument("--rows", type=int, default=768)
-    known.add_argument("--columns", type=int, default=576)
-    known.add_argument("--layers", type=int, default=20)
-    known.add_argument(
-        "--with-adamw8bit", action="store_true", help="also torchao's, which compiles for a while"
-    )
-    options = known.parse_args(argv)
+    options = read_options(argv)
     device = torch.device(
         "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     )
@@ -114,6 +107,18 @@ def main(argv: list[str] | None = None) -> int:
         device,
     )
     return 0
+
+
+def read_options(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    options = parser(__doc__ or "")
+    options.add_argument("--rows", type=int, default=768)
+    options.add_argument("--columns", type=int, default=576)
+    options.add_argument("--layers", type=int, default=20)
+    options.add_argument(
+        "--with-adamw8bit", action="store_true", help="also torchao's, which compiles for a while"
+    )
+    return options.parse_args(argv)
 
 
 def config_of(device: torch.device, settings: dict[str, str]) -> Config:

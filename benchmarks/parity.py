@@ -66,13 +66,7 @@ class Check:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write; 1 when a check fails."""
-    known = parser(__doc__ or "")
-    add_model_options(known)
-    known.add_argument(
-        "--patterns", nargs="+", metavar="N:M", help="of those below: these; default: all"
-    )
-    known.set_defaults(model="toy", dtype="fp32", micro=2, accumulate=2, seq=64)
-    options = known.parse_args(argv)
+    options = read_options(argv)
     device = choose_device(options.device)
     checks = [check_words(device)]
     for distribution, patterns in PATTERNS.items():
@@ -109,6 +103,17 @@ def main(argv: list[str] | None = None) -> int:
         device,
     )
     return int(not all(check.passed for check in checks))
+
+
+def read_options(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    options = parser(__doc__ or "")
+    add_model_options(options)
+    options.add_argument(
+        "--patterns", nargs="+", metavar="N:M", help="of those below: these; default: all"
+    )
+    options.set_defaults(model="toy", dtype="fp32", micro=2, accumulate=2, seq=64)
+    return options.parse_args(argv)
 
 
 def check_words(device: torch.device) -> Check:

@@ -7,6 +7,7 @@ python -m benchmarks.plan --model smollm2-135m --json plan.json
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -39,12 +40,7 @@ from megamask.plan.workload import Workload
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write the comparison."""
-    known = parser(__doc__ or "")
-    known.add_argument(
-        "--moments", action="store_true", help="evaluation, mask file, snapshot and resume too"
-    )
-    add_model_options(known)
-    options = known.parse_args(argv)
+    options = read_options(argv)
     work = Workload(read_config(options), architecture(options)).check()
     with open_lab(options, steps=4 + options.rounds) as lab:
         device = lab.mesh.device
@@ -77,6 +73,16 @@ def main(argv: list[str] | None = None) -> int:
     }
     report("plan", options, figures, device)
     return 0
+
+
+def read_options(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    options = parser(__doc__ or "")
+    options.add_argument(
+        "--moments", action="store_true", help="evaluation, mask file, snapshot and resume too"
+    )
+    add_model_options(options)
+    return options.parse_args(argv)
 
 
 def measure(

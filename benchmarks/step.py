@@ -150,7 +150,7 @@ def measure(lab: Lab, rounds: int, with_eager: bool) -> tuple[Timings, dict[str,
     numbers = {side: iter(range(10**9)) for side in (MASKED, DENSE, EAGER)}
     dense, mask_statistics, device = (
         DenseSide(lab),
-        MaskStatistics(lab.masked_model, lab.mesh),
+        MaskStatistics(lab.masked_model, lab.mesh, lab.config.learn.state.track_flips),
         lab.mesh.device,
     )
     sides: dict[str, Work] = {

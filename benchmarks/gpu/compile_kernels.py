@@ -3,8 +3,8 @@
 ``TRITON_CACHE_DIR=/tmp/triton-cache python -m benchmarks.gpu.compile_kernels --capability 90``
 
 The kernels go through the call sites of the product and through Triton's own binder; only the
-launch is left out. So the cache holds exactly the entries that the same calls look for on a GPU,
-as long as Python, Triton and the kernels' sources are the same on both machines.
+launch is left out. So the cache holds the entries that the same calls look for on a GPU, as long as
+Python, Triton and the kernels' sources are the same on both machines.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from triton.runtime import driver
 
 from benchmarks.gpu.lease_parts import MASKS
 from benchmarks.sampling import layer_shapes
+from megamask.learn import kernel_check
 from megamask.sparsity.distributions import DISTRIBUTIONS
-from megamask.sparsity.draw import GradientSink, Sample, Site
+from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Site
 from megamask.sparsity.kernels import triton_host
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sampler_for
@@ -37,7 +38,17 @@ KEY = NoiseKey(1, 2, 3, 4)
 SOFT, HARD = (Sample(KEY, kappa=300.0, tau=0.5, hard=hard) for hard in (False, True))
 FP32, BF16 = torch.float32, torch.bfloat16
 PARITY_ROWS, PARITY_GROUPS = 256, 96  # of benchmarks/parity.py
+PARITY_LEARNS, PARITY_MODEL = "categorical/2:4", "toy"
 MODELS = ("llama2-7b", "smollm2-135m")
+# What the parts of a lease learn with, all of it with soft masks: dtype of the logits, dtype of the
+# gradient at the masked weight, and whether the buffer of the gradient is replaced. A draw of its
+# own for each micro-batch replaces, then adds; one draw for several replaces alone, and sums its
+# gradients in fp32 before. The lean states keep everything in bf16.
+USES = (
+    *((FP32, BF16, replace) for replace in (True, False)),
+    (FP32, FP32, True),
+    *((BF16, BF16, replace) for replace in (True, False)),
+)
 
 
 class _Driver:
@@ -101,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     with compiling(chosen.capability) as compiled:
         for masks in chosen.masks:
             parity(masks)
+            first_tile(masks)
             for model in chosen.models:
                 run(masks, model)
             print(f"{masks}: {len(compiled) - count} kernels", flush=True)
@@ -138,25 +150,34 @@ def compiling(capability: int) -> Iterator[list[Any]]:
 
 
 def parity(masks: str) -> None:
-    """The kernels of ``benchmarks.parity``: the sample itself, hard masks, statistics."""
+    """The kernels of ``benchmarks.parity``: the sample itself, hard masks, statistics, and the
+    learning steps of a small model.
+    """
     for dtype in (FP32, BF16):
         columns = PARITY_GROUPS * _pattern(masks).m
         layer = Layer(masks, PARITY_ROWS, columns, dtype, gradient=dtype)
         use(layer, SOFT, GradientSink(norm_coef=1e-3))
     use(Layer(masks, PARITY_ROWS, columns, FP32, gradient=FP32), HARD, None)
+    if masks == PARITY_LEARNS:
+        for name, (rows, columns) in layer_shapes(read_shape(PARITY_MODEL)).items():
+            layer = Layer(masks, rows, columns, FP32, gradient=FP32, blocks=_blocks(name))
+            for replace in (True, False):
+                use(layer, SOFT, GradientSink(1e-5, _empty(layer, FP32), replace), replace)
+
+
+def first_tile(masks: str) -> None:
+    """The kernels of the check before a learning run (``megamask.learn.kernel_check``)."""
+    columns = kernel_check.GROUPS * _pattern(masks).m
+    for logits in (FP32, BF16):
+        use(Layer(masks, kernel_check.ROWS, columns, BF16, logits), SOFT, RETURNED, True)
 
 
 def run(masks: str, model: str) -> None:
-    """The kernels of a learning run: the first draw of a step replaces the gradient buffer and
-    measures, later draws add to it; with one draw per step the gradient is fp32.
-    """
+    """The kernels of a learning run: the draw that replaces the gradient buffer measures too."""
     for name, (rows, columns) in layer_shapes(read_shape(model)).items():
-        for logits, hard in ((FP32, False), (BF16, True)):
-            sample = HARD if hard else SOFT
-            for gradient in (BF16, FP32) if logits is FP32 else (BF16,):
-                layer = Layer(masks, rows, columns, BF16, logits, gradient, _blocks(name))
-                for replace in (True, False):
-                    use(layer, sample, GradientSink(1e-5, _empty(layer, logits), replace), replace)
+        for logits, gradient, replace in USES:
+            layer = Layer(masks, rows, columns, BF16, logits, gradient, _blocks(name))
+            use(layer, SOFT, GradientSink(1e-5, _empty(layer, logits), replace), replace)
 
 
 def use(layer: Layer, sample: Sample, sink: GradientSink | None, statistics: bool = False) -> None:

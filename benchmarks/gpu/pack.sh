@@ -8,9 +8,14 @@
 #   DIR/triton-cache/   compiled kernels, where PYTHON has the Triton of the GPU machine
 #   DIR/model-*         MODEL.gguf in parts of PART_MIB (default 40); cat puts them together
 #
-#   PYTHON      a Python 3.12 with the torch and triton of the GPU machine (default python3.12)
+#   PYTHON      a Python 3.12 with the torch and triton of the GPU machine, and with what the call
+#               sites of the kernels import: the packages of wheels.txt (megatron-core, pydantic)
+#               and numpy, psutil, safetensors, transformers (default python3.12)
 #   CAPABILITY  of the card: 90 for H100 and H200 (default), 80 for A100, 100 for B200
 #   PIP         the pip that downloads (default: python3 -m pip)
+#
+# The Python of the GPU machine must bring pytest, pytest-timeout and pytest-xdist: the part
+# `kernels` runs tests, and these packages do not travel.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -34,12 +39,13 @@ platforms+=(--platform manylinux2014_x86_64)
     --dest "$out/wheels" --requirement "$here/wheels.txt"
 echo "wheels: $(find "$out/wheels" -name '*.whl' | wc -l) files, $(du -sh "$out/wheels" | cut -f1)"
 
-# kernels: Triton finds an entry by its content, so the cache may lie in another folder there
+# kernels: gpu.sh names the folder that they lie in there (move_cache.py)
 # (compiled under a name of their own first: a half-made cache is never packed)
-if "$PYTHON" -c 'import sys, triton, torch; sys.exit(sys.version_info[:2] != (3, 12))' \
-    2>/dev/null; then
-    work="$(mktemp -d)"
-    trap 'rm -rf "$work"' EXIT
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+usable='import sys, benchmarks.gpu.compile_kernels
+sys.exit(sys.version_info[:2] != (3, 12) and "it is another version of Python")'
+if (cd "$repo" && "$PYTHON" -W ignore -c "$usable") 2>"$work/why"; then
     (cd "$repo" && TRITON_INTERPRET=0 TRITON_CACHE_DIR="$work/cache" \
         "$PYTHON" -W ignore -m benchmarks.gpu.compile_kernels --capability "${CAPABILITY:-90}")
     rm -rf "$out/triton-cache"
@@ -51,8 +57,8 @@ import triton
 print(f"kernels: compiled by triton {triton.__version__}; the GPU machine must have the same")
 PY
 else
-    echo "kernels: not packed. $PYTHON is no Python 3.12 with torch and triton; they are compiled" \
-        "on the GPU machine, which takes about a minute."
+    echo "kernels: not packed, because $PYTHON is no Python 3.12 with all that PYTHON needs (above):" \
+        "$(tail -n 1 "$work/why"). They are compiled on the GPU machine, which takes minutes of a CPU."
 fi
 
 # model

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     seconds: dict[str, float] = {}
     for verb in ("gguf", *VERBS) if is_file else VERBS:
         begin = time.monotonic()
-        code = megamask([verb, *settings])
+        with same_handlers():
+            code = megamask([verb, *settings])
         seconds[verb] = time.monotonic() - begin
         print(f"{verb}: {seconds[verb]:.1f} s, exit code {code}", flush=True)
         if code:
@@ -42,6 +46,19 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         write_json(options.json, figures)
     return 0
+
+
+@contextmanager
+def same_handlers() -> Iterator[None]:
+    """Give the package's logger its handlers back: every call of the program adds a handler, and
+    a second handler prints every line again.
+    """
+    logger = logging.getLogger("megamask")
+    before = list(logger.handlers)
+    try:
+        yield
+    finally:
+        logger.handlers = before
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:

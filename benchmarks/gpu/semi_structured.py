@@ -27,9 +27,7 @@ ERROR = 2.0**-7
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write; 1 when a result is wrong."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--json", type=Path)
-    chosen = options.parse_args(argv)
+    options = read_options(argv)
     rows = [
         measure(name, weight_of(*shape), tokens)
         for name, shape in layer_shapes(read_shape("llama2-7b")).items()
@@ -37,9 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     ]
     columns = list(rows[0])
     table("2:4 against dense, bf16", columns, [list(row.values()) for row in rows])
-    if chosen.json:
-        write_json(chosen.json, {"rows": rows})
+    if options.json:
+        write_json(options.json, {"rows": rows})
     return int(any(row["error"] > ERROR for row in rows))
+
+
+def read_options(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--json", type=Path)
+    return options.parse_args(argv)
 
 
 def weight_of(out_features: int, in_features: int) -> torch.Tensor:

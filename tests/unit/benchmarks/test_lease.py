@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -14,8 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import real_model
 from benchmarks.gpu.lease import Lease, run_limited
 from benchmarks.gpu.lease_parts import BY_NAME, PARTS, Part, Situation
+from benchmarks.lab import read_config
+from megamask.errors import EXIT_USER_ERROR, ConfigError
 
 REPO = Path(__file__).resolve().parents[3]
 # Packages that a CUDA image of PyTorch brings, so that they do not travel.
@@ -31,6 +36,8 @@ IN_THE_IMAGE = {
         "tqdm",
         "requests",
     ),
+    # Assumed, not known: the part `kernels` runs tests. The playbook says so.
+    *("pytest", "pytest-timeout", "pytest-xdist"),
 }
 NOT_NEEDED = {"wandb"}  # learn.monitor.sinks=[] leaves it out
 
@@ -110,7 +117,7 @@ def test_a_lease_that_is_cut_short_keeps_what_was_measured(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_every_part_has_a_command_of_modules_that_exist(device: str, tmp_path: Path) -> None:
+def test_every_part_has_a_command_that_its_module_reads(device: str, tmp_path: Path) -> None:
     here = Situation(device, tmp_path, model=tmp_path)
     for one in PARTS:
         assert 0 < one.seconds < one.limit
@@ -118,10 +125,43 @@ def test_every_part_has_a_command_of_modules_that_exist(device: str, tmp_path: P
         if command is None:
             assert device == "cpu"
             continue
-        module = command[command.index("-m") + 1]
-        own = REPO / f"{module.replace('.', '/')}.py"
-        assert module == "pytest" or own.is_file()
+        words = command[command.index("-m") + 1 :]
+        if one.writes_figures:
+            words = [*words, "--json", str(tmp_path / "figures.json")]
+        read(*words)
     assert BY_NAME["real-model"].command(Situation(device, tmp_path)) is None
+
+
+def read(module: str, *words: str) -> None:
+    """Read the words as the module does; its own parser ends the process at a wrong word."""
+    if module == "pytest":
+        assert all((REPO / word).is_file() for word in words if word.endswith(".py"))
+        return
+    program = importlib.import_module(module)
+    if not words:
+        assert callable(program.main)
+        return
+    options = program.read_options(list(words))
+    if hasattr(options, "settings"):
+        read_config(options)
+
+
+def test_a_word_that_no_module_knows_is_seen() -> None:
+    with pytest.raises(SystemExit):
+        read("benchmarks.plan", "--device", "cuda", "--epochs", "3")
+    with pytest.raises(ConfigError):
+        read("benchmarks.plan", "--device", "cpu", "learn.memory=thin")
+
+
+def test_the_verbs_of_the_real_model_leave_no_handlers(tmp_path: Path) -> None:
+    """A handler that stays would print every line of the next verb twice."""
+    logger = logging.getLogger("megamask")
+    before = list(logger.handlers)
+    words = ["--device", "cpu", "--model", str(tmp_path / "none"), "--steps", "1"]
+    recipe = REPO / Situation.recipe
+    code = real_model.main([*words, "--recipe", str(recipe), "--run-dir", str(tmp_path / "run")])
+    assert code == EXIT_USER_ERROR
+    assert logger.handlers == before
 
 
 def test_a_lease_fits_the_parts_that_decide_most() -> None:
