@@ -5,6 +5,7 @@ other layouts.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,15 +211,30 @@ def test_learning_happens(outcomes: dict[str, Outcome]) -> None:
     )
 
 
+def run_all_eagerly(rank: int, run_dir: Path, folder: Path, jobs: list[Job]) -> list[Outcome]:
+    """The same without torch.compile, which the update of torchao asks for."""
+    with torch.compiler.set_stance("force_eager"):
+        return run_all(rank, run_dir, folder, jobs)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-@pytest.mark.nightly  # compiles for half a minute; the others resume always
-def test_8_bit_adamw_resumes_exactly(tiny_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(run_all_eagerly, id="eager"),
+        # compiles for half a minute
+        pytest.param(run_all, id="compiled", marks=pytest.mark.nightly),
+    ],
+)
+def test_8_bit_adamw_resumes_exactly(
+    run: Callable[..., list[Outcome]], tiny_run: Path, tmp_path: Path
+) -> None:
     jobs = [
         Job("adamw8bit", save_to="it"),
         Job("adamw8bit", resume_from="it"),
         Job("adamw8bit", resume_from="it", forgets=True),
     ]
-    whole, resumed, forgetful = run_ranks(run_all, 1, tiny_run, tmp_path, jobs)[0]
+    whole, resumed, forgetful = run_ranks(run, 1, tiny_run, tmp_path, jobs)[0]
     assert resumed.results == whole.results[SAVED_AT:]
     assert same_bits(resumed.last, whole.last)
     assert not same_bits(forgetful.last, whole.last)
