@@ -129,7 +129,7 @@ def _has_same_content(key: str, config: Config, paths: RunPaths) -> bool:
     try:
         if key == "model.hf":
             note = read_object(paths.weights / NOTE, "", {"fingerprint": str})
-            return bool(note["fingerprint"] == fingerprint_hf(paths.hf))
+            return bool(note["fingerprint"] == fingerprint_hf(paths.hf, config.model.ignore_keys))
         if key == "model.gguf" and config.model.gguf:
             stamp = read_object(paths.hf / STAMP, "", {"sha256": str})
             return bool(stamp["sha256"] == file_sha256(Path(config.model.gguf).expanduser()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -69,16 +69,13 @@ def apply_masks(
     places = _fitting_places(hf_model, given)
     if isinstance(given, MaskSet):
         given.verify()
-    place = places[0]
     if isinstance(given, MaskSet) and check_fingerprint:
-        known = [found for found in places if _is_base(hf_model, found, given)]
-        if not known and not any(_is_applied(found, given) for found in places):
-            _refuse_base(hf_model, place, given)
-        place = next(iter(known), place)
-    elif len(places) > 1:
+        places = _places_of_base(hf_model, places, given)
+    if len(places) > 1:
         prefixes = " and ".join(repr(found.prefix) for found in places)
         fix = "Pass the part of the model that the masks belong to, as model.language_model."
         raise ArtifactError(_name(given), f"fits several parts of the model: {prefixes}", fix)
+    (place,) = places
     _check_sharing(hf_model, place, given)
     with torch.no_grad():
         for name, mask_OI in _items(given):
@@ -96,6 +93,7 @@ def masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
 
 
 Given = MaskSet | Mapping[str, Tensor]
+Obstacle = tuple[str, str]  # a predicate for the mask file, and the fix
 
 
 def _masks(masks: Any) -> Given:
@@ -122,17 +120,19 @@ def _shapes(given: Given) -> dict[str, tuple[int, ...]]:
 
 
 def _fitting_places(model: nn.Module, given: Given) -> list[Place]:
-    """The places of the model where every mask finds a linear of its shape that can be written.
+    """The places of the model where every mask finds a linear of its shape, of which at least one
+    can be written.
 
     Raises:
         ArtifactError: there is none; the message says what the model has in that place.
     """
     path, shapes = _name(given), _shapes(given)
     places = find_places(model, shapes)
-    targets = places[0].targets if places else {}
-    for name, module in targets.items():
-        if found := obstacle(model, name, module):
-            raise ArtifactError(path, *found)
+    found = [_obstacle(model, place.targets) for place in places]
+    if found and all(found):
+        _refuse_obstacle(path, found)
+    free = (place for place, problem in zip(places, found, strict=True) if not problem)
+    targets = next((place.targets for place in free), {})  # the places are alike in what they have
     missing = [name for name in shapes if name not in targets]
     here = {name: tuple(weight_OI(module).shape) for name, module in targets.items()}
     near = nearest(model, missing[0]) if missing else ""
@@ -140,15 +140,46 @@ def _fitting_places(model: nn.Module, given: Given) -> list[Place]:
     return places
 
 
+def _places_of_base(model: nn.Module, places: list[Place], masks: MaskSet) -> list[Place]:
+    """The places whose weights are those that the masks were made for, pruned already or not.
+
+    Raises:
+        ArtifactError: there is none; the message says what is in the way of it.
+    """
+    found = [_obstacle(model, place.targets) for place in places]
+    free = [place for place, problem in zip(places, found, strict=True) if not problem]
+    fitting = [one for one in free if _is_base(model, one, masks) or _is_applied(one, masks)]
+    if not fitting:
+        _refuse_obstacle(masks.path, found)  # the base may be where nothing can be compared
+        _refuse_base(model, free[0], masks)
+    return fitting
+
+
+def _obstacle(model: nn.Module, linears: Mapping[str, nn.Module]) -> Obstacle | None:
+    """What is in the way of the first linear that cannot be written; None where all can."""
+    found = (obstacle(model, name, linear) for name, linear in linears.items())
+    return next(filter(None, found), None)
+
+
+def _refuse_obstacle(path: Path | str, found: Iterable[Obstacle | None]) -> None:
+    """Raise the first of the obstacles as an ArtifactError, if there is one."""
+    if first := next(filter(None, found), None):
+        raise ArtifactError(path, *first)
+
+
 def _is_base(model: nn.Module, place: Place, masks: MaskSet) -> bool:
     """Whether the weights are those that the masks were made for.
 
     A fingerprint covers all linears of the text model. Where a larger model adds linears of its
-    own, those of the masks alone, or those outside the head, may be what was covered.
+    own, those of the masks alone may be what was covered, or those of the whole model outside its
+    head. The last tells nothing of a place whose linears have other names in the model than in the
+    masks.
     """
     own = {name: module for name, module in place.targets.items() if is_linear(module)}
-    for linears in (place.base, own, model_linears(model)):
-        if any(obstacle(model, name, linear) for name, linear in linears.items()):
+    whole = model_linears(model)
+    is_named_so = all(whole.get(name) is module for name, module in place.targets.items())
+    for linears in (place.base, own, *([whole] if is_named_so else [])):
+        if _obstacle(model, linears):
             continue
         shapes = {name: tuple(weight_OI(linear).shape) for name, linear in linears.items()}
         if fingerprint(shapes, _rows(linears)) in masks.fingerprints:
@@ -172,9 +203,7 @@ def _refuse_base(model: nn.Module, place: Place, masks: MaskSet) -> NoReturn:
         problem = f"was made for the weights without the adapter that is merged into {adapter}"
         fix = "Call model.unmerge_adapter() first, and merge the adapter after."
         raise ArtifactError(masks.path, problem, fix)
-    for name, module in place.base.items():
-        if found := obstacle(model, name, module):
-            raise ArtifactError(masks.path, *found)
+    _refuse_obstacle(masks.path, [_obstacle(model, place.base)])
     dtypes = sorted({str(weight_OI(module).dtype) for module in place.targets.values()})
     held = ", ".join(dtype.removeprefix("torch.") for dtype in dtypes)
     if "torch.float16" in dtypes and len(masks.fingerprints) == 1:

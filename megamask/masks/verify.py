@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megamask.config import Config
 from megamask.config.changed import CHANGES, read_changes
 from megamask.errors import printable
-from megamask.masks.arguments import as_path
+from megamask.masks.arguments import as_path, as_texts
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
 from megamask.weights.architecture import read_architecture
@@ -28,22 +28,27 @@ def configured_masks(config: Config) -> MaskSet | None:
     return open_masks(config.export.mask or "learned", config)
 
 
-def verify(path: Path | str, hf_dir: Path | str | None = None) -> MaskSet:
+def verify(
+    path: Path | str, hf_dir: Path | str | None = None, ignore_keys: Sequence[str] = ()
+) -> MaskSet:
     """Open a mask file and check it strictly: every mask is decoded, and names, shapes and
     fingerprint are compared with a model.
 
     Args:
         path: the mask file.
         hf_dir: Hugging Face folder of the model; None compares with no model.
+        ignore_keys: keys of its config.json that are unknown and may be ignored, as
+            ``model.ignore_keys``.
 
     Raises:
-        ArgumentError: an argument is no path.
+        ArgumentError: an argument has another type.
         ArtifactError: the file is missing or torn, or a mask does not fit the model.
     """
     file = as_path("verify: path", path)
     folder = None if hf_dir is None else as_path("verify: hf_dir", hf_dir)
+    ignored = as_texts("verify: ignore_keys", ignore_keys)
     masks = load_masks(file)
-    check_strictly(masks, folder)
+    check_strictly(masks, folder, ignored)
     return masks
 
 

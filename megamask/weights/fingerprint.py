@@ -104,9 +104,14 @@ def fingerprints_hf(hf_dir: Path, ignore_keys: Collection[str] = ()) -> Fingerpr
 
 def fingerprint_model(model: nn.Module) -> str:
     """Fingerprint of a transformers model in memory, over all its linears except the head."""
+    return fingerprints_model(model).exact
+
+
+def fingerprints_model(model: nn.Module) -> Fingerprints:
+    """As ``fingerprint_model``, with the fingerprints of the copies in fp16."""
     linears = model_linears(model)
     shapes = {name: tuple(weight_OI(linear).shape) for name, linear in linears.items()}
-    return fingerprint(shapes, lambda name, index: weight_OI(linears[name])[index])
+    return fingerprints(shapes, lambda name, index: weight_OI(linears[name])[index])
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megamask import pipeline as stages
+
 REPO = Path(__file__).resolve().parents[2]
 RECIPE = REPO / "configs" / "recipes" / "quickstart.yaml"
 
@@ -106,6 +108,28 @@ def test_a_moved_folder_is_the_same_run(tmp_path: Path) -> None:
     assert ask(new, "check", settings=("model.gguf=other.gguf",)).returncode == 2
 
 
+def test_a_moved_model_with_an_ignored_key_is_the_same_model(tmp_path: Path) -> None:
+    from megamask.config import load_config, run_paths
+    from megamask.safe_checkpoint import NOTE
+    from megamask.weights.fingerprint import fingerprint_hf
+    from tests.e2e.conftest import make_model
+
+    model = make_model(tmp_path / "model", seed=0)
+    described = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**described, "my_note": 3}))
+    words = [f"run_dir={tmp_path}", "model.ignore_keys=[my_note]"]
+    before = load_config(RECIPE, [*words, f"model.hf={model}"])
+    paths = run_paths(before)
+    paths.weights.mkdir(parents=True)
+    (paths.weights / NOTE).write_text(
+        json.dumps({"fingerprint": fingerprint_hf(model, ["my_note"])})
+    )
+    stages.record("convert", 1.0, 0, before, paths)
+    now = load_config(RECIPE, [*words, f"model.hf={model.rename(tmp_path / 'moved')}"])
+    assert stages.changes("convert", now, run_paths(now)) == {}
+    stages.check(now, run_paths(now))
+
+
 def test_seconds_are_merged_and_interrupted_attempts_count(tmp_path: Path) -> None:
     for stage, seconds, code in (
         ("prune", 10, 0),
@@ -118,7 +142,6 @@ def test_seconds_are_merged_and_interrupted_attempts_count(tmp_path: Path) -> No
 
 
 def test_the_stages_are_verbs() -> None:
-    from megamask import pipeline as stages
     from megamask.config import load_config, run_paths
     from megamask.config.deciding import deciding_settings
     from megamask.verbs.table import VERBS

@@ -69,7 +69,7 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             megamask.apply_masks,
             {"hf_model": model, "masks": path, "check_fingerprint": True},
         ),
-        "verify": (megamask.verify, {"path": path, "hf_dir": folder / "hf"}),
+        "verify": (megamask.verify, {"path": path, "hf_dir": folder / "hf", "ignore_keys": ()}),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,11 @@ def test_inspect_prints_what_is_in_the_file(
         "belongs to",
     ):
         assert fact in out
+    described = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**described, "my_note": 3}))
+    with pytest.raises(ConfigError, match=r"model\.ignore_keys=\[my_note\]"):
+        verify(tmp_path / "masks" / "learned.safetensors", tmp_path / "hf")
+    verify(tmp_path / "masks" / "learned.safetensors", tmp_path / "hf", ["my_note"])
     tiny_model(seed=1).save_pretrained(tmp_path / "hf")
     with pytest.raises(ArtifactError, match="another base model"):
         verify(tmp_path / "masks" / "learned.safetensors", tmp_path / "hf")

@@ -18,7 +18,7 @@ from megamask.errors import ArtifactError
 from megamask.masks.file import load_masks, save_masks
 from megamask.masks.held_model import layers_root, plain_names
 from megamask.sparsity.pattern import Pattern
-from megamask.weights.fingerprint import fingerprint_model, fingerprints, model_linears
+from megamask.weights.fingerprint import fingerprint_model, fingerprints_model, model_linears
 from tests.unit.masks.test_apply import tiny_model
 
 P24 = Pattern(2, 4)
@@ -40,8 +40,7 @@ def path(dense: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> P
         for name, linear in linears.items()
         if "layers.1.mlp" not in name
     }
-    shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
-    found = fingerprints(shapes, lambda name, row: linears[name].weight[row])
+    found = fingerprints_model(dense)
     assert found.exact == fingerprint_model(dense) and len(found.float16) == 1
     save_masks(
         file,
@@ -306,7 +305,7 @@ def test_an_offloaded_model_is_refused_by_name(dense: LlamaForCausalLM, path: Pa
     from accelerate import cpu_offload
 
     model = cpu_offload(copy.deepcopy(dense), torch.device("cpu"))
-    with pytest.raises(ArtifactError, match=r"offloaded to CPU or disk.*megamask|verb export"):
+    with pytest.raises(ArtifactError, match=r"offloaded to CPU or disk.*verb export"):
         megamask.apply_masks(model, path)
 
 
@@ -346,6 +345,72 @@ def test_a_plain_mapping_is_applied(dense: LlamaForCausalLM, path: Path) -> None
     two = Holder(vision=copy.deepcopy(dense).model, text=copy.deepcopy(dense).model)
     with pytest.raises(ArtifactError, match="fits several parts of the model: 'text.' and 'vision"):
         megamask.apply_masks(two, dict(load_masks(path)))
+
+
+def test_two_copies_of_the_base_are_refused_before_and_after_one_is_pruned(
+    dense: LlamaForCausalLM, path: Path
+) -> None:
+    holder = Holder(actor=copy.deepcopy(dense), ref=copy.deepcopy(dense))
+    for pruned in (None, holder.ref):
+        if pruned is not None:
+            megamask.apply_masks(pruned, path)
+        before = {name: parameter.clone() for name, parameter in holder.named_parameters()}
+        with pytest.raises(ArtifactError, match=r"several parts.*'actor\.model\.' and 'ref\."):
+            megamask.apply_masks(holder, path)
+        assert all(torch.equal(now, before[name]) for name, now in holder.named_parameters())
+    # without a fingerprint, the part that cannot be written may be the one that is meant
+    one = Holder(a=copy.deepcopy(dense).to("meta"), b=copy.deepcopy(dense))
+    with pytest.raises(ArtifactError, match=r"several parts.*'a\.model\.' and 'b\."):
+        megamask.apply_masks(one, path, check_fingerprint=False)
+
+
+@pytest.mark.parametrize("first", ["another model", "on the meta device"])
+def test_a_part_that_sorts_first_is_left_alone_at_every_call(
+    dense: LlamaForCausalLM, path: Path, first: str
+) -> None:
+    """A second call finds no dense base: the part with zeros in all pruned places is the one."""
+    tower = tiny_model(seed=5, num_hidden_layers=2).to(torch.bfloat16)
+    before = copy.deepcopy(tower).model
+    if first == "on the meta device":
+        tower.to("meta")
+    language_model = copy.deepcopy(dense).model
+    model = Holder(a=tower.model, language_model=language_model)
+    for _ in range(2):
+        megamask.apply_masks(model, path)
+        text = copy.deepcopy(dense)
+        megamask.apply_masks(text, path)
+        expected = dict(text.model.named_parameters())
+        held = dict(language_model.named_parameters())
+        assert all(torch.equal(held[name], expected[name]) for name in expected)
+        if first == "another model":
+            now = dict(tower.model.named_parameters())
+            assert all(torch.equal(now[name], one) for name, one in before.named_parameters())
+    with torch.no_grad():
+        language_model.layers[0].mlp.up_proj.weight.add_(1)
+    refused = "meta device" if "meta" in first else "another base model"
+    with pytest.raises(ArtifactError, match=refused):
+        megamask.apply_masks(model, path)
+
+
+def test_a_fingerprint_of_the_whole_model_leaves_the_choice_to_the_names(
+    dense: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """A recipe of one's own may cover the linears of all parts, under their names in the whole."""
+    first = copy.deepcopy(dense).model
+    model = Holder(a=first, b=copy.deepcopy(dense).model)
+    masks = {
+        name: P24.best(linear.weight.abs())
+        for name, linear in model_linears(model).items()
+        if name.startswith("b.")
+    }
+    found = fingerprints_model(model)
+    file = tmp_path / "m.safetensors"
+    save_masks(file, masks, "2:4", fingerprint=found.exact, method="mine")
+    before = {name: one.clone() for name, one in first.named_parameters()}
+    megamask.apply_masks(model, file)
+    assert all(torch.equal(now, before[name]) for name, now in first.named_parameters())
+    for name, linear in model_linears(model).items():
+        assert name not in masks or not linear.weight[~masks[name]].any()
 
 
 def test_names_that_are_not_there_are_told_with_their_likes(path: Path) -> None:
