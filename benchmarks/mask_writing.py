@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.common import Work, interleave, parser, report, table
 from megamask.masks import codec
+from megamask.masks.header import Facts
 from megamask.masks.save import save_codes
 from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
@@ -75,8 +76,7 @@ def measure(kind: str, options: Any, folder: Path) -> dict[str, Any]:
             ((one, codes) for one in shapes),
             index_of,
             pattern,
-            fingerprint="f" * 64,
-            method="learned",
+            Facts("f" * 64, "learned"),
         )
 
     sides: dict[str, Work] = {

@@ -13,6 +13,7 @@ from megamask.data.blend import blend_weights
 from megamask.errors import MegamaskError
 from megamask.learn.masked_model import MaskedModel
 from megamask.masks.file import load_masks
+from megamask.masks.header import Facts
 from megamask.masks.save import save_codes
 from megamask.model.mask_shards import gather_codes, hf_shapes
 from megamask.parallel.mesh import Mesh
@@ -40,17 +41,20 @@ def save_learned_mask(
     codes = gather_codes(codes_of, arch, mesh)
     if mesh.is_main:
         (distribution,) = distributions
+        facts = Facts(
+            masked_model.fingerprint,
+            "learned",
+            data=dict(data),
+            evaluation=dict(evaluation),
+            float16_fingerprints=masked_model.float16_fingerprints,
+        )
         save_codes(
             path,
             hf_shapes(linears, arch),
             codes,
             partial(distribution.index_of, pattern=pattern),
             pattern,
-            fingerprint=masked_model.fingerprint,
-            method="learned",
-            data=dict(data),
-            evaluation=dict(evaluation),
-            float16_fingerprints=masked_model.float16_fingerprints,
+            facts,
         )
     for _ in codes:
         pass  # the other ranks take part in gathering

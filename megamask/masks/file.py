@@ -38,7 +38,7 @@ from megamask.masks.arguments import (
     as_texts,
     checked_masks,
 )
-from megamask.masks.header import FIX, UPDATED, read_header
+from megamask.masks.header import FIX, UPDATED, Facts, read_header
 from megamask.masks.save import save_words
 from megamask.masks.shapes_fit import check_shapes
 from megamask.sparsity.pattern import Pattern
@@ -231,18 +231,8 @@ def save_masks(
             raise ArgumentError(f"save_masks: masks[{name!r}]", mask_OI, allowed) from None
         shapes[name] = tuple(mask_OI.shape)
     require_writable(file.parent, "the path")
-    save_words(
-        file,
-        shapes,
-        packed.items(),
-        pattern,
-        fingerprint=fingerprint,
-        method=method,
-        data=data,
-        evaluation=evaluation,
-        updated_weights=updated_weights,
-        float16_fingerprints=copies,
-    )
+    facts = Facts(fingerprint, method, data, evaluation, updated_weights, copies)
+    save_words(file, shapes, packed.items(), pattern, facts)
 
 
 def load_masks(path: Path | str) -> MaskSet:

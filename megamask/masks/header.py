@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,27 @@ FORMAT_VERSION = 1
 AXIS = "in_features"
 UPDATED = "updated"  # the header of masks that belong to weights of their own
 FIX = "Make the mask file again, or copy it again from where it came."
-FACTS: dict[str, type] = {
+REQUIRED: dict[str, type] = {
     "pattern": str,
     "fingerprint": str,
     "method": str,
     "tensors": dict,
     "megamask": str,
 }
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a header says beside the masks; the arguments of ``masks.file.save_masks`` of these
+    names.
+    """
+
+    fingerprint: str
+    method: str
+    data: Any = None
+    evaluation: Any = None
+    updated_weights: bool = False
+    float16_fingerprints: Sequence[str] = ()
 
 
 def read_header(path: Path, text: str | None) -> dict[str, Any]:
@@ -58,7 +74,7 @@ def read_header(path: Path, text: str | None) -> dict[str, Any]:
             raise ArtifactError(
                 path, f"has {key} {meta.get(key)!r}, this megamask reads {value!r}", FIX
             )
-    if problem := lacks(meta, FACTS):
+    if problem := lacks(meta, REQUIRED):
         raise ArtifactError(path, f"{problem}, in its header", FIX)
     for name, about in meta["tensors"].items():
         if problem := lacks(about, {"shape": list, "sha256": str}, f"tensors.{name}"):

@@ -6,7 +6,7 @@ Shapes: O out_features, I in_features, G groups per row.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from megamask import __version__
 from megamask.masks import codec
 from megamask.masks.container import write_words
-from megamask.masks.header import AXIS, FORMAT_VERSION, UPDATED, header_digest, plain
+from megamask.masks.header import AXIS, FORMAT_VERSION, UPDATED, Facts, header_digest, plain
 from megamask.sparsity.pattern import CANDIDATE_ORDER, Pattern
 
 
@@ -25,7 +25,7 @@ def save_codes(
     codes: Iterable[tuple[str, Tensor]],
     index_of: Callable[[Tensor], Any],
     pattern: Pattern,
-    **facts: Any,
+    facts: Facts,
 ) -> None:
     """Write a mask file atomically, with the codes of one linear in memory at a time.
 
@@ -36,14 +36,14 @@ def save_codes(
             any order.
         index_of: candidate indices of such numbers.
         pattern: the pattern of every mask.
-        facts: of the header, as ``save_words`` takes them.
+        facts: of the header.
 
     Raises:
         ValueError: a number is none of the pattern.
     """
     base = pattern.num_candidates
     words = ((name, codec.pack(numbers, base, index_of)) for name, numbers in codes)
-    save_words(path, shapes, words, pattern, **facts)
+    save_words(path, shapes, words, pattern, facts)
 
 
 def save_words(
@@ -51,13 +51,7 @@ def save_words(
     shapes: Mapping[str, tuple[int, ...]],
     words: Iterable[tuple[str, codec.Words]],
     pattern: Pattern,
-    *,
-    fingerprint: str,
-    method: str,
-    data: Any = None,
-    evaluation: Any = None,
-    updated_weights: bool = False,
-    float16_fingerprints: Sequence[str] = (),
+    facts: Facts,
 ) -> None:
     """Write a mask file atomically.
 
@@ -65,26 +59,27 @@ def save_words(
         path: the file.
         shapes: HF module name -> (O, I) of every mask, in the order of the header.
         words: HF module name and packed indices of every mask, in any order.
-        pattern, fingerprint, method, data, evaluation, updated_weights, float16_fingerprints: as
-            for ``masks.file.save_masks``.
+        pattern: the pattern of every mask.
+        facts: of the header.
     """
     counts = {
         name: codec.num_words(rows * (columns // pattern.m), pattern.num_candidates)
         for name, (rows, columns) in shapes.items()
     }
+    copies = list(facts.float16_fingerprints)
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "megamask": __version__,
         "pattern": str(pattern),
         "candidate_order": CANDIDATE_ORDER,
         "axis": AXIS,
-        "fingerprint": fingerprint,
-        "method": method,
-        "data": plain("data", data),
-        "evaluation": plain("evaluation", evaluation),
+        "fingerprint": facts.fingerprint,
+        "method": facts.method,
+        "data": plain("data", facts.data),
+        "evaluation": plain("evaluation", facts.evaluation),
         "tensors": {},
-        **({"weights": UPDATED} if updated_weights else {}),
-        **({"float16_fingerprints": list(float16_fingerprints)} if float16_fingerprints else {}),
+        **({"weights": UPDATED} if facts.updated_weights else {}),
+        **({"float16_fingerprints": copies} if copies else {}),
     }
 
     def metadata(digests: Mapping[str, str]) -> str:

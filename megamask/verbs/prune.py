@@ -17,6 +17,7 @@ from megamask.config import Config, run_paths
 from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.errors import ConfigError, MegamaskError
 from megamask.masks.file import load_masks
+from megamask.masks.header import Facts
 from megamask.masks.save import save_codes
 from megamask.model.build import build_model, masked_linears, padded_vocab
 from megamask.model.checkpoint import (
@@ -198,6 +199,13 @@ def write_masks(
     }
     if raised_damp:
         data["raised_damp"] = raised_damp
+    facts = Facts(
+        made_from["fingerprint"],
+        method,
+        data=data,
+        updated_weights=CRITERIA[method].updates_weight,
+        float16_fingerprints=copies,
+    )
     path = run_paths(job.config).mask(method)
     save_codes(
         path,
@@ -205,11 +213,7 @@ def write_masks(
         bits,
         job.pattern.index_of_bits,
         job.pattern,
-        fingerprint=made_from["fingerprint"],
-        method=method,
-        data=data,
-        updated_weights=CRITERIA[method].updates_weight,
-        float16_fingerprints=copies,
+        facts,
     )
     log.info("wrote %s, %.1f s", path, seconds)
 
