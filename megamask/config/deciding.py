@@ -17,10 +17,9 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from pydantic import BaseModel
-
+from megamask.config.describe import leaves
 from megamask.config.nested import flatten
-from megamask.config.section import Role, role_of
+from megamask.config.section import Role
 from megamask.config.tree import Config
 
 RUN = "{run_dir}"  # stands for the run folder in paths below it
@@ -49,6 +48,9 @@ LEARN = (
     "data.bos",
     "learn",
 )
+# Settings whose default is not what was done before there was the setting. Where a note does not
+# name one, the artefact itself tells: the shards say whether their documents begin with a BOS.
+TOLD_BY_ARTEFACTS = ("data.bos",)
 EXPORT = ("export",)
 EVALUATE = ("dtype", "evaluate")
 
@@ -91,6 +93,7 @@ def changes(
         key: (there.get(key), here.get(key))
         for key in sorted(here.keys() | there.keys())
         if key not in ignored
+        and (key in before or key not in TOLD_BY_ARTEFACTS)
         and _spelled(here.get(key), now.run_dir) != _spelled(there.get(key), now.run_dir)
     }
 
@@ -104,17 +107,7 @@ def free_settings() -> tuple[str, ...]:
 @cache
 def settings_of_role(role: Role) -> tuple[str, ...]:
     """Dotted keys of the settings with ``role``."""
-    return tuple(_of_role(role, Config, ""))
-
-
-def _of_role(role: Role, section: type[BaseModel], prefix: str) -> list[str]:
-    found: list[str] = []
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += _of_role(role, field.annotation, f"{prefix}{name}.")
-        elif role_of(section, name) == role:
-            found.append(f"{prefix}{name}")
-    return found
+    return tuple(leaf.key for leaf in leaves() if leaf.role == role)
 
 
 def _is_below(key: str, sections: Sequence[str]) -> bool:

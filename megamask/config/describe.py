@@ -74,10 +74,15 @@ def groups(prefixes: Sequence[str] = ()) -> list[Group]:
     """
     found = []
     for group in _groups(Config, ""):
-        leaves = tuple(leaf for leaf in group.leaves if not prefixes or _at(leaf.key, prefixes))
-        if leaves:
-            found.append(Group(group.key, group.about, leaves))
+        own = tuple(leaf for leaf in group.leaves if not prefixes or _at(leaf.key, prefixes))
+        if own:
+            found.append(Group(group.key, group.about, own))
     return found
+
+
+def leaves() -> list[Leaf]:
+    """All settings, in the order of the groups."""
+    return [leaf for group in groups() for leaf in group.leaves]
 
 
 def range_of(key: str) -> str:
@@ -86,8 +91,7 @@ def range_of(key: str) -> str:
     Args:
         key: dotted; below a mapping such as ``data.blend``, also the name of an entry.
     """
-    leaves = [leaf for group in groups() for leaf in group.leaves]
-    found = (leaf.allowed.removeprefix("name: ") for leaf in leaves if _at(key, [leaf.key]))
+    found = (leaf.allowed.removeprefix("name: ") for leaf in leaves() if _at(key, [leaf.key]))
     return next(found, "")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megamask.config.presets import NAMED
 from megamask.config.section import (
     Batch,
     Below1,
@@ -225,8 +226,6 @@ class LearnSection(Section):
     snapshot: SnapshotSection = SnapshotSection()
     monitor: MonitorSection = MonitorSection()
 
-    NAMED: ClassVar = ("preset", "memory", "method")
-
     def model_copy(
         self: LearnSection, *, update: Mapping[str, Any] | None = None, deep: bool = False
     ) -> LearnSection:
@@ -236,9 +235,9 @@ class LearnSection(Section):
         Raises:
             ConfigError: a named setting in the place of another, whose settings would stay.
         """
-        for name in self.NAMED:
+        for name, known in NAMED.items():
             former, now = getattr(self, name), (update or {}).get(name, getattr(self, name))
-            if former not in (now, type(self).model_fields[name].default):
+            if former != now and known.get(former):
                 raise ConfigError(
                     f"learn.{name}",
                     now,

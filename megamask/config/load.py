@@ -165,21 +165,8 @@ def _suggest(location: tuple[int | str, ...]) -> str:
     near = difflib.get_close_matches(parts[-1], names, n=1)
     if near:
         return f"Did you mean {'.'.join(filter(None, [prefix, near[0]]))}?"
-    everywhere = dict.fromkeys(leaf_keys(Config))
-    by_leaf = {key.rsplit(".", 1)[-1]: key for key in everywhere}
+    by_leaf = {leaf.key.rsplit(".", 1)[-1]: leaf.key for leaf in describe.leaves()}
     near = difflib.get_close_matches(parts[-1], list(by_leaf), n=1)
     if near:
         return f"Did you mean {by_leaf[near[0]]}?"
     return f"{prefix or 'The top level'} has: {', '.join(names)}."
-
-
-def leaf_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys of a section, in order."""
-    keys: list[str] = []
-    for name, field in section.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            keys += leaf_keys(annotation, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys

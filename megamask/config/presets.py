@@ -86,6 +86,8 @@ LEANEST: dict[str, Any] = {
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {"maskpro": {"learn": _MASKPRO_SAMPLING}}
 PRESETS: dict[str, dict[str, Any]] = {"best": BEST, "maskllm": MASKLLM, "maskpro": MASKPRO}
 MEMORIES: dict[str, dict[str, Any]] = {"default": {}, "lean": LEAN, "leanest": LEANEST}
+# setting of learn -> its names -> what a name stands for; a later setting lies above an earlier
+NAMED = {"method": METHOD_SETTINGS, "preset": PRESETS, "memory": MEMORIES}
 
 
 def layered(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def named_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     whole: dict[str, Any] = {}
     learn = given.get("learn")
-    for key, known in (("method", METHOD_SETTINGS), ("preset", PRESETS), ("memory", MEMORIES)):
+    for key, known in NAMED.items():
         name = learn.get(key) if isinstance(learn, dict) else None
         merge(whole, known.get(name, {}) if isinstance(name, str) else {})
     return whole

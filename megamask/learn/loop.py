@@ -64,7 +64,9 @@ class Run:
             paths.learn, config, learn.steps, tokens, mesh.is_main, self.progress.step
         )
         if mesh.is_main:
-            write_provenance(paths.learn, config, self.snapshots.changes)
+            # A start that learns no step leaves what the steps were learned with.
+            if self.progress.step < learn.steps or not (paths.learn / "config.yaml").exists():
+                write_provenance(paths.learn, config, self.snapshots.changes)
             for line in banner(config, self.masked_model, mesh):
                 self.monitor.note(line)
 

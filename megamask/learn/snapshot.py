@@ -22,8 +22,8 @@ from megamask.learn.learner import Learner
 from megamask.learn.masked_model import MaskedModel
 from megamask.learn.methods import find_method
 from megamask.learn.preflight import settings_without_effect
-from megamask.learn.snapshot_steps import snapshot_steps
 from megamask.leftovers import remove_leftovers
+from megamask.masks.snapshot_steps import snapshot_path, snapshot_steps
 from megamask.model.background_save import BackgroundSave
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
@@ -34,6 +34,7 @@ from megamask.safe_checkpoint import NOTE
 log = logging.getLogger(__name__)
 LAUNCH = "MEGAMASK_LAUNCH"  # variable: the name of all starts of a job, or of one torchrun
 STARTED_OVER = "started-over.json"  # the launch that put the snapshots of the run before aside
+STEPS = "learn.steps"
 MODEL_PATHS = ("model.hf", "model.gguf")  # the fingerprint stands for their content
 
 
@@ -107,7 +108,7 @@ class Snapshots:
         self.background.start(state, self._path(progress), note, self._delete_old)
 
     def _path(self, progress: Progress) -> Path:
-        return self.folder / f"step-{progress.step:08d}"
+        return snapshot_path(self.folder, progress.step)
 
     def _note(self, progress: Progress) -> dict[str, Any]:
         return {
@@ -122,7 +123,7 @@ class Snapshots:
 
     def _delete_old(self) -> None:
         for old in self.steps()[: -self.config.learn.snapshot.keep]:
-            shutil.rmtree(self.folder / f"step-{old:08d}")
+            shutil.rmtree(snapshot_path(self.folder, old))
 
     def restore(self) -> Progress:
         """Load the newest snapshot into logits and optimizer; a fresh Progress when there is none.
@@ -133,10 +134,11 @@ class Snapshots:
         variable MEGAMASK_LAUNCH, and a start without a name is a launch of its own.
 
         Settings that every step reads anew may differ: the log warns, and ``changes`` records each
-        change.
+        change. Where all steps were learned already, no step is left that could read them: fewer
+        steps change nothing, and every other change is refused.
 
         Raises:
-            ConfigError: the snapshot was made under other settings.
+            ConfigError: the snapshot was made under other settings, or nothing would read a change.
             ArtifactError: it is torn, or belongs to another model, text, tokenizer or prior.
         """
         newest = self.newest()
@@ -145,7 +147,7 @@ class Snapshots:
             return Progress()
         if newest is None:
             return Progress()
-        path = self.folder / f"step-{newest:08d}"
+        path = snapshot_path(self.folder, newest)
         fix = f"Delete {path} to resume from the one before, or all of {self.folder} to start over."
         required = {"progress": dict, "fingerprint": str, "settings": dict}
         note = storage.read_object(path / NOTE, fix, required)
@@ -216,7 +218,7 @@ class Snapshots:
         """Check that the snapshot is of this model, these settings and this text.
 
         The notes of version 0.1.0 hold no digests of text, tokenizer and prior: their paths are
-        compared in the place of the content.
+        compared in the place of the content. Notes without ``data.bos`` are of text without BOS.
         """
         if note["fingerprint"] != self.masked_model.fingerprint:
             raise ArtifactError(
@@ -232,27 +234,46 @@ class Snapshots:
             fix = "Set it back, use another run_dir, or start over with learn.resume=false."
             allowed = f"the run in {path.parent} was started with {before!r}"
             raise ConfigError(key, now, allowed, fix)
-        if content is not None and self.content is not None:
+        if self.content is None:
+            return
+        if "data.bos" not in there:
+            self.content.check_without_bos(path, self.config)
+        if content is not None:
             self.content.check_same(content, path, self.config)
 
     def _differences(self, there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         return changes(there, self.config, LEARN, settings_without_effect(self.config.learn))
 
     def _changed(self, there: dict[str, Any], step: int) -> list[Changed]:
-        """The settings that change with this start, each said in the log."""
-        found = [
-            Changed(step, utc_now(), key, before, now)
-            for key, (before, now) in self._differences(there).items()
+        """The settings that change with this start, each said in the log.
+
+        Raises:
+            ConfigError: a setting differs, and all steps were learned already.
+        """
+        differing = {
+            key: values
+            for key, values in self._differences(there).items()
             if key in settings_of_role("each step")
+        }
+        steps = self.config.learn.steps
+        if step >= steps:
+            for key, (before, now) in differing.items():
+                if key != STEPS:
+                    allowed = f"all {step} steps were learned with {before!r}"
+                    fix = f"Set it back, or raise {STEPS} above {step} to go on with {now!r}."
+                    raise ConfigError(key, now, allowed, fix)
+            return []
+        found = [
+            Changed(step, utc_now(), key, before, now) for key, (before, now) in differing.items()
         ]
         if self.mesh.is_main:
             for one in found:
                 log.warning("changed for this run: %s", one)
-            if any(one.setting == "learn.steps" for one in found) and step:
+            if STEPS in differing and step:
                 log.warning(
                     "the learning rate, kappa, tau and the weight-norm term are functions of step "
                     "/ learn.steps: from step %d on they are those of a run of %d steps",
                     step,
-                    self.config.learn.steps,
+                    steps,
                 )
         return found

@@ -9,7 +9,6 @@ Shapes: O out_features, I in_features, L logits a group, G groups per row.
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from megamask.config.legacy import upgrade_note
 from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
+from megamask.masks.snapshot_steps import snapshot_path, snapshot_step, snapshot_steps
 from megamask.safe_checkpoint import NOTE, read_index, reason_of
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.distributions import DISTRIBUTIONS
@@ -39,7 +39,6 @@ from megamask.weights.rule import Rule
 BLEND = "data.blend."
 SAMPLES, SAMPLE_BYTES = 16, 2**16  # that the digest of a snapshot reads of each file
 LOGITS = ".mask_logits"  # end of the name of a tensor of mask logits
-_STEP = re.compile(r"step-\d{8}")
 
 
 class SnapshotMasks(MaskSet):
@@ -118,9 +117,9 @@ def newest_snapshot(folder: Path) -> Path:
     Raises:
         ArtifactError: the folder holds no snapshot.
     """
-    if _STEP.fullmatch(folder.resolve().name):
+    if snapshot_step(folder.resolve()) is not None:
         return folder
-    steps = sorted(path for path in folder.glob("step-*") if _STEP.fullmatch(path.name))
+    steps = snapshot_steps(folder)
     if not steps:
         below = folder / "learn" / "snapshots"
         fix = "Name RUN/learn/snapshots (the newest), one RUN/learn/snapshots/step-NNNNNNNN"
@@ -128,7 +127,7 @@ def newest_snapshot(folder: Path) -> Path:
             fix = f"Name {below}"
         fix += ", or a mask file RUN/masks/NAME.safetensors."
         raise ArtifactError(folder, "is a folder without snapshots", fix)
-    return steps[-1]
+    return snapshot_path(folder, steps[-1])
 
 
 def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:

@@ -95,3 +95,20 @@ class Content:
             allowed = f"{snapshot} started from {'other masks' if note['prior'] else 'no prior'}"
             fix = f"Name the former prior. {AFRESH}"
             raise ConfigError("learn.prior.mask", config.learn.prior.mask, allowed, fix)
+
+    def check_without_bos(self, snapshot: Path, config: Config) -> None:
+        """Check that no document begins with a BOS, as before there was ``data.bos``.
+
+        Args:
+            snapshot: of a run from before, for messages.
+            config: the settings, which name the shards of today.
+
+        Raises:
+            ConfigError: the shards of a domain begin their documents with a BOS.
+        """
+        folder = run_paths(config).shards
+        for domain in self.text:
+            if read_shards(folder / domain).begin_with_bos:
+                allowed = f"{snapshot} was learned from {domain} without BOS"
+                fix = f"Set data.bos=false and run the verb tokenize. {AFRESH}"
+                raise ConfigError("data.bos", config.data.bos, allowed, fix)

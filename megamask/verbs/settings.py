@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 
 from megamask.config import Config, describe
-from megamask.config.load import leaf_keys
 from megamask.errors import ConfigError
 from megamask.verbs.table import SettingsArguments
 
@@ -22,7 +21,8 @@ def run(config: Config, arguments: SettingsArguments) -> None:
     prefix = arguments.prefix
     text = describe.as_text([prefix] if prefix else [])
     if not text:
-        names = [*(group.key for group in describe.groups()), *leaf_keys(Config)]
+        settings = (leaf.key for leaf in describe.leaves())
+        names = [*(group.key for group in describe.groups()), *settings]
         near = difflib.get_close_matches(str(prefix), names, n=1)
         fix = f"Did you mean {near[0]}?" if near else "Run megamask settings."
         raise ConfigError("PREFIX", prefix, "a section or a setting", fix)

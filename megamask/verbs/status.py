@@ -12,7 +12,7 @@ from megamask.errors import ArtifactError
 from megamask.launch import slurm
 from megamask.launch.launch_folder import launches
 from megamask.learn.heartbeat import NAME, Heartbeat
-from megamask.learn.snapshot_steps import snapshot_steps
+from megamask.masks.snapshot_steps import snapshot_steps
 from megamask.process.lock import writer_of
 from megamask.verbs.table import StatusArguments
 

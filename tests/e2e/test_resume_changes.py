@@ -113,10 +113,24 @@ def test_a_run_whose_loss_left_the_numbers_goes_on_at_a_lower_rate(
     assert "learn.optimizer.lr 0.05 -> 0.01 after step 2" in done.stderr
 
 
+def test_a_finished_run_keeps_what_its_steps_were_learned_with(
+    begun: Path, settings: Settings
+) -> None:
+    before = contents(begun)
+    words = [*settings(begun), *RUN, "learn.optimizer.lr=0.003"]
+    message = refusal(in_process("learn", *words))
+    assert "all 4 steps were learned with 0.02" in message and "raise learn.steps" in message
+    assert_untouched(begun, before)
+
+
 def test_fewer_steps_end_the_run_where_it_stands(run: Path, settings: Settings) -> None:
+    files = [run / "learn" / "config.yaml", run / "learn" / "versions.json"]
+    before = [file.read_bytes() for file in files]
     (run / "masks" / "learned.safetensors").unlink()
     here("learn", *settings(run), *RUN, "learn.steps=3")
-    assert load_masks(run / "masks" / "learned.safetensors").meta["evaluation"]["step"] == STEPS
+    learned = load_masks(run / "masks" / "learned.safetensors")
+    assert learned.meta["evaluation"]["step"] == STEPS and "changes" not in learned.meta["data"]
+    assert [file.read_bytes() for file in files] == before
 
 
 @pytest.mark.parametrize(
@@ -222,13 +236,18 @@ def test_moved_and_respelled_inputs_are_the_same_run(
 def test_notes_without_digests_compare_paths(
     run: Path, settings: Settings, model: Path, tmp_path: Path
 ) -> None:
-    """The notes of version 0.1.0."""
+    """The notes of version 0.1.0, which learned from text without BOS whatever the tokenizer is."""
     note = json.loads(note_of(run, STEPS).read_text())
-    del note["content"]
+    del note["content"], note["settings"]["data.bos"]
     note["settings"] = nest(note["settings"])
     note_of(run, STEPS).write_text(json.dumps(note))
     copied = shutil.copytree(model, tmp_path / "copied")
     words = [*settings(run), *RUN, "learn.steps=5"]
     message = refusal(in_process("learn", *words, f"data.tokenizer={copied}"))
     assert "data.tokenizer" in message and "was started with None" in message
+    here("tokenize", *words, "data.bos=true")
+    message = refusal(in_process("learn", *words, "data.bos=true"))
+    assert "data.bos = True" in message and "was learned from prose without BOS" in message
+    words.append("data.bos=false")
+    here("tokenize", *words)
     here("learn", *words, f"model.hf={copied}/")  # the fingerprint of a model is in every note

@@ -30,6 +30,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# Another rate from step 6 on, and the schedules of a run of 8 steps.
+CHANGED: dict[str, Any] = {"steps": 8, "optimizer": {"lr": 1e-3}}
 ONE_DRAW: dict[str, Any] = {"sampling": {"draws": "step"}}
 
 
@@ -46,13 +48,14 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a run measured at every step from ``first`` on, and its last logits by HF module
-    name.
+    """What a run measured at every step from ``first`` on, its last logits by HF module name, and
+    the settings that its resume changed.
     """
 
     first: int
     results: list[GradientResult]
     logits: dict[str, torch.Tensor]
+    changed: list[str]  # settings
 
 
 # By world size. DP = world / TP.
@@ -62,6 +65,7 @@ JOBS: dict[int, dict[str, Job]] = {
         "dp2": Job(),
         "tp2-sp": Job(tp=2, parallel={"sequence_parallel": True}),
         "tp2-resumed": Job(tp=2, resume_from="tp2"),
+        "tp2-changed": Job(tp=2, resume_from="tp2", learn=CHANGED),
     },
     4: {
         "tp4": Job(tp=4),
@@ -78,6 +82,7 @@ JOBS: dict[int, dict[str, Job]] = {
         "one-step-mlp-recompute": Job(learn=ONE_DRAW, parallel={"recompute": "mlp"}),
         "one-resumed": Job(resume_from="one"),
         "one-from-tp2": Job(resume_from="tp2"),
+        "one-changed": Job(resume_from="tp2", learn=CHANGED),
         "one-from-tp2-dp2": Job(resume_from="tp2-dp2"),
         "kappa-101": Job(learn={"sampling": {"kappa": (101.0, 500.0)}}),
     },
@@ -102,7 +107,8 @@ def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
             SAVED_AT if job.save_to else None,
             resume=job.resume_from is not None,
         )
-        return Outcome(first, results, gather_logits(masked_model, mesh))
+        changed = [one.setting for one in snapshots.changes]
+        return Outcome(first, results, gather_logits(masked_model, mesh), changed)
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +223,19 @@ def test_resuming_in_the_same_layout_changes_no_bit(
     assert resumed.first == SAVED_AT
     assert same_bits(resumed, outcomes[layout])
     assert not same_bits(outcomes["kappa-101"], outcomes[layout])
+
+
+def test_a_resume_with_other_settings_is_the_same_on_one_rank_and_on_two(
+    outcomes: dict[str, Outcome],
+) -> None:
+    two, one = outcomes["tp2-changed"], outcomes["one-changed"]
+    assert two.changed == one.changed == ["learn.optimizer.lr", "learn.steps"]
+    assert two.first == SAVED_AT and len(two.results) == 2
+    assert [result.lm_loss for result in two.results] == pytest.approx(
+        [result.lm_loss for result in one.results], rel=LOSS_TOLERANCE
+    )
+    assert_same_masks(two, one)
+    assert not outcomes["tp2-resumed"].changed
 
 
 @pytest.mark.parametrize("saved", ["tp2", "tp2-dp2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,24 @@ def test_deciding_settings_are_named(word: str, key: str, before: object, now: o
 def test_a_setting_that_a_note_does_not_name_had_its_default() -> None:
     assert changes({}, load_config(), LEARN) == {}
     assert set(changes({}, load_config(None, ["learn.steps=3"]), LEARN)) == {"learn.steps"}
+
+
+def test_what_was_done_before_there_was_a_setting_is_told_by_the_artefacts(tmp_path: Path) -> None:
+    """Before ``data.bos`` no document began with a BOS, which is not what its default means."""
+    now = load_config(None, ["data.bos=false", "data.eod=null"])
+    for sections in (TOKENIZE, LEARN):
+        before = deciding_settings(load_config(), sections)
+        assert set(changes(before, now, sections)) == {"data.bos", "data.eod"}
+        del before["data.bos"]
+        assert set(changes(before, now, sections)) == {"data.eod"}
+    learned(tmp_path)
+    file = tmp_path / "quickstart.json"
+    recorded = json.loads(file.read_text())
+    with pytest.raises(ConfigError, match=r"data\.bos = False: learn in .* was made with 'auto'"):
+        check(tmp_path, "data.bos=false")
+    del recorded["learn"]["data.bos"]
+    file.write_text(json.dumps(recorded))
+    check(tmp_path, "data.bos=false")
 
 
 def test_settings_without_effect_can_be_ignored() -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from megamask.config import load_config, run_paths
-from megamask.config.load import leaf_keys
+from megamask.config import describe, load_config, run_paths
 from megamask.config.tree import Config
 from megamask.errors import ConfigError
 
@@ -202,8 +201,8 @@ def test_the_resolved_settings_can_be_read_back() -> None:
     assert Config.model_validate(config.model_dump(mode="json")) == config
 
 
-def test_leaf_keys_are_dotted() -> None:
-    keys = leaf_keys(Config)
+def test_keys_are_dotted() -> None:
+    keys = [leaf.key for leaf in describe.leaves()]
     assert {"seed", "learn.steps", "learn.optimizer.lr"} <= set(keys) and len(keys) == len(
         set(keys)
     )

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from megamask.__main__ import main
 from megamask.config import describe
 from megamask.config.deciding import settings_of_role
-from megamask.config.load import leaf_keys, load_config
+from megamask.config.load import load_config
 from megamask.config.section import Role, Section
 from megamask.config.tree import Config
 from megamask.verbs.table import VERBS
@@ -67,7 +67,9 @@ def test_the_settings_are_these() -> None:
     }
     for role, keys in roles.items():
         assert sorted(settings_of_role(role)) == sorted(keys.split()), role
-    assert sorted(leaf_keys(Config)) == sorted(" ".join(roles.values()).split())
+    assert sorted(leaf.key for leaf in describe.leaves()) == sorted(
+        " ".join(roles.values()).split()
+    )
 
 
 def test_every_setting_says_what_it_is_in_words_of_the_tree() -> None:
@@ -85,12 +87,13 @@ def test_every_setting_says_what_it_is_in_words_of_the_tree() -> None:
 def test_the_page_of_settings_is_up_to_date() -> None:
     page = describe.as_markdown()
     assert (REPO / "docs" / "settings.md").read_text() == page, "run megamask settings --markdown"
-    assert all(f"`{key}` = `" in page for key in leaf_keys(Config))
+    settings = [leaf.key for leaf in describe.leaves()]
+    assert all(f"`{key}` = `" in page for key in settings)
     assert max(map(len, page.splitlines())) <= 100
 
 
 def test_defaults_are_written_as_a_recipe_reads_them() -> None:
-    words = [f"{leaf.key}={leaf.default}" for group in describe.groups() for leaf in group.leaves]
+    words = [f"{leaf.key}={leaf.default}" for leaf in describe.leaves()]
     assert load_config(None, words) == Config()
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from megamask.errors import ArtifactError
+from megamask.config.load import build_config
+from megamask.errors import ArtifactError, ConfigError
 from megamask.learn.gumbel import GradientLearner
 from megamask.learn.snapshot import Progress, Snapshots
 from tests.unit.learn.one_rank import ROOT, tiny_config, tiny_masked_model, tiny_plan
@@ -98,6 +99,34 @@ def test_a_writer_that_is_killed_is_told_and_the_snapshot_before_stays(
     snapshots.begin(Progress(step=4))
     snapshots.background.proceed(wait=True)
     assert snapshots.steps() == [1, 4] and snapshots.restore().step == 4
+
+
+def again(snapshots: Snapshots, **learn: Any) -> Snapshots:
+    """The same run started again with other settings."""
+    section = {**snapshots.config.learn.model_dump(exclude_unset=True), **learn}
+    return Snapshots(
+        snapshots.folder,
+        build_config({**snapshots.config.model_dump(exclude_unset=True), "learn": section}),
+        snapshots.mesh,
+        snapshots.masked_model,
+        snapshots.learner,
+    )
+
+
+def test_a_change_that_no_step_is_left_to_read_is_refused(run: tuple[Snapshots, Any]) -> None:
+    snapshots, _ = run
+    snapshots.save(Progress(step=4))
+    rate = {"optimizer": {"lr": 0.003}}
+    fewer = again(snapshots, steps=3)
+    assert fewer.restore().step == 4 and fewer.changes == []
+    for settings in (rate, {**rate, "steps": 3}, {"sampling": {"tau": [1, 0.2]}}):
+        with pytest.raises(
+            ConfigError, match=r"all 4 steps were learned with .*raise learn\.steps"
+        ):
+            again(snapshots, **settings).restore()
+    more = again(snapshots, **rate, steps=6)
+    assert more.restore().step == 4
+    assert [one.setting for one in more.changes] == ["learn.optimizer.lr", "learn.steps"]
 
 
 def test_a_full_disk_is_one_message(
