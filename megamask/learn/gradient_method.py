@@ -5,7 +5,10 @@ They differ in the distribution alone (MaskLLM, arXiv 2409.17481, has the catego
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from megamask.config import Config
 from megamask.config.learn_tree import LearnSection, SamplingSection
@@ -21,12 +24,14 @@ from megamask.learn.method import (
     WIDTH,
     Method,
     StateOf,
+    TrialUpdate,
     keys_of,
 )
-from megamask.optim.optimizers import find_rule
+from megamask.optim.optimizers import epsilon, find_rule
 from megamask.optim.requirements import check_optimizer
 from megamask.optim.schedule import learning_rates
 from megamask.sparsity.distribution import Distribution
+from megamask.sparsity.draw import Site
 from megamask.sparsity.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -107,6 +112,33 @@ class GradientMethod(Method):
         """Logits per group and per weight."""
         per_group = self.distribution.logits_per_group(run.pattern)
         return per_group, per_group / run.pattern.m
+
+    def trial_update(
+        self, config: Config, site: Site, logits: torch.Tensor, gradient: torch.Tensor
+    ) -> TrialUpdate | None:
+        """A step of the optimizer, whose compiled update gives the bits of plain PyTorch."""
+        learn = config.learn
+        rule = find_rule(learn.optimizer.kind)
+        if not rule.uses_numba(learn.state.logits):
+            return None
+
+        def make(use_numba: bool) -> list[torch.Tensor]:
+            linear: Any = SimpleNamespace(
+                mask_logits=torch.nn.Parameter(logits.clone()), parameter_id=1, site=site
+            )
+            linear.mask_logits.main_grad = gradient.clone()
+            optimizer = rule.build(
+                learn.optimizer,
+                [linear],
+                config.seed,
+                use_numba=use_numba,
+                logits_dtype=learn.state.logits,
+                epsilon=epsilon(learn.optimizer, logits.numel()),
+            )
+            optimizer.step(0, 1e-3, torch.tensor(0.5))
+            return [linear.mask_logits.detach(), *optimizer.state_tensors()]
+
+        return TrialUpdate(rule.name, make)
 
     def unused_settings(self, learn: LearnSection) -> set[str]:
         """The settings of the policy gradient, and those of distillation where there is none."""

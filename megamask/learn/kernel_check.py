@@ -2,7 +2,7 @@
 
 A package that is installed may still not work: Triton needs a compiler and Python's headers at its
 first launch, and numba compiles for the CPU at hand. The check takes a forward and a backward pass
-of a small layer, and an update of its logits.
+of a small layer, its hard mask, and where the update of its logits is compiled, an update.
 
 Shapes: O out_features, I in_features, L logits a group, G groups per row.
 """
@@ -10,8 +10,6 @@ Shapes: O out_features, I in_features, L logits a group, G groups per row.
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -19,7 +17,6 @@ from megamask.config import Config
 from megamask.errors import ConfigError
 from megamask.learn.methods import find_method
 from megamask.model.build import DTYPES
-from megamask.optim.optimizers import epsilon, find_rule
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.backends import choose_backend
 from megamask.sparsity.draw import Sample, Site
@@ -34,29 +31,35 @@ ROWS, GROUPS, TOKENS = 6, 37, 5  # GROUPS is no multiple of a tile
 # Kernels and reference round differently, some 1e-5 of a mask and 2^-8 of a weight in bf16; a wrong
 # mask, noise or gradient differs by its own size.
 ALLOWED = 0.03
+EXACT = ("hard codes", "hard mask")
 
 
 def with_proven_kernels(config: Config, pattern: Pattern, mesh: Mesh) -> Config:
     """The settings of a run whose kernels work here: the given ones, or plain PyTorch in the place
-    of kernels that ``learn.sampling.backend=auto`` chose and that fail. All ranks must call this.
+    of kernels that ``learn.sampling.backend=auto`` chose and that fail or are missing on a rank.
+
+    All ranks must call this, and all ranks get the same settings.
 
     Raises:
-        ConfigError: the backend was named and fails, or as ``choose_backend``.
+        ConfigError: the backend was named and fails, a kernel left the device unusable, or as
+            ``choose_backend``.
     """
     distribution, asked = find_method(config.learn.method).distribution, config.learn.sampling
     backend = choose_backend(asked.backend, mesh.device, distribution)
+    problem = ""
+    if backend != "torch":
+        site = Site(pattern, Placement.whole(ROWS, GROUPS), distribution)
+        problem = sampling_problem(config, site, mesh.device, backend)
+        if not problem and backend == "numba":
+            problem = update_problem(config, site)
+    # A rank whose packages are missing votes too: ranks that sample otherwise round otherwise.
+    if not mesh.any(bool(problem) or backend == "torch"):
+        return config
     if backend == "torch":
         return _with_backend(config, backend)
-    site = Site(pattern, Placement.whole(ROWS, GROUPS), distribution)
-    problem = sampling_problem(config, site, mesh.device, backend)
-    if not problem and backend == "numba":
-        problem = update_problem(config, site)
-    if not mesh.any(bool(problem)):
-        return config
-    problem = problem or "they fail on another rank"
+    problem = problem or "they fail or are missing on another rank"
     if asked.backend != "auto":
-        allowed = f"kernels that work here, and a test of one tile failed: {problem}"
-        raise ConfigError("learn.sampling.backend", backend, allowed, "Use auto, or torch.")
+        raise _refused(backend, f"a test of one tile failed: {problem}", "Use auto, or torch.")
     if mesh.is_main:
         log.warning(
             "sampling in plain PyTorch, several times slower: the %s kernels fail here (%s)",
@@ -66,73 +69,96 @@ def with_proven_kernels(config: Config, pattern: Pattern, mesh: Mesh) -> Config:
     return _with_backend(config, "torch")
 
 
+def _refused(backend: str, why: str, fix: str) -> ConfigError:
+    allowed = f"kernels that work here, and {why}"
+    return ConfigError("learn.sampling.backend", backend, allowed, fix)
+
+
 def sampling_problem(config: Config, site: Site, device: torch.device, backend: str) -> str:
-    """What is wrong with the sampling kernels of ``backend``; empty if nothing is."""
+    """What is wrong with the sampling kernels of ``backend``; empty if nothing is.
+
+    Raises:
+        ConfigError: a kernel left the CUDA context unusable, so that nothing runs on it any more.
+    """
     try:
         found = _pass(config, site, device, backend)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the errors of kernels come late
     except Exception as error:  # a compiler's, a driver's or our own
+        if _is_lost(device):
+            why = f"a test of one tile left the device unusable: {_in_words(error)}"
+            raise _refused(backend, why, "Start again with torch.") from None
         return _in_words(error)
-    for name, mine, plain in zip(
-        ("masked weight", "sums", "hard codes", "gradient"),
-        found,
-        _pass(config, site, device, "torch"),
-        strict=True,
-    ):
-        scale = float(plain.double().abs().max())
-        off = float((mine.double().cpu() - plain.double().cpu()).abs().max())
-        if not off <= (0 if name == "hard codes" else ALLOWED * scale):
+    for name, plain in _pass(config, site, device, "torch").items():
+        off, scale = _distance(found[name], plain)
+        if not off <= (0 if name in EXACT else ALLOWED * scale):
             return f"{name}: {off:.3g} off, of {scale:.3g}"
     return ""
 
 
-def update_problem(config: Config, site: Site) -> str:
-    """What is wrong with the compiled update of mask logits; empty if nothing is.
-
-    The compiled update gives the bits of plain PyTorch.
-    """
-    learn = config.learn
-    if find_method(learn.method).forward_passes(learn):  # a method without an optimizer
-        return ""
-    rule = find_rule(learn.optimizer.kind)
-    if not rule.uses_numba(learn.state.logits):
-        return ""
-    states = []
+def _is_lost(device: torch.device) -> bool:
+    """Whether an error, such as a wrong address, ended the CUDA context of this process."""
+    if device.type != "cuda":
+        return False
     try:
-        for use_numba in (True, False):
-            logits, _, gradient = _tensors(config, site, torch.device("cpu"))
-            linear: Any = SimpleNamespace(
-                mask_logits=torch.nn.Parameter(logits), parameter_id=1, site=site
-            )
-            linear.mask_logits.main_grad = gradient.clone()
-            optimizer = rule.build(
-                learn.optimizer,
-                [linear],
-                config.seed,
-                use_numba=use_numba,
-                logits_dtype=learn.state.logits,
-                epsilon=epsilon(learn.optimizer, logits.numel()),
-            )
-            optimizer.step(0, 1e-3, torch.tensor(0.5))
-            states.append([linear.mask_logits.detach(), *optimizer.state_tensors()])
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _distance(mine: torch.Tensor, plain: torch.Tensor) -> tuple[float, float]:
+    """(largest difference, largest number of plain PyTorch)."""
+    off = float((mine.double().cpu() - plain.double().cpu()).abs().max())
+    return off, float(plain.double().abs().max())
+
+
+def update_problem(config: Config, site: Site) -> str:
+    """What is wrong with the compiled update of mask logits; empty if nothing is."""
+    logits, _, gradient = _tensors(config, site, torch.device("cpu"))
+    update = find_method(config.learn.method).trial_update(config, site, logits, gradient)
+    if update is None:
+        return ""
+    try:
+        found, expected = update.make(True), update.make(False)
     except Exception as error:
         return _in_words(error)
-    same = all(torch.equal(mine, plain) for mine, plain in zip(*states, strict=True))
-    return "" if same else f"the update of {rule.name} gives other bits than plain PyTorch"
+    for mine, plain in zip(found, expected, strict=True):
+        off, scale = _distance(mine, plain)
+        if not off <= update.tolerance * scale:
+            if not update.tolerance:
+                return f"the update of {update.name} gives other bits than plain PyTorch"
+            return f"the update of {update.name}: {off:.3g} off, of {scale:.3g}"
+    return ""
 
 
-def _pass(config: Config, site: Site, device: torch.device, backend: str) -> list[torch.Tensor]:
-    """Masked weight, sums, hard codes and gradient of the logits of a layer under one draw."""
+def _pass(
+    config: Config, site: Site, device: torch.device, backend: str
+) -> dict[str, torch.Tensor]:
+    """What the kernels make of a layer, by name: masked weight, sums, hard codes and gradient of
+    the logits under one draw, and the mask that evaluations and mask files take.
+    """
     logits, weight, _ = _tensors(config, site, device)
     logits.requires_grad_()
-    sampling = config.learn.sampling
-    sample = Sample(NoiseKey(config.seed, 1), 100.0, 1.0, hard=sampling.mode == "hard")
+    learn = config.learn
+    is_hard = learn.sampling.mode == "hard" or find_method(learn.method).forward_passes(learn) > 0
+    # A fixed key: the scores of a hard draw that nearly tie could fall either way.
+    sample = Sample(NoiseKey(0, 1), 100.0, 1.0, hard=is_hard)
     sampler = sampler_for(backend, site.distribution)
     masked, sums, codes = sample_mask(logits, weight, site, sample, sampler, statistics=True)
     tokens = torch.ones(TOKENS, weight.shape[1], dtype=weight.dtype, device=device)
     with torch.enable_grad():
         (tokens @ masked.t()).float().square().mean().backward()
     assert logits.grad is not None
-    return [masked.detach(), sums, codes, logits.grad]
+    mask, confidence = sampler.mask_statistics(logits.detach(), site, sample.kappa)
+    return {
+        "masked weight": masked.detach(),
+        "sums": sums,
+        "hard codes": codes,
+        "gradient": logits.grad,
+        "hard mask": mask,
+        "confidence": confidence,
+    }
 
 
 def _tensors(

@@ -7,13 +7,17 @@ a method is one file and one line in ``learn/methods.py``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from megamask.config import Config
 from megamask.config.learn_tree import LearnSection
 from megamask.data.blend import train_dataset
 from megamask.sparsity.distribution import Distribution
+from megamask.sparsity.draw import Site
 from megamask.sparsity.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -55,6 +59,22 @@ class StateOf:
     dtype: str = "bf16"
     redrawn_share: float = 0.0
     moments_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrialUpdate:
+    """One update of the mask logits of a small layer, to compare kernels with plain PyTorch.
+
+    Attributes:
+        name: of the update, in messages.
+        make: makes the update, compiled (True) or in plain PyTorch (False), and returns what it
+            leaves.
+        tolerance: how far the two may differ, as a share of the largest number; 0 = not in a bit.
+    """
+
+    name: str
+    make: Callable[[bool], list[torch.Tensor]]
+    tolerance: float = 0.0
 
 
 class Method(ABC):
@@ -107,6 +127,19 @@ class Method(ABC):
     def forward_passes(self, learn: LearnSection) -> int:
         """Forward passes of a micro-batch of a method without a backward pass; 0 = it has one."""
         return 0
+
+    def trial_update(
+        self, config: Config, site: Site, logits: torch.Tensor, gradient: torch.Tensor
+    ) -> TrialUpdate | None:
+        """An update of the logits of one layer; None where a run updates in plain PyTorch.
+
+        Args:
+            config: the settings.
+            site: pattern and place of the layer.
+            logits: (O, L, G), on the CPU.
+            gradient: of the logits, which a method without a backward pass leaves aside.
+        """
+        return None
 
     def samples(self, config: Config) -> Any:
         """The samples of the run by number, in the order of learning."""

@@ -43,11 +43,11 @@ def run(config: Config, stop: StopRequest | None = None) -> int:
     with catching as request, start(config, request) as mesh:
         if mesh.any(bool(request)):
             raise Interrupted(request.received or signal.SIGTERM.name)
-        _check_free(inputs, mesh)
-        _warn_of_grace(inputs, mesh)
         proven = with_proven_kernels(config, inputs.pattern, mesh)
         if proven != config:
             inputs = LearnInputs(proven)
+        _check_free(inputs, mesh)  # plain PyTorch needs more memory than kernels
+        _warn_of_grace(inputs, mesh)
         return Run(inputs, mesh).learn(request)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from typing import Any
 
@@ -17,11 +18,14 @@ import torch.distributed as dist
 import megamask
 from megamask.config import Config
 from megamask.errors import ConfigError, DismissedError, LaunchError
+from megamask.learn.kernel_check import with_proven_kernels
 from megamask.parallel import roll_call
-from megamask.parallel.mesh import start
+from megamask.parallel.mesh import Mesh, start
 from megamask.parallel.roll_call import call_roll, cores
 from megamask.process.place import Place, this_place
 from megamask.process.signals import Interrupted, StopRequest
+from megamask.sparsity.kernels.numba_host import NumbaSampler
+from megamask.sparsity.pattern import Pattern
 from tests.parallel.ranks import meet_again, run_ranks
 
 
@@ -66,6 +70,34 @@ def several_meetings(rank: int) -> dict[str, Any]:
             mesh.require_same("letters", "abc" if rank != 1 else "abx")
         except (DismissedError, LaunchError) as error:
             found["other"] = type(error).__name__, str(error)
+        found["backends"] = backends_where_numba_fails(mesh)
+    return found
+
+
+def backends_where_numba_fails(mesh: Mesh) -> list[str]:
+    """What the ranks sample with where numba works on all of them, is missing on rank 1, and
+    errs on rank 2.
+    """
+    kernel, numba = NumbaSampler.mask_statistics, sys.modules.get("numba")
+
+    def raising(*_: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    def chosen() -> str:
+        return with_proven_kernels(settings(tp=3), Pattern(2, 4), mesh).learn.sampling.backend
+
+    found = [chosen()]
+    if mesh.rank == 1:
+        sys.modules["numba"] = None  # type: ignore[assignment]
+    found.append(chosen())
+    if mesh.rank == 1 and numba is None:
+        del sys.modules["numba"]
+    elif numba is not None:
+        sys.modules["numba"] = numba
+    if mesh.rank == 2:
+        NumbaSampler.mask_statistics = raising  # type: ignore[assignment, method-assign]
+    found.append(chosen())
+    NumbaSampler.mask_statistics = kernel  # type: ignore[method-assign]
     return found
 
 
@@ -91,6 +123,7 @@ def test_ranks_meet() -> None:
     assert {one["missing"][0] for one in (ranks[0], ranks[2])} == {"LaunchError"}
     assert [one["minutes"] for one in ranks] == [{"world": 7, "tp": 7, "dp": 7}] * 3
     assert [one["from rank 0"] for one in ranks] == [[5, 0]] * 3
+    assert [one["backends"] for one in ranks] == [["auto", "torch", "torch"]] * 3
     assert [one["other"][0] for one in ranks] == ["DismissedError", "LaunchError", "DismissedError"]
     assert "rank 1 on" in ranks[1]["other"][1] and "abx" in ranks[1]["other"][1]
 

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from megamask.config import Config
 from megamask.config.learn_tree import LearnSection
 from megamask.data.blend import train_dataset
 from megamask.errors import ConfigError
 from megamask.learn.maskpro.samples import Reused
 from megamask.learn.maskpro.score import choose_score
-from megamask.learn.method import HARD_CODES, LOGITS, WEIGHTS, WIDTH, Method, StateOf, keys_of
+from megamask.learn.method import (
+    HARD_CODES,
+    LOGITS,
+    WEIGHTS,
+    WIDTH,
+    Method,
+    StateOf,
+    TrialUpdate,
+    keys_of,
+)
+from megamask.sparsity.draw import Site
+from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.subset.subset import SUBSET
 
@@ -85,6 +98,25 @@ class PolicyMethod(Method):
         section = learn.maskpro
         drawn = section.masks if section.data == "shared" else 1
         return drawn + int(section.baseline == "hard_mask" or section.samples is None)
+
+    def trial_update(
+        self, config: Config, site: Site, logits: torch.Tensor, gradient: torch.Tensor
+    ) -> TrialUpdate:
+        """The change that the scores of two drawn masks make. The compiled update rounds otherwise
+        than plain PyTorch.
+        """
+        from megamask.learn.maskpro import score, score_numba
+
+        kind = choose_score(config.learn.maskpro.score, site.pattern)
+
+        def make(use_numba: bool) -> list[torch.Tensor]:
+            changed = logits.clone()
+            add_scores = score_numba.add_scores if use_numba else score.add_scores
+            add_scores(changed, site, NoiseKey(0, 1), (0.5, -1.0), kind)
+            return [changed - logits]
+
+        # fp32 roundings are some 1e-6 of the largest score; a wrong score is off by its own size.
+        return TrialUpdate(self.name, make, tolerance=1e-3)
 
     def samples(self, config: Config) -> Any:
         """A limited set of samples, learned from again and again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megamask.config import Config
 from megamask.config.load import load_config
 from megamask.errors import ConfigError
 from megamask.learn.kernel_check import sampling_problem, update_problem, with_proven_kernels
+from megamask.learn.maskpro import score_numba
 from megamask.optim.lion import Lion
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.distributions import DISTRIBUTIONS
@@ -94,6 +96,18 @@ def other_gradient(*arguments: Any, **named: Any) -> Any:
     return 1.1 * BACKWARD(*arguments, **named)
 
 
+def other_mask(*arguments: Any, **named: Any) -> Any:
+    """One group of the mask that evaluations and mask files take."""
+    mask, confidence = STATISTICS(*arguments, **named)
+    mask[0, -1] ^= 1
+    return mask, confidence
+
+
+def other_confidence(*arguments: Any, **named: Any) -> Any:
+    mask, confidence = STATISTICS(*arguments, **named)
+    return mask, 1.1 * confidence
+
+
 @pytest.mark.parametrize(
     ("method", "wrong", "said"),
     [
@@ -104,6 +118,9 @@ def other_gradient(*arguments: Any, **named: Any) -> Any:
         ("forward", other_sums, "sums: "),
         ("forward", other_codes, "hard codes: 1 off"),
         ("backward", other_gradient, "gradient: "),
+        ("mask_statistics", raising, "RuntimeError: gcc: fatal error"),
+        ("mask_statistics", other_mask, "hard mask: 1 off"),
+        ("mask_statistics", other_confidence, "confidence: "),
     ],
 )
 def test_a_wrong_kernel_falls_back_and_is_said(
@@ -147,4 +164,24 @@ def test_a_wrong_update_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lion, "kernel", staticmethod(lambda: late))
     assert "the update of lion gives other bits" in update_problem(config, site)
     monkeypatch.setattr(Lion, "kernel", staticmethod(lambda: raising))
+    assert update_problem(config, site).startswith("RuntimeError: gcc")
+
+
+@pytest.mark.parametrize("kind", ["set", "ordered"])
+def test_a_wrong_update_of_maskpro_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["learn.preset=maskpro", "learn.method=maskpro", f"learn.maskpro.score={kind}"]
+    config, true = settings(*words), score_numba.add_scores
+    site = Site(Pattern(2, 4), Placement.whole(6, 37), DISTRIBUTIONS["subset"])
+    assert update_problem(config, site) == ""
+
+    def other_draw(logits: Any, site: Any, key: Any, *arguments: Any) -> None:
+        true(logits, site, replace(key, step=key.step + 1), *arguments)
+
+    def other_rate(logits: Any, site: Any, key: Any, coefficients: Any, kind: str) -> None:
+        true(logits, site, key, [1.01 * one for one in coefficients], kind)
+
+    for wrong in (other_draw, other_rate):
+        monkeypatch.setattr(score_numba, "add_scores", wrong)
+        assert update_problem(config, site).startswith("the update of maskpro: ")
+    monkeypatch.setattr(score_numba, "add_scores", raising)
     assert update_problem(config, site).startswith("RuntimeError: gcc")
