@@ -40,19 +40,24 @@ def saving_of(work: Workload) -> Saving:
     """The snapshot of ``work``.
 
     One replica writes the logits. Optimizer state is written by the replica that updates it: the
-    same one, or with a distributed optimizer each its own part.
+    same one, or with a distributed optimizer each its own part. The busiest node holds the ranks of
+    the first replica, as many as fit, and beside them ranks that write moments alone.
     """
-    rank = work.saved_bytes
+    rank, tp = work.saved_bytes, work.tp
+    moments = rank - work.masked_weights * work.method.logit_bytes(work.state_of)
     divided = work.config.learn.optimizer.distributed and not work.forward_passes
-    writers = work.tp * (work.dp if divided else 1)
-    whole = rank * work.tp
-    if divided:
-        whole += (
-            (rank - work.masked_weights * work.method.logit_bytes(work.state_of))
-            * (work.dp - 1)
-            * work.tp
-        )
-    return Saving(rank, rank * min(writers, GPUS_A_NODE), whole)
+    writers = tp * (work.dp if divided else 1)
+    local = min(writers, GPUS_A_NODE)
+    first = min(tp, local)
+    node = rank * first + moments * (local - first)
+    return Saving(rank, node, rank * tp + moments * (writers - tp))
+
+
+def seconds_after_a_signal(config: Config, saving: Saving) -> float:
+    """Seconds until a run that was asked to leave has saved: a snapshot that is being written
+    beside the steps is waited for, and the signal's own follows.
+    """
+    return saving.seconds * (2 if config.learn.snapshot.background else 1)
 
 
 def grace_of(config: Config, environment: Mapping[str, str] = os.environ) -> tuple[str, float]:
@@ -73,13 +78,19 @@ def grace_warning(
 ) -> str | None:
     """A sentence where a snapshot may take longer than the launcher waits; else None."""
     who, grace = grace_of(config, environment)
-    if saving.rank_bytes < SMALL or saving.seconds <= grace:
+    needed = seconds_after_a_signal(config, saving)
+    if saving.rank_bytes < SMALL or needed <= grace:
         return None
+    waits = (
+        f"a signal may have to wait for one and write another, {needed:,.0f} s, "
+        if config.learn.snapshot.background
+        else ""
+    )
     return (
         f"a snapshot of {saving.total_bytes / 1e9:,.0f} GB takes about {saving.seconds:,.0f} s at "
-        f"{RANK_RATE / 1e9:g} GB/s a rank and {NODE_RATE / 1e9:g} a node, and {who} ends the run "
-        f"{grace:,.0f} s after its signal: the run would then go on from the snapshot before. "
-        "Raise the grace, or take learn.memory=lean"
+        f"{RANK_RATE / 1e9:g} GB/s a rank and {NODE_RATE / 1e9:g} a node, {waits}and {who} ends "
+        f"the run {grace:,.0f} s after its signal: the run would then go on from the snapshot "
+        "before. Raise the grace, or take learn.memory=lean"
     )
 
 
@@ -88,15 +99,21 @@ def saving_lines(work: Workload) -> list[str]:
     saving, section = saving_of(work), work.config.learn.snapshot
     copy = f"from a copy of {saving.node_bytes / 1e9:,.1f} GB in the host memory of a node"
     when = f"beside the next steps, {copy}" if section.background else "between two steps"
+    needed = seconds_after_a_signal(work.config, saving)
+    after = (
+        f", after the snapshot that may be on its way, about {needed:,.0f} s for both"
+        if section.background
+        else ""
+    )
     lines = [
         f"A snapshot has {saving.total_bytes / 1e9:,.1f} GB and takes about "
         f"{saving.seconds:,.0f} s (assumed: {RANK_RATE / 1e9:g} GB/s a rank, "
         f"{NODE_RATE / 1e9:g} a node):",
         f"- Every {section.every} steps it is written {when}.",
-        "- After a signal it must be whole within the launcher's grace: "
+        f"- After a signal it must be whole within the launcher's grace{after}: "
         f"{TORCHRUN_SECONDS:.0f} s of torchrun unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says more "
         f"(launch/learn.sh: 600), {work.config.launch.warning} s of Slurm (launch.warning).",
     ]
-    if saving.rank_bytes >= SMALL and saving.seconds > TORCHRUN_SECONDS:
+    if saving.rank_bytes >= SMALL and needed > TORCHRUN_SECONDS:
         lines.append("- **It takes longer than torchrun's own grace.**")
     return lines

@@ -58,13 +58,14 @@ class Workload:
         """Refuse a run that fits no device of any size; return self.
 
         Raises:
-            ConfigError: an unknown method, a pattern too large for its distribution, or a layout
-                that breaks a rule of :class:`megamask.prepare.layout.Layout`.
+            ConfigError: an unknown method, a pattern too large for its distribution, a sample or
+                window longer than the model's positions, or a layout that breaks a rule of
+                :class:`megamask.prepare.layout.Layout`.
         """
         self.distribution.logits_per_group(self.pattern)
         layout = Layout.planned(self.config, self.dp)
         layout.check_samples(self.config)
-        check_positions(self.config, self.arch, ("data.seq_length",))
+        check_positions(self.config, self.arch, ("data.seq_length", "evaluate.window"))
         layout.check_linears(self.config, self.arch, self.modules, self.pattern)
         return self
 

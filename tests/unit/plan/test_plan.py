@@ -379,6 +379,8 @@ def test_a_memory_that_the_recipe_overrules_is_not_proposed() -> None:
         (["parallel.sequence_parallel=true"], "needs parallel.tp > 1"),
         (["learn.global_batch=7", "learn.micro_batch=2"], "learn.global_batch"),
         (["pattern=2:3"], "pattern = '2:3'"),
+        (["data.seq_length=8192"], "data.seq_length = 8192: at most 4,096"),
+        (["evaluate.window=8192"], "evaluate.window = 8192: at most 4,096"),
         (["learn.method=subsets"], "learn.method = 'subsets'.*Did you mean subset"),
     ],
 )

@@ -31,6 +31,17 @@ def test_ranks_share_the_work() -> None:
     assert divided.total_bytes == pytest.approx(12 * WEIGHTS_7B, rel=0.01)
 
 
+@pytest.mark.parametrize(("dp", "local"), [(1, 1), (4, 4), (8, 8), (32, 8)])
+def test_replicas_of_one_node_write_the_logits_once(dp: int, local: int) -> None:
+    """Each replica of one rank writes the moments that it updates, the first the logits too."""
+    saving = saving_of(plan(*SUBSET, "learn.optimizer.distributed=true", dp=dp))
+    moments = saving.rank_bytes - 4 * WEIGHTS_7B
+    assert moments == pytest.approx(8 * WEIGHTS_7B / dp, rel=0.03)  # 128 layers, dealt whole
+    assert saving.node_bytes == 4 * WEIGHTS_7B + local * moments
+    assert saving.rank_bytes <= saving.node_bytes <= saving.total_bytes
+    assert saving.total_bytes == 4 * WEIGHTS_7B + dp * moments
+
+
 def test_maskpro_has_no_moments() -> None:
     saving = saving_of(plan("learn.preset=maskpro", "learn.method=maskpro"))
     assert saving.total_bytes == 4 * WEIGHTS_7B
@@ -49,13 +60,19 @@ def test_a_grace_that_is_too_short_is_said() -> None:
     saving = saving_of(work)
     said = grace_warning(work.config, saving, TORCHRUN)
     assert said is not None and "78 GB takes about 78 s" in said and "30 s after" in said
+    assert "wait for one and write another, 155 s" in said
+    for seconds, warns in ((120, True), (160, False)):  # between one snapshot and two
+        grace = {**TORCHRUN, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(seconds)}
+        assert bool(grace_warning(work.config, saving, grace)) == warns
+        alone = plan(*SUBSET, "learn.snapshot.background=false").config
+        assert grace_warning(alone, saving, grace) is None
     assert grace_warning(work.config, saving, {"SLURM_JOB_ID": "7"}) is None
     assert grace_warning(work.config, saving, {}) is None
     small = plan("learn.method=subset", model="smollm2-135m")
     assert grace_warning(small.config, saving_of(small), TORCHRUN) is None
     lines = "\n".join(saving_lines(work))
     assert "77.7 GB" in lines and "longer than torchrun's own grace" in lines
-    assert "host memory" in lines
+    assert "host memory" in lines and "about 155 s for both" in lines
     assert "between two steps" in "\n".join(
         saving_lines(plan(*SUBSET, "learn.snapshot.background=false"))
     )
