@@ -23,13 +23,13 @@ from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Sampled, Site
 from megamask.sparsity.shard import RowBlock
 
 WARPS = 4
-THREADS = 32 * WARPS  # of a program; a tile has ``Kernels.groups_a_thread`` times as many groups
+THREADS = 32 * WARPS  # of a program
 WIDTHS = (512, 256, 128, 64, 32)  # of a tile, in groups; not below 32: lines are read whole
 # A thread in a big layer has so many groups, in one tile or one after the other: they share the
 # fixed costs of a program.
 GROUPS_OF_A_THREAD = 4
-# A layer with fewer groups (16 million weights at 2:4) gives each tile a program of its own, to
-# occupy the device.
+# A layer with fewer groups (17 million weights at 2:4) gives a thread one group and each tile a
+# program of its own, to occupy the device.
 MANY_GROUPS = 1 << 22
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -166,13 +166,15 @@ class Cut(NamedTuple):
         Args:
             rows: of the layer.
             groups: of a row.
-            groups_a_thread: of the kernels.
+            groups_a_thread: of the kernels, in a layer with many groups.
         """
-        size = THREADS * groups_a_thread
+        is_big = rows * groups >= MANY_GROUPS
+        several = groups_a_thread if is_big else 1
+        size = THREADS * several
         covered = {width: -(-groups // width) * width for width in WIDTHS if width <= size}
         enough = [width for width, threads in covered.items() if 16 * threads <= 17 * groups]
         cols = enough[0] if enough else min(covered, key=lambda width: covered[width])
-        tiles = GROUPS_OF_A_THREAD // groups_a_thread if rows * groups >= MANY_GROUPS else 1
+        tiles = GROUPS_OF_A_THREAD // several if is_big else 1
         return cls(groups, size // cols, cols, tiles)
 
     def programs(self, rows: int) -> int:

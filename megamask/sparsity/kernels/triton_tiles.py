@@ -21,9 +21,9 @@ class Kernels(NamedTuple):
         forward, backward, mask_statistics: the kernels.
         constants: arguments of ``forward`` and ``backward`` that describe the pattern, by name.
         statistics_constants: the same of ``mask_statistics``.
-        groups_a_thread: how many groups a thread holds in registers at once. Four groups of 2:4
-            share the index arithmetic and are read as 128 bits: a seventh fewer instructions a
-            group. Wide groups leave registers for one only.
+        groups_a_thread: how many groups a thread of a big layer holds in registers at once. Four
+            groups of 2:4 share the index arithmetic and are read as 128 bits. Wide groups leave
+            registers for one only.
     """
 
     forward: Any

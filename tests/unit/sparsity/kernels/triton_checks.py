@@ -292,11 +292,10 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
 def test_tiles_of_a_program_have_the_bits_of_tiles_side_by_side(
     distribution: Distribution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large layers give a program several tiles. Six tiles of 70 groups wrap to the next rows
-    within a program, and leave the second program half full.
+    """Large layers give a program several tiles, or a thread several groups. Six tiles of 70
+    groups wrap to the next rows within a program, and leave the second program half full.
     """
     kernels = import_module(str(distribution.triton))
-    monkeypatch.setattr(kernels, "FEW", 0)  # one group a thread, so that there are several tiles
     rows, groups = 8, 70
     site = Site(Pattern(2, 4), Placement.whole(rows, groups), distribution)
     generator = torch.Generator().manual_seed(1)
@@ -310,15 +309,19 @@ def test_tiles_of_a_program_have_the_bits_of_tiles_side_by_side(
         backward = sampler.backward(g, pi, w, site, SOFT, SINK)
         return [forward.masked, forward.hard_codes, backward, *forward.sums[None]]
 
-    assert triton_host.Cut.of(rows, groups).tiles == 1
+    several = kernels.kernels_of(site.pattern, torch.device(DEVICE)).groups_a_thread
+    assert several == 4 and triton_host.Cut.of(rows, groups, several).tiles == 1
     *expected, sums = run()
     monkeypatch.setattr(triton_host, "MANY_GROUPS", 0)
-    assert triton_host.Cut.of(rows, groups).programs(rows) == 2
-    *found, found_sums = run()
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
-    # fp32 sums of a tile each, added in another order
-    torch.testing.assert_close(found_sums, sums, rtol=1e-5, atol=0)
+    for held, programs in ((several, 3), (1, 2)):
+        if held == 1:
+            monkeypatch.setattr(kernels, "FEW", 0)  # one group a thread, and several tiles
+        assert triton_host.Cut.of(rows, groups, held).programs(rows) == programs
+        *found, found_sums = run()
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+        # fp32 sums of a tile each, added in another order
+        torch.testing.assert_close(found_sums, sums, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), pytest.param(4, 8, marks=AT_NIGHT)])
