@@ -15,6 +15,7 @@ import torch
 from megamask.learn.method import KEPT, STEP_GRADIENTS
 from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size
 from megamask.parallel.masked_linear import BLOCK
+from megamask.plan.capped_attention import in_attention, within_backward
 from megamask.plan.hardware import Device
 from megamask.plan.saved_tensors import recomputed_activations, saved_activations, stream
 from megamask.plan.workload import Workload
@@ -117,7 +118,8 @@ def _state_and_step(work: Workload, device: Device) -> tuple[dict[str, float], d
         {**after, ACTIVATIONS: 0.0},
     ]
     if work.forward_passes:
-        moments = [_forward_at_loss(work, device), _forward_in_layer(work)]
+        attention = {ACTIVATIONS: 0.0, LAYER: 2 * stream(work) + in_attention(work)}
+        moments = [_forward_at_loss(work, device), _forward_in_layer(work), attention]
     step = {
         **kept,
         **max(moments, key=lambda moment: sum(moment.values())),
@@ -126,9 +128,10 @@ def _state_and_step(work: Workload, device: Device) -> tuple[dict[str, float], d
     return state, step
 
 
-def _at_loss(work: Workload, device: Device) -> dict[str, float]:
+def _at_loss(work: Workload, device: Device, backward: bool = True) -> dict[str, float]:
     """The busiest moment may be the loss: a chunk of the vocabulary's logits, an fp32 block of it,
-    and the hidden states with their gradient, both whole on each rank.
+    and the hidden states with their gradient, both whole on each rank. The slope of capped logits
+    is a second chunk, and for a moment a third.
     """
     where, row = torch.device("cpu" if device.is_cpu else "cuda"), work.vocab_rows
     shard = VocabularyShard(first=0, real=row, rows=row)
@@ -138,16 +141,19 @@ def _at_loss(work: Workload, device: Device) -> dict[str, float]:
     teacher = (
         hidden + row * rows * work.width if work.config.learn.distillation.share > 0 else 0
     )  # and a chunk of its logits; blocks are shared
+    chunk, losses = row * rows * work.width, row * block * 4
+    if work.arch.logit_cap is not None and backward:
+        losses = max(chunk + losses, 2 * chunk)
     return {
         ACTIVATIONS: saved_activations(work),
-        LOSS: row * (rows * work.width + block * 4) + 2 * hidden + teacher + gathered(work),
+        LOSS: chunk + losses + 2 * hidden + teacher + gathered(work),
     }
 
 
 def _forward_at_loss(work: Workload, device: Device) -> dict[str, float]:
     """The loss without a backward pass: no activations, and hidden states without a gradient."""
     hidden = work.tokens * work.arch.hidden * work.width
-    return {ACTIVATIONS: 0.0, LOSS: _at_loss(work, device)[LOSS] - hidden}
+    return {ACTIVATIONS: 0.0, LOSS: _at_loss(work, device, backward=False)[LOSS] - hidden}
 
 
 def _forward_in_layer(work: Workload) -> dict[str, float]:
@@ -164,8 +170,8 @@ def _forward_in_layer(work: Workload) -> dict[str, float]:
 
 
 def _evaluation(work: Workload, device: Device) -> dict[str, float]:
-    """The busiest point may be the fold of the largest linear, the activation after it, or the
-    loss. Nothing is saved for a backward pass.
+    """The busiest point may be the fold of the largest linear, the activation after it, capped
+    attention, or the loss. Nothing is saved for a backward pass.
     """
     there = work.evaluating
     largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
@@ -182,6 +188,7 @@ def _evaluation(work: Workload, device: Device) -> dict[str, float]:
         {**hidden, ONE_LAYER: masked, ONE_MASK: codes + block * (table + 1 + work.width)},
         {**hidden, ONE_LAYER: masked, LAYER: 2 * wide},
         {**hidden, LAYER: 5 * wide},
+        {**hidden, LAYER: in_attention(there)},
         _forward_at_loss(there, device),
     ]
     return max(points, key=lambda point: sum(point.values()))
@@ -229,7 +236,8 @@ def _mask_file(work: Workload) -> dict[str, float]:
 
 def _in_layer(work: Workload) -> dict[str, float]:
     """The busiest moment may be the backward pass of the last layer: the gradients of two residual
-    streams, and the largest of the needs of second linear, activation and first linear.
+    streams, and the largest of the needs of second linear, activation, first linear and capped
+    attention.
 
     The weight gradient of one linear exists for a moment, and so does its masked weight where it is
     drawn again.
@@ -264,7 +272,9 @@ def _in_layer(work: Workload) -> dict[str, float]:
         per_logit = work.distribution.reference_bytes(work.pattern)
         weight_grad += per_logit * largest * work.logits_per_group / work.pattern.m
     freed = (3 if arch.gated else 1) * wide
-    busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - freed)
+    # When attention's turn comes, the feed-forward part's tensors are gone.
+    scores = within_backward(work) - (5 if arch.gated else 2) * wide
+    busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - freed, scores)
     activations = saved_activations(work) + recomputed_activations(work)
     return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest + gathered(work)}
 

@@ -10,6 +10,7 @@ and keys, F of its feed-forward.
 
 from __future__ import annotations
 
+from megamask.plan.capped_attention import kept_scores
 from megamask.plan.workload import Workload
 
 
@@ -17,22 +18,21 @@ def layer_activations(work: Workload) -> float:
     """Bytes that one layer saves for its backward pass.
 
     Per token: two norms' fp32 inputs (4 H each), or four's, inputs of the four linears (H, Q, H,
-    F), fused q/k/v before and q, k after the rotation, attention's log-sums (4 a head), and of the
-    gated activation the two halves together (2 F), SiLU's output and the other half. An activation
-    without a gate keeps F. Capped attention keeps scores of S keys a head three times.
+    F), fused q/k/v before and q, k after the rotation, attention's log-sums (4 a head, none under a
+    cap, which keeps scores), and of the gated activation the two halves together (2 F), SiLU's
+    output and the other half. An activation without a gate keeps F.
     """
     arch, tp = work.arch, work.tp
     hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
     q, k, f = arch.heads * arch.head_dim / tp, arch.kv_heads * arch.head_dim / tp, arch.ffn / tp
     numbers = 2 * hidden + (q + f) + (q + 2 * k) + (q + k) + (4 if arch.gated else 1) * f
     norms = 2 * arch.pre_norms + 2 * arch.post_norms
-    scores = 0.0
-    if arch.attention_cap is not None:
-        scores = work.config.data.seq_length * arch.heads / tp * (2 * work.width + 4)
+    sums = 0 if arch.attention_cap is not None else 4 * arch.heads / tp
     rotary = 4 * work.config.data.seq_length * arch.head_dim * work.width
     return (
-        work.tokens * (work.width * numbers + 4 * norms * hidden + 4 * arch.heads / tp + scores)
+        work.tokens * (work.width * numbers + 4 * norms * hidden + sums)
         + rotary
+        + kept_scores(work)
     )
 
 
@@ -40,21 +40,18 @@ def window_activations(work: Workload, layer: int) -> float:
     """Bytes that a layer saves beside ``layer_activations`` where keys are masked.
 
     PyTorch keeps the S x S mask of a window in the dtype of the model, and that of capped scores in
-    one byte a key. Keys and values that a window repeats for every head (2 Q a token) take the
-    place of fused q/k/v and rotated k, or come beside the fused tensor that a norm of q and k
-    keeps.
+    one byte a key. Keys and values that are repeated for every head (2 Q a token) take the place of
+    fused q/k/v and rotated k, or come beside the fused tensor that a norm of q and k keeps.
     """
     arch, length = work.arch, work.config.data.seq_length
-    if arch.attention_cap is not None:
-        return float(length**2)
-    window = arch.layer(layer).window
-    if window is None or window >= length:
+    window, is_capped = arch.layer(layer).window, arch.attention_cap is not None
+    if not is_capped and (window is None or window >= length):
         return 0.0
     q, k = (heads * arch.head_dim / work.tp for heads in (arch.heads, arch.kv_heads))
     repeated = 0.0
     if q != k:
         repeated = 2 * q - k if arch.qk_norm else q - 3 * k
-    return work.width * (length**2 + work.tokens * repeated)
+    return length**2 * (1 if is_capped else work.width) + work.width * work.tokens * repeated
 
 
 def recomputed_activations(work: Workload) -> float:

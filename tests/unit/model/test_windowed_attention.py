@@ -1,4 +1,6 @@
-"""Attention with a window: the kernel that it can take on CUDA, and the memory that it needs."""
+"""Attention with a window or capped scores: the kernel that a window can take on CUDA, and the
+memory that both need.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,13 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from benchmarks.allocations import peak_bytes
 from megamask.config.load import build_config
 from megamask.model.build import build_model, masked_linears
 from megamask.model.layer_parts import SdpaCoreAttention
 from megamask.parallel.mesh import start
-from megamask.plan.saved_tensors import window_activations
+from megamask.plan.capped_attention import in_attention, kept_scores, within_backward
+from megamask.plan.saved_tensors import saved_activations, window_activations
 from megamask.plan.workload import Workload
 from megamask.weights.architecture import read_architecture
 from megamask.weights.family import Architecture, Layer
@@ -77,9 +81,10 @@ def saved_bytes(arch: Architecture) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"kv_heads": 2}, {"kv_heads": 2, "qk_norm": "head"}], ids=str
-)
+CHANGES: list[dict[str, Any]] = [{}, {"kv_heads": 2}, {"kv_heads": 2, "qk_norm": "head"}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_the_plan_counts_what_a_window_keeps(changes: dict[str, Any]) -> None:
     """The first layer has a window that cuts keys off, the second has a window of all keys."""
     plain = replace(read_architecture(TINY), **changes)
@@ -90,3 +95,36 @@ def test_the_plan_counts_what_a_window_keeps(changes: dict[str, Any]) -> None:
     planned = sum(window_activations(work, layer) for layer in (0, 1))
     assert planned == more >= 4 * S * S
     assert window_activations(work, 1) == 0
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_the_plan_counts_what_a_cap_keeps(changes: dict[str, Any]) -> None:
+    plain = replace(read_architecture(TINY), **changes)
+    capped = replace(plain, attention_cap=5.0)
+    settings = {"data": {"seq_length": S}, "learn": {"micro_batch": B}, "dtype": "fp32"}
+    planned = [
+        saved_activations(Workload(build_config(settings), arch)) for arch in (capped, plain)
+    ]
+    more = saved_bytes(capped) - saved_bytes(plain)
+    assert planned[0] - planned[1] == more >= 2 * 8 * B * 8 * S * S  # layers, bytes, heads
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 2)])
+def test_the_plan_counts_what_capped_attention_makes(dtype: str, width: int) -> None:
+    """Without a backward pass, and beside the kept tensors within it; a hundredth is the mask."""
+    arch = replace(read_architecture(TINY), attention_cap=5.0, heads=8, kv_heads=8, head_dim=4)
+    settings = {"data": {"seq_length": 256}, "learn": {"micro_batch": B}, "dtype": dtype}
+    work = Workload(build_config(settings), arch)
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=8)
+    attention = SdpaCoreAttention(config, 1, None, "self", cap=5.0)
+    kind = {4: torch.float32, 2: torch.bfloat16}[width]
+    q, k, v = (torch.randn(256, B, 8, 4, dtype=kind, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        made = peak_bytes(lambda: attention(q, k, v))
+    assert made == pytest.approx(in_attention(work), rel=0.05)
+    kept: list[torch.Tensor] = []
+    forward = peak_bytes(lambda: kept.append(attention(q, k, v).sum()))
+    backward = peak_bytes(kept[0].backward)
+    assert backward == pytest.approx(within_backward(work), rel=0.05)
+    assert forward < kept_scores(work) + within_backward(work)
+    assert made != pytest.approx(in_attention(work) - width * B * 8 * 256**2, rel=0.05)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megamask.plan.hardware import GPUS, device_named
 from megamask.plan.memory import (
+    ACTIVATIONS,
     BESIDE,
     COPIES,
+    EVALUATED,
     EVALUATION,
+    LAYER,
+    LOSS,
     MASK_FILE,
     ONE_LAYER,
     ONE_MASK,
@@ -16,6 +22,7 @@ from megamask.plan.memory import (
     memory_of,
 )
 from megamask.plan.plan_tables import memory_table
+from megamask.plan.saved_tensors import layer_activations
 from tests.unit.plan.test_plan import WEIGHTS_7B, plan
 
 
@@ -55,3 +62,28 @@ def test_the_busiest_moment_is_named_and_decides() -> None:
     assert memory_of(short, GPUS["h100"]).moments[SNAPSHOT][COPIES] == 12 * largest
     on_cpu = memory_of(short, device_named("cpu")).moments[SNAPSHOT]
     assert on_cpu[COPIES] == 2 * WEIGHTS_7B + 4 * 32 * largest
+
+
+def test_capped_scores_and_logits_by_hand() -> None:
+    """LLaMA-2-7B with Gemma 2's caps: 32 heads score 4,096 x 4,096 pairs of a window, and S x S in
+    a step.
+    """
+    settings = ["learn.method=subset", "parallel.recompute=true", "evaluate.micro_batch=2"]
+    free = plan(*settings, "evaluate.window=4096")
+    capped = replace(free, arch=replace(free.arch, attention_cap=50.0, logit_cap=30.0))
+    evaluation = memory_of(capped, GPUS["h100"]).moments[EVALUATION]
+    scores, hidden = 2 * 32 * 4096 * 4096, 2 * 4096 * 4096 * 2
+    # bf16, and fp32 before and after the softmax; q, k and v as wide as the hidden states
+    assert evaluation == {EVALUATED: 2 * hidden, LAYER: scores * (2 + 4 + 4) + 7 * hidden}
+    assert sum(memory_of(free, GPUS["h100"]).moments[EVALUATION].values()) < scores
+    # A step: tanh's output, softmax's and two gradients of it, less the feed-forward part of the
+    # layer, whose five tensors are gone.
+    step, wide = memory_of(capped, GPUS["h100"]).step, 4096 * 11008 * 2
+    assert step[LAYER] == 2 * hidden / 2 + scores / 2 * (2 + 4 + 4 + 4 - 8) - 5 * wide
+    assert step[ACTIVATIONS] > layer_activations(capped) > scores / 2 * 8
+    # The slope of the logits: a second chunk of 512 x 128,256 in bf16, beside the fp32 block.
+    words = plan(model="llama3-8b")
+    capped = replace(words, arch=replace(words.arch, logit_cap=30.0))
+    without, sloped = (memory_of(one, GPUS["h200"]) for one in (words, capped))
+    assert sloped.step[LOSS] - without.step[LOSS] == 512 * 128256 * 2
+    assert sloped.moments[EVALUATION] == without.moments[EVALUATION]  # no slope there
