@@ -123,7 +123,7 @@ def source_stamp(name: str, corpus: CorpusSection) -> list[Any]:
     Raises:
         ConfigError: the path is not given or matches nothing.
     """
-    if READERS[corpus.kind] is _read_files:
+    if documents_of_files(corpus):
         stats = [(str(path), path.stat()) for path in corpus_files(name, corpus)[0]]
         return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     if corpus.kind == "hf":
@@ -137,7 +137,12 @@ def files_left_out(name: str, corpus: CorpusSection) -> list[Path]:
     Raises:
         ConfigError: the path is not given or matches nothing.
     """
-    return corpus_files(name, corpus)[1] if READERS[corpus.kind] is _read_files else []
+    return corpus_files(name, corpus)[1] if documents_of_files(corpus) else []
+
+
+def documents_of_files(corpus: CorpusSection) -> bool:
+    """Whether the documents of a domain come from files of text or rows."""
+    return READERS.get(corpus.kind) is _read_files
 
 
 def _missing_column(name: str, corpus: CorpusSection, where: Any, columns: Any) -> ConfigError:

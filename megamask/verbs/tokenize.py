@@ -10,6 +10,7 @@ from megamask.config import Config, run_paths
 from megamask.data.blend import blend_weights
 from megamask.data.bos import before_document
 from megamask.data.shards import read_shards
+from megamask.data.shared_text import check_shared_text
 from megamask.data.tokenizer import TextTokenizer, load_tokenizer
 from megamask.data.write_shards import (
     check_domain,
@@ -102,18 +103,7 @@ def _check_domains(config: Config) -> None:
                 "Rename the domain.",
             )
     blend_weights(config)
-    shares = {
-        f"data.domains.{name}.heldout": corpus.heldout
-        for name, corpus in domains.items()
-        if corpus.kind in ("stdlib", "pydocs")
-    }
-    if len(set(shares.values())) > 1:
-        allowed = (
-            "one value, for the kinds stdlib and pydocs share text and must hold out the same files"
-        )
-        raise ConfigError(
-            ", ".join(shares), list(shares.values()), allowed, "Set them to the same share."
-        )
+    check_shared_text(domains)
 
 
 def _check_eod(config: Config, tokenizer: TextTokenizer) -> None:

@@ -22,6 +22,7 @@ from megamask.data.shards import read_shards
 from megamask.data.split import unit_hash
 from megamask.data.token_index import HEADER, idx_file
 from megamask.data.tokenizer import load_tokenizer
+from megamask.data.write_shards import settings_digest, write_domain
 from megamask.errors import ArtifactError, ConfigError, MegamaskError
 from megamask.verbs import tokenize
 from tests.unit.data.conftest import make_document, write_jsonl
@@ -179,12 +180,18 @@ def test_two_domains_that_split_one_dataset(
     tmp_path: Path, make_config: MakeConfig, ids: list[list[int]], tokenizer_folder: Path
 ) -> None:
     """Each reads its own training documents, also from a cache, though Megatron's names of the
-    indices are the same.
+    indices are the same. Shards of unequal shares are from before ``tokenize`` refused them.
     """
     prefix = write_shards(tmp_path / "web", ids)
     shares = {"few": 0.75, "many": 0.25}
     config = make_config({name: in_place(prefix, share) for name, share in shares.items()})
-    tokenize.run(config)
+    with pytest.raises(
+        ConfigError, match=r"few\.heldout, .* one value, for both domains read .*web"
+    ):
+        tokenize.run(config)
+    tokenizer = load_tokenizer(config)
+    for name in shares:
+        write_domain(config, name, tokenizer, settings_digest(config, name, tokenizer))
     plain = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     for seed, order in ((3, ["few", "many"]), (3, ["few", "many"]), (3, ["many", "few"])):
         domains = {name: in_place(prefix, shares[name]) for name in order}

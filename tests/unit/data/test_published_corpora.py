@@ -161,11 +161,12 @@ def test_rows_joined_as_the_protocol_of_wikitext_joins_them(
 
     rows = ["", " = Title = \n", "", " A row of text . \n" * 9, " Another , without end"]
     parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "test.parquet")
-    corpus = {"kind": "parquet", "path": str(tmp_path), "join": "\n\n", "heldout": 1}
+    file = tmp_path / "test.parquet"
+    corpus = {"kind": "parquet", "path": str(file), "join": "\n\n", "heldout": 1}
     whole = "\n\n".join(rows)
     assert texts(**corpus) == [whole]
     assert texts(**corpus, max_bytes=20) == [whole[:20]]
-    train = {"kind": "parquet", "path": str(tmp_path), "heldout": 0}
+    train = {"kind": "stdlib", "max_bytes": 1000, "heldout": 0}
     config = make_config({"w": corpus, "t": train}, evaluate={"bos": True})
     tokenize.run(config)
     plain = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
@@ -173,7 +174,7 @@ def test_rows_joined_as_the_protocol_of_wikitext_joins_them(
     assert read_shards(run_paths(config).shards / "w").stream("heldout").tolist() == [*ids, 0]
     windows = heldout_windows(config, "w", 16, None)
     assert windows.flatten().tolist() == [1, *ids, 0][: windows.numel()] and len(windows) > 3
-    assert texts(kind="parquet", path=str(tmp_path)) != [whole]
+    assert texts(kind="parquet", path=str(file)) != [whole]
 
 
 def test_members_of_a_joined_file_and_marks_within_are_read(tmp_path: Path) -> None:

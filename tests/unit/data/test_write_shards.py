@@ -173,7 +173,7 @@ def test_errors_come_before_any_work(
         "folder name": ({"a/b": good}, r"data\.domains"),
         "shares": (
             {"c": {"kind": "stdlib", "heldout": 0.1}, "e": {"kind": "pydocs"}},
-            "hold out the same files",
+            "must hold out the same of it",
         ),
     }
     for domains, message in bad.values():
