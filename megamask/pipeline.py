@@ -55,12 +55,15 @@ def is_done(stage: str, config: Config, paths: RunPaths) -> bool:
     """Whether every artefact of the stage is there.
 
     The artefacts of ``REMADE`` must also be as new as the learned mask, and of these settings. The
-    stage ``learn`` is not done where it goes on with other settings, as with more steps.
+    stage ``learn`` is not done where it goes on with other settings, as with more steps. It is done
+    with fewer steps than were learned, because no step would read the number.
     """
     if not is_there(stage, config, paths):
         return False
     if stage == "learn":
-        return not changes(stage, config, paths)
+        found = changes(stage, config, paths)
+        before, now = found.pop("learn.steps", (0, 0))
+        return not found and isinstance(before, int) and now <= before
     if stage not in REMADE:
         return True
     learned = paths.mask("learned")

@@ -4,11 +4,15 @@ took.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 from megamask import pipeline as stages
 
@@ -16,16 +20,21 @@ REPO = Path(__file__).resolve().parents[2]
 RECIPE = REPO / "configs" / "recipes" / "quickstart.yaml"
 
 
-def ask(
-    run_dir: Path, *command: str, settings: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    arguments = [*command, "--config", str(RECIPE), f"run_dir={run_dir}", *settings]
-    return subprocess.run(
-        [sys.executable, "-m", "megamask.pipeline", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+@dataclass
+class Answer:
+    returncode: int
+    stderr: str
+
+
+def words(run_dir: Path, *command: str, settings: tuple[str, ...] = ()) -> list[str]:
+    return [*command, "--config", str(RECIPE), f"run_dir={run_dir}", *settings]
+
+
+def ask(run_dir: Path, *command: str, settings: tuple[str, ...] = ()) -> Answer:
+    said = io.StringIO()
+    arguments = ["pipeline", *words(run_dir, *command, settings=settings)]
+    with patch.object(sys, "argv", arguments), contextlib.redirect_stderr(said):
+        return Answer(stages.main(), said.getvalue())
 
 
 def touch(path: Path, age: float = 0.0) -> None:
@@ -35,7 +44,8 @@ def touch(path: Path, age: float = 0.0) -> None:
 
 
 def test_a_stage_is_done_when_every_artefact_is_there(tmp_path: Path) -> None:
-    assert ask(tmp_path, "is-done", "gguf").returncode == 1
+    command = [sys.executable, "-m", "megamask.pipeline", *words(tmp_path, "is-done", "gguf")]
+    assert subprocess.run(command, timeout=60).returncode == 1
     (tmp_path / "hf").mkdir()
     assert ask(tmp_path, "is-done", "gguf").returncode == 0
     touch(tmp_path / "masks" / "magnitude.safetensors")
@@ -117,15 +127,15 @@ def test_a_moved_model_with_an_ignored_key_is_the_same_model(tmp_path: Path) -> 
     model = make_model(tmp_path / "model", seed=0)
     described = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**described, "my_note": 3}))
-    words = [f"run_dir={tmp_path}", "model.ignore_keys=[my_note]"]
-    before = load_config(RECIPE, [*words, f"model.hf={model}"])
+    here = [f"run_dir={tmp_path}", "model.ignore_keys=[my_note]"]
+    before = load_config(RECIPE, [*here, f"model.hf={model}"])
     paths = run_paths(before)
     paths.weights.mkdir(parents=True)
     (paths.weights / NOTE).write_text(
         json.dumps({"fingerprint": fingerprint_hf(model, ["my_note"])})
     )
     stages.record("convert", 1.0, 0, before, paths)
-    now = load_config(RECIPE, [*words, f"model.hf={model.rename(tmp_path / 'moved')}"])
+    now = load_config(RECIPE, [*here, f"model.hf={model.rename(tmp_path / 'moved')}"])
     assert stages.changes("convert", now, run_paths(now)) == {}
     stages.check(now, run_paths(now))
 

@@ -171,6 +171,12 @@ def test_a_stage_goes_on_with_whatever_learning_resumes_with(tmp_path: Path) -> 
     config = load_config(None, [f"run_dir={tmp_path}", "learn.steps=3000"])
     pipeline.check(config, run_paths(config))  # the verb learn goes on, so it is not done
     assert not pipeline.is_done("learn", config, run_paths(config))
+    for words, done in (
+        (["learn.steps=3"], True),
+        (["learn.steps=3", "learn.optimizer.clip=3"], False),
+    ):
+        config = load_config(None, [f"run_dir={tmp_path}", *words])
+        assert pipeline.is_done("learn", config, run_paths(config)) is done
     config = load_config(None, [f"run_dir={tmp_path}"])
     assert pipeline.is_done("learn", config, run_paths(config))
 
