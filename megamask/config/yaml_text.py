@@ -46,14 +46,15 @@ def read_yaml(text: str | bytes) -> Any:
             expanded.
     """
     try:
-        value = yaml.load(text.decode() if isinstance(text, bytes) else text, Loader=_Loader)
+        loader = _Loader(text.decode() if isinstance(text, bytes) else text)
+        node = loader.get_single_node()
+        _count(node, MAX_DEPTH)
+        return None if node is None else loader.construct_document(node)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     # A tag such as !!timestamp or !!python/name builds what it names from whatever stands there.
     except (yaml.YAMLError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(str(error)) from None
-    _count(value, MAX_DEPTH)
-    return value
 
 
 class _Dumper(yaml.SafeDumper):
@@ -76,8 +77,11 @@ def write_yaml(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _count(value: Any, depth: int, before: int = 0) -> int:
-    """The number of values within ``value``, an alias counted each time.
+def _count(node: yaml.Node | None, depth: int, before: int = 0) -> int:
+    """The number of values within ``node``, an alias counted each time.
+
+    Nodes are counted and not what they become: a merge key (``<<``) expands its aliases as soon as
+    the values are built.
 
     Raises:
         ValueError: they are too many or too deep.
@@ -87,7 +91,10 @@ def _count(value: Any, depth: int, before: int = 0) -> int:
     total = before + 1
     if total > MAX_VALUES:
         raise ValueError(f"it holds more than {MAX_VALUES:,} values")
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    inner: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        inner = [value for _, value in node.value]
+        inner += [key for key, _ in node.value if not isinstance(key, yaml.ScalarNode)]
     for one in inner:
         total = _count(one, depth - 1, total)
     return total

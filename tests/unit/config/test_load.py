@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from megamask.config import describe, load_config, run_paths
 from megamask.config.tree import Config
 from megamask.errors import ConfigError
+from tests.fuzz.mutations import patience
 
 
 def recipe(folder: Path, text: str) -> Path:
@@ -154,6 +155,29 @@ def test_a_wrong_setting_is_named_with_its_fix(override: str, key: str, fix: str
 def test_a_recipe_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="--config"):
         load_config(recipe(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [
+        ("[x]", "[*B, *B, *B, *B, *B, *B, *B, *B, *B]"),
+        ("{x: y}", "{k1: *B, k2: *B, k3: *B, k4: *B, k5: *B, k6: *B, k7: *B, k8: *B, k9: *B}"),
+        ("{x: y}", "{<<: [*B, *B, *B, *B, *B, *B, *B, *B, *B], k: 1}"),  # expands while it is built
+    ],
+)
+def test_a_text_that_expands_without_end(tmp_path: Path, first: str, more: str) -> None:
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{n}: &a{n} {more.replace('B', f'a{n - 1}')}" for n in range(1, 10)]
+    for text, said in (("\n".join(lines), "20,000 values"), ("a: &a {<<: *a}", "16 levels")):
+        with pytest.raises(ConfigError, match=said), patience():
+            load_config(recipe(tmp_path, text))
+
+
+def test_aliases_and_merge_keys(tmp_path: Path) -> None:
+    text = "learn: {steps: &s 7, global_batch: *s, optimizer: {<<: {lr: 0.5, clip: 2}, clip: 3}}"
+    learn = load_config(recipe(tmp_path, text)).learn
+    assert (learn.steps, learn.global_batch) == (7, 7)
+    assert (learn.optimizer.lr, learn.optimizer.clip) == (0.5, 3)
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:
