@@ -8,14 +8,13 @@ beyond the last index are zero.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
-BLOCK = 1 << 13  # words that are packed at a time: their digits stay in the cache
+BLOCK = 1 << 15  # words that are packed at a time, so that numbers beside the codes stay few
 
 
 def digits_per_word(base: int) -> int:
@@ -49,31 +48,33 @@ def pack(codes: Any, base: int, index_of: Callable[[Any], Any] | None = None) ->
         block = words[first : first + BLOCK]
         part = flat[first * digits : (first + BLOCK) * digits]
         index = np.asarray(part if index_of is None else index_of(part))
-        if index.min() < 0 or index.max() >= base:
+        if (index.dtype.kind != "u" and index.min() < 0) or index.max() >= base:
             raise ValueError(f"digits out of range for {base} candidates")
-        padded = np.zeros((len(block), digits), dtype=_digit(base))
-        padded.reshape(-1)[: len(index)] = index
-        _add_digits(block, padded, base)
+        if len(index) < len(block) * digits:
+            index = np.concatenate([index, np.zeros(len(block) * digits - len(index), index.dtype)])
+        index = np.ascontiguousarray(index, dtype=_digit(base))
+        _add_digits(block, index.reshape(len(block), digits), base)
     return words
 
 
 def _add_digits(words: Words, digits: npt.NDArray[np.unsignedinteger], base: int) -> None:
     """Make ``words``, which are 0, of their digits, (words, digits), least significant first.
 
-    Two digits of a byte each are one digit of a byte in base ** 2 where it fits: half the work.
+    While the number of digits is even, two neighbours, read as one number of twice the bits, become
+    a digit in base ** 2, which fits there: the work halves, and all of it is on contiguous memory.
     """
-    if digits.dtype == np.uint8 and base * base <= 256 and digits.shape[1] % 2 == 0:
-        digits, base = _pairs(base)[digits.view("<u2")], base * base
-    for place in reversed(range(digits.shape[1])):
+    bits = 8 * digits.itemsize
+    while digits.shape[1] % 2 == 0 and bits < 64:
+        both = digits.view(f"<u{bits // 4}")
+        wide = both.dtype.type
+        digits = both >> wide(bits)
+        digits *= wide(base)
+        digits += both & wide(2**bits - 1)
+        bits, base = 2 * bits, base * base
+    words += digits[:, -1]
+    for place in reversed(range(digits.shape[1] - 1)):
         words *= np.uint64(base)
         words += digits[:, place]
-
-
-@lru_cache
-def _pairs(base: int) -> npt.NDArray[np.uint8]:
-    """The value of two digits, by the little-endian 16-bit number that holds a digit per byte."""
-    both = np.arange(2**16)
-    return ((both & 255) + base * (both >> 8)).astype(np.uint8)
 
 
 def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.unsignedinteger]:

@@ -10,7 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from megamask.masks.codec import Words
 from megamask.storage import atomic_file
@@ -24,7 +28,8 @@ def write_words(
     tensors: Iterable[tuple[str, Words]],
     metadata: Callable[[Mapping[str, str]], str],
 ) -> None:
-    """Write the file atomically, with one tensor in memory at a time.
+    """Write the file atomically, with two tensors in memory at most: a thread takes the digest of
+    a tensor, which is half of the work, while it goes to the disk and the next is made.
 
     Args:
         path: the file.
@@ -35,14 +40,20 @@ def write_words(
     """
     blank = hashlib.sha256().hexdigest()
     begin = len(_head(counts, metadata(dict.fromkeys(counts, blank))))
-    offsets, digests = _offsets(counts), {}
-    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+    offsets, hashes = _offsets(counts), dict[str, Future[Any]]()
+    with (
+        atomic_file(path) as temporary,
+        temporary.open("wb") as stream,
+        ThreadPoolExecutor(1) as hasher,
+    ):
         for name, words in tensors:
             assert words.shape == (counts[name],)
-            content = words.astype("<u8", copy=False).tobytes()
-            digests[name] = hashlib.sha256(content).hexdigest()
+            wait(hashes.values())  # so that the words of two tensors at most are in memory
+            content = words.astype("<u8", copy=False).view(np.uint8).data
+            hashes[name] = hasher.submit(hashlib.sha256, content)
             stream.seek(begin + offsets[name])
             stream.write(content)
+        digests = {name: one.result().hexdigest() for name, one in hashes.items()}
         assert digests.keys() == counts.keys()
         head = _head(counts, metadata(digests))
         assert len(head) == begin

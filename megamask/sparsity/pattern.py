@@ -20,6 +20,7 @@ from megamask.errors import ConfigError
 
 MAX_CANDIDATES = 256  # of a table
 TABLE_BITS = 16  # groups up to this size look their index up in one table
+PIECE = 1 << 15  # groups that are looked up at a time
 MAX_GROUP = 64  # so that the index of a candidate fits in 64 bits
 CANDIDATE_ORDER = "itertools.combinations-v1"
 
@@ -167,10 +168,10 @@ class Pattern:
         bits = bits.view(f"u{bits.itemsize}")
         index: npt.NDArray[np.unsignedinteger]
         if self.m <= 8 and bits.size % 2 == 0 and bits.flags.c_contiguous:
-            two = self._pair_table[bits.reshape(-1).view(np.uint16)]
+            two = _look_up(self._pair_table, bits.reshape(-1).view(np.uint16))
             index = two.view(np.uint8).reshape(bits.shape)
         elif self.m <= TABLE_BITS:
-            index = self._index_table[bits]
+            index = _look_up(self._index_table, bits)
         else:
             index = self._index_by_bytes(bits)
         if index.size and index.max() == self.num_candidates:
@@ -253,3 +254,20 @@ class Pattern:
         groups = score_OI.unflatten(-1, (-1, self.m))
         kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+
+
+def _look_up(
+    table: npt.NDArray[np.unsignedinteger], at: npt.NDArray[np.unsignedinteger]
+) -> npt.NDArray[np.unsignedinteger]:
+    """``table[at]`` in half the time, for a table with an entry for every number of the dtype of
+    ``at``: no bounds are checked, and numpy's own index type is made in the cache, in pieces.
+    """
+    assert len(table) == 2 ** (8 * at.itemsize)
+    flat, found = at.reshape(-1), np.empty(at.shape, dtype=table.dtype)
+    into, places = found.reshape(-1), np.empty(min(PIECE, at.size), dtype=np.intp)
+    for first in range(0, at.size, PIECE):
+        piece = flat[first : first + PIECE]
+        place = places[: len(piece)]
+        place[:] = piece
+        table.take(place, out=into[first : first + PIECE], mode="wrap")
+    return found

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megamask.errors import ConfigError
+from megamask.sparsity import pattern as pattern_module
 from megamask.sparsity.pattern import Pattern
 from tests.masks import is_valid
 from tests.unit.sparsity.categorical.reference import candidate_table
@@ -79,6 +80,22 @@ def test_bits_spell_out_the_mask(n: int, m: int) -> None:
         wrong[1, 2] = bits[1, 2] | (1 << m)  # a position that the group does not have
         with pytest.raises(ValueError, match=f"the mask is not {n}:{m}"):
             pattern.index_of_bits(wrong)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16), (16, 32)])
+def test_pieces_of_a_look_up_do_not_show(n: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are looked up some at a time, in rows of any length and memory of any order."""
+    pattern = Pattern(n, m)
+    scores = torch.randn(6, 14 * m, generator=torch.Generator().manual_seed(0))
+    bits = pattern.bits_of(pattern.best(scores))
+    expected = [int(pattern.index_of_bits(one.reshape(1))[0]) for one in bits.reshape(-1)]
+    monkeypatch.setattr(pattern_module, "PIECE", 5)
+    assert pattern.index_of_bits(bits).reshape(-1).tolist() == expected
+    assert pattern.index_of_bits(bits.t()).T.reshape(-1).tolist() == expected
+    assert pattern.index_of_bits(bits[:0]).shape == (0, 14)
+    bits[-1, -1] ^= 1
+    with pytest.raises(ValueError, match="the mask is not"):
+        pattern.index_of_bits(bits)
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (2, 5)])
