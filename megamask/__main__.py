@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import platform
+import select
 import sys
 import time
 import traceback
@@ -35,12 +36,13 @@ from megamask.terminal import PlainFormatter
 from megamask.verbs.table import VERBS, PlanArguments, words_of
 from megamask.verbs.words import Request, build_arguments, parse, shortcuts_of
 
+EXIT_PIPE = 128 + 13  # as shells say of a program that SIGPIPE ends: nobody reads its output
 TURN = 5.0  # seconds that a rank leaves to rank 0 to tell an error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code (0 done, 2 user error, 69 another rank is missing, 75
-    interrupted after a snapshot, 128 + N stopped by signal N).
+    interrupted after a snapshot, 128 + N stopped by signal N, 141 nobody reads the output).
 
     A failed rank of several ends its process here: Python's own way out would wait for threads of
     backends that wait for other ranks.
@@ -73,16 +75,17 @@ def _run(words: list[str], stop: StopRequest) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # which cannot write every name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if not words or "-h" in words or "--help" in words:
-            print(_help_of(words[0]) if words and words[0] in VERBS else _help())
-            return EXIT_OK if words else EXIT_USER_ERROR
-        if words[0] == "--version":
-            print(_versions())
-            return EXIT_OK
-        stop.is_raising = not saves
-        place = this_place()
-        with _log_shown(place):
-            return _run_verb(parse(words), place, stop)
+        with _whole_output():
+            if not words or "-h" in words or "--help" in words:
+                print(_help_of(words[0]) if words and words[0] in VERBS else _help())
+                return EXIT_OK if words else EXIT_USER_ERROR
+            if words[0] == "--version":
+                print(_versions())
+                return EXIT_OK
+            stop.is_raising = not saves
+            place = this_place()
+            with _log_shown(place):
+                return _run_verb(parse(words), place, stop)
     except Interrupted as signalled:
         if place.is_main and saves:
             _say(f"{signalled}: nothing to save yet; start again to begin")
@@ -90,6 +93,10 @@ def _run(words: list[str], stop: StopRequest) -> int:
             _say(f"{signalled}: stopped. Nothing half-written is left; start again to do it anew")
         return EXIT_INTERRUPTED if saves else signalled.code
     except Exception as error:
+        is_unread = isinstance(error, BrokenPipeError) and _is_unread()
+        _drop_output()
+        if is_unread:
+            return EXIT_PIPE
         told = error if isinstance(error, MegamaskError) else machine_errors.explained(error)
         if told is None and place.world == 1:
             raise
@@ -118,6 +125,36 @@ def _run_verb(request: Request, place: Place, stop: StopRequest) -> int:
             _show(request.verb, config, place)
         return EXIT_OK
     return run_verb(request.verb, config, arguments, place, stop)
+
+
+@contextmanager
+def _whole_output() -> Iterator[None]:
+    """Write out at the end of the block what was printed, so that a failure is told."""
+    yield
+    if sys.stdout is not None:  # closed before Python started
+        sys.stdout.flush()
+
+
+def _is_unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more; other pipes break too."""
+    try:
+        number = sys.stdout.fileno()
+    except (AttributeError, OSError):  # closed before Python started, or no file
+        return False
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Forget what stdout does not take: Python would fail on it at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _say(text: str) -> None:

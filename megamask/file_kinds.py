@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamask.errors import ArtifactError, printable
+from megamask.machine_errors import reading
 
 SAFETENSORS = "a safetensors file"
 JSON = "a JSON text"
 GGUF = "a GGUF file"
+USABLE = "text without NUL, of characters that the system can encode"
 DOWNLOAD = "Download the file again."
 _HEADER_LIMIT = 10**8  # bytes; the safetensors library refuses longer headers
 
@@ -206,3 +208,25 @@ def require_file(path: Path, wanted: str, fix: str) -> None:
         is_regular = False
     if not is_regular:
         raise wrong_file(path, wanted, fix)
+
+
+def read_text(path: Path, fix: str) -> str:
+    """The text of a regular file, which may be empty; bytes that are no text are replaced.
+
+    Raises:
+        ArtifactError: there is nothing at the path, or a folder, FIFO or device.
+    """
+    with reading(path, fix):
+        if not path.is_file():
+            raise wrong_file(path, "a text", fix)
+        return path.read_text(encoding="utf-8", errors="replace")
+
+
+def can_be_a_path(text: str) -> bool:
+    """Whether the system can take ``text`` as a path: without NUL, and of characters that it can
+    encode.
+    """
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False

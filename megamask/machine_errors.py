@@ -100,6 +100,8 @@ def explained(error: BaseException) -> MegamaskError | None:
             f"the memory does not hold what the settings ask for ({first}). {fix}"
         )
     number, name = number_of(error), getattr(error, "filename", None)
+    if name is None and number in (*_OF_WRITES, errno.EPIPE):
+        return _told("an output", "cannot be written", number)
     if number is None or name is None:
         return None
     return _told(os.fsdecode(name), "cannot be used", number)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticUndefined
+
+from megamask.file_kinds import USABLE, can_be_a_path
 
 # Every number has a first and a last value. The limits lie far beyond use, and below what overflows
 # in 32-bit arithmetic, in an index of samples or in an allocation.
@@ -32,6 +34,15 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_unusable_text(cls, value: Any) -> Any:
+        """Refuse text that no path, command or variable can hold."""
+        given = value if isinstance(value, list | tuple | Mapping) else [value]
+        if not all(can_be_a_path(one) for one in given if isinstance(one, str)):
+            raise ValueError(USABLE)
+        return value
 
     def model_copy(
         self: AnySection, *, update: Mapping[str, Any] | None = None, deep: bool = False

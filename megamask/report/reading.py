@@ -14,13 +14,13 @@ import yaml
 from megamask.config import Config, run_paths
 from megamask.config.nested import flatten
 from megamask.errors import ArtifactError
-from megamask.file_kinds import wrong_file
-from megamask.machine_errors import reading
+from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
 from megamask.storage import lacks, read_object
 
 Record = dict[str, Any]
+FIX = "Delete it, or run the verb learn again."
 NUMBER = (int, float)
 RECORD: dict[str, Any] = {"kind": str, "step": int, "tokens": NUMBER, "seconds": NUMBER}
 
@@ -73,7 +73,7 @@ def read_run(config: Config) -> RunData:
         results=results,
         masks=masks,
         prior=_prior(config),
-        settings=_text_of(written)
+        settings=read_text(written, FIX)
         if written.exists()
         else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         versions=read_object(versions, "Run the verb learn again.", {})
@@ -91,21 +91,13 @@ def read_metrics(path: Path) -> list[Record]:
     if not path.exists():
         return []
     by_step: dict[tuple[int, str], Record] = {}
-    for line in _text_of(path).splitlines():
+    for line in read_text(path, FIX).splitlines():
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             record = json.loads(line)
             required = RECORD | ({"perplexity": dict} if record["kind"] == "evaluation" else {})
             if not lacks(record, required) and not lacks(kept := _numbers_of(record), required):
                 by_step[(kept["step"], kept["kind"])] = kept
     return [by_step[key] for key in sorted(by_step)]
-
-
-def _text_of(path: Path) -> str:
-    fix = "Delete it, or run the verb learn again."
-    with reading(path, fix):
-        if not path.is_file():
-            raise wrong_file(path, "a text", fix)
-        return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _numbers_of(record: Record) -> Record:

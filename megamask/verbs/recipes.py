@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megamask.config import Config
 from megamask.config.recipes import recipe_named, recipes, summary
+from megamask.terminal import tell
 from megamask.verbs.table import RecipesArguments
 
 
@@ -14,9 +15,10 @@ def run(config: Config, arguments: RecipesArguments) -> None:
         ConfigError: there is no such recipe.
     """
     if arguments.name:
-        print(recipe_named(arguments.name, "NAME").read_text(encoding="utf-8"), end="")
+        text = recipe_named(arguments.name, "NAME").read_text(encoding="utf-8")
+        tell(text.removesuffix("\n"))
         return
     known = recipes()
     width = max(map(len, known))
     for name, path in known.items():
-        print(f"{name:<{width}}  {summary(path)}")
+        tell(f"{name:<{width}}  {summary(path)}")

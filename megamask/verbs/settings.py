@@ -6,6 +6,7 @@ import difflib
 
 from megamask.config import Config, describe
 from megamask.errors import ConfigError
+from megamask.terminal import tell
 from megamask.verbs.table import SettingsArguments
 
 
@@ -16,7 +17,7 @@ def run(config: Config, arguments: SettingsArguments) -> None:
         ConfigError: there is no such section or setting.
     """
     if arguments.markdown:
-        print(describe.as_markdown(), end="")
+        tell(describe.as_markdown().removesuffix("\n"))
         return
     prefix = arguments.prefix
     text = describe.as_text([prefix] if prefix else [])
@@ -26,4 +27,4 @@ def run(config: Config, arguments: SettingsArguments) -> None:
         near = difflib.get_close_matches(str(prefix), names, n=1)
         fix = f"Did you mean {near[0]}?" if near else "Run megamask settings."
         raise ConfigError("PREFIX", prefix, "a section or a setting", fix)
-    print(text)
+    tell(text)

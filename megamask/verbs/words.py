@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.errors import ConfigError
+from megamask.file_kinds import USABLE, can_be_a_path
 from megamask.verbs.table import VERBS, Verb, words_of
 
 
@@ -36,7 +37,7 @@ def parse(words: Sequence[str]) -> Request:
 
     Raises:
         ConfigError: no such verb (with the nearest name), an option that does not exist,
-            ``--config`` without a file, an argument too many.
+            ``--config`` without a file, a value that is missing or not taken, an argument too many.
     """
     name, *rest = words
     if name not in VERBS:
@@ -58,6 +59,10 @@ def parse(words: Sequence[str]) -> Request:
             request.dry_run = True
         elif word in verb.flags and verb.flags[word].metadata["kind"] is bool:
             request.arguments[verb.flags[word].name] = True
+        elif flag in verb.flags and verb.flags[flag].metadata["kind"] is bool:
+            raise ConfigError(
+                flag, value, "takes no value", f"Write {flag} alone, or leave it out."
+            )
         elif flag in verb.flags:
             request.arguments[verb.flags[flag].name] = _value(flag, value, has_value, rest)
         elif flag in verb.shortcuts:
@@ -98,6 +103,8 @@ def _checked(one: Field[Any], value: Any) -> Any:
     flag = words_of(one).partition(" ")[0]
     if value is None or isinstance(value, bool):
         return value
+    if not can_be_a_path(str(value)):
+        raise ConfigError(flag, value, USABLE, "Correct it.")
     if one.metadata["kind"] is int:
         text = str(value)
         if not text.isdecimal() or len(text) > 6 or int(text) == 0:

@@ -51,12 +51,12 @@ def in_child(work: Callable[[], Any], before: Callable[[], Any]) -> str:
     return told
 
 
-def no_large_files() -> None:
+def no_large_files(limit: int = LIMIT) -> None:
     """As a full disk: a write fails in the middle of a file."""
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def as_nobody() -> None:
@@ -250,7 +250,10 @@ def test_an_input_that_fails_within_an_output_is_named_itself(tmp_path: Path) ->
 def test_errors_of_libraries_are_understood() -> None:
     told = explained(OSError(errno.EIO, "Input/output error", "/data/x"))
     assert told is not None and "/data/x: cannot be used (Input/output error)" in str(told)
-    assert explained(OSError(errno.EPIPE, "Broken pipe")) is None
+    for number in (errno.ENOSPC, errno.EPIPE):  # a write to stdout has no name
+        told = explained(OSError(number, os.strerror(number)))
+        assert f"an output: cannot be written ({os.strerror(number)})" in str(told)
+    assert explained(ConnectionResetError(errno.ECONNRESET, "reset by peer")) is None
     assert explained(RuntimeError("shape mismatch")) is None and explained(ValueError()) is None
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**48)
@@ -273,3 +276,23 @@ def test_a_program_that_meets_a_closed_place_says_one_line(tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "File name too long" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["settings"], ["recipes"], ["--help"], ["plan", "--help"]])
+def test_an_output_that_takes_nothing_is_one_line(words: list[str]) -> None:
+    command = [sys.executable, "-m", "megamask", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "an output: cannot be written (No space left on device)" in done.stderr
+
+
+def test_an_output_that_nobody_reads_ends_as_by_sigpipe() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "megamask", "settings"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

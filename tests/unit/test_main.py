@@ -75,6 +75,8 @@ def test_arguments_that_were_settings_are_still_read(caplog: pytest.LogCaptureFi
             "option = '--json': --config FILE, --dry-run, --help, or key.sub=value without dashes. "
             "Run megamask extract --help.",
         ),
+        (["status", "--json=false"], "--json = 'false': takes no value. Write --json alone"),
+        (["submit", "--dry-run="], "--dry-run = '': takes no value"),
         (["diff", "a", "--json"], "--json = '': needs a value"),
         (["learn", "--config"], "--config = '': needs a recipe file"),
         (["dif", "a", "b"], "Did you mean diff?"),

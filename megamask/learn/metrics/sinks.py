@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO
 
 from megamask.config import Config
 from megamask.errors import ConfigError
-from megamask.machine_errors import reading
+from megamask.file_kinds import read_text
 from megamask.storage import atomic_file, finite
 from megamask.terminal import PlainFormatter
 
@@ -102,12 +102,14 @@ def trim_metrics(path: Path, resume_step: int) -> list[Record]:
 
     Lines later than ``resume_step`` and torn lines go; with ``resume_step`` 0 the run starts over
     and all lines go. The file is replaced atomically, so that dying here loses nothing.
+
+    Raises:
+        ArtifactError: it cannot be read or written, or is a FIFO or the like.
     """
     if not path.exists():
         return []
     kept = []
-    with reading(path):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_text(path, "Delete it, and start again.").splitlines()
     for line in lines if resume_step > 0 else ():
         try:
             record = json.loads(line)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from megamask.config import Config, build_config, load_config
 from megamask.config.learn_tree import LearnSection, SamplingSection
 from megamask.errors import ArgumentError, ConfigError, MegamaskError
+from megamask.verbs.words import build_arguments
 
 MASKLLM = {"preset": "maskllm", "memory": "lean"}
 WAYS: dict[str, Callable[[], Config]] = {
@@ -113,3 +114,18 @@ def test_a_recipe_may_be_text() -> None:
     assert load_config("quickstart") == load_config(Path("quickstart"))
     with pytest.raises(ArgumentError, match=r'a list of words is needed, as \["learn.steps=100"\]'):
         load_config(None, "learn.steps=100")
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_text_that_no_path_can_hold_is_refused_everywhere(text: str) -> None:
+    for given in (
+        {"run_dir": text},
+        {"export": {"out": text}},
+        {"launch": {"sbatch": ["-x", text]}},
+        {"data": {"domains": {text: {"kind": "stdlib"}}}},
+    ):
+        with pytest.raises(ConfigError, match="without NUL"):
+            build_config(given)
+    assert build_config({"run_dir": "a\udce9 \n"}).run_dir == "a\udce9 \n"  # bytes of a path
+    with pytest.raises(ConfigError, match="^RUN = .*without NUL"):
+        build_arguments("status", {"run": text})

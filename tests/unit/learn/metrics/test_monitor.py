@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import os
 import sys
 import time
 from contextlib import closing
@@ -14,6 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megamask.config import Config, build_config
+from megamask.errors import ArtifactError
 from megamask.learn.metrics.monitor import Monitor, Pace, duration, peak_memory_gib
 from megamask.learn.metrics.sinks import Console, Forgiving, MetricsFile, PackageLog, trim_metrics
 
@@ -123,6 +125,12 @@ def trim_copy(folder: Path, step: int) -> list[dict[str, Any]]:
     kept = trim_metrics(copy, step)
     assert [json.loads(line) for line in copy.read_text().splitlines()] == kept
     return kept
+
+
+def test_a_pipe_in_the_place_of_metrics_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ArtifactError, match="metrics.jsonl: is not a text: it is a FIFO"):
+        trim_metrics(tmp_path / "metrics.jsonl", 4)
 
 
 def test_starting_over_drops_the_old_metrics(tmp_path: Path) -> None:
