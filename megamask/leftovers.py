@@ -17,6 +17,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from megamask.liveness import lives, number_space, start_of
+
 MAX_NAME = 150  # bytes of a name within a temporary name; file systems take 255 in all
 FOREIGN_AGE = 24 * 3600.0  # seconds after which a temporary name of another machine is left over
 _OWNER = re.compile(r"\.megamask-([0-9a-f]{6})-(\d+)-(\d*)-[0-9a-f]{4}\.tmp$")
@@ -25,7 +27,7 @@ _OWNER = re.compile(r"\.megamask-([0-9a-f]{6})-(\d+)-(\d*)-[0-9a-f]{4}\.tmp$")
 def temporary_name(path: Path) -> Path:
     """A new hidden name beside ``path``, which says what process it belongs to."""
     number = uuid.uuid4().hex[:4]
-    start = _start_of(os.getpid())
+    start = start_of(os.getpid())
     owner = f"megamask-{_machine()}-{os.getpid()}-{start}"
     return path.with_name(f".{_short(path.name)}.{owner}-{number}.tmp")
 
@@ -65,7 +67,7 @@ def _is_dead(left: Path) -> bool:
     if owner is None:
         return False
     if owner[1] == _machine():
-        return not _lives(int(owner[2]), owner[3])
+        return not lives(int(owner[2]), owner[3])
     try:
         newest = max(one.lstat().st_mtime for one in (left, *left.rglob("*")))
     except OSError:  # it is being written or deleted just now
@@ -73,33 +75,9 @@ def _is_dead(left: Path) -> bool:
     return time.time() - newest > FOREIGN_AGE
 
 
-def _lives(process: int, start: str) -> bool:
-    """Whether the process that started at ``start`` is there."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # a process of another user
-        pass
-    return _start_of(process) in ("", start)
-
-
-def _start_of(process: int) -> str:
-    """When a process started, in ticks since the boot; empty where the system does not say."""
-    try:
-        state, *facts = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "ended" if state == "Z" else facts[18]
-
-
 def _machine() -> str:
     """This machine and, in a container, this container: its processes have numbers of their own."""
-    try:
-        space = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        space = 0
-    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:6]
+    return hashlib.sha256(f"{platform.node()} {number_space()}".encode()).hexdigest()[:6]
 
 
 def _short(name: str) -> str:

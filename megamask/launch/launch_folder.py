@@ -85,7 +85,7 @@ def next_folder(run_dir: Path) -> Path:
     """The folder of the next job, absolute, which does not exist yet."""
     folders = _folders(run_dir)
     number = int(folders[-1].name) + 1 if folders else 1
-    return run_dir.resolve() / "launch" / f"{number:03d}"
+    return Path(os.path.realpath(run_dir)) / "launch" / f"{number:03d}"
 
 
 def _folders(run_dir: Path) -> list[Path]:

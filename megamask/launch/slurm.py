@@ -10,6 +10,7 @@ from pathlib import Path
 from megamask.errors import ArtifactError, ConfigError
 
 TIMEOUT = 60.0  # seconds; a busy controller answers late
+UNKNOWN_JOB = "invalid job id"  # what squeue says of a job that has left the queue for long
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def submit(script: Path) -> str:
 
     Raises:
         ConfigError: there is no sbatch here.
-        ArtifactError: sbatch refused the script.
+        ArtifactError: sbatch refused the script or gave no answer.
     """
     done = _call("sbatch", "--parsable", str(script))
     if done is None:
@@ -68,19 +69,30 @@ def submit(script: Path) -> str:
 
 
 def find_job(number: str) -> QueuedJob | None:
-    """The job, if it is in the queue of the cluster that this machine submits to."""
+    """The job; None if it is not in the queue of the cluster that this machine submits to, or if
+    this machine submits to none.
+
+    Raises:
+        ArtifactError: squeue failed, so that nobody knows.
+    """
     done = _call("squeue", "--noheader", "--jobs", number, "--format", "%T|%r|%N|%S")
-    if done is None or done.returncode != 0 or not done.stdout.strip():
+    if done is None or UNKNOWN_JOB in done.stderr.lower():
         return None
-    words = done.stdout.splitlines()[0].split("|")
-    return QueuedJob(number, *words) if len(words) == 4 else None
+    if done.returncode == 0 and not done.stdout.strip():
+        return None
+    words = done.stdout.strip().partition("\n")[0].split("|")
+    if done.returncode != 0 or len(words) != 4:
+        said = " ".join(done.stderr.split()) or done.stdout.strip() or f"code {done.returncode}"
+        problem = f"may wait or not: squeue failed ({said[:300]})"
+        raise ArtifactError(f"Slurm job {number}", problem, "Start again when Slurm answers.")
+    return QueuedJob(number, *words)
 
 
 def forbid_requeue(number: str) -> None:
     """Let the end of the job's processes be the end of the job.
 
     Raises:
-        ArtifactError: Slurm refused.
+        ArtifactError: Slurm refused or gave no answer.
     """
     _order(number, "scontrol", "update", f"JobId={number}", "Requeue=0")
 
@@ -89,7 +101,7 @@ def cancel(number: str) -> None:
     """Take the job out of the queue.
 
     Raises:
-        ArtifactError: Slurm refused.
+        ArtifactError: Slurm refused or gave no answer.
     """
     _order(number, "scancel", number)
 
@@ -98,7 +110,7 @@ def end_processes(number: str) -> None:
     """Send SIGTERM to the processes of a job; its script goes on.
 
     Raises:
-        ArtifactError: Slurm refused.
+        ArtifactError: Slurm refused or gave no answer.
     """
     _order(number, "scancel", "--signal=TERM", number)
 
@@ -112,8 +124,19 @@ def _order(number: str, *command: str) -> None:
 
 
 def _call(*command: str) -> subprocess.CompletedProcess[str] | None:
-    """The finished command; None where there is no such command, or no answer."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+    """The finished command; None where there is no such command.
+
+    Raises:
+        ArtifactError: the command cannot be started, or gives no answer.
+    """
+    if shutil.which(command[0]) is None:
         return None
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        is_late = isinstance(error, subprocess.TimeoutExpired)
+        said = f"gave no answer within {TIMEOUT:g} seconds" if is_late else f"failed ({error})"
+        fix = "Look at the queue, and start again when Slurm answers."
+        raise ArtifactError(f"the command {command[0]}", said, fix) from error

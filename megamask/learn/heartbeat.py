@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+from megamask.leftovers import temporary_name
 from megamask.process.holder import Holder
 
 NAME = "heartbeat.json"
@@ -37,16 +38,21 @@ class Heartbeat:
 
     def write(self, folder: Path) -> None:
         """Write the file into ``folder``; a failure is passed over, for it must not end a run."""
-        temporary = folder / f".{NAME}.tmp"
+        temporary = temporary_name(folder / NAME)
         # No fsync: after a crash of the machine an old heartbeat is as good as none.
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(asdict(self)) + "\n")
-            os.replace(temporary, folder / NAME)
+            try:
+                temporary.write_text(json.dumps(asdict(self)) + "\n")
+                os.replace(temporary, folder / NAME)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: Path) -> Heartbeat | None:
         """The heartbeat of the run in ``folder``; None where none can be read."""
         kinds = {"state": str, "step": int, "steps": int, "time": str, "world": int}
+        if not (folder / NAME).is_file():
+            return None
         try:
             value = json.loads((folder / NAME).read_text())
             holder = Holder.read(value["holder"])

@@ -24,7 +24,7 @@ import megamask
 from megamask.config import Config
 from megamask.config.nested import flatten
 from megamask.errors import ConfigError, DismissedError, LaunchError
-from megamask.process.holder import Holder
+from megamask.process.holder import boot_id
 from megamask.process.place import Place
 from megamask.process.signals import StopRequest
 
@@ -71,7 +71,7 @@ def call_roll(place: Place, config: Config, stop: StopRequest) -> Roll:
     store = _open_store(place, wait)
     entry = {
         "host": socket.gethostname(),
-        "machine": Holder.this_process("").machine,
+        "machine": boot_id(),
         "cores": cores(),
         "settings": _comparable(config),
     }

@@ -8,6 +8,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from megamask.liveness import lives, number_space, start_of
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -16,11 +18,15 @@ class Holder:
     Attributes:
         what: the command, such as ``megamask learn``.
         host: name of the host.
-        machine: identity of the running system. Hosts may share a name, and a host that started
-            again has none of the processes of before.
-        pid: number of the process on its host.
+        machine: identity of the running system and of the container. Hosts may share a name, a host
+            that started again has none of the processes of before, and a container has numbers of
+            its own.
+        pid: number of the process on its machine.
         job: number of the Slurm job; None outside Slurm.
         since: when the process took what it holds, UTC, in ISO form.
+        start: when the process started (``megamask.liveness.start_of``): the number is given out
+            again after its end. Empty in notes of versions that did not know; such a process counts
+            as ended where the system can say when a process started.
     """
 
     what: str
@@ -29,11 +35,13 @@ class Holder:
     pid: int
     job: str | None
     since: str
+    start: str = ""
 
     @classmethod
     def this_process(cls, what: str) -> Holder:
         """The process that calls."""
-        return cls(what, socket.gethostname(), _machine(), os.getpid(), job_id(), utc_now())
+        pid = os.getpid()
+        return cls(what, socket.gethostname(), _machine(), pid, job_id(), utc_now(), start_of(pid))
 
     @classmethod
     def read(cls, value: object) -> Holder | None:
@@ -43,23 +51,30 @@ class Holder:
             return None
         if any(type(value.get(key)) is not kind for key, kind in kinds.items()):
             return None
-        job = value.get("job")
+        job, start = value.get("job"), value.get("start")
         found = {key: value[key] for key in kinds}
-        return cls(**found, job=job if isinstance(job, str) else None)
+        return cls(
+            **found,
+            job=job if isinstance(job, str) else None,
+            start=start if isinstance(start, str) else "",
+        )
 
     def is_here(self) -> bool:
-        """Whether the process is or was one of this running system."""
+        """Whether the process is or was one of this running system and container."""
         return self.machine == _machine()
 
+    def shares_kernel(self) -> bool:
+        """Whether the process is or was one of this running system, in any container."""
+        return self.machine.partition(" ")[0] == boot_id()
+
     def is_running(self) -> bool:
-        """Whether a process of this number runs; only to be asked where ``is_here()``."""
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except OSError:  # another user's process
-            return True
-        return True
+        """Whether the process runs; only to be asked where ``is_here()``."""
+        return lives(self.pid, self.start)
+
+    def is_process_of(self, other: Holder) -> bool:
+        """Whether both are one process, whatever it holds."""
+        mine, theirs = ((one.machine, one.pid, one.start) for one in (self, other))
+        return mine == theirs
 
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
@@ -80,8 +95,13 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _machine() -> str:
+def boot_id() -> str:
+    """Identity of the running system, the same in all of its containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+def _machine() -> str:
+    return f"{boot_id()} {number_space()}"

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from megamask.errors import ArtifactError
 from megamask.leftovers import temporary_name
+from megamask.machine_errors import writing
 from megamask.process.holder import Holder
 from megamask.process.signals import leave_to_main_thread
 
@@ -57,11 +58,11 @@ def locked(what: str, writes: Iterable[Path], reads: Iterable[Path] = ()) -> Ite
         reads: artefacts that must stay as they are; several processes may read.
 
     Raises:
-        ArtifactError: another process holds a lock; the message names it.
+        ArtifactError: another process holds a lock, which the message names; or the disk is full.
     """
     holder = Holder.this_process(what)
-    written = {_lock_of(path): path for path in writes}
-    read = {_lock_of(path): path for path in reads}
+    written = {lock: path for path in writes if (lock := _lock_of(path))}
+    read = {lock: path for path in reads if (lock := _lock_of(path))}
     with ExitStack() as stack:
         held = []
         for lock in sorted(written.keys() | read.keys()):
@@ -79,6 +80,8 @@ def writer_of(path: Path) -> Holder | None:
     A guess from the outside, for people to read: the lock is not touched.
     """
     lock = _lock_of(path)
+    if lock is None or not lock.is_file():
+        return None
     try:
         lines, age = _lines(lock.read_bytes()), _age(lock)
     except OSError:
@@ -88,9 +91,12 @@ def writer_of(path: Path) -> Holder | None:
     return next(living, None)
 
 
-def _lock_of(path: Path) -> Path:
-    whole = path.resolve()
-    return whole.with_name(f".{whole.name}.lock")
+def _lock_of(path: Path) -> Path | None:
+    """The file of the lock; None for the root, which has no name. Links in a circle stay as they
+    are: whoever opens the artefact tells of them.
+    """
+    whole = Path(os.path.realpath(path))
+    return whole.with_name(f".{whole.name}.lock") if whole.name else None
 
 
 @contextmanager
@@ -132,10 +138,8 @@ def _take(lock: Path, path: Path, holder: Holder, is_writer: bool) -> int | None
                 time.sleep(0.05)
             elif _is_file(descriptor, lock):
                 _refuse_others(descriptor, lock, path, is_writer, state)
-                if is_alone or (is_writer and state is Kernel.ABSENT):
-                    os.ftruncate(descriptor, 0)
-                line = json.dumps({**asdict(holder), "writes": is_writer})
-                os.write(descriptor, f"{line}\n".encode())
+                starts_anew = is_alone or (is_writer and state is Kernel.ABSENT)
+                _sign(descriptor, lock, holder, is_writer, starts_anew)
                 if is_alone and not is_writer:
                     _flock(descriptor, fcntl.LOCK_SH)
                 if state is Kernel.ABSENT:
@@ -147,6 +151,25 @@ def _take(lock: Path, path: Path, holder: Holder, is_writer: bool) -> int | None
         os.close(descriptor)  # busy, or its last holder removed the file in between
 
 
+def _sign(descriptor: int, lock: Path, holder: Holder, is_writer: bool, starts_anew: bool) -> None:
+    """Write the line of ``holder`` into the file; where that fails, no empty file stays.
+
+    Raises:
+        ArtifactError: the disk is full.
+    """
+    line = json.dumps({**asdict(holder), "writes": is_writer}).encode() + b"\n"
+    try:
+        with writing(lock):
+            if starts_anew:
+                os.ftruncate(descriptor, 0)
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except ArtifactError:
+        if starts_anew or os.fstat(descriptor).st_size == 0:
+            lock.unlink(missing_ok=True)
+        raise
+
+
 def _refuse_others(descriptor: int, lock: Path, path: Path, is_writer: bool, state: Kernel) -> None:
     """Refuse where a holder lives that the kernel's lock does not tell of."""
     age = _age(lock)
@@ -154,12 +177,9 @@ def _refuse_others(descriptor: int, lock: Path, path: Path, is_writer: bool, sta
         (other, writes)
         for other, writes in _read(descriptor)
         if (is_writer or writes)
-        and (
-            # The kernel would have kept the lock from us if a process of this system had it.
-            (state is Kernel.ABSENT and other.pid != os.getpid() and other.is_running())
-            if other.is_here()
-            else age < SILENCE
-        )
+        # The kernel would have kept the lock from us if a process of this system had it.
+        and not (state is not Kernel.ABSENT and other.shares_kernel())
+        and (other.pid != os.getpid() and other.is_running() if other.is_here() else age < SILENCE)
     ]
     if others:
         raise _refusal(path, others, f" If that process is gone for certain, delete {lock}.")

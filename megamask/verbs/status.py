@@ -14,6 +14,7 @@ from megamask.launch.launch_folder import launches
 from megamask.learn.heartbeat import NAME, Heartbeat
 from megamask.masks.snapshot_steps import snapshot_steps
 from megamask.process.lock import writer_of
+from megamask.terminal import tell
 from megamask.verbs.table import StatusArguments
 
 SILENCE = 300.0  # seconds; a run that says nothing for longer, and for ten steps, is called silent
@@ -25,11 +26,11 @@ def run(config: Config, arguments: StatusArguments) -> None:
     """Print the status, as lines or as JSON.
 
     Raises:
-        ArtifactError: there is no run folder.
+        ArtifactError: there is no run folder, or no run is seen and Slurm's queue does not answer.
     """
     paths = paths_of(config, arguments.run)
     facts = status(paths)
-    print(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines_of(facts)))
+    tell(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines_of(facts)))
 
 
 def paths_of(config: Config, run: str | None) -> RunPaths:
@@ -45,30 +46,32 @@ def paths_of(config: Config, run: str | None) -> RunPaths:
 
 
 def status(paths: RunPaths) -> Facts:
-    """The facts of a run; what is not known is None.
+    """The facts of a learning run; what is not known is None. Launches of other verbs do not count.
 
     state is that of the heartbeat, or: ``waiting`` in the queue, ``silent`` alive without a sign of
     life, ``died`` without a word, ``not started``.
     """
     heartbeat, holder = Heartbeat.read(paths.learn), writer_of(paths.learn)
+    # While a resumed run loads its model, the heartbeat is that of its former life.
+    is_former = bool(heartbeat and holder and not heartbeat.holder.is_process_of(holder))
     records = read_records(paths.learn / "metrics.jsonl")
     steps = [record for record in records if record.get("kind") == "train"]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
     pace = pace_of(steps)
     step = heartbeat.step if heartbeat else steps[-1]["step"] if steps else 0
     total = heartbeat.steps if heartbeat else None
-    age = _age(paths.learn / NAME) if heartbeat else None
-    started = launches(paths.run_dir)
+    age = _age(paths.learn / NAME) if heartbeat and not is_former else None
+    started = [one for one in launches(paths.run_dir) if one.verb == "learn"]
     job = started[-1].job if started else None
     if holder and holder.job:
         job = holder.job
-    queued = slurm.find_job(job) if job else None
+    queued = _queued(job, is_alive=holder is not None) if job else None
     launch = started[-1].folder if started else None
     perplexity = evaluations[-1].get("perplexity") if evaluations else None
     is_on = holder is not None and total is not None and pace is not None
     return {
         "run": str(paths.run_dir),
-        "state": _state(heartbeat, holder is not None, age, pace, queued),
+        "state": _state(None if is_former else heartbeat, holder is not None, age, pace, queued),
         "alive": holder is not None,
         "step": step,
         "steps": total,
@@ -85,6 +88,16 @@ def status(paths: RunPaths) -> Facts:
         "log": str(launch / "job.log") if launch else None,
         "last_words": last_words(launch / "job.log") if launch and not holder else None,
     }
+
+
+def _queued(job: str, is_alive: bool) -> slurm.QueuedJob | None:
+    """The job in the queue. A queue that does not answer matters only where no run is seen."""
+    try:
+        return slurm.find_job(job)
+    except ArtifactError:
+        if is_alive:
+            return None
+        raise
 
 
 def _state(
@@ -137,6 +150,8 @@ def lines_of(facts: Facts) -> list[str]:
 
 def read_records(path: Path) -> list[Facts]:
     """The records of a metrics file that is being written; a torn line is left out."""
+    if not path.is_file():
+        return []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -173,6 +188,8 @@ def duration(seconds: float) -> str:
 
 def last_words(log: Path) -> str | None:
     """The last line of a log, which says how a job ended."""
+    if not log.is_file():
+        return None
     try:
         lines = log.read_bytes()[-4096:].decode(errors="replace").split("\n")
     except OSError:

@@ -10,8 +10,11 @@ from megamask.config import Config
 from megamask.errors import ArtifactError
 from megamask.launch import slurm
 from megamask.launch.launch_folder import Launch, launches
+from megamask.machine_errors import PERMISSION, writing
+from megamask.process.holder import Holder
 from megamask.process.lock import writer_of
 from megamask.process.signals import STOP_FILE
+from megamask.terminal import tell
 from megamask.verbs.status import paths_of
 from megamask.verbs.table import StopArguments
 
@@ -29,18 +32,19 @@ def run(config: Config, arguments: StopArguments) -> None:
         submitted = {launch.job for launch in launches(paths.run_dir)}
         if holder.job and holder.job not in submitted and slurm.find_job(holder.job):
             slurm.forbid_requeue(holder.job)
-        (paths.learn / STOP_FILE).write_text("")
+        with writing(paths.learn / STOP_FILE):
+            (paths.learn / STOP_FILE).write_text("")
         said.append(f"{holder} saves after its step and ends")
     if not said:
         raise ArtifactError(paths.run_dir, "nothing runs on it and nothing waits", "Nothing to do.")
-    print("\n".join(said))
+    tell("\n".join(said))
 
 
 def _end_job(launch: Launch, is_learning: bool) -> Iterator[str]:
     """End what a launch started, unless it is the learning run that will see the file STOP."""
     sees_file = is_learning and launch.verb == "learn"
-    if launch.process and launch.is_running() and not sees_file:
-        os.kill(launch.process.pid, signal.SIGTERM)
+    is_running = launch.process and launch.is_running() and not sees_file
+    if launch.process and is_running and _end(launch.process):
         yield f"{launch.process} was told to end"
     queued = slurm.find_job(launch.job) if launch.job else None
     if queued is None:
@@ -53,3 +57,19 @@ def _end_job(launch: Launch, is_learning: bool) -> Iterator[str]:
     if not sees_file:
         slurm.end_processes(queued.number)
         yield f"{queued} was told to end"
+
+
+def _end(process: Holder) -> bool:
+    """Send SIGTERM to a process of this machine; False where it has ended just now.
+
+    Raises:
+        ArtifactError: the process belongs to another user.
+    """
+    try:
+        os.kill(process.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return False
+    except OSError as error:
+        problem = f"cannot be told to end ({error.strerror})"
+        raise ArtifactError(str(process), problem, PERMISSION) from error
+    return True

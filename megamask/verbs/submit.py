@@ -13,10 +13,12 @@ from megamask.errors import ArtifactError, ConfigError
 from megamask.launch import slurm
 from megamask.launch.job_script import Job
 from megamask.launch.launch_folder import Launch, fill, launches, next_folder
+from megamask.liveness import start_of
 from megamask.prepare.layout import Layout
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.process.holder import Holder, utc_now
 from megamask.process.lock import writer_of
+from megamask.terminal import tell
 from megamask.verbs.dispatch import artefacts
 from megamask.verbs.table import VERBS, SubmitArguments
 
@@ -42,7 +44,7 @@ def run(config: Config, arguments: SubmitArguments) -> None:
         name, script = "run.sh", job.torchrun_script()
     if arguments.dry_run:
         how = "sbatch" if launcher == "slurm" else "bash"
-        print(f"{script}\n# not started: {how} {job.folder / name}")
+        tell(f"{script}\n# not started: {how} {job.folder / name}")
         return
     with storage.atomic_dir(job.folder) as temporary:
         fill(temporary, config, name, script)
@@ -53,10 +55,8 @@ def run(config: Config, arguments: SubmitArguments) -> None:
         launch = replace(launch, process=_start(job, name))
     launch.write()
     what = f"Slurm job {launch.job}" if launch.job else f"process {launch.process.pid}"  # type: ignore[union-attr]
-    print(f"{verb} of {run_dir} is {what}; its log is {job.log}")
-    print(
-        f"megamask status {run_dir} shows how it does, megamask stop {run_dir} saves and ends it."
-    )
+    tell(f"{verb} of {run_dir} is {what}; its log is {job.log}")
+    tell(f"megamask status {run_dir} shows how it does, megamask stop {run_dir} saves and ends it.")
 
 
 def refuse_in_use(config: Config, verb: str) -> None:
@@ -127,7 +127,7 @@ def check(job: Job, launcher: str) -> None:
     inputs = PlannedInputs(config, job.world // config.parallel.tp)
     check_early(inputs)
     work = Workload(config, inputs.arch, inputs.dp).check()
-    print(headline(work, config.model.hf or config.run_dir))
+    tell(headline(work, config.model.hf or config.run_dir))
     if config.device != "cpu":
         largest = max(GPUS.values(), key=lambda one: one.capacity)
         check_fits(work.config, inputs.arch, largest, inputs.dp)
@@ -143,4 +143,5 @@ def _start(job: Job, name: str) -> Holder:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return replace(Holder.this_process(f"torchrun, megamask {job.verb}"), pid=process.pid)
+    here = Holder.this_process(f"torchrun, megamask {job.verb}")
+    return replace(here, pid=process.pid, start=start_of(process.pid))

@@ -19,6 +19,7 @@ USED_ELSEWHERE = {
     "__dir__": "Python",
     "_apply_named_settings": "pydantic",
     "_check_number_of_samples": "pydantic",
+    "_refuse_unusable_text": "pydantic",
     "_postprocess": "Megatron's model",
     "apply_masks": "users of the package",
     "fingerprint_model": "users who compare models in memory (docs/python.md)",
@@ -49,6 +50,25 @@ def test_everything_is_used() -> None:
     assert not dead, f"remove, or say in USED_ELSEWHERE who uses it: {dead}"
     stale = USED_ELSEWHERE.keys() - here.keys()
     assert not stale, f"remove from USED_ELSEWHERE, the package uses it or has it no more: {stale}"
+
+
+def printers(paths: list[Path]) -> list[str]:
+    """The places that call ``print``."""
+    return [
+        f"{path}:{node.lineno}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    ]
+
+
+def test_verbs_print_through_tell(tmp_path: Path) -> None:
+    """What a verb prints may come from a file, and a file's contents must not steer a terminal."""
+    assert printers(sorted((REPO / "megamask" / "verbs").glob("*.py"))) == []
+    (tmp_path / "verb.py").write_text("def run():\n    print(1)\n")
+    assert printers([tmp_path / "verb.py"]) == [f"{tmp_path / 'verb.py'}:2"]
 
 
 def test_a_dead_function_is_found(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ PACKAGE = REPO / "megamask"
 FOUNDATIONS = [
     "errors",
     "machine_errors",
+    "liveness",
     "leftovers",
     "terminal",
     "megatron_range",

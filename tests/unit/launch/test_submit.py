@@ -1,5 +1,5 @@
-"""The verbs submit, status and stop on a run folder of notes. Slurm's commands are stand-ins that
-write down what they are told; tests/slurm and tests/e2e/test_submit.py start real jobs.
+"""The verb submit. Slurm's commands are stand-ins that write down what they are told; tests/slurm
+and tests/e2e/test_submit.py start real jobs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,51 +16,11 @@ import pytest
 from megamask.__main__ import main
 from megamask.config import load_config
 from megamask.errors import ConfigError
+from megamask.launch import slurm
 from megamask.launch.job_script import Job
 from megamask.launch.launch_folder import Launch, fill, launches, next_folder
-from megamask.process.holder import Holder
 from megamask.process.lock import locked
-
-COMMANDS = {
-    "sbatch": 'echo "sbatch $*" >>"$FAKE/calls"; [ ! -e "$FAKE/refuse" ] || '
-    "{ echo 'sbatch: error: invalid account' >&2; exit 1; }; echo '41;cluster'",
-    "squeue": 'cat "$FAKE/queue" 2>/dev/null',
-    "scontrol": 'echo "scontrol $*" >>"$FAKE/calls"',
-    "scancel": 'echo "scancel $*" >>"$FAKE/calls"',
-}
-
-
-@dataclass
-class Cluster:
-    """Slurm's commands, and a run folder."""
-
-    folder: Path
-    run_dir: Path
-
-    def queue(self, line: str) -> None:
-        (self.folder / "queue").write_text(f"{line}\n" if line else "")
-
-    @property
-    def calls(self) -> list[str]:
-        path = self.folder / "calls"
-        return path.read_text().splitlines() if path.exists() else []
-
-    def submit(self, *words: str) -> int:
-        return main(["submit", "tokenize", f"run_dir={self.run_dir}", "device=cpu", *words])
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    for name, body in COMMANDS.items():
-        (binaries / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (binaries / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    (run_dir := tmp_path / "run 50%").mkdir()
-    return Cluster(tmp_path, run_dir)
+from tests.unit.launch.cluster import Cluster
 
 
 def test_a_job_is_written_whole_and_submitted(
@@ -229,98 +188,6 @@ def test_a_thousand_jobs_stay_in_order(tmp_path: Path) -> None:
     assert next_folder(tmp_path).name == "1001"
 
 
-def write_run(run_dir: Path, state: str, step: int = 40) -> None:
-    """The files of a learning run that stands at ``step`` of 100, half a second a step."""
-    (run_dir / "learn/snapshots" / f"step-{step:08d}").mkdir(parents=True)
-    holder = Holder.this_process("megamask learn")
-    heartbeat = {"state": state, "step": step, "steps": 100, "time": holder.since, "world": 2}
-    (run_dir / "learn/heartbeat.json").write_text(json.dumps({**heartbeat, "holder": vars(holder)}))
-    records = [
-        {"kind": "train", "step": one, "seconds": 30 + one / 2} for one in range(1, step + 1)
-    ]
-    evaluation = {"kind": "evaluation", "step": step, "perplexity": {"code": 7.5, "prose": None}}
-    lines = [*map(json.dumps, [*records, evaluation]), '{"kind": "train", "st']
-    (run_dir / "learn/metrics.jsonl").write_text("\n".join(lines))
-
-
-def status(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    capsys.readouterr()
-    assert main(["status", str(run_dir), "--json"]) == 0
-    found: dict[str, object] = json.loads(capsys.readouterr().out)
-    assert main(["status", str(run_dir)]) == 0
-    assert str(found["state"]) in capsys.readouterr().out
-    return found
-
-
-def test_status_reads_a_living_run(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(cluster.run_dir, "learning")
-    with locked("megamask learn", [cluster.run_dir / "learn"]):
-        facts = status(cluster.run_dir, capsys)
-        assert (facts["state"], facts["alive"], facts["step"]) == ("learning", True, 40)
-        assert (facts["seconds_per_step"], facts["seconds_left"]) == (0.5, 30)
-        assert (facts["snapshot"], facts["perplexity"]) == (40, {"code": 7.5, "prose": None})
-        os.utime(cluster.run_dir / "learn/heartbeat.json", (1, 1))
-        assert status(cluster.run_dir, capsys)["state"] == "silent"
-    assert status(cluster.run_dir, capsys)["state"] == "died"
-
-
-@pytest.mark.parametrize("state", ["finished", "interrupted", "failed"])
-def test_status_reads_how_a_run_ended(
-    cluster: Cluster, capsys: pytest.CaptureFixture[str], state: str
-) -> None:
-    assert status(cluster.run_dir, capsys)["state"] == "not started"
-    write_run(cluster.run_dir, state)
-    facts = status(cluster.run_dir, capsys)
-    assert (facts["state"], facts["alive"], facts["seconds_left"]) == (state, False, None)
-
-
-def test_status_of_a_job_that_waits(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cluster.submit() == 0
-    (cluster.run_dir / "launch/001/job.log").write_text("one\nerror: the last line\n\n")
-    cluster.queue("PENDING|BeginTime||2026-11-26T10:00:00")
-    facts = status(cluster.run_dir, capsys)
-    assert (facts["state"], facts["job"]) == ("waiting", "41")
-    assert facts["last_words"] == "error: the last line"
-
-
-def test_status_and_stop_of_no_run(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("status", "stop"):
-        assert main([verb, "no/such"]) == 2
-        assert "no/such: is no run folder" in capsys.readouterr().err
-    assert main(["stop", str(cluster.run_dir)]) == 2
-    assert "nothing runs on it" in capsys.readouterr().err
-
-
-def test_stop_asks_a_living_run_and_forbids_its_job_to_come_back(
-    cluster: Cluster, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = next_folder(cluster.run_dir)
-    folder.mkdir(parents=True)
-    Launch(folder, "learn", "41", None, "now").write()
-    cluster.queue("RUNNING|None|n[1-2]|2026-11-26T10:00:00")
-    (cluster.run_dir / "learn").mkdir()
-    with locked("megamask learn", [cluster.run_dir / "learn"]):
-        assert main(["stop", str(cluster.run_dir)]) == 0
-    assert cluster.calls == ["scontrol update JobId=41 Requeue=0"]
-    assert (cluster.run_dir / "learn/STOP").exists()
-    assert "saves after its step and ends" in capsys.readouterr().out
-
-
-def test_stop_ends_a_job_that_has_nothing_to_save(cluster: Cluster) -> None:
-    assert cluster.submit() == 0
-    cluster.queue("PENDING|BeginTime||N/A")
-    assert main(["stop", str(cluster.run_dir)]) == 0
-    assert cluster.calls[1:] == ["scancel 41"]
-    cluster.queue("RUNNING|None|n1|N/A")
-    assert main(["stop", str(cluster.run_dir)]) == 0
-    told = ["scontrol update JobId=41 Requeue=0", "scancel --signal=TERM 41"]
-    assert cluster.calls[2:] == told
-    cluster.queue("SUSPENDED|None|n1|N/A")  # its processes wait with what they have not saved
-    assert main(["stop", str(cluster.run_dir)]) == 0
-    assert cluster.calls[4:] == told
-    assert not (cluster.run_dir / "learn/STOP").exists()
-
-
 def test_the_recipe_of_a_job_reads_back_to_the_same_settings(tmp_path: Path) -> None:
     for words in (
         ["learn.preset=maskllm", "learn.steps=7"],
@@ -333,8 +200,6 @@ def test_the_recipe_of_a_job_reads_back_to_the_same_settings(tmp_path: Path) -> 
 
 
 def test_without_sbatch_slurm_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from megamask.launch import slurm
-
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not slurm.has_slurm() and slurm.find_job("1") is None
     with pytest.raises(ConfigError, match=r"needs the command sbatch\. Submit on a login node"):

@@ -24,6 +24,10 @@ def test_it_reads_back(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     ONE.write(tmp_path / "absent")
+    (tmp_path / NAME / "folder").mkdir(parents=True)  # nothing can be renamed to it
+    ONE.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert Heartbeat.read(tmp_path) is None
 
 
 @pytest.mark.parametrize(

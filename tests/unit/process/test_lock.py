@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from megamask.errors import ArtifactError
+from megamask.__main__ import main
+from megamask.errors import ArtifactError, MegamaskError
+from megamask.liveness import start_of
 from megamask.process import lock as lock_file
-from megamask.process.holder import Holder
+from megamask.process.holder import Holder, boot_id
 from megamask.process.lock import locked, writer_of
+from tests.unit.test_machine_errors import in_child, no_large_files
 
 HERE = Holder.this_process("megamask other")
+PARENT = replace(HERE, pid=os.getppid(), start=start_of(os.getppid()))
 ELSEWHERE = replace(HERE, host="n2", machine="another system", job="77")
 
 
@@ -104,10 +109,12 @@ def test_where_nothing_can_be_written_there_is_no_lock(tmp_path: Path) -> None:
         (ELSEWHERE, lock_file.SILENCE + 5, (False, False)),
         # With flock a file without a lock has no holder on this system. Without flock, a process
         # that runs (the parent of this one) has it.
-        (replace(HERE, pid=os.getppid()), 1000.0, (False, True)),
+        (PARENT, 1000.0, (False, True)),
+        (replace(PARENT, start=HERE.start), 0.0, (False, False)),
+        (replace(PARENT, machine=f"{boot_id()} 1"), 5.0, (False, True)),  # flock knows containers
         (replace(HERE, pid=2**22 + 1), 0.0, (False, False)),  # above the largest number
     ],
-    ids=["other host", "silent host", "running", "gone"],
+    ids=["other host", "silent host", "running", "reused", "other container", "gone"],
 )
 def test_a_file_that_a_holder_left(
     artefact: Path,
@@ -208,3 +215,45 @@ def test_a_living_holder_touches_its_file(artefact: Path, monkeypatch: pytest.Mo
         while lock_of(artefact).stat().st_mtime == 0:
             assert time.monotonic() < end, "nobody touched the file"
             time.sleep(0.01)
+
+
+def test_links_in_a_circle_and_the_root_get_no_error_of_the_lock(tmp_path: Path) -> None:
+    """Whoever opens such an artefact tells of it; Path.resolve raises RuntimeError."""
+    (tmp_path / "weights").symlink_to("weights")
+    with locked("x", [tmp_path / "weights", Path("/")], [Path("/")]):
+        assert writer_of(tmp_path / "weights") is not None and writer_of(Path("/")) is None
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(artefact: Path) -> None:
+    artefact.parent.mkdir()
+    os.mkfifo(lock_of(artefact))
+    assert writer_of(artefact) is None
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_full_disk_is_one_message_and_leaves_no_lock(artefact: Path, writes: bool) -> None:
+    artefact.parent.mkdir()
+
+    def lock() -> None:
+        with locked("x", *(([artefact], []) if writes else ([], [artefact]))):
+            pass
+
+    told = in_child(lock, lambda: no_large_files(0))
+    assert told.startswith(f"{lock_of(artefact)}: cannot be written (File too large)"), told
+    assert list(artefact.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [
+    ["evaluate"], ["prune"], ["extract", "wanda", "{}/x.safetensors"],
+    ["plan", "--model", "llama2-7b", "--json", "{}/plan.json"],
+])  # fmt: skip
+def test_a_verb_on_a_full_disk_is_one_message(tmp_path: Path, words: list[str]) -> None:
+    def verb() -> None:
+        with redirect_stderr(io.StringIO()) as said:
+            code = main([*(word.format(tmp_path) for word in words), f"run_dir={tmp_path}"])
+        raise MegamaskError(f"{code} {said.getvalue()}")
+
+    told = in_child(verb, lambda: no_large_files(0))
+    assert told.startswith(f"2 megamask: error: {tmp_path}/.") and told.count("\n") == 1, told
+    assert ".lock: cannot be written (File too large)" in told
+    assert list(tmp_path.iterdir()) == []
