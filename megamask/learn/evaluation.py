@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -27,17 +27,28 @@ def monitor_windows(config: Config) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def hard_mask_perplexity(
-    masked_model: MaskedModel, mesh: Mesh, windows: Mapping[str, torch.Tensor], micro_batch: int
+    masked_model: MaskedModel,
+    mesh: Mesh,
+    windows: Mapping[str, torch.Tensor],
+    micro_batch: int,
+    after_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Perplexity per domain of the model under its hard mask.
 
     A linear's masked weight is made when the linear computes and freed after it, so an evaluation
     needs room for one masked weight and not for a second model.
+
+    Args:
+        masked_model: the model.
+        mesh: process groups and device of this rank.
+        windows: domain -> its windows, (N, S) tokens.
+        micro_batch: number of windows that run together.
+        after_batch: called after each batch: an evaluation may take many steps' time.
     """
     with folded_in_turn(masked_model.linears.values(), MaskedLinear.hard_codes):
         masked_model.model.eval()
         return {
-            domain: perplexity(masked_model.model, mesh, tokens, micro_batch)
+            domain: perplexity(masked_model.model, mesh, tokens, micro_batch, after_batch)
             for domain, tokens in windows.items()
         }
 

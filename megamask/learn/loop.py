@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict
 
 from megamask.data.batches import BatchPlan
-from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, LearningError
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, LearningError, MegamaskError
 from megamask.learn.evaluation import hard_mask_perplexity, mean_log_perplexity, monitor_windows
 from megamask.learn.heartbeat import Heartbeat, State
 from megamask.learn.learned_mask import learned_from, save_learned_mask, step_of
@@ -18,6 +18,7 @@ from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.learn.metrics.monitor import Monitor
 from megamask.learn.metrics.provenance import write_provenance
 from megamask.learn.snapshot import Snapshots
+from megamask.leftovers import remove_leftovers
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.process.holder import Holder, utc_now
@@ -57,6 +58,8 @@ class Run:
         if self.progress.step:
             self.mask_statistics.forget_latest()
         # signs of life and metrics
+        if mesh.is_main:
+            remove_leftovers(paths.learn, is_alone=True)
         self.holder = Holder.this_process("megamask learn")
         self.watchdog = Watchdog(paths.learn / "logs", this_place())
         tokens = learn.global_batch * config.data.seq_length
@@ -108,7 +111,10 @@ class Run:
             self._show("finished")
             return EXIT_OK
         except LearningError:  # raised on all ranks
-            self.snapshots.background.proceed(wait=True)
+            try:
+                self.snapshots.background.proceed(wait=True)
+            except MegamaskError as error:  # the failure of learning is told first
+                log.warning("%s", error)
             self._show("failed")
             raise
         except BaseException:
@@ -138,13 +144,18 @@ class Run:
             limit = 60.0 * self.config.parallel.timeout_minutes
             self.watchdog.expect(f"progress after step {self.progress.step}", limit)
 
+    def _show_learning(self) -> None:
+        self._show("learning")
+
     def _is_time_to_evaluate(self) -> bool:
         every, step = self.config.learn.monitor.evaluate_every, self.progress.step
         return every > 0 and step % every == 0 and step < self.config.learn.steps
 
     def _evaluate(self) -> dict[str, float]:
         progress, micro_batch = self.progress, self.config.evaluate.micro_batch
-        by_domain = hard_mask_perplexity(self.masked_model, self.mesh, self.windows, micro_batch)
+        by_domain = hard_mask_perplexity(
+            self.masked_model, self.mesh, self.windows, micro_batch, self._show_learning
+        )
         score = mean_log_perplexity(by_domain)
         is_better = progress.best_score is None or score < progress.best_score
         if self.mesh.from_main(is_better):
@@ -166,7 +177,7 @@ class Run:
             self.snapshots.save(self.progress)
         self.monitor.note(f"{who}: saved at step {step}; start again to go on")
         self._show("interrupted")
-        is_final = self.mesh.any(stop.is_final)
+        is_final = self.mesh.any(bool(stop) and stop.is_final)
         stop.done()
         return EXIT_OK if is_final else EXIT_INTERRUPTED
 

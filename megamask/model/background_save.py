@@ -21,16 +21,12 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megamask import storage
-from megamask.errors import ArtifactError
-from megamask.machine_errors import writing
-from megamask.model.checkpoint import deaf_helpers, results_go_through
+from megamask.model.checkpoint import deaf_helpers, results_go_through, telling
 from megamask.parallel.mesh import Mesh
-from megamask.safe_checkpoint import NOTE, reason_of
+from megamask.safe_checkpoint import NOTE
 
-FIX = "Check the memory and the disk; the same command goes on from the checkpoint before."
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -67,7 +63,7 @@ class BackgroundSave:
                 done()
             self.mesh.barrier()
 
-        with writing(path, temporary):
+        with telling(path, temporary):
             try:
                 if self.mesh.is_main:
                     temporary.mkdir(parents=True)
@@ -101,15 +97,9 @@ class BackgroundSave:
             return True
         path, temporary = self._pending
         try:
-            with writing(path, temporary):
+            with telling(path, temporary):
                 if self._queue.maybe_finalize_async_calls(blocking=wait):
                     self._pending = None
-        except (
-            CheckpointException
-        ) as error:  # no error of the disk: the writer ended without a word
-            self.abandon()
-            problem = f"could not be written ({reason_of(error)})"
-            raise ArtifactError(path, problem, FIX) from error
         except BaseException:
             self.abandon()
             raise

@@ -38,6 +38,7 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import HFReader
 from megamask.weights.mapping import rules
 
+FIX = "Check the memory and the disk; the same command goes on from what is complete."
 EXTRA_STATE = "_extra_state"  # end of the name of a module's extra state
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
@@ -62,7 +63,7 @@ def save_sharded(
     """
     target, temporary = storage.places(path)
     temporary = Path(mesh.from_main(str(temporary)))
-    with writing(path, temporary):
+    with telling(path, temporary):
         try:
             if mesh.is_main:
                 temporary.mkdir(parents=True)
@@ -79,6 +80,25 @@ def save_sharded(
             if mesh.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
     mesh.barrier()
+
+
+@contextmanager
+def telling(path: Path, temporary: Path) -> Iterator[None]:
+    """Tell every failure of Megatron's writer within the block as an error of ``path``.
+
+    Args:
+        path: the output, as the user named it.
+        temporary: where the output is while it is written.
+
+    Raises:
+        ArtifactError: the disk is full, or the writer failed or ended without a word.
+    """
+    try:
+        with writing(path, temporary):
+            yield
+    except CheckpointException as error:  # no subclass of Exception, and no error of the disk
+        problem = f"could not be written ({reason_of(error)})"
+        raise ArtifactError(path, problem, FIX) from error
 
 
 @contextmanager

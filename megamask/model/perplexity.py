@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -12,7 +13,11 @@ from megamask.parallel.mesh import Mesh
 
 @torch.no_grad()
 def perplexity(
-    model: LanguageModel, mesh: Mesh, windows_NS: torch.Tensor, micro_batch: int
+    model: LanguageModel,
+    mesh: Mesh,
+    windows_NS: torch.Tensor,
+    micro_batch: int,
+    after_batch: Callable[[], None] | None = None,
 ) -> float:
     """exp of the mean cross entropy over the S - 1 targets of every window.
 
@@ -26,6 +31,7 @@ def perplexity(
         mesh: process groups and device of this rank.
         windows_NS: N windows of S tokens, equal on all ranks.
         micro_batch: number of windows that run together.
+        after_batch: called after each batch of this replica.
     """
     batches = list(torch.split(windows_NS, micro_batch))
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
@@ -38,6 +44,8 @@ def perplexity(
                 torch.tensor(losses.numel(), dtype=torch.float64, device=mesh.device),
             ]
         )
+        if after_batch is not None:
+            after_batch()
     if mesh.dp > 1:
         torch.distributed.all_reduce(total, group=mesh.dp_group)
     mean = float(total[0] / total[1])

@@ -58,9 +58,12 @@ class StopRequest:
 
     def watch(self, folder: Path) -> None:
         """Look for a file ``STOP`` in ``folder`` too. A file that is older than this process was
-        meant for an earlier run, and goes; a file that came while the model was loaded stays.
+        meant for an earlier run, and goes; a file that came while the model was loaded stays, and
+        so does a file that torchrun's processes before this one did not live to read.
         """
         self._file = folder / STOP_FILE
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            return
         with suppress(FileNotFoundError):
             if self._file.stat().st_mtime < psutil.Process().create_time():
                 self._file.unlink()

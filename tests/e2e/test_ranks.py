@@ -18,6 +18,7 @@ from megamask.learn.heartbeat import Heartbeat
 from megamask.learn.loop import Run
 from megamask.process import watchdog
 from megamask.process.place import this_place
+from megamask.verbs.status import read_records
 from megamask.verbs.table import VERBS
 from tests.e2e.program import Finished, contents, here, refusal
 from tests.e2e.ranks import run_program
@@ -233,9 +234,14 @@ def test_ranks_with_other_settings_are_refused(run_dir: Path, settings: Settings
 def test_deterministic_algorithms_change_no_bit_on_a_cpu(
     run_dir: Path, settings: Settings, tmp_path: Path
 ) -> None:
-    masks = []
+    masks, metrics = [], []
     for asked in ("false", "true"):
         folder = Path(shutil.copytree(run_dir, tmp_path / asked))
         here("learn", *settings(folder), "learn.steps=2", f"deterministic={asked}")
         masks.append(load_masks(folder / "masks" / "learned.safetensors"))
+        metrics.append([
+            {key: record.get(key) for key in ("step", "loss", "grad_norm", "perplexity")}
+            for record in read_records(folder / "learn" / "metrics.jsonl")
+        ])  # fmt: skip
+    assert metrics[0] == metrics[1] and metrics[0][-1]["perplexity"] and metrics[0][1]["loss"]
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])

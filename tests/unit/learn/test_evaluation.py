@@ -53,7 +53,13 @@ def test_one_linear_at_a_time_gives_the_same_bits(
             )
             for linear in linears
         ]
-        assert hard_mask_perplexity(masked_model, mesh, WINDOWS, 2) == expected
+        batches: list[int] = []
+        found = hard_mask_perplexity(
+            masked_model, mesh, WINDOWS, 2, lambda: batches.append(len(seen))
+        )
+        assert found == expected
+        # A sign of life after each of the batches: two of code, one of prose.
+        assert batches == [len(linears), 2 * len(linears), 3 * len(linears)]
         # The hooks ran before those that fold: no other linear holds a masked weight.
         assert set(seen) == {0} and len(seen) == 3 * len(linears)
         for hook in hooks:

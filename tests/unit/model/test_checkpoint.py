@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megamask.errors import ConfigError
+from megamask.errors import ArtifactError, ConfigError
 from megamask.model import spec
 from megamask.model.build import build_model
 from megamask.model.checkpoint import load_weights, save_sharded, sharded_state
@@ -82,6 +83,23 @@ def test_a_weight_that_is_missing_is_still_missed(mesh: Mesh, tmp_path: Path) ->
     save_sharded(state, path, mesh, {})
     with pytest.raises(Exception, match="decoder.final_layernorm.weight"):
         load_weights(model, path)
+
+
+def test_a_writer_that_fails_is_one_message(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron raises a CheckpointException, which is no Exception: the net of main misses it."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("the writer fell over")
+
+    monkeypatch.setattr(filesystem_async, "_write_item", broken)
+    path = tmp_path / "weights"
+    with pytest.raises(
+        ArtifactError, match="weights: could not be written .*writer fell over"
+    ) as told:
+        save_sharded(sharded_state(model_of(mesh, 1)), path, mesh, {})
+    assert not isinstance(told.value.__cause__, Exception) and list(tmp_path.iterdir()) == []
 
 
 def test_transformer_engine_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,18 @@ def test_a_file_asks_too_and_is_final(tmp_path: Path) -> None:
     assert stop and not (tmp_path / STOP_FILE).exists()
 
 
+def test_torchruns_second_start_still_obeys_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that was asked died before it read the file: the job is still to end."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (tmp_path / STOP_FILE).write_text("")
+    os.utime(tmp_path / STOP_FILE, (0, psutil.Process().create_time() - 1))
+    stop = StopRequest()
+    stop.watch(tmp_path)
+    assert stop and stop.is_final
+
+
 def test_a_file_that_came_while_the_model_was_loaded_counts(tmp_path: Path) -> None:
     stop = StopRequest()
     (tmp_path / STOP_FILE).write_text("")

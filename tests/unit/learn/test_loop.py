@@ -1,0 +1,91 @@
+"""How the loop ends: what is told, what the heartbeat says, and which code a launcher gets. The
+model and its steps are stand-ins here; tests/e2e learns with real ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megamask.config import run_paths
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ArtifactError, LearningError
+from megamask.learn import loop
+from megamask.learn.heartbeat import Heartbeat
+from megamask.learn.snapshot import Progress
+from megamask.process.holder import Holder
+from megamask.process.signals import STOP_FILE, StopRequest
+from tests.unit.learn.one_rank import tiny_config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """A run after its first step, with a folder, a heartbeat and nothing to learn."""
+    made: Any = object.__new__(loop.Run)
+    made.config = tiny_config().model_copy(update={"run_dir": str(tmp_path)})
+    made.paths = run_paths(made.config)
+    made.paths.learn.mkdir()
+    made.progress, made.holder = Progress(step=1), Holder.this_process("megamask learn")
+    made.mesh = SimpleNamespace(is_main=True, world=1, any=bool, from_main=lambda value: value)
+    made.monitor = SimpleNamespace(
+        note=logging.getLogger("megamask.test").info, close=lambda: None, evaluation=lambda *_: None
+    )
+    background = SimpleNamespace(proceed=lambda wait=False: True, abandon=lambda: None)
+    made.snapshots = SimpleNamespace(
+        background=background, newest=lambda: 0, save=lambda _: None, begin=lambda _: None
+    )
+    return made
+
+
+def state_of(run: Any) -> str:
+    found = Heartbeat.read(run.paths.learn)
+    assert found is not None
+    return found.state
+
+
+def test_a_snapshot_that_fails_does_not_hide_why_learning_failed(
+    run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def step() -> None:
+        raise LearningError("the loss is not finite")
+
+    def proceed(wait: bool = False) -> bool:
+        raise ArtifactError("step-00000001", "could not be written", "Look at the disk.")
+
+    run._step, run.snapshots.background.proceed = step, proceed
+    with pytest.raises(LearningError, match="the loss is not finite"):
+        run._learn(StopRequest())
+    assert state_of(run) == "failed" and "step-00000001: could not be written" in caplog.text
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_stop_while_a_signals_snapshot_is_saved_is_final(run: Any, is_asked: bool) -> None:
+    stop = StopRequest()
+    stop.watch(run.paths.learn)
+    stop.received = "SIGTERM"
+    file = run.paths.learn / STOP_FILE
+    run.snapshots.save = lambda _: file.write_text("") if is_asked else None
+    assert run._learn(stop) == (EXIT_OK if is_asked else EXIT_INTERRUPTED)
+    assert state_of(run) == "interrupted" and not file.exists()
+
+
+def test_each_batch_of_an_evaluation_is_a_sign_of_life(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation may take longer than parallel.timeout_minutes, each of its batches may not."""
+
+    def evaluate(*given: Any) -> dict[str, float]:
+        for _ in range(3):
+            given[-1]()
+        return {"code": 7.0}
+
+    expected: list[str] = []
+    monkeypatch.setattr(loop, "hard_mask_perplexity", evaluate)
+    run.mesh.world, run.masked_model, run.windows = 2, None, {}
+    run.watchdog = SimpleNamespace(expect=lambda what, _: expected.append(what))
+    run.progress.best_score = 0.0
+    assert run._evaluate() == {"code": 7.0}
+    assert expected == ["progress after step 1"] * 4 and state_of(run) == "learning"
