@@ -45,22 +45,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted after a snapshot, 128 + N stopped by signal N, 141 nobody reads the output).
 
     A failed rank of several ends its process here: Python's own way out would wait for threads of
-    backends that wait for other ranks.
+    backends that wait for other ranks, and the launcher's signal would end it without its code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with stop_on_signal(is_raising=True) as stop:
         try:
             code = _run(words, stop)
+            stop.is_raising = False
         except Interrupted as signalled:  # at the very end
+            stop.is_raising = False
             code = signalled.code
+        if argv is None and code and (_is_of_several() or _has_joined()):
+            end_with(code)
+            logging.shutdown()
+            _drop_output()
+            sys.stderr.flush()
+            os._exit(code)
     if argv is None:
         end_with(code)
-    if argv is None and code and _has_joined():
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
     return code
+
+
+def _is_of_several() -> bool:
+    """Whether a launcher started this process as a rank of several."""
+    try:
+        return this_place().world > 1
+    except MegamaskError:  # the variables contradict each other, and that has been told
+        return False
 
 
 def _has_joined() -> bool:
@@ -103,7 +114,8 @@ def _run(words: list[str], stop: StopRequest) -> int:
         if told is None:
             _say(f"error{place.label}: {traceback.format_exc()}")
             return 1
-        if not isinstance(told, DismissedError) and (place.is_main or _is_first(stop)):
+        has_turn = place.is_main or _is_first(stop)
+        if has_turn and not isinstance(told, DismissedError):
             _say(f"error{place.label}: {printable(str(told))}")
         return told.code
     except KeyboardInterrupt:
@@ -147,7 +159,9 @@ def _is_unread() -> bool:
 
 
 def _drop_output() -> None:
-    """Forget what stdout does not take: Python would fail on it at its end."""
+    """Write out what was printed, and forget what stdout does not take: Python would fail on it at
+    its end.
+    """
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -163,7 +177,8 @@ def _say(text: str) -> None:
 
 def _is_first(stop: StopRequest) -> bool:
     """Whether a rank other than 0 tells its error: rank 0 mostly finds the same error, and then
-    the launcher ends this rank before its turn.
+    the launcher ends this rank before its turn. A rank that ended before rank 0 has spoken would
+    have the launcher end rank 0 instead.
     """
     end = time.monotonic() + TURN
     try:

@@ -126,17 +126,20 @@ class Mesh:
         from the value.
 
         Raises:
-            LaunchError: on a rank that has another value.
+            LaunchError: on rank 0, another rank has another value.
             DismissedError: on the other ranks.
         """
         differs = self.from_main(value) != value
         if not self.any(differs):
             return
-        if not differs:
-            raise DismissedError(f"another rank has other {what}")
+        found: list[str | None] = [None] * self.world
+        own = f"rank {self.rank} on {socket.gethostname()} has other {what} than rank 0: {value}"
+        dist.all_gather_object(found, own if differs else None)
+        if not self.is_main:
+            raise DismissedError(f"a rank has other {what}")
         raise LaunchError(
-            f"rank {self.rank} on {socket.gethostname()} has other {what} than rank 0: {value}. "
-            "A network file system may show new files late: start again."
+            f"{next(filter(None, found))}. A network file system may show new files late: start "
+            "again."
         )
 
     def barrier(self) -> None:

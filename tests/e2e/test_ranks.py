@@ -16,6 +16,7 @@ from megamask import load_masks
 from megamask.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR
 from megamask.learn.heartbeat import Heartbeat
 from megamask.learn.loop import Run
+from megamask.parallel import roll_call
 from megamask.process import watchdog
 from megamask.process.place import this_place
 from megamask.verbs.status import read_records
@@ -184,9 +185,11 @@ def hang_on_rank_1() -> None:
 
 
 def other_rate_on_rank_1() -> None:
-    """Rank 1 was started with another learning rate."""
+    """Rank 1 was started with another learning rate, and rank 0 is slow to say so."""
     import megamask.config.load as load
 
+    if this_place().rank == 0:
+        roll_call.POLL = 0.5
     read = load.read_settings
 
     def other(recipe: Path | None, overrides: list[str]) -> object:
@@ -228,6 +231,8 @@ def test_ranks_with_other_settings_are_refused(run_dir: Path, settings: Settings
     (message,) = messages(ranks)
     assert "learn.optimizer.lr = 0.5: rank 1 on" in message
     assert [one.code for one in ranks] == [EXIT_USER_ERROR] * 2
+    # Had rank 1 left before rank 0, the launcher would have ended rank 0, perhaps before its word.
+    assert ranks[0].seconds < ranks[1].seconds
     assert not (run_dir / "learn" / "snapshots").exists() and contents(run_dir) == before
 
 
