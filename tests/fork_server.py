@@ -25,7 +25,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -89,13 +89,18 @@ class Child:
 
 
 class ForkServer:
-    """The server of this process; it ends with this process, and its children with it."""
+    """The server of this process; it ends with this process, and its children with it.
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    Args:
+        environment: variables of the server.
+        enter: a command before the server's own, such as nsenter with its options.
+    """
+
+    def __init__(self, environment: Mapping[str, str], enter: Sequence[str] = ()) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [*enter, sys.executable, __file__, str(theirs.fileno())],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

@@ -27,7 +27,7 @@ import torch
 
 from megamask.__main__ import main
 from megamask.errors import EXIT_USER_ERROR
-from tests.fork_server import ROOT, Child, child_environment, fork_server
+from tests.fork_server import ROOT, Child, ForkServer, child_environment, fork_server
 from tests.parallel.ranks import meet_again, run_ranks
 
 RECIPE = ROOT / "configs" / "recipes" / "debug.yaml"
@@ -55,16 +55,22 @@ class Program:
         overrides: ``key=value`` words.
         launch: number of processes under torchrun; None = plain python.
         fresh: start a new interpreter, not a child of the fork server.
+        host: the fork server of another host and the variables of a process there.
     """
 
     def __init__(
-        self, verb: str, *overrides: str, launch: int | None = None, fresh: bool = False
+        self,
+        verb: str,
+        *overrides: str,
+        launch: int | None = None,
+        fresh: bool = False,
+        host: tuple[ForkServer, dict[str, str]] | None = None,
     ) -> None:
         words = [verb, "--config", str(RECIPE), *overrides]
         self.what = " ".join(["megamask", verb, *overrides])
         self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - they live as long as the process
         self._begin = time.monotonic()
-        self.process = self._start(words, launch) if launch or fresh else self._fork(words)
+        self.process = self._start(words, launch) if launch or fresh else self._fork(words, host)
 
     def _start(self, words: list[str], launch: int | None) -> subprocess.Popen[bytes]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(launch)]
@@ -78,10 +84,11 @@ class Program:
             start_new_session=True,
         )
 
-    def _fork(self, words: list[str]) -> Child:
+    def _fork(self, words: list[str], host: tuple[ForkServer, dict[str, str]] | None) -> Child:
         stdout, stderr = self._files
         environment = child_environment()
-        return fork_server(environment).call(
+        server, environment = host or (fork_server(environment), environment)
+        return server.call(
             "tests.e2e.program:run_program",
             words,
             stdout=stdout,

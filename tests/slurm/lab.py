@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.fork_server import ForkServer, child_environment
+
 NODES = ("n1", "n2")
 TOOLS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "tc", "nsenter", "unshare")
 ADDRESS = {"ctl": "10.77.0.10", "n1": "10.77.0.1", "n2": "10.77.0.2"}
@@ -43,11 +45,11 @@ SelectTypeParameters=CR_Core
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
-SlurmdTimeout=15
+SlurmdTimeout=6
 SlurmctldTimeout=15
 InactiveLimit=0
 MinJobAge=600
-KillWait=10
+KillWait=3
 UnkillableStepTimeout=60
 SchedulerParameters=sched_interval=2,bf_interval=2
 {nodes}
@@ -84,6 +86,7 @@ class Lab:
     watched: list[Path] = field(default_factory=list)
     _holders: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _server: ForkServer | None = None
 
     def __enter__(self) -> Lab:
         try:
@@ -109,10 +112,21 @@ class Lab:
             check=False,
         )
 
+    @property
+    def controller(self) -> tuple[ForkServer, dict[str, str]]:
+        """A fork server on the controller and the variables of a process there."""
+        assert self._server, "the cluster has not started"
+        return self._server, self._environment({"PYTHONWARNINGS": "ignore"})
+
+    def fact(self, job: str, key: str) -> str:
+        """What Slurm says of a job, as ``RUNNING`` of JobState; empty where it is unknown."""
+        said = self.run("scontrol", "show", "job", "-o", job).stdout
+        found = (word.partition("=") for word in said.split())
+        return next((value for name, _, value in found if name == key), "")
+
     def state(self, job: str) -> str:
         """State of a job, as ``RUNNING``; empty where it is unknown."""
-        said = self.run("scontrol", "show", "job", "-o", job).stdout
-        return next((word[9:] for word in said.split() if word.startswith("JobState=")), "")
+        return self.fact(job, "JobState")
 
     def wait(self, condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
         """Wait until ``condition`` holds.
@@ -123,7 +137,7 @@ class Lab:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"{what}: not in {seconds:.0f} s\n{self.logs()}"
-            time.sleep(0.5)
+            time.sleep(0.2)
 
     def _await(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
         """Wait for a part of the cluster that starts.
@@ -163,15 +177,20 @@ class Lab:
         return "\n".join(said)
 
     def kill_node(self, name: str) -> None:
-        """The node dies: first its network, so that nobody hears of its end, then its processes."""
+        """The node dies: first its network, so that nobody hears of its end, then its processes.
+
+        The controller's questions fail at once, as where a router knows that a host is gone. They
+        would wait for a quarter of a minute otherwise.
+        """
         self._ip(name, "link", "set", "eth0", "down")
+        self._ip("ctl", "route", "add", "unreachable", ADDRESS[name])
         for pid in self._processes(name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._daemons.pop(f"slurmd {name}").wait()
 
-    def slow_down(self, name: str, rate: str = "20mbit") -> None:
-        """Limit what a node sends: a step of the tiny model takes a tenth of a second then."""
+    def slow_down(self, name: str, rate: str = "5mbit") -> None:
+        """Limit what a node sends: a step of the tiny model takes half a second then."""
         limit = ("tbf", "rate", rate, "burst", "64kbit", "latency", "1s")
         done = self.run("tc", "qdisc", "add", "dev", "eth0", "root", *limit, host=name)
         assert done.returncode == 0, done.stderr
@@ -179,6 +198,7 @@ class Lab:
     def start_node(self, name: str) -> None:
         """The node comes back, at full speed."""
         self.run("tc", "qdisc", "del", "dev", "eth0", "root", host=name)
+        self.run("ip", "route", "del", "unreachable", ADDRESS[name])
         self._ip(name, "link", "set", "eth0", "up")
         self._daemon(f"slurmd {name}", name, "slurmd", "-D", "-N", name, *self._conf)
 
@@ -186,6 +206,8 @@ class Lab:
         """End everything that the lab started."""
         with contextlib.suppress(Exception):
             self.run("scancel", "--user=root")
+        if self._server is not None:
+            self._server.close()
         hosts = [name for name in self._holders if self._holders[name].poll() is None]
         for name in hosts:
             for pid in self._processes(name):
@@ -209,6 +231,9 @@ class Lab:
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         self._join()
+        # It imports while the daemons start and the test prepares its run.
+        server_environment = {**child_environment(), **self._environment()}
+        self._server = ForkServer(server_environment, self._enter("ctl"))
         key = self.folder / "munge/key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)

@@ -14,24 +14,32 @@ import pytest
 import torch
 
 from megamask.masks.file import load_masks
-from tests.e2e.program import RECIPE, here
+from tests.e2e.program import Finished, Program
 from tests.slurm.lab import Lab
 
 pytestmark = pytest.mark.slurm
 Settings = Callable[[Path], list[str]]
-STEPS = 400
-RUN = (f"learn.steps={STEPS}", "learn.snapshot.every=50", "learn.monitor.evaluate_every=0")
+# The first life learns at most 45 s, at two steps a second on the slow network.
+STEPS = 120
+RUN = (
+    f"learn.steps={STEPS}",
+    "learn.snapshot.every=5",
+    "learn.monitor.evaluate_every=0",
+    "learn.sampling.backend=torch",  # kernels are compiled anew for each copy of the code
+)
 
 
-def megamask(lab: Lab, verb: str, *words: str) -> tuple[int, str]:
-    done = lab.run(sys.executable, "-m", "megamask", verb, *words, PYTHONWARNINGS="ignore")
-    return done.returncode, done.stdout + done.stderr
+def submit(lab: Lab, *words: str) -> Finished:
+    launch = ("device=cpu", "nodes=2", "time=60", "launch.warning=60")
+    with Program("submit", *words, *launch, host=lab.controller) as program:
+        return program.wait()
 
 
 def status(lab: Lab, run_dir: Path) -> dict[str, Any]:
-    code, said = megamask(lab, "status", str(run_dir), "--json")
-    assert code == 0, said
-    found: dict[str, Any] = json.loads(said)
+    words = ("status", str(run_dir), "--json")
+    done = lab.run(sys.executable, "-m", "megamask", *words, PYTHONWARNINGS="ignore")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -43,13 +51,27 @@ def step(run_dir: Path) -> int:
     return max(steps, default=0)
 
 
-def start_now(lab: Lab, job: int, *changes: str) -> None:
+def end_soon(lab: Lab, job: str) -> None:
+    """Set a time limit whose warning comes as soon as Slurm looks at limits again.
+
+    It looks every 30 s, and warns if less than the launch's 60 s of warning are left at its next
+    look. A limit is a number of whole minutes since the start, and must not be over at this look.
+    """
+    hours, minutes, seconds = map(int, lab.fact(job, "RunTime").split(":"))
+    ran = 3600 * hours + 60 * minutes + seconds
+    limit = (ran + 90) // 60
+    assert ran + 30 < 60 * limit <= ran + 90
+    done = lab.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    assert done.returncode == 0, done.stderr
+
+
+def start_now(lab: Lab, job: str, *changes: str) -> None:
     """Shorten the two minutes for which Slurm holds a job that is queued again.
 
     A node refuses a job whose credential was made in the second in which its last life ended, and
     Slurm then takes the job for dead.
     """
-    time.sleep(3)
+    time.sleep(1.5)
     done = lab.run("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
     assert done.returncode == 0, done.stderr
 
@@ -60,12 +82,11 @@ def test_a_job_survives_its_time_limit_and_the_death_of_a_node(
     """Two nodes whose names do not resolve, one replica on each. The learned masks are those of a
     run of one process that nothing disturbed, bit for bit.
     """
-    words = ["--config", str(RECIPE), *settings(run_dir), *RUN]
+    words = [*settings(run_dir), *RUN]
     quiet = Path(shutil.copytree(run_dir, run_dir.parent / "quiet"))
-    launch = ["device=cpu", "nodes=2", "time=60", "launch.warning=60"]
     lab.slow_down("n2")
-    code, said = megamask(lab, "submit", *words, *launch)
-    assert code == 0, said
+    first = submit(lab, *words)
+    assert first.code == 0, first.stderr
     job = status(lab, run_dir)["job"]
     log = run_dir / "launch/001/job.log"
     lab.watched += [log, log.with_name("rank-1.log")]
@@ -73,33 +94,35 @@ def test_a_job_survives_its_time_limit_and_the_death_of_a_node(
     def logged(text: str) -> bool:
         return log.exists() and text in log.read_text()
 
-    lab.wait(lambda: step(run_dir) >= 5, "the first steps")
+    lab.wait(lambda: step(run_dir) >= 6, "steps and a snapshot")
+    # Another process learns the same undisturbed, while this one waits for Slurm.
+    undisturbed = ["learn", *settings(quiet), *RUN, "parallel.threads=1"]
+    undisturbed.append("learn.snapshot.every=1000")
+    with Program(*undisturbed, host=lab.controller) as alone:
+        again = submit(lab, *words)
+        assert again.code == 2 and "is being written by megamask learn" in again.stderr
+        assert f"job {job}" in again.stderr
 
-    # a second submission
-    code, said = megamask(lab, "submit", *words, *launch)
-    assert code == 2 and "is being written by megamask learn" in said and f"job {job}" in said
+        end_soon(lab, job)
+        lab.wait(lambda: logged("queueing job"), "a snapshot at the time limit")
+        assert logged("SIGUSR1: saved at step"), log.read_text()
+        lab.wait(lambda: lab.state(job) == "PENDING", "the job in the queue again")
+        assert status(lab, run_dir)["state"] in ("waiting", "interrupted")
+        start_now(lab, job, "TimeLimit=60")
+        saved = step(run_dir)
+        lab.wait(lambda: step(run_dir) >= saved + 3, "steps of the second life")
 
-    # the time limit: Slurm warns within half a minute
-    assert lab.run("scontrol", "update", f"JobId={job}", "TimeLimit=2").returncode == 0
-    lab.wait(lambda: logged("queueing job"), "a snapshot at the time limit")
-    assert logged("SIGUSR1: saved at step"), log.read_text()
-    lab.wait(lambda: lab.state(job) == "PENDING", "the job in the queue again")
-    assert status(lab, run_dir)["state"] in ("waiting", "interrupted")
-    start_now(lab, job, "TimeLimit=60")
-    saved = step(run_dir)
-    lab.wait(lambda: step(run_dir) >= saved + 20, "steps of the second life")
+        # the death of a node, and its return
+        lab.kill_node("n2")
+        lab.wait(lambda: lab.state(job) == "PENDING", "the job in the queue again", 150)
+        lab.start_node("n2")
+        idle = "idle 2\n"
+        lab.wait(lambda: lab.run("sinfo", "-h", "-o", "%t %D").stdout == idle, "both nodes", 90)
+        start_now(lab, job)
+        lab.wait(lambda: lab.state(job) == "COMPLETED", "the end of the run", 150)
+        quiet_end = alone.wait()
+        assert quiet_end.code == 0, quiet_end.stderr
 
-    # the death of a node, and its return
-    lab.kill_node("n2")
-    lab.wait(lambda: lab.state(job) == "PENDING", "the job in the queue again", 150)
-    lab.start_node("n2")
-    lab.wait(
-        lambda: lab.run("sinfo", "-h", "-o", "%t %D").stdout == "idle 2\n", "both nodes again", 90
-    )
-    start_now(lab, job)
-    lab.wait(lambda: lab.state(job) == "COMPLETED", "the end of the run", 150)
-
-    here("learn", *settings(quiet), *RUN, "parallel.threads=1")
     found, expected = (
         load_masks(folder / "masks/learned.safetensors") for folder in (run_dir, quiet)
     )
