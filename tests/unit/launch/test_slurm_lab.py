@@ -27,8 +27,17 @@ class Local(Lab):
             process.wait()
 
 
+def tool(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
 @pytest.fixture
-def lab(tmp_path: Path) -> Local:
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Local:
+    """Slurm's own commands would wait a minute each for settings that no lab has written."""
+    for name in ("scontrol", "sinfo"):
+        tool(tmp_path, name, f"echo {name} was asked")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return Local(tmp_path)
 
 
@@ -67,12 +76,8 @@ def test_a_mistake_of_the_lab_is_a_failure(
         open_lab(lab)
 
 
-def test_what_the_machine_refuses_is_told_apart(
-    lab: Local, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "ip").write_text("#!/bin/sh\necho 'RTNETLINK answers: Not permitted' >&2; exit 2\n")
-    (tmp_path / "ip").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_what_the_machine_refuses_is_told_apart(lab: Local, tmp_path: Path) -> None:
+    tool(tmp_path, "ip", "echo 'RTNETLINK answers: Not permitted' >&2; exit 2")
     with pytest.raises(LabError, match=r"(?s)ip link add br0 on ctl.*RTNETLINK answers"):
         lab._ip("ctl", "link", "add", "br0")
 
@@ -85,5 +90,6 @@ def test_what_the_machine_refuses_is_told_apart(
     nothing: dict[str, bool] = {}
     with pytest.raises(KeyError):
         lab._await(lambda: nothing["mistake"], "nodes", 1)
-    with pytest.raises(AssertionError, match="steps: not in 0 s"):  # a job that fails
+    # a job that fails, with the queue beside it
+    with pytest.raises(AssertionError, match=r"(?s)steps: not in 0 s.scontrol.*sinfo was asked"):
         lab.wait(lambda: False, "steps", 0)
