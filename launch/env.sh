@@ -15,6 +15,7 @@ REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export REPO
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-$REPO/.venv}"
+TEST_EXTRAS="dev,docs,gguf,data,wandb" # what the checks and tests need
 
 # PyTorch's threads would spin while the sampling kernels want the cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"

@@ -10,7 +10,7 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$REPO"
-megamask_env dev,docs,gguf,data,wandb
+megamask_env "$TEST_EXTRAS"
 
 export WANDB_MODE=offline WANDB_SILENT=true HF_HUB_DISABLE_TELEMETRY=1
 export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg

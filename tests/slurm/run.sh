@@ -21,4 +21,4 @@ if [ -n "$why" ]; then
     say "the tests of Slurm were skipped: $why"
     exit 0
 fi
-timeout --kill-after=30 600 "$python" -m pytest -m slurm tests/slurm "$@"
+exec timeout --kill-after=30 600 "$python" -m pytest -m slurm tests/slurm "$@"
