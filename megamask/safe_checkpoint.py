@@ -15,7 +15,7 @@ import io
 import pickle
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import wrong_file
@@ -74,6 +74,9 @@ class _TensorsOnly(pickle.Unpickler):
         return _admitted(module, name)
 
 
+_PARSERS: dict[int, Any] = dict(pickle._Unpickler.dispatch)  # the first byte of an opcode -> method
+
+
 class _NewObjectsOnly(pickle._Unpickler):
     """A parser that also looks at what a pickle fills with attributes.
 
@@ -82,7 +85,8 @@ class _NewObjectsOnly(pickle._Unpickler):
     Python lets a subclass look.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(_PARSERS)
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         return _admitted(module, name)
@@ -91,7 +95,7 @@ class _NewObjectsOnly(pickle._Unpickler):
         filled = self.stack[-2]
         if isinstance(filled, type) or not is_dataclass(filled):
             raise pickle.UnpicklingError(f"it sets attributes of {filled!r:.100}")
-        self.load_build()
+        _PARSERS[pickle.BUILD[0]](self)
 
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("it holds what no tensor needs")
