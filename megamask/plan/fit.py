@@ -13,6 +13,7 @@ from megamask.plan.hardware import CONTEXT_BYTES, GIB, GPUS, Device
 from megamask.plan.memory import memory_of
 from megamask.plan.workload import Workload
 from megamask.weights.architecture import Architecture
+from megamask.weights.mapping import check_tp
 
 Settings = dict[str, object]
 
@@ -40,10 +41,13 @@ class Remedy:
     def fits(self) -> bool:
         """Whether the settings can work together, and the device holds the run."""
         try:
+            check_tp(self.work.arch, self.work.tp)  # bytes of a rank need whole shares
+            if self.total > self.device.capacity:
+                return False
             self.work.check()
         except ConfigError:
             return False
-        return self.total <= self.device.capacity
+        return True
 
 
 def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) -> None:

@@ -45,7 +45,7 @@ class Rope:
     """
 
     theta: float = 10000.0
-    scaling: dict[str, Any] | None = None
+    scaling: dict[str, Any] | None = field(default=None, hash=False)
     share: float = 1.0
 
 

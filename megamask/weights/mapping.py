@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from megamask.errors import ConfigError
 from megamask.weights.families.registry import FAMILIES
@@ -37,7 +38,13 @@ def rules(arch: Architecture, padded_vocab: int | None = None) -> list[Rule]:
             vocabulary are zeros. None adds no rows.
     """
     assert padded_vocab is None or padded_vocab >= arch.vocab
-    return tensor_rules(arch, FAMILIES[arch.family].names, padded_vocab or arch.vocab)
+    return list(_table(arch, padded_vocab or arch.vocab))
+
+
+@lru_cache(maxsize=8)
+def _table(arch: Architecture, rows: int) -> tuple[Rule, ...]:
+    """The rules, made once: a plan asks for them with every setting that it tries."""
+    return tuple(tensor_rules(arch, FAMILIES[arch.family].names, rows))
 
 
 def expected_tensors(arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -101,6 +108,13 @@ def prunable(arch: Architecture, include: Sequence[str], exclude: Sequence[str])
         ConfigError: a pattern matches no linear, no linear is left to prune, or only a part of a
             fused linear is kept dense.
     """
+    return list(_prunable(arch, tuple(include), tuple(exclude)))
+
+
+@lru_cache(maxsize=8)
+def _prunable(
+    arch: Architecture, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> tuple[str, ...]:
     names = list(linear_shapes(arch))
     for key, patterns in (("model.include", include), ("model.exclude", exclude)):
         for pattern in patterns:
@@ -120,7 +134,7 @@ def prunable(arch: Architecture, include: Sequence[str], exclude: Sequence[str])
             "Remove a pattern.",
         )
     _refuse_split_fusions(arch, chosen)
-    return [name for name in names if name in chosen]
+    return tuple(name for name in names if name in chosen)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from megamask.learn.method import (
+    GRADIENTS,
+    HARD_CODES,
+    KEPT,
+    LOGITS,
+    MOMENTS,
+    WEIGHTS,
+)
 from megamask.plan.hardware import GPUS, device_named
 from megamask.plan.memory import (
     ACTIVATIONS,
@@ -14,8 +24,10 @@ from megamask.plan.memory import (
     LAYER,
     LOSS,
     MASK_FILE,
+    NEW_HARD_CODES,
     ONE_LAYER,
     ONE_MASK,
+    OTHER_WEIGHTS,
     RESUME,
     SNAPSHOT,
     STEP,
@@ -87,3 +99,48 @@ def test_capped_scores_and_logits_by_hand() -> None:
     without, sloped = (memory_of(one, GPUS["h200"]) for one in (words, capped))
     assert sloped.step[LOSS] - without.step[LOSS] == 512 * 128256 * 2
     assert sloped.moments[EVALUATION] == without.moments[EVALUATION]  # no slope there
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("dp", [1, 8])
+def test_every_moment_of_eight_ranks_by_hand(dp: int, sequence_parallel: bool) -> None:
+    """A rank of LLaMA-2-7B at TP 8 has 4 of 32 heads, 1,376 of 11,008 hidden features and 4,000 of
+    32,000 words. Residual streams are divided by sequence parallelism alone, and moments by the
+    replicas of a distributed optimizer, which deals 128 linears in shares of 16.
+    """
+    spread = str(sequence_parallel).lower()
+    settings = ["parallel.tp=8", f"parallel.sequence_parallel={spread}", "learn.method=subset"]
+    divided = f"learn.optimizer.distributed={str(dp > 1).lower()}"
+    work = plan(*settings, divided, dp=dp)
+    memory = memory_of(work, GPUS["h100"])
+    weights, tokens, h, q, f, words = WEIGHTS_7B // 8, 4096, 4096, 512, 1376, 4000
+    shard = h // 8 if sequence_parallel else h
+    # bf16 weights; logits and their gradients in fp32; two moments; two records of hard masks
+    state = {WEIGHTS: 2, LOGITS: 4, GRADIENTS: 4, MOMENTS: 8 / dp, HARD_CODES: 2 / 4}
+    for part, size in state.items():
+        assert memory.state[part] == size * weights, part
+    assert memory.state[OTHER_WEIGHTS] == 2 * (2 * words * h + 65 * h)
+    step = memory.step
+    assert step[KEPT] == 2 * weights and step[NEW_HARD_CODES] == weights / 4
+    # bf16: inputs of q/k/v, output projection, gate/up and down; q/k/v twice; gate, up and SiLU
+    numbers = shard + q + shard + f + 3 * q + 2 * q + 4 * f
+    a_token = 2 * numbers + 2 * 4 * shard + 4 * 4  # two norms' inputs and the sums of four heads
+    rotary = 4 * tokens * 128 * 2
+    assert step[ACTIVATIONS] == 32 * (tokens * a_token + rotary)
+    stream, gathered = 2 * tokens * h, 2 * tokens * h * sequence_parallel
+    # logits of all 4,096 tokens, in bf16 and fp32, and the hidden states with their gradient
+    assert step[LOSS] == words * tokens * (2 + 4) + 2 * stream + gathered
+    evaluation = memory.moments[EVALUATION]  # 4 windows of 512 tokens: half of a micro-batch
+    if sequence_parallel:  # the loss
+        loss = words * tokens / 2 * (2 + 4) + (stream + gathered) / 2
+        assert evaluation == {ACTIVATIONS: 0, LOSS: loss}
+    else:  # the fold of [gate; up] beside two residual streams, 4 million weights at a time
+        mask = 2 * h * f / 4 + (1 << 22) * (1 + 1 + 2)
+        assert evaluation == {EVALUATED: stream, ONE_LAYER: 2 * 2 * h * f, ONE_MASK: mask}
+    assert memory.moments[SNAPSHOT] == memory.moments[RESUME] == {COPIES: 0}
+    # codes of [gate; up] whole, from all ranks and joined
+    assert memory.moments[MASK_FILE] == {ONE_MASK: 2 * (2 * h * 8 * f) / 4}
+    assert work.saved_bytes == (4 + 8 / dp) * weights
+    for moment, working in memory.moments.items():
+        held = sum(memory.state.values()) + sum(working.values())
+        assert memory.total_at(moment) == held + GPUS["h100"].allowance(sum(working.values()))

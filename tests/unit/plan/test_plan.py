@@ -39,8 +39,12 @@ from megamask.plan.time import (
     time_of,
 )
 from megamask.plan.workload import Workload
+from megamask.weights import mapping
+from megamask.weights.family import Architecture, Names
 from megamask.weights.mapping import expected_tensors
+from megamask.weights.rule import Rule
 from megamask.weights.shapes import SHAPES, read_shape
+from megamask.weights.tensor_rules import tensor_rules
 
 PAPER = ("learn.preset=maskllm", "learn.micro_batch=1", "data.seq_length=4096")
 WEIGHTS_7B = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
@@ -307,6 +311,26 @@ def test_what_does_not_fit_is_refused_with_what_does() -> None:
         read_shape("llama2-7b"),
     )
     assert memory_of(named, GPUS["h100"]).total <= GPUS["h100"].capacity
+
+
+def test_the_search_of_what_fits_makes_each_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaMA-2-70B at TP 2 tries dozens of settings, of which each made six tables."""
+    made: list[int] = []
+
+    def counted(arch: Architecture, names: Names, rows: int) -> list[Rule]:
+        made.append(rows)
+        return tensor_rules(arch, names, rows)
+
+    monkeypatch.setattr(mapping, "tensor_rules", counted)
+    mapping._table.cache_clear()
+    with pytest.raises(ConfigError, match="parallel.tp=8 learn.memory=leanest"):
+        check_fits(
+            plan("parallel.tp=2", model="llama2-70b", dp=8).config,
+            read_shape("llama2-70b"),
+            GPUS["h200"],
+            8,
+        )
+    assert made == [32000]  # rows of the vocabulary: 2, 4 and 8 divide it
 
 
 def test_a_device_that_is_half_full_is_refused_before_loading() -> None:
