@@ -30,8 +30,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-# Another rate from step 6 on, and the schedules of a run of 8 steps.
-CHANGED: dict[str, Any] = {"steps": 8, "optimizer": {"lr": 1e-3}}
+# Another rate from the snapshot on, and the schedules of a run of two steps more.
+CHANGED: dict[str, Any] = {"steps": SAVED_AT + 2, "optimizer": {"lr": 1e-3}}
 ONE_DRAW: dict[str, Any] = {"sampling": {"draws": "step"}}
 
 
