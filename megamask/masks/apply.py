@@ -13,7 +13,7 @@ from megamask.errors import ArgumentError, ArtifactError
 from megamask.masks.arguments import as_flag, checked_masks
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.held_model import Place, find_places, nearest, shared_weights
-from megamask.masks.obstacles import merged_adapter, obstacle
+from megamask.masks.obstacles import Obstacle, first_obstacle, merged_adapter
 from megamask.masks.shapes_fit import check_shapes
 from megamask.weights.fingerprint import Row, fingerprint, is_linear, model_linears, weight_OI
 
@@ -93,7 +93,6 @@ def masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
 
 
 Given = MaskSet | Mapping[str, Tensor]
-Obstacle = tuple[str, str]  # a predicate for the mask file, and the fix
 
 
 def _masks(masks: Any) -> Given:
@@ -128,7 +127,7 @@ def _fitting_places(model: nn.Module, given: Given) -> list[Place]:
     """
     path, shapes = _name(given), _shapes(given)
     places = find_places(model, shapes)
-    found = [_obstacle(model, place.targets) for place in places]
+    found = [first_obstacle(model, place.targets) for place in places]
     if found and all(found):
         _refuse_obstacle(path, found)
     free = (place for place, problem in zip(places, found, strict=True) if not problem)
@@ -146,19 +145,13 @@ def _places_of_base(model: nn.Module, places: list[Place], masks: MaskSet) -> li
     Raises:
         ArtifactError: there is none; the message says what is in the way of it.
     """
-    found = [_obstacle(model, place.targets) for place in places]
+    found = [first_obstacle(model, place.targets) for place in places]
     free = [place for place, problem in zip(places, found, strict=True) if not problem]
     fitting = [one for one in free if _is_base(model, one, masks) or _is_applied(one, masks)]
     if not fitting:
         _refuse_obstacle(masks.path, found)  # the base may be where nothing can be compared
         _refuse_base(model, free[0], masks)
     return fitting
-
-
-def _obstacle(model: nn.Module, linears: Mapping[str, nn.Module]) -> Obstacle | None:
-    """What is in the way of the first linear that cannot be written; None where all can."""
-    found = (obstacle(model, name, linear) for name, linear in linears.items())
-    return next(filter(None, found), None)
 
 
 def _refuse_obstacle(path: Path | str, found: Iterable[Obstacle | None]) -> None:
@@ -179,7 +172,7 @@ def _is_base(model: nn.Module, place: Place, masks: MaskSet) -> bool:
     whole = model_linears(model)
     is_named_so = all(whole.get(name) is module for name, module in place.targets.items())
     for linears in (place.base, own, *([whole] if is_named_so else [])):
-        if _obstacle(model, linears):
+        if first_obstacle(model, linears):
             continue
         shapes = {name: tuple(weight_OI(linear).shape) for name, linear in linears.items()}
         if fingerprint(shapes, _rows(linears)) in masks.fingerprints:
@@ -203,7 +196,7 @@ def _refuse_base(model: nn.Module, place: Place, masks: MaskSet) -> NoReturn:
         problem = f"was made for the weights without the adapter that is merged into {adapter}"
         fix = "Call model.unmerge_adapter() first, and merge the adapter after."
         raise ArtifactError(masks.path, problem, fix)
-    _refuse_obstacle(masks.path, [_obstacle(model, place.base)])
+    _refuse_obstacle(masks.path, [first_obstacle(model, place.base)])
     dtypes = sorted({str(weight_OI(module).dtype) for module in place.targets.values()})
     held = ", ".join(dtype.removeprefix("torch.") for dtype in dtypes)
     if "torch.float16" in dtypes and len(masks.fingerprints) == 1:

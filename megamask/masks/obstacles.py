@@ -4,6 +4,8 @@ weights, each with the way round it.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -13,19 +15,26 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FOLDER = "Or run the verb export, which writes a masked Hugging Face folder, and load that folder."
 _LOAD_WHOLE = f"Load the model into memory without offloading and apply the masks. {_FOLDER}"
 _BEFORE = "Apply the masks to the whole model, before it is wrapped or sharded."
+_SUMMON = f"{_BEFORE} Or apply them within FullyShardedDataParallel.summon_full_params(model)."
+Obstacle = tuple[str, str]  # a predicate for the mask file, and the fix
 
 
-def obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str] | None:
-    """What is in the way of setting weights of ``module`` to zero.
+def first_obstacle(model: nn.Module, linears: Mapping[str, nn.Module]) -> Obstacle | None:
+    """What is in the way of setting weights of ``linears`` to zero: of the first that cannot be
+    written, or None where all can.
 
     Args:
         model: the whole model, of which the message tells wrappers.
-        name: of the linear.
-        module: the module of that name.
-
-    Returns:
-        A predicate for the mask file and the fix, or None where the weight can be written.
+        linears: name -> module.
     """
+    divided = {inner for part in model.modules() if _is_fsdp2(part) for inner in part.modules()}
+    found = (_obstacle(model, name, linear, divided) for name, linear in linears.items())
+    return next(filter(None, found), None)
+
+
+def _obstacle(
+    model: nn.Module, name: str, module: nn.Module, divided: Collection[nn.Module]
+) -> Obstacle | None:
     kind = type(module).__name__
     where = f"cannot be applied to {name}"
     weight = module._parameters.get("weight")
@@ -51,7 +60,9 @@ def obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, str] 
             return f"{where}, whose weight is offloaded to CPU or disk (device_map)", _LOAD_WHOLE
         return f"{where}, whose weight is on the meta device and has no values", _LOAD_WHOLE
     if weight.dim() != 2 and _fsdp(model):
-        return f"{where}, whose weight FSDP divides among ranks", _BEFORE
+        return f"{where}, whose weight FSDP divides among ranks", _SUMMON
+    if module in divided:  # gathered for a moment: what is written now is lost with the copy
+        return f"{where}, which lies in a module that FSDP (fully_shard) divides", _BEFORE
     if weight.is_inference():
         fix = "Load the model outside torch.inference_mode()."
         return f"{where}, whose weight was made under torch.inference_mode()", fix
@@ -66,7 +77,7 @@ def merged_adapter(model: nn.Module) -> str:
     return ""
 
 
-def _not_a_parameter(model: nn.Module, module: nn.Module, where: str) -> tuple[str, str]:
+def _not_a_parameter(model: nn.Module, module: nn.Module, where: str) -> Obstacle:
     if hasattr(module, "parametrizations"):
         fix = "Remove it with torch.nn.utils.parametrize.remove_parametrizations."
         return f"{where}, whose weight is computed by a parametrization", fix
@@ -74,8 +85,12 @@ def _not_a_parameter(model: nn.Module, module: nn.Module, where: str) -> tuple[s
         fix = "Remove it with torch.nn.utils.prune.remove, or load the dense model."
         return f"{where}, whose weight torch.nn.utils.prune computes", fix
     if _fsdp(model):
-        return f"{where}, whose weight FSDP divides among ranks", _BEFORE
+        return f"{where}, whose weight FSDP divides among ranks", _SUMMON
     return f"{where}, whose weight is no parameter", "Use a plain transformers model."
+
+
+def _is_fsdp2(part: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(part).__mro__)
 
 
 def _fsdp(model: nn.Module) -> bool:

@@ -228,12 +228,46 @@ def test_distributed_data_parallel(dense: LlamaForCausalLM, path: Path, one_proc
 def test_a_sharded_model_is_refused_by_name(
     dense: LlamaForCausalLM, path: Path, one_process: None
 ) -> None:
+    """Also while its weights are gathered, as after a forward pass: what is written into them is
+    lost when they are divided again.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = fully_shard(copy.deepcopy(dense), mesh=init_device_mesh("cpu", (1,)))
+    mesh = init_device_mesh("cpu", (1,))
+    model: Any = fully_shard(copy.deepcopy(dense), mesh=mesh)
     with pytest.raises(ArtifactError, match=r"DTensor.*before it is wrapped or sharded"):
         megamask.apply_masks(model, path)
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+    assert type(model.model.layers[0].mlp.up_proj.weight.data) is torch.Tensor
+    for check in (True, False):
+        with pytest.raises(ArtifactError, match=r"fully_shard\) divides.*before it is wrapped"):
+            megamask.apply_masks(model, path, check_fingerprint=check)
+    head = copy.deepcopy(dense)
+    fully_shard(head.lm_head, mesh=mesh)  # no mask belongs there
+    megamask.apply_masks(head, path)
+    expect_masked(head, path, dense)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_masks_go_onto_the_summoned_weights_of_fsdp(
+    dense: LlamaForCausalLM, path: Path, one_process: None, use_orig_params: bool
+) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
+
+    model = Fsdp(
+        copy.deepcopy(dense), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    if not use_orig_params:  # with it, one process holds its weights whole
+        with pytest.raises(ArtifactError, match=r"FSDP divides.*Or apply .*summon_full_params"):
+            megamask.apply_masks(model, path)
+    with Fsdp.summon_full_params(model):
+        megamask.apply_masks(model, path)
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+    with Fsdp.summon_full_params(model):
+        expect_masked(model, path, dense)
 
 
 class Linear8bitLt(nn.Linear):
