@@ -21,16 +21,17 @@ def _compiled_kernels() -> None:
     """Compile the fused kernels once, before jobs of many processes would each do it: they are
     cached on disk.
     """
-    site, logits, draw = (
+    site, draw = (
         Site(Pattern(2, 4), Placement.whole(1, 1), CATEGORICAL),
-        torch.zeros(1, 6, 1),
         Sample(NoiseKey(0, 0), 1.0, 1.0),
     )
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.zeros(1, 4, dtype=dtype)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for logits_dtype, weight_dtype in ((fp32, fp32), (fp32, bf16), (bf16, fp32)):
+        logits = torch.zeros(1, 6, 1, dtype=logits_dtype)
+        weight = torch.zeros(1, 4, dtype=weight_dtype)
         FUSED.forward(logits, weight, site, draw)
         FUSED.backward(weight, logits, weight, site, draw)
-    FUSED.mask_statistics(logits, site, 1.0)
+        FUSED.mask_statistics(logits, site, 1.0)
 
 
 @pytest.fixture(scope="session")

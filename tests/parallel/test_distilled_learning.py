@@ -28,7 +28,7 @@ from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Chains, config_of, gather_logits
 
 pytestmark = pytest.mark.slow
-STEPS, SAVED_AT = 6, 3
+STEPS, SAVED_AT = 4, 2
 MIX: dict[str, Any] = {"share": 0.7, "temperature": 2.0}
 LONGER: dict[str, Any] = {
     "steps": 20,

@@ -33,6 +33,8 @@ from megamask.weights.hf_files import open_checked
 from tests.parallel.ranks import RanksError, run_ranks
 from tests.parallel.tiny import gather_masks
 
+pytestmark = pytest.mark.slow
+
 KEEP, GROUP, DAMP = 2, 4, 0.01
 DENSE_LINEAR = "model.layers.1.self_attn.o_proj"  # kept out with model.exclude
 LAYOUTS = {

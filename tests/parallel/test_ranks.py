@@ -48,4 +48,4 @@ def test_a_failing_rank_ends_the_job_with_its_traceback() -> None:
 
 def test_a_rendezvous_that_hangs_fails_and_says_where() -> None:
     with pytest.raises(RanksError, match="init_process_group"):
-        run_ranks(wait_for_a_rank_that_never_comes, 2, timeout=10)
+        run_ranks(wait_for_a_rank_that_never_comes, 2, timeout=5)

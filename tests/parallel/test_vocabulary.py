@@ -21,6 +21,8 @@ from megamask.parallel.mesh import start
 from megamask.weights.architecture import Architecture
 from tests.parallel.ranks import meet_again, run_ranks
 
+pytestmark = pytest.mark.slow
+
 SEQUENCE, BATCH, HIDDEN = 12, 3, 32
 
 

