@@ -113,6 +113,13 @@ def commit_dir(temporary: Path, path: Path) -> None:
     _sync(path.parent)
 
 
+def real_path(path: Path) -> Path:
+    """The absolute path without symbolic links. Links in a circle stay as they are, and whoever
+    opens the path tells of them: ``Path.resolve`` raises RuntimeError up to Python 3.12.
+    """
+    return Path(os.path.realpath(path))
+
+
 def target_of(path: Path) -> Path:
     """The path itself, or the place that it names where it is a symbolic link.
 
@@ -123,7 +130,7 @@ def target_of(path: Path) -> Path:
     """
     if not path.is_symlink():
         return path
-    target = Path(os.path.realpath(path))
+    target = real_path(path)
     if target.is_symlink():
         raise ArtifactError(path, "is a link that leads back to itself", "Remove the link.")
     return target

@@ -17,7 +17,7 @@ from megamask.config.yaml_text import write_yaml
 from megamask.errors import ArtifactError
 from megamask.process.holder import Holder, utc_now
 from megamask.shipped import COMMIT_FILE, shipped, source_commit
-from megamask.storage import read_json, write_json
+from megamask.storage import read_json, real_path, write_json
 
 NOTE = "job.json"
 SCRIPTS = ("env.sh", "learn.sh", "learn.sbatch")
@@ -85,7 +85,7 @@ def next_folder(run_dir: Path) -> Path:
     """The folder of the next job, absolute, which does not exist yet."""
     folders = _folders(run_dir)
     number = int(folders[-1].name) + 1 if folders else 1
-    return Path(os.path.realpath(run_dir)) / "launch" / f"{number:03d}"
+    return real_path(run_dir) / "launch" / f"{number:03d}"
 
 
 def _folders(run_dir: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.from_snapshot import load_snapshot, newest_snapshot
 from megamask.safe_checkpoint import NOTE
-from megamask.storage import read_json, read_object
+from megamask.storage import read_json, read_object, real_path
 from megamask.weights.architecture import Architecture, read_architecture
 
 
@@ -78,7 +78,7 @@ def _architecture_of(snapshot: Path, config: Config) -> Architecture:
     """
     paths = run_paths(config)
     places = [
-        *(folder / "weights" for folder in snapshot.resolve().parents[2:3]),
+        *(folder / "weights" for folder in real_path(snapshot).parents[2:3]),
         paths.weights,
         paths.hf,
     ]

@@ -31,7 +31,7 @@ from megamask.safe_checkpoint import NOTE, read_index, reason_of
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
-from megamask.storage import read_object
+from megamask.storage import read_object, real_path
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule
@@ -117,7 +117,7 @@ def newest_snapshot(folder: Path) -> Path:
     Raises:
         ArtifactError: the folder holds no snapshot.
     """
-    if snapshot_step(folder.resolve()) is not None:
+    if snapshot_step(real_path(folder)) is not None:
         return folder
     steps = snapshot_steps(folder)
     if not steps:

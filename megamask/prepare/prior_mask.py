@@ -11,6 +11,7 @@ from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import mask_path, open_masks
 from megamask.sparsity.pattern import Pattern
+from megamask.storage import real_path
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import linear_shapes
 
@@ -40,8 +41,8 @@ def load_prior(
     name = config.learn.prior.mask
     if name is None:
         return None
-    own = run_paths(config).learn.resolve()
-    if mask_path(name, run_paths(config)).resolve().is_relative_to(own):
+    own = real_path(run_paths(config).learn)
+    if real_path(mask_path(name, run_paths(config))).is_relative_to(own):
         allowed = (
             "a mask, or a snapshot of another run: those of this run are replaced while it learns"
         )

@@ -22,6 +22,7 @@ from megamask.report.results_table import (
     table_cells,
 )
 from megamask.report.template import PAGE
+from megamask.storage import real_path
 
 # The masks to compare the learned mask with: they also leave the kept weights unchanged.
 ONE_SHOT_MASKS = ("magnitude", "wanda", "sparsegpt")
@@ -56,7 +57,7 @@ def render_report(config: Config, data: RunData, pictures: Sequence[Picture]) ->
         PAGE
     )
     return page.render(
-        title=f"megamask: {Path(config.run_dir).resolve().name}",
+        title=f"megamask: {real_path(Path(config.run_dir)).name}",
         subtitle=_subtitle(config, data),
         findings=findings(data.results),
         header=header,

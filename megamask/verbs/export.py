@@ -16,7 +16,7 @@ from megamask.export.masked_folder import STAMP, export
 from megamask.masks.find import own_weights
 from megamask.masks.verify import check_strictly, configured_masks
 from megamask.sparsity.pattern import Pattern
-from megamask.storage import require_writable
+from megamask.storage import real_path, require_writable
 from megamask.weights.architecture import read_architecture
 from megamask.weights.hf_files import HFReader, open_checked
 from megamask.weights.own_folder import require_own
@@ -31,7 +31,7 @@ def run(config: Config) -> None:
             incomplete or cannot be written.
     """
     paths = run_paths(config)
-    if paths.export.resolve() == paths.hf.resolve():
+    if real_path(paths.export) == real_path(paths.hf):
         raise ConfigError(
             "export.out",
             str(paths.export),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import SAFETENSORS, require_file, wrong_file
-from megamask.storage import atomic_dir, read_object, write_json
+from megamask.storage import atomic_dir, read_object, real_path, write_json
 from megamask.weights import torch_bin
 from megamask.weights.architecture import read_architecture
 from megamask.weights.file_layout import FileLayout, file_layout, turned
@@ -266,8 +266,8 @@ def _belongs(file: Path, folder: Path) -> bool:
     Hub cache that the folder is a snapshot of. A link to anywhere else could publish a private
     file.
     """
-    home = folder.resolve()
-    target = file.resolve()
+    home = real_path(folder)
+    target = real_path(file)
     homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
     return target.is_file() and target.parent in homes
 

@@ -71,6 +71,25 @@ def test_verbs_print_through_tell(tmp_path: Path) -> None:
     assert printers([tmp_path / "verb.py"]) == [f"{tmp_path / 'verb.py'}:2"]
 
 
+def resolvers(paths: list[Path]) -> list[str]:
+    """The places that call ``resolve`` on anything but the place of a module."""
+    return [
+        f"{path}:{node.lineno}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr == "resolve"
+        and "__file__" not in ast.unparse(node)
+    ]
+
+
+def test_links_are_followed_by_real_path(tmp_path: Path) -> None:
+    """``Path.resolve`` raises RuntimeError at links in a circle, which no handler tells of."""
+    assert resolvers(sorted((REPO / "megamask").rglob("*.py"))) == []
+    (tmp_path / "module.py").write_text("here = Path(__file__).resolve()\nthere = a.resolve()\n")
+    assert resolvers([tmp_path / "module.py"]) == [f"{tmp_path / 'module.py'}:2"]
+
+
 def test_a_dead_function_is_found(tmp_path: Path) -> None:
     (tmp_path / "module.py").write_text("def used(): ...\ndef dead(): ...\nused()\n")
     assert list(unused([tmp_path / "module.py"])) == ["dead"]

@@ -257,3 +257,16 @@ def test_a_verb_on_a_full_disk_is_one_message(tmp_path: Path, words: list[str]) 
     assert told.startswith(f"2 megamask: error: {tmp_path}/.") and told.count("\n") == 1, told
     assert ".lock: cannot be written (File too large)" in told
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("setting", ["run_dir={}/x", "model.hf={}", "export.out={}"])
+@pytest.mark.parametrize("verb", ["export", "learn", "report"])
+def test_a_verb_that_meets_links_in_a_circle_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    verb: str, setting: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    words = ["run_dir=run", setting.format("loop"), "learn.prior.mask=loop"]
+    assert main([verb, *words]) == 2
+    assert capsys.readouterr().err.count("megamask: error: ") == 1
