@@ -23,6 +23,7 @@ from tests.unit.sparsity.kernels.triton_checks import (
     BF16,
     DEVICE,
     DRAWS,
+    FEW_ROWS,
     FP32,
     GROUPS,
     KEY,
@@ -41,15 +42,15 @@ G_ERROR = 3e-6 if DEVICE == "cuda" else 0.0
 
 
 def problem(
-    n: int, m: int, logits: torch.dtype = FP32, weight: torch.dtype = FP32
+    n: int, m: int, logits: torch.dtype = FP32, weight: torch.dtype = FP32, rows: int = ROWS
 ) -> tuple[Site, list[torch.Tensor]]:
     """Site of a gated shard; gradient (O, I), logits (O, M, G), weight (O, I)."""
     site = Site(
-        Pattern(n, m), Placement.shard(ROWS, GROUPS, axis=0, rank=1, size=2, stride=2), SUBSET
+        Pattern(n, m), Placement.shard(rows, GROUPS, axis=0, rank=1, size=2, stride=2), SUBSET
     )
     generator = torch.Generator().manual_seed(n * 10 + m)
-    pi = 0.01 * torch.randn(ROWS, m, GROUPS, generator=generator)
-    w, g = (torch.randn(ROWS, GROUPS * m, generator=generator) for _ in range(2))
+    pi = 0.01 * torch.randn(rows, m, GROUPS, generator=generator)
+    w, g = (torch.randn(rows, GROUPS * m, generator=generator) for _ in range(2))
     return site, [g.to(DEVICE, weight), pi.to(DEVICE, logits), w.to(DEVICE, weight)]
 
 
@@ -75,7 +76,7 @@ CASES = [  # pattern, dtype of logits, of weight and gradient, draw; the interpr
 def test_the_kernels_equal_the_plain_backend(
     n: int, m: int, logits: torch.dtype, weight: torch.dtype, draw: Sample
 ) -> None:
-    site, (grad, pi, w) = problem(n, m, logits, weight)
+    site, (grad, pi, w) = problem(n, m, logits, weight, FEW_ROWS)
     bound = bounds(grad, pi, w, site, draw, SINK.norm_coef, G_ERROR)
     expected, found = (
         k_subset.forward(pi, w, site, draw, statistics=True),
