@@ -39,7 +39,11 @@ def artefacts(stage: str, config: Config, paths: RunPaths) -> list[Path]:
         "gguf": [paths.hf],
         "convert": [paths.weights],
         "tokenize": [paths.shards],
-        "prune": [paths.mask(method) for method in config.prune.methods],
+        "prune": [
+            file
+            for method in config.prune.methods
+            for file in (paths.mask(method), paths.margins(method))
+        ],
         "learn": [paths.mask("learned")],
         "export": [paths.export],
         "evaluate": [paths.results],

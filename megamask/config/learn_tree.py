@@ -62,6 +62,11 @@ class PriorSection(Section):
         description="name of a mask of this run, mask file, snapshot, folder of snapshots, or null",
     )
     strength: Coefficient = Field(3.0, description="alpha: the prior's gap in units of logit_std")
+    margins: bool = Field(
+        True,
+        description="start each weight at its margin, how clearly the prior's criterion chose, and "
+        "not all at one gap; a mask file needs its .margins beside it",
+    )
 
 
 class StateSection(Section):
@@ -88,7 +93,7 @@ class OptimizerSection(Section):
     lr: Rate | None = each_step(
         None,
         description="logits per step; null = half the prior's gap (strength x logit_std) over the "
-        "root of learn.steps, and a third of that for Lion",
+        "root of learn.steps, with margins at most a sixtieth of the gap, and a third for Lion",
     )
     min_lr: Coefficient | None = each_step(
         None, description="the rate at the end; null = a tenth of lr"

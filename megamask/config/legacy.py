@@ -30,6 +30,7 @@ ARGUMENTS = {
 }
 DISTRIBUTIONS = {"linear": "subset", "categorical": "categorical"}
 # What was done before there was a setting, where that is not the default of the setting.
+NEWER = "learn.prior.margins"  # what was done before this setting is not its default
 BEFORE_SETTING = {"learn.distribution": "categorical", "learn.optimizer.eps_rms": 0.0}
 
 
@@ -75,6 +76,7 @@ def upgrade_note(settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         nested = nest(flat)
         learn = nested.get("learn", {})
+        merge(nested, nest({NEWER: flat.get(NEWER, False)}))
         if "method" not in learn:
             for key, value in BEFORE_SETTING.items():
                 merge(nested, nest({key: flat.get(key, value)}))

@@ -25,9 +25,18 @@ class RunPaths:
         """The mask file of a method of this run (``learned`` is the learned one)."""
         return self.masks / f"{method}.safetensors"
 
+    def margins(self, method: str) -> Path:
+        """The margins of that mask."""
+        return margins_path(self.mask(method))
+
     def updated_weights(self, method: str) -> Path:
         """Megatron weights that a one-shot method changed."""
         return self.run_dir / f"weights-{method}"
+
+
+def margins_path(mask_file: Path) -> Path:
+    """The file of the margins that belong to a mask file: beside it, METHOD.margins."""
+    return mask_file.with_suffix(".margins")
 
 
 def run_paths(config: Config) -> RunPaths:

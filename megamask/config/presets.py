@@ -24,7 +24,7 @@ MASKLLM: dict[str, Any] = {
             "logit_std": 0.01,
             "initial_noise": True,
         },
-        "prior": {"mask": "sparsegpt", "strength": 3.0},
+        "prior": {"mask": "sparsegpt", "strength": 3.0, "margins": False},
         "optimizer": {
             "lr": 5e-4,
             "min_lr": 1e-4,
@@ -45,7 +45,10 @@ MASKLLM: dict[str, Any] = {
 BEST: dict[str, Any] = {}
 
 # MaskPro draws hard masks and starts from the prior alone.
-_MASKPRO_SAMPLING: dict[str, Any] = {"sampling": {"mode": "hard", "initial_noise": False}}
+_MASKPRO_SAMPLING: dict[str, Any] = {
+    "sampling": {"mode": "hard", "initial_noise": False},
+    "prior": {"margins": False},
+}
 
 # MaskPro's reference settings: 10,000 steps of one mask on 32 sequences of 128 tokens out of 512
 # sequences, logits 10 m_0, rate 50, tracker 0.99.
@@ -57,7 +60,7 @@ MASKPRO: dict[str, Any] = {
         "steps": 10_000,
         "global_batch": 32,
         "micro_batch": 32,
-        "prior": {"mask": "sparsegpt"},
+        "prior": {"mask": "sparsegpt", "margins": False},
         "maskpro": {
             "lr": 50.0,
             "initial_logit": 10.0,

@@ -12,17 +12,20 @@ from megamask.learn.methods import find_method
 from megamask.model.build import attach_logits
 from megamask.model.checkpoint import float16_fingerprints
 from megamask.model.language_model import LanguageModel
-from megamask.model.mask_shards import linear_rules, local_mask
+from megamask.model.mask_shards import linear_rules, local_shard
 from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.dense_model import load_dense
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.initial_logits import initial_noise
+from megamask.sparsity.margins import graded
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
+from megamask.weights.rule import Rule
 
 log = logging.getLogger(__name__)
+MARGIN_CAP = 2.0  # medians: clearer choices of the criterion are no surer
 
 
 @dataclass
@@ -52,7 +55,7 @@ def build_masked_model(inputs: LearnInputs, mesh: Mesh) -> MaskedModel:
     Raises:
         MegamaskError: a setting or an artefact that does not fit.
     """
-    config, arch, prior = inputs.config, inputs.arch, inputs.prior
+    config, arch = inputs.config, inputs.arch
     dense = load_dense(inputs, mesh)
     linears = dense.linears
     switch = attach_logits(
@@ -64,12 +67,7 @@ def build_masked_model(inputs: LearnInputs, mesh: Mesh) -> MaskedModel:
         config.learn.state.logits,
     )
     for name, linear in linears.items():
-        _initialise(
-            linear,
-            config,
-            mesh,
-            None if prior is None else local_mask(prior, linear_rules(arch)[name], mesh),
-        )
+        _initialise(linear, config, mesh, _prior_of(inputs, linear_rules(arch)[name], mesh))
     return MaskedModel(
         arch,
         inputs.pattern,
@@ -82,9 +80,19 @@ def build_masked_model(inputs: LearnInputs, mesh: Mesh) -> MaskedModel:
     )
 
 
+def _prior_of(inputs: LearnInputs, rule: Rule, mesh: Mesh) -> torch.Tensor | None:
+    """This rank's shard of a linear's prior, (O, I): a mask, or its degrees."""
+    if inputs.prior is None:
+        return None
+    mask_OI = local_shard(inputs.prior, rule, mesh)
+    if inputs.margins is None:
+        return mask_OI
+    return graded(mask_OI, local_shard(inputs.margins, rule, mesh), MARGIN_CAP)
+
+
 @torch.no_grad()
 def _initialise(
-    linear: MaskedLinear, config: Config, mesh: Mesh, prior_mask_OI: torch.Tensor | None
+    linear: MaskedLinear, config: Config, mesh: Mesh, prior_OI: torch.Tensor | None
 ) -> None:
     """pi = noise + std(pi) * sim * alpha (MaskLLM, Eq. 10); computed in fp32, then rounded to the
     dtype of the logits.
@@ -102,10 +110,10 @@ def _initialise(
         start.copy_(initial_noise(site, logits.shape[-1], std, config.seed, linear.parameter_id))
         spread = sampling.kappa[0] * std
         std = _layer_std(start, mesh) / distribution.noise_unit(site.pattern)
-    if prior_mask_OI is not None:
+    if prior_OI is not None:
         start.add_(
             distribution.prior_bonus(
-                prior_mask_OI.to(logits.device),
+                prior_OI.to(logits.device),
                 site.pattern,
                 config.learn.prior.strength,
                 std,

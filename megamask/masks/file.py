@@ -38,7 +38,8 @@ from megamask.masks.arguments import (
     as_texts,
     checked_masks,
 )
-from megamask.masks.header import FIX, UPDATED, Facts, read_header
+from megamask.masks.header import FIX, UPDATED, Facts, misfit, read_header
+from megamask.masks.margins import Margins, load_margins
 from megamask.masks.save import save_words
 from megamask.masks.shapes_fit import check_shapes
 from megamask.sparsity.pattern import Pattern
@@ -129,6 +130,14 @@ class MaskSet(Mapping[str, Tensor]):
         tensors = self.meta["tensors"]
         facts = [[name, list(self.shape(name)), tensors[name]["sha256"]] for name in sorted(self)]
         return hashlib.sha256(json.dumps([str(self.pattern), facts]).encode()).hexdigest()
+
+    def margins(self) -> Margins:
+        """The margins of the masks.
+
+        Raises:
+            ArtifactError: see :func:`megamask.masks.margins.load_margins`.
+        """
+        return load_margins(self.path, self.content_sha256)
 
     def check_whole(self) -> None:
         """Compare every checksum without decoding the masks.
@@ -256,8 +265,7 @@ def load_masks(path: Path | str) -> MaskSet:
         masks = MaskSet(path, handle, meta)
         _check_sizes(masks, handle)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"has a header that does not fit its data ({error})"
-        raise ArtifactError(path, problem, FIX) from error
+        raise misfit(path, error, FIX) from error
     return masks
 
 

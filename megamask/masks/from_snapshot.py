@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +26,12 @@ from megamask.config.legacy import upgrade_note
 from megamask.config.method_names import DISTRIBUTION_OF
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
+from megamask.masks.margins import Margins
 from megamask.masks.snapshot_steps import snapshot_path, snapshot_step, snapshot_steps
 from megamask.safe_checkpoint import NOTE, read_index, reason_of
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.distributions import DISTRIBUTIONS
+from megamask.sparsity.margins import margins_of, to_codes, to_levels
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import read_object, real_path
 from megamask.weights.architecture import Architecture
@@ -68,6 +70,17 @@ class SnapshotMasks(MaskSet):
             self._latest = rule, {hf.rpartition(".")[0]: part for hf, part in parts.items()}
         return self._latest[1][name]
 
+    def margins(self) -> Margins:
+        """The margins of the logits."""
+        return SnapshotMargins(self)
+
+    def margins_of(self, name: str) -> Tensor:
+        """The margins of a linear, (O, I) fp32, in medians."""
+        rule = self._rules[name]
+        scores_OI = self._distribution.scores(self._logits(_key(rule)), self.pattern)
+        part_OI = rule.to_hf(scores_OI)[f"{name}.weight"]
+        return margins_of(to_levels(to_codes(part_OI, self[name], self.pattern)))
+
     def index(self, name: str) -> Tensor:
         """Candidate index of every group, (O, G) int64."""
         return self.pattern.index_of(self[name])
@@ -97,6 +110,10 @@ class SnapshotMasks(MaskSet):
 
     def _hard_codes(self, key: str) -> Tensor:
         """Hard mask (O, I) of a Megatron linear, the same as ``MaskedLinear.hard_mask`` returns."""
+        return self._distribution.hard_mask(self._logits(key), self.pattern)
+
+    def _logits(self, key: str) -> Tensor:
+        """Mask logits (O, L, G) of a Megatron linear."""
         saved = self._index.state_dict_metadata[key]
         assert isinstance(saved, TensorStorageMetadata)  # checked when the snapshot was opened
         logits_OLG = torch.empty(saved.size, dtype=saved.properties.dtype)
@@ -108,7 +125,30 @@ class SnapshotMasks(MaskSet):
         # CheckpointException is no subclass of Exception.
         except (Exception, CheckpointException) as error:
             _torn(self.path, error)
-        return self._distribution.hard_mask(logits_OLG, self.pattern)
+        return logits_OLG
+
+
+class SnapshotMargins(Margins):
+    """The margins of a snapshot, from its logits: what a run has learned is the prior of the next
+    run, with the degrees of its certainty.
+    """
+
+    def __init__(self, masks: SnapshotMasks) -> None:
+        self._masks = masks
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks.margins_of(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    @property
+    def content_sha256(self) -> str:
+        """The digest of the snapshot, which holds both."""
+        return self._masks.content_sha256
 
 
 def newest_snapshot(folder: Path) -> Path:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,18 +76,32 @@ def read_header(path: Path, text: str | None) -> dict[str, Any]:
             )
     if problem := lacks(meta, REQUIRED):
         raise ArtifactError(path, f"{problem}, in its header", FIX)
-    for name, about in meta["tensors"].items():
-        if problem := lacks(about, {"shape": list, "sha256": str}, f"tensors.{name}"):
-            raise ArtifactError(path, f"{problem}, in its header", FIX)
-        shape = about["shape"]
-        if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape):
-            raise ArtifactError(path, f"has the shape {shape} for {name}, in its header", FIX)
-    if meta.get("sha256") != header_digest(meta):
-        raise ArtifactError(path, "has a corrupt header: the checksum does not match", FIX)
+    check_tensors(path, meta, FIX)
     return dict(meta)
 
 
-def header_digest(header: dict[str, Any]) -> str:
+def check_tensors(path: Path, meta: Mapping[str, Any], fix: str) -> None:
+    """Check what a header says of its tensors, and its own checksum.
+
+    Raises:
+        ArtifactError: a shape is no (O, I), a checksum is missing, or the header was changed.
+    """
+    for name, about in meta["tensors"].items():
+        if problem := lacks(about, {"shape": list, "sha256": str}, f"tensors.{name}"):
+            raise ArtifactError(path, f"{problem}, in its header", fix)
+        shape = about["shape"]
+        if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape):
+            raise ArtifactError(path, f"has the shape {shape} for {name}, in its header", fix)
+    if meta.get("sha256") != header_digest(meta):
+        raise ArtifactError(path, "has a corrupt header: the checksum does not match", fix)
+
+
+def misfit(path: Path, error: BaseException, fix: str) -> ArtifactError:
+    """The error of a file whose header names other data than the file holds."""
+    return ArtifactError(path, f"has a header that does not fit its data ({error})", fix)
+
+
+def header_digest(header: Mapping[str, Any]) -> str:
     """SHA-256 of a header without its own checksum."""
     rest = {key: value for key, value in header.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -21,9 +21,11 @@ def linear_rules(arch: Architecture) -> dict[str, Rule]:
     return {rule.megatron.removesuffix(".weight"): rule for rule in rules(arch) if rule.is_linear}
 
 
-def local_mask(masks: Mapping[str, torch.Tensor], rule: Rule, mesh: Mesh) -> torch.Tensor:
-    """This rank's shard (O, I) bool of a Megatron linear's mask, from the masks of its HF parts."""
-    whole = {name: masks[name] for name in rule.modules}
+def local_shard(of_modules: Mapping[str, torch.Tensor], rule: Rule, mesh: Mesh) -> torch.Tensor:
+    """This rank's shard (O, I) of a Megatron linear's masks or margins, from those of its HF
+    parts.
+    """
+    whole = {name: of_modules[name] for name in rule.modules}
     return rule.shard(
         lambda name, rows, cols: block(whole[name.rpartition(".")[0]], rows, cols),
         mesh.tp_rank,
@@ -77,5 +79,5 @@ def fold_masks(
     for name, linear in linears.items():
         mask_OI = None
         if masks is not None and table[name].modules[0] in masks:
-            mask_OI = local_mask(masks, table[name], mesh)
+            mask_OI = local_shard(masks, table[name], mesh)
         linear.fold(mask_OI)

@@ -21,6 +21,8 @@ class Pruned:
 
     Attributes:
         mask_OI: bool, True = keep, exactly n of every m.
+        score_OI: the scores by which the mask was chosen, of any unit: the n largest of every group
+            are kept. Their margins are the degrees of a prior (``sparsity/margins.py``).
         weight_OI: updated weight in the dtype of the original weight, with +0.0 in pruned places;
             None when the original weight stays.
         damp: the damping that SparseGPT used in the end, which is larger than ``prune.damp`` when
@@ -28,6 +30,7 @@ class Pruned:
     """
 
     mask_OI: torch.Tensor
+    score_OI: torch.Tensor
     weight_OI: torch.Tensor | None = None
     damp: float | None = None
 

@@ -18,15 +18,31 @@ from megamask.errors import ConfigError
 from megamask.model.language_model import LanguageModel
 from megamask.model.mask_shards import linear_rules
 from megamask.oneshot.calibrate import HiddenStates, input_stats
-from megamask.oneshot.criterion import Criterion, Pruned
+from megamask.oneshot.criterion import Criterion
 from megamask.oneshot.stats import InputStats
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
+from megamask.sparsity.margins import to_codes
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 
 log = logging.getLogger(__name__)
 LOG_LINES = 10  # about so many lines report the progress of a criterion
+
+
+@dataclass(frozen=True)
+class PrunedShard:
+    """The result for this rank's shard of one linear.
+
+    Attributes:
+        mask_OI, weight_OI, damp: as of ``Pruned``.
+        margin_codes_OI: the margins of the scores, uint8 (``sparsity.margins.to_codes``).
+    """
+
+    mask_OI: torch.Tensor
+    weight_OI: torch.Tensor | None
+    damp: float | None
+    margin_codes_OI: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -71,8 +87,9 @@ class PruningJob:
 @torch.no_grad()
 def prune_layerwise(
     job: PruningJob, criterion: Criterion, tokens_NS: torch.Tensor | None
-) -> dict[str, Pruned]:
-    """Prune every linear; returns this rank's shards of masks and updated weights by Megatron name.
+) -> dict[str, PrunedShard]:
+    """Prune every linear; returns this rank's shards of masks, updated weights and margins by
+    Megatron name.
 
     Each layer runs twice on all samples: dense, to collect the statistics of the inputs of its
     linears, and pruned, to make the inputs of the next layer. At the end all linears are dense
@@ -104,7 +121,7 @@ def prune_layerwise(
 
 def _prune_on_samples(
     job: PruningJob, criterion: Criterion, tokens_NS: torch.Tensor
-) -> dict[str, Pruned]:
+) -> dict[str, PrunedShard]:
     """Prune with the statistics of the calibration samples, layer by layer."""
     config, mesh = job.config, job.mesh
     states = HiddenStates(job.model, tokens_NS, config.calibration.micro_batch, mesh)
@@ -127,7 +144,9 @@ def _prune_on_samples(
     return pruned
 
 
-def _prune(job: PruningJob, criterion: Criterion, name: str, stats: InputStats | None) -> Pruned:
+def _prune(
+    job: PruningJob, criterion: Criterion, name: str, stats: InputStats | None
+) -> PrunedShard:
     """Prune one linear.
 
     Rows are independent of each other, columns are not. So a weight that is split over its columns
@@ -147,20 +166,26 @@ def _prune(job: PruningJob, criterion: Criterion, name: str, stats: InputStats |
             settings.damp,
             pruned.damp,
         )
-    return _own_columns(pruned, mesh) if whole else pruned
+    codes_OI = to_codes(pruned.score_OI, pruned.mask_OI, job.pattern)
+    shard = PrunedShard(pruned.mask_OI, pruned.weight_OI, pruned.damp, codes_OI)
+    return _own_columns(shard, mesh) if whole else shard
 
 
-def _own_columns(pruned: Pruned, mesh: Mesh) -> Pruned:
+def _own_columns(whole: PrunedShard, mesh: Mesh) -> PrunedShard:
     """This rank's columns of the result for a whole weight."""
 
     def own(whole_OI: torch.Tensor) -> torch.Tensor:
         return whole_OI.chunk(mesh.tp, dim=1)[mesh.tp_rank].contiguous()
 
-    weight_OI = None if pruned.weight_OI is None else own(pruned.weight_OI)
-    return Pruned(own(pruned.mask_OI), weight_OI, pruned.damp)
+    return PrunedShard(
+        mask_OI=own(whole.mask_OI),
+        weight_OI=None if whole.weight_OI is None else own(whole.weight_OI),
+        damp=whole.damp,
+        margin_codes_OI=own(whole.margin_codes_OI),
+    )
 
 
-def _use(linear: MaskedLinear, pruned: Pruned) -> None:
+def _use(linear: MaskedLinear, pruned: PrunedShard) -> None:
     """Compute with the pruned weight from now on."""
     if pruned.weight_OI is None:
         linear.fold(pruned.mask_OI)
@@ -177,7 +202,7 @@ def _naming(linear: str) -> Iterator[None]:
         raise ConfigError(error.key, error.value, f"{linear}: {error.allowed}", error.fix) from None
 
 
-def damping(job: PruningJob, pruned: Mapping[str, Pruned]) -> dict[str, float]:
+def damping(job: PruningJob, pruned: Mapping[str, PrunedShard]) -> dict[str, float]:
     """HF names -> damping, for the linears that needed more than ``prune.damp``."""
     asked = job.config.prune.damp
     return {

@@ -29,4 +29,5 @@ class Magnitude(Criterion):
             ConfigError: m does not divide in_features.
         """
         pattern.groups(weight_OI.shape[1])
-        return Pruned(pattern.best(weight_OI.detach().abs()))
+        score_OI = weight_OI.detach().abs()
+        return Pruned(pattern.best(score_OI), score_OI)

@@ -97,18 +97,20 @@ def sparsegpt(
     # Sweep over the blocks of columns.
     work_IO = weight_OI.t().clone(memory_format=torch.contiguous_format).float()
     work_IO[dead_I] = 0
-    keep_IO = torch.empty_like(work_IO, dtype=torch.bool)
+    keep_IO, score_IO = torch.empty_like(work_IO, dtype=torch.bool), torch.empty_like(work_IO)
     for start in range(0, in_features, block):
         here, rest = slice(start, start + block), slice(start + block, None)
-        errors_BO = _prune_block(work_IO[here], keep_IO[here], factor_II[here, here], pattern)
+        errors_BO = _prune_block(
+            work_IO[here], keep_IO[here], score_IO[here], factor_II[here, here], pattern
+        )
         work_IO[rest].addmm_(factor_II[here, rest].t(), errors_BO, alpha=-1)
 
-    mask_OI = keep_IO.t().contiguous()
+    mask_OI, score_OI = keep_IO.t().contiguous(), score_IO.t()
     if not update:
-        return Pruned(mask_OI, damp=used_damp)
+        return Pruned(mask_OI, score_OI, damp=used_damp)
     # Pruned places are filled, because W * 0 could be -0.0.
     updated_OI = work_IO.masked_fill_(~keep_IO, 0.0).t().to(weight_OI.dtype).contiguous()
-    return Pruned(mask_OI, updated_OI, used_damp)
+    return Pruned(mask_OI, score_OI, updated_OI, used_damp)
 
 
 def check_block(block: int, pattern: Pattern) -> None:
@@ -168,7 +170,11 @@ def _factor_or_none(hessian_II: torch.Tensor, diagonal_I: torch.Tensor) -> torch
 
 
 def _prune_block(
-    work_BO: torch.Tensor, keep_BO: torch.Tensor, factor_BB: torch.Tensor, pattern: Pattern
+    work_BO: torch.Tensor,
+    keep_BO: torch.Tensor,
+    score_BO: torch.Tensor,
+    factor_BB: torch.Tensor,
+    pattern: Pattern,
 ) -> torch.Tensor:
     """Choose and remove weights in every group of a block, in place.
 
@@ -180,7 +186,8 @@ def _prune_block(
         here, rest = slice(start, start + pattern.m), slice(start + pattern.m, None)
         factor_MM = factor_BB[here, here]
         # The score is the root of the paper's w^2 / [H^-1]_cc: the same order without underflow.
-        score_MO = (work_BO[here] / factor_MM.diagonal()[:, None]).abs_()
+        score_MO = score_BO[here]
+        torch.div(work_BO[here], factor_MM.diagonal()[:, None], out=score_MO).abs_()
         keep_BO[here] = pattern.best(score_MO.t().contiguous()).t()
         _remove_columns(work_BO[here], keep_BO[here], factor_MM, errors_BO[here])
         work_BO[rest].addmm_(factor_BB[here, rest].t(), errors_BO[here], alpha=-1)

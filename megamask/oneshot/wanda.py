@@ -39,4 +39,4 @@ class Wanda(Criterion):
         assert stats is not None
         pattern.groups(weight_OI.shape[1])
         score_OI = weight_OI.detach().float().abs() * stats.mean_square_I.sqrt()
-        return Pruned(pattern.best(score_OI))
+        return Pruned(pattern.best(score_OI), score_OI)

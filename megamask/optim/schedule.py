@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from megamask.optim.zero1 import Replicas
     from megamask.parallel.mesh import Mesh
 
+GRADED_STEPS = 60  # that cross the gap at the highest rate, where weights start at their margins
+
 # The share of the fall from the highest to the last rate that is still to come, by progress in
 # [0, 1] since the warm-up.
 FALLS: dict[str, Callable[[float], float]] = {
@@ -93,13 +95,18 @@ def learning_rates(learn: LearnSection) -> tuple[float, float]:
     logit_std. A step of AdamW is about as long as the rate. The steps of noise add up to the root
     of their number, the steps of evidence to their number. A rate of gap / (2 sqrt(steps)) keeps
     noise within half the gap in a run of any length, and the longer the run, the weaker the
-    evidence that crosses the gap. Other rules divide this rate by their ``rate_divisor``.
+    evidence that crosses the gap. Where each weight starts at its margin, most groups that should
+    leave the prior have a small gap, and a short run does better at a lower rate, which did not
+    depend on its length: gap / ``GRADED_STEPS``. Other rules divide the rate by their
+    ``rate_divisor``.
     """
     section, rule = learn.optimizer, find_rule(learn.optimizer.kind)
     # without a prior, the gap to cross is one std of the initial logits
     strength = max(learn.prior.strength if learn.prior.mask else 0.0, 1.0)
     gap = learn.sampling.logit_std * strength
-    derived = gap / (2 * math.sqrt(learn.steps)) / rule.rate_divisor
+    is_graded = learn.prior.mask is not None and learn.prior.margins
+    crossing = max(2 * math.sqrt(learn.steps), GRADED_STEPS if is_graded else 0)
+    derived = gap / crossing / rule.rate_divisor
     highest = derived if section.lr is None else section.lr
     return highest, highest / 10 if section.min_lr is None else section.min_lr
 

@@ -21,6 +21,7 @@ from megamask.data.shards import read_shards
 from megamask.data.split import TRAIN
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
+from megamask.masks.margins import Margins
 from megamask.storage import lacks
 
 AFRESH = "Or use another run_dir, or start over with learn.resume=false."
@@ -34,7 +35,8 @@ class Content:
     Attributes:
         text: domain to learn from -> digest of its training tokens.
         tokenizer: domain -> fingerprint of the tokenizer that made them.
-        prior: digest of the masks that learning starts from; None without a prior.
+        prior: digest of the masks that learning starts from, or of the margins and the masks
+            that they belong to; None without a prior.
     """
 
     text: dict[str, str]
@@ -42,7 +44,7 @@ class Content:
     prior: str | None
 
     @classmethod
-    def of(cls, config: Config, prior: MaskSet | None) -> Content:
+    def of(cls, config: Config, prior: MaskSet | None, margins: Margins | None) -> Content:
         """The content of the configured inputs.
 
         Raises:
@@ -56,7 +58,7 @@ class Content:
                 for domain, one in shards.items()
             },
             {domain: one.meta["tokenizer"]["fingerprint"] for domain, one in shards.items()},
-            None if prior is None else prior.content_sha256,
+            None if prior is None else (margins or prior).content_sha256,
         )
 
     def note(self) -> dict[str, Any]:

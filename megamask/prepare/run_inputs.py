@@ -10,6 +10,7 @@ from megamask.config import Config, RunPaths, run_paths
 from megamask.data.shards import check_vocabulary
 from megamask.errors import ConfigError
 from megamask.masks.file import MaskSet
+from megamask.masks.margins import Margins
 from megamask.model.checkpoint import read_note
 from megamask.prepare.content import Content
 from megamask.prepare.layout import Layout, check_positions
@@ -110,6 +111,16 @@ class LearnInputs(RunInputs):
         """
         return load_prior(self.config, self.arch, self.fingerprint, self.pattern, self.modules)
 
+    @cached_property
+    def margins(self) -> Margins | None:
+        """The margins of the prior; None where the run starts without.
+
+        Raises:
+            ArtifactError: the prior comes without margins. Raises as ``prior`` too.
+        """
+        wanted = self.config.learn.prior.margins
+        return self.prior.margins() if self.prior is not None and wanted else None
+
     @property
     def prior_method(self) -> str | None:
         """How the prior was made. Raises as ``prior``."""
@@ -122,7 +133,7 @@ class LearnInputs(RunInputs):
         Raises:
             MegamaskError: shards or prior are missing, or do not fit.
         """
-        return Content.of(self.config, self.prior)
+        return Content.of(self.config, self.prior, self.margins)
 
     def check(self) -> None:
         """Read everything but the weights, and check that it fits together.

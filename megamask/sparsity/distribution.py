@@ -69,9 +69,15 @@ class Distribution(ABC):
         """The most probable mask, (O, I) bool. Draws no noise."""
 
     @abstractmethod
+    def scores(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        """A score of every weight, (O, I) fp32: the hard mask keeps the N largest of a group, and
+        the distances between scores are distances between logits.
+        """
+
+    @abstractmethod
     def prior_bonus(
         self,
-        prior_mask_OI: torch.Tensor,
+        prior_OI: torch.Tensor,
         pattern: Pattern,
         strength: float,
         std: float,
@@ -81,7 +87,7 @@ class Distribution(ABC):
         Eq. 9-10).
 
         Args:
-            prior_mask_OI: the prior.
+            prior_OI: the prior: a mask, or fp32 degrees around 1/2 (``margins.graded``).
             pattern: N:M.
             strength: alpha.
             std: standard deviation of the initial logits of the whole layer, in units of

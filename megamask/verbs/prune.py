@@ -18,6 +18,7 @@ from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.errors import ConfigError, MegamaskError
 from megamask.masks.file import load_masks
 from megamask.masks.header import Facts
+from megamask.masks.margins import load_margins, save_margins
 from megamask.masks.save import save_codes
 from megamask.model.build import build_model, masked_linears, padded_vocab
 from megamask.model.checkpoint import (
@@ -28,13 +29,13 @@ from megamask.model.checkpoint import (
 )
 from megamask.model.mask_shards import gather_codes, hf_shapes
 from megamask.oneshot.criteria import CRITERIA
-from megamask.oneshot.criterion import Pruned
-from megamask.oneshot.layerwise import PruningJob, damping, prune_layerwise
+from megamask.oneshot.layerwise import PrunedShard, PruningJob, damping, prune_layerwise
 from megamask.parallel.mesh import start
 from megamask.prepare.dense_model import load_dense
 from megamask.prepare.layout import check_positions
 from megamask.prepare.run_inputs import RunInputs
 from megamask.safe_checkpoint import NOTE
+from megamask.sparsity.margins import to_levels
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +119,8 @@ def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
 
 
 def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
-    """Whether the mask file of ``method``, and its updated weights, were made from the ``wanted``
-    recipe. The log says which files are reused.
+    """Whether the mask file of ``method``, its margins and its updated weights were made from the
+    ``wanted`` recipe. The log says which files are reused.
     """
     path, updated = run_paths(config).mask(method), run_paths(config).updated_weights(method)
     if not path.exists():
@@ -134,6 +135,8 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
             "linears": list(masks),
         }
         same = all(found[key] == value for key, value in wanted.items())
+        if same:
+            load_margins(path, masks.content_sha256).check_whole()
         if same and CRITERIA[method].updates_weight:
             same = storage.read_json(updated / NOTE, "")["recipe"] == wanted
     except (MegamaskError, KeyError, TypeError):  # torn, or written by something else
@@ -151,7 +154,8 @@ def prune(
 ) -> None:
     """Run one method and write its files.
 
-    The mask file is written last: where it is there, the updated weights are whole.
+    The mask file is written after the updated weights: where it is there, they are whole. The
+    margins name the masks that they belong to, so they come last.
     """
     paths, mesh, begin = run_paths(job.config), job.mesh, time.perf_counter()
     if mesh.is_main:
@@ -164,22 +168,39 @@ def prune(
             paths.updated_weights(method),
             {**base, "method": method, "recipe": made_from},
         )
+    shapes, arch = hf_shapes(pruned, job.arch), job.arch
     bits_of = {name: partial(job.pattern.bits_of, one.mask_OI) for name, one in pruned.items()}
-    gathered = gather_codes(bits_of, job.arch, mesh)
+    bits = gather_codes(bits_of, arch, mesh)
     if mesh.is_main:
         write_masks(
             job,
             method,
-            gathered,
-            hf_shapes(pruned, job.arch),
+            bits,
+            shapes,
             made_from,
             damping(job, pruned),
             time.perf_counter() - begin,
             float16_fingerprints(base),
         )
-    for _ in gathered:
-        pass  # the other ranks take part in gathering
+    _take_part(bits)
+    codes_of = {name: partial(_codes, one) for name, one in pruned.items()}
+    codes = gather_codes(codes_of, arch, mesh)
+    if mesh.is_main:
+        masks = load_masks(paths.mask(method))
+        levels = ((name, to_levels(codes_OI)) for name, codes_OI in codes)
+        save_margins(paths.margins(method), masks.content_sha256, shapes, levels)
+    _take_part(codes)
     mesh.barrier()
+
+
+def _codes(pruned: PrunedShard) -> torch.Tensor:
+    return pruned.margin_codes_OI
+
+
+def _take_part(gathered: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Let the ranks that write nothing take part in gathering."""
+    for _ in gathered:
+        pass
 
 
 def write_masks(
@@ -219,7 +240,7 @@ def write_masks(
 
 
 def write_updated(
-    job: PruningJob, pruned: Mapping[str, Pruned], path: Path, note: dict[str, Any]
+    job: PruningJob, pruned: Mapping[str, PrunedShard], path: Path, note: dict[str, Any]
 ) -> None:
     """Save the dense weights with the updated weights of ``pruned`` in their places.
 

@@ -118,7 +118,10 @@ def made(run_dir: Path) -> dict[str, Any]:
         name = str(path.relative_to(run_dir))
         if not path.is_file() or any(part in OTHERS for part in path.relative_to(run_dir).parts):
             continue
-        if path.parent.name == "masks" or name == "out.safetensors":
+        if name == "out.safetensors" or (path.parent.name, path.suffix) == (
+            "masks",
+            ".safetensors",
+        ):
             masks = load_masks(path)
             facts = {key: value for key, value in masks.meta.items() if key != "sha256"}
             found[name] = _timeless(facts)  # with a digest of each mask

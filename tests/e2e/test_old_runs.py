@@ -20,7 +20,11 @@ from tests.e2e.golden.runs import ALLOWED, FOLDER, same_machine, share_that_diff
 from tests.e2e.program import RECIPE, in_process
 
 Settings = Callable[[Path], list[str]]
-ONE_LINEAR = ("model.include=['*.0.mlp.down_proj']", "learn.prior.mask=magnitude")
+ONE_LINEAR = (
+    "model.include=['*.0.mlp.down_proj']",
+    "learn.prior.mask=magnitude",
+    "learn.prior.margins=false",
+)
 METHODS: dict[str, tuple[str, ...]] = {
     "subset": ("learn.method=subset", "learn.memory=lean"),
     "categorical": ("learn.method=categorical", "learn.sampling.initial_noise=true"),

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import megamask
 from megamask.config.nested import nest
+from megamask.config.paths import margins_path
 from megamask.masks.file import load_masks, save_masks
+from megamask.masks.margins import save_margins
 from tests.e2e.conftest import code, run_settings, save_tokenizer
 from tests.e2e.program import assert_untouched, contents, here, in_process, refusal
 
@@ -202,6 +204,22 @@ def test_another_prior_of_the_same_name_is_refused(run: Path, settings: Settings
     assert not torch.equal(masks[first], prior[first])
     save_masks(path, masks, prior.pattern, fingerprint=prior.fingerprint, method="sparsegpt")
     message = refusal(in_process("learn", *settings(run), *RUN, "learn.steps=6"))
+    assert "sparsegpt.margins: belongs to other masks" in message
+    margins = {name: torch.full(one.shape, 7, dtype=torch.uint8) for name, one in masks.items()}
+    shapes = {name: tuple(one.shape) for name, one in masks.items()}
+    digest = load_masks(path).content_sha256
+    save_margins(margins_path(path), digest, shapes, margins.items())
+    message = refusal(in_process("learn", *settings(run), *RUN, "learn.steps=6"))
+    assert "learn.prior.mask" in message and "started from other masks" in message
+
+
+def test_other_margins_of_the_prior_are_refused(run: Path, settings: Settings) -> None:
+    path = run / "masks" / "sparsegpt.safetensors"
+    prior = load_masks(path)
+    margins = {name: torch.full(prior.shape(name), 7, dtype=torch.uint8) for name in prior}
+    shapes = {name: prior.shape(name) for name in prior}
+    save_margins(margins_path(path), prior.content_sha256, shapes, margins.items())
+    message = refusal(in_process("learn", *settings(run), *RUN, "learn.steps=6"))
     assert "learn.prior.mask" in message and "started from other masks" in message
 
 
@@ -222,6 +240,7 @@ def test_moved_and_respelled_inputs_are_the_same_run(
         method="sparsegpt",
         data={"seconds": 3},
     )
+    shutil.copy(moved / "masks" / "sparsegpt.margins", tmp_path / "prior.margins")
     words = [
         *run_settings(moved, tmp_path / "link", text),
         f"run_dir={os.path.relpath(moved)}//",

@@ -35,10 +35,10 @@ def done(verb: str, *words: str) -> str:
     return finished.stdout
 
 
-PRIORS = {
-    "the learned mask": ("masks/learned.safetensors", 4, "categorical"),
-    "the newest snapshot": ("learn/snapshots", 4, "subset"),
-    "a snapshot": ("learn/snapshots/step-00000002", 2, "categorical"),
+PRIORS = {  # prior, step of the general run, method, whether each weight starts at its margin
+    "the learned mask": ("masks/learned.safetensors", 4, "categorical", False),
+    "the newest snapshot": ("learn/snapshots", 4, "subset", True),
+    "a snapshot": ("learn/snapshots/step-00000002", 2, "categorical", True),
 }
 
 
@@ -49,13 +49,14 @@ def test_a_domain_mask_starts_at_the_general_one_s_quality(
     """The same winners under the same windows give the same bits; without noise nothing but the
     prior decides them.
     """
-    name, step, method = PRIORS[case]
+    name, step, method, has_margins = PRIORS[case]
     done(
         "learn",
         *settings(run_dir),
         *ON_CODE,
         f"learn.prior.mask={general / name}",
         f"learn.method={method}",
+        f"learn.prior.margins={has_margins}",
     )
     ours, theirs = evaluations(run_dir), evaluations(general)
     assert ours[0] == theirs[step] and ours[0] != theirs[0]

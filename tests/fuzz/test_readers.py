@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ import torch
 from safetensors.torch import save_file
 
 from megamask.config import load_config, run_paths
+from megamask.config.paths import margins_path
 from megamask.data.shards import FORMAT, read_shards
 from megamask.errors import ArtifactError
 from megamask.machine_errors import reading
 from megamask.masks.file import load_masks, save_masks
 from megamask.masks.from_snapshot import load_snapshot
 from megamask.masks.header import header_digest
+from megamask.masks.margins import load_margins, save_margins
 from megamask.model.checkpoint import read_note
 from megamask.report.html import findings, render_report
 from megamask.report.reading import read_run
@@ -89,6 +92,27 @@ def test_mask_files(tmp_path: Path) -> None:
     scores = torch.rand(8, 16, generator=torch.Generator().manual_seed(0))
     masks = {name: pattern.best(scores) for name in ("model.layers.0.a", "model.layers.0.b")}
     save_masks(path, masks, pattern, fingerprint="f", method="magnitude")
+    survives(lambda: load_masks(path).verify(), container_writer(path))
+
+
+def test_margin_files(tmp_path: Path) -> None:
+    path, shape = tmp_path / "mask.safetensors", (8, 16)
+    levels = torch.randint(16, shape, generator=torch.Generator().manual_seed(0)).byte()
+    names = ("model.layers.0.a", "model.layers.0.b")
+    margins = margins_path(path)
+    save_margins(margins, "f", dict.fromkeys(names, shape), ((name, levels) for name in names))
+
+    def read() -> None:
+        for one in load_margins(path, "f").values():
+            assert one.shape == shape
+
+    survives(read, container_writer(margins))
+
+
+def container_writer(path: Path) -> Callable[[random.Random], None]:
+    """Writes a changed copy of a file of packed words: of its bytes, or of a value of its header
+    with a checksum that fits, so that the values are looked at.
+    """
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -99,14 +123,14 @@ def test_mask_files(tmp_path: Path) -> None:
             path.write_bytes(mutated_bytes(data, choose))
             return
         changed = mutated(inner, choose)
-        if isinstance(changed, dict):  # a checksum that fits, so that the values are looked at
+        if isinstance(changed, dict):
             changed["sha256"] = header_digest(changed)
         text = {**header, "__metadata__": {"megamask": json.dumps(changed)}}
         encoded = json.dumps(text).encode()
         encoded += b" " * (-len(encoded) % 8)
         path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + length :])
 
-    survives(lambda: load_masks(path).verify(), write)
+    return write
 
 
 @pytest.mark.parametrize("recipe", ["debug", "quickstart", "maskllm-llama2-7b"])

@@ -27,6 +27,7 @@ from megamask.model.mask_shards import linear_rules
 from megamask.oneshot.criteria import CRITERIA
 from megamask.oneshot.layerwise import PruningJob, prune_layerwise
 from megamask.parallel.mesh import start
+from megamask.sparsity.margins import margins_of, to_levels
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 from megamask.weights.hf_files import open_checked
@@ -62,53 +63,50 @@ def wanda_score(weight_OI: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
     return weight_OI.double().abs() * x_TI.double().norm(dim=0)
 
 
-def keep_largest(score_OI: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Mask, and the smallest relative gap between the last kept and the first dropped score of a
-    group.
+def keep_largest(score_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Mask, margins (the distances from the middle between the last kept and the first dropped
+    score of a group), and the smallest relative gap between these two.
     """
     grouped = score_OI.unflatten(1, (-1, GROUP))
     values, order = grouped.sort(dim=-1, descending=True)
     mask = (
         torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, order[..., :KEEP], True).flatten(1)
     )
-    return mask, float(((values[..., KEEP - 1] - values[..., KEEP]) / values[..., KEEP - 1]).min())
+    kept, dropped = values[..., KEEP - 1 : KEEP], values[..., KEEP : KEEP + 1]
+    margin_OI = (grouped - (kept + dropped) / 2).abs().flatten(1)
+    return mask, margin_OI, float(((kept - dropped) / kept).min())
 
 
 def sparsegpt_textbook(
     weight_OI: torch.Tensor, hessian_II: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Algorithm 1 of the SparseGPT paper, column by column: mask, updated weight, smallest gap."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Algorithm 1 of the SparseGPT paper, column by column: mask, updated weight, margins, smallest
+    gap. The scores are the roots of the paper's.
+    """
     hessian_II = hessian_II + DAMP * hessian_II.diagonal().mean() * torch.eye(
         len(hessian_II), dtype=torch.float64
     )
     factor_II = torch.linalg.cholesky(
         torch.linalg.inv(hessian_II)
     ).T  # upper: row j belongs to the inverse of columns j, j + 1, ...
-    work_OI, mask_OI, gaps = (
-        weight_OI.double().clone(),
-        torch.ones_like(weight_OI, dtype=torch.bool),
-        [],
-    )
+    work_OI, gaps = weight_OI.double().clone(), []
+    mask_OI, margin_OI = torch.ones_like(weight_OI, dtype=torch.bool), torch.zeros_like(work_OI)
     for column in range(weight_OI.shape[1]):
         if column % GROUP == 0:
             here = slice(column, column + GROUP)
-            mask_OI[:, here], gap = keep_largest(
-                work_OI[:, here] ** 2 / factor_II.diagonal()[here] ** 2
-            )
+            score_OM = work_OI[:, here].abs() / factor_II.diagonal()[here]
+            mask_OI[:, here], margin_OI[:, here], gap = keep_largest(score_OM)
             gaps.append(gap)
         error_O = torch.where(mask_OI[:, column], 0, work_OI[:, column]) / factor_II[column, column]
         work_OI[:, column:] -= error_O[:, None] * factor_II[column, column:]
-    return (
-        mask_OI,
-        torch.where(mask_OI, work_OI, 0),
-        min(gaps) / 2,
-    )  # scores are squares: half the relative gap of their roots
+    return mask_OI, torch.where(mask_OI, work_OI, 0), margin_OI, min(gaps)
 
 
 @dataclass
 class Reference:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    margins: dict[str, torch.Tensor] = field(default_factory=dict)
     gap: float = 1.0
 
 
@@ -156,19 +154,16 @@ def reference(
         for name, linear in linears.items():
             x_TI, weight_OI = inputs[name], dense[f"{name}.weight"]
             if method == "magnitude":
-                mask_OI, gap = keep_largest(weight_OI.abs())
+                mask_OI, margin_OI, gap = keep_largest(weight_OI.abs())
                 new_OI = weight_OI * mask_OI
             elif method == "wanda":
-                mask_OI, gap = keep_largest(wanda_score(weight_OI, x_TI))
+                mask_OI, margin_OI, gap = keep_largest(wanda_score(weight_OI, x_TI))
                 new_OI = weight_OI * mask_OI
             else:
-                mask_OI, updated_OI, gap = sparsegpt_textbook(weight_OI, hessian(x_TI))
+                mask_OI, updated_OI, margin_OI, gap = sparsegpt_textbook(weight_OI, hessian(x_TI))
                 new_OI = updated_OI if method == "sparsegpt_update" else weight_OI * mask_OI
-            result.masks[name], result.weights[name], result.gap = (
-                mask_OI,
-                new_OI,
-                min(result.gap, gap),
-            )
+            result.masks[name], result.weights[name] = mask_OI, new_OI
+            result.margins[name], result.gap = margin_OI, min(result.gap, gap)
             if pruned_prefix:
                 linear.weight.copy_(new_OI)
     return result
@@ -185,7 +180,7 @@ def prune_in_rank(
     sequence_parallel: bool,
     methods: list[str],
 ) -> dict[str, Any]:
-    """method -> (masks, updated weights), whole and in HF layout."""
+    """method -> (masks, updated weights, codes of margins), whole and in HF layout."""
     config = build_config(
         {
             "device": "cpu",
@@ -210,13 +205,18 @@ def prune_in_rank(
             assert all(linear.folded_weight is None for linear in job.linears.values())
             masks = gather_masks({name: one.mask_OI for name, one in pruned.items()}, arch, mesh)
             weights: dict[str, torch.Tensor] = {}
+            codes: dict[str, torch.Tensor] = {}
             for name, one in pruned.items():
+                rule = linear_rules(arch)[name]
+                codes |= rule.to_hf(rule.join(mesh.gather_over_tp(one.margin_codes_OI)))
                 if one.weight_OI is not None:
-                    rule = linear_rules(arch)[name]
                     weights |= rule.to_hf(rule.join(mesh.gather_over_tp(one.weight_OI)))
             results[method] = (
                 masks,
-                {name.removesuffix(".weight"): one for name, one in weights.items()},
+                *(
+                    {name.removesuffix(".weight"): one for name, one in found.items()}
+                    for found in (weights, codes)
+                ),
             )
         return results
 
@@ -274,7 +274,12 @@ def test_equals_the_plain_implementation(
     ranks = run_ranks(prune_in_rank, world, str(tiny), tokens_NS, tp, sequence_parallel, METHODS)
     for method, expected in references.items():
         for rank in ranks:
-            masks, weights = rank[method]
+            masks, weights, codes = rank[method]
+            assert set(codes) == set(masks)
+            for name, codes_OI in codes.items():
+                found_OI = margins_of(to_levels(codes_OI))
+                assert margins_agree(found_OI, expected.margins[name]), f"{method} {name}"
+                assert not margins_agree(found_OI.roll(1, 0), expected.margins[name])
             assert set(masks) == set(expected.masks) and DENSE_LINEAR not in masks
             for name, mask_OI in masks.items():
                 assert torch.equal(mask_OI, expected.masks[name]), f"{method} {name}"
@@ -284,6 +289,15 @@ def test_equals_the_plain_implementation(
                 ].abs().max()
                 assert difference < WEIGHT_TOLERANCE, f"{name}: {difference}"
             assert bool(weights) == (method == "sparsegpt_update")
+
+
+def margins_agree(found_OI: torch.Tensor, expected_OI: torch.Tensor) -> bool:
+    """Whether margins in medians are those of scores in any unit. A code is half an octave wide and
+    its median another, so levels lie within half an octave; fp32 scores may fall to the next code.
+    """
+    expected_OI = expected_OI / expected_OI.median()
+    octaves = (found_OI / expected_OI.clamp(found_OI.min(), found_OI.max())).log2().abs()
+    return float(octaves.max()) < 1.01 and float((octaves <= 0.5).float().mean()) > 0.99
 
 
 def test_wrong_answers_differ(

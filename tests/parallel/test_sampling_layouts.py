@@ -123,8 +123,10 @@ def by_tp(
     tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, dict[str, Tensors]]:
     folder = tmp_path_factory.mktemp("logits") / "saved"
+    learn = {"prior": {"margins": True}}  # so that the start depends on each weight's margin
     return {
-        tp: run_ranks(look, tp, config_of(tiny_run, tp), folder)[0] for tp in (SAVED_AT, *OTHERS)
+        tp: run_ranks(look, tp, config_of(tiny_run, tp, learn), folder)[0]
+        for tp in (SAVED_AT, *OTHERS)
     }
 
 

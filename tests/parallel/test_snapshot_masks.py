@@ -53,7 +53,7 @@ def config(run_dir: Path, tp: int, kind: Kind, prior: str | None, method: str) -
     learn = {
         "method": method,
         "state": {"logits": kind.logits},
-        "prior": {"mask": prior},
+        "prior": {"mask": prior, "margins": True},
         "sampling": {"initial_noise": False},
     }
     made = config_of(run_dir, tp, learn)

@@ -13,11 +13,14 @@ from safetensors.torch import load_file
 
 from megamask.config import Config
 from megamask.config.load import build_config
+from megamask.config.paths import margins_path
 from megamask.learn.masked_model import MaskedModel
-from megamask.masks.file import save_masks
+from megamask.masks.file import load_masks, save_masks
+from megamask.masks.margins import save_margins
 from megamask.model.mask_shards import linear_rules
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
+from megamask.sparsity.margins import to_codes, to_levels
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs import convert
 from megamask.weights.architecture import Architecture, read_architecture
@@ -57,21 +60,19 @@ def convert_rank(rank: int, config: Config) -> None:
 
 
 def make_run(folder: Path) -> Path:
-    """A run directory with Megatron weights of a tiny fp32 Llama and its magnitude masks."""
+    """A run directory with Megatron weights of a tiny fp32 Llama and its magnitude masks with their
+    margins.
+    """
     hf = make_hf(folder / "hf", **GQA)
     run_ranks(convert_rank, 1, config_of(folder))
     weights, pattern = load_file(hf / "model.safetensors"), Pattern(2, 4)
-    masks = {
-        name: pattern.best(weights[f"{name}.weight"].abs())
-        for name in linear_shapes(read_architecture(hf))
-    }
-    save_masks(
-        folder / "masks" / "magnitude.safetensors",
-        masks,
-        pattern,
-        fingerprint=fingerprint_hf(hf),
-        method="magnitude",
-    )
+    shapes = linear_shapes(read_architecture(hf))
+    scores = {name: weights[f"{name}.weight"].abs() for name in shapes}
+    masks = {name: pattern.best(score_OI) for name, score_OI in scores.items()}
+    path = folder / "masks" / "magnitude.safetensors"
+    save_masks(path, masks, pattern, fingerprint=fingerprint_hf(hf), method="magnitude")
+    levels = {n: to_levels(to_codes(scores[n], masks[n], pattern)) for n in shapes}
+    save_margins(margins_path(path), load_masks(path).content_sha256, shapes, levels.items())
     return folder
 
 
@@ -95,7 +96,7 @@ def config_of(
         "steps": 20,
         "micro_batch": 2,
         "global_batch": 8,
-        "prior": {"mask": "magnitude"},
+        "prior": {"mask": "magnitude", "margins": False},
     }
     for key, value in (learn or {}).items():
         section[key] = {**section[key], **value} if isinstance(section.get(key), Mapping) else value

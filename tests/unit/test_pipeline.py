@@ -49,10 +49,11 @@ def test_a_stage_is_done_when_every_artefact_is_there(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     assert ask(tmp_path, "is-done", "gguf").returncode == 0
     touch(tmp_path / "masks" / "magnitude.safetensors")
+    only = ("prune.methods=[magnitude]",)
+    assert ask(tmp_path, "is-done", "prune", settings=only).returncode == 1  # without its margins
+    touch(tmp_path / "masks" / "magnitude.margins")
     assert ask(tmp_path, "is-done", "prune").returncode == 1  # one of several masks
-    assert (
-        ask(tmp_path, "is-done", "prune", settings=("prune.methods=[magnitude]",)).returncode == 0
-    )
+    assert ask(tmp_path, "is-done", "prune", settings=only).returncode == 0
     assert ask(tmp_path, "is-done", "report").returncode == 1  # it prints the table each time
 
 

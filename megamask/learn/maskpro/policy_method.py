@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from megamask.learn.masked_model import MaskedModel
     from megamask.parallel.mesh import Mesh
 
+FALSE = "Set it to false, or leave it out."
 STARTS = "learn.method=maskpro starts from a prior mask and nothing else"
 
 
@@ -57,8 +58,9 @@ class PolicyMethod(Method):
             )
             raise ConfigError("learn.prior.mask", None, STARTS, fix)
         if learn.sampling.initial_noise:
-            fix = "Set it to false, or leave it out."
-            raise ConfigError("learn.sampling.initial_noise", True, STARTS, fix)
+            raise ConfigError("learn.sampling.initial_noise", True, STARTS, FALSE)
+        if learn.prior.margins:
+            raise ConfigError("learn.prior.margins", True, STARTS, FALSE)
         if learn.prior.strength == 0:
             allowed = "above 0 with learn.method=maskpro, or the prior would not show"
             fix = (

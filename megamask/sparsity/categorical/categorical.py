@@ -46,16 +46,24 @@ class Categorical(Distribution):
         """The mask, (O, I) bool, of the candidates with the largest logits, the first of equals."""
         return pattern.mask_of(logits_OLG.float().max(dim=1).indices)
 
+    def scores(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        """The best candidate that keeps the position less the best that does not, (O, I) fp32."""
+        logits, keeps_CM = logits_OLG.float(), pattern.candidates(device=logits_OLG.device).bool()
+        scores = [
+            logits[:, keeps_C].amax(1) - logits[:, ~keeps_C].amax(1) for keeps_C in keeps_CM.t()
+        ]
+        return torch.stack(scores, dim=2).flatten(1)
+
     def prior_bonus(
         self,
-        prior_mask_OI: torch.Tensor,
+        prior_OI: torch.Tensor,
         pattern: Pattern,
         strength: float,
         std: float,
         spread: float = 0.0,
     ) -> torch.Tensor:
         """std * sim * alpha, (O, C, G) (MaskLLM, Eq. 10)."""
-        return similarity(prior_mask_OI, pattern) * (std * strength)
+        return similarity(prior_OI, pattern) * (std * strength)
 
     def noise_unit(self, pattern: Pattern) -> float:
         """1, because ``learn.sampling.logit_std`` is that of candidates' logits."""
@@ -70,12 +78,14 @@ class Categorical(Distribution):
         return 32
 
 
-def similarity(prior_mask_OI: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+def similarity(prior_OI: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """sim(M_0, M_c) = M_0 . M_c minus its mean over candidates, (O, C, G) (MaskLLM, Eq. 9; the mean
-    is n^2 / m).
+    is n^2 / m for a mask).
     """
-    groups = prior_mask_OI.float().unflatten(1, (-1, pattern.m))
-    overlap = torch.einsum("ogm,cm->ocg", groups, pattern.candidates(device=prior_mask_OI.device))
+    groups = prior_OI.float().unflatten(1, (-1, pattern.m))
+    overlap = torch.einsum("ogm,cm->ocg", groups, pattern.candidates(device=prior_OI.device))
+    if prior_OI.is_floating_point():
+        return overlap - overlap.mean(1, keepdim=True)
     return overlap - pattern.n * pattern.n / pattern.m
 
 

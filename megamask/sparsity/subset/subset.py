@@ -56,11 +56,15 @@ class Subset(Distribution):
 
     def hard_mask(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """The mask, (O, I) bool, of the N largest logits; ties go to the earlier position."""
-        return pattern.best(logits_OLG.float().transpose(1, 2).flatten(1))
+        return pattern.best(self.scores(logits_OLG, pattern))
+
+    def scores(self, logits_OLG: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+        """The logits, (O, I) fp32."""
+        return logits_OLG.float().transpose(1, 2).flatten(1)
 
     def prior_bonus(
         self,
-        prior_mask_OI: torch.Tensor,
+        prior_OI: torch.Tensor,
         pattern: Pattern,
         strength: float,
         std: float,
@@ -69,8 +73,9 @@ class Subset(Distribution):
         """std * bonus at the kept positions, less the mean, (O, M, G); ``match_entropy.py`` has the
         bonus.
         """
-        kept = prior_mask_OI.float().unflatten(1, (-1, pattern.m)).transpose(1, 2)
-        return (kept - pattern.density) * (std * position_bonus(pattern, strength, spread))
+        kept = prior_OI.float().unflatten(1, (-1, pattern.m)).transpose(1, 2)
+        mean = kept.mean(1, keepdim=True) if prior_OI.is_floating_point() else pattern.density
+        return (kept - mean) * (std * position_bonus(pattern, strength, spread))
 
     def noise_unit(self, pattern: Pattern) -> float:
         """The standard deviation of a position's logit over that of a candidate's."""

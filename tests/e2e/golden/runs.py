@@ -25,9 +25,11 @@ COMMON = (
     "learn.monitor.evaluate_every=0",
     "learn.snapshot.every=50",
     "parallel.threads=1",
+    "learn.prior.margins=false",
 )
 METHODS: dict[str, tuple[str, ...]] = {
     "subset": (),
+    "subset_graded": ("learn.prior.margins=true",),
     "subset_one_draw": ("learn.sampling.draws=step",),
     "subset_lean": ("learn.memory=lean",),
     "subset_leanest": ("learn.memory=leanest", "learn.optimizer.lr=5e-3"),

@@ -188,9 +188,12 @@ def test_a_stage_that_was_recorded_in_old_words_is_understood(tmp_path: Path) ->
         '"learn.micro_batch": 4, "learn.sampling.backend": "auto", "learn.optimizer.eps": 1e-8, '
         '"learn.optimizer.eps_rms": 0.1, "learn.loss.kind": "lm", "learn.loss.share": 0.5}}'
     )
-    check(tmp_path, "learn.micro_batch=2")
+    former = "learn.prior.margins=false"  # what was done before there was the setting
+    check(tmp_path, "learn.micro_batch=2", former)
+    with pytest.raises(ConfigError, match=r"learn\.prior\.margins = True: .* with False"):
+        check(tmp_path)
     with pytest.raises(ConfigError, match=r"learn\.method = 'categorical': .* with 'subset'"):
-        check(tmp_path, "learn.method=categorical")
+        check(tmp_path, "learn.method=categorical", former)
 
 
 def test_a_note_survives_being_written() -> None:

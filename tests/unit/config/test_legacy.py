@@ -135,6 +135,7 @@ def test_an_old_note_is_understood() -> None:
         "data.blend.prose": 0.7,
         "data.eod": None,
         "learn.method": "subset",
+        "learn.prior.margins": False,  # as before there was the setting
         "learn.optimizer.epsilon": [1e-8, 0.1],
         "learn.distillation.share": 1.0,
         "learn.distillation.temperature": 1.0,

@@ -25,7 +25,7 @@ DECIDING = """
     calibration.samples calibration.seq_length calibration.seed
     prune.methods prune.damp prune.block
     learn.method learn.global_batch
-    learn.sampling.logit_std learn.sampling.initial_noise learn.prior.strength
+    learn.sampling.logit_std learn.sampling.initial_noise learn.prior.strength learn.prior.margins
     learn.state.logits learn.optimizer.kind
     learn.maskpro.initial_logit learn.maskpro.samples
     evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos data.bos

@@ -114,7 +114,14 @@ def test_a_schedule_that_cannot_work_is_refused(given: dict[str, Any], key: str)
 @pytest.mark.parametrize(
     ("given", "highest", "last"),
     [
-        (["learn.steps=225"], 1e-3, 1e-4),  # 3 x 0.01 / 2 / 15
+        (["learn.prior.margins=true", "learn.steps=225"], 5e-4, 5e-5),  # 3 x 0.01 / 60
+        (["learn.prior.margins=true", "learn.steps=3600"], 2.5e-4, 2.5e-5),  # 3 x 0.01 / 2 / 60
+        (
+            ["learn.prior.margins=true", "learn.steps=225", "learn.prior.mask=null"],
+            1e-2 / 30,
+            1e-3 / 30,
+        ),
+        (["learn.steps=225"], 1e-3, 1e-4),
         (["learn.steps=900"], 5e-4, 5e-5),
         (
             ["learn.steps=900", "learn.prior.strength=6", "learn.sampling.logit_std=0.02"],
@@ -138,4 +145,5 @@ def test_a_schedule_that_cannot_work_is_refused(given: dict[str, Any], key: str)
 def test_a_rate_that_was_not_given_follows_from_steps_and_prior(
     given: list[str], highest: float, last: float
 ) -> None:
+    given = ["learn.prior.margins=false", *given]
     assert learning_rates(load_config(None, given).learn) == pytest.approx((highest, last))
