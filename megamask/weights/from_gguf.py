@@ -22,6 +22,7 @@ from megamask.weights.families.registry import FAMILIES
 from megamask.weights.gguf_header import ROPE_FACTORS, Header
 from megamask.weights.gguf_layout import read_layout
 from megamask.weights.hf_files import share, write_tensors
+from megamask.weights.licences import copy_licences
 from megamask.weights.mapping import expected_tensors
 from megamask.weights.own_folder import own_files, require_own
 
@@ -75,6 +76,7 @@ def unpack(source: Path, out: Path) -> None:
         places = _places(arch, stored, source)
         write_tensors(folder, _tensors(arch, header, places, source))
         tokenizer.save_pretrained(folder)
+        copy_licences(source.parent, folder)
         share(folder)
         write_json(folder / STAMP, {**stamp, **own_files(folder)})
         weights = sum(int(np.prod(shape)) for shape in expected_tensors(arch).values())

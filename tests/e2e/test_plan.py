@@ -17,7 +17,12 @@ from megamask.learn.method import LOGITS, WEIGHTS
 from megamask.plan.memory import EVALUATION, MASK_FILE, RESUME, SNAPSHOT, STEP
 from tests.fork_server import ROOT
 
-RECIPES = {"debug": "toy", "quickstart": "smollm2-135m", "maskllm-llama2-7b": "llama2-7b"}
+RECIPES = {
+    "debug": "toy",
+    "quickstart": "smollm2-135m",
+    "quickstart-gemma3": "gemma-3-270m",
+    "maskllm-llama2-7b": "llama2-7b",
+}
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 512,

@@ -133,7 +133,10 @@ def container_writer(path: Path) -> Callable[[random.Random], None]:
     return write
 
 
-@pytest.mark.parametrize("recipe", ["debug", "quickstart", "maskllm-llama2-7b"])
+NAMES = ["debug", "quickstart", "quickstart-gemma3", "maskllm-llama2-7b"]
+
+
+@pytest.mark.parametrize("recipe", NAMES)
 def test_recipes(tmp_path: Path, recipe: str) -> None:
     import yaml
 

@@ -119,8 +119,10 @@ def test_gguf_becomes_a_plain_folder_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = write_gguf(tmp_path / "m.gguf")
+    (tmp_path / "NOTICE").write_text("somebody made this model")
     config = config_for(tmp_path / "m.gguf", tmp_path / "hf")
     run(config)
+    assert (tmp_path / "hf" / "NOTICE").read_text() == "somebody made this model"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.bfloat16
     expected = torch.from_numpy(tensors["blk.0.ffn_down.weight"]).to(torch.bfloat16)
