@@ -107,6 +107,7 @@ def config_of(
             "device": "cpu",
             "parallel": {"tp": tp, "threads": 1, "timeout_minutes": 2, **parallel},
             "data": {"seq_length": 32},
+            "evaluate": {"window": 32},
             "learn": section,
         }
     )

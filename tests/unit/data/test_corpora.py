@@ -211,9 +211,8 @@ def test_max_bytes_below_the_first_character_is_an_error(tmp_path: Path) -> None
 
 
 def test_paths_that_cannot_be_looked_up_are_named(tmp_path: Path) -> None:
-    for path in ("a/" * 3000, "a\0b"):
-        with pytest.raises(ConfigError, match=r"data\.domains\.d\.path"):
-            texts(kind="text", path=path)
+    with pytest.raises(ConfigError, match=r"data\.domains\.d\.path"):
+        texts(kind="text", path="a/" * 3000)
 
 
 def test_json_without_end_is_named(tmp_path: Path) -> None:
