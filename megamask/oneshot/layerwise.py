@@ -36,7 +36,8 @@ class PrunedShard:
 
     Attributes:
         mask_OI, weight_OI, damp: as of ``Pruned``.
-        margin_codes_OI: the margins of the scores, uint8 (``sparsity.margins.to_codes``).
+        margin_codes_OI: the margins of the scores, uint8 (``sparsity.margins.to_codes``), in host
+            memory: a byte for each weight of the model would not fit beside it on a small card.
     """
 
     mask_OI: torch.Tensor
@@ -166,7 +167,7 @@ def _prune(
             settings.damp,
             pruned.damp,
         )
-    codes_OI = to_codes(pruned.score_OI, pruned.mask_OI, job.pattern)
+    codes_OI = to_codes(pruned.score_OI, pruned.mask_OI, job.pattern).cpu()
     shard = PrunedShard(pruned.mask_OI, pruned.weight_OI, pruned.damp, codes_OI)
     return _own_columns(shard, mesh) if whole else shard
 

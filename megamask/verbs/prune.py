@@ -183,7 +183,7 @@ def prune(
             float16_fingerprints(base),
         )
     _take_part(bits)
-    codes_of = {name: partial(_codes, one) for name, one in pruned.items()}
+    codes_of = {name: partial(one.margin_codes_OI.to, mesh.device) for name, one in pruned.items()}
     codes = gather_codes(codes_of, arch, mesh)
     if mesh.is_main:
         masks = load_masks(paths.mask(method))
@@ -191,10 +191,6 @@ def prune(
         save_margins(paths.margins(method), masks.content_sha256, shapes, levels)
     _take_part(codes)
     mesh.barrier()
-
-
-def _codes(pruned: PrunedShard) -> torch.Tensor:
-    return pruned.margin_codes_OI
 
 
 def _take_part(gathered: Iterable[tuple[str, torch.Tensor]]) -> None:
