@@ -16,6 +16,7 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import check_tp
 
 Settings = dict[str, object]
+POLICIES: tuple[bool | str, ...] = (False, "mlp", True)  # of parallel.recompute, cheapest first
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,12 @@ def ladder(config: Config) -> Iterator[Settings]:
         yield {"parallel.sequence_parallel": True}
     if config.learn.state.masked_weight == "keep" and not once:
         yield {"learn.state.masked_weight": "regenerate"}
-    policies = (False, "mlp", True)
     recompute: list[Settings] = [
         {"parallel.recompute": more}
-        for more in policies[policies.index(config.parallel.recompute) + 1 :]
+        for more in POLICIES[POLICIES.index(config.parallel.recompute) + 1 :]
     ]
     yield from recompute
-    leaner: list[Settings] = [
-        {"learn.memory": name} for name in ("lean", "leanest") if memory_applies(config, name)
-    ]
+    leaner: list[Settings] = [{"learn.memory": name} for name in leaner_memories(config)]
     yield from leaner
     both = [{**again, **lean} for lean in leaner for again in recompute]
     yield from both
@@ -157,10 +155,22 @@ def ladder(config: Config) -> Iterator[Settings]:
 def _remedy(
     work: Workload, device: Device, settings: Settings, dp: int | None = None, device_name: str = ""
 ) -> Remedy:
-    names = [f"{key}={str(value).lower()}" for key, value in settings.items()]
+    names = written(settings)
     names += [f"--dp {dp}"] if dp not in (None, work.dp) else []
     names += [f"--gpu {device_name}"] if device_name else []
     return Remedy(tuple(names), work.with_settings(settings, dp), device)
+
+
+def written(settings: Settings) -> list[str]:
+    """Settings as written on the command line."""
+    return [f"{key}={str(value).lower()}" for key, value in settings.items()]
+
+
+def leaner_memories(config: Config) -> list[str]:
+    """The names of ``learn.memory`` that take less state than the given name, and take effect."""
+    names = list(MEMORIES)  # from the largest state to the smallest
+    leaner = names[names.index(config.learn.memory) + 1 :]
+    return [name for name in leaner if memory_applies(config, name)]
 
 
 def memory_applies(config: Config, name: str) -> bool:

@@ -10,10 +10,11 @@ from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.plan.fit import check_fits
-from megamask.plan.hardware import GPUS, device_named
+from megamask.plan.hardware import GPUS, Device, device_named
 from megamask.plan.memory import memory_of
 from megamask.plan.plan_tables import as_json, footer, headline, memory_table, time_table
 from megamask.plan.saving import saving_lines
+from megamask.plan.search import search, search_json, search_lines
 from megamask.plan.time import time_of
 from megamask.plan.workload import Workload
 from megamask.terminal import tell
@@ -23,25 +24,28 @@ from megamask.weights.shapes import SHAPES, read_shape
 
 
 def run(config: Config, arguments: PlanArguments) -> None:
-    """Print the plan, and write it to ``arguments.json`` if that is set.
+    """Print the plan, or the best layouts of ``arguments.search`` GPUs, and write the figures to
+    ``arguments.json`` if that is set.
 
     Raises:
         ConfigError: the run does not fit ``arguments.gpu`` or, without it, any GPU, and the message
-            names the nearest settings that fit. Also a layout, batch or model that cannot work.
+            names the nearest settings that fit. With ``arguments.search``, no layout fits, and the
+            message names the smallest. Also a layout, batch or model that cannot work.
         ArtifactError: the model's config.json cannot be read.
     """
     arch = find_architecture(config, arguments.model)
     if arguments.model:
         config = with_paper_batch(config, arch)
+    if arguments.search:
+        _search(config, arch, arguments, arguments.search)
+        return
     work = Workload(config, arch, arguments.dp).check()
     devices = [device_named("cpu")] if arguments.gpu == "cpu" else list(GPUS.values())
     memories, times = (
         [memory_of(work, one) for one in devices],
         [time_of(work, one) for one in devices],
     )
-    target = (
-        device_named(arguments.gpu) if arguments.gpu else max(devices, key=lambda one: one.capacity)
-    )
+    target = _target(arguments)
     tables = [memory_table(memories[0]), time_table(work, devices, memories, times)]
     title = headline(work, arguments.model or config.model.hf or config.run_dir)
     texts = [[title], *tables, saving_lines(work), footer(devices)]
@@ -49,6 +53,26 @@ def run(config: Config, arguments: PlanArguments) -> None:
     if arguments.json:
         storage.write_json(Path(arguments.json), as_json(work, devices, memories, times, target))
     check_fits(work.config, arch, target, work.dp)
+
+
+def _target(arguments: PlanArguments) -> Device:
+    """The device that must hold the run: the given GPU, else the largest."""
+    if arguments.gpu:
+        return device_named(arguments.gpu)
+    return max(GPUS.values(), key=lambda one: one.capacity)
+
+
+def _search(config: Config, arch: Architecture, arguments: PlanArguments, gpus: int) -> None:
+    if arguments.dp != 1:
+        raise ConfigError(
+            "--dp", arguments.dp, "is chosen by --search", "Leave one of the two arguments out."
+        )
+    device = _target(arguments)
+    found = search(Workload(config, arch), device, gpus)
+    lines = [search_lines(found, device, gpus), footer([device])]
+    tell("\n\n".join("\n".join(one) for one in lines))
+    if arguments.json:
+        storage.write_json(Path(arguments.json), search_json(found, device, gpus))
 
 
 def find_architecture(config: Config, name: str | None = None) -> Architecture:

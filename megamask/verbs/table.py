@@ -43,6 +43,12 @@ class PlanArguments:
         None,
         choices=("a100-40", "a100", "h100", "h200", "cpu"),
     )
+    search: int | None = argument(
+        "--search GPUS",
+        "list the layouts with the fewest GPU-hours on so many GPUs",
+        None,
+        kind=int,
+    )
     json: str | None = argument("--json FILE", "write the figures to FILE", None)
 
 

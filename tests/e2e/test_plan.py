@@ -98,6 +98,23 @@ def test_what_cannot_fit_ends_with_2_and_a_remedy_that_works(ask: Ask, tmp_path:
     assert ask(asked, *named).code == 0
 
 
+def test_a_search_lists_layouts_and_says_when_none_fits(ask: Ask, tmp_path: Path) -> None:
+    asked, file = "plan --model smollm2-135m --search 2", tmp_path / "search.json"
+    done = ask(f"{asked} --gpu h100 --json {file}")
+    assert done.code == 0 and "not measured" in done.stdout, done.stderr
+    rows = json.loads(file.read_text())["best"]
+    assert rows and {(row["tp"], row["dp"]) for row in rows} == {(1, 2)}  # 9 heads
+    assert all(row["overrides"] in done.stdout for row in rows)
+    hours = [row["gpu_hours"] for row in rows if row["changes_masks"]]
+    assert hours == sorted(hours) and not rows[0]["changes_masks"]
+    refused = ask("plan --model llama3-70b --gpu a100-40 --search=1")
+    assert refused.code == 2 and not refused.stdout
+    assert "The smallest, TP 1 x DP 1 with parallel.tp=1 " in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert "--dp = 2: is chosen by --search" in ask(f"{asked} --dp 2").stderr
+    assert "--search = '0': a whole number from 1" in ask("plan --search 0").stderr
+
+
 def test_without_a_gpu_of_choice_any_may_hold_it(ask: Ask) -> None:
     assert ask("plan --model llama3-8b --tp 2 --dp 4").code == 0  # an H200 does
     refused = ask("plan --model llama3-8b")
