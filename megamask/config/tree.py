@@ -142,7 +142,7 @@ class CalibrationSection(Section):
     seed: Seed = Field(0, description="seed of the draw")
 
 
-OneShotMethod = Literal["magnitude", "wanda", "sparsegpt", "sparsegpt_update"]
+OneShotMethod = Literal["magnitude", "wanda", "ria", "sparsegpt", "sparsegpt_update"]
 
 
 class PruneSection(Section):

@@ -41,11 +41,14 @@ class Criterion(ABC):
     Attributes:
         needs_stats: whether the criterion reads the statistics of the calibration inputs.
         needs_hessian: whether the criterion reads the Hessian of the calibration inputs too.
+        mixes_rows: whether the score of a weight depends on other rows. The criterion then gets the
+            whole weight of one Hugging Face linear, and otherwise any rows of one or several.
         updates_weight: whether ``Pruned.weight_OI`` replaces the weight.
     """
 
     needs_stats = False
     needs_hessian = False
+    mixes_rows = False
     updates_weight = False
 
     def check(self, pattern: Pattern, settings: PruneSection) -> None:  # noqa: B027
@@ -66,7 +69,7 @@ class Criterion(ABC):
         """Choose the mask of a linear.
 
         Args:
-            weight_OI: weight of whole rows, any float dtype.
+            weight_OI: weight of whole rows, any float dtype; all rows with ``mixes_rows``.
             stats: statistics of the linear's inputs; None when ``needs_stats`` is False.
             pattern: the N:M pattern.
             settings: the section ``prune``.

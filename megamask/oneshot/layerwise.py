@@ -16,7 +16,7 @@ import torch
 from megamask.config import Config
 from megamask.errors import ConfigError
 from megamask.model.language_model import LanguageModel
-from megamask.model.mask_shards import linear_rules
+from megamask.model.mask_shards import linear_rules, local_shard
 from megamask.oneshot.calibrate import HiddenStates, input_stats
 from megamask.oneshot.criterion import Criterion
 from megamask.oneshot.stats import InputStats
@@ -150,17 +150,54 @@ def _prune(
 ) -> PrunedShard:
     """Prune one linear.
 
-    Rows are independent of each other, columns are not. So a weight that is split over its columns
-    is gathered, and every rank prunes the whole weight and keeps its own columns.
+    Columns depend on each other where there are statistics, and rows do where the criterion says
+    so. A weight that is split over its columns, or whose rows depend on each other, is pruned
+    whole.
     """
-    linear, mesh, settings = job.linears[name], job.mesh, job.config.prune
-    weight_OI = linear.weight.detach()
-    whole = stats is not None and linear.shard_axis == 1 and mesh.tp > 1
-    if whole:
-        weight_OI = torch.cat(mesh.gather_over_tp(weight_OI), dim=1)
+    linear = job.linears[name]
+    split = stats is not None and linear.shard_axis == 1 and job.mesh.tp > 1
+    if criterion.mixes_rows or split:
+        return _prune_whole(job, criterion, name, stats)
+    return _prune_rows(job, criterion, name, linear.weight.detach(), stats)
+
+
+def _prune_whole(
+    job: PruningJob, criterion: Criterion, name: str, stats: InputStats | None
+) -> PrunedShard:
+    """Prune the HF linears that are fused into a linear, each as a whole, and keep this rank's
+    shards. Every rank gathers the weight and does the same work, so the layout changes no sum.
+    """
+    mesh, rule = job.mesh, linear_rules(job.arch)[name]
+    weight_OI = rule.join(mesh.gather_over_tp(job.linears[name].weight.detach()))
+    whole = {
+        hf_name.rpartition(".")[0]: _prune_rows(job, criterion, name, part_OI, stats)
+        for hf_name, part_OI in rule.to_hf(weight_OI).items()
+    }
+
+    def own(whole_OI: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return local_shard(whole_OI, rule, mesh).contiguous()
+
+    updated = {module: one.weight_OI for module, one in whole.items() if one.weight_OI is not None}
+    return PrunedShard(
+        mask_OI=own({module: one.mask_OI for module, one in whole.items()}),
+        weight_OI=own(updated) if updated else None,
+        damp=max((one.damp for one in whole.values() if one.damp is not None), default=None),
+        margin_codes_OI=own({module: one.margin_codes_OI for module, one in whole.items()}),
+    )
+
+
+def _prune_rows(
+    job: PruningJob,
+    criterion: Criterion,
+    name: str,
+    weight_OI: torch.Tensor,
+    stats: InputStats | None,
+) -> PrunedShard:
+    """Prune these rows of a linear; a damping that had to be raised is told in the log."""
+    settings = job.config.prune
     with _naming(job.hf_names(name)):
         pruned = criterion.prune(weight_OI, stats, job.pattern, settings)
-    if pruned.damp is not None and pruned.damp != settings.damp and mesh.is_main:
+    if pruned.damp is not None and pruned.damp != settings.damp and job.mesh.is_main:
         log.warning(
             "%s: prune.damp=%g is too little, used %g; more calibration tokens would help",
             job.hf_names(name),
@@ -168,22 +205,7 @@ def _prune(
             pruned.damp,
         )
     codes_OI = to_codes(pruned.score_OI, pruned.mask_OI, job.pattern).cpu()
-    shard = PrunedShard(pruned.mask_OI, pruned.weight_OI, pruned.damp, codes_OI)
-    return _own_columns(shard, mesh) if whole else shard
-
-
-def _own_columns(whole: PrunedShard, mesh: Mesh) -> PrunedShard:
-    """This rank's columns of the result for a whole weight."""
-
-    def own(whole_OI: torch.Tensor) -> torch.Tensor:
-        return whole_OI.chunk(mesh.tp, dim=1)[mesh.tp_rank].contiguous()
-
-    return PrunedShard(
-        mask_OI=own(whole.mask_OI),
-        weight_OI=None if whole.weight_OI is None else own(whole.weight_OI),
-        damp=whole.damp,
-        margin_codes_OI=own(whole.margin_codes_OI),
-    )
+    return PrunedShard(pruned.mask_OI, pruned.weight_OI, pruned.damp, codes_OI)
 
 
 def _use(linear: MaskedLinear, pruned: PrunedShard) -> None:

@@ -45,6 +45,7 @@ METHOD_COLORS = {
     "dense": "#000000",
     "magnitude": "#7f7f7f",
     "wanda": "#cc79a7",
+    "ria": "#56b4e9",
     "sparsegpt": "#0072b2",
     "sparsegpt_update": "#009e73",
     "learned": "#d55e00",

@@ -10,6 +10,7 @@ METHOD_LABELS = {
     "dense": "dense",
     "magnitude": "magnitude",
     "wanda": "Wanda",
+    "ria": "RIA",
     "sparsegpt": "SparseGPT mask",
     "sparsegpt_update": "SparseGPT + weight update",
     "learned": "learned mask",

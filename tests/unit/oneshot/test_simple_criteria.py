@@ -1,4 +1,4 @@
-"""Magnitude and Wanda against plain loops, and the registry of criteria."""
+"""Magnitude, Wanda and RIA against plain loops, and the registry of criteria."""
 
 from __future__ import annotations
 
@@ -76,6 +76,52 @@ def test_wanda(pattern: Pattern) -> None:
         for row in weight_OI.tolist()
     ]
     assert not torch.equal(pruned.mask_OI, plain_mask(wrong, pattern.n, pattern.m))
+
+
+def ria_score(
+    weight: list[list[float]], norms: list[float], power: float = 0.5, by_row: bool = True
+) -> list[list[float]]:
+    """The paper's score; ``by_row`` False forgets the sum over the row."""
+    columns = [sum(abs(row[i]) for row in weight) for i in range(len(norms))]
+    score = []
+    for row in weight:
+        row_sum = sum(abs(w) for w in row)
+        score.append(
+            [
+                (abs(w) / columns[i] + by_row * abs(w) / row_sum) * norms[i] ** power
+                for i, w in enumerate(row)
+            ]
+        )
+    return score
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_ria(pattern: Pattern) -> None:
+    weight_OI, x_TI, stats = example()
+    weight, norms = weight_OI.tolist(), x_TI.double().norm(dim=0).tolist()
+    pruned = prune("ria", weight_OI, stats, pattern)
+    # fp32 here and fp64 in the loop: no two scores of a group of this seed are as near as 1e-7.
+    expected = ria_score(weight, norms)
+    assert torch.equal(pruned.mask_OI, plain_mask(expected, pattern.n, pattern.m))
+    assert pruned.weight_OI is None
+    # The scores themselves, up to the number of tokens (100 ** 0.25); fp32 sums of 32 terms.
+    unit = 100**0.25
+    torch.testing.assert_close(
+        pruned.score_OI.double() * unit, torch.tensor(expected).double(), rtol=1e-5, atol=0
+    )
+    # Another power of the norm, or a forgotten sum, gives another mask.
+    for wrong in (ria_score(weight, norms, power=1.0), ria_score(weight, norms, by_row=False)):
+        assert not torch.equal(pruned.mask_OI, plain_mask(wrong, pattern.n, pattern.m))
+    for other in ("wanda", "magnitude"):
+        assert not torch.equal(pruned.mask_OI, prune(other, weight_OI, stats, pattern).mask_OI)
+
+
+def test_ria_of_rows_and_columns_of_zeros() -> None:
+    weight_OI, _, stats = example()
+    weight_OI[3], weight_OI[:, 5] = 0, 0
+    pruned = prune("ria", weight_OI, stats, Pattern(2, 4))
+    assert pruned.score_OI.isfinite().all() and is_valid(Pattern(2, 4), pruned.mask_OI)
+    assert not pruned.score_OI[3].any() and not pruned.score_OI[:, 5].any()
 
 
 @pytest.mark.parametrize("name", sorted(CRITERIA))
