@@ -119,7 +119,7 @@ def _of_zip(path: Path) -> FileKind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return FileKind("a torn zip archive", DOWNLOAD)
     if any(name.endswith("data.pkl") for name in names):
         return _PICKLE

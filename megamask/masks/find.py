@@ -8,7 +8,7 @@ import difflib
 from pathlib import Path
 
 from megamask.config import Config, RunPaths, run_paths
-from megamask.errors import ArtifactError
+from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.from_snapshot import load_snapshot, newest_snapshot
 from megamask.safe_checkpoint import NOTE
@@ -68,6 +68,27 @@ def mask_path(text: str, paths: RunPaths) -> Path:
         f"or run the verb that makes it. {hint}"
     )
     raise ArtifactError(named, "is missing", fix)
+
+
+def new_mask_file(key: str, text: str, usage: str) -> Path:
+    """The path of a mask file that is to be written.
+
+    Args:
+        key: the argument, for the message.
+        text: its value.
+        usage: a command line that is right, for the message.
+
+    Raises:
+        ConfigError: there is such a file already, or it has another ending than .safetensors.
+    """
+    out = Path(text)
+    if out.suffix != ".safetensors":
+        allowed = "a file whose name ends in .safetensors"
+        raise ConfigError(key, text, allowed, f"Write {usage}.")
+    if out.exists():
+        fix = "Delete it, or choose another name."
+        raise ConfigError(key, text, "a file that is not there yet", fix)
+    return out
 
 
 def _architecture_of(snapshot: Path, config: Config) -> Architecture:

@@ -4,12 +4,10 @@ mask file."""
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from megamask.config import Config
-from megamask.errors import ConfigError
 from megamask.masks.file import save_masks
-from megamask.masks.find import open_masks
+from megamask.masks.find import new_mask_file, open_masks
 from megamask.storage import require_writable
 from megamask.verbs.table import ExtractArguments
 
@@ -23,13 +21,8 @@ def run(config: Config, arguments: ExtractArguments) -> None:
         ConfigError: the file is there already, or has another ending than .safetensors.
         ArtifactError: a mask or snapshot that is missing or torn.
     """
-    out = Path(arguments.file)
-    if out.suffix != ".safetensors":
-        fix = "Write megamask extract runs/mine/learn/snapshots mask.safetensors."
-        raise ConfigError("FILE", str(out), "a file whose name ends in .safetensors", fix)
-    if out.exists():
-        fix = "Delete it, or choose another name."
-        raise ConfigError("FILE", str(out), "a file that is not there yet", fix)
+    usage = "megamask extract runs/mine/learn/snapshots mask.safetensors"
+    out = new_mask_file("FILE", arguments.file, usage)
     masks = open_masks(arguments.snapshot, config)
     require_writable(out.parent, "FILE")
     save_masks(

@@ -73,6 +73,16 @@ class ExtractArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportArguments:
+    """What the verb import reads and writes."""
+
+    source: str = argument(
+        "SOURCE", "MaskLLM's mask_compressed.npz, or the folder of a pruned model"
+    )
+    out: str = argument("OUT", "mask file to write, *.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectArguments:
     """What the verb inspect reads."""
 
@@ -280,6 +290,15 @@ VERBS: dict[str, Verb] = {
         ("run_dir", "model.hf"),
         ExtractArguments,
         writes=("file",),
+    ),
+    "import": Verb(
+        "megamask.verbs.import_masks",
+        "masks of another tool + their base model -> mask file",
+        ("run_dir", "pattern", "model.hf"),
+        ImportArguments,
+        {"--base": "model.hf", "--pattern": "pattern"},
+        writes=("out",),
+        reads=("hf",),
     ),
     "settings": Verb(
         "megamask.verbs.settings",

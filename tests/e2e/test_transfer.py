@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megamask import load_masks
-from tests.e2e.program import contents, in_process
+from tests.e2e.program import contents, in_process, refusal
 
 pytestmark = pytest.mark.slow
 Settings = Callable[[Path], list[str]]
@@ -90,6 +91,24 @@ def test_an_extracted_mask_is_the_learned_one(
         extracted.meta["data"]["step"] == 4
         and "step-00000004" in extracted.meta["data"]["snapshot"]
     )
+
+
+def test_a_learned_mask_comes_back_from_a_file_of_another_tool(
+    general: Path, model: Path, tmp_path: Path
+) -> None:
+    learned = load_masks(general / "masks" / "learned.safetensors")
+    packed: dict[str, Any] = {
+        f"{name}.weight.mask": np.packbits(mask.numpy()) for name, mask in learned.items()
+    }
+    np.savez_compressed(tmp_path / "mask_compressed.npz", **packed)
+    out = tmp_path / "imported.safetensors"
+    words = (str(tmp_path / "mask_compressed.npz"), str(out), "--base", str(model))
+    done("import", *words, f"run_dir={tmp_path / 'none'}")
+    imported = load_masks(out)
+    assert imported.content_sha256 == learned.content_sha256
+    assert imported.fingerprint == learned.fingerprint
+    said = refusal(in_process("import", *words, f"run_dir={tmp_path / 'none'}"))
+    assert "a file that is not there yet" in said
 
 
 def test_another_learner_s_snapshot_is_extracted_as_its_mask(

@@ -21,6 +21,7 @@ WORDS = {
     "plan": ["--model", "llama2-7b", "--json", "{}/plan.json"],
     "diff": ["wanda", "magnitude", "--json", "{}/d.json", "--picture", "{}/d.png"],
     "extract": ["learned", "{}/mask.safetensors"],
+    "import": ["masks.npz", "{}/mask.safetensors"],
 }
 WRITERS = [name for name, verb in VERBS.items() if verb.writes]
 
@@ -93,7 +94,7 @@ def test_the_other_ranks_leave_the_work_to_rank_0(
     for key, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(key, value)
     given = ["learned", "wanda"] if name == "diff" else []
-    given = ["learned", str(tmp_path / "m.safetensors")] if name == "extract" else given
+    given = ["learned", str(tmp_path / "m.safetensors")] if name in ("extract", "import") else given
     assert main([name, f"run_dir={tmp_path / 'run'}", *given]) == EXIT_OK
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 

@@ -1,0 +1,26 @@
+"""The verb import: masks of another tool and their base model become a mask file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megamask.config import Config, run_paths
+from megamask.masks.find import new_mask_file
+from megamask.masks.foreign.importing import import_masks
+from megamask.sparsity.pattern import Pattern
+from megamask.storage import require_writable
+from megamask.verbs.table import ImportArguments
+
+
+def run(config: Config, arguments: ImportArguments) -> None:
+    """Write the masks of ``arguments.source`` to the mask file ``arguments.out``.
+
+    Raises:
+        ConfigError: the file is there already, or has another ending than .safetensors.
+        ArtifactError: the source is damaged, or does not fit the base model.
+    """
+    usage = "megamask import mask_compressed.npz mask.safetensors --base models/base"
+    out = new_mask_file("OUT", arguments.out, usage)
+    require_writable(out.parent, "OUT")
+    hf, pattern = run_paths(config).hf, Pattern.parse(config.pattern)
+    import_masks(Path(arguments.source), out, hf, pattern, config.model.ignore_keys)
