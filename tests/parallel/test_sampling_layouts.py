@@ -16,6 +16,7 @@ from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.learn.gumbel import GradientLearner
 from megamask.learn.masked_model import MaskedModel, build_masked_model
+from megamask.masks.file import load_masks
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mask_context import RunningSample
 from megamask.parallel.mesh import Mesh, start
@@ -165,6 +166,41 @@ def test_initial_logits_have_the_same_bits_at_every_tp(
     by_tp: dict[int, dict[str, Tensors]], tp: int
 ) -> None:
     assert_same_bits(by_tp[tp]["initial"], by_tp[1]["initial"])
+
+
+def initial_of(rank: int, configs: list[Config]) -> list[Tensors]:
+    found = []
+    for config in configs:
+        with start(config) as mesh:
+            found.append(gather_logits(build_masked_model(LearnInputs(config), mesh), mesh))
+        meet_again()
+    return found
+
+
+def test_a_run_starts_at_the_margins_of_its_prior(tiny_run: Path) -> None:
+    """The start of subset is alpha x std times 1/2 +- half the margin, at most 2 medians, less its
+    mean over the group; a candidate of categorical has the sum of its positions.
+    """
+    plain = {"sampling": {"initial_noise": False}, "prior": {"margins": True}}
+    configs = [
+        config_of(tiny_run, 2, {**plain, "method": one}) for one in ("subset", "categorical")
+    ]
+    subset, categorical = run_ranks(initial_of, 2, configs)[0]
+    masks = load_masks(tiny_run / "masks" / "magnitude.safetensors")
+    margins, differs = masks.margins(), False
+    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    for name in subset:
+        kept, margin = (one[name].unflatten(1, (-1, 4)).transpose(1, 2) for one in (masks, margins))
+        degree = 0.5 + torch.where(kept, 0.5, -0.5) * margin.clamp(max=2)
+        expected = 3 * 0.01 * (degree - degree.mean(1, keepdim=True))
+        # fp32 rounding of values up to 0.06
+        assert torch.allclose(subset[name], expected, rtol=0, atol=1e-8)
+        sums = 3 * 0.01 * torch.stack([degree[:, i] + degree[:, j] for i, j in pairs], 1)
+        centred = sums - sums.mean(1, keepdim=True)
+        assert torch.allclose(categorical[name], centred, rtol=0, atol=3e-8)
+        alike = 3 * 0.01 * (kept.float() - 0.5)  # one gap for all
+        differs |= not torch.allclose(subset[name], alike, rtol=0, atol=1e-3)
+    assert differs
 
 
 @pytest.mark.parametrize("tp", OTHERS)
