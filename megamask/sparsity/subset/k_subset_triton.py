@@ -5,6 +5,10 @@ k_subset.py has the maths. Positions are unrolled: all of a group is in the regi
 A polynomial is a tuple of coefficients from degree 0 on. ``sums`` (of w(S) d(S)) starts at degree
 1, because the coefficient of the empty set is 0. K = min(N, M - N).
 
+A helper that takes two tuples is told the length of the first. Triton 3.6 names a helper's code by
+the types of its arguments in a row, without the borders of tuples: a call with tuples of one and
+two would meet the code for tuples of two and one.
+
 Shapes: O rows, G groups per row, M group size, I = G * M.
 """
 
@@ -94,10 +98,10 @@ def _times(poly, u, v, K: tl.constexpr):
 
 
 @triton.jit
-def _sums_times(poly, sums, u, v, d, K: tl.constexpr):
-    """The sums with one more position."""
+def _sums_times(poly, sums, u, v, d, K: tl.constexpr, LENGTH: tl.constexpr):
+    """The sums with one more position; LENGTH is that of ``poly``."""
     product = ()
-    for c in tl.static_range(1, len(poly) + 1):
+    for c in tl.static_range(1, LENGTH + 1):
         if c <= K:
             term = d * poly[c - 1]
             if c > 1:
@@ -110,10 +114,10 @@ def _sums_times(poly, sums, u, v, d, K: tl.constexpr):
 
 
 @triton.jit
-def _coefficient(a, b, degree: tl.constexpr, FIRST: tl.constexpr, like):
-    """That of z^degree in a b; the degrees of ``b`` start at FIRST."""
+def _coefficient(a, b, degree: tl.constexpr, FIRST: tl.constexpr, like, LENGTH: tl.constexpr):
+    """That of z^degree in a b; the degrees of ``b`` start at FIRST, and LENGTH is that of ``a``."""
     total = tl.zeros(like.shape, tl.float32)
-    for c in tl.static_range(len(a)):
+    for c in tl.static_range(LENGTH):
         if degree - c >= FIRST and degree - c < len(b) + FIRST:
             total += a[c] * b[degree - c - FIRST]
     return total
@@ -149,12 +153,13 @@ def _marginals(u, v, N: tl.constexpr, M: tl.constexpr):
     prefix = (tl.full(u[0].shape, 1.0, tl.float32),)
     masks = ()
     for j in tl.static_range(M):
+        suffix = suffixes[M - 1 - j]
         if 2 * N <= M:
             masks = masks + (
-                v[j] * _coefficient(prefix, suffixes[M - 1 - j], K - 1, 0, u[0]) * part,
+                v[j] * _coefficient(prefix, suffix, K - 1, 0, u[0], len(prefix)) * part,
             )
         else:
-            masks = masks + (u[j] * _coefficient(prefix, suffixes[M - 1 - j], K, 0, u[0]) * part,)
+            masks = masks + (u[j] * _coefficient(prefix, suffix, K, 0, u[0], len(prefix)) * part,)
         prefix = _times(prefix, u[j], v[j], K)
     return masks
 
@@ -166,21 +171,22 @@ def _covariances(u, v, d, N: tl.constexpr, M: tl.constexpr):
     suffixes, last = _suffixes(u, v, K, M), ()
     tails = (last,)
     for j in tl.static_range(1, M):
-        last = _sums_times(suffixes[j - 1], last, u[M - j], v[M - j], d[M - j], K)
+        after = suffixes[j - 1]
+        last = _sums_times(after, last, u[M - j], v[M - j], d[M - j], K, len(after))
         tails = tails + (last,)
     part = 1.0 / (v[0] * suffixes[M - 1][K - 1] + u[0] * suffixes[M - 1][K])
     prefix, sums = (tl.full(u[0].shape, 1.0, tl.float32),), ()
     found = ()
     for j in tl.static_range(M):
         suffix, tail = suffixes[M - 1 - j], tails[M - 1 - j]
-        a, b = (
-            _coefficient(prefix, suffix, K - 1, 0, part),
-            _coefficient(prefix, suffix, K, 0, part),
-        )
-        qa = _coefficient(suffix, sums, K - 1, 1, part) + _coefficient(prefix, tail, K - 1, 1, part)
-        qb = _coefficient(suffix, sums, K, 1, part) + _coefficient(prefix, tail, K, 1, part)
+        a = _coefficient(prefix, suffix, K - 1, 0, part, len(prefix))
+        b = _coefficient(prefix, suffix, K, 0, part, len(prefix))
+        qa = _coefficient(suffix, sums, K - 1, 1, part, len(suffix))
+        qa += _coefficient(prefix, tail, K - 1, 1, part, len(prefix))
+        qb = _coefficient(suffix, sums, K, 1, part, len(suffix))
+        qb += _coefficient(prefix, tail, K, 1, part, len(prefix))
         found = found + ((v[j] * part) * (u[j] * part) * (d[j] * a * b + (qa * b - qb * a)),)
-        sums = _sums_times(prefix, sums, u[j], v[j], d[j], K)
+        sums = _sums_times(prefix, sums, u[j], v[j], d[j], K, len(prefix))
         prefix = _times(prefix, u[j], v[j], K)
     return found
 
