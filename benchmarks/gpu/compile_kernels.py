@@ -134,8 +134,7 @@ def compiling(capability: int) -> Iterator[list[Any]]:
     def launch(
         kernel: Any, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any
     ) -> None:
-        options = {"num_warps": triton_host.WARPS, "enable_fp_fusion": True}
-        made = kernel.warmup(*arguments, grid=(programs,), **constants, **options)
+        made = kernel.warmup(*arguments, grid=(programs,), **constants, **triton_host.OPTIONS)
         if id(made) not in seen:
             seen.add(id(made))
             compiled.append(made)

@@ -24,6 +24,9 @@ from megamask.sparsity.shard import RowBlock
 
 WARPS = 4
 THREADS = 32 * WARPS  # of a program
+# Where the compiler itself chooses which product and sum become one rounding, its choice depends on
+# the tile, and with it the bits on the layout. The kernels name every fused one (``tl.fma``).
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 WIDTHS = (512, 256, 128, 64, 32)  # of a tile, in groups; not below 32: lines are read whole
 # A thread in a big layer has so many groups, in one tile or one after the other: they share the
 # fixed costs of a program.
@@ -192,7 +195,7 @@ def _launch(
     kernel: Any, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any
 ) -> None:
     with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
+        kernel[(programs,)](*arguments, **constants, **OPTIONS)
 
 
 def _blocks(site: Site) -> Iterator[tuple[RowBlock, slice]]:

@@ -204,11 +204,10 @@ def score_of(pi, word, slope, inverse_tau):
         1 - 2.0**-24
     )  # (23 high bits + 1/2) / 2^23, exact
     v = 1 - u  # exact
-    series = v * (
-        1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5))))
-    )  # the next term is 2^-20 / 6 of it at most
+    series = tl.fma(v, tl.fma(v, 1 / 5, 1 / 4), 1 / 3)
+    series = v * tl.fma(v, tl.fma(v, series, 1 / 2), 1.0)  # the next: 2^-20 / 6 of it at most
     waiting = tl.where(v < 0.0625, series, _log2(u) * -0.6931471805599453)
-    return pi * slope - _log2(waiting) * (inverse_tau * 0.6931471805599453)
+    return tl.fma(pi, slope, -_log2(waiting) * (inverse_tau * 0.6931471805599453))
 
 
 @triton.jit
@@ -232,7 +231,7 @@ def mask_positions(
     results, squares = (), tl.zeros(inside.shape, tl.float32)
     for j in tl.static_range(M):
         results = results + (positions[j] * masks[j],)
-        squares += results[j] * results[j]
+        squares = tl.fma(results[j], results[j], squares)
     _write_positions(masked, results, o, g, inside, groups, M, BITS)
     return squares
 
@@ -257,6 +256,6 @@ def mask_gradients(
     dmasks = ()
     for j in tl.static_range(M):
         dmasks = dmasks + (
-            grads[j] * positions[j] - 2 * norm_coef * positions[j] * positions[j] * masks[j],
+            positions[j] * tl.fma(-2 * norm_coef * positions[j], masks[j], grads[j]),
         )
     return dmasks

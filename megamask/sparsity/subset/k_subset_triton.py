@@ -91,7 +91,7 @@ def _times(poly, u, v, K: tl.constexpr):
     """``poly`` times u + v z, without what exceeds K."""
     product = (u * poly[0],)
     for c in tl.static_range(1, len(poly)):
-        product = product + (u * poly[c] + v * poly[c - 1],)
+        product = product + (tl.fma(u, poly[c], v * poly[c - 1]),)
     if len(poly) <= K:
         product = product + (v * poly[len(poly) - 1],)
     return product
@@ -105,10 +105,10 @@ def _sums_times(poly, sums, u, v, d, K: tl.constexpr, LENGTH: tl.constexpr):
         if c <= K:
             term = d * poly[c - 1]
             if c > 1:
-                term += sums[c - 2]
+                term = tl.fma(d, poly[c - 1], sums[c - 2])
             term = v * term
             if c <= len(sums):
-                term += u * sums[c - 1]
+                term = tl.fma(u, sums[c - 1], term)
             product = product + (term,)
     return product
 
@@ -119,7 +119,7 @@ def _coefficient(a, b, degree: tl.constexpr, FIRST: tl.constexpr, like, LENGTH: 
     total = tl.zeros(like.shape, tl.float32)
     for c in tl.static_range(LENGTH):
         if degree - c >= FIRST and degree - c < len(b) + FIRST:
-            total += a[c] * b[degree - c - FIRST]
+            total = tl.fma(a[c], b[degree - c - FIRST], total)
     return total
 
 
@@ -149,7 +149,7 @@ def _marginals(u, v, N: tl.constexpr, M: tl.constexpr):
     K: tl.constexpr = N if 2 * N <= M else M - N
     suffixes = _suffixes(u, v, K, M)
     # the same for every position: the sum over all sets
-    part = 1.0 / (v[0] * suffixes[M - 1][K - 1] + u[0] * suffixes[M - 1][K])
+    part = 1.0 / tl.fma(v[0], suffixes[M - 1][K - 1], u[0] * suffixes[M - 1][K])
     prefix = (tl.full(u[0].shape, 1.0, tl.float32),)
     masks = ()
     for j in tl.static_range(M):
@@ -174,7 +174,7 @@ def _covariances(u, v, d, N: tl.constexpr, M: tl.constexpr):
         after = suffixes[j - 1]
         last = _sums_times(after, last, u[M - j], v[M - j], d[M - j], K, len(after))
         tails = tails + (last,)
-    part = 1.0 / (v[0] * suffixes[M - 1][K - 1] + u[0] * suffixes[M - 1][K])
+    part = 1.0 / tl.fma(v[0], suffixes[M - 1][K - 1], u[0] * suffixes[M - 1][K])
     prefix, sums = (tl.full(u[0].shape, 1.0, tl.float32),), ()
     found = ()
     for j in tl.static_range(M):
@@ -185,7 +185,8 @@ def _covariances(u, v, d, N: tl.constexpr, M: tl.constexpr):
         qa += _coefficient(prefix, tail, K - 1, 1, part, len(prefix))
         qb = _coefficient(suffix, sums, K, 1, part, len(suffix))
         qb += _coefficient(prefix, tail, K, 1, part, len(prefix))
-        found = found + ((v[j] * part) * (u[j] * part) * (d[j] * a * b + (qa * b - qb * a)),)
+        difference = tl.fma(qa, b, -(qb * a))
+        found = found + ((v[j] * part) * (u[j] * part) * tl.fma(d[j] * a, b, difference),)
         sums = _sums_times(prefix, sums, u[j], v[j], d[j], K, len(prefix))
         prefix = _times(prefix, u[j], v[j], K)
     return found

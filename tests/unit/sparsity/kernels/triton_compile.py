@@ -88,7 +88,7 @@ class Variant:
 
     def measure(self) -> dict[str, float]:
         """Compile; the figures of the module's docstring by name."""
-        options = {"num_warps": triton_host.WARPS, "enable_fp_fusion": True}
+        options = triton_host.OPTIONS
         target = GPUTarget("cuda", self.capability, 32)
         compiled = triton.compile(self.source(), target=target, options=options)
         registers, spilled, instructions = resources(compiled.asm["cubin"])
