@@ -55,19 +55,21 @@ class Timings:
 
 
 def interleave(
-    sides: Mapping[str, Work], rounds: int, device: torch.device, warmup: int = 1
+    sides: Mapping[str, Work], rounds: int, device: torch.device, warmup: int = 1, calls: int = 1
 ) -> Timings:
     """Time the sides in turn, A B A B ..., for ``rounds`` rounds.
 
-    The first ``warmup`` rounds before them are not counted.
+    The first ``warmup`` rounds before them are not counted. A time covers ``calls`` calls one after
+    the other and is that of one of them: on a GPU a single call is as short as its launch.
     """
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(warmup + rounds):
         for side, work in sides.items():
             begin = now(device)
-            work()
+            for _ in range(calls):
+                work()
             if number >= warmup:
-                seconds[side].append(now(device) - begin)
+                seconds[side].append((now(device) - begin) / calls)
     return Timings({side: times or [float("nan")] for side, times in seconds.items()})
 
 

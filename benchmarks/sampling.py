@@ -33,6 +33,7 @@ from megamask.sparsity.shard import Placement
 from megamask.weights.architecture import Architecture
 from megamask.weights.shapes import SHAPES, read_shape
 
+CALLS_ON_CUDA = 10  # that one time covers
 OPERATIONS = ("forward", "backward", "mask statistics")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PLAIN, EAGER = "torch", "eager"
@@ -243,7 +244,8 @@ def measure(
             for masks, layer in layers.items()
             if masks.startswith("categorical/")
         }
-    timings = interleave(sides, rounds, device)
+    calls = CALLS_ON_CUDA if device.type == "cuda" else 1
+    timings = interleave(sides, rounds, device, calls=calls)
     both = {}
     for side in (
         f"{masks} {backend}" for masks, layer in layers.items() for backend in layer.backends

@@ -56,8 +56,8 @@ class Part:
     Attributes:
         name: as given to ``--parts``.
         answers: the question that it answers.
-        seconds: expected on an H100, imports and compiling included. An estimate until a lease has
-            measured it.
+        seconds: expected on an H100, imports and compiling included. Measured and rounded up to
+            ``step-kernels``, estimated after it.
         limit: seconds after which the part is ended.
         command: its command; None where the situation lacks what it needs.
         writes_figures: whether the command takes ``--json FILE``.
@@ -165,6 +165,19 @@ def _memory(here: Situation) -> list[str]:
     )
 
 
+def _ceilings(here: Situation) -> list[str] | None:
+    return None if here.is_toy else [sys.executable, "-m", "benchmarks.gpu.ceilings"]
+
+
+def _step_kernels(here: Situation) -> list[str]:
+    return here.benchmark(
+        "gpu.step_kernels",
+        *("--model", "llama2-7b", "--layers", "4", "--micro", "1", "--seq", "4096"),
+        *("--accumulate", "2"),
+        toy=("--model", "toy", "--micro", "1", "--seq", "64"),
+    )
+
+
 def _profile(here: Situation) -> list[str] | None:
     if here.is_toy:
         return None
@@ -192,11 +205,11 @@ def _profile(here: Situation) -> list[str] | None:
 
 
 PARTS = (
-    Part("facts", "card, clocks, versions, whether names resolve", 10, 40, _facts, False),
-    Part("kernels", "do the compiled kernels pass their own tests", 80, 120, _kernels, False),
-    Part("parity", "is this device's path the reference's", 45, 90, _parity),
-    Part("sampling", "share of copy bandwidth; eager sampling", 50, 90, _sampling),
-    Part("step", "masked / dense, a draw per micro-batch", 40, 70, _step()),
+    Part("facts", "card, clocks, versions, whether names resolve", 5, 40, _facts, False),
+    Part("kernels", "do the compiled kernels pass their own tests", 65, 120, _kernels, False),
+    Part("parity", "is this device's path the reference's", 60, 120, _parity),
+    Part("sampling", "share of copy bandwidth; eager sampling", 25, 60, _sampling),
+    Part("step", "masked / dense, a draw per micro-batch", 35, 70, _step()),
     Part(
         "step-one-draw",
         "masked / dense, one draw per step of 16 micro-batches",
@@ -204,6 +217,8 @@ PARTS = (
         70,
         _step("learn.sampling.draws=step"),
     ),
+    Part("ceilings", "what the card can do; which of several ways", 35, 60, _ceilings),
+    Part("step-kernels", "which kernels take a step's time", 35, 70, _step_kernels),
     Part("real-model", "a real model learns: perplexities, tokens/s", 170, 240, _real_model),
     Part("semi", "2:4 inference against dense, by shape and tokens", 20, 40, _semi_structured),
     Part(

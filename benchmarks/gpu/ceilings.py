@@ -1,0 +1,163 @@
+"""What the card can do at LLaMA-2-7B's shapes, and which of several ways to do a thing is fastest:
+matmuls, the sum of dW over micro-batches, attention, SwiGLU, RoPE.
+
+``python -m benchmarks.gpu.ceilings``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.common import copy_bandwidth, interleave, table
+from megamask.storage import write_json
+
+TOKENS, HIDDEN, FFN, HEADS, HEAD = 4096, 4096, 11008, 32, 128
+ROUNDS, CALLS = 7, 5
+CUDA = torch.device("cuda")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    options = read_options(argv)
+    copied = copy_bandwidth(CUDA, 2 << 30)
+    print(f"copy, read plus written: {copied / 1e9:,.0f} GB/s")
+    figures: dict[str, Any] = {"copy_gb_per_second": copied / 1e9}
+    attention = 3.5 * 2 * TOKENS**2 * HIDDEN  # half of the scores is masked
+    dw = 2 * TOKENS * HIDDEN * 2 * FFN
+    for title, sides, flops in (
+        ("matmul of 8192 x 8192 x 8192", largest(), 2 * 8192**3),
+        ("sum of dW in fp32", sums(), dw),
+        ("causal attention, forward and backward", attentions(), attention),
+        ("SwiGLU, forward and backward", swiglus(), None),
+    ):
+        figures[title] = measure(title, sides, flops)
+    if options.json:
+        write_json(options.json, figures)
+    return 0
+
+
+def read_options(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--json", type=Path)
+    return options.parse_args(argv)
+
+
+def measure(
+    title: str, sides: dict[str, Callable[[], Any]], flops: float | None
+) -> dict[str, float]:
+    """Milliseconds a call of every side."""
+    timings = interleave(sides, ROUNDS, CUDA, warmup=2, calls=CALLS)
+    found = {name: 1e3 * timings.median(name) for name in sides}
+    rows = [[name, ms, *([flops / ms / 1e9] if flops else [])] for name, ms in found.items()]
+    table(title, ["way", "ms", *(["TFLOP/s"] if flops else [])], rows)
+    return found
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Values from N(0, 1) on the card."""
+    return torch.randn(*shape, device=CUDA, dtype=dtype)
+
+
+def largest() -> dict[str, Callable[[], Any]]:
+    """A product that leaves the card nothing to wait for."""
+    left, right = random(8192, 8192), random(8192, 8192)
+    return {"bf16": lambda: left @ right}
+
+
+def sums() -> dict[str, Callable[[], Any]]:
+    """dW of fc1, added to a buffer in fp32: by a pass of its own, or by the matmul."""
+    x, dy = random(TOKENS, HIDDEN), random(TOKENS, 2 * FFN)
+    total = torch.zeros(2 * FFN, HIDDEN, device=CUDA)
+
+    def in_the_matmul() -> None:
+        torch.addmm(total, dy.t(), x, out_dtype=torch.float32, out=total)
+
+    def fp32_result() -> None:
+        total.add_(torch.mm(dy.t(), x, out_dtype=torch.float32))
+
+    ways: dict[str, Callable[[], Any]] = {
+        "dW alone, bf16": lambda: dy.t() @ x,
+        "bf16, then added": lambda: total.add_(dy.t() @ x),
+        "fp32, then added": fp32_result,
+        "in the matmul": in_the_matmul,
+    }
+    return _those_that_run(ways)
+
+
+def attentions() -> dict[str, Callable[[], Any]]:
+    """Every backend of PyTorch's attention."""
+    q, k, v = (random(1, HEADS, TOKENS, HEAD).requires_grad_() for _ in range(3))
+    grad = random(1, HEADS, TOKENS, HEAD)
+
+    def attention(*backends: SDPBackend) -> Callable[[], Any]:
+        def run() -> None:
+            with sdpa_kernel(list(backends)):
+                F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(grad)
+            q.grad = k.grad = v.grad = None
+
+        return run
+
+    def default() -> None:
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(grad)
+        q.grad = k.grad = v.grad = None
+
+    def deterministic() -> None:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            default()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return _those_that_run(
+        {
+            "default": default,
+            "flash": attention(SDPBackend.FLASH_ATTENTION),
+            "cudnn": attention(SDPBackend.CUDNN_ATTENTION),
+            "efficient": attention(SDPBackend.EFFICIENT_ATTENTION),
+            "default, deterministic": deterministic,
+        }
+    )
+
+
+def swiglus() -> dict[str, Callable[[], Any]]:
+    """As the model runs it without a fusion, and Megatron's fusion."""
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    both, grad = random(TOKENS, 1, 2 * FFN).requires_grad_(), random(TOKENS, 1, FFN)
+
+    def plain() -> None:
+        gate, up = both.chunk(2, -1)
+        (F.silu(gate) * (up + 0.0)).backward(grad)
+        both.grad = None
+
+    def fused() -> None:
+        bias_swiglu_impl(both, None, False, False).backward(grad)
+        both.grad = None
+
+    return _those_that_run({"separate passes": plain, "Megatron's fusion": fused})
+
+
+def _those_that_run(ways: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """The ways that this machine's software has; what another way says is printed."""
+    found = {}
+    for name, way in ways.items():
+        try:
+            way()
+        except Exception as error:  # whatever a library that lacks it raises
+            print(f"{name}: not possible here: {str(error).splitlines()[0]}")
+        else:
+            found[name] = way
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
