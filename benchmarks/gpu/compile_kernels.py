@@ -25,6 +25,9 @@ from triton.runtime import driver
 from benchmarks.gpu.lease_parts import MASKS
 from benchmarks.sampling import layer_shapes
 from megamask.learn import kernel_check
+from megamask.model.fused import launcher
+from megamask.model.fused.rotation import rotate
+from megamask.model.fused.swiglu import swiglu
 from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Site
 from megamask.sparsity.kernels import triton_host
@@ -38,6 +41,7 @@ KEY = NoiseKey(1, 2, 3, 4)
 SOFT, HARD = (Sample(KEY, kappa=300.0, tau=0.5, hard=hard) for hard in (False, True))
 FP32, BF16 = torch.float32, torch.bfloat16
 PARITY_ROWS, PARITY_GROUPS = 256, 96  # of benchmarks/parity.py
+TOKENS = 16  # of a micro-batch; no kernel depends on their number
 PARITY_LEARNS, PARITY_MODEL = "categorical/2:4", "toy"
 MODELS = ("llama2-7b", "smollm2-135m")
 # What the parts of a lease learn with, all of it with soft masks: dtype of the logits, dtype of the
@@ -117,13 +121,18 @@ def main(argv: list[str] | None = None) -> int:
                 run(masks, model)
             print(f"{masks}: {len(compiled) - count} kernels", flush=True)
             count = len(compiled)
+        for model in chosen.models:
+            frozen_parts(model)
+        print(f"frozen models: {len(compiled) - count} kernels", flush=True)
+        count = len(compiled)
     print(f"{count} kernels for sm_{chosen.capability} in {time.monotonic() - begin:.0f} s")
     return 0
 
 
 @contextmanager
 def compiling(capability: int) -> Iterator[list[Any]]:
-    """Make launches of ``triton_host`` compile for ``capability`` and do nothing else.
+    """Make launches of ``triton_host`` and of the fused kernels of the frozen model compile for
+    ``capability`` and do nothing else.
 
     Yields:
         The compiled kernels, each once.
@@ -131,18 +140,30 @@ def compiling(capability: int) -> Iterator[list[Any]]:
     compiled: list[Any] = []
     seen: set[int] = set()
 
-    def launch(
-        kernel: Any, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any
-    ) -> None:
-        made = kernel.warmup(*arguments, grid=(programs,), **constants, **triton_host.OPTIONS)
+    def warm_up(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        made = kernel.warmup(*arguments, grid=(programs,), **constants)
         if id(made) not in seen:
             seen.add(id(made))
             compiled.append(made)
 
+    def sample(
+        kernel: Any, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any
+    ) -> None:
+        warm_up(kernel, programs, *arguments, **constants, **triton_host.OPTIONS)
+
+    def fused(
+        kernel: Any, programs: int, warps: int, on: Any, *arguments: Any, **constants: Any
+    ) -> None:
+        warm_up(kernel, programs, *arguments, **constants, **launcher.options(warps))
+
     before: Any = driver.__dict__.get("_active")
     driver.set_active(_Driver(capability))
     try:
-        with patch.object(triton_host, "_launch", launch):
+        with (
+            patch.object(triton_host, "_launch", sample),
+            patch.object(launcher, "launch", fused),
+            patch.object(launcher, "takes", lambda tensor: True),
+        ):
             yield compiled
     finally:
         driver.__dict__["_active"] = before
@@ -177,6 +198,17 @@ def run(masks: str, model: str) -> None:
         for logits, gradient, replace in USES:
             layer = Layer(masks, rows, columns, BF16, logits, gradient, _blocks(name))
             use(layer, SOFT, GradientSink(1e-5, _empty(layer, logits), replace), replace)
+
+
+def frozen_parts(model: str) -> None:
+    """The rotation of queries and of keys and SwiGLU, forward and backward."""
+    arch = read_shape(model)
+    angles = torch.empty(TOKENS, 1, 1, arch.head_dim)
+    for heads in (arch.heads, arch.kv_heads):
+        t = torch.empty(TOKENS, 1, heads, arch.head_dim, dtype=BF16, requires_grad=True)
+        rotate(t, angles).backward(t)
+    both = torch.empty(TOKENS, 1, 2 * arch.ffn, dtype=BF16, requires_grad=True)
+    swiglu(both).backward(both[..., : arch.ffn])
 
 
 def use(layer: Layer, sample: Sample, sink: GradientSink | None, statistics: bool = False) -> None:

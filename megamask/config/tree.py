@@ -71,6 +71,11 @@ class ParallelSection(Section):
         description="make activations again in the backward pass: true, those of each layer; "
         "mlp, those of its feed-forward part",
     )
+    fused: bool = free(
+        True,
+        description="on CUDA with Triton: one pass each for the rotation and SwiGLU of a model; "
+        "false takes separate passes, with the same results",
+    )
     start_minutes: Annotated[int, Field(ge=1, le=100_000)] = free(
         10, description="how long a rank waits for the others to start and to connect"
     )

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.config import Config
 from megamask.model.activations import ACTIVATIONS
+from megamask.model.fused.seams import Fusions
 from megamask.model.language_model import LanguageModel
 from megamask.model.rope import RotarySets, inverse_frequencies
 from megamask.model.spec import block_spec
@@ -76,13 +77,14 @@ def transformer_config(
         sequence_parallel=config.parallel.sequence_parallel,
         use_cpu_initialization=mesh.device.type == "cpu",
         perform_initialization=False,  # weights are loaded
-        gradient_accumulation_fusion=False,  # a masked linear sets it while main_grad is there
+        gradient_accumulation_fusion=False,  # needs weight.main_grad, which a masked weight lacks
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         hetereogenous_dist_checkpoint=True,  # one checkpoint key a layer, so that layers may differ
         **RECOMPUTE[config.parallel.recompute],
+        **Fusions.of(config, arch, mesh.device).settings(),
     )
 
 

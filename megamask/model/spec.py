@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megamask.errors import ConfigError
+from megamask.model.fused.seams import SwiGlu
 from megamask.model.layer_parts import (
     AllHeadsNorm,
     FrozenNorm,
@@ -95,6 +96,7 @@ def _layer(
             module=MLP,
             submodules=MLPSubmodules(
                 linear_fc1=_linear(MaskedColumnParallelLinear, arch.mlp_bias),
+                activation_func=SwiGlu if config.use_te_activation_func else None,
                 linear_fc2=_linear(MaskedRowParallelLinear, arch.mlp_bias),
             ),
         ),

@@ -45,7 +45,8 @@ EACH_STEP = """
 CONTENT = "model.hf model.gguf data.tokenizer learn.prior.mask"
 FREE = """
     run_dir device deterministic parallel.tp parallel.sequence_parallel parallel.recompute
-    parallel.start_minutes parallel.timeout_minutes parallel.threads calibration.micro_batch
+    parallel.fused parallel.start_minutes parallel.timeout_minutes parallel.threads
+    calibration.micro_batch
     model.ignore_keys
     learn.preset learn.memory learn.micro_batch learn.resume learn.sampling.backend
     learn.state.masked_weight learn.state.track_flips learn.optimizer.distributed

@@ -1,0 +1,77 @@
+"""Where Megatron-Core takes the fused kernels: in the place of its gated activation and of its
+rotation.
+
+Both places carry Transformer Engine's name in Megatron, and need nothing of it: a module in the
+place of the activation (``use_te_activation_func``), and a function in the place of the rotation
+(``apply_rope_fusion``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megamask.config import Config
+from megamask.model.fused.launcher import has_kernels
+from megamask.model.fused.rotation import can_rotate, rotate
+from megamask.model.fused.swiglu import swiglu
+from megamask.weights.architecture import Architecture
+
+
+class SwiGlu(MegatronModule):
+    """The fused activation of a gated feed-forward part."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__(config=config)
+
+    def forward(self, both: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up: (..., 2 F) -> (..., F)."""
+        return swiglu(both)
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """Which kernels a model uses.
+
+    Attributes:
+        activation: SwiGLU's.
+        rotation: that of queries and keys.
+    """
+
+    activation: bool
+    rotation: bool
+
+    @classmethod
+    def of(cls, config: Config, arch: Architecture, device: torch.device) -> Fusions:
+        """The kernels of this architecture that the device runs and ``parallel.fused`` allows.
+
+        Another activation than a gated SiLU, and a model that rotates a part of each head, keep
+        Megatron's passes.
+        """
+        runs = config.parallel.fused and has_kernels(device)
+        whole = bool(arch.ropes) and all(rope.share == 1 for rope in arch.ropes)
+        return cls(runs and arch.gated and arch.activation == "silu", runs and whole)
+
+    def settings(self) -> dict[str, bool]:
+        """Megatron's settings, for its TransformerConfig. Megatron's function for a fused rotation,
+        a global of its module, becomes ours first, because TransformerConfig asks for one.
+        """
+        if self.rotation:
+            rope_utils.fused_apply_rotary_pos_emb = _rotate
+        return {
+            "use_te_activation_func": self.activation,
+            "apply_rope_fusion": self.rotation,
+        }
+
+
+def _rotate(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Megatron's call of a fused rotation; its passes take what the kernel does not cover."""
+    if not interleaved and can_rotate(t, freqs):
+        return rotate(t, freqs)
+    plain: torch.Tensor = rope_utils._apply_rotary_pos_emb_bshd(t, freqs, interleaved)
+    return plain
