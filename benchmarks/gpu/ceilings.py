@@ -1,7 +1,8 @@
 """What the card can do at LLaMA-2-7B's shapes, and which of several ways to do a thing is fastest:
 matmuls, the sum of dW over micro-batches, attention, SwiGLU, RoPE.
 
-``python -m benchmarks.gpu.ceilings``
+``python -m benchmarks.gpu.ceilings --json ceilings.json``; ``megamask plan --calibrate
+ceilings.json`` plans with the rates.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from benchmarks.common import copy_bandwidth, interleave, table
 from megamask.storage import write_json
 
 TOKENS, HIDDEN, FFN, HEADS, HEAD = 4096, 4096, 11008, 32, 128
+SIDE = 8192
 ROUNDS, CALLS = 7, 5
+MATMUL = f"matmul of {SIDE} x {SIDE} x {SIDE}"
+ATTENTION = "causal attention, forward and backward"
 CUDA = torch.device("cuda")
 
 
@@ -29,16 +33,21 @@ def main(argv: list[str] | None = None) -> int:
     options = read_options(argv)
     copied = copy_bandwidth(CUDA, 2 << 30)
     print(f"copy, read plus written: {copied / 1e9:,.0f} GB/s")
-    figures: dict[str, Any] = {"copy_gb_per_second": copied / 1e9}
-    attention = 3.5 * 2 * TOKENS**2 * HIDDEN  # half of the scores is masked
+    product, scores = 2 * SIDE**3, 6 * TOKENS**2 * HIDDEN  # as megamask.plan.time counts
     dw = 2 * TOKENS * HIDDEN * 2 * FFN
+    figures: dict[str, Any] = {"card": torch.cuda.get_device_name(CUDA)}
     for title, sides, flops in (
-        ("matmul of 8192 x 8192 x 8192", largest(), 2 * 8192**3),
+        (MATMUL, largest(), product),
         ("sum of dW in fp32", sums(), dw),
-        ("causal attention, forward and backward", attentions(), attention),
+        (ATTENTION, attentions(), scores),
         ("SwiGLU, forward and backward", swiglus(), None),
     ):
         figures[title] = measure(title, sides, flops)
+    figures["rates"] = {
+        "matmul": product / figures[MATMUL]["bf16"] * 1e3,
+        "attention": scores / figures[ATTENTION]["default"] * 1e3,
+        "copy": copied,
+    }
     if options.json:
         write_json(options.json, figures)
     return 0
@@ -69,7 +78,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def largest() -> dict[str, Callable[[], Any]]:
     """A product that leaves the card nothing to wait for."""
-    left, right = random(8192, 8192), random(8192, 8192)
+    left, right = random(SIDE, SIDE), random(SIDE, SIDE)
     return {"bf16": lambda: left @ right}
 
 

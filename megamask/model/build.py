@@ -77,7 +77,7 @@ def transformer_config(
         sequence_parallel=config.parallel.sequence_parallel,
         use_cpu_initialization=mesh.device.type == "cpu",
         perform_initialization=False,  # weights are loaded
-        gradient_accumulation_fusion=False,  # needs weight.main_grad, which a masked weight lacks
+        gradient_accumulation_fusion=False,  # a masked linear sets it while main_grad is there
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -187,6 +187,8 @@ class MaskedLinear:
         self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         masked, switch = self.masked_weight(weight), self.switch
+        if masked is self.step_weight and hasattr(masked, "main_grad"):
+            kwargs["gradient_accumulation_fusion"] = True  # dW is added to main_grad
         if (
             switch is None
             or not switch.regenerate

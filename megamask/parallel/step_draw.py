@@ -1,7 +1,8 @@
 """One mask of every layer for all micro-batches of a step, and one mask backward at its end.
 
 The gradient at the mask logits is linear in dW, the gradient at the masked weight. So dW is summed
-over the micro-batches, and the sum goes back through the mask once.
+over the micro-batches, and the sum goes back through the mask once. On CUDA the matrix multiplies
+sum (``gradient_sum.py``).
 
 Shapes: O local out_features, I local in_features.
 """
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from megamask.parallel import gradient_sum
 from megamask.parallel.mask_context import Measured
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.sparsity.draw import GradientSink, Sample
@@ -53,7 +55,11 @@ class LayerDraw:
         self.measured = Measured(both[0], both[1], hard_codes)
         self.sums, self._is_empty = sums, True
         self._hook: Any = None
-        if sums is not None:
+        if sums is None:
+            return
+        if gradient_sum.sums_in_multiply(self.masked):
+            self.masked.main_grad = sums.zero_()  # type: ignore[attr-defined]
+        else:
             self._hook = self.masked.register_post_accumulate_grad_hook(self._add)
 
     def _add(self, masked: torch.Tensor) -> None:

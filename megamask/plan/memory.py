@@ -114,7 +114,7 @@ def _state_and_step(work: Workload, device: Device) -> tuple[dict[str, float], d
     after = {} if STEP_GRADIENTS in state else gradients
     moments = [
         {**before, **_at_loss(work, device)},
-        {**before, **_in_layer(work)},
+        {**before, **_in_layer(work, device)},
         {**after, ACTIVATIONS: 0.0},
     ]
     if work.forward_passes:
@@ -234,13 +234,13 @@ def _mask_file(work: Workload) -> dict[str, float]:
     return {ONE_MASK: shards * largest / work.pattern.m * work.code_bytes}
 
 
-def _in_layer(work: Workload) -> dict[str, float]:
+def _in_layer(work: Workload, device: Device) -> dict[str, float]:
     """The busiest moment may be the backward pass of the last layer: the gradients of two residual
     streams, and the largest of the needs of second linear, activation, first linear and capped
     attention.
 
-    The weight gradient of one linear exists for a moment, and so does its masked weight where it is
-    drawn again.
+    The weight gradient of one linear exists for a moment, unless a GPU's matmul adds it to an fp32
+    sum, and so does its masked weight where it is drawn again.
     """
     config, arch = work.config, work.arch
     once = config.learn.sampling.draws == "step"
@@ -264,7 +264,9 @@ def _in_layer(work: Workload) -> dict[str, float]:
             )
         }
     wide = work.tokens * arch.ffn / work.tp * work.width
-    weight_grad = 0.0 if once and work.accumulations == 1 else float(largest * work.width)
+    in_matmul = not device.is_cpu and config.learn.state.grads == "fp32"
+    is_in_place = once and (work.accumulations == 1 or in_matmul)
+    weight_grad = 0.0 if is_in_place else float(largest * work.width)
     whole_input = (
         work.tokens * arch.hidden * work.width
     )  # gradient of a column-parallel linear's input, whole on each rank

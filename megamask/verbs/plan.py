@@ -9,6 +9,7 @@ from pathlib import Path
 from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError, ConfigError
+from megamask.plan.calibration import calibrated
 from megamask.plan.fit import check_fits
 from megamask.plan.hardware import GPUS, Device, device_named
 from megamask.plan.memory import memory_of
@@ -31,21 +32,22 @@ def run(config: Config, arguments: PlanArguments) -> None:
         ConfigError: the run does not fit ``arguments.gpu`` or, without it, any GPU, and the message
             names the nearest settings that fit. With ``arguments.search``, no layout fits, and the
             message names the smallest. Also a layout, batch or model that cannot work.
-        ArtifactError: the model's config.json cannot be read.
+        ArtifactError: the model's config.json or ``arguments.calibrate`` cannot be read.
     """
+    gpus = known_gpus(arguments)
     arch = find_architecture(config, arguments.model)
     if arguments.model:
         config = with_paper_batch(config, arch)
     if arguments.search:
-        _search(config, arch, arguments, arguments.search)
+        _search(config, arch, arguments, arguments.search, _target(arguments, gpus))
         return
     work = Workload(config, arch, arguments.dp).check()
-    devices = [device_named("cpu")] if arguments.gpu == "cpu" else list(GPUS.values())
+    devices = [device_named("cpu")] if arguments.gpu == "cpu" else list(gpus.values())
     memories, times = (
         [memory_of(work, one) for one in devices],
         [time_of(work, one) for one in devices],
     )
-    target = _target(arguments)
+    target = _target(arguments, gpus)
     tables = [memory_table(memories[0]), time_table(work, devices, memories, times)]
     title = headline(work, arguments.model or config.model.hf or config.run_dir)
     texts = [[title], *tables, saving_lines(work), footer(devices)]
@@ -55,19 +57,29 @@ def run(config: Config, arguments: PlanArguments) -> None:
     check_fits(work.config, arch, target, work.dp)
 
 
-def _target(arguments: PlanArguments) -> Device:
+def known_gpus(arguments: PlanArguments) -> dict[str, Device]:
+    """The GPUs of the table by name, with measured rates where ``--calibrate`` gives them."""
+    gpus = dict(GPUS)
+    if arguments.calibrate:
+        name, device = calibrated(Path(arguments.calibrate))
+        gpus[name] = device
+    return gpus
+
+
+def _target(arguments: PlanArguments, gpus: dict[str, Device]) -> Device:
     """The device that must hold the run: the given GPU, else the largest."""
     if arguments.gpu:
-        return device_named(arguments.gpu)
-    return max(GPUS.values(), key=lambda one: one.capacity)
+        return gpus.get(arguments.gpu) or device_named(arguments.gpu)
+    return max(gpus.values(), key=lambda one: one.capacity)
 
 
-def _search(config: Config, arch: Architecture, arguments: PlanArguments, gpus: int) -> None:
+def _search(
+    config: Config, arch: Architecture, arguments: PlanArguments, gpus: int, device: Device
+) -> None:
     if arguments.dp != 1:
         raise ConfigError(
             "--dp", arguments.dp, "is chosen by --search", "Leave one of the two arguments out."
         )
-    device = _target(arguments)
     found = search(Workload(config, arch), device, gpus)
     lines = [search_lines(found, device, gpus), footer([device])]
     tell("\n\n".join("\n".join(one) for one in lines))

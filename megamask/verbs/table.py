@@ -49,6 +49,9 @@ class PlanArguments:
         None,
         kind=int,
     )
+    calibrate: str | None = argument(
+        "--calibrate FILE", "measured rates of a GPU, of benchmarks.gpu.ceilings --json", None
+    )
     json: str | None = argument("--json FILE", "write the figures to FILE", None)
 
 

@@ -193,6 +193,14 @@ def test_one_draw_a_step_takes_the_sampling_out_of_the_micro_batches() -> None:
         once.parts[SAMPLING_BACKWARD] < often.parts[SAMPLING_BACKWARD] / 2
         and once.seconds < often.seconds
     )
+    # The matmuls of 256 micro-batches read and write fp32 sums in the place of writing bf16.
+    adding = 256 * WEIGHTS_7B * (4 + 4 - 2) / (4.8e12 * 0.8)
+    backward = often.parts[SAMPLING_BACKWARD] / 256
+    assert once.parts[SAMPLING_BACKWARD] == pytest.approx(backward + adding)
+    lean = time_of(
+        plan("learn.sampling.draws=step", "learn.state.grads=bf16"), GPUS["h200"]
+    )  # sums in bf16 are passes of their own
+    assert lean.parts[SAMPLING_BACKWARD] > once.parts[SAMPLING_BACKWARD]
 
 
 def test_plain_pytorch_samples_slower_and_in_more_memory() -> None:

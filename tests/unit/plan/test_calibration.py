@@ -1,0 +1,99 @@
+"""Measured rates in the place of assumed ones: the verb's figures against the rates by hand, and
+every file that does not hold them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megamask.__main__ import main
+from megamask.errors import ArtifactError
+from megamask.plan.calibration import calibrated
+from megamask.plan.hardware import GPUS
+from megamask.plan.time import ATTENTION, MATMULS
+
+CARD = "NVIDIA H100 80GB HBM3"
+RATES = {"matmul": 750e12, "attention": 400e12, "copy": 3.0e12}
+
+
+def written(folder: Path, **record: Any) -> Path:
+    file = folder / "rates.json"
+    file.write_text(json.dumps(record))
+    return file
+
+
+def planned(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The verb's figures, by title of the device."""
+    file = folder / "plan.json"
+    assert main(["plan", "--model", "llama2-7b", "--tp", "8", "--json", str(file), *arguments]) == 0
+    devices: dict[str, Any] = json.loads(file.read_text())["devices"]
+    return devices
+
+
+def test_the_verb_plans_with_the_measured_rates(tmp_path: Path) -> None:
+    file = written(tmp_path, card=CARD, rates=RATES)
+    assumed, measured = planned(tmp_path), planned(tmp_path, "--calibrate", str(file))
+    before, after = assumed["H100 80GB"], measured["H100 80GB, measured"]
+    h100 = GPUS["h100"]
+    for part, kind, share in (
+        (MATMULS, "matmul", h100.matmul),
+        (ATTENTION, "attention", h100.attention),
+    ):
+        ratio = before["seconds"][part] / after["seconds"][part]
+        assert ratio == pytest.approx(RATES[kind] / (h100.flops * share), rel=1e-9)
+    # other cards keep what is assumed of them
+    assert assumed["A100 80GB"] == measured["A100 80GB"]
+
+
+def test_the_results_of_a_lease_serve_as_well(tmp_path: Path) -> None:
+    lease = {"ceilings": {"state": "ok", "result": {"card": CARD, "rates": RATES}}}
+    name, device = calibrated(written(tmp_path, parts=lease))
+    assert name == "h100"
+    assert device.copy * device.bandwidth == pytest.approx(RATES["copy"])
+
+
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 PCIe", "h100"),
+    ],
+)
+def test_a_card_is_known_by_its_name(tmp_path: Path, card: str, name: str) -> None:
+    rates = dict.fromkeys(RATES, 1e11)
+    assert calibrated(written(tmp_path, card=card, rates=rates))[0] == name
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"card": "NVIDIA B200", "rates": RATES}, "B200"),
+        ({"card": CARD}, "no measured rates"),
+        ({"card": CARD, "rates": {"matmul": 1e12}}, "no measured rates"),
+        ({"card": CARD, "rates": {**RATES, "copy": 4e12}}, "rates.copy"),
+        ({"card": CARD, "rates": {**RATES, "attention": 0}}, "rates.attention"),
+        ({"card": CARD, "rates": {**RATES, "matmul": "fast"}}, "rates.matmul"),
+        ({"card": CARD, "rates": {**RATES, "matmul": float("nan")}}, "rates.matmul"),
+        ({"parts": {"facts": {}}}, "no measured rates"),
+        ({"parts": {"ceilings": {"result": None}}}, "no measured rates"),
+        ({"parts": {"ceilings": [1]}}, "no measured rates"),
+    ],
+)
+def test_a_file_without_the_rates_is_refused(
+    tmp_path: Path, record: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ArtifactError, match=problem):
+        calibrated(written(tmp_path, **record))
+
+
+def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("fast")
+    for file in (tmp_path / "text", tmp_path / "none", tmp_path):
+        with pytest.raises(ArtifactError, match="cannot be read"):
+            calibrated(file)
