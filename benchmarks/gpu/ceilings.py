@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import copy_bandwidth, interleave, table
+from megamask.model.fused.rotation import rotate
+from megamask.model.fused.swiglu import swiglu
 from megamask.storage import write_json
 
 TOKENS, HIDDEN, FFN, HEADS, HEAD = 4096, 4096, 11008, 32, 128
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         ("sum of dW in fp32", sums(), dw),
         (ATTENTION, attentions(), scores),
         ("SwiGLU, forward and backward", swiglus(), None),
+        ("rotation of queries, forward and backward", rotations(), None),
     ):
         figures[title] = measure(title, sides, flops)
     figures["rates"] = {
@@ -138,7 +141,7 @@ def attentions() -> dict[str, Callable[[], Any]]:
 
 
 def swiglus() -> dict[str, Callable[[], Any]]:
-    """As the model runs it without a fusion, and Megatron's fusion."""
+    """As the model runs it with and without its kernels, and Megatron's fusion."""
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
     both, grad = random(TOKENS, 1, 2 * FFN).requires_grad_(), random(TOKENS, 1, FFN)
@@ -152,7 +155,32 @@ def swiglus() -> dict[str, Callable[[], Any]]:
         bias_swiglu_impl(both, None, False, False).backward(grad)
         both.grad = None
 
-    return _those_that_run({"separate passes": plain, "Megatron's fusion": fused})
+    def ours() -> None:
+        swiglu(both).backward(grad)
+        both.grad = None
+
+    return _those_that_run({"separate passes": plain, "Megatron's fusion": fused, "ours": ours})
+
+
+def rotations() -> dict[str, Callable[[], Any]]:
+    """By Megatron's passes and by the model's kernel, of queries that a fused linear made and with
+    a gradient as attention leaves it.
+    """
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    t = random(TOKENS, 1, HEADS, 3 * HEAD)[..., :HEAD].requires_grad_()
+    grad = random(1, HEADS, TOKENS, HEAD).permute(2, 0, 1, 3)
+    half = torch.outer(torch.arange(TOKENS), 1e4 ** -(torch.arange(HEAD // 2) / (HEAD // 2)))
+    angles = torch.cat([half, half], -1)[:, None, None].to(CUDA)
+
+    def by(way: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            way(t, angles).backward(grad)
+            t.grad = None
+
+        return run
+
+    return _those_that_run({"separate passes": by(_apply_rotary_pos_emb_bshd), "ours": by(rotate)})
 
 
 def _those_that_run(ways: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
