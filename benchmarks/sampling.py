@@ -90,6 +90,9 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     )
     options.add_argument("--hard", action="store_true", help="one-hot masks")
     options.add_argument(
+        "--noise", type=float, default=1.0, help="factor on the Gumbel noise; 0 draws nothing"
+    )
+    options.add_argument(
         "--eager",
         action="store_true",
         help="also time the sampling of the paper's method in plain PyTorch (benchmarks/eager.py)",
@@ -159,7 +162,8 @@ class Layer:
             for name, module in found.items()
             if not options.backends or name in options.backends
         }
-        self.sample = Sample(NoiseKey(1, 2, 3, 4), kappa=300.0, tau=1.0, hard=options.hard)
+        key, hard, noise = NoiseKey(1, 2, 3, 4), options.hard, options.noise
+        self.sample = Sample(key, kappa=300.0, tau=1.0, hard=hard, noise=noise)
         torch.manual_seed(0)
         self.logits = LOGIT_STD * torch.randn(
             out_features, self.site.logits_per_group, groups, device=device
@@ -267,7 +271,7 @@ def ratio(timings: Timings, side: str, baseline: str) -> float | None:
 def show(rows: list[dict[str, Any]], copy: float, options: argparse.Namespace) -> None:
     """Print the tables."""
     print(f"\ncopy bandwidth, read plus written: {copy / 1e9:.1f} GB/s")
-    title = f"{options.shapes}, {options.dtype} weights, fp32 logits"
+    title = f"{options.shapes}, {options.dtype} weights, fp32 logits, noise {options.noise:g}"
     against = [f"forward + backward against {one}" for one in (PLAIN, options.masks[0])]
     against += ["eager / this"] if options.eager else []
     columns = [

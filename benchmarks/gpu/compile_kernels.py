@@ -14,7 +14,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -39,6 +40,7 @@ from megamask.weights.shapes import read_shape
 
 KEY = NoiseKey(1, 2, 3, 4)
 SOFT, HARD = (Sample(KEY, kappa=300.0, tau=0.5, hard=hard) for hard in (False, True))
+DRAWS = (SOFT, replace(SOFT, noise=0.0))  # learn.sampling.noise=0 has kernels of its own
 FP32, BF16 = torch.float32, torch.bfloat16
 PARITY_ROWS, PARITY_GROUPS = 256, 96  # of benchmarks/parity.py
 TOKENS = 16  # of a micro-batch; no kernel depends on their number
@@ -49,9 +51,9 @@ MODELS = ("llama2-7b", "smollm2-135m")
 # own for each micro-batch replaces, then adds; one draw for several replaces alone, and sums its
 # gradients in fp32 before. The lean states keep everything in bf16.
 USES = (
-    *((FP32, BF16, replace) for replace in (True, False)),
+    *((FP32, BF16, is_first) for is_first in (True, False)),
     (FP32, FP32, True),
-    *((BF16, BF16, replace) for replace in (True, False)),
+    *((BF16, BF16, is_first) for is_first in (True, False)),
 )
 
 
@@ -181,23 +183,23 @@ def parity(masks: str) -> None:
     if masks == PARITY_LEARNS:
         for name, (rows, columns) in layer_shapes(read_shape(PARITY_MODEL)).items():
             layer = Layer(masks, rows, columns, FP32, gradient=FP32, blocks=_blocks(name))
-            for replace in (True, False):
-                use(layer, SOFT, GradientSink(1e-5, _empty(layer, FP32), replace), replace)
+            for is_first in (True, False):
+                use(layer, SOFT, GradientSink(1e-5, _empty(layer, FP32), is_first), is_first)
 
 
 def first_tile(masks: str) -> None:
     """The kernels of the check before a learning run (``megamask.learn.kernel_check``)."""
     columns = kernel_check.GROUPS * _pattern(masks).m
-    for logits in (FP32, BF16):
-        use(Layer(masks, kernel_check.ROWS, columns, BF16, logits), SOFT, RETURNED, True)
+    for logits, draw in product((FP32, BF16), DRAWS):
+        use(Layer(masks, kernel_check.ROWS, columns, BF16, logits), draw, RETURNED, True)
 
 
 def run(masks: str, model: str) -> None:
     """The kernels of a learning run: the draw that replaces the gradient buffer measures too."""
     for name, (rows, columns) in layer_shapes(read_shape(model)).items():
-        for logits, gradient, replace in USES:
+        for (logits, gradient, is_first), draw in product(USES, DRAWS):
             layer = Layer(masks, rows, columns, BF16, logits, gradient, _blocks(name))
-            use(layer, SOFT, GradientSink(1e-5, _empty(layer, logits), replace), replace)
+            use(layer, draw, GradientSink(1e-5, _empty(layer, logits), is_first), is_first)
 
 
 def frozen_parts(model: str) -> None:

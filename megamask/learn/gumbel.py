@@ -164,16 +164,9 @@ class GradientLearner:
         for group in self.ddp.bucket_groups + self.ddp.expert_parallel_bucket_groups:
             group.reset()
         learn = self.config.learn
-        progress = step / learn.steps
-        sample = Sample(
-            key=NoiseKey(self.config.seed, step),
-            kappa=between(learn.sampling.kappa, progress),
-            tau=between(learn.sampling.tau, progress),
-            hard=learn.sampling.mode == "hard",
-        )
         # Megatron's schedule divides the loss of a micro-batch by the same number
-        norm_coef = between(learn.weight_norm, progress) / plan.accumulations
-        return _RunningStep(sample, norm_coef, plan.replica)
+        norm_coef = between(learn.weight_norm, step / learn.steps) / plan.accumulations
+        return _RunningStep(sample_of(self.config, step), norm_coef, plan.replica)
 
     def _forward_backward(
         self, running: _RunningStep, micro_batches: Iterator[MicroBatch], plan: BatchPlan
@@ -268,6 +261,18 @@ class GradientLearner:
             "Lower learn.optimizer.lr or the scale learn.sampling.kappa; start again to go on from "
             "the last snapshot."
         )
+
+
+def sample_of(config: Config, step: int) -> Sample:
+    """What ``step`` (counted from 0) draws."""
+    sampling, progress = config.learn.sampling, step / config.learn.steps
+    return Sample(
+        key=NoiseKey(config.seed, step),
+        kappa=between(sampling.kappa, progress),
+        tau=between(sampling.tau, progress),
+        hard=sampling.mode == "hard",
+        noise=sampling.noise,
+    )
 
 
 def between(first_last: tuple[float, float], progress: float) -> float:

@@ -143,7 +143,7 @@ def _pass(
     learn = config.learn
     is_hard = learn.sampling.mode == "hard" or find_method(learn.method).forward_passes(learn) > 0
     # A fixed key: the scores of a hard draw that nearly tie could fall either way.
-    sample = Sample(NoiseKey(0, 1), 100.0, 1.0, hard=is_hard)
+    sample = Sample(NoiseKey(0, 1), 100.0, 1.0, is_hard, learn.sampling.noise)
     sampler = sampler_for(backend, site.distribution)
     masked, sums, codes = sample_mask(logits, weight, site, sample, sampler, statistics=True)
     tokens = torch.ones(TOKENS, weight.shape[1], dtype=weight.dtype, device=device)

@@ -26,12 +26,15 @@ class Sample:
         kappa: scale of the mask logits.
         tau: temperature.
         hard: the mask is exactly N of M, with the gradient of the soft mask (straight-through).
+        noise: factor on the Gumbel noise of every logit. 0 draws nothing: the soft mask is that of
+            the logits alone, and the key does not matter.
     """
 
     key: NoiseKey
     kappa: float
     tau: float
     hard: bool = False
+    noise: float = 1.0
 
     def of(self, parameter_id: int) -> Sample:
         """The same sample for the layer with this parameter id."""
@@ -162,11 +165,22 @@ class Sampler(Protocol):
         ...
 
 
+def scores(mask_logits: torch.Tensor, site: Site, sample: Sample) -> torch.Tensor:
+    """l = (kappa pi + noise g) / tau, (O, L, G), with a Gumbel g for every logit; at ``noise`` 0
+    nothing is drawn.
+    """
+    score = mask_logits * sample.kappa
+    if sample.noise:
+        g = gumbel_noise(site, sample, mask_logits.shape[-1], mask_logits.device, mask_logits.dtype)
+        score = score + sample.noise * g
+    return score / sample.tau
+
+
 def gumbel_noise(
     site: Site, sample: Sample, groups: int, device: torch.device | str, dtype: torch.dtype
 ) -> torch.Tensor:
     """Gumbel noise g = -log(-log u), (O, L, G) (MaskLLM, arXiv 2409.17481, Eq. 5), one for every
-    logit.
+    logit; ``scores`` scales it.
     """
     group_ids = site.placement.group_ids(groups, device)
     word = words(sample.key, group_ids, site.logits_per_group)  # (L, O, G)

@@ -21,7 +21,7 @@ from megamask.learn.method import LOGITS, WEIGHTS, Method, StateOf
 from megamask.optim.base import MaskOptimizer, UpdateRule
 from megamask.parallel.mask_context import Measured
 from megamask.parallel.mesh import Mesh
-from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Sampled, Site, gumbel_noise
+from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Sampled, Site, scores
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.subset.subset import Subset
 
@@ -40,8 +40,7 @@ SIGMOID = Sigmoid()
 
 def soft_mask(mask_logits: torch.Tensor, site: Site, sample: Sample) -> torch.Tensor:
     """(O, I), differentiable by the logits."""
-    noise = gumbel_noise(site, sample, mask_logits.shape[-1], mask_logits.device, torch.float32)
-    score = (mask_logits.float() * sample.kappa + noise) / sample.tau
+    score = scores(mask_logits.float(), site, sample)
     n = site.pattern.n
     falling = score.detach().sort(dim=1, descending=True).values
     threshold = (falling[:, n - 1 : n] + falling[:, n : n + 1]) / 2

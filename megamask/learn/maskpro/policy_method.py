@@ -42,7 +42,9 @@ class PolicyMethod(Method):
     name, distribution = "maskpro", SUBSET
 
     def check(self, config: Config, pattern: Pattern) -> None:
-        """Check that the learner starts from a prior alone, keeps fp32 logits and can score."""
+        """Check that the learner starts from a prior alone, draws, keeps fp32 logits and can
+        score.
+        """
         learn = config.learn
         if learn.state.logits != "fp32":
             allowed = "fp32 with learn.method=maskpro"
@@ -59,6 +61,10 @@ class PolicyMethod(Method):
             raise ConfigError("learn.prior.mask", None, STARTS, fix)
         if learn.sampling.initial_noise:
             raise ConfigError("learn.sampling.initial_noise", True, STARTS, FALSE)
+        if learn.sampling.noise != 1:
+            allowed = "1 with learn.method=maskpro, whose scores are those of the noise's own law"
+            fix = "Set it to 1, or leave it out."
+            raise ConfigError("learn.sampling.noise", learn.sampling.noise, allowed, fix)
         if learn.prior.margins:
             raise ConfigError("learn.prior.margins", True, STARTS, FALSE)
         if learn.prior.strength == 0:

@@ -45,10 +45,9 @@ from dataclasses import replace
 import torch
 
 from megamask.errors import ConfigError
-from megamask.sparsity.draw import Sample, Site
+from megamask.sparsity.draw import Sample, Site, scores
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
-from megamask.sparsity.subset.k_subset import scores
 
 MAX_SET = 4  # N up to which the probability of a set is summed over its orders
 # A drawn logit's distance, in nats, from the largest of the others, held in the range where fp32

@@ -83,7 +83,8 @@ def _add_scores(logits, n, kept, positions, place, key, coefficients, is_set):  
                     line[j, g], total[j, g] = load(bits, g), F(0)
             for k in range(len(coefficients)):
                 named = (key[0], key[1], U64(k), key[2])
-                perturbed(x, word, logits[o], start, count, first + U64(start), named, F(1), F(1))
+                at, scales = first + U64(start), (F(1), F(1), F(1))
+                perturbed(x, word, logits[o], start, count, at, named, scales)
                 if is_set:
                     for g in range(0, count, LANES):
                         llvm_polynomials.keep_largest(kept, positions, mask, x, g)

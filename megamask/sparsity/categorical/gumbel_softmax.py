@@ -19,14 +19,13 @@ from megamask.sparsity.draw import (
     Sampled,
     Site,
     computing_dtype,
-    gumbel_noise,
+    scores,
 )
 
 
 def soft_index(mask_logits: torch.Tensor, site: Site, sample: Sample) -> torch.Tensor:
-    """y = softmax((kappa pi + g) / tau) over candidates, (O, C, G) (Eq. 6)."""
-    noise = gumbel_noise(site, sample, mask_logits.shape[-1], mask_logits.device, mask_logits.dtype)
-    score = (mask_logits * sample.kappa + noise) / sample.tau
+    """y = softmax((kappa pi + noise g) / tau) over candidates, (O, C, G) (Eq. 6)."""
+    score = scores(mask_logits, site, sample)
     y = (score - score.amax(1, keepdim=True)).exp()
     return y / _sum_over_candidates(y)
 

@@ -44,16 +44,29 @@ def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
 
 
 @triton.jit
-def _block_scores(line, inside, named, block, slope, inverse_tau, C: tl.constexpr, groups):
+def _block_scores(
+    line,
+    inside,
+    named,
+    block,
+    slope,
+    noise_scale,
+    NOISE: tl.constexpr,
+    C: tl.constexpr,
+    groups,
+):
     """Scores of candidates 4 block .. 4 block + 3, and their largest; LOWEST where there is no such
     candidate.
     """
-    words, scores, top = word_block(named, block), (), tl.full(inside.shape, LOWEST, tl.float32)
+    scores, top = (), tl.full(inside.shape, LOWEST, tl.float32)
+    if NOISE:
+        words = word_block(named, block)
     count = tl.where(inside, C, 0)
     for i in tl.static_range(4):
         exists = count > block * 4 + i
         pi = tl.load(line + (block * 4 + i) * groups, mask=exists, other=0.0).to(tl.float32)
-        score = tl.where(exists, score_of(pi, words[i], slope, inverse_tau), LOWEST)
+        score = score_of(pi, words[i], slope, noise_scale) if NOISE else pi * slope
+        score = tl.where(exists, score, LOWEST)
         scores, top = scores + (score,), tl.maximum(top, score, propagate_nan=tl.PropagateNan.ALL)
     return scores, top
 
@@ -65,7 +78,8 @@ def _soft(
     codes,
     named,
     slope,
-    inverse_tau,
+    noise_scale,
+    NOISE: tl.constexpr,
     C: tl.constexpr,
     M: tl.constexpr,
     groups,
@@ -77,7 +91,9 @@ def _soft(
     for _ in tl.static_range(M):
         masks = masks + (tl.zeros(inside.shape, tl.float32),)
     for block in range((C + 3) // 4):
-        scores, highest = _block_scores(line, inside, named, block, slope, inverse_tau, C, groups)
+        scores, highest = _block_scores(
+            line, inside, named, block, slope, noise_scale, NOISE, C, groups
+        )
         highest = tl.maximum(top, highest, propagate_nan=tl.PropagateNan.ALL)
         shrink = exp(top - highest)
         total, masks, top = total * shrink, _scaled(masks, shrink, M), highest
@@ -111,7 +127,8 @@ def _hard(
     codes,
     named,
     slope,
-    inverse_tau,
+    noise_scale,
+    NOISE: tl.constexpr,
     C: tl.constexpr,
     M: tl.constexpr,
     groups,
@@ -122,7 +139,9 @@ def _hard(
     top = tl.full(inside.shape, LOWEST, tl.float32)
     hard_codes = tl.full(inside.shape, 0, tl.int64)
     for block in range((C + 3) // 4):
-        scores, highest = _block_scores(line, inside, named, block, slope, inverse_tau, C, groups)
+        scores, highest = _block_scores(
+            line, inside, named, block, slope, noise_scale, NOISE, C, groups
+        )
         for i in tl.static_range(4):
             better, code = scores[i] > top, tl.load(codes + block * 4 + i)
             hard_codes = tl.where(better, code, hard_codes)
@@ -165,12 +184,13 @@ def forward(
     parameter: tl.uint32,
     micro_batch: tl.uint32,
     slope,
-    inverse_tau,
+    noise_scale,
     kappa,
     codes,
     C: tl.constexpr,
     M: tl.constexpr,
     BITS: tl.constexpr,
+    NOISE: tl.constexpr,
     HARD: tl.constexpr,
     STATISTICS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -189,9 +209,9 @@ def forward(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
         if HARD:
-            masks = _hard(line, inside, codes, named, slope, inverse_tau, C, M, groups)
+            masks = _hard(line, inside, codes, named, slope, noise_scale, NOISE, C, M, groups)
         else:
-            _, _, masks = _soft(line, inside, codes, named, slope, inverse_tau, C, M, groups)
+            _, _, masks = _soft(line, inside, codes, named, slope, noise_scale, NOISE, C, M, groups)
         squares += mask_positions(masked, weight, masks, o, g, inside, groups, M, BITS)
         if STATISTICS:
             index, probability = _statistics(line, inside, kappa, C, groups)
@@ -217,13 +237,14 @@ def backward(
     parameter: tl.uint32,
     micro_batch: tl.uint32,
     slope,
-    inverse_tau,
+    noise_scale,
     norm_coef,
     codes,
     C: tl.constexpr,
     M: tl.constexpr,
     BITS: tl.constexpr,
     GRAD_BITS: tl.constexpr,
+    NOISE: tl.constexpr,
     HARD: tl.constexpr,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -239,9 +260,13 @@ def backward(
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
-        top, total, soft = _soft(line, inside, codes, named, slope, inverse_tau, C, M, groups)
+        top, total, soft = _soft(
+            line, inside, codes, named, slope, noise_scale, NOISE, C, M, groups
+        )
         masks = (
-            _hard(line, inside, codes, named, slope, inverse_tau, C, M, groups) if HARD else soft
+            _hard(line, inside, codes, named, slope, noise_scale, NOISE, C, M, groups)
+            if HARD
+            else soft
         )
         dmasks = mask_gradients(
             grad, weight, masks, norm_coef, o, g, inside, groups, M, BITS, GRAD_BITS
@@ -250,7 +275,9 @@ def backward(
         for j in tl.static_range(M):
             mean += soft[j] * dmasks[j]
         for block in range((C + 3) // 4):
-            scores, _ = _block_scores(line, inside, named, block, slope, inverse_tau, C, groups)
+            scores, _ = _block_scores(
+                line, inside, named, block, slope, noise_scale, NOISE, C, groups
+            )
             for i in tl.static_range(4):
                 c, code, dy = (
                     block * 4 + i,

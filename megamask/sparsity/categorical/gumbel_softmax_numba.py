@@ -6,8 +6,9 @@ each thread a slice of the rows. (Of numba's own thread layers, OpenMP kills a p
 as checkpoint writers do, and the work queue scaled poorly.) A row is worked on in tiles whose
 scratch stays in the first-level cache.
 
-The score of a candidate is taken in base 2, (kappa log2(e) pi - log2(-log2 u)) / tau: the softmax
-over candidates is that of Eq. 6, because the constant by which the two Gumbels differ cancels.
+The score of a candidate is taken in base 2, (kappa log2(e) pi - noise log2(-log2 u)) / tau: the
+softmax over candidates is that of Eq. 6, because the constant by which the two Gumbels differ
+cancels. ``scales`` of the kernels is (kappa, 1 / tau, noise).
 
 Shapes: O rows, G groups per row, C candidates, M group size, I = G * M. Storage travels as raw
 bits: uint16 for bf16, uint32 for fp32.
@@ -52,11 +53,11 @@ def shape_arguments(pattern: Pattern) -> tuple[np.ndarray[Any, Any], int]:
 
 
 @njit(inline="always")
-def _probabilities(y, top, word, logits, start, groups, first, key, kappa, inverse_tau):
+def _probabilities(y, top, word, logits, start, groups, first, key, scales):
     """Fill ``y`` (C, G) with the relaxed sample of ``groups`` groups from ``start`` of a row, which
     have global ids from ``first``.
     """
-    perturbed(y, word, logits, start, groups, first, key, kappa, inverse_tau)
+    perturbed(y, word, logits, start, groups, first, key, scales)
     _softmax(y, top, groups, logits.shape[0])
 
 
@@ -152,7 +153,7 @@ def _hard_codes(hard_codes, top, total, logits, start, groups, kappa):
 
 # error_model: 0 / 0 is NaN, not an exception; the learning step refuses NaN by name
 @njit(nogil=True, cache=True, error_model="numpy")
-def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, inverse_tau, hard):
+def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, scales, hard):
     """out (O, I) = weight * sampled mask; sums (O, 2) fp64 = its squares and the largest
     probabilities per row.
 
@@ -179,9 +180,7 @@ def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, i
             n = min(tile, groups - start)
             # soft or hard mask of the tile
             ask_for(logits, weight, m, o, start, n)
-            _probabilities(
-                y, top, word, logits[o], start, n, first + U64(start), key, kappa, inverse_tau
-            )
+            _probabilities(y, top, word, logits[o], start, n, first + U64(start), key, scales)
             _mix_masks(mask, y, kept, n, hard)
             # W * M and its squares
             apply_mask(
@@ -195,7 +194,7 @@ def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, i
             # statistics of the logits without noise
             if hard_codes.size:
                 _hard_codes(
-                    hard_codes[o, start : start + n], top, square, logits[o], start, n, kappa
+                    hard_codes[o, start : start + n], top, square, logits[o], start, n, scales[0]
                 )
                 largest += sum_line(square, n)
         sums[o, 0], sums[o, 1] = norm, largest
@@ -204,9 +203,7 @@ def forward(out, sums, hard_codes, logits, weight, kept, m, place, key, kappa, i
 
 # error_model: 0 / 0 is NaN, not an exception; the learning step refuses NaN by name
 @njit(nogil=True, cache=True, error_model="numpy")
-def backward(
-    buffer, is_sum, grad, logits, weight, kept, m, place, key, kappa, inverse_tau, hard, norm_coef
-):
+def backward(buffer, is_sum, grad, logits, weight, kept, m, place, key, scales, hard, norm_coef):
     """buffer (O, C, G) = or += the gradient at the logits.
 
     grad (O, I) is the gradient at W * M; the gradient of - norm_coef * |W * M|^2 is added. The
@@ -224,7 +221,7 @@ def backward(
         np.empty((m, tile), np.float32),
     )
     score = np.empty((candidates, tile), np.float32)
-    slope = kappa * inverse_tau
+    slope = scales[0] * scales[1]
     before = flush_denormals()
     for o in range(rows):
         first = U64(place[0] + o) * U64(place[2]) + U64(place[1])
@@ -233,9 +230,7 @@ def backward(
             # soft or hard mask of the tile
             ask_for(logits, weight, m, o, start, n)
             ask_for(buffer, grad, m, o, start, n)
-            _probabilities(
-                y, top, word, logits[o], start, n, first + U64(start), key, kappa, inverse_tau
-            )
+            _probabilities(y, top, word, logits[o], start, n, first + U64(start), key, scales)
             _mix_masks(mask, y, kept, n, hard)
             # gradient at the mask, then at the logits through the softmax
             gradient_at_mask(

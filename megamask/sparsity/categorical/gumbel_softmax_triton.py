@@ -150,12 +150,13 @@ def forward(
     parameter: tl.uint32,
     micro_batch: tl.uint32,
     slope,
-    inverse_tau,
+    noise_scale,
     kappa,
     C: tl.constexpr,
     M: tl.constexpr,
     TABLE: tl.constexpr,
     BITS: tl.constexpr,
+    NOISE: tl.constexpr,
     HARD: tl.constexpr,
     STATISTICS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -175,7 +176,7 @@ def forward(
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
-        scores = scores_of(pis, named, slope, inverse_tau, C)
+        scores = scores_of(pis, named, slope, noise_scale, NOISE, C)
         top = _largest(scores, C)
         y = _one_hot(scores, top, C) if HARD else _softmax(scores, top, C)
         masks = _position_masks(y, C, M, TABLE)
@@ -203,13 +204,14 @@ def backward(
     parameter: tl.uint32,
     micro_batch: tl.uint32,
     slope,
-    inverse_tau,
+    noise_scale,
     norm_coef,
     C: tl.constexpr,
     M: tl.constexpr,
     TABLE: tl.constexpr,
     BITS: tl.constexpr,
     GRAD_BITS: tl.constexpr,
+    NOISE: tl.constexpr,
     HARD: tl.constexpr,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -227,7 +229,7 @@ def backward(
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
-        scores = scores_of(pis, named, slope, inverse_tau, C)
+        scores = scores_of(pis, named, slope, noise_scale, NOISE, C)
         top = _largest(scores, C)
         y = _softmax(scores, top, C)
         masks = _position_masks(_one_hot(scores, top, C) if HARD else y, C, M, TABLE)

@@ -125,10 +125,11 @@ def _place(site: Site, global_row: int) -> tuple[int, int, int]:
 
 
 def _sample_arguments(sample: Sample) -> tuple[Any, ...]:
-    """The noise key, kappa, 1 / tau and hard, as the kernels take them."""
+    """The noise key, (kappa, 1 / tau, noise) and hard, as the kernels take them."""
     key = sample.key
     words = tuple(map(np.uint64, (key.seed, key.step, key.micro_batch, key.parameter)))
-    return words, np.float32(sample.kappa), np.float32(1 / sample.tau), sample.hard
+    scales = tuple(map(np.float32, (sample.kappa, 1 / sample.tau, sample.noise)))
+    return words, scales, sample.hard
 
 
 def raw_bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

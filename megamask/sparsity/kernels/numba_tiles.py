@@ -47,18 +47,24 @@ def store(line, i, value):
 
 
 @njit(inline="always")
-def perturbed(y, word, logits, start, groups, first, key, kappa, inverse_tau):
+def perturbed(y, word, logits, start, groups, first, key, scales):
     """Fill ``y`` (L, G) with the scores in base 2, one for each of L logits a group; ``word`` is
-    scratch.
+    scratch, scales = (kappa, 1 / tau, noise). At noise 0 no word and no logarithm is computed.
     """
-    fill_words(word, first, groups, key)
+    kappa, inverse_tau, noise = scales
     scale = kappa * LOG2_E
+    if noise == F(0):
+        for c in range(logits.shape[0]):
+            line = logits[c, start : start + groups]
+            for g in range(groups):
+                y[c, g] = scale * load(line, g) * inverse_tau
+        return
+    fill_words(word, first, groups, key)
     for c in range(logits.shape[0]):
         line = logits[c, start : start + groups]
         for g in range(groups):
-            y[c, g] = (
-                fma(scale, load(line, g), -log2_short(-log2(uniform(word[c, g])))) * inverse_tau
-            )
+            gumbel = -noise * log2_short(-log2(uniform(word[c, g])))
+            y[c, g] = fma(scale, load(line, g), gumbel) * inverse_tau
 
 
 @njit(inline="always")

@@ -82,6 +82,7 @@ class TritonSampler:
                 float(sample.kappa),
                 **kernels.constants,
                 BITS=_bits(weight),
+                NOISE=sample.noise > 0,
                 HARD=sample.hard,
                 STATISTICS=statistics,
                 **cut.constants,
@@ -121,6 +122,7 @@ class TritonSampler:
                 **kernels.constants,
                 BITS=_bits(weight),
                 GRAD_BITS=_bits(grad),
+                NOISE=sample.noise > 0,
                 HARD=sample.hard,
                 ADD=buffer is not None and not sink.replace,
                 **cut.constants,
@@ -224,6 +226,6 @@ def _place(block: RowBlock, site: Site) -> tuple[int, int, int]:
 
 
 def _noise(sample: Sample) -> tuple[int, int, int, int, float, float]:
-    """The key, slope = kappa / tau and 1 / tau, in the order of the kernels' arguments."""
-    key, slope = sample.key, sample.kappa / sample.tau
-    return key.seed, key.step, key.parameter, key.micro_batch, slope, 1 / sample.tau
+    """The key, kappa / tau and noise / tau, in the order of the kernels' arguments."""
+    key, slope, scale = sample.key, sample.kappa / sample.tau, sample.noise / sample.tau
+    return key.seed, key.step, key.parameter, key.micro_batch, slope, scale

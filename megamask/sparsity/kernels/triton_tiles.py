@@ -45,7 +45,7 @@ CHANGING = (
     "parameter",
     "micro_batch",
     "slope",
-    "inverse_tau",
+    "noise_scale",
 )
 
 
@@ -194,8 +194,9 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def score_of(pi, word, slope, inverse_tau):
-    """(kappa pi + g) / tau of one candidate, with g = -log(-log u) of the uniform u of the word.
+def score_of(pi, word, slope, noise_scale):
+    """(kappa pi + noise g) / tau of one candidate, with g = -log(-log u) of the uniform u of the
+    word.
 
     The hardware's log2 errs by up to 2^-22 absolute near 1, where log u itself is that small: there
     the series of log(1 - v) takes over.
@@ -207,18 +208,24 @@ def score_of(pi, word, slope, inverse_tau):
     series = tl.fma(v, tl.fma(v, 1 / 5, 1 / 4), 1 / 3)
     series = v * tl.fma(v, tl.fma(v, series, 1 / 2), 1.0)  # the next: 2^-20 / 6 of it at most
     waiting = tl.where(v < 0.0625, series, _log2(u) * -0.6931471805599453)
-    return tl.fma(pi, slope, -_log2(waiting) * (inverse_tau * 0.6931471805599453))
+    return tl.fma(pi, slope, -_log2(waiting) * (noise_scale * 0.6931471805599453))
 
 
 @triton.jit
-def scores_of(pis, named, slope, inverse_tau, C: tl.constexpr):
-    """(kappa pi + g) / tau of C logits a group, with slope = kappa / tau."""
-    words = ()
-    for block in tl.static_range((C + 3) // 4):
-        words = words + word_block(named, block)
+def scores_of(pis, named, slope, noise_scale, NOISE: tl.constexpr, C: tl.constexpr):
+    """(kappa pi + noise g) / tau of C logits a group, with slope = kappa / tau and noise_scale =
+    noise / tau. Without NOISE, for noise 0, no word and no logarithm is computed.
+    """
     scores = ()
-    for c in tl.static_range(C):
-        scores = scores + (score_of(pis[c], words[c], slope, inverse_tau),)
+    if NOISE:
+        words = ()
+        for block in tl.static_range((C + 3) // 4):
+            words = words + word_block(named, block)
+        for c in tl.static_range(C):
+            scores = scores + (score_of(pis[c], words[c], slope, noise_scale),)
+    else:
+        for c in tl.static_range(C):
+            scores = scores + (pis[c] * slope,)
     return scores
 
 

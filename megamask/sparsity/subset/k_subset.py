@@ -4,7 +4,7 @@ of every backend.
 The score of a set S of N positions is the sum of its positions' scores. A draw adds one Gumbel g to
 the score of every position,
 
-    l = (kappa pi + g) / tau.
+    l = (kappa pi + noise g) / tau.
 
 The hard mask keeps the N largest l. The soft mask is the exact probability that each position is in
 S under
@@ -67,7 +67,7 @@ from megamask.sparsity.draw import (
     Sampled,
     Site,
     computing_dtype,
-    gumbel_noise,
+    scores,
 )
 from megamask.sparsity.pattern import Pattern
 
@@ -78,12 +78,6 @@ class Factors(NamedTuple):
     u: list[torch.Tensor]
     v: list[torch.Tensor]
     size: int
-
-
-def scores(mask_logits: torch.Tensor, site: Site, sample: Sample) -> torch.Tensor:
-    """l = (kappa pi + g) / tau, (O, M, G)."""
-    noise = gumbel_noise(site, sample, mask_logits.shape[-1], mask_logits.device, mask_logits.dtype)
-    return (mask_logits * sample.kappa + noise) / sample.tau
 
 
 def factors(score_OMG: torch.Tensor, pattern: Pattern) -> Factors:

@@ -4,7 +4,7 @@ of a group in the place of its candidates.
 k_subset.py has the maths, llvm_polynomials.py its polynomials, llvm_positions.py moves weights into
 vectors. ``kept`` and ``positions`` are tuples of N and of M: their lengths choose the compiled
 kernel. Scores are in base 2, as in gumbel_softmax_numba.py: the constant by which all positions of
-a group differ cancels.
+a group differ cancels. ``scales`` is (kappa, 1 / tau, noise).
 
 A tile is a part of a row, or several short rows, which lie one after the other in its lines: so few
 lanes of the last vector idle.
@@ -122,12 +122,22 @@ def _draw_words(word, place, o, start, rows, groups, key):
 
 
 @njit(inline="always")
-def _perturb(x, word, lanes, kappa, inverse_tau):
-    """x (M, lanes), logits, become scores in base 2."""
-    scale = kappa * LOG2_E
+def _score(x, word, place, o, start, rows, groups, key, scales):
+    """x (M, lanes), logits, become scores in base 2; ``word`` is scratch. At noise 0 no word and no
+    logarithm is computed.
+    """
+    kappa, inverse_tau, noise = scales
+    scale, lanes = kappa * LOG2_E, _whole(rows * groups)
+    if noise == F(0):
+        for j in range(x.shape[0]):
+            for g in range(lanes):
+                x[j, g] = scale * x[j, g] * inverse_tau
+        return
+    _draw_words(word, place, o, start, rows, groups, key)
     for j in range(x.shape[0]):
         for g in range(lanes):
-            x[j, g] = fma(scale, x[j, g], -log2_short(-log2(uniform(word[j, g])))) * inverse_tau
+            gumbel = -noise * log2_short(-log2(uniform(word[j, g])))
+            x[j, g] = fma(scale, x[j, g], gumbel) * inverse_tau
 
 
 @njit(inline="always")
@@ -204,9 +214,7 @@ def _hard_codes(hard_codes, total, mask, x, kept, positions, kappa):
 
 # error_model: 0 / 0 is NaN, not an exception; the learning step refuses NaN by name
 @njit(nogil=True, cache=True, error_model="numpy")
-def forward(
-    out, sums, hard_codes, logits, weight, kept, positions, place, key, kappa, inverse_tau, hard
-):
+def forward(out, sums, hard_codes, logits, weight, kept, positions, place, key, scales, hard):
     """out (O, I) = weight * sampled mask; sums (O, 2) fp64 = its squares and the largest
     probabilities per row.
 
@@ -229,8 +237,7 @@ def forward(
             _ask_for(logits, weight, o, start + width, count, width)
             # soft or hard mask of the tile
             _read(x, logits, o, start, r, w)
-            _draw_words(word, place, o, start, r, w, key)
-            _perturb(x, word, _whole(r * w), kappa, inverse_tau)
+            _score(x, word, place, o, start, r, w, key, scales)
             _sample(mask, x, middle, kept, positions, _whole(r * w), hard)
             # W * M and its squares
             first = o * groups + start
@@ -242,7 +249,7 @@ def forward(
             if hard_codes.size:
                 _read(x, logits, o, start, r, w)
                 _hard_codes(
-                    flat_codes[first : first + r * w], square, mask, x, kept, positions, kappa
+                    flat_codes[first : first + r * w], square, mask, x, kept, positions, scales[0]
                 )
                 for row in range(r):
                     sums[o + row, 1] += sum_line(square[row * w : (row + 1) * w], w)
@@ -256,19 +263,7 @@ def _words(m):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def backward(
-    buffer,
-    is_sum,
-    grad,
-    logits,
-    weight,
-    kept,
-    positions,
-    place,
-    key,
-    kappa,
-    inverse_tau,
-    hard,
-    norm_coef,
+    buffer, is_sum, grad, logits, weight, kept, positions, place, key, scales, hard, norm_coef
 ):
     """buffer (O, M, G) = or += the gradient at the logits.
 
@@ -284,7 +279,7 @@ def backward(
     )
     middle = np.zeros(lanes, np.float32)
     flat_weight, flat_grad = weight.reshape(-1), grad.reshape(-1)
-    slope, coef = kappa * inverse_tau, F(2) * norm_coef
+    slope, coef = scales[0] * scales[1], F(2) * norm_coef
     before = flush_denormals()
     for o in range(0, rows, count):
         for start in range(0, groups, width):
@@ -293,8 +288,7 @@ def backward(
             _ask_for(buffer, grad, o, start + width, count, width)
             # soft or hard mask of the tile
             _read(x, logits, o, start, r, w)
-            _draw_words(word, place, o, start, r, w, key)
-            _perturb(x, word, _whole(r * w), kappa, inverse_tau)
+            _score(x, word, place, o, start, r, w, key, scales)
             _sample(mask, x, middle, kept, positions, _whole(r * w), hard)
             # gradient at the mask, then at the scores
             part = slice((o * groups + start) * m, (o * groups + start + r * w) * m)

@@ -231,11 +231,12 @@ def forward(
     parameter: tl.uint32,
     micro_batch: tl.uint32,
     slope,
-    inverse_tau,
+    noise_scale,
     kappa,
     N: tl.constexpr,
     M: tl.constexpr,
     BITS: tl.constexpr,
+    NOISE: tl.constexpr,
     HARD: tl.constexpr,
     STATISTICS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -253,7 +254,7 @@ def forward(
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
-        scores = scores_of(pis, named, slope, inverse_tau, M)
+        scores = scores_of(pis, named, slope, noise_scale, NOISE, M)
         ranks = _ranks(scores, M)
         if HARD:
             masks = _hard(scores, ranks, N, M)
@@ -285,12 +286,13 @@ def backward(
     parameter: tl.uint32,
     micro_batch: tl.uint32,
     slope,
-    inverse_tau,
+    noise_scale,
     norm_coef,
     N: tl.constexpr,
     M: tl.constexpr,
     BITS: tl.constexpr,
     GRAD_BITS: tl.constexpr,
+    NOISE: tl.constexpr,
     HARD: tl.constexpr,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -306,7 +308,7 @@ def backward(
         named = counter(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
-        scores = scores_of(pis, named, slope, inverse_tau, M)
+        scores = scores_of(pis, named, slope, noise_scale, NOISE, M)
         ranks = _ranks(scores, M)
         u, v = _factors(scores, ranks, N, M)
         masks = _hard(scores, ranks, N, M) if HARD else _marginals(u, v, N, M)

@@ -33,6 +33,7 @@ DECIDING = """
 """
 EACH_STEP = """
     learn.steps learn.sampling.mode learn.sampling.draws learn.sampling.kappa learn.sampling.tau
+    learn.sampling.noise
     learn.state.grads
     learn.optimizer.lr learn.optimizer.min_lr learn.optimizer.warmup_steps
     learn.optimizer.schedule learn.optimizer.weight_decay learn.optimizer.betas

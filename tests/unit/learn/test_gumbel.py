@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from megamask.learn.gumbel import between
+from megamask.config import load_config
+from megamask.learn.gumbel import between, sample_of
+from megamask.sparsity.draw import Sample
+from megamask.sparsity.noise import NoiseKey
 
 
 @pytest.mark.parametrize(
@@ -16,6 +19,14 @@ def test_kappa_rises_and_tau_falls(progress: float, kappa: float, tau: float) ->
     assert between((4, 0.05), progress) == pytest.approx(
         tau, rel=1e-14
     )  # 4 - 3.95: one rounding of 4, 4.4e-16, against 0.05
+
+
+def test_a_step_draws_what_the_settings_say() -> None:
+    words = ["seed=5", "learn.steps=10", "learn.sampling.mode=hard", "learn.sampling.noise=0.25"]
+    sample = sample_of(load_config(None, words), 5)
+    assert sample == Sample(NoiseKey(5, 5), 300.0, sample.tau, hard=True, noise=0.25)
+    assert sample.tau == pytest.approx(0.525, rel=1e-15)
+    assert sample_of(load_config(), 0).noise == 1
 
 
 def test_weight_norm_is_constant_or_falls_to_zero() -> None:

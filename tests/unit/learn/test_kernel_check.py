@@ -50,8 +50,10 @@ def mesh() -> Iterator[Mesh]:
         ["learn.method=categorical", "pattern=4:8", "learn.memory=lean"],
         ["learn.memory=leanest", "pattern=8:16"],
         ["learn.preset=maskpro", "learn.method=maskpro"],
+        ["learn.sampling.noise=0"],
+        ["learn.sampling.noise=100", "learn.sampling.mode=hard"],
     ],
-    ids=["subset", "hard", "lean", "leanest", "maskpro"],
+    ids=["subset", "hard", "lean", "leanest", "maskpro", "quiet", "loud"],
 )
 def test_kernels_that_work_are_kept(words: list[str], backend: str, mesh: Mesh) -> None:
     config = settings(*words, f"learn.sampling.backend={backend}")
@@ -142,6 +144,21 @@ def test_a_wrong_kernel_falls_back_and_is_said(
     assert said in caplog.text
     with pytest.raises(ConfigError, match="learn.sampling.backend = 'numba': .*Use auto, or torch"):
         with_proven_kernels(settings("learn.sampling.backend=numba"), Pattern(2, 4), mesh)
+
+
+@pytest.mark.parametrize(("noise", "wrong"), [(0.0, 1.0), (0.5, 0.6), (1.0, 0.0)])
+def test_the_noise_of_the_run_is_checked(
+    noise: float, wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(Pattern(2, 4), Placement.whole(6, 37), DISTRIBUTIONS["subset"])
+    config = settings(f"learn.sampling.noise={noise}")
+    assert sampling_problem(config, site, CPU, "numba") == ""
+
+    def other_noise(self: Any, logits: Any, weight: Any, site: Any, sample: Any, *more: Any) -> Any:
+        return FORWARD(self, logits, weight, site, replace(sample, noise=wrong), *more)
+
+    monkeypatch.setattr(NumbaSampler, "forward", other_noise)
+    assert sampling_problem(config, site, CPU, "numba").startswith("masked weight: ")
 
 
 def test_plain_pytorch_needs_no_check(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from megamask.plan.time import (
     HEAD,
     MATMULS,
     OPTIMIZER,
+    QUIET,
     RECOMPUTE,
     SAMPLING_BACKWARD,
     SAMPLING_FORWARD,
@@ -182,6 +183,16 @@ def test_seconds_by_hand() -> None:
     assert parts[DP_LINKS] == pytest.approx(
         local * 6 * 2 * 7 / 8 / (50e9 * 0.75)
     )  # 64 GPUs: between nodes
+
+
+def test_draws_without_noise_take_less_arithmetic() -> None:
+    slow = replace(GPUS["h200"], group_seconds=(1e-9, 2e-9))
+    loud, half, quiet = (
+        time_of(plan(f"learn.sampling.noise={noise}"), slow).parts for noise in (1, 0.5, 0)
+    )
+    assert half == loud
+    for part in (SAMPLING_FORWARD, SAMPLING_BACKWARD):
+        assert quiet[part] == pytest.approx(QUIET * loud[part])
 
 
 def test_one_draw_a_step_takes_the_sampling_out_of_the_micro_batches() -> None:

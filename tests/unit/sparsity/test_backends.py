@@ -33,7 +33,11 @@ DRAWS = [
     Sample(KEY, kappa=300.0, tau=0.5),
     Sample(KEY, kappa=500.0, tau=0.05),
     Sample(KEY, kappa=300.0, tau=1.0, hard=True),
+    Sample(KEY, kappa=300.0, tau=0.5, noise=0.5),
+    Sample(KEY, kappa=300.0, tau=0.5, noise=0.0),
+    Sample(KEY, kappa=300.0, tau=1.0, hard=True, noise=0.0),
 ]
+IDS = ["soft-warm", "soft-cool", "soft-cold", "hard", "half", "quiet", "quiet-hard"]
 PATTERNS = [(2, 4), (1, 4), (4, 8)]
 SINK = GradientSink(norm_coef=1e-2)
 EPS = 2.0**-24  # fp32 rounds to 24 bits
@@ -64,7 +68,7 @@ def index_error(logits: torch.Tensor, draw: Sample) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("draw", DRAWS, ids=["soft-warm", "soft-cool", "soft-cold", "hard"])
+@pytest.mark.parametrize("draw", DRAWS, ids=IDS)
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_the_fused_kernels_equal_the_plain_backend(
     n: int, m: int, draw: Sample, dtype: torch.dtype
@@ -118,7 +122,15 @@ def changed(
 
 @pytest.mark.parametrize(
     "change",
-    [{"kappa": -100.0}, {"kappa": 1.0}, {"tau": 1.0}, {"hard": True}, {"norm_coef": 0.0}],
+    [
+        {"kappa": -100.0},
+        {"kappa": 1.0},
+        {"tau": 1.0},
+        {"noise": 0.9},
+        {"noise": 0.0},
+        {"hard": True},
+        {"norm_coef": 0.0},
+    ],
     ids=str,
 )
 def test_a_wrong_kernel_would_be_seen(change: dict[str, Any]) -> None:

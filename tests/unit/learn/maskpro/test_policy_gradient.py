@@ -136,6 +136,11 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "starts from a prior mask",
         "false",
     ),
+    "learn.sampling.noise=0.5": (
+        "learn.sampling.noise = 0.5",
+        "1 with learn.method=maskpro",
+        "Set it to 1",
+    ),
     "learn.prior.strength=0": ("learn.prior.strength", "above 0", "learn.maskpro.initial_logit"),
     "learn.distillation.share=1": (
         "learn.distillation.share",

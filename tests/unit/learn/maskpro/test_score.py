@@ -20,11 +20,10 @@ from megamask.learn.maskpro.score import (
     score_of,
     set_score,
 )
-from megamask.sparsity.draw import Site
+from megamask.sparsity.draw import Site, scores
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
-from megamask.sparsity.subset.k_subset import scores
 from megamask.sparsity.subset.subset import SUBSET
 from tests.unit.learn.maskpro.ordered_law import log_probability, log_set_probability
 from tests.unit.learn.maskpro.ordered_law import score as expected_score

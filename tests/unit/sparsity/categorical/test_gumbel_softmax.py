@@ -29,8 +29,10 @@ DRAWS = [
     Sample(KEY, kappa=300.0, tau=0.5),
     Sample(KEY, kappa=100.0, tau=4.0, hard=True),
     Sample(KEY, kappa=300.0, tau=0.5, hard=True),
+    Sample(KEY, kappa=300.0, tau=1.0, noise=0.5),
+    Sample(KEY, kappa=300.0, tau=1.0, noise=0.0),
 ]
-COEFS = [0.0, 0.03, 0.0, 0.03]
+COEFS = [0.0, 0.03, 0.0, 0.03, 0.03, 0.03]
 PATTERNS = [(2, 4), (1, 4), (4, 8)]
 # Both sides compute in fp64 and differ in the order of operations: a few hundred roundings of
 # 1.1e-16 on scores below 1e2.
@@ -62,7 +64,8 @@ def reference_gradient(
     reference.
     """
     n, m = site.pattern.n, site.pattern.m
-    noise = reference.gumbel(draw.key, ROWS, site.pattern.num_candidates, GROUPS)
+    gumbel = reference.gumbel(draw.key, ROWS, site.pattern.num_candidates, GROUPS)
+    noise = draw.noise * gumbel
     leaf = logits.clone().requires_grad_()
     masked = weight * reference.mask(leaf, noise, n, m, draw.kappa, draw.tau, draw.hard)
     loss = (grad * masked).sum() - norm_coef * masked.square().sum()
@@ -87,9 +90,12 @@ def test_forward_and_backward_equal_the_reference(
     wrong = {
         "sign": replace(draw, kappa=-draw.kappa),
         "kappa": replace(draw, kappa=1.0),
-        "tau": replace(draw, tau=1.0),
+        "tau": replace(draw, tau=2.0),
+        "noise": replace(draw, noise=draw.noise + 0.5),
         "step": replace(draw, key=replace(KEY, step=4)),
     }
+    if draw.noise == 0:
+        del wrong["step"]
     for name, other in wrong.items():
         other_dlogits = gumbel_softmax.backward(grad, logits, weight, site, other, sink)
         assert (

@@ -41,6 +41,11 @@ DRAWS = [
     Sample(KEY, kappa=500.0, tau=0.05),
     Sample(KEY, kappa=300.0, tau=1.0, hard=True),
 ]
+SCALED = [
+    Sample(KEY, kappa=300.0, tau=0.5, noise=0.5),
+    Sample(KEY, kappa=300.0, tau=1.0, noise=0.0),
+    Sample(KEY, kappa=300.0, tau=1.0, hard=True, noise=0.0),
+]
 SINK = GradientSink(norm_coef=1e-2)
 # The interpreter takes seconds for the 70 candidates of 4:8, and for 16 positions.
 AT_NIGHT = [pytest.mark.nightly] if DEVICE == "cpu" else []
@@ -146,6 +151,8 @@ def test_words_have_the_layout_of_philox_py_and_of_tritons_own_generator() -> No
 CASES = [  # pattern, dtype of logits, of weight and gradient, draw; the interpreter is slow
     *((2, 4, FP32, dtype, draw) for dtype in (FP32, BF16) for draw in DRAWS),
     *((2, 4, BF16, BF16, draw) for draw in (DRAWS[0], DRAWS[2])),
+    *((2, 4, FP32, BF16, draw) for draw in SCALED[:2]),
+    (4, 8, FP32, BF16, SCALED[1]),
     (1, 4, FP32, BF16, DRAWS[0]),
     (2, 3, BF16, BF16, DRAWS[2]),
     (4, 8, BF16, BF16, DRAWS[2]),
@@ -226,6 +233,8 @@ def test_gradients_and_buffers_of_another_dtype_or_stride() -> None:
         {"kappa": -100.0},
         {"kappa": 1.0},
         {"tau": 1.0},
+        {"noise": 0.9},
+        {"noise": 0.0},
         {"hard": True},
         {"norm_coef": 0.0},
         {"key": replace(KEY, step=1)},
@@ -288,6 +297,30 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
         assert torch.equal(
             TRITON.backward(grad[rows][:, inputs], *some, SINK), gradient[rows][..., groups]
         )
+
+
+@pytest.mark.parametrize("distribution", [CATEGORICAL, SUBSET], ids=str)
+def test_without_noise_neither_key_nor_place_matters(distribution: Distribution) -> None:
+    site, (grad, _, w) = problem(2, 4, FP32, BF16)
+    site = replace(site, distribution=distribution)
+    generator = torch.Generator().manual_seed(3)
+    shape = (ROWS, site.logits_per_group, GROUPS)
+    pi = (0.01 * torch.randn(shape, generator=generator)).to(DEVICE)
+
+    def bits(site: Site, draw: Sample, part: slice) -> list[torch.Tensor]:
+        inputs = slice(4 * part.start, 4 * part.stop)
+        some = (pi[..., part], w[:, inputs], site, draw)
+        forward, backward = TRITON.forward(*some), TRITON.backward(grad[:, inputs], *some, SINK)
+        return [forward.masked, backward]
+
+    quiet, here = replace(SOFT, noise=0.0), slice(3, 14)
+    masked, gradient = bits(site, quiet, slice(0, GROUPS))
+    elsewhere = replace(site, placement=Placement.whole(ROWS, 11))
+    other = replace(quiet, key=NoiseKey(8, 9))
+    found = bits(elsewhere, other, here)
+    assert torch.equal(found[0], masked[:, 12:56]) and torch.equal(found[1], gradient[..., here])
+    loud = bits(elsewhere, replace(other, noise=1e-3), here)
+    assert not torch.equal(loud[0], found[0])
 
 
 @pytest.mark.parametrize("distribution", [CATEGORICAL, SUBSET], ids=str)

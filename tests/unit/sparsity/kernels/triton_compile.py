@@ -71,6 +71,7 @@ class Variant:
         kernel: forward, backward or mask_statistics.
         logits: fp32, or bf16.
         flag: HARD, STATISTICS and ADD together.
+        noise: NOISE.
         capability: 90 for sm_90.
     """
 
@@ -78,19 +79,25 @@ class Variant:
     kernel: str
     logits: str
     flag: bool
+    noise: bool
     capability: int
 
     @property
     def name(self) -> str:
         """As in ``compiled.json``."""
         what = f"{self.site.distribution.name} {self.site.pattern} {self.kernel}"
-        return f"{what} {self.logits}{' flags' if self.flag else ''} sm_{self.capability}"
+        how = f"{self.logits}{' flags' if self.flag else ''}{'' if self.noise else ' quiet'}"
+        return f"{what} {how} sm_{self.capability}"
 
     def measure(self) -> dict[str, float]:
-        """Compile; the figures of the module's docstring by name."""
+        """Compile; the figures of the module's docstring by name. A kernel that draws has
+        logarithms, and no other kernel has any.
+        """
         options = triton_host.OPTIONS
         target = GPUTarget("cuda", self.capability, 32)
         compiled = triton.compile(self.source(), target=target, options=options)
+        draws = self.noise and self.kernel != "mask_statistics"
+        assert ("lg2." in compiled.asm["ptx"]) == draws, f"{self.name}: logarithms"
         registers, spilled, instructions = resources(compiled.asm["cubin"])
         per_group = round(instructions / self.cut.rows / self.cut.cols * triton_host.THREADS)
         return {"registers": registers, "spilled": spilled, "instructions": per_group}
@@ -116,6 +123,7 @@ class Variant:
             "BITS": 16,
             "GRAD_BITS": 16,
             **dict.fromkeys(("HARD", "STATISTICS", "ADD"), self.flag),
+            "NOISE": self.noise,
         }
         pointers = {
             **POINTERS,
@@ -208,12 +216,16 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
 
 
 def variants(sites: list[Site], capabilities: tuple[int, ...]) -> Iterator[Variant]:
-    """All kernels of ``sites``, plain with fp32 logits and with every flag with bf16 logits."""
+    """All kernels of ``sites``, plain with fp32 logits, with every flag with bf16 logits, and those
+    that draw without noise with fp32 logits.
+    """
     for capability in capabilities:
         for site in sites:
             for kernel in ("forward", "backward", "mask_statistics"):
                 for logits, flag in (("fp32", False), ("bf16", True)):
-                    yield Variant(site, kernel, logits, flag, capability)
+                    yield Variant(site, kernel, logits, flag, True, capability)
+                if kernel != "mask_statistics":
+                    yield Variant(site, kernel, "fp32", False, False, capability)
 
 
 def grown(m: int, found: dict[str, float], known: dict[str, float] | None) -> list[str]:

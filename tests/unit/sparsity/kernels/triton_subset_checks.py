@@ -28,6 +28,7 @@ from tests.unit.sparsity.kernels.triton_checks import (
     GROUPS,
     KEY,
     ROWS,
+    SCALED,
     SINK,
     SOFT,
 )
@@ -62,6 +63,7 @@ def rounding(dtype: torch.dtype) -> float:
 CASES = [  # pattern, dtype of logits, of weight and gradient, draw; the interpreter is slow
     *((2, 4, FP32, dtype, draw) for dtype in (FP32, BF16) for draw in DRAWS),
     (2, 4, BF16, BF16, DRAWS[0]),
+    *((2, 4, FP32, BF16, draw) for draw in SCALED),
     (1, 4, FP32, BF16, DRAWS[0]),
     (3, 4, FP32, FP32, DRAWS[1]),
     (2, 3, BF16, BF16, DRAWS[2]),
@@ -133,6 +135,8 @@ def test_the_kernels_equal_the_plain_backend(
         {"kappa": -100.0},
         {"kappa": 1.0},
         {"tau": 1.0},
+        {"noise": 0.9},
+        {"noise": 0.0},
         {"hard": True},
         {"norm_coef": 0.0},
         {"key": replace(KEY, step=1)},

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from megamask.sparsity.draw import Sample, Site
+from megamask.sparsity.draw import Sample, Site, scores
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.subset import k_subset
 
@@ -49,9 +49,7 @@ def bounds(
     """
     grad, logits, weight = grad.double(), logits.double(), weight.double()
     n, m = site.pattern.n, site.pattern.m
-    score = k_subset.scores(
-        logits, site, draw
-    )  # fp64: equal to brute force by test_linear_distribution.py
+    score = scores(logits, site, draw)  # fp64: equal to brute force by test_linear_distribution.py
     noise = score * draw.tau - draw.kappa * logits
     # Both sides round kappa pi, g (two logs of a few ulp each; absolute where g is near 0), the sum
     # and the quotient: about 8 roundings.

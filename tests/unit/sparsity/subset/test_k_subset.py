@@ -14,7 +14,7 @@ import torch
 from megamask.errors import ConfigError
 from megamask.sparsity.categorical import gumbel_softmax
 from megamask.sparsity.categorical.categorical import CATEGORICAL
-from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Site
+from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Site, scores
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.operator import sample_mask
 from megamask.sparsity.pattern import Pattern
@@ -58,7 +58,7 @@ def brute_force(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(mask, gradient at the logits of sum grad W * M - coef |W * M|^2 by autograd), fp64."""
     n, m = site.pattern.n, site.pattern.m
-    noise = reference.gumbel(draw.key, ROWS, m, GROUPS)
+    noise = draw.noise * reference.gumbel(draw.key, ROWS, m, GROUPS)
     leaf = logits.double().requires_grad_()
     mask = subsets.mask(leaf, noise, n, draw.kappa, draw.tau, draw.hard)
     masked = weight.double() * mask
@@ -67,13 +67,16 @@ def brute_force(
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
-@pytest.mark.parametrize(("kappa", "tau"), SCALES)
+@pytest.mark.parametrize(
+    ("kappa", "tau", "noise"),
+    [*((*one, 1.0) for one in SCALES), (300.0, 1.0, 0.5), (300.0, 1.0, 0)],
+)
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_masks_and_gradients_equal_brute_force(
-    n: int, m: int, kappa: float, tau: float, hard: bool
+    n: int, m: int, kappa: float, tau: float, noise: float, hard: bool
 ) -> None:
     site, logits, weight, grad = problem(n, m)
-    draw = Sample(KEY, kappa, tau, hard)
+    draw = Sample(KEY, kappa, tau, hard, noise)
     expected, expected_dlogits = brute_force(site, logits, weight, grad, draw)
     masked, (norm, _), _ = k_subset.forward(logits, weight, site, draw)
     dlogits = k_subset.backward(grad, logits, weight, site, draw, SINK)
@@ -92,7 +95,7 @@ def test_masks_and_gradients_equal_brute_force(
 @pytest.mark.parametrize(("n", "m"), [*PATTERNS, (5, 6), (16, 32), (13, 16)])
 def test_fp32_is_stable_at_every_temperature(n: int, m: int, kappa: float, tau: float) -> None:
     site, logits, *_ = problem(n, m, torch.float32)
-    score = k_subset.scores(logits, site, Sample(KEY, kappa, tau))
+    score = scores(logits, site, Sample(KEY, kappa, tau))
     mask = k_subset.marginals(score, site.pattern)
     # The same scores on both sides, so that only the polynomials are compared. Each of about 2 M K
     # operations on positive terms rounds relatively; their errors grow like the square root, a
@@ -142,7 +145,7 @@ def shifted_by_the_maximum(score_OMG: torch.Tensor, n: int) -> torch.Tensor:
 def test_a_shift_by_the_maximum_underflows_at_the_end_of_the_schedules(n: int, m: int) -> None:
     site, logits, *_ = problem(n, m, torch.float32)
     for kappa, tau, is_fine in ((100.0, 4.0, True), (500.0, 0.05, False)):
-        score = k_subset.scores(logits, site, Sample(KEY, kappa, tau))
+        score = scores(logits, site, Sample(KEY, kappa, tau))
         naive = shifted_by_the_maximum(score, n)
         assert bool(naive.isfinite().all()) == is_fine
         assert k_subset.marginals(score, site.pattern).isfinite().all()
@@ -170,6 +173,7 @@ def test_wrong_answers_fail(n: int, m: int) -> None:
         "sign": replace(draw, kappa=-draw.kappa),
         "kappa": replace(draw, kappa=1.0),
         "tau": replace(draw, tau=4.0),
+        "noise": replace(draw, noise=0.9),
         "step": replace(draw, key=replace(KEY, step=4)),
         "norm": draw,
     }
@@ -180,7 +184,7 @@ def test_wrong_answers_fail(n: int, m: int) -> None:
             f"a wrong {name} went unnoticed"
         )
     # Independent positions would have the gradient m (1 - m) d alone.
-    score = k_subset.scores(logits, site, draw)
+    score = scores(logits, site, draw)
     slope = (grad * weight).unflatten(1, (-1, m)).transpose(1, 2)
     mask = k_subset.marginals(score, site.pattern)
     alone, whole = mask * (1 - mask) * slope, k_subset.covariances(score, slope, site.pattern)
@@ -191,7 +195,7 @@ def test_wrong_answers_fail(n: int, m: int) -> None:
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 4), (8, 16)])
 def test_soft_masks_tend_to_the_largest_scores(n: int, m: int) -> None:
     site, logits, *_ = problem(n, m)
-    score = k_subset.scores(logits, site, Sample(KEY, 100.0, 1.0))
+    score = scores(logits, site, Sample(KEY, 100.0, 1.0))
     hard = k_subset.largest(score, site.pattern)
     assert is_valid(site.pattern, hard.transpose(1, 2).flatten(1))
     distance = [

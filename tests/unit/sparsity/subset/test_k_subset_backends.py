@@ -38,7 +38,11 @@ DRAWS = [
     Sample(KEY, kappa=300.0, tau=0.5),
     Sample(KEY, kappa=500.0, tau=0.05),
     Sample(KEY, kappa=300.0, tau=1.0, hard=True),
+    Sample(KEY, kappa=300.0, tau=0.5, noise=0.5),
+    Sample(KEY, kappa=300.0, tau=0.5, noise=0.0),
+    Sample(KEY, kappa=300.0, tau=1.0, hard=True, noise=0.0),
 ]
+IDS = ["soft-warm", "soft-cool", "soft-cold", "hard", "half", "quiet", "quiet-hard"]
 SINK = GradientSink(norm_coef=1e-2)
 FP32, BF16 = torch.float32, torch.bfloat16
 # A shape and a dtype of the weights compile kernels of their own, about ten seconds each. 5:6 keeps
@@ -62,7 +66,7 @@ def problem(
     return site, logits, weight, grad
 
 
-@pytest.mark.parametrize("draw", DRAWS, ids=["soft-warm", "soft-cool", "soft-cold", "hard"])
+@pytest.mark.parametrize("draw", DRAWS, ids=IDS)
 @pytest.mark.parametrize(
     ("n", "m", "dtype"),
     [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.nightly) for shape in MORE)],
@@ -114,7 +118,15 @@ def test_the_fused_kernels_equal_the_plain_backend(
 
 @pytest.mark.parametrize(
     "change",
-    [{"kappa": -100.0}, {"kappa": 1.0}, {"tau": 1.0}, {"hard": True}, {"norm_coef": 0.0}],
+    [
+        {"kappa": -100.0},
+        {"kappa": 1.0},
+        {"tau": 1.0},
+        {"noise": 0.9},
+        {"noise": 0.0},
+        {"hard": True},
+        {"norm_coef": 0.0},
+    ],
     ids=str,
 )
 def test_a_wrong_kernel_would_be_seen(change: dict[str, float]) -> None:
