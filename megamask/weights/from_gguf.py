@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFReader, ReaderTensor, dequantize
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megamask.errors import ArtifactError
@@ -21,6 +21,7 @@ from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.gguf_header import ROPE_FACTORS, Header
 from megamask.weights.gguf_layout import read_layout
+from megamask.weights.gguf_tokenizer import HeaderTokenizer
 from megamask.weights.hf_files import share, write_tensors
 from megamask.weights.licences import copy_licences
 from megamask.weights.mapping import expected_tensors
@@ -28,7 +29,7 @@ from megamask.weights.own_folder import own_files, require_own
 
 STAMP = "megamask_gguf.json"  # this file in the new folder names the GGUF file
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-LONG_LISTS = ("tokens", "scores", "token_type", "merges")  # of the tokenizer
+TOKENIZER = 2  # a folder whose stamp has another number has another tokenizer
 
 
 def unpack(source: Path, out: Path) -> None:
@@ -65,7 +66,7 @@ def unpack(source: Path, out: Path) -> None:
     model_type = header.family.model_type
     if model_type == "llama":
         config |= biases
-    tokenizer = _tokenizer(source)
+    tokenizer = HeaderTokenizer(fields, source)
     weights = 0
     with atomic_dir(out) as folder:
         names = {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
@@ -75,7 +76,7 @@ def unpack(source: Path, out: Path) -> None:
         arch = read_architecture(folder)
         places = _places(arch, stored, source)
         write_tensors(folder, _tensors(arch, header, places, source))
-        tokenizer.save_pretrained(folder)
+        tokenizer.write(folder)
         copy_licences(source.parent, folder)
         share(folder)
         write_json(folder / STAMP, {**stamp, **own_files(folder)})
@@ -83,24 +84,20 @@ def unpack(source: Path, out: Path) -> None:
     tell(f"{out}: {weights:,} weights in bf16 from {source.name}")
 
 
-def _stamp(source: Path) -> dict[str, str]:
+def _stamp(source: Path) -> dict[str, Any]:
     fix = "Point model.gguf at a GGUF file."
     require_file(source, GGUF, fix)
     with reading(source, fix):
         if (kind := file_kind(source)) is None or kind.what != GGUF:
             raise wrong_file(source, GGUF, fix)
-        return {"file": source.name, "sha256": file_sha256(source)}
+        return {"file": source.name, "sha256": file_sha256(source), "tokenizer": TOKENIZER}
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
-    """The fields but for long lists, and the tensors, which stay on the disk."""
+    """The fields, and the tensors, which stay on the disk."""
     try:
         reader = GGUFReader(source)
-        fields = {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if not (name.startswith("tokenizer.") and name.endswith(LONG_LISTS))
-        }
+        fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the reader raises errors of many types
         problem = f"cannot be read as a GGUF file ({error})"
         raise explained(error) or _damaged(source, problem) from error
@@ -109,17 +106,6 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
 
 def _damaged(source: Path, problem: str) -> ArtifactError:
     return ArtifactError(source, problem, "Use a GGUF file that was made from a whole model.")
-
-
-def _tokenizer(source: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(
-            source.parent, gguf_file=source.name, local_files_only=True
-        )
-    except Exception as error:  # the loader raises errors of many types, also bare Exception
-        problem = f"holds a tokenizer that cannot be read ({error})"
-        fix = "Use a GGUF file with a tokenizer that transformers knows."
-        raise explained(error) or ArtifactError(source, problem, fix) from error
 
 
 def _places(

@@ -1,7 +1,7 @@
 """The header of a GGUF file as the keys of a config.json.
 
 Every key of the model in the header is read, or known to change nothing, or refused by name. The
-tokenizer's keys are transformers' affair.
+keys of the tokenizer are read in ``gguf_tokenizer``.
 """
 
 from __future__ import annotations

@@ -86,6 +86,18 @@ def hf(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_tokenizer_is_that_of_the_header(hf: Path) -> None:
+    """Digits are apart from the white space before them; transformers 5.17 took BOS for EOS."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
+    found = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert found == (1, 2, 2) and tokenizer.unk_token_id == 0
+    assert tokenizer("Hello world! 123")["input_ids"] == [19556, 905, 17, 216, 33, 34, 35]
+    spaces = tokenizer("a   ")["input_ids"]
+    assert tokenizer("a   1")["input_ids"] == [*spaces, 33]
+
+
 @pytest.fixture(scope="module")
 def tokens_NS(hf: Path) -> torch.Tensor:
     """English prose about Python."""

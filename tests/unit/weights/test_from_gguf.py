@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from megamask.config import Config, build_config
 from megamask.errors import ArtifactError, ConfigError
 from megamask.machine_errors import MemoryShortError
+from megamask.storage import read_object, write_json
 from megamask.verbs.gguf import run
-from megamask.weights import from_gguf
+from megamask.weights import from_gguf, gguf_tokenizer
 from megamask.weights.architecture import read_architecture
 from megamask.weights.family import Rope
 from megamask.weights.from_gguf import STAMP
@@ -66,7 +67,7 @@ def write_gguf(
         "ab",
     ]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre("qwen2" if arch.startswith("qwen") else "smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * VOCAB)
     writer.add_token_merges(["a b"])
@@ -127,7 +128,9 @@ def test_gguf_becomes_a_plain_folder_once(
     assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.bfloat16
     expected = torch.from_numpy(tensors["blk.0.ffn_down.weight"]).to(torch.bfloat16)
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, expected)
-    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("ab")["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("ab")["input_ids"] == [VOCAB - 1]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)  # of the header
     open_checked(tmp_path / "hf")
     before = (tmp_path / "hf" / "model.safetensors").stat().st_mtime_ns
     run(config)
@@ -303,7 +306,28 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
         run(config_for(tmp_path / "m.gguf", tmp_path / "hf"))
 
 
-@pytest.mark.parametrize("reader", ["GGUFReader", "AutoTokenizer.from_pretrained"])
+def test_a_folder_with_the_tokenizer_of_an_older_version_is_made_again(tmp_path: Path) -> None:
+    """Its special tokens were those that the installed transformers read."""
+    write_gguf(tmp_path / "m.gguf")
+    config = config_for(tmp_path / "m.gguf", tmp_path / "hf")
+    run(config)
+    stamp = read_object(tmp_path / "hf" / STAMP, "", {})
+    made = (tmp_path / "hf" / "tokenizer_config.json").read_bytes()
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": "!"}')
+    del stamp["tokenizer"]
+    write_json(tmp_path / "hf" / STAMP, stamp)
+    run(config)
+    assert (tmp_path / "hf" / "tokenizer_config.json").read_bytes() == made
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        f"{from_gguf.__name__}.GGUFReader",
+        f"{gguf_tokenizer.__name__}.AutoTokenizer.from_pretrained",
+        f"{gguf_tokenizer.__name__}.Tokenizer.from_str",
+    ],
+)
 def test_a_machine_that_is_short_of_memory_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
 ) -> None:
@@ -312,7 +336,7 @@ def test_a_machine_that_is_short_of_memory_is_named(
     def fails(*words: Any, **more: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(f"{from_gguf.__name__}.{reader}", fails)
+    monkeypatch.setattr(reader, fails)
     with pytest.raises(MemoryShortError, match="memory does not hold"):
         from_gguf.unpack(tmp_path / "m.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
