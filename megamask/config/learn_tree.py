@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from megamask.config.presets import NAMED
 from megamask.config.section import (
@@ -24,6 +26,20 @@ from megamask.config.section import (
 )  # fmt: skip
 from megamask.errors import ConfigError
 
+WHOLE_STEP = 2**62  # micro-batches; more than a step has
+
+
+def _one_error(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """The checked value of a union of types; pydantic reports an error for each of its types, and
+    takes true for 1.
+    """
+    try:
+        if not isinstance(value, bool):
+            return check(value)
+    except ValidationError:
+        pass
+    raise PydanticCustomError("int_type", "a name or a whole number")
+
 
 class SamplingSection(Section):
     """The relaxed samples of masks (MaskLLM, Eq. 6-7, or their k-subset counterpart). A pair is a
@@ -33,8 +49,10 @@ class SamplingSection(Section):
     mode: Literal["soft", "hard"] = each_step(
         "soft", description="relaxed masks, or hard masks with the gradient of the relaxed masks"
     )
-    draws: Literal["micro_batch", "step"] = each_step(
-        "micro_batch", description="a new mask for every micro-batch, or one for the whole step"
+    draws: Annotated[Literal["micro_batch", "step"] | Batch, WrapValidator(_one_error)] = each_step(
+        "micro_batch",
+        description="a new mask for every micro-batch, one for the whole step, or one for so many "
+        "consecutive micro-batches of the global batch, counted over all replicas",
     )
     kappa: tuple[Coefficient, Coefficient] = each_step(
         (100.0, 500.0), description="scale of the logits: first and last"
@@ -59,6 +77,24 @@ class SamplingSection(Section):
     backend: Literal["auto", "torch", "numba", "triton"] = free(
         "auto", description="code that draws masks; auto = the fastest one for the device"
     )
+
+    @property
+    def span(self) -> int:
+        """How many consecutive micro-batches of the global batch share a mask."""
+        names = {"micro_batch": 1, "step": WHOLE_STEP}
+        return names[self.draws] if isinstance(self.draws, str) else self.draws
+
+    def uses(self, accumulations: int, replicas: int = 1, replica: int = 0) -> list[int]:
+        """How many micro-batches of a replica each of its masks of a step serves, in their order.
+
+        Args:
+            accumulations: micro-batches that the replica runs in a step. Number ``a`` of them is
+                micro-batch ``a * replicas + replica`` of the global batch.
+            replicas: of the run.
+            replica: counted from 0.
+        """
+        numbers = range(replica, accumulations * replicas, replicas)
+        return list(Counter(number // self.span for number in numbers).values())
 
 
 class PriorSection(Section):

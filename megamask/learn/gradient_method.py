@@ -71,10 +71,11 @@ class GradientMethod(Method):
         - hard masks: two codes per group (initial and latest), unless ``learn.state.track_flips``
           is off. A code takes 1 byte; for subset 2 bytes from M = 9 on, 4 bytes from M = 17 on.
         - masked weights: the width of a weight where every layer keeps its masked weight between
-          the passes: with masked_weight=keep, or with draws=step, where it lives for the whole
-          step. ``parallel.recompute`` drops ``redrawn_share`` of them with a draw per micro-batch.
-        - gradients at the masked weights: draws=step alone. 4 (fp32) where several micro-batches
-          add up and ``learn.state.grads`` is fp32, else the width of a weight.
+          the passes: with masked_weight=keep, or where micro-batches share masks
+          (``learn.sampling.draws``), which live for all of these micro-batches.
+          ``parallel.recompute`` drops ``redrawn_share`` of them with a draw per micro-batch.
+        - gradients at the masked weights: shared masks alone. 4 (fp32) where several micro-batches
+          of a replica add up and ``learn.state.grads`` is fp32, else the width of a weight.
 
         Categorical 2:4 in bf16 takes 26.5 bytes by default (26 without hard masks), 14.5 lean and
         9.5 leanest, masked weights left out.
@@ -83,8 +84,9 @@ class GradientMethod(Method):
         per_group, logits = self._logits(run)
         code = self.distribution.code_dtype(run.pattern).itemsize / run.pattern.m
         moments = find_rule(run.learn.optimizer.kind).moment_bytes(state.logits, per_group)
-        one_draw = run.learn.sampling.draws == "step"
-        sums_in_fp32 = run.accumulations > 1 and state.grads == "fp32"
+        is_shared = run.learn.sampling.span > 1
+        most = max(run.learn.sampling.uses(run.accumulations, run.replicas), default=0)
+        sums_in_fp32 = most > 1 and state.grads == "fp32"
         kept = weight * (1.0 - run.redrawn_share) if state.masked_weight == "keep" else 0.0
         return {
             WEIGHTS: weight,
@@ -92,8 +94,8 @@ class GradientMethod(Method):
             GRADIENTS: WIDTH[state.grads] * logits,
             MOMENTS: moments * logits * _share(run),
             HARD_CODES: 2 * code if state.track_flips else 0.0,
-            KEPT: weight if one_draw else kept,
-            STEP_GRADIENTS: (WIDTH["fp32"] if sums_in_fp32 else weight) if one_draw else 0.0,
+            KEPT: weight if is_shared else kept,
+            STEP_GRADIENTS: (WIDTH["fp32"] if sums_in_fp32 else weight) if is_shared else 0.0,
         }
 
     def saved_bytes(self, run: StateOf) -> float:

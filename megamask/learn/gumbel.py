@@ -64,16 +64,23 @@ class _RunningStep:
     """What the micro-batches of one step share.
 
     Attributes:
-        sample: what is drawn; a mask per micro-batch adds the number of the micro-batch to the key.
+        sample: what is drawn; the key of a mask gets the number of a micro-batch, the first of the
+            global batch that the mask serves.
         norm_coef: of the weight-norm term, for one micro-batch.
         first: number of the first micro-batch of this replica.
+        uses: how many micro-batches of this replica each mask to come serves.
         first_draw: what the first draw of the step measured, by parameter id.
+        shared: number of the micro-batch in the key of the shared masks of now; None before them.
+        measured: what the draw of the shared masks of now measured, by parameter id.
     """
 
     sample: Sample
     norm_coef: float
     first: int
+    uses: Iterator[int]
     first_draw: Mapping[int, Measured] = field(default_factory=dict)
+    shared: int | None = None
+    measured: Mapping[int, Measured] = field(default_factory=dict)
 
 
 class GradientLearner:
@@ -102,7 +109,7 @@ class GradientLearner:
         model_config.finalize_model_grads_func = self._finalize
         # masks and losses
         masked_model.switch.regenerate = learn.state.masked_weight == "regenerate"
-        self.step_draws = StepDraws(linears) if learn.sampling.draws == "step" else None
+        self.step_draws = StepDraws(linears) if learn.sampling.span > 1 else None
         self.loss = loss_of(learn.distillation, masked_model.switch)
         # updates
         self.optimizer = build_optimizer(config, linears, self.replicas)
@@ -166,7 +173,8 @@ class GradientLearner:
         learn = self.config.learn
         # Megatron's schedule divides the loss of a micro-batch by the same number
         norm_coef = between(learn.weight_norm, step / learn.steps) / plan.accumulations
-        return _RunningStep(sample_of(self.config, step), norm_coef, plan.replica)
+        uses = learn.sampling.uses(plan.accumulations, plan.replicas, plan.replica)
+        return _RunningStep(sample_of(self.config, step), norm_coef, plan.replica, iter(uses))
 
     def _forward_backward(
         self, running: _RunningStep, micro_batches: Iterator[MicroBatch], plan: BatchPlan
@@ -175,12 +183,6 @@ class GradientLearner:
         gradients are in ``main_grad`` afterwards.
         """
         try:
-            if self.step_draws:
-                running.first_draw = self.step_draws.begin(
-                    running.sample,
-                    running.norm_coef * plan.accumulations,
-                    plan.accumulations > 1 and self.config.learn.state.grads == "fp32",
-                )
             return get_forward_backward_func()(
                 forward_step_func=partial(self._forward, running),
                 data_iterator=micro_batches,
@@ -206,7 +208,7 @@ class GradientLearner:
 
         # the mask
         if self.step_draws:
-            measured = running.first_draw
+            measured = self._share(self.step_draws, running, number)
         else:
             key = replace(running.sample.key, micro_batch=number)
             drawn = RunningSample(
@@ -228,9 +230,37 @@ class GradientLearner:
 
         return losses.objective, mean_and_report
 
+    def _share(
+        self, step_draws: StepDraws, running: _RunningStep, number: int
+    ) -> Mapping[int, Measured]:
+        """Let the linears compute under the masks that serve micro-batch ``number``, which are
+        drawn where it is the first of theirs on this replica; what the draw measured.
+
+        The masks stand in no relation to the layout: their key has the number of the first
+        micro-batch of the global batch that they serve, whichever replica runs it.
+        """
+        sampling = self.config.learn.sampling
+        shared = number // sampling.span * sampling.span
+        if shared == running.shared:
+            return running.measured
+        if running.shared is not None:  # the gradients of the masks before go to the logits
+            for _ in step_draws.end():
+                pass
+            step_draws.drop()
+        used = next(running.uses)
+        running.measured = step_draws.begin(
+            replace(running.sample, key=replace(running.sample.key, micro_batch=shared)),
+            running.norm_coef * used,
+            sums_in_fp32=used > 1 and self.config.learn.state.grads == "fp32",
+            is_first=running.shared is None,
+        )
+        running.shared = shared
+        return running.measured
+
     def _finalize(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
-        """Megatron's schedule calls this when all micro-batches are done: with one mask per step,
-        the gradients at the masked weights go back through the masks; then replicas are reduced.
+        """Megatron's schedule calls this when all micro-batches are done: where micro-batches
+        share masks, the gradients at the masked weights go back through the last of them; then
+        replicas are reduced.
         """
         if self.step_draws:
             for number in self.step_draws.end():

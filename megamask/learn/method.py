@@ -46,6 +46,7 @@ class StateOf:
         pattern: N:M.
         learn: the settings of the learning run.
         accumulations: micro-batches of a step on one replica.
+        replicas: of the run. Together they say how many micro-batches of a replica share a mask.
         dtype: of the frozen weights, ``bf16`` or ``fp32``.
         redrawn_share: the share of the weights whose masked weights ``parallel.recompute`` makes
             again with the activations.
@@ -59,6 +60,7 @@ class StateOf:
     dtype: str = "bf16"
     redrawn_share: float = 0.0
     moments_share: float = 1.0
+    replicas: int = 1
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ class MaskSwitch:
     """The state that the masked linears of one model share.
 
     Attributes:
-        running: what the running micro-batch draws; None outside learning, and while one mask
-            serves a whole step.
+        running: what the running micro-batch draws; None outside learning, and while micro-batches
+            share a mask.
         dense: use the plain weights, whatever else is set.
         regenerate: do not keep masked weights for the backward pass; draw them again there.
     """

@@ -48,7 +48,7 @@ class MaskedLinear:
     parameter_id: int
     mask_logits: torch.nn.Parameter | None
     folded_weight: torch.Tensor | None
-    step_weight: torch.Tensor | None = None  # (O, I), the masked weight of a whole step
+    step_weight: torch.Tensor | None = None  # (O, I), the masked weight of several micro-batches
 
     # the place of the layer, and its mask logits
 

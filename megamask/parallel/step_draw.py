@@ -1,4 +1,4 @@
-"""One mask of every layer for all micro-batches of a step, and one mask backward at its end.
+"""One mask of every layer for several micro-batches of a step, and one mask backward at their end.
 
 The gradient at the mask logits is linear in dW, the gradient at the masked weight. So dW is summed
 over the micro-batches, and the sum goes back through the mask once. On CUDA the matrix multiplies
@@ -24,14 +24,16 @@ Result = TypeVar("Result")
 
 
 class LayerDraw:
-    """The mask of one layer that serves a step.
+    """The mask of one layer that serves several micro-batches.
 
     Args:
         linear: the layer. It multiplies by this masked weight until ``drop``.
         sample: what is drawn.
-        norm_coef: of the weight-norm term, once for the step.
+        norm_coef: of the weight-norm term, for all these micro-batches together.
         sums: (O, I) fp32 buffer for the sum of dW, its content undefined; None leaves the sum to
             autograd, in the dtype of the weight.
+        is_first: whether it is the first mask of the step. Its gradient replaces the content of
+            ``main_grad``, and it takes mask statistics along.
 
     Attributes:
         masked: W * M, (O, I), a leaf.
@@ -40,7 +42,12 @@ class LayerDraw:
 
     @torch.no_grad()
     def __init__(
-        self, linear: MaskedLinear, sample: Sample, norm_coef: float, sums: torch.Tensor | None
+        self,
+        linear: MaskedLinear,
+        sample: Sample,
+        norm_coef: float,
+        sums: torch.Tensor | None,
+        is_first: bool,
     ) -> None:
         assert linear.mask_logits is not None
         self.linear, self.sample, self.norm_coef = linear, sample.of(linear.parameter_id), norm_coef
@@ -49,11 +56,11 @@ class LayerDraw:
             linear.weight.detach(),
             linear.site,
             self.sample,
-            statistics=True,
+            statistics=is_first,
         )
         self.masked = linear.step_weight = masked.requires_grad_()
         self.measured = Measured(both[0], both[1], hard_codes)
-        self.sums, self._is_empty = sums, True
+        self.sums, self._is_empty, self._is_first = sums, True, is_first
         self._hook: Any = None
         if sums is None:
             return
@@ -74,13 +81,13 @@ class LayerDraw:
     @torch.no_grad()
     def finish(self) -> None:
         """Turn the sum of dW into the gradient at the mask logits, which replaces the content of
-        ``main_grad``.
+        ``main_grad`` or is added to it.
         """
         linear, grad = self.linear, self.masked.grad if self.sums is None else self.sums
         if grad is None:
             return
         logits: Any = linear.mask_logits
-        sink = GradientSink(self.norm_coef, logits.main_grad, replace=True)
+        sink = GradientSink(self.norm_coef, logits.main_grad, replace=self._is_first)
         linear.sampler.backward(
             grad, logits.detach(), linear.weight.detach(), linear.site, self.sample, sink
         )
@@ -95,10 +102,10 @@ class LayerDraw:
 
 
 class StepDraws:
-    """The masks of all layers that serve a step.
+    """The masks of all layers that serve several micro-batches.
 
     Attributes:
-        layers: the masks of the running step, in the order of the linears; empty between steps.
+        layers: the masks of now, in the order of the linears; empty between steps.
         buffers: fp32 sums of dW, (O, I) each, which stay from step to step; empty until a step asks
             for them.
     """
@@ -108,13 +115,16 @@ class StepDraws:
         self.layers: list[LayerDraw] = []
         self.buffers: list[torch.Tensor] = []
 
-    def begin(self, sample: Sample, norm_coef: float, sums_in_fp32: bool) -> dict[int, Measured]:
+    def begin(
+        self, sample: Sample, norm_coef: float, sums_in_fp32: bool, is_first: bool = True
+    ) -> dict[int, Measured]:
         """Draw the mask of every layer.
 
         Args:
             sample: what is drawn.
-            norm_coef: of the weight-norm term, once for the step.
+            norm_coef: of the weight-norm term, for all micro-batches of these masks together.
             sums_in_fp32: sum dW over micro-batches in fp32, else in the dtype of the weight.
+            is_first: whether these are the first masks of the step.
 
         Returns:
             What the sample measured, by parameter id.
@@ -127,7 +137,7 @@ class StepDraws:
         sums = self.buffers if sums_in_fp32 else [None] * len(self.linears)
         pairs = list(zip(self.linears, sums, strict=True))
         self.layers = list(
-            self._each(lambda pair: LayerDraw(pair[0], sample, norm_coef, pair[1]), pairs)
+            self._each(lambda pair: LayerDraw(pair[0], sample, norm_coef, pair[1], is_first), pairs)
         )
         return {one.linear.parameter_id: one.measured for one in self.layers}
 
@@ -139,7 +149,7 @@ class StepDraws:
             yield number
 
     def drop(self) -> None:
-        """Forget the masks of the step."""
+        """Forget the masks."""
         for one in self.layers:
             one.drop()
         self.layers = []

@@ -131,10 +131,10 @@ def ladder(config: Config) -> Iterator[Settings]:
     more sampling pass; then recomputation, then an optimizer with less state, then smaller
     micro-batches.
     """
-    once = config.learn.sampling.draws == "step"
+    is_shared = config.learn.sampling.span > 1
     if not config.parallel.sequence_parallel:
         yield {"parallel.sequence_parallel": True}
-    if config.learn.state.masked_weight == "keep" and not once:
+    if config.learn.state.masked_weight == "keep" and not is_shared:
         yield {"learn.state.masked_weight": "regenerate"}
     recompute: list[Settings] = [
         {"parallel.recompute": more}

@@ -107,10 +107,11 @@ def _state_and_step(work: Workload, device: Device) -> tuple[dict[str, float], d
     whole = {part: size * weights for part, size in work.state.items()}
     kept, gradients = {KEPT: whole.pop(KEPT)}, {STEP_GRADIENTS: whole.pop(STEP_GRADIENTS)}
     state = {**whole, OTHER_WEIGHTS: float(work.other_weights * work.width)}
-    if work.accumulations > 1 and work.config.learn.state.grads == "fp32":
+    adds_up = max(work.mask_uses, default=0) > 1
+    if adds_up and work.config.learn.state.grads == "fp32":
         state |= gradients  # a buffer that stays
     # The sum of the gradients of the micro-batches so far.
-    before = {} if STEP_GRADIENTS in state or work.accumulations == 1 else gradients
+    before = {} if STEP_GRADIENTS in state or not adds_up else gradients
     after = {} if STEP_GRADIENTS in state else gradients
     moments = [
         {**before, **_at_loss(work, device)},
@@ -243,8 +244,8 @@ def _in_layer(work: Workload, device: Device) -> dict[str, float]:
     sum, and so does its masked weight where it is drawn again.
     """
     config, arch = work.config, work.arch
-    once = config.learn.sampling.draws == "step"
-    redrawn = config.learn.state.masked_weight == "regenerate" and not once
+    is_shared = config.learn.sampling.span > 1
+    redrawn = config.learn.state.masked_weight == "regenerate" and not is_shared
     layer = [
         linear
         for linear in work.linears
@@ -252,7 +253,7 @@ def _in_layer(work: Workload, device: Device) -> dict[str, float]:
     ]
     largest = max((linear.weights for linear in layer), default=0)
     made: dict[str, float] = {}
-    if not once and (redrawn or config.parallel.recompute):
+    if not is_shared and (redrawn or config.parallel.recompute):
         made = {
             ONE_LAYER: float(
                 work.width
@@ -265,12 +266,12 @@ def _in_layer(work: Workload, device: Device) -> dict[str, float]:
         }
     wide = work.tokens * arch.ffn / work.tp * work.width
     in_matmul = not device.is_cpu and config.learn.state.grads == "fp32"
-    is_in_place = once and (work.accumulations == 1 or in_matmul)
+    is_in_place = is_shared and (max(work.mask_uses, default=0) <= 1 or in_matmul)
     weight_grad = 0.0 if is_in_place else float(largest * work.width)
     whole_input = (
         work.tokens * arch.hidden * work.width
     )  # gradient of a column-parallel linear's input, whole on each rank
-    if config.learn.sampling.backend == "torch" and not once:
+    if config.learn.sampling.backend == "torch" and not is_shared:
         per_logit = work.distribution.reference_bytes(work.pattern)
         weight_grad += per_logit * largest * work.logits_per_group / work.pattern.m
     freed = (3 if arch.gated else 1) * wide

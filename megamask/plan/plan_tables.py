@@ -27,7 +27,7 @@ def headline(work: Workload, name: str) -> str:
     flops = sum(flops_per_token(work).values())
     options = [
         f"memory {learn.memory}",
-        f"a draw per {learn.sampling.draws.replace('_', '-')}",
+        _draws(learn.sampling.draws),
     ]
     options += {False: [], "mlp": ["recompute of the mlp"], True: ["recompute"]}[
         config.parallel.recompute
@@ -149,3 +149,9 @@ def as_json(
         "advice": None if fits else advice(work, target),
         "settings": work.config.model_dump(include={"pattern", "dtype", "parallel", "learn"}),
     }
+
+
+def _draws(draws: str | int) -> str:
+    if isinstance(draws, int) and draws > 1:
+        return f"a draw per {draws} micro-batches of all replicas"
+    return f"a draw per {'step' if draws == 'step' else 'micro-batch'}"

@@ -185,16 +185,12 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
 
     A forward reads logits and weight and writes the masked weight; a backward reads them with dW,
     and reads and writes the gradients. A draw per micro-batch does both each time, and a forward
-    again of what is recomputed and again to regenerate; a draw per step does both once, and adds up
-    dW between micro-batches. A GPU's matmuls add to an fp32 sum, and move the sum in and out in the
-    place of dW.
+    again of what is recomputed and again to regenerate; a mask that micro-batches share does both
+    once, and dW is added up between them. A GPU's matmuls add to an fp32 sum, and move the sum in
+    and out in the place of dW.
     """
     config, weights, width, micro = work.config, work.masked_weights, work.width, work.accumulations
-    logits, grads, once = (
-        work.state[LOGITS],
-        work.state[GRADIENTS],
-        config.learn.sampling.draws == "step",
-    )
+    logits, grads = work.state[LOGITS], work.state[GRADIENTS]
     slower = EAGER if config.learn.sampling.backend == "torch" else 1.0
     rate, numbers = (
         device.bandwidth * device.copy / slower,
@@ -211,11 +207,12 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
             SAMPLING_FORWARD: micro * work.forward_passes * forward,
             SAMPLING_BACKWARD: config.learn.maskpro.masks * backward,
         }
-    if once:
+    if config.learn.sampling.span > 1:
         in_matmul = not device.is_cpu and config.learn.state.grads == "fp32"
         moved = 8 - width if in_matmul else width + 8
-        adding = weights * moved / rate * micro if micro > 1 else 0.0
-        return {SAMPLING_FORWARD: forward, SAMPLING_BACKWARD: backward + adding}
+        draws, added = len(work.mask_uses), sum(used for used in work.mask_uses if used > 1)
+        adding = weights * moved / rate * added
+        return {SAMPLING_FORWARD: draws * forward, SAMPLING_BACKWARD: draws * backward + adding}
     again = work.recomputed_share + int(config.learn.state.masked_weight == "regenerate")
     return {SAMPLING_FORWARD: micro * forward * (1 + again), SAMPLING_BACKWARD: micro * backward}
 

@@ -217,7 +217,13 @@ class Workload:
             self.config.dtype,
             self.recomputed_share,
             self.updated_share,
+            self.dp,
         )
+
+    @cached_property
+    def mask_uses(self) -> list[int]:
+        """How many micro-batches of a replica each of its masks of a step serves."""
+        return self.config.learn.sampling.uses(self.accumulations, self.dp)
 
     @cached_property
     def evaluating(self) -> Workload:

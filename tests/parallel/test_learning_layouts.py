@@ -33,6 +33,8 @@ SETTINGS: dict[str, Any] = {
 # Another rate from the snapshot on, and the schedules of a run of two steps more.
 CHANGED: dict[str, Any] = {"steps": SAVED_AT + 2, "optimizer": {"lr": 1e-3}}
 ONE_DRAW: dict[str, Any] = {"sampling": {"draws": "step"}}
+# Of four micro-batches, 0 to 2 share a mask. Of two replicas, one runs 0 and 2, the other 1 and 3.
+THREE_SHARE: dict[str, Any] = {"sampling": {"draws": 3}}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ JOBS: dict[int, dict[str, Job]] = {
         "dp2": Job(),
         "tp2-sp": Job(tp=2, parallel={"sequence_parallel": True}),
         "tp2-resumed": Job(tp=2, resume_from="tp2"),
+        "dp2-shared": Job(learn=THREE_SHARE),
         "tp2-changed": Job(tp=2, resume_from="tp2", learn=CHANGED),
     },
     4: {
@@ -80,6 +83,8 @@ JOBS: dict[int, dict[str, Job]] = {
         "one-step": Job(learn=ONE_DRAW),
         "one-step-recompute": Job(learn=ONE_DRAW, parallel={"recompute": True}),
         "one-step-mlp-recompute": Job(learn=ONE_DRAW, parallel={"recompute": "mlp"}),
+        "one-shared": Job(learn=THREE_SHARE),
+        "one-shared-recompute": Job(learn=THREE_SHARE, parallel={"recompute": True}),
         "one-resumed": Job(resume_from="one"),
         "one-from-tp2": Job(resume_from="tp2"),
         "one-changed": Job(resume_from="tp2", learn=CHANGED),
@@ -213,6 +218,17 @@ def test_one_draw_per_step_is_the_same_in_every_layout_and_differs_from_fresh_dr
     assert sum(result.lm_loss for result in once.results[-3:]) < LEARNED * sum(
         result.lm_loss for result in once.results[:3]
     )
+
+
+def test_masks_shared_by_some_micro_batches_are_the_same_in_every_layout(
+    outcomes: dict[str, Outcome],
+) -> None:
+    shared, two = outcomes["one-shared"], outcomes["dp2-shared"]
+    assert same_bits(outcomes["one-shared-recompute"], shared)
+    assert same_curve(two, shared), curve_error(two, shared)
+    assert_same_masks(two, shared)
+    assert not same_curve(shared, outcomes["one"])
+    assert not same_curve(shared, outcomes["one-step"])
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2"])

@@ -214,6 +214,25 @@ def test_one_draw_a_step_takes_the_sampling_out_of_the_micro_batches() -> None:
     assert lean.parts[SAMPLING_BACKWARD] > once.parts[SAMPLING_BACKWARD]
 
 
+def test_masks_that_micro_batches_share_take_as_many_samplings() -> None:
+    """At DP 8, 16 of the 256 micro-batches share a mask, 2 of the 32 of a replica."""
+    work = plan("learn.sampling.draws=16", dp=8)
+    often, shared, once = (
+        time_of(one, GPUS["h200"]).parts
+        for one in (plan(dp=8), work, plan("learn.sampling.draws=step", dp=8))
+    )
+    assert work.mask_uses == [2] * 16
+    assert shared[SAMPLING_FORWARD] == pytest.approx(often[SAMPLING_FORWARD] / 2)
+    assert shared[SAMPLING_FORWARD] == pytest.approx(16 * once[SAMPLING_FORWARD])
+    adding = 32 * WEIGHTS_7B * (4 + 4 - 2) / (4.8e12 * 0.8)
+    assert shared[SAMPLING_BACKWARD] == pytest.approx(often[SAMPLING_BACKWARD] / 2 + adding)
+    memory = memory_of(work, GPUS["h200"])
+    assert memory.state[state.STEP_GRADIENTS] == 4 * WEIGHTS_7B
+    alone = plan("learn.sampling.draws=8", dp=8)  # each replica uses a mask once
+    assert alone.mask_uses == [1] * 32
+    assert state.STEP_GRADIENTS not in memory_of(alone, GPUS["h200"]).state
+
+
 def test_plain_pytorch_samples_slower_and_in_more_memory() -> None:
     fused, eager = plan("learn.sampling.backend=triton"), plan("learn.sampling.backend=torch")
     assert (
