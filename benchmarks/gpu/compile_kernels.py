@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -23,12 +24,17 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks.gpu.lease_parts import MASKS
+from benchmarks import optimizers
+from benchmarks.gpu.lease_parts import BY_NAME, MASKS, Situation
 from benchmarks.sampling import layer_shapes
+from megamask.config import load_config
 from megamask.learn import kernel_check
+from megamask.model.build import DTYPES
 from megamask.model.fused import launcher
 from megamask.model.fused.rotation import rotate
 from megamask.model.fused.swiglu import swiglu
+from megamask.optim.optimizers import find_rule
+from megamask.optim.stochastic_rounding import RoundingOptimizer
 from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Site
 from megamask.sparsity.kernels import triton_host
@@ -44,6 +50,7 @@ DRAWS = (SOFT, replace(SOFT, noise=0.0))  # learn.sampling.noise=0 has kernels o
 FP32, BF16 = torch.float32, torch.bfloat16
 PARITY_ROWS, PARITY_GROUPS = 256, 96  # of benchmarks/parity.py
 TOKENS = 16  # of a micro-batch; no kernel depends on their number
+OPTIMIZED = "categorical/2:4"  # by benchmarks/optimizers.py
 PARITY_LEARNS, PARITY_MODEL = "categorical/2:4", "toy"
 MODELS = ("llama2-7b", "smollm2-135m")
 # What the parts of a lease learn with, all of it with soft masks: dtype of the logits, dtype of the
@@ -55,6 +62,8 @@ USES = (
     (FP32, FP32, True),
     *((BF16, BF16, is_first) for is_first in (True, False)),
 )
+# The same of the updates of lean states: the optimizer, and dtypes of logits and their gradients.
+UPDATES = (("adamw", "bf16", "bf16"), ("lion8bit", "bf16", "bf16"))
 
 
 class _Driver:
@@ -116,6 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = options.parse_args(argv)
     begin, count = time.monotonic(), 0
     with compiling(chosen.capability) as compiled:
+        all_updates()
+        print(f"updates: {len(compiled)} kernels", flush=True)
+        count = len(compiled)
         for masks in chosen.masks:
             parity(masks)
             first_tile(masks)
@@ -162,7 +174,7 @@ def compiling(capability: int) -> Iterator[list[Any]]:
     driver.set_active(_Driver(capability))
     try:
         with (
-            patch.object(triton_host, "_launch", sample),
+            patch.object(triton_host, "launch", sample),
             patch.object(launcher, "launch", fused),
             patch.object(launcher, "takes", lambda tensor: True),
         ):
@@ -192,6 +204,8 @@ def first_tile(masks: str) -> None:
     columns = kernel_check.GROUPS * _pattern(masks).m
     for logits, draw in product((FP32, BF16), DRAWS):
         use(Layer(masks, kernel_check.ROWS, columns, BF16, logits), draw, RETURNED, True)
+    for chosen in UPDATES:
+        update(Layer(masks, kernel_check.ROWS, columns), *chosen)
 
 
 def run(masks: str, model: str) -> None:
@@ -200,6 +214,9 @@ def run(masks: str, model: str) -> None:
         for (logits, gradient, is_first), draw in product(USES, DRAWS):
             layer = Layer(masks, rows, columns, BF16, logits, gradient, _blocks(name))
             use(layer, draw, GradientSink(1e-5, _empty(layer, logits), is_first), is_first)
+        for kind, logits_dtype, gradients in UPDATES:
+            layer = Layer(masks, rows, columns, blocks=_blocks(name))
+            update(layer, kind, logits_dtype, gradients)
 
 
 def frozen_parts(model: str) -> None:
@@ -216,11 +233,10 @@ def frozen_parts(model: str) -> None:
 def use(layer: Layer, sample: Sample, sink: GradientSink | None, statistics: bool = False) -> None:
     """One forward pass, one backward pass into ``sink`` and the statistics of a layer."""
     pattern, distribution = _pattern(layer.masks), DISTRIBUTIONS[layer.masks.partition("/")[0]]
-    groups = layer.columns // pattern.m
-    place = Placement.shard(layer.rows, groups, axis=0, rank=0, size=1, stride=layer.blocks)
-    site, sampler = Site(pattern, place, distribution), sampler_for("triton", distribution)
+    site = Site(pattern, _place(layer), distribution)
+    sampler = sampler_for("triton", distribution)
     # Memory that nobody touches is not taken from the machine.
-    logits = torch.empty(layer.rows, site.logits_per_group, groups, dtype=layer.logits)
+    logits = _empty(layer, layer.logits)
     weight = torch.empty(layer.rows, layer.columns, dtype=layer.weights)
     sampler.forward(logits, weight, site, sample, statistics)
     if sink is not None:
@@ -229,8 +245,42 @@ def use(layer: Layer, sample: Sample, sink: GradientSink | None, statistics: boo
     sampler.mask_statistics(logits, site, sample.kappa)
 
 
+def all_updates() -> None:
+    """The kernels of ``benchmarks.optimizers`` as a lease calls it."""
+    command = BY_NAME["optimizers"].command(Situation("cuda", Path()))
+    assert command is not None
+    options = optimizers.read_options(command[command.index("-m") + 2 :])
+    layer = Layer(OPTIMIZED, options.rows, options.columns)
+    for settings in optimizers.SIDES.values():
+        learn = optimizers.config_of(torch.device("cpu"), settings).learn
+        if find_rule(learn.optimizer.kind).has_kernels(learn.state.logits):
+            update(layer, learn.optimizer.kind, learn.state.logits, learn.state.grads)
+
+
+def update(layer: Layer, kind: str, logits: str, gradients: str) -> None:
+    """The update of a layer's logits by an optimizer with kernels."""
+    rule, shape = find_rule(kind), _empty(layer, DTYPES[logits])
+    optimizer = rule.build(
+        load_config(None, []).learn.optimizer,
+        [],
+        KEY.seed,
+        use_kernels=True,
+        logits_dtype=logits,
+        epsilon=1e-8,
+    )
+    assert isinstance(optimizer, RoundingOptimizer)
+    optimizer.load_moments(optimizer.moments(), 1)
+    tensors = (shape, _empty(layer, DTYPES[gradients]), *optimizer.new_state(shape))
+    optimizer.by_triton(_place(layer), tensors, KEY, optimizer.numbers(1e-3), torch.ones(()))
+
+
+def _place(layer: Layer) -> Placement:
+    groups = layer.columns // _pattern(layer.masks).m
+    return Placement.shard(layer.rows, groups, axis=0, rank=0, size=1, stride=layer.blocks)
+
+
 def _empty(layer: Layer, dtype: torch.dtype) -> torch.Tensor:
-    """A gradient buffer of a layer."""
+    """Logits of a layer, or a buffer of their gradient."""
     name, pattern = layer.masks.partition("/")[0], _pattern(layer.masks)
     count = DISTRIBUTIONS[name].logits_per_group(pattern)
     return torch.empty(layer.rows, count, layer.columns // pattern.m, dtype=dtype)

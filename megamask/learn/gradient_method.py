@@ -118,13 +118,15 @@ class GradientMethod(Method):
     def trial_update(
         self, config: Config, site: Site, logits: torch.Tensor, gradient: torch.Tensor
     ) -> TrialUpdate | None:
-        """A step of the optimizer, whose compiled update gives the bits of plain PyTorch."""
+        """A step of the optimizer, whose kernels give the bits of plain PyTorch on CPUs. On CUDA
+        PyTorch's roots and products may round otherwise, and a code or bf16 become its neighbour.
+        """
         learn = config.learn
         rule = find_rule(learn.optimizer.kind)
-        if not rule.uses_numba(learn.state.logits):
+        if not rule.has_kernels(learn.state.logits):
             return None
 
-        def make(use_numba: bool) -> list[torch.Tensor]:
+        def make(use_kernels: bool) -> list[torch.Tensor]:
             linear: Any = SimpleNamespace(
                 mask_logits=torch.nn.Parameter(logits.clone()), parameter_id=1, site=site
             )
@@ -133,14 +135,15 @@ class GradientMethod(Method):
                 learn.optimizer,
                 [linear],
                 config.seed,
-                use_numba=use_numba,
+                use_kernels=use_kernels,
                 logits_dtype=learn.state.logits,
                 epsilon=epsilon(learn.optimizer, logits.numel()),
             )
-            optimizer.step(0, 1e-3, torch.tensor(0.5))
+            optimizer.step(0, 1e-3, torch.tensor(0.5, device=logits.device))
             return [linear.mask_logits.detach(), *optimizer.state_tensors()]
 
-        return TrialUpdate(rule.name, make)
+        neighbours = 2.0**-6  # bf16's are 2^-7 to 2^-8 apart, codes 1/127 of the largest
+        return TrialUpdate(rule.name, make, 0.0 if logits.device.type == "cpu" else neighbours)
 
     def unused_settings(self, learn: LearnSection) -> set[str]:
         """The settings of the policy gradient, and those of distillation where there is none."""

@@ -50,8 +50,7 @@ def with_proven_kernels(config: Config, pattern: Pattern, mesh: Mesh) -> Config:
     if backend != "torch":
         site = Site(pattern, Placement.whole(ROWS, GROUPS), distribution)
         problem = sampling_problem(config, site, mesh.device, backend)
-        if not problem and backend == "numba":
-            problem = update_problem(config, site)
+        problem = problem or update_problem(config, site, mesh.device, backend)
     # A rank whose packages are missing votes too: ranks that sample otherwise round otherwise.
     if not mesh.any(bool(problem) or backend == "torch"):
         return config
@@ -85,15 +84,24 @@ def sampling_problem(config: Config, site: Site, device: torch.device, backend: 
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the errors of kernels come late
     except Exception as error:  # a compiler's, a driver's or our own
-        if _is_lost(device):
-            why = f"a test of one tile left the device unusable: {_in_words(error)}"
-            raise _refused(backend, why, "Start again with torch.") from None
-        return _in_words(error)
+        return _survived(error, device, backend)
     for name, plain in _pass(config, site, device, "torch").items():
         off, scale = _distance(found[name], plain)
         if not off <= (0 if name in EXACT else ALLOWED * scale):
             return f"{name}: {off:.3g} off, of {scale:.3g}"
     return ""
+
+
+def _survived(error: Exception, device: torch.device, backend: str) -> str:
+    """An error of a kernel in words.
+
+    Raises:
+        ConfigError: nothing runs on the device any more.
+    """
+    if _is_lost(device):
+        why = f"a test of one tile left the device unusable: {_in_words(error)}"
+        raise _refused(backend, why, "Start again with torch.") from None
+    return _in_words(error)
 
 
 def _is_lost(device: torch.device) -> bool:
@@ -113,16 +121,23 @@ def _distance(mine: torch.Tensor, plain: torch.Tensor) -> tuple[float, float]:
     return off, float(plain.double().abs().max())
 
 
-def update_problem(config: Config, site: Site) -> str:
-    """What is wrong with the compiled update of mask logits; empty if nothing is."""
-    logits, _, gradient = _tensors(config, site, torch.device("cpu"))
+def update_problem(config: Config, site: Site, device: torch.device, backend: str) -> str:
+    """What is wrong with the compiled update of mask logits; empty if nothing is.
+
+    Raises:
+        ConfigError: as ``sampling_problem``.
+    """
+    logits, _, gradient = _tensors(config, site, device)
     update = find_method(config.learn.method).trial_update(config, site, logits, gradient)
     if update is None:
         return ""
     try:
-        found, expected = update.make(True), update.make(False)
+        found = update.make(True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        expected = update.make(False)
     except Exception as error:
-        return _in_words(error)
+        return _survived(error, device, backend)
     for mine, plain in zip(found, expected, strict=True):
         off, scale = _distance(mine, plain)
         if not off <= update.tolerance * scale:

@@ -138,7 +138,7 @@ class Method(ABC):
         Args:
             config: the settings.
             site: pattern and place of the layer.
-            logits: (O, L, G), on the CPU.
+            logits: (O, L, G), on the device of the run.
             gradient: of the logits, which a method without a backward pass leaves aside.
         """
         return None

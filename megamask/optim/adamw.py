@@ -86,7 +86,7 @@ class AdamWRule(UpdateRule):
     name = "adamw"
     has_epsilon = True
 
-    def uses_numba(self, logits_dtype: str) -> bool:
+    def has_kernels(self, logits_dtype: str) -> bool:
         """For bf16 logits."""
         return logits_dtype == "bf16"
 
@@ -100,11 +100,11 @@ class AdamWRule(UpdateRule):
         linears: Sequence[MaskedLinear],
         seed: int,
         *,
-        use_numba: bool,
+        use_kernels: bool,
         logits_dtype: str,
         epsilon: float,
     ) -> MaskOptimizer:
         """PyTorch's AdamW for fp32 logits, stochastic rounding for bf16 logits."""
         if logits_dtype == "fp32":
             return AdamW(section, linears, seed, epsilon)
-        return AdamWBf16(section, linears, seed, use_numba, epsilon)
+        return AdamWBf16(section, linears, seed, use_kernels, epsilon)

@@ -171,7 +171,7 @@ class AdamW8bitRule(UpdateRule):
         linears: Sequence[MaskedLinear],
         seed: int,
         *,
-        use_numba: bool,
+        use_kernels: bool,
         logits_dtype: str,
         epsilon: float,
     ) -> MaskOptimizer:

@@ -20,6 +20,7 @@ import torch
 
 from megamask.config.learn_tree import OptimizerSection
 from megamask.optim.stochastic_rounding import RoundingOptimizer, noise_words, store
+from megamask.sparsity.noise import NoiseKey
 
 if TYPE_CHECKING:
     from megamask.parallel.masked_linear import MaskedLinear
@@ -31,11 +32,11 @@ def adamw_update(
     mean: torch.Tensor,
     square: torch.Tensor,
     ids_OG: torch.Tensor,
-    key: torch.Tensor,
+    key: NoiseKey,
     numbers: torch.Tensor,
 ) -> None:
     """Update ``logits``, ``mean`` and ``square`` (O, C, G) in place. This is the reference of the
-    CPU kernel, and the code that runs on CUDA.
+    kernels.
     """
     rate, decay, beta1, rest1, beta2, rest2, root, eps, clip = numbers.unbind()
     noise = noise_words(key, ids_OG, logits.shape[1])
@@ -64,16 +65,23 @@ class AdamWBf16(RoundingOptimizer):
         section: OptimizerSection,
         linears: Sequence[MaskedLinear],
         seed: int,
-        use_numba: bool,
+        use_kernels: bool,
         epsilon: float = 1e-8,
     ) -> None:
-        super().__init__(section, linears, seed, use_numba)
+        super().__init__(section, linears, seed, use_kernels)
         self.epsilon, self.updates = epsilon, 0
 
     @staticmethod
     def kernel() -> Callable[..., Any]:
         """``adamw_update`` in one pass on the CPU."""
         from megamask.optim.stochastic_rounding_numba import adamw
+
+        return adamw
+
+    @staticmethod
+    def cuda_kernel() -> Any:
+        """``adamw_update`` in one pass on CUDA."""
+        from megamask.optim.stochastic_rounding_triton import adamw
 
         return adamw
 

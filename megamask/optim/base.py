@@ -125,9 +125,9 @@ class UpdateRule(ABC):
             ConfigError: a package or a compiler is missing.
         """
 
-    def uses_numba(self, logits_dtype: str) -> bool:
-        """Whether compiled kernels, which give the bits of plain PyTorch, update logits of this
-        dtype on a CPU.
+    def has_kernels(self, logits_dtype: str) -> bool:
+        """Whether kernels, which give the bits of plain PyTorch, update logits of this dtype: by
+        numba on a CPU, by Triton on CUDA.
         """
         return False
 
@@ -157,7 +157,7 @@ class UpdateRule(ABC):
         linears: Sequence[MaskedLinear],
         seed: int,
         *,
-        use_numba: bool,
+        use_kernels: bool,
         logits_dtype: str,
         epsilon: float,
     ) -> MaskOptimizer:
@@ -167,7 +167,7 @@ class UpdateRule(ABC):
             section: ``learn.optimizer``.
             linears: the masked linears of this rank whose logits this replica updates.
             seed: of stochastic rounding.
-            use_numba: whether the logits lie on a CPU and compiled CPU kernels may be used.
+            use_kernels: whether the kernels of the logits' device may be used.
             logits_dtype: dtype of the logits, "fp32" or "bf16".
             epsilon: the number that a rule adds to the root of a mean square gradient.
         """

@@ -21,6 +21,7 @@ import torch
 from megamask.config.learn_tree import OptimizerSection
 from megamask.optim.base import MaskOptimizer, UpdateRule
 from megamask.optim.stochastic_rounding import RoundingOptimizer, noise_words, store
+from megamask.sparsity.noise import NoiseKey
 
 if TYPE_CHECKING:
     from megamask.parallel.masked_linear import MaskedLinear
@@ -31,11 +32,11 @@ def lion_update(
     grad: torch.Tensor,
     momentum: torch.Tensor,
     ids_OG: torch.Tensor,
-    key: torch.Tensor,
+    key: NoiseKey,
     numbers: torch.Tensor,
 ) -> None:
-    """Update ``logits`` and bf16 ``momentum`` (O, C, G) in place. This is the reference of the CPU
-    kernel, and the code that runs on CUDA.
+    """Update ``logits`` and bf16 ``momentum`` (O, C, G) in place. This is the reference of the
+    kernels.
     """
     noise = noise_words(key, ids_OG, logits.shape[1])
     fresh = move_logits(logits, grad, momentum.float(), numbers, noise)
@@ -71,6 +72,13 @@ class Lion(RoundingOptimizer):
 
         return lion
 
+    @staticmethod
+    def cuda_kernel() -> Any:
+        """``lion_update`` in one pass on CUDA."""
+        from megamask.optim.stochastic_rounding_triton import lion
+
+        return lion
+
     def numbers(self, rate: float) -> list[float]:
         """rate, decay, beta1, 1 - beta1, beta2, 1 - beta2."""
         one, two = self.section.betas
@@ -91,7 +99,7 @@ class LionRule(UpdateRule):
         "Lion moves every logit by the full rate: use about a third of AdamW's learning rate"
     )
 
-    def uses_numba(self, logits_dtype: str) -> bool:
+    def has_kernels(self, logits_dtype: str) -> bool:
         """For logits of either dtype."""
         return True
 
@@ -105,9 +113,9 @@ class LionRule(UpdateRule):
         linears: Sequence[MaskedLinear],
         seed: int,
         *,
-        use_numba: bool,
+        use_kernels: bool,
         logits_dtype: str,
         epsilon: float,
     ) -> MaskOptimizer:
         """Lion, for logits of either dtype."""
-        return Lion(section, linears, seed, use_numba)
+        return Lion(section, linears, seed, use_kernels)

@@ -15,6 +15,7 @@ from megamask.config.learn_tree import OptimizerSection
 from megamask.optim.base import MaskOptimizer
 from megamask.optim.lion import Lion, LionRule, move_logits
 from megamask.optim.stochastic_rounding import noise_words
+from megamask.sparsity.noise import NoiseKey
 
 if TYPE_CHECKING:
     from megamask.parallel.masked_linear import MaskedLinear
@@ -30,12 +31,11 @@ def lion8bit_update(
     codes: torch.Tensor,
     exponents: torch.Tensor,
     ids_OG: torch.Tensor,
-    key: torch.Tensor,
+    key: NoiseKey,
     numbers: torch.Tensor,
 ) -> None:
     """Update ``logits`` (O, C, G) and the momentum, codes (O, C, G) int8 times 2^(exponents - 127)
-    with exponents (O, B) uint8, in place. This is the reference of the CPU kernel, and the code
-    that runs on CUDA.
+    with exponents (O, B) uint8, in place. This is the reference of the kernels.
     """
     noise = noise_words(key, ids_OG, logits.shape[1])
     fresh = move_logits(logits, grad, dequantize(codes, exponents), numbers, noise)
@@ -52,12 +52,19 @@ class Lion8bit(Lion):
     the local number of groups, or where rows are not split.
     """
 
-    update = staticmethod(lion8bit_update)
+    update, has_whole_groups = staticmethod(lion8bit_update), True
 
     @staticmethod
     def kernel() -> Callable[..., Any]:
         """``lion8bit_update`` in one pass on the CPU."""
         from megamask.optim.stochastic_rounding_numba import lion8bit
+
+        return lion8bit
+
+    @staticmethod
+    def cuda_kernel() -> Any:
+        """``lion8bit_update`` in one pass on CUDA."""
+        from megamask.optim.stochastic_rounding_triton import lion8bit
 
         return lion8bit
 
@@ -105,12 +112,12 @@ class Lion8bitRule(LionRule):
         linears: Sequence[MaskedLinear],
         seed: int,
         *,
-        use_numba: bool,
+        use_kernels: bool,
         logits_dtype: str,
         epsilon: float,
     ) -> MaskOptimizer:
         """8-bit Lion, for logits of either dtype."""
-        return Lion8bit(section, linears, seed, use_numba)
+        return Lion8bit(section, linears, seed, use_kernels)
 
 
 def dequantize(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:

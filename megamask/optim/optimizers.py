@@ -34,6 +34,9 @@ UPDATE_RULES: dict[str, UpdateRule] = {
     "lion8bit": Lion8bitRule(),
 }
 
+# The package that compiles the kernels of a device.
+KERNELS = {"cpu": "numba", "cuda": "triton"}
+
 
 def find_rule(name: str) -> UpdateRule:
     """The update rule ``learn.optimizer.kind = name``.
@@ -95,7 +98,7 @@ def build_optimizer(
         learn.optimizer,
         mine,
         config.seed,
-        use_numba=_may_use_numba(config, mine),
+        use_kernels=_may_use_kernels(config, mine),
         logits_dtype=learn.state.logits,
         epsilon=epsilon(learn.optimizer, logits),
     )
@@ -116,10 +119,9 @@ def epsilon(section: OptimizerSection, logits: int) -> float:
     return absolute + relative * section.clip / math.sqrt(logits)
 
 
-def _may_use_numba(config: Config, linears: Sequence[MaskedLinear]) -> bool:
-    """Whether compiled CPU kernels can update these logits."""
-    return (
-        all(linear.weight.device.type == "cpu" for linear in linears)
-        and config.learn.sampling.backend != "torch"
-        and importlib.util.find_spec("numba") is not None
+def _may_use_kernels(config: Config, linears: Sequence[MaskedLinear]) -> bool:
+    """Whether the kernels of the logits' device can update them."""
+    packages = {KERNELS.get(linear.weight.device.type, "") for linear in linears}
+    return config.learn.sampling.backend != "torch" and all(
+        package and importlib.util.find_spec(package) for package in packages
     )

@@ -15,60 +15,78 @@ Shapes: O rows, C logits of a group, G groups per row.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from megamask.config.learn_tree import OptimizerSection
 from megamask.optim.base import MaskOptimizer
-from megamask.sparsity.noise import philox
+from megamask.sparsity import noise
+from megamask.sparsity.kernels import triton_host
+from megamask.sparsity.noise import NoiseKey
 
 if TYPE_CHECKING:
     from megamask.parallel.masked_linear import MaskedLinear
+    from megamask.sparsity.shard import Placement
 
-# Logits that PyTorch updates at a time without compiling: noise takes several times 8 bytes each.
+# Logits that PyTorch updates at a time: noise takes several times 8 bytes each.
 CHUNK = 2**20
 # The noise of an update has this number in place of a micro-batch's, which never gets so large.
 UPDATE = 0xFFFFFFFF
+# Groups that a thread of a CUDA kernel updates at once in a big layer: reads of 64 bits in bf16.
+GROUPS_A_THREAD = 4
+# The most logits a group whose new momenta stay in the registers of a CUDA kernel.
+KEPT = 8
 
 
 class RoundingOptimizer(MaskOptimizer):
     """An update rule that updates each logit (or each group) on its own, in one pass over logits,
-    gradients and state: by a numba kernel on CPUs, by compiled PyTorch on CUDA.
+    gradients and state: by a numba kernel on CPUs, by a Triton kernel on CUDA, or in plain PyTorch.
 
     Attributes:
         names: the names of the state tensors in a snapshot.
         update: the rule in PyTorch, ``update(logits, grad, *state, ids_OG, key, numbers)``, in
             place.
+        has_whole_groups: whether a program of the CUDA kernel has all logits of its groups, and not
+            four of them.
         state: for each linear the state tensors of its logits, in the order of ``names``.
+        use_kernels: whether kernels may update the logits.
     """
 
     names: ClassVar[tuple[str, ...]]
     update: ClassVar[Callable[..., None]]
+    has_whole_groups: ClassVar[bool] = False
 
     def __init__(
-        self, section: OptimizerSection, linears: Sequence[MaskedLinear], seed: int, use_numba: bool
+        self,
+        section: OptimizerSection,
+        linears: Sequence[MaskedLinear],
+        seed: int,
+        use_kernels: bool,
     ) -> None:
         super().__init__(section, linears, seed)
         self.state = [self.new_state(logits) for logits in self.logits]
-        self._kernel = self.kernel() if use_numba else None
+        self.use_kernels = use_kernels
 
     @abstractmethod
     def numbers(self, rate: float) -> list[float]:
-        """The numbers of the rule in this step, from which ``update`` and the kernel compute. The
+        """The numbers of the rule in this step, from which ``update`` and the kernels compute. The
         clip factor is appended to them.
         """
 
     @staticmethod
-    def kernel() -> Callable[..., Any] | None:
-        """The numba kernel that gives the same bits as ``update``, or None: a rule without a kernel
-        runs in PyTorch on CPUs too.
-        """
-        return None
+    @abstractmethod
+    def kernel() -> Callable[..., Any]:
+        """The numba kernel that gives the same bits as ``update``."""
+
+    @staticmethod
+    @abstractmethod
+    def cuda_kernel() -> Any:
+        """The Triton kernel that gives the same bits as ``update``."""
 
     def new_state(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The state of ``logits`` before the first step: bf16 zeros for each name."""
@@ -79,18 +97,17 @@ class RoundingOptimizer(MaskOptimizer):
 
     @torch.no_grad()
     def step(self, step: int, rate: float, clip_factor: torch.Tensor) -> None:
-        """Update all logits, each tensor in one pass. The host never waits for the device."""
-        fixed = torch.tensor(self.numbers(rate), dtype=torch.float32).to(
-            clip_factor.device, non_blocking=True
-        )
-        numbers = torch.cat([fixed, clip_factor.float().reshape(1)])
+        """Update all logits, each tensor in one pass. On CUDA the kernels read the clip factor in
+        the device's memory, so the host never waits for the device.
+        """
+        numbers = [float(one) for one in self.numbers(rate)]
         for linear, logits, state in zip(self.linears, self.logits, self.state, strict=True):
             tensors = (logits.detach(), logits.main_grad, *state)  # type: ignore[attr-defined]
-            key = (self.seed, step, UPDATE, linear.parameter_id)
-            if self._kernel is not None:
-                self._on_cpu(self._kernel, linear, tensors, key, numbers)
-            else:
-                self._on_device(linear, tensors, key, numbers)
+            key = NoiseKey(self.seed, step, UPDATE, linear.parameter_id)
+            run = self.by_pytorch
+            if self.use_kernels:
+                run = self.by_triton if logits.is_cuda else self.by_numba
+            run(linear.site.placement, tensors, key, numbers, clip_factor)
             logits.grad = None
 
     def state_tensors(self) -> list[torch.Tensor]:
@@ -110,22 +127,23 @@ class RoundingOptimizer(MaskOptimizer):
             for tensor, loaded in zip(mine, moments[name], strict=True):
                 tensor.copy_(loaded)
 
-    def _on_cpu(
+    def by_numba(
         self,
-        kernel: Callable[..., Any],
-        linear: MaskedLinear,
+        place: Placement,
         tensors: tuple[torch.Tensor, ...],
-        key: tuple[int, ...],
-        numbers: torch.Tensor,
+        key: NoiseKey,
+        numbers: list[float],
+        clip_factor: torch.Tensor,
     ) -> None:
         """Run the numba kernel on all threads, each with rows of its own."""
         import numpy as np
 
         from megamask.sparsity.kernels.numba_host import on_all_threads, raw_bits
 
+        kernel = self.kernel()
         arrays = [raw_bits(one) if one.is_floating_point() else one.numpy() for one in tensors]
-        place, words = linear.site.placement, tuple(map(np.uint64, key))
-        floats = tuple(numbers.numpy())
+        words = tuple(map(np.uint64, (key.seed, key.step, key.micro_batch, key.parameter)))
+        floats = tuple(map(np.float32, (*numbers, float(clip_factor))))
 
         def work(rows: slice, global_row: int) -> None:
             groups = (global_row, place.first_group, place.groups_in_row)
@@ -133,23 +151,65 @@ class RoundingOptimizer(MaskOptimizer):
 
         on_all_threads(place.blocks, work)
 
-    def _on_device(
+    def by_triton(
         self,
-        linear: MaskedLinear,
+        place: Placement,
         tensors: tuple[torch.Tensor, ...],
-        key: tuple[int, ...],
-        numbers: torch.Tensor,
+        key: NoiseKey,
+        numbers: list[float],
+        clip_factor: torch.Tensor,
     ) -> None:
-        """Run ``update``: compiled on CUDA, otherwise on a few rows at a time."""
-        update, logits = type(self).update, tensors[0]
-        ids_OG = linear.site.placement.group_ids(logits.shape[2], logits.device)
-        key_words = torch.tensor(key).to(logits.device, non_blocking=True)
-        if logits.device.type == "cuda" and importlib.util.find_spec("triton"):
-            _compiled(update)(*tensors, ids_OG, key_words, numbers)
-            return
-        rows = max(1, CHUNK // logits[0].numel())
-        for parts in zip(*(tensor.split(rows) for tensor in (*tensors, ids_OG)), strict=True):
-            update(*parts, key_words, numbers)
+        """Launch the Triton kernel once."""
+        assert all(one.is_contiguous() for one in tensors)
+        logits = tensors[0]
+        rows, candidates, groups = logits.shape
+        cut = triton_host.Cut.of(rows, groups, GROUPS_A_THREAD)
+        constants = {"ROWS": cut.rows, "COLS": cut.cols}
+        if self.has_whole_groups:
+            programs = cut.programs(rows)
+            constants["C"] = candidates if candidates <= KEPT else 0
+        else:
+            programs = cut.programs(rows) * math.ceil(candidates / 4)
+        triton_host.launch(
+            self.cuda_kernel(),
+            programs,
+            logits,
+            *tensors,
+            clip_factor.float().reshape(1),
+            *numbers,
+            *(rows, candidates, groups),
+            *_global_rows(place),
+            *(place.first_group, place.groups_in_row),
+            *(key.seed, key.step, key.parameter, key.micro_batch),
+            **constants,
+        )
+
+    def by_pytorch(
+        self,
+        place: Placement,
+        tensors: tuple[torch.Tensor, ...],
+        key: NoiseKey,
+        numbers: list[float],
+        clip_factor: torch.Tensor,
+    ) -> None:
+        """Run ``update`` on a few rows at a time."""
+        logits = tensors[0]
+        fixed = torch.tensor(numbers, dtype=torch.float32, device=logits.device)
+        with_clip = torch.cat([fixed, clip_factor.float().reshape(1)])
+        ids_OG, rows = place.group_ids(logits.shape[2], logits.device), CHUNK // logits[0].numel()
+        for parts in zip(*(one.split(max(1, rows)) for one in (*tensors, ids_OG)), strict=True):
+            type(self).update(*parts, key, with_clip)
+
+
+def _global_rows(place: Placement) -> tuple[int, int, int]:
+    """(global number of local row 0, rows of a block, global rows left out after a block). The row
+    blocks of a shard have one size and one distance.
+    """
+    blocks = place.blocks
+    first, gaps = blocks[0], {b.global_start - a.global_start for a, b in pairwise(blocks)}
+    assert {one.rows for one in blocks} == {first.rows} and len(gaps) <= 1
+    gap = gaps.pop() - first.rows if gaps else 0
+    return first.global_start, first.rows, gap
 
 
 def store(target: torch.Tensor, value: torch.Tensor, noise: torch.Tensor) -> None:
@@ -161,35 +221,15 @@ def store(target: torch.Tensor, value: torch.Tensor, noise: torch.Tensor) -> Non
 
 def round_stochastically(value: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """fp32 ``value`` as bf16, rounded away from zero with the probability of the 16 bits that are
-    cut off. ``noise`` is uniform in [0, 2^16).
+    cut off. ``noise`` is uniform in [0, 2^16). NaN stays NaN: CUDA's NaN has all bits set, and
+    would overflow to -0.
     """
     bits = (value.view(torch.int32) + noise.int()) & -0x10000
-    return bits.view(torch.float32).bfloat16()
+    return torch.where(value.isnan(), value, bits.view(torch.float32)).bfloat16()
 
 
-def noise_words(key: torch.Tensor, ids_OG: torch.Tensor, count: int) -> torch.Tensor:
-    """The first ``count`` words of each group, (O, count, G): the same words as ``noise.words``
-    gives, but each is computed on its own, so that torch.compile makes one kernel of it.
-
-    Args:
-        key: seed, step, micro-batch and parameter, int64.
-        ids_OG: global group ids.
-        count: C.
+def noise_words(key: NoiseKey, ids_OG: torch.Tensor, count: int) -> torch.Tensor:
+    """The random words of each logit, (O, C, G) int64, of the groups with global ids ``ids_OG``;
+    ``count`` is C.
     """
-    seed, step, micro_batch, parameter = key.unbind()
-    position = torch.arange(count, device=ids_OG.device)[:, None]
-    ids = ids_OG[:, None]
-    four = philox(
-        (ids & 0xFFFFFFFF, ((ids >> 32) << 8) | (position >> 2), parameter, micro_batch),
-        (seed, step),  # type: ignore[arg-type]
-    )
-    lane = position & 3
-    return torch.where(
-        lane < 2, torch.where(lane == 0, four[0], four[1]), torch.where(lane == 2, four[2], four[3])
-    )
-
-
-@functools.lru_cache(maxsize=2)
-def _compiled(update: Callable[..., None]) -> Callable[..., None]:
-    """``update`` as one fused kernel."""
-    return torch.compile(update)
+    return noise.words(key, ids_OG, count).movedim(0, 1)

@@ -34,9 +34,9 @@ def _read(bits, is_fp32):
 @njit(inline="always")
 def _rounded(value, noise):
     """bf16 bits of ``value``, rounded away from zero with the probability of the part that is cut
-    off. ``noise`` has 16 random bits.
+    off. ``noise`` has 16 random bits. NaN stays NaN: with all bits set it would overflow to -0.
     """
-    return (bits_of(value) + noise) >> U32(16)
+    return U32(0x7FC0) if value != value else (bits_of(value) + noise) >> U32(16)
 
 
 @njit(inline="always")

@@ -109,10 +109,12 @@ class PolicyMethod(Method):
 
     def trial_update(
         self, config: Config, site: Site, logits: torch.Tensor, gradient: torch.Tensor
-    ) -> TrialUpdate:
-        """The change that the scores of two drawn masks make. The compiled update rounds otherwise
-        than plain PyTorch.
+    ) -> TrialUpdate | None:
+        """The change that the scores of two drawn masks make. The compiled update, which is for
+        CPUs, rounds otherwise than plain PyTorch.
         """
+        if logits.device.type != "cpu":
+            return None
         from megamask.learn.maskpro import score, score_numba
 
         kind = choose_score(config.learn.maskpro.score, site.pattern)

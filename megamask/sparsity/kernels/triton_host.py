@@ -65,7 +65,7 @@ class TritonSampler:
         first = 0
         for block, here in _blocks(site):
             programs = cut.programs(block.rows)
-            _launch(
+            launch(
                 kernels.forward,
                 programs,
                 logits,
@@ -106,7 +106,7 @@ class TritonSampler:
         gradient = torch.empty_like(logits) if buffer is None else buffer.contiguous()
         cut = Cut.of(logits.shape[0], logits.shape[-1], kernels.groups_a_thread)
         for block, here in _blocks(site):
-            _launch(
+            launch(
                 kernels.backward,
                 cut.programs(block.rows),
                 logits,
@@ -139,7 +139,7 @@ class TritonSampler:
         cut = Cut.of(rows, groups, kernels.groups_a_thread)
         hard_codes = logits.new_empty((rows, groups), dtype=site.code_dtype)
         sums = logits.new_empty(cut.programs(rows), dtype=torch.float32)
-        _launch(
+        launch(
             kernels.mask_statistics,
             len(sums),
             logits,
@@ -193,9 +193,8 @@ class Cut(NamedTuple):
         return {"ROWS": self.rows, "COLS": self.cols, "TILES": self.tiles}
 
 
-def _launch(
-    kernel: Any, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any
-) -> None:
+def launch(kernel: Any, programs: int, on: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+    """Start ``programs`` programs of a kernel on the device of ``on``."""
     with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
         kernel[(programs,)](*arguments, **constants, **OPTIONS)
 

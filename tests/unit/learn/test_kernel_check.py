@@ -170,7 +170,11 @@ def test_plain_pytorch_needs_no_check(mesh: Mesh, monkeypatch: pytest.MonkeyPatc
 def test_a_wrong_update_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings("learn.optimizer.kind=lion")
     site = Site(Pattern(2, 4), Placement.whole(6, 37), DISTRIBUTIONS["subset"])
-    assert sampling_problem(config, site, CPU, "numba") == update_problem(config, site) == ""
+    assert (
+        sampling_problem(config, site, CPU, "numba")
+        == update_problem(config, site, CPU, "numba")
+        == ""
+    )
     true = Lion.kernel()
     assert true is not None
 
@@ -179,9 +183,9 @@ def test_a_wrong_update_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments[0][0] ^= 1  # the last bit of a row
 
     monkeypatch.setattr(Lion, "kernel", staticmethod(lambda: late))
-    assert "the update of lion gives other bits" in update_problem(config, site)
+    assert "the update of lion gives other bits" in update_problem(config, site, CPU, "numba")
     monkeypatch.setattr(Lion, "kernel", staticmethod(lambda: raising))
-    assert update_problem(config, site).startswith("RuntimeError: gcc")
+    assert update_problem(config, site, CPU, "numba").startswith("RuntimeError: gcc")
 
 
 @pytest.mark.parametrize("kind", ["set", "ordered"])
@@ -189,7 +193,7 @@ def test_a_wrong_update_of_maskpro_is_found(kind: str, monkeypatch: pytest.Monke
     words = ["learn.preset=maskpro", "learn.method=maskpro", f"learn.maskpro.score={kind}"]
     config, true = settings(*words), score_numba.add_scores
     site = Site(Pattern(2, 4), Placement.whole(6, 37), DISTRIBUTIONS["subset"])
-    assert update_problem(config, site) == ""
+    assert update_problem(config, site, CPU, "numba") == ""
 
     def other_draw(logits: Any, site: Any, key: Any, *arguments: Any) -> None:
         true(logits, site, replace(key, step=key.step + 1), *arguments)
@@ -199,6 +203,6 @@ def test_a_wrong_update_of_maskpro_is_found(kind: str, monkeypatch: pytest.Monke
 
     for wrong in (other_draw, other_rate):
         monkeypatch.setattr(score_numba, "add_scores", wrong)
-        assert update_problem(config, site).startswith("the update of maskpro: ")
+        assert update_problem(config, site, CPU, "numba").startswith("the update of maskpro: ")
     monkeypatch.setattr(score_numba, "add_scores", raising)
-    assert update_problem(config, site).startswith("RuntimeError: gcc")
+    assert update_problem(config, site, CPU, "numba").startswith("RuntimeError: gcc")

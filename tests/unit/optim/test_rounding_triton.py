@@ -1,0 +1,50 @@
+"""The CUDA kernels of the lean optimizers: in Triton's interpreter anywhere, compiled where there
+is CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.unit.sparsity.kernels.test_triton import COMPILED, INTERPRETED, run
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed (it is in the extra dev)",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interpret", [INTERPRETED, COMPILED])
+def test_the_kernels(interpret: str) -> None:
+    """In a process of its own, because triton is interpreted or not from its first import on."""
+    checks = str(Path(__file__).parent / "rounding_triton_checks.py")
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", checks)
+    child = run(*command, TRITON_INTERPRET=interpret)
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+
+
+PROGRAM = """
+from benchmarks.gpu import compile_kernels
+
+with compile_kernels.compiling(90) as compiled:
+    for number in range(2):
+        compile_kernels.KEY = compile_kernels.NoiseKey(*[2**31 * number + 1] * 4)
+        for columns in (4096, 8192):
+            layer = compile_kernels.Layer("subset/2:4", 4096 + number, columns, blocks=1)
+            compile_kernels.update(layer, "adamw", "bf16", "bf16")
+(kernel,) = compiled
+code = kernel.asm["ptx"]
+assert "sqrt.rn.f32" in code and "div.rn.f32" in code
+assert "fma." not in code and ".ftz" not in code, "operations that round otherwise"
+"""
+
+
+@pytest.mark.slow
+def test_the_compiled_update_rounds_as_ieee_says_and_is_compiled_once(tmp_path: Path) -> None:
+    """Other numbers, other sizes and the upper half of 32-bit ids need no other code."""
+    child = run("-c", PROGRAM, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert child.returncode == 0, child.stderr[-3000:]
