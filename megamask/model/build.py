@@ -84,7 +84,7 @@ def transformer_config(
         persist_layer_norm=False,
         hetereogenous_dist_checkpoint=True,  # one checkpoint key a layer, so that layers may differ
         **RECOMPUTE[config.parallel.recompute],
-        **Fusions.of(config, arch, mesh.device).settings(),
+        **Fusions.of(config, arch, mesh, dtype).settings(),
     )
 
 

@@ -8,6 +8,7 @@ place of the activation (``use_te_activation_func``), and a function in the plac
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.config import Config
-from megamask.model.fused.launcher import has_kernels
+from megamask.model.fused.launcher import KINDS, has_kernels
 from megamask.model.fused.rotation import can_rotate, rotate
 from megamask.model.fused.swiglu import swiglu
+from megamask.model.fused.trial import activation_problem, rotation_problem
+from megamask.parallel.mesh import Mesh
 from megamask.weights.architecture import Architecture
+
+log = logging.getLogger(__name__)
 
 
 class SwiGlu(MegatronModule):
@@ -47,15 +52,24 @@ class Fusions:
     rotation: bool
 
     @classmethod
-    def of(cls, config: Config, arch: Architecture, device: torch.device) -> Fusions:
-        """The kernels of this architecture that the device runs and ``parallel.fused`` allows.
+    def of(cls, config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Fusions:
+        """The kernels of this architecture that ``parallel.fused`` allows and a trial has shown to
+        give the bits of the separate passes here. Others are named in a warning.
 
         Another activation than a gated SiLU, and a model that rotates a part of each head, keep
         Megatron's passes.
         """
-        runs = config.parallel.fused and has_kernels(device)
-        whole = bool(arch.ropes) and all(rope.share == 1 for rope in arch.ropes)
-        return cls(runs and arch.gated and arch.activation == "silu", runs and whole)
+        runs = config.parallel.fused and dtype in KINDS and has_kernels(mesh.device)
+        activation = runs and arch.gated and arch.activation == "silu"
+        rotation = runs and bool(arch.ropes) and all(rope.share == 1 for rope in arch.ropes)
+        if activation:
+            found = activation_problem(arch.ffn // mesh.tp, dtype, mesh.device)
+            activation = not _warned("SwiGLU", found)
+        if rotation:
+            heads = [max(count // mesh.tp, 1) for count in (arch.heads, arch.kv_heads)]
+            found = rotation_problem(heads, arch.head_dim, dtype, mesh.device)
+            rotation = not _warned("rotation", found)
+        return cls(activation, rotation)
 
     def settings(self) -> dict[str, bool]:
         """Megatron's settings, for its TransformerConfig. Megatron's function for a fused rotation,
@@ -67,6 +81,13 @@ class Fusions:
             "use_te_activation_func": self.activation,
             "apply_rope_fusion": self.rotation,
         }
+
+
+def _warned(part: str, problem: str) -> bool:
+    """Whether there is a problem, which is then logged."""
+    if problem:
+        log.warning("%s in separate passes: the fused kernel fails here (%s)", part, problem)
+    return bool(problem)
 
 
 def _rotate(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> torch.Tensor:

@@ -22,7 +22,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megamask.config.load import build_config
 from megamask.model.build import build_model, masked_linears
-from megamask.model.fused import launcher, rotation, rotation_triton, seams, swiglu, swiglu_triton
+from megamask.model.fused import (
+    launcher,
+    rotation,
+    rotation_triton,
+    seams,
+    swiglu,
+    swiglu_triton,
+    trial,
+)
 from megamask.parallel.mesh import start
 from megamask.weights.architecture import read_architecture
 
@@ -213,6 +221,39 @@ def test_swiglu_saves_its_input_alone() -> None:
     assert [one.data_ptr() for one in kept] == [x.data_ptr()]
 
 
+@DTYPES
+def test_a_trial_finds_kernels_that_fail_or_give_other_bits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    device, heads = torch.device(DEVICE), [3, 1]
+    assert trial.rotation_problem(heads, 16, dtype, device) == ""
+    if ON_CUDA:
+        assert trial.activation_problem(40, dtype, device) == ""
+    elif dtype == FP32:  # the interpreter's exp is numpy's
+        assert "of the output have other bits" in trial.activation_problem(40, dtype, device)
+    monkeypatch.setattr(trial, "swiglu", lambda both: silu_product(1.01 * both))
+    assert "numbers of the output have other bits" in trial.activation_problem(40, dtype, device)
+
+    def doubled(t: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+        out = rotation.rotate(t, freqs)
+        out.register_hook(lambda grad: 2 * grad)
+        return out
+
+    monkeypatch.setattr(trial, "rotate", doubled)
+    assert "of the gradient have other bits" in trial.rotation_problem(heads, 16, dtype, device)
+
+    def fail(*_: Any, **constants: Any) -> None:
+        raise RuntimeError("no compiler\nand a long trace")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(launcher, "launch", fail)
+    for found in (
+        trial.activation_problem(40, dtype, device),
+        trial.rotation_problem(heads, 16, dtype, device),
+    ):
+        assert found == "RuntimeError: no compiler"
+
+
 def trained(fused: bool, recompute: bool | str, dtype: str) -> Results:
     """The losses of a tiny Llama, and the gradients of its linears."""
     parallel = {"threads": 1, "recompute": recompute, "fused": fused}
@@ -243,6 +284,9 @@ def test_a_model_learns_the_same(
     which a dozen passes make larger.
     """
     monkeypatch.setattr(seams, "has_kernels", lambda device: True)
+    if not ON_CUDA:  # where the trial finds the interpreter's exp
+        monkeypatch.setattr(seams, "activation_problem", lambda *_: "")
+        monkeypatch.setattr(seams, "rotation_problem", lambda *_: "")
     launched: list[Any] = []
 
     def watch(kernel: Any, *rest: Any, **constants: Any) -> None:

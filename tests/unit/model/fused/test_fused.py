@@ -19,7 +19,9 @@ import pytest
 import torch
 
 from megamask.config.load import build_config
+from megamask.model.fused import seams
 from megamask.model.fused.seams import Fusions
+from megamask.parallel.mesh import Mesh
 from megamask.weights.architecture import read_architecture
 from megamask.weights.family import Rope
 
@@ -87,12 +89,41 @@ def test_fused_kernels_compile_for_an_h100(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_a_model_fuses_what_the_kernels_cover(
-    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], expected: Fusions
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, Any],
+    expected: Fusions,
 ) -> None:
+    """Where a trial finds nothing."""
     arch = replace(read_architecture(ROOT / "configs" / "models" / "tiny-llama.json"), **change)
-    cuda, neither = torch.device("cuda"), Fusions(False, False)
-    assert Fusions.of(build_config({}), arch, cuda) == expected
-    assert Fusions.of(build_config({"parallel": {"fused": False}}), arch, cuda) == neither
-    assert Fusions.of(build_config({}), arch, torch.device("cpu")) == neither
+    tried: list[Any] = []
+
+    def problem(words: str) -> None:
+        def try_out(*sizes: Any) -> str:
+            tried.append(sizes[0])
+            return words
+
+        for name in ("activation_problem", "rotation_problem"):
+            monkeypatch.setattr(seams, name, try_out)
+
+    def fusions(
+        device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **settings: Any
+    ) -> Fusions:
+        config = build_config({"parallel": settings})
+        return Fusions.of(config, arch, Mesh(torch.device(device), 0, 2, 2, 0, 1, 0), dtype)
+
+    problem("")
+    assert fusions() == fusions(dtype=torch.float32) == expected
+    sizes = [arch.ffn // 2] * expected.activation + [
+        [arch.heads // 2, arch.kv_heads // 2]
+    ] * expected.rotation
+    assert tried == [*sizes, *sizes]
+    assert not caplog.records
+    problem("no compiler")
+    neither = Fusions(False, False)
+    assert fusions() == neither and len(caplog.records) == len(sizes)
+    assert all("no compiler" in one.getMessage() for one in caplog.records)
+    problem("")
+    assert fusions(fused=False) == fusions("cpu") == fusions(dtype=torch.half) == neither
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert Fusions.of(build_config({}), arch, cuda) == neither
+    assert fusions() == neither
