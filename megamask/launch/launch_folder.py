@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,13 @@ def next_folder(run_dir: Path) -> Path:
     folders = _folders(run_dir)
     number = int(folders[-1].name) + 1 if folders else 1
     return real_path(run_dir) / "launch" / f"{number:03d}"
+
+
+def withdraw(folder: Path) -> None:
+    """Remove the folder of a job that does not exist, and ``launch`` if it was the first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # other jobs have folders there
+        folder.parent.rmdir()
 
 
 def _folders(run_dir: Path) -> list[Path]:

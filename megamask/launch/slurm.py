@@ -10,6 +10,7 @@ from pathlib import Path
 from megamask.errors import ArtifactError, ConfigError
 
 TIMEOUT = 60.0  # seconds; a busy controller answers late
+TIMED_OUT = "timed out"  # what sbatch says where the job may be in the queue all the same
 UNKNOWN_JOB = "invalid job id"  # what squeue says of a job that has left the queue for long
 
 
@@ -43,6 +44,10 @@ class QueuedJob:
         return f"Slurm job {self.number}, {self.state}{where}"
 
 
+class JobRefusedError(ArtifactError):
+    """Slurm refused a job, so that there is none."""
+
+
 def has_slurm() -> bool:
     """Whether this machine can submit jobs."""
     return shutil.which("sbatch") is not None
@@ -56,7 +61,8 @@ def submit(script: Path) -> str:
 
     Raises:
         ConfigError: there is no sbatch here.
-        ArtifactError: sbatch refused the script or gave no answer.
+        JobRefusedError: sbatch refused the script.
+        ArtifactError: sbatch gave no answer, so that nobody knows.
     """
     done = _call("sbatch", "--parsable", str(script))
     if done is None:
@@ -64,7 +70,10 @@ def submit(script: Path) -> str:
         raise ConfigError("launch.launcher", "slurm", "needs the command sbatch", fix)
     if done.returncode != 0:
         said = " ".join(done.stderr.split()) or f"code {done.returncode}"
-        raise ArtifactError(script, f"was refused ({said})", "Correct launch.* and submit again.")
+        if TIMED_OUT in said.lower():
+            fix = "Look at the queue, and start again when Slurm answers."
+            raise ArtifactError(script, f"may be in the queue or not: sbatch failed ({said})", fix)
+        raise JobRefusedError(script, f"was refused ({said})", "Correct launch.* and submit again.")
     return done.stdout.strip().partition(";")[0]  # "12;cluster"
 
 

@@ -12,7 +12,7 @@ from megamask.config import Config
 from megamask.errors import ArtifactError, ConfigError
 from megamask.launch import slurm
 from megamask.launch.job_script import Job
-from megamask.launch.launch_folder import Launch, fill, launches, next_folder
+from megamask.launch.launch_folder import Launch, fill, launches, next_folder, withdraw
 from megamask.liveness import start_of
 from megamask.prepare.layout import Layout
 from megamask.prepare.run_inputs import LearnInputs
@@ -50,7 +50,11 @@ def run(config: Config, arguments: SubmitArguments) -> None:
         fill(temporary, config, name, script)
     launch = Launch(job.folder, verb, None, None, utc_now())
     if launcher == "slurm":
-        launch = replace(launch, job=slurm.submit(job.folder / name))
+        try:
+            launch = replace(launch, job=slurm.submit(job.folder / name))
+        except (slurm.JobRefusedError, ConfigError):
+            withdraw(job.folder)
+            raise
     else:
         launch = replace(launch, process=_start(job, name))
     launch.write()

@@ -34,11 +34,12 @@ WORDS = {
     "evaluate": ("evaluate.masks={wanda: wanda, learned: learned}",),
     "diff": ("wanda", "magnitude", "--json", "{run}/diff.json"),
     "extract": ("wanda", "{run}/extracted.safetensors"),
+    "import": ("{run}/none.npz", "{run}/imported.safetensors"),
     "inspect": ("wanda",),
     "plan": ("--model", "llama2-7b", "--tp=8", "--json", "{run}/plan.json"),
     "export": ("export.mask=wanda",),
 }
-REFUSED = {"gguf": "model.gguf"}
+REFUSED = {"gguf": "model.gguf", "import": "none.npz"}
 # In the order of a run; verbs that are not named here follow.
 ORDER = ("convert", "tokenize", "prune", "learn", "export", "evaluate", "report")
 # Verbs that hand a job to another program, or ask for a run that goes on.

@@ -90,10 +90,32 @@ def test_a_refusal_of_slurm_is_one_message_and_leaves_no_job(
     (cluster.folder / "refuse").touch()
     assert cluster.submit("--account", "nobody") == 2
     assert "was refused (sbatch: error: invalid account)" in capsys.readouterr().err
-    assert launches(cluster.run_dir) == []
+    assert launches(cluster.run_dir) == [] and not (cluster.run_dir / "launch").exists()
     (cluster.folder / "refuse").unlink()
     assert cluster.submit() == 0
-    assert [launch.folder.name for launch in launches(cluster.run_dir)] == ["002"]
+    (cluster.folder / "refuse").touch()
+    assert cluster.submit() == 2
+    assert [one.name for one in (cluster.run_dir / "launch").iterdir()] == ["001"]
+    assert [launch.folder.name for launch in launches(cluster.run_dir)] == ["001"]
+
+
+def test_the_folder_of_a_job_that_may_wait_stays(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job of a submission that timed out can be in the queue, and needs its folder."""
+    sbatch = cluster.folder / "bin" / "sbatch"
+    sbatch.write_text(
+        "#!/usr/bin/env bash\n"
+        "echo 'sbatch: error: Batch job submission failed: Socket timed out' >&2; exit 1\n"
+    )
+    assert cluster.submit() == 2
+    assert "may be in the queue or not: sbatch failed" in capsys.readouterr().err
+    assert (cluster.run_dir / "launch" / "001" / "submit.sbatch").exists()
+    sbatch.write_text("#!/usr/bin/env bash\nexec sleep 60\n")
+    monkeypatch.setattr(slurm, "TIMEOUT", 0.2)
+    assert cluster.submit() == 2
+    assert "sbatch: gave no answer within 0.2 seconds" in capsys.readouterr().err
+    assert (cluster.run_dir / "launch" / "002" / "submit.sbatch").exists()
 
 
 def test_a_run_in_the_queue_or_in_use_is_refused(
