@@ -68,8 +68,8 @@ class _RunningStep:
             global batch that the mask serves.
         norm_coef: of the weight-norm term, for one micro-batch.
         first: number of the first micro-batch of this replica.
-        uses: how many micro-batches of this replica each mask to come serves.
         first_draw: what the first draw of the step measured, by parameter id.
+        uses: how many micro-batches of this replica each shared mask to come serves.
         shared: number of the micro-batch in the key of the shared masks of now; None before them.
         measured: what the draw of the shared masks of now measured, by parameter id.
     """
@@ -77,8 +77,8 @@ class _RunningStep:
     sample: Sample
     norm_coef: float
     first: int
-    uses: Iterator[int]
     first_draw: Mapping[int, Measured] = field(default_factory=dict)
+    uses: Iterator[int] = field(default_factory=lambda: iter(()))
     shared: int | None = None
     measured: Mapping[int, Measured] = field(default_factory=dict)
 
@@ -173,8 +173,11 @@ class GradientLearner:
         learn = self.config.learn
         # Megatron's schedule divides the loss of a micro-batch by the same number
         norm_coef = between(learn.weight_norm, step / learn.steps) / plan.accumulations
-        uses = learn.sampling.uses(plan.accumulations, plan.replicas, plan.replica)
-        return _RunningStep(sample_of(self.config, step), norm_coef, plan.replica, iter(uses))
+        running = _RunningStep(sample_of(self.config, step), norm_coef, plan.replica)
+        if self.step_draws:
+            uses = learn.sampling.uses(plan.accumulations, plan.replicas, plan.replica)
+            running.uses = iter(uses)
+        return running
 
     def _forward_backward(
         self, running: _RunningStep, micro_batches: Iterator[MicroBatch], plan: BatchPlan
