@@ -7,15 +7,16 @@ other TP.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -39,8 +40,10 @@ from megamask.weights.hf_files import HFReader
 from megamask.weights.mapping import rules
 
 FIX = "Check the memory and the disk; the same command goes on from what is complete."
+PORTION = 2**30  # bytes read at a time: every read parses the index of the whole folder anew
 EXTRA_STATE = "_extra_state"  # end of the name of a module's extra state
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
+Item = TypeVar("Item")
 
 
 def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
@@ -249,16 +252,37 @@ def load_weights(model: LanguageModel, path: Path) -> None:
 def megatron_to_hf(path: Path, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield Megatron weights as (HF name, tensor), in the dtype of the file.
 
-    One Megatron tensor at a time is in memory. An initialised process group of one process is
-    required.
+    Megatron tensors of ``PORTION`` bytes, or a larger one alone, are in memory at a time. An
+    initialised process group of one process is required.
 
     Raises:
         ArtifactError: the weights are missing or torn.
     """
     note = read_note(path)
     dtype = getattr(torch, note["dtype"])
-    for rule in rules(arch, note["padded_vocab"]):
-        whole = torch.empty(rule.shape(), dtype=dtype)
-        state = {rule.megatron: ShardedTensor.from_rank_offsets(rule.megatron, whole, replica_id=0)}
+    table = rules(arch, note["padded_vocab"])
+    for portion in portions(table, lambda rule: math.prod(rule.shape()) * dtype.itemsize):
+        state = {}
+        for rule in portion:
+            whole = torch.empty(rule.shape(), dtype=dtype)
+            state[rule.megatron] = ShardedTensor.from_rank_offsets(
+                rule.megatron, whole, replica_id=0
+            )
         loaded = load_sharded(state, path, "Run the verb convert again.")
-        yield from rule.to_hf(loaded[rule.megatron]).items()
+        del state, whole
+        for rule in portion:
+            yield from rule.to_hf(loaded.pop(rule.megatron)).items()
+
+
+def portions(items: Iterable[Item], bytes_of: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Split ``items`` in their order into lists of at most ``PORTION`` bytes, or of one item."""
+    portion: list[Item] = []
+    size = 0
+    for item in items:
+        if portion and size + bytes_of(item) > PORTION:
+            yield portion
+            portion, size = [], 0
+        portion.append(item)
+        size += bytes_of(item)
+    if portion:
+        yield portion
