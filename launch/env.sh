@@ -99,7 +99,8 @@ megamask_env() {
         write_constraints "$VENV/constraints.txt" "$torch_version"
         read -r -a options <<<"${PIP_OPTIONS:-}"
         say "installing megamask[$extras] with pinned versions (once; a few minutes)"
-        retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+        # Python compiles a module at its first import: pip would compile all, half of its time.
+        retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
             "${options[@]}" -c "$VENV/constraints.txt" -e "${REPO}[$extras]" ||
             die "pip install failed three times; its messages are above."
         touch "$stamp"

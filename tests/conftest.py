@@ -22,12 +22,29 @@ import torch
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
+# In a fresh clone numba compiles a kernel, for seconds, in every process that meets it while no
+# other has finished it. The first two files compile most kernels, those of ``subset`` and those of
+# ``categorical``; the next two need none and keep the other workers busy meanwhile.
+FIRST = (
+    "e2e/test_golden.py",
+    "e2e/test_plan.py",
+    "kernels/test_triton.py",
+    "parity/test_smollm2.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put files with slow tests first, so that workers side by side end together. Leave out the
     tests marked ``nightly`` unless NIGHTLY=1 or the command line asks for them.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    place = {name: number for number, name in enumerate(FIRST)}
+
+    def order(item: pytest.Item) -> tuple[bool, int]:
+        name = f"{item.path.parent.name}/{item.path.name}"
+        return item.path not in slow, place.get(name, len(FIRST))
+
+    items.sort(key=order)
     if os.environ.get("NIGHTLY") == "1" or "nightly" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("nightly")]

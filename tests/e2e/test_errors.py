@@ -17,6 +17,7 @@ import pytest
 from megamask import load_masks, save_masks
 from tests.e2e.conftest import save_tokenizer
 from tests.e2e.program import assert_untouched, contents, in_process, megamask, refusal
+from tests.e2e.ranks import run_program
 
 pytestmark = pytest.mark.slow
 
@@ -470,16 +471,14 @@ def test_m_that_does_not_divide_a_row(run_dir: Path, refused: Refuse, verb: str)
 
 def test_m_that_does_not_divide_a_rank_s_part_of_a_row(run_dir: Path, settings: Settings) -> None:
     before, pattern = contents(run_dir), ("pattern=1:64", "prune.methods=[magnitude]")
-    finished = megamask(
-        "prune", *settings(run_dir), *pattern, "parallel.tp=2", launch=2, check=False
-    )
-    assert finished.code != 0
-    said = [line for line in finished.stderr.splitlines() if "megamask: error" in line]
-    assert len(said) >= 1  # torchrun ends the other rank as soon as the first has failed
+    ranks = run_program("prune", *settings(run_dir), *pattern, "parallel.tp=2")
+    assert all(one.code != 0 for one in ranks)
+    said = [line for one in ranks for line in one.stderr.splitlines() if "error: " in line]
+    assert len(said) >= 1  # the launcher ends the other rank as soon as the first has failed
     assert all(
         "pattern = '1:64'" in line and "here 32 after splitting over parallel.tp=2" in line
         for line in said
-    ), finished.stderr
+    ), ranks
     assert all("a smaller parallel.tp" in line for line in said)
     assert_untouched(run_dir, before)
     assert (

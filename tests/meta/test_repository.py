@@ -18,6 +18,7 @@ from megamask.config import load_config
 from megamask.config.tree import Config
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.table import VERBS
+from tests.conftest import FIRST
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPES = sorted((REPO / "configs" / "recipes").glob("*.yaml"))
@@ -299,3 +300,9 @@ def test_a_user_error_is_one_message(arguments: list[str], expected: str) -> Non
     )
     ranks = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}
     assert "(rank 3)" in run_cli(*arguments, **ranks).stderr
+
+
+def test_files_that_are_tested_first_are_there() -> None:
+    for name in FIRST:
+        (file,) = (path for path in (REPO / "tests").rglob("*.py") if path.match(name))
+        assert "mark.slow" in file.read_text(), "files without slow tests come last"
