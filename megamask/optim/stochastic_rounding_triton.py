@@ -31,8 +31,9 @@ from megamask.sparsity.kernels.triton_tiles import counter, word_block
 
 BLOCK = tl.constexpr(8)  # as in lion_8bit.py
 
-# Arguments that must not make Triton compile again when they change.
+# Arguments that must not make Triton compile again when they change; of ``clip``, the address.
 CHANGING = (
+    "clip",
     *("rate", "decay", "beta1", "rest1", "beta2", "rest2", "root", "eps"),
     *("rows", "candidates", "global_row", "block_rows", "gap", "first_group", "groups_in_row"),
     *("seed", "step", "parameter", "micro_batch"),

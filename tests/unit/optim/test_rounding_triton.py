@@ -28,6 +28,9 @@ def test_the_kernels(interpret: str) -> None:
 
 
 PROGRAM = """
+from unittest.mock import patch
+
+import torch
 from benchmarks.gpu import compile_kernels
 
 with compile_kernels.compiling(90) as compiled:
@@ -36,6 +39,8 @@ with compile_kernels.compiling(90) as compiled:
         for columns in (4096, 8192):
             layer = compile_kernels.Layer("subset/2:4", 4096 + number, columns, blocks=1)
             compile_kernels.update(layer, "adamw", "bf16", "bf16")
+    with patch.object(torch, "ones", lambda shape: torch.zeros(8)[1]):
+        compile_kernels.update(layer, "adamw", "bf16", "bf16")
 (kernel,) = compiled
 code = kernel.asm["ptx"]
 assert "sqrt.rn.f32" in code and "div.rn.f32" in code
@@ -45,6 +50,8 @@ assert "fma." not in code and ".ftz" not in code, "operations that round otherwi
 
 @pytest.mark.slow
 def test_the_compiled_update_rounds_as_ieee_says_and_is_compiled_once(tmp_path: Path) -> None:
-    """Other numbers, other sizes and the upper half of 32-bit ids need no other code."""
+    """Other numbers and sizes, the upper half of 32-bit ids, and a clip factor at an address that
+    16 does not divide need no other code.
+    """
     child = run("-c", PROGRAM, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert child.returncode == 0, child.stderr[-3000:]
