@@ -100,7 +100,8 @@ megamask_env() {
         read -r -a options <<<"${PIP_OPTIONS:-}"
         say "installing megamask[$extras] with pinned versions (once; a few minutes)"
         # Python compiles a module at its first import: pip would compile all, half of its time.
-        retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+        if [ -z "${PYTHONDONTWRITEBYTECODE:-}" ]; then options+=(--no-compile); fi
+        retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
             "${options[@]}" -c "$VENV/constraints.txt" -e "${REPO}[$extras]" ||
             die "pip install failed three times; its messages are above."
         touch "$stamp"
