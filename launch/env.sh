@@ -100,8 +100,7 @@ megamask_env() {
         read -r -a options <<<"${PIP_OPTIONS:-}"
         say "installing megamask[$extras] with pinned versions (once; a few minutes)"
         # Python compiles a module at its first import: pip would compile all, half of its time.
-        if [ -z "${PYTHONDONTWRITEBYTECODE:-}" ]; then options+=(--no-compile); fi
-        retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+        retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
             "${options[@]}" -c "$VENV/constraints.txt" -e "${REPO}[$extras]" ||
             die "pip install failed three times; its messages are above."
         touch "$stamp"
@@ -109,4 +108,6 @@ megamask_env() {
         say "environment ready in $ENV_SECONDS s"
     fi
     export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+    # Images of Python set it, and every process would compile all that it imports.
+    unset PYTHONDONTWRITEBYTECODE
 }
