@@ -222,6 +222,8 @@ def _join(config: Config, place: Place, device: torch.device, stop: StopRequest)
             rank=place.rank,
             world_size=place.world,
             timeout=datetime.timedelta(minutes=section.timeout_minutes),
+            # Without it NCCL's barriers guess the device from the rank in the whole run.
+            device_id=device if device.type == "cuda" else None,
         )
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=section.tp,
