@@ -1,7 +1,8 @@
 """The devices that a plan compares.
 
 Peaks come from the makers' data sheets (dense, without sparsity). The shares of the peaks that
-kernels reach are assumptions of this model.
+kernels reach were measured on an H100 (``benchmarks/results/2026-11-26-gpu``); an H200 has the same
+chip and the same shares. Those of an A100 and of links are assumptions of this model.
 """
 
 from __future__ import annotations
@@ -69,10 +70,26 @@ GPUS = {
         "A100 80GB", 79.2 * GIB, 312e12, 2.039e12, 300e9, 25e9, matmul=0.70, attention=0.45
     ),
     "h100": Device(
-        "H100 80GB", 79.2 * GIB, 989e12, 3.35e12, 450e9, 50e9, matmul=0.55, attention=0.35
+        "H100 80GB",
+        79.2 * GIB,
+        989e12,
+        3.35e12,
+        450e9,
+        50e9,
+        matmul=0.80,
+        attention=0.39,
+        copy=0.87,
     ),
     "h200": Device(
-        "H200 141GB", 139.8 * GIB, 989e12, 4.8e12, 450e9, 50e9, matmul=0.55, attention=0.35
+        "H200 141GB",
+        139.8 * GIB,
+        989e12,
+        4.8e12,
+        450e9,
+        50e9,
+        matmul=0.80,
+        attention=0.39,
+        copy=0.87,
     ),
 }
 
