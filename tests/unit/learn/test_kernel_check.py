@@ -48,12 +48,13 @@ def mesh() -> Iterator[Mesh]:
         [],
         ["learn.method=categorical", "learn.sampling.mode=hard", "dtype=fp32"],
         ["learn.method=categorical", "pattern=4:8", "learn.memory=lean"],
-        ["learn.memory=leanest", "pattern=8:16"],
+        ["learn.memory=leanest"],
+        pytest.param(["learn.memory=leanest", "pattern=8:16"], marks=pytest.mark.nightly),
         ["learn.preset=maskpro", "learn.method=maskpro"],
         ["learn.sampling.noise=0"],
         ["learn.sampling.noise=100", "learn.sampling.mode=hard"],
     ],
-    ids=["subset", "hard", "lean", "leanest", "maskpro", "quiet", "loud"],
+    ids=["subset", "hard", "lean", "leanest", "wide", "maskpro", "quiet", "loud"],
 )
 def test_kernels_that_work_are_kept(words: list[str], backend: str, mesh: Mesh) -> None:
     config = settings(*words, f"learn.sampling.backend={backend}")

@@ -70,7 +70,7 @@ CASES = [  # pattern, dtype of logits, of weight and gradient, draw; the interpr
     *((4, 8, FP32, FP32, draw) for draw in DRAWS),
     (8, 16, FP32, BF16, DRAWS[0]),
     pytest.param(8, 16, BF16, FP32, DRAWS[1], marks=AT_NIGHT),
-    (2, 32, FP32, FP32, DRAWS[2]),
+    pytest.param(2, 32, FP32, FP32, DRAWS[2], marks=AT_NIGHT),
 ]
 
 
