@@ -19,7 +19,7 @@ class RunPaths:
     masks: Path  # one-shot masks: {method}.safetensors
     learn: Path  # learning run: config, log, metrics, snapshots
     export: Path  # masked Hugging Face folder
-    results: Path  # results.json
+    results: Path  # perplexities under evaluate.protocol: results.json for held-out documents
 
     def mask(self, method: str) -> Path:
         """The mask file of a method of this run (``learned`` is the learned one)."""
@@ -28,6 +28,10 @@ class RunPaths:
     def margins(self, method: str) -> Path:
         """The margins of that mask."""
         return margins_path(self.mask(method))
+
+    def results_under(self, protocol: str) -> Path:
+        """The perplexities under a protocol."""
+        return self.run_dir / results_file(protocol)
 
     def updated_weights(self, method: str) -> Path:
         """Megatron weights that a one-shot method changed."""
@@ -39,9 +43,16 @@ def margins_path(mask_file: Path) -> Path:
     return mask_file.with_suffix(".margins")
 
 
+def results_file(protocol: str) -> str:
+    """The name of the file with the perplexities under a protocol. Each protocol has a file of its
+    own, because numbers of two protocols do not compare.
+    """
+    return "results.json" if protocol == "heldout" else f"results-{protocol}.json"
+
+
 def run_paths(config: Config) -> RunPaths:
     """The paths of a configured run."""
-    run_dir = Path(config.run_dir)
+    run_dir, protocol = Path(config.run_dir), config.evaluate.protocol
     return RunPaths(
         run_dir=run_dir,
         hf=Path(config.model.hf) if config.model.hf else run_dir / "hf",
@@ -50,5 +61,5 @@ def run_paths(config: Config) -> RunPaths:
         masks=run_dir / "masks",
         learn=run_dir / "learn",
         export=Path(config.export.out) if config.export.out else run_dir / "export",
-        results=run_dir / "results.json",
+        results=run_dir / results_file(protocol),
     )

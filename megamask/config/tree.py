@@ -164,9 +164,25 @@ class PruneSection(Section):
     )
 
 
+ProtocolName = Literal["heldout", "wikitext2-2048", "wikitext2-4096"]
+PUBLISHED: dict[str, int] = {"wikitext2-2048": 2048, "wikitext2-4096": 4096}  # tokens of a window
+
+
 class EvaluateSection(Section):
     """Perplexity protocol: windows that do not overlap, window - 1 targets each, tail dropped."""
 
+    protocol: ProtocolName = Field(
+        "heldout",
+        description="text and windows: heldout, the held-out documents of the domains; "
+        "wikitext2-2048 and wikitext2-4096, the test part of WikiText-2 as in published tables, "
+        "where window, max_tokens and bos of this section have no effect",
+    )
+    text: str | None = Field(
+        None,
+        description="file with the test part of WikiText-2 (raw): its rows as .jsonl, .parquet or "
+        ".arrow with a column text, or all of it joined by two line feeds as .txt; null = "
+        "Salesforce/wikitext of the Hub, with the package datasets",
+    )
     window: Annotated[int, Field(ge=2, le=2**20)] = Field(512, description="tokens of a window")
     max_tokens: int | None = Field(
         16384, ge=1, le=10**12, description="held-out tokens of each domain; null = all"
@@ -181,6 +197,16 @@ class EvaluateSection(Section):
         description="window: each window begins with a BOS; true: one BOS before the held-out "
         "stream; auto = window where documents begin with a BOS (data.bos), or else false",
     )
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the protocol has a text of its own, and needs no domains."""
+        return self.protocol in PUBLISHED
+
+    @property
+    def protocol_window(self) -> int:
+        """Tokens of a window under the protocol."""
+        return PUBLISHED.get(self.protocol, self.window)
 
 
 class ExportSection(Section):

@@ -80,7 +80,7 @@ def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
     if is_empty:
         raise ArtifactError(
             corpus.path or corpus.kind,
-            f"holds no text (data.domains.{name})",
+            "holds no text",
             f"Give data.domains.{name} a corpus with text and max_bytes enough, or remove it.",
         )
 

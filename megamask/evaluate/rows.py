@@ -1,4 +1,4 @@
-"""Held-out perplexity of the dense model and of every mask of a run, by domain."""
+"""Perplexity of the dense model and of every mask of a run, by domain."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 
 from megamask import storage
 from megamask.config import Config, RunPaths
-from megamask.data.bos import description
-from megamask.data.tokenizer import load_tokenizer
 from megamask.errors import ArtifactError
+from megamask.evaluate.measured_text import MeasuredText
 from megamask.masks.file import MaskSet
 from megamask.masks.find import own_weights
 from megamask.model.build import build_model, masked_linears
@@ -38,7 +37,7 @@ class Rows:
         paths: the paths of the run.
         arch: the architecture of the model.
         mesh: process groups and device of this rank.
-        windows: domain -> held-out tokens (N windows, S sequence).
+        windows: domain -> tokens (N windows, S sequence).
     """
 
     def __init__(
@@ -84,20 +83,17 @@ class Rows:
         return row
 
 
-def facts_beside(
-    config: Config, paths: RunPaths, masks: dict[str, MaskSet], windows: dict[str, torch.Tensor]
-) -> dict[str, Any]:
-    """The content of ``results.json`` beside the perplexities. Files are read, the tokenizer among
-    them, so the facts are put together before anything is measured.
+def facts_beside(paths: RunPaths, masks: dict[str, MaskSet], text: MeasuredText) -> dict[str, Any]:
+    """The content of ``results.json`` beside the perplexities. A file is read, so the facts are put
+    together before anything is measured.
 
     Args:
-        config: the settings.
         paths: the paths of the run.
         masks: method -> masks.
-        windows: domain -> held-out tokens (N windows, S sequence).
+        text: what the perplexities are measured on.
 
     Raises:
-        ConfigError, ArtifactError: the tokenizer or ``stages.json`` cannot be read.
+        ArtifactError: ``stages.json`` cannot be read.
     """
     stages_file = paths.run_dir / "stages.json"
     stages = storage.read_object(stages_file, "Delete it.", {}) if stages_file.exists() else {}
@@ -108,23 +104,8 @@ def facts_beside(
         if isinstance(facts, dict) and isinstance(facts.get("seconds"), int | float)
     }
     return {
-        "protocol": protocol(config, windows),
+        "protocol": text.facts,
         "seconds": {**stages, **seconds},
         "density": {DENSE: 1.0} | {name: each.pattern.density for name, each in masks.items()},
         "mask_bytes": {name: each.size for name, each in masks.items() if each.path.is_file()},
-    }
-
-
-def protocol(config: Config, windows: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The facts that a reader of a perplexity must know."""
-    section = config.evaluate
-    return {
-        "window": section.window,
-        "stride": section.window,
-        "targets_per_window": section.window - 1,
-        "tail": "dropped",
-        "bos": description(config, load_tokenizer(config)),
-        "dtype": config.dtype,
-        "split": "held-out documents",
-        "tokens": {domain: tokens.numel() for domain, tokens in windows.items()},
     }

@@ -72,12 +72,16 @@ def fold_masks(
 ) -> None:
     """Make every linear compute with its masked weight.
 
-    A linear that ``masks`` does not name computes with its dense weight; None makes all linears
-    dense.
+    A linear that ``masks`` does not name computes with its dense weight, also where it is a part of
+    a Megatron linear whose other parts are named; None makes all linears dense.
     """
     table = linear_rules(arch)
     for name, linear in linears.items():
-        mask_OI = None
-        if masks is not None and table[name].modules[0] in masks:
-            mask_OI = local_shard(masks, table[name], mesh)
+        mask_OI, rule = None, table[name]
+        if masks is not None and any(module in masks for module in rule.modules):
+            of_parts = {
+                module: masks[module] if module in masks else torch.ones(shape, dtype=torch.bool)
+                for module, shape in zip(rule.modules, rule.shapes, strict=True)
+            }
+            mask_OI = local_shard(of_parts, rule, mesh)
         linear.fold(mask_OI)

@@ -16,6 +16,8 @@ from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import check_tp, rules
 
+PROTOCOL = "evaluate.protocol"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -105,9 +107,9 @@ class Layout:
         for key in keys if self.sequence_parallel else ():
             length = length_of(config, key)
             if length % self.tp:
-                raise ConfigError(
+                raise _bad_length(
+                    config,
                     key,
-                    length,
                     f"a multiple of parallel.tp={self.tp} under sequence parallel",
                     "Change it, or switch sequence parallel off.",
                 )
@@ -171,11 +173,28 @@ def check_positions(config: Config, arch: Architecture, keys: Collection[str]) -
         length = length_of(config, key)
         if length > arch.max_positions:
             allowed = f"at most {arch.max_positions:,}, the positions of the model"
-            raise ConfigError(key, length, allowed, "Lower it.")
+            raise _bad_length(config, key, allowed, "Lower it.")
+
+
+def evaluated_length(config: Config) -> str:
+    """The setting that decides how long the windows of the verb evaluate are."""
+    return PROTOCOL if config.evaluate.is_published else "evaluate.window"
 
 
 def length_of(config: Config, key: str) -> int:
-    """The value of a dotted setting that is the length of a sequence."""
+    """The length of a sequence that a dotted setting says: its value, or the window of the
+    protocol that it names.
+    """
+    if key == PROTOCOL:
+        return config.evaluate.protocol_window
     section, name = key.split(".")
     length: int = getattr(getattr(config, section), name)
     return length
+
+
+def _bad_length(config: Config, key: str, allowed: str, fix: str) -> ConfigError:
+    length = length_of(config, key)
+    if key != PROTOCOL:
+        return ConfigError(key, length, allowed, fix)
+    allowed = f"its windows have {length:,} tokens, not {allowed}"
+    return ConfigError(key, config.evaluate.protocol, allowed, "Choose another protocol.")

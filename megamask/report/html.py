@@ -52,7 +52,8 @@ def render_report(config: Config, data: RunData, pictures: Sequence[Picture]) ->
     Raises:
         ArtifactError: a file in the folder of masks is no mask file.
     """
-    header, rows = table_cells(data.results)
+    named = {"Perplexity": data.results}
+    named |= {f"Perplexity, {protocol}": found for protocol, found in data.published.items()}
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         PAGE
     )
@@ -60,10 +61,7 @@ def render_report(config: Config, data: RunData, pictures: Sequence[Picture]) ->
         title=f"megamask: {real_path(Path(config.run_dir)).name}",
         subtitle=_subtitle(config, data),
         findings=findings(data.results),
-        header=header,
-        rows=list(zip(methods_in_order(data.results), rows, strict=True)),
-        protocol=format_protocol(data.results.get("protocol", {})),
-        stages=format_stages(data.results),
+        tables=[_table(title, results) for title, results in named.items()],
         sections=_sections(pictures),
         masks=[_mask_entry(method, path) for method, path in data.masks.items()],
         versions=data.versions,
@@ -128,6 +126,17 @@ def _sections(pictures: Sequence[Picture]) -> list[tuple[str, list[dict[str, str
         }
         by_section.setdefault(picture.section, []).append(entry)
     return list(by_section.items())
+
+
+def _table(title: str, results: dict[str, Any]) -> dict[str, Any]:
+    header, rows = table_cells(results)
+    return {
+        "title": title,
+        "header": header,
+        "rows": list(zip(methods_in_order(results), rows, strict=True)),
+        "protocol": format_protocol(results.get("protocol", {})),
+        "stages": format_stages(results),
+    }
 
 
 def _mask_entry(method: str, path: Path) -> dict[str, Any]:

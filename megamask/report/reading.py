@@ -13,6 +13,7 @@ import yaml
 
 from megamask.config import Config, run_paths
 from megamask.config.nested import flatten
+from megamask.config.tree import PUBLISHED
 from megamask.errors import ArtifactError
 from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
@@ -31,7 +32,8 @@ class RunData:
 
     Attributes:
         train, evaluations: records of ``metrics.jsonl``, one for each step, in order.
-        results: content of ``results.json``, or {}.
+        results: content of ``results.json``, perplexity of held-out documents, or {}.
+        published: protocol of published tables -> content of its file, for those that are there.
         masks: method -> mask file.
         prior: the masks that learning started from; None when they are unknown or missing.
         settings: the resolved settings, as YAML.
@@ -42,6 +44,7 @@ class RunData:
     train: list[Record] = field(default_factory=list)
     evaluations: list[Record] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, dict[str, Any]] = field(default_factory=dict)
     masks: dict[str, Path] = field(default_factory=dict)
     prior: MaskSet | None = None
     settings: str = ""
@@ -58,8 +61,10 @@ def read_run(config: Config) -> RunData:
     paths = run_paths(config)
     records = read_metrics(paths.learn / "metrics.jsonl")
     masks = {path.stem: path for path in sorted(paths.masks.glob("*.safetensors"))}
-    results = read_results(paths.results)
-    if not records and not masks and not results:
+    results = read_results(paths.results_under("heldout"))
+    each = {protocol: read_results(paths.results_under(protocol)) for protocol in PUBLISHED}
+    published = {protocol: found for protocol, found in each.items() if found}
+    if not records and not masks and not results and not published:
         raise ArtifactError(
             paths.run_dir,
             "holds no metrics, results or masks",
@@ -71,6 +76,7 @@ def read_run(config: Config) -> RunData:
         train=[record for record in records if record["kind"] == "train"],
         evaluations=[record for record in records if record["kind"] == "evaluation"],
         results=results,
+        published=published,
         masks=masks,
         prior=_prior(config),
         settings=read_text(written, FIX)

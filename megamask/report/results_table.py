@@ -79,8 +79,14 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def format_protocol(protocol: dict[str, Any]) -> str:
-    """The protocol in a line: ``window 512, tail dropped, tokens code 16,384 / english 16,384``."""
-    return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in protocol.items())
+    """The protocol in a line: ``window 512, tail dropped, tokens code 16,384 / english 16,384``.
+    Of a SHA-256 the first 12 digits are shown.
+    """
+    shown = {
+        key: str(value)[:12] if key.endswith("sha256") else _plain(value)
+        for key, value in protocol.items()
+    }
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
 
 
 def format_stages(results: dict[str, Any]) -> str:

@@ -40,20 +40,22 @@ PAGE = """<!DOCTYPE html>
 {% for sentence in findings %}<p class="lead">{{ sentence }}</p>
 {% endfor %}
 
-<h2>Perplexity</h2>
-{% if rows %}
+{% for table in tables %}<h2>{{ table.title }}</h2>
+{% if table.rows %}
 <div class="scroll"><table class="numbers">
-<thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for method, cells in rows %}<tr{% if method == "learned" %} class="learned"{% endif %}>
+{% for method, cells in table.rows %}<tr{% if method == "learned" %} class="learned"{% endif %}>
 {%- for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 </table></div>
 <p class="quiet">Lower is better; <em>x dense</em> is the ratio to the dense model's perplexity on
 the same text.
-{% if protocol %}Protocol: {{ protocol }}.{% else %}The protocol was not recorded.{% endif %}</p>
-{% if stages %}<p class="quiet">Seconds by stage: {{ stages }}.</p>{% endif %}
+{% if table.protocol %}Protocol: {{ table.protocol }}.
+{%- else %}The protocol was not recorded.{% endif %}</p>
+{% if table.stages %}<p class="quiet">Seconds by stage: {{ table.stages }}.</p>{% endif %}
 {% else %}<p class="missing">Not there yet: the verb evaluate writes it.</p>{% endif %}
+{% endfor %}
 
 {% for section, pictures in sections %}<h2>{{ section }}</h2>
 {% for picture in pictures %}

@@ -1,46 +1,55 @@
-"""The verb evaluate: held-out perplexity of the dense model and of every mask, for each domain."""
+"""The verb evaluate: perplexity of the dense model and of every mask, on the held-out documents of
+each domain or under a protocol of published tables.
+"""
 
 from __future__ import annotations
 
 from megamask import storage
 from megamask.config import Config
-from megamask.data.heldout import evaluated_domains, evaluation_windows
+from megamask.data.heldout import evaluated_domains
 from megamask.errors import ConfigError
+from megamask.evaluate.measured_text import measured_text
 from megamask.evaluate.rows import DENSE, Rows, facts_beside, log
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks, own_weights
 from megamask.parallel.mesh import start
-from megamask.prepare.layout import check_positions
+from megamask.prepare.layout import check_positions, evaluated_length
 from megamask.prepare.run_inputs import RunInputs
+from megamask.report.results_table import format_table
+from megamask.terminal import tell
 from megamask.weights.mapping import linear_shapes
 
 
 def run(config: Config) -> None:
-    """Evaluate, write ``run_paths(config).results`` with the protocol, and log one line per row.
+    """Evaluate, write ``run_paths(config).results`` with the protocol, log one line per row, and
+    print the table.
 
     Raises:
         MegamaskError: weights, shards or masks are missing or do not fit; found before anything is
             computed.
     """
     inputs = RunInputs(config)
-    paths = inputs.paths
-    evaluated_domains(config)
-    inputs.layout.check_lengths(config, ("evaluate.window",))
+    paths, length = inputs.paths, evaluated_length(config)
+    if not config.evaluate.is_published:
+        evaluated_domains(config)
+    inputs.layout.check_lengths(config, (length,))
     storage.require_writable(paths.run_dir)
     masks = find_masks(inputs)
     inputs.layout.check_model(inputs.arch)
-    check_positions(config, inputs.arch, ("evaluate.window",))
-    inputs.check_vocabulary()
-    windows = evaluation_windows(config, config.evaluate.max_tokens)
-    beside = facts_beside(config, paths, masks, windows)
+    check_positions(config, inputs.arch, (length,))
+    text = measured_text(inputs)
+    beside = facts_beside(paths, masks, text)
     with start(config) as mesh:
         mesh.require_same("masks to evaluate", list(masks))
-        rows = Rows(config, paths, inputs.arch, mesh, windows)
+        mesh.require_same("protocol", beside["protocol"])
+        rows = Rows(config, paths, inputs.arch, mesh, text.windows)
         measured = {DENSE: rows.dense()}
         measured |= {method: rows.masked(method, found) for method, found in masks.items()}
         if mesh.is_main:
-            storage.write_json(paths.results, {"perplexity": measured, **beside})
+            results = {"perplexity": measured, **beside}
+            storage.write_json(paths.results, results)
             log.info("wrote %s", paths.results)
+            tell(format_table(results))
 
 
 def find_masks(inputs: RunInputs) -> dict[str, MaskSet]:

@@ -29,6 +29,8 @@ def run(config: Config) -> None:
         temporary.write_text(page, encoding="utf-8")
     if data.results.get("perplexity"):
         tell(format_table(data.results))
+    for protocol, results in data.published.items():
+        tell(f"\n{protocol}\n\n{format_table(results)}")
     for picture in pictures:
         if picture.path is None:
             tell(f"{picture.title}: not there yet. {picture.missing}")

@@ -254,7 +254,7 @@ VERBS: dict[str, Verb] = {
     ),
     "evaluate": Verb(
         "megamask.verbs.evaluate",
-        "held-out perplexity of the dense model and of every mask",
+        "perplexity of the dense model and of every mask: held-out text, or WikiText-2",
         (*EVERYWHERE, "model", "data", "evaluate"),
         writes=("results",),
         reads=("weights", "shards"),

@@ -492,7 +492,7 @@ def test_an_empty_corpus(tmp_path: Path, refused: Refuse, content: str) -> None:
     corpus.write_text(content)
     says = [
         str(corpus),
-        "holds no text (data.domains.prose)",
+        "holds no text. Give data.domains.prose a corpus with text",
         "Give data.domains.prose a corpus with text",
     ]
     refused("tokenize", f"data.domains.prose={{kind: text, path: {corpus}}}", says=says)

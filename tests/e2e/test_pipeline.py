@@ -111,15 +111,21 @@ def test_results_hold_perplexities_protocol_and_sizes(
     assert all(1 < results["perplexity"][row][domain] < 10000 for row in rows for domain in DOMAINS)
     protocol = results["protocol"]
     assert {
+        "name",
         "window",
         "stride",
         "targets_per_window",
         "tail",
         "bos",
         "dtype",
+        "tokenizer",
+        "tokenizer_sha256",
         "split",
+        "windows",
         "tokens",
     } == set(protocol)
+    assert protocol["name"] == "heldout"
+    assert protocol["windows"] == dict.fromkeys(DOMAINS, MAX_TOKENS // WINDOW)
     assert (protocol["window"], protocol["stride"], protocol["targets_per_window"]) == (
         WINDOW,
         WINDOW,

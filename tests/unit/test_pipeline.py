@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from megamask import pipeline as stages
+from megamask.config import load_config, run_paths
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPE = REPO / "configs" / "recipes" / "quickstart.yaml"
@@ -103,6 +104,9 @@ def test_another_protocol_evaluates_again(tmp_path: Path) -> None:
     assert ask(tmp_path, "record", "evaluate", "1", "0").returncode == 0
     assert ask(tmp_path, "is-done", "evaluate").returncode == 0
     assert ask(tmp_path, "is-done", "evaluate", settings=("evaluate.window=256",)).returncode == 1
+    config = load_config(None, [f"run_dir={tmp_path}", "evaluate.protocol=wikitext2-2048"])
+    assert run_paths(config).results == tmp_path / "results-wikitext2-2048.json"
+    assert not stages.is_there("evaluate", config, run_paths(config))
 
 
 def test_a_moved_folder_is_the_same_run(tmp_path: Path) -> None:

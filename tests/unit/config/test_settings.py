@@ -28,7 +28,8 @@ DECIDING = """
     learn.sampling.logit_std learn.sampling.initial_noise learn.prior.strength learn.prior.margins
     learn.state.logits learn.optimizer.kind
     learn.maskpro.initial_logit learn.maskpro.samples
-    evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos data.bos
+    evaluate.protocol evaluate.text evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos
+    data.bos
     export.mask export.weights export.out
 """
 EACH_STEP = """

@@ -13,7 +13,7 @@ from megamask.errors import ConfigError
 from megamask.plan.fit import check_free
 from megamask.plan.hardware import GIB
 from megamask.plan.workload import Workload
-from megamask.prepare.layout import Layout, check_positions
+from megamask.prepare.layout import Layout, check_positions, evaluated_length
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 from megamask.weights.mapping import prunable
@@ -110,6 +110,20 @@ def test_sequence_parallel_divides_every_length(key: str) -> None:
         else:
             layout.check_lengths(config, [key])
         Layout(4).check_lengths(config, [key])
+
+
+def test_a_protocol_brings_its_windows_with_it() -> None:
+    """The window of a published protocol is checked in the place of ``evaluate.window``."""
+    plain = load_config(None, ["evaluate.window=63"])
+    assert evaluated_length(plain) == "evaluate.window"
+    config = load_config(None, ["evaluate.window=63", "evaluate.protocol=wikitext2-2048"])
+    key = evaluated_length(config)
+    Layout(4, sequence_parallel=True).check_lengths(config, [key])
+    said = r"evaluate\.protocol = 'wikitext2-2048': its windows have 2,048 tokens, not "
+    with pytest.raises(ConfigError, match=said + r"a multiple of parallel\.tp=3"):
+        Layout(3, sequence_parallel=True).check_lengths(config, [key])
+    with pytest.raises(ConfigError, match=said + "at most 128, the positions"):
+        check_positions(config, TINY, (key,))
 
 
 @pytest.mark.parametrize("key", ["data.seq_length", "evaluate.window"])

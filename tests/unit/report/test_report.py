@@ -161,6 +161,35 @@ def test_missing_parts_are_said(tmp_path: Path, part: str) -> None:
     assert page_of(tmp_path).text.count("not there yet") >= len(PICTURES - expected)
 
 
+def test_each_protocol_has_a_table_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers of two protocols never share a table, a finding or a picture."""
+    published = {
+        "perplexity": {"learned": {"wikitext2": 6.72}, "dense": {"wikitext2": 5.12}},
+        "protocol": {"name": "wikitext2-4096", "tokenizer_sha256": "0123456789abcdef"},
+    }
+    (tmp_path / "results-wikitext2-4096.json").write_text(json.dumps(published))
+    run(config_of(tmp_path))
+    assert not list((tmp_path / "pictures").iterdir())
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    capsys.readouterr()
+    for protocol in ("heldout", "wikitext2-4096"):
+        settings = {"run_dir": str(tmp_path), "evaluate": {"protocol": protocol}}
+        run(build_config(settings))
+        heldout, other = capsys.readouterr().out.split("\nwikitext2-4096\n")
+        assert "english perplexity" in heldout and "wikitext2" not in heldout
+        assert "6.72" in other and "1.31" in other and "english" not in other
+        assert "tokenizer sha256 0123456789ab\n" in other
+        page = (tmp_path / "report.html").read_text()
+        heldout, other = page.split("<h2>Perplexity, wikitext2-4096</h2>")
+        assert "30.80" in heldout and "6.72" not in heldout
+        assert "6.72" in other and "30.80" not in other
+    (tmp_path / "results-wikitext2-4096.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"results-wikitext2-4096\.json"):
+        run(config_of(tmp_path))
+
+
 def test_nothing_to_report_names_the_fix(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="Run the verb prune, learn or evaluate first"):
         run(config_of(tmp_path / "typo"))
