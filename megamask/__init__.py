@@ -13,6 +13,8 @@ _LAZY = {
     "load_masks": "megamask.masks.file",
     "save_masks": "megamask.masks.file",
     "apply_masks": "megamask.masks.apply",
+    "swap": "megamask.masks.swap",
+    "Masks": "megamask.masks.swap",
     "verify": "megamask.masks.verify",
 }
 __all__ = ["__version__", *_LAZY]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from megamask.errors import ArgumentError, ArtifactError
-from megamask.masks.arguments import as_flag, checked_masks
+from megamask.errors import ArtifactError
+from megamask.masks.arguments import as_flag, as_model, checked_masks
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.held_model import Place, find_places, nearest, shared_weights
 from megamask.masks.obstacles import Obstacle, first_obstacle, merged_adapter
@@ -54,31 +54,12 @@ def apply_masks(
             corrupt, the model has no linear of a mask's name and shape, or the weights cannot be
             written: they are quantized, offloaded, sharded or reparametrized.
     """
-    if not isinstance(hf_model, nn.Module):
-        fix = "Load it first: transformers.AutoModelForCausalLM.from_pretrained(path)."
-        raise ArgumentError("apply_masks: hf_model", hf_model, "a loaded model is needed", fix)
+    as_model("apply_masks: hf_model", hf_model)
     as_flag("apply_masks: check_fingerprint", check_fingerprint)
-    given = _masks(masks)
-    if isinstance(given, MaskSet) and given.has_own_weights and check_fingerprint:
-        raise ArtifactError(
-            given.path,
-            f"belongs to weights that {given.method} updated, not to those of this model",
-            f"Run megamask export export.mask={given.method} and load the folder that it "
-            "writes, or use a mask of the frozen weights.",
-        )
-    places = _fitting_places(hf_model, given)
-    if isinstance(given, MaskSet):
-        given.verify()
-    if isinstance(given, MaskSet) and check_fingerprint:
-        places = _places_of_base(hf_model, places, given)
-    if len(places) > 1:
-        prefixes = " and ".join(repr(found.prefix) for found in places)
-        fix = "Pass the part of the model that the masks belong to, as model.language_model."
-        raise ArtifactError(_name(given), f"fits several parts of the model: {prefixes}", fix)
-    (place,) = places
-    _check_sharing(hf_model, place, given)
+    given = as_given("apply_masks: masks", masks)
+    place = place_of(hf_model, given, check_fingerprint)
     with torch.no_grad():
-        for name, mask_OI in _items(given):
+        for name, mask_OI in items(given):
             weight = weight_OI(place.targets[name])
             weight.masked_fill_(~mask_OI.to(weight.device), 0.0)
     return hf_model
@@ -93,19 +74,65 @@ def masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
 
 
 Given = MaskSet | Mapping[str, Tensor]
+Weight = Callable[[nn.Module], Tensor]
 
 
-def _masks(masks: Any) -> Given:
+def as_given(name: str, masks: Any) -> Given:
+    """Masks from whatever a caller names them by.
+
+    Args:
+        name: the function and its argument, for the message.
+        masks: a path, a mask set, or a mapping from names of linears to masks.
+
+    Raises:
+        ArgumentError, ArtifactError: see :func:`apply_masks`.
+    """
     if isinstance(masks, MaskSet):
         return masks
     if isinstance(masks, Mapping):
-        return dict(checked_masks("apply_masks: masks", masks))
+        return dict(checked_masks(name, masks))
     return load_masks(masks)
 
 
-def _items(given: Given) -> Iterator[tuple[str, Tensor]]:
+def items(given: Given) -> Iterator[tuple[str, Tensor]]:
     """Name and bool mask, one mask in memory at a time where they come from a file."""
     return ((name, given[name].bool()) for name in given)
+
+
+def place_of(
+    model: nn.Module, given: Given, check_fingerprint: bool, dense: Weight | None = None
+) -> Place:
+    """The place of the model where the masks belong. All checks of :func:`apply_masks` are here.
+
+    Args:
+        model: the model.
+        given: the masks.
+        check_fingerprint: see :func:`apply_masks`.
+        dense: reads the dense weight of a linear, (O, I), which the model need not show. None if
+            the model shows its weights; they may be pruned by the same masks already.
+
+    Raises:
+        ArtifactError: see :func:`apply_masks`.
+    """
+    if isinstance(given, MaskSet) and given.has_own_weights and check_fingerprint:
+        raise ArtifactError(
+            given.path,
+            f"belongs to weights that {given.method} updated, not to those of this model",
+            f"Run megamask export export.mask={given.method} and load the folder that it "
+            "writes, or use a mask of the frozen weights.",
+        )
+    places = _fitting_places(model, given)
+    if isinstance(given, MaskSet):
+        given.verify()
+    if isinstance(given, MaskSet) and check_fingerprint:
+        places = _places_of_base(model, places, given, dense)
+    if len(places) > 1:
+        prefixes = " and ".join(repr(found.prefix) for found in places)
+        fix = "Pass the part of the model that the masks belong to, as model.language_model."
+        raise ArtifactError(_name(given), f"fits several parts of the model: {prefixes}", fix)
+    (place,) = places
+    _check_sharing(model, place, given)
+    return place
 
 
 def _name(given: Given) -> Path | str:
@@ -139,15 +166,23 @@ def _fitting_places(model: nn.Module, given: Given) -> list[Place]:
     return places
 
 
-def _places_of_base(model: nn.Module, places: list[Place], masks: MaskSet) -> list[Place]:
-    """The places whose weights are those that the masks were made for, pruned already or not.
+def _places_of_base(
+    model: nn.Module, places: list[Place], masks: MaskSet, dense: Weight | None
+) -> list[Place]:
+    """The places whose weights are those that the masks were made for; pruned already or not,
+    unless ``dense`` reads the weights.
 
     Raises:
         ArtifactError: there is none; the message says what is in the way of it.
     """
     found = [first_obstacle(model, place.targets) for place in places]
     free = [place for place, problem in zip(places, found, strict=True) if not problem]
-    fitting = [one for one in free if _is_base(model, one, masks) or _is_applied(one, masks)]
+    fitting = [
+        one
+        for one in free
+        if _is_base(model, one, masks, dense or weight_OI)
+        or (dense is None and _is_applied(one, masks))
+    ]
     if not fitting:
         _refuse_obstacle(masks.path, found)  # the base may be where nothing can be compared
         _refuse_base(model, free[0], masks)
@@ -160,7 +195,7 @@ def _refuse_obstacle(path: Path | str, found: Iterable[Obstacle | None]) -> None
         raise ArtifactError(path, *first)
 
 
-def _is_base(model: nn.Module, place: Place, masks: MaskSet) -> bool:
+def _is_base(model: nn.Module, place: Place, masks: MaskSet, weight: Weight) -> bool:
     """Whether the weights are those that the masks were made for.
 
     A fingerprint covers all linears of the text model. Where a larger model adds linears of its
@@ -175,18 +210,18 @@ def _is_base(model: nn.Module, place: Place, masks: MaskSet) -> bool:
         if first_obstacle(model, linears):
             continue
         shapes = {name: tuple(weight_OI(linear).shape) for name, linear in linears.items()}
-        if fingerprint(shapes, _rows(linears)) in masks.fingerprints:
+        if fingerprint(shapes, _rows(linears, weight)) in masks.fingerprints:
             return True
     return False
 
 
-def _rows(linears: Mapping[str, nn.Module]) -> Row:
-    return lambda name, row: weight_OI(linears[name])[row]
+def _rows(linears: Mapping[str, nn.Module], weight: Weight) -> Row:
+    return lambda name, row: weight(linears[name])[row]
 
 
 def _is_applied(place: Place, masks: MaskSet) -> bool:
     """Whether every pruned place is zero already: the masks were applied before."""
-    weights = ((weight_OI(place.targets[name]), mask_OI) for name, mask_OI in _items(masks))
+    weights = ((weight_OI(place.targets[name]), mask_OI) for name, mask_OI in items(masks))
     return not any(bool(weight[~mask.to(weight.device)].any()) for weight, mask in weights)
 
 

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamask.errors import ArgumentError, ConfigError
 from megamask.sparsity.pattern import Pattern
 
 LONGEST = 255  # bytes of a file name
+
+
+def as_model(name: str, value: Any) -> nn.Module:
+    """A model in memory. Raises ArgumentError for everything else."""
+    if not isinstance(value, nn.Module):
+        fix = "Load it first: transformers.AutoModelForCausalLM.from_pretrained(path)."
+        raise ArgumentError(name, value, "a loaded model is needed", fix)
+    return value
 
 
 def as_path(name: str, value: Any) -> Path:

@@ -21,7 +21,7 @@ USED_ELSEWHERE = {
     "_check_number_of_samples": "pydantic",
     "_refuse_unusable_text": "pydantic",
     "_postprocess": "Megatron's model",
-    "apply_masks": "users of the package",
+    "swap": "users of the package",
     "fingerprint_model": "users who compare models in memory (docs/python.md)",
     "unique_identifiers": "Megatron's blended dataset",
     "full_logits": "tests of parity",

@@ -53,7 +53,7 @@ def odd_values(folder: Path) -> list[Any]:
 
 def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     """Each public function, with arguments that work."""
-    model = tiny_model()
+    model, other = tiny_model(), tiny_model()  # apply_masks prunes the first for good
     linears = model_linears(model)
     path = folder / "masks.safetensors"
     found = {name: Pattern(2, 4).best(one.weight.abs()) for name, one in linears.items()}
@@ -68,6 +68,14 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "apply_masks": (
             megamask.apply_masks,
             {"hf_model": model, "masks": path, "check_fingerprint": True},
+        ),
+        "swap": (
+            megamask.swap,
+            {"hf_model": other, "masks": path, "keep": "device", "check_fingerprint": True},
+        ),
+        "Masks": (
+            megamask.Masks,
+            {"hf_model": other, "masks": {"a": path}, "keep": "cpu", "check_fingerprint": True},
         ),
         "verify": (megamask.verify, {"path": path, "hf_dir": folder / "hf", "ignore_keys": ()}),
     }
