@@ -54,7 +54,15 @@ CASES = [
     Case(5, False, kd=(1.0, 3, 0.3)),
     Case(5, False, kd=(1.0, 8, 1.0)),  # more than there are
 ]
-LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
+LAYOUTS = [
+    (1, False),
+    (2, False),
+    (2, True),
+    pytest.param(
+        (4, False), marks=pytest.mark.nightly
+    ),  # as (4, True), without sequence parallel as (2, False)
+    (4, True),
+]
 
 
 def inputs(case: Case) -> tuple[torch.Tensor, ...]:

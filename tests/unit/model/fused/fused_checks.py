@@ -276,7 +276,17 @@ def trained(fused: bool, recompute: bool | str, dtype: str) -> Results:
         return [one.clone() for one in found if one is not None]
 
 
-@pytest.mark.parametrize(("dtype", "recompute"), [("fp32", "mlp"), ("bf16", False), ("bf16", True)])
+AT_NIGHT = [] if ON_CUDA else [pytest.mark.nightly]  # the interpreter is slow
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recompute"),
+    [
+        ("fp32", "mlp"),
+        pytest.param("bf16", False, marks=AT_NIGHT),
+        pytest.param("bf16", True, marks=AT_NIGHT),
+    ],
+)
 def test_a_model_learns_the_same(
     monkeypatch: pytest.MonkeyPatch, dtype: str, recompute: bool | str
 ) -> None:

@@ -215,16 +215,18 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
     return int(found[1]), int(found[2]) + int(found[3]), instructions
 
 
-def variants(sites: list[Site], capabilities: tuple[int, ...]) -> Iterator[Variant]:
-    """All kernels of ``sites``, plain with fp32 logits, with every flag with bf16 logits, and those
-    that draw without noise with fp32 logits.
+def variants(
+    sites: list[Site], capabilities: tuple[int, ...], quiet: bool = True
+) -> Iterator[Variant]:
+    """All kernels of ``sites``, plain with fp32 logits, with every flag with bf16 logits and, with
+    ``quiet``, those that draw without noise with fp32 logits.
     """
     for capability in capabilities:
         for site in sites:
             for kernel in ("forward", "backward", "mask_statistics"):
                 for logits, flag in (("fp32", False), ("bf16", True)):
                     yield Variant(site, kernel, logits, flag, True, capability)
-                if kernel != "mask_statistics":
+                if quiet and kernel != "mask_statistics":
                     yield Variant(site, kernel, "fp32", False, False, capability)
 
 
@@ -254,7 +256,7 @@ def main(arguments: list[str]) -> int:
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     comparable = record.get("triton") == triton.__version__
     known, wrong, found = record.get("kernels", {}) if comparable else {}, [], {}
-    chosen = variants(ALL, CAPABILITIES) if everything else variants(FEW, (90,))
+    chosen = variants(ALL, CAPABILITIES) if everything else variants(FEW, (90,), quiet=False)
     look_alikes = LookAlikes()
     for variant in chosen:
         with look_alikes.watching():

@@ -47,10 +47,9 @@ SINK = GradientSink(norm_coef=1e-2)
 FP32, BF16 = torch.float32, torch.bfloat16
 # A shape and a dtype of the weights compile kernels of their own, about ten seconds each. 5:6 keeps
 # more than half of a group, as 3:4 does; the weights' dtype enters the kernels of every shape in
-# the same two places, which 2:4 and 4:8 check.
-SHAPES = [(2, 4, FP32), (2, 4, BF16), (4, 8, FP32), (4, 8, BF16), (1, 4, FP32), (5, 6, FP32)]
-SHAPES += [(8, 16, FP32)]
-MORE = [(3, 4, FP32), (3, 4, BF16), (1, 4, BF16), (5, 6, BF16), (8, 16, BF16)]
+# the same two places, which 2:4 checks.
+SHAPES = [(2, 4, FP32), (2, 4, BF16), (4, 8, FP32), (1, 4, FP32), (5, 6, FP32), (8, 16, FP32)]
+MORE = [(4, 8, BF16), (3, 4, FP32), (3, 4, BF16), (1, 4, BF16), (5, 6, BF16), (8, 16, BF16)]
 
 
 def problem(
