@@ -92,7 +92,7 @@ def footer(devices: Sequence[Device]) -> list[str]:
     for one in devices:
         lines.append(
             f"- {one.title}: {one.flops / 1e12:,.3g} TFLOP/s dense bf16, of which matmuls reach "
-            f"{one.matmul:.0%} and attention {one.attention:.0%}; "
+            f"{one.matmul:.0%} and attention {one.attention:.0%}{_in_a_step(one)}; "
             f"memory {one.bandwidth / 1e9:,.0f} GB/s, of which {one.copy:.0%}; "
             f"links {one.node_link / 1e9:,.0f} GB/s each way in a node and "
             f"{one.fabric / 1e9:,.0f} between nodes, of which {one.link:.0%}; "
@@ -105,6 +105,11 @@ def footer(devices: Sequence[Device]) -> list[str]:
             f"{LAUNCH_SECONDS * 1e3:.0f} ms of the host to launch a layer."
         )
     return lines
+
+
+def _in_a_step(device: Device) -> str:
+    """What a step keeps of the rates of single kernels."""
+    return "" if device.steady == 1 else f" alone and {device.steady:.0%} of that in a step"
 
 
 def as_json(

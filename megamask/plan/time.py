@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megamask.learn.method import GRADIENTS, LOGITS, MOMENTS
 from megamask.plan.hardware import GPUS_A_NODE, LAUNCH_SECONDS, Device
+from megamask.plan.passes import elementwise_bytes, gated_bytes, loss_bytes
 from megamask.plan.workload import Workload
 
 MATMULS = "matmuls of the layers"
@@ -27,11 +28,14 @@ LAUNCHES = "waiting for the host"
 
 # The share of a forward pass's launches that parallel.recompute repeats.
 TWICE: dict[bool | str, float] = {False: 0.0, "mlp": 1 / 3, True: 1.0}
-# The forward pass's share of a step's work, by part.
-FORWARD = {MATMULS: 1 / 3, ATTENTION: 1 / 3, HEAD: 1 / 2, ELEMENTWISE: 1 / 3, RECOMPUTE: 0.0}
+# The forward pass's share of a step's work, by part, where it does not depend on the device.
+FORWARD = {MATMULS: 1 / 3, ATTENTION: 1 / 3, HEAD: 1 / 2, RECOMPUTE: 0.0}
 # Plain PyTorch moves this many times the bytes of one fused pass to sample: about 154 a weight
 # against 32 at 2:4.
 EAGER = 5.0
+# The share of the time to move an fp32 sum of dW that a matmul on an H100 does not hide: 0.089 ms
+# of 0.185 for 22016 x 4096 weights.
+BESIDE = 0.48
 # The share of a CPU's arithmetic that a draw at learn.sampling.noise=0 takes, measured at 2:4.
 QUIET = 0.55
 
@@ -93,10 +97,8 @@ def flops_per_token(work: Workload) -> dict[str, float]:
 def time_of(work: Workload, device: Device) -> Time:
     """Seconds of a step of ``work`` on ``device``."""
     micro, passes = work.accumulations, work.forward_passes
-    compute = {
-        part: seconds * micro * (passes * FORWARD[part] if passes else 1)
-        for part, seconds in _compute(work, device).items()
-    }
+    once = _forward(work, device) if passes else _compute(work, device)
+    compute = {part: seconds * micro * max(passes, 1) for part, seconds in once.items()}
     sampling, links = (
         _sampling(work, device),
         {TP_LINKS: micro * _tp_seconds(work, device), DP_LINKS: _dp_seconds(work, device)},
@@ -121,63 +123,49 @@ def time_of(work: Workload, device: Device) -> Time:
     return Time(parts, work.tokens_a_step, work.tp * work.dp, model_flops, device.flops)
 
 
+def _forward(work: Workload, device: Device) -> dict[str, float]:
+    """Seconds of arithmetic of one micro-batch's forward pass."""
+    whole, copying = _compute(work, device), device.bandwidth * device.copy
+    numbers = work.tokens * work.arch.num_layers / copying
+    moved = elementwise_bytes(work, device).forward + gated_bytes(work, device).forward
+    shares = {part: whole[part] * share for part, share in FORWARD.items()}
+    return {**shares, ELEMENTWISE: moved * numbers}
+
+
 def _compute(work: Workload, device: Device) -> dict[str, float]:
     """Seconds of arithmetic of one micro-batch."""
     share = work.tokens / work.tp
     flops = flops_per_token(work)
-    matmuls = flops[MATMULS] * share / (device.flops * device.matmul)
-    attention = flops[ATTENTION] * share / (device.flops * device.attention)
-    head = flops[HEAD] * share / (device.flops * device.matmul)
+    matmuls = flops[MATMULS] * share / device.matmul_rate
+    attention = flops[ATTENTION] * share / device.attention_rate
+    head = flops[HEAD] * share / device.matmul_rate
     numbers = work.tokens * work.arch.num_layers / (device.bandwidth * device.copy)
-    gated = _gated_bytes(work) * numbers
-    elementwise = _elementwise_bytes(work) * numbers + gated
-    loss = (
-        24 * work.vocab_rows * work.tokens / (device.bandwidth * device.copy)
-    )  # passes over a logit: about six of 4 bytes
-    again = 2.0 * work.recomputed_weights * share / (device.flops * device.matmul)
-    again += {False: 0.0, "mlp": gated, True: attention + elementwise}[
-        work.config.parallel.recompute
-    ] / 3
+    gated, elementwise = gated_bytes(work, device), elementwise_bytes(work, device)
+    loss = loss_bytes(work, device) * work.tokens / (device.bandwidth * device.copy)
+    again = 2.0 * work.recomputed_weights * share / device.matmul_rate
+    if work.config.parallel.recompute:
+        again += gated.forward * numbers
+    if work.config.parallel.recompute is True:
+        again += elementwise.forward * numbers + attention / 3
     return {
         MATMULS: matmuls,
         ATTENTION: attention,
         HEAD: head + loss,
-        ELEMENTWISE: elementwise,
+        ELEMENTWISE: (sum(elementwise) + sum(gated)) * numbers,
         RECOMPUTE: again,
     }
 
 
 def _teacher(work: Workload, device: Device) -> float:
-    """Seconds of the dense model's forward pass on one micro-batch: a third of each part, half the
-    communication, logits of its own.
+    """Seconds of the dense model's forward pass on one micro-batch: half the communication, and
+    logits of its own.
     """
-    forward = {**_compute(work, device), RECOMPUTE: 0.0, HEAD: 0.0}
+    forward = {**_forward(work, device), HEAD: 0.0}
     share = work.tokens / work.tp
-    head = 2.0 * work.arch.vocab * work.arch.hidden * share / (device.flops * device.matmul)
-    logits = (
-        24 * work.vocab_rows * work.tokens / (device.bandwidth * device.copy)
-    )  # as many passes as over the student's
-    return sum(forward.values()) / 3 + head + logits + _tp_seconds(work, device) / 2
-
-
-def _elementwise_bytes(work: Workload) -> float:
-    """Bytes per token and layer that unfused PyTorch moves between matmuls, forward, times three
-    for the backward pass.
-
-    In bf16: 36 H for a norm with fp32 inside and 6 H for a residual, twice; 24 (Q + K) for the
-    rotation; ``_gated_bytes`` come on top.
-    """
-    arch, tp = work.arch, work.tp
-    hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
-    rotated = (arch.heads + arch.kv_heads) * arch.head_dim / tp
-    return 3 * (84 * hidden + 24 * rotated) * work.width / 2
-
-
-def _gated_bytes(work: Workload) -> float:
-    """Bytes per token and layer that the activation moves: 14 F forward with a gate, 4 F without,
-    times three.
-    """
-    return 3 * (14 if work.arch.gated else 4) * work.arch.ffn / work.tp * work.width / 2
+    head = 2.0 * work.arch.vocab * work.arch.hidden * share / device.matmul_rate
+    # as many passes as over the student's
+    logits = loss_bytes(work, device) * work.tokens / (device.bandwidth * device.copy)
+    return sum(forward.values()) + head + logits + _tp_seconds(work, device) / 2
 
 
 def _sampling(work: Workload, device: Device) -> dict[str, float]:
@@ -187,7 +175,7 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
     and reads and writes the gradients. A draw per micro-batch does both each time, and a forward
     again of what is recomputed and again to regenerate; a mask that micro-batches share does both
     once, and dW is added up between them. A GPU's matmuls add to an fp32 sum, and move the sum in
-    and out in the place of dW.
+    and out in the place of dW, of which ``BESIDE`` is not hidden.
     """
     config, weights, width, micro = work.config, work.masked_weights, work.width, work.accumulations
     logits, grads = work.state[LOGITS], work.state[GRADIENTS]
@@ -209,7 +197,7 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
         }
     if config.learn.sampling.span > 1:
         in_matmul = not device.is_cpu and config.learn.state.grads == "fp32"
-        moved = 8 - width if in_matmul else width + 8
+        moved = BESIDE * (8 - width) if in_matmul else width + 8
         draws, added = len(work.mask_uses), sum(used for used in work.mask_uses if used > 1)
         adding = weights * moved / rate * added
         return {SAMPLING_FORWARD: draws * forward, SAMPLING_BACKWARD: draws * backward + adding}

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.config import Config
+from megamask.model.fused.coverage import covers_activation, covers_rotation
 from megamask.model.fused.launcher import KINDS, has_kernels
 from megamask.model.fused.rotation import can_rotate, rotate
 from megamask.model.fused.swiglu import swiglu
@@ -60,8 +61,8 @@ class Fusions:
         Megatron's passes.
         """
         runs = config.parallel.fused and dtype in KINDS and has_kernels(mesh.device)
-        activation = runs and arch.gated and arch.activation == "silu"
-        rotation = runs and bool(arch.ropes) and all(rope.share == 1 for rope in arch.ropes)
+        activation = runs and covers_activation(arch)
+        rotation = runs and covers_rotation(arch)
         if activation:
             found = activation_problem(arch.ffn // mesh.tp, dtype, mesh.device)
             activation = not _warned("SwiGLU", found)
