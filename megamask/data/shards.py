@@ -5,6 +5,7 @@ Each domain has one folder with {train,heldout}.bin/.idx (Megatron's indexed dat
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from megamask.config import Config, run_paths
 from megamask.data.bos import before_document
+from megamask.data.noted_corpus import check_noted
 from megamask.data.split import HELDOUT, TRAIN
 from megamask.data.token_index import TokenIndex, read_index
 from megamask.data.tokenizer import TextTokenizer
@@ -95,6 +97,10 @@ class Shards:
         """SHA-256 of the split's files."""
         files = self.meta["splits"][split]["files"]
         return [files[split + suffix]["sha256"] for suffix in self.suffixes]
+
+    def content_sha256(self, split: str) -> str:
+        """One SHA-256 for all tokens of the split."""
+        return hashlib.sha256(" ".join(self.digests(split)).encode()).hexdigest()
 
     def parts(self, split: str) -> list[Part]:
         """The sequences of a split.
@@ -192,7 +198,8 @@ def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenize
     """Open a domain's shards for reading ``split``.
 
     Raises:
-        ConfigError: ``domain`` is not in data.domains.
+        ConfigError: ``domain`` is not in data.domains, or its shards were made from other documents
+            or hold out another share (:func:`megamask.data.noted_corpus.check_noted`).
         ArtifactError: the shards are missing or torn, another tokenizer, ``data.bos`` or
             ``data.eod`` made them, or ``split`` holds no token.
     """
@@ -204,6 +211,7 @@ def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenize
             "Add it to data.domains.",
         )
     shards = read_shards(run_paths(config).shards / domain)
+    check_noted(domain, config.data.domains[domain], shards.meta, shards.folder)
     made_by = shards.meta["tokenizer"]
     if made_by["fingerprint"] != tokenizer.fingerprint:
         problem = (

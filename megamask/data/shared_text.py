@@ -13,9 +13,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from megamask.config import CorpusSection
+from megamask.config import Config, CorpusSection, run_paths
 from megamask.data import in_place
 from megamask.data.corpora import documents_of_files
+from megamask.data.noted_corpus import check_noted, noted_corpus
+from megamask.data.shards import read_shards
 from megamask.data.text_files import corpus_files, format_of, required_path
 from megamask.data.token_index import bin_file
 from megamask.errors import ConfigError
@@ -57,20 +59,37 @@ def check_shared_text(domains: Mapping[str, CorpusSection]) -> None:
     (:func:`megamask.data.split.split_documents`), in that domain alone.
 
     Raises:
-        ConfigError: two domains read the same text and hold out other documents of it; or a domain
-            names no text.
+        ConfigError: two domains read the same text and hold out other documents of it.
     """
-    if len(domains) < 2:
-        return
-    sources = {name: {one.key: one for one in _sources(name, domains[name])} for name in domains}
+    sources: dict[str, dict[Any, Source]] = {}
     for first, second in combinations(domains, 2):
         shares = [domains[first].heldout, domains[second].heldout]
-        if shares in ([0, 0], [1, 1]):
+        if shares in ([0, 0], [1, 1]) or _is_split_alike(domains[first], domains[second]):
             continue
+        for name in {first, second} - sources.keys():  # a corpus may have many thousand files
+            sources[name] = {one.key: one for one in _found_sources(name, domains[name])}
         there = sources[second]
         for one in sources[first].values():
             if one.key in there and one.has_text_of(there[one.key]):
                 _check_pair(first, second, shares, one, there[one.key])
+
+
+def check_shards(config: Config) -> None:
+    """Check the shards of all domains, before a verb learns or measures: they were made as the
+    settings say, and no domain learns from text that is held out in another. A domain whose files
+    are gone since then is known by its path alone.
+
+    Raises:
+        ConfigError: naming the setting that differs from the shards, or as
+            :func:`check_shared_text`.
+        ArtifactError: shards are missing or torn.
+    """
+    made_from = {}
+    for domain, corpus in config.data.domains.items():
+        shards = read_shards(run_paths(config).shards / domain)
+        check_noted(domain, corpus, shards.meta, shards.folder)
+        made_from[domain] = noted_corpus(domain, corpus, shards.meta)
+    check_shared_text(made_from)
 
 
 def _check_pair(first: str, second: str, shares: list[float], one: Source, other: Source) -> None:
@@ -83,6 +102,22 @@ def _check_pair(first: str, second: str, shares: list[float], one: Source, other
         allowed = f"one value, for both domains read {one.name} and must hold out the same of it"
         fix = "Set them to the same share, or give each domain files of its own."
         raise ConfigError(both, shares, allowed, fix)
+
+
+def _is_split_alike(one: CorpusSection, other: CorpusSection) -> bool:
+    """Whether both make the same documents, with the same sides, of whatever both read."""
+    return (one.heldout, one.kind, one.join) == (other.heldout, other.kind, other.join)
+
+
+def _found_sources(name: str, corpus: CorpusSection) -> list[Source]:
+    """The sources of a domain; its path alone where the path leads to no file. Whoever reads the
+    text says that there is none.
+    """
+    try:
+        return list(_sources(name, corpus))
+    except ConfigError:
+        place = str(corpus.path)
+        return [Source(place, place, corpus.kind, None, corpus.join)]
 
 
 def _sources(name: str, corpus: CorpusSection) -> Iterator[Source]:

@@ -63,16 +63,18 @@ def save_learned_mask(
 
 def learned_from(
     config: Config,
+    text_sha256: Mapping[str, str],
     steps: int,
     seconds: float,
     prior_method: str | None,
     changes: list[Changed],
 ) -> dict[str, Any]:
     """What the header of a mask file says about a run of ``steps`` steps, in which ``changes`` of
-    the settings were made.
+    the settings were made; ``text_sha256`` has the digest of each domain's training tokens.
     """
     return {
         "blend": blend_weights(config),
+        "text_sha256": dict(text_sha256),
         "seq_length": config.data.seq_length,
         "tokens": steps * config.learn.global_batch * config.data.seq_length,
         "seconds": round(seconds, 1),

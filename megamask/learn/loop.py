@@ -54,6 +54,7 @@ class Run:
             self.learner,
             inputs.content,
         )
+        self.content = inputs.content
         self.progress = self.snapshots.restore()
         if self.progress.step:
             self.mask_statistics.forget_latest()
@@ -194,7 +195,8 @@ class Run:
         step, window = self.progress.step, self.config.evaluate.window
         prior = self.masked_model.prior_method
         changes = self.snapshots.changes
-        data = learned_from(self.config, step, self.monitor.seconds, prior, changes)
+        text, seconds = self.content.text, self.monitor.seconds
+        data = learned_from(self.config, text, step, seconds, prior, changes)
         evaluation = {"step": step, "window": window, "perplexity": by_domain}
         path = self.paths.mask(name)
         save_learned_mask(path, self.masked_model, self.mesh, data, evaluation)

@@ -33,7 +33,7 @@ from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.margins import margins_of, to_codes, to_levels
 from megamask.sparsity.pattern import Pattern
-from megamask.storage import read_object, real_path
+from megamask.storage import lacks, read_object, real_path
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule
@@ -206,6 +206,7 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
         for rule in table.values()
         for name, shape in zip(rule.modules, rule.shapes, strict=True)
     }
+    says_text = not lacks(note, {"content": {"text": dict}})
     data = {
         "snapshot": str(path),
         "step": step,
@@ -215,6 +216,7 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
             for key, share in settings.items()
             if key.startswith(BLEND)
         },
+        **({"text_sha256": note["content"]["text"]} if says_text else {}),
         **write_changes(read_changes(note)),
     }
     meta = {

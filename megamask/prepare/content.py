@@ -8,7 +8,6 @@ noticed here. The model has a fingerprint of its own (``megamask.weights.fingerp
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,10 +52,7 @@ class Content:
         folder = run_paths(config).shards
         shards = {domain: read_shards(folder / domain) for domain in blend_weights(config)}
         return cls(
-            {
-                domain: hashlib.sha256(" ".join(one.digests(TRAIN)).encode()).hexdigest()
-                for domain, one in shards.items()
-            },
+            {domain: one.content_sha256(TRAIN) for domain, one in shards.items()},
             {domain: one.meta["tokenizer"]["fingerprint"] for domain, one in shards.items()},
             None if prior is None else (margins or prior).content_sha256,
         )

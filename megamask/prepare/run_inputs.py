@@ -8,6 +8,7 @@ from typing import Any
 
 from megamask.config import Config, RunPaths, run_paths
 from megamask.data.shards import check_vocabulary
+from megamask.data.shared_text import check_shards
 from megamask.errors import ConfigError
 from megamask.masks.file import MaskSet
 from megamask.masks.margins import Margins
@@ -89,13 +90,16 @@ class RunInputs:
         """
         return prunable(self.arch, self.config.model.include, self.config.model.exclude)
 
-    def check_vocabulary(self) -> None:
-        """Check that the model knows every token of the shards.
+    def check_text(self) -> None:
+        """Check that the model knows every token of the shards, that the shards were made from the
+        corpora of the settings, and that no held-out text is learned from.
 
         Raises:
-            ArtifactError: see :func:`megamask.data.shards.check_vocabulary`.
+            ConfigError, ArtifactError: see :func:`megamask.data.shards.check_vocabulary` and
+                :func:`megamask.data.shared_text.check_shards`.
         """
         check_vocabulary(self.config, self.arch.vocab)
+        check_shards(self.config)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ class LearnInputs(RunInputs):
         _check_top_k(self.config, self.arch)
         self.layout.check_linears(self.config, self.arch, self.modules, self.pattern)
         _ = self.content
-        self.check_vocabulary()
+        self.check_text()
 
 
 def _check_top_k(config: Config, arch: Architecture) -> None:

@@ -8,7 +8,7 @@ from megamask import storage
 from megamask.config import Config
 from megamask.data.heldout import evaluated_domains
 from megamask.errors import ConfigError
-from megamask.evaluate.measured_text import measured_text
+from megamask.evaluate.measured_text import measured_text, warn_of_learned_text
 from megamask.evaluate.rows import DENSE, Rows, facts_beside, log
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks, own_weights
@@ -38,6 +38,7 @@ def run(config: Config) -> None:
     inputs.layout.check_model(inputs.arch)
     check_positions(config, inputs.arch, (length,))
     text = measured_text(inputs)
+    warn_of_learned_text(inputs, masks)
     beside = facts_beside(paths, masks, text)
     with start(config) as mesh:
         mesh.require_same("masks to evaluate", list(masks))

@@ -61,7 +61,7 @@ def run(config: Config) -> None:
     inputs.layout.check_rows(inputs.arch, inputs.modules, inputs.pattern)
     if any(CRITERIA[method].needs_stats for method in todo):
         check_positions(config, inputs.arch, ("calibration.seq_length",))
-    inputs.check_vocabulary()
+    inputs.check_text()
     with start(config) as mesh:
         todo = {method: one for method, one in recipes.items() if mesh.from_main(method in todo)}
         if not todo:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import megamask
 from megamask.config.nested import nest
 from megamask.config.paths import margins_path
+from megamask.data.shards import read_shards
 from megamask.masks.file import load_masks, save_masks
 from megamask.masks.margins import save_margins
 from tests.e2e.conftest import code, run_settings, save_tokenizer
@@ -66,6 +67,8 @@ def test_a_finished_run_goes_on_with_more_steps_and_says_so(
     assert trained[3]["kappa"] == pytest.approx(first + (last - first) * 3 / 4, rel=1e-6)
     learned = megamask.load_masks(run / "masks" / "learned.safetensors")
     assert learned.meta["evaluation"]["step"] == 6
+    text = read_shards(run / "shards" / "code").content_sha256("train")
+    assert learned.meta["data"]["text_sha256"]["code"] == text
     record = learned.meta["data"]["changes"]
     assert [(one["setting"], one["before"], one["after"], one["step"]) for one in record] == [
         ("learn.optimizer.lr", 0.02, 0.003, 4),

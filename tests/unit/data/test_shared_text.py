@@ -1,19 +1,28 @@
-"""Two domains over one text must hold out the same documents of it."""
+"""Two domains over one text must hold out the same documents of it; and shards must hold what the
+settings name.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megamask.config import CorpusSection
+from megamask.config import Config, CorpusSection, run_paths
+from megamask.data.blend import train_dataset
 from megamask.data.corpora import documents
-from megamask.data.shared_text import check_shared_text
+from megamask.data.heldout import calibration_description, evaluation_windows
+from megamask.data.shared_text import check_shards, check_shared_text
 from megamask.data.split import HELDOUT, TRAIN, split_documents
 from megamask.errors import ConfigError
+from megamask.verbs import tokenize
 from tests.unit.data.conftest import make_document, write_jsonl
 
 ROWS = [make_document(number) for number in range(30)]
@@ -103,3 +112,97 @@ def test_sources_of_every_kind(
         return
     with pytest.raises(ConfigError, match=says):
         check_shared_text(domains)
+
+
+Make = Callable[..., Config]
+
+
+def changed(config: Config, domain: str, /, **settings: Any) -> Config:
+    """The settings with others of a domain."""
+    values = config.model_dump()
+    values["data"]["domains"][domain] |= settings
+    return Config.model_validate(values)
+
+
+@pytest.fixture
+def shards(two_domains: Make) -> Config:
+    """The settings of the shards in their run folder."""
+    config = two_domains(evaluate={"window": 20})
+    tokenize.run(config)
+    check_shards(config)
+    return config
+
+
+def test_shards_of_other_documents_or_another_share_are_refused(shards: Config) -> None:
+    texts = {"field": "id", "kind": "files", "split": "test", "config": "en", "join": "\n"}
+    others: list[tuple[str, Any]] = [*texts.items(), ("max_bytes", 500)]
+    for key, value in [*others, *(("heldout", share) for share in (0.0, 0.5, 1.0))]:
+        now = changed(shards, "b", **{key: value})
+        was = getattr(shards.data.domains["b"], key)
+        says = f"data.domains.b.{key} = {value!r}: {was!r}, with which the shards in "
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            check_shards(now)
+        # the functions that give out text refuse too, where the domain is one of theirs
+        given_out: list[Callable[[Config], object]] = []
+        if now.data.domains["b"].heldout > 0:
+            given_out.append(lambda config: evaluation_windows(config, 100))
+        if now.data.domains["b"].heldout < 1:
+            given_out.append(lambda config: train_dataset(config, 4, 16, seed=0))
+            given_out.append(calibration_description)
+        for function in given_out:
+            with pytest.raises(ConfigError, match=rf"data\.domains\.b\.{key}"):
+                function(now)
+
+
+def test_a_corpus_may_be_moved_and_the_log_says_so(
+    shards: Config,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        for same in ("b.jsonl", f"{tmp_path}/./b.jsonl"):
+            check_shards(changed(shards, "b", path=same))
+        assert not caplog.messages
+        check_shards(changed(shards, "b", path="gone.jsonl"))
+    (said,) = caplog.messages
+    assert said.startswith(
+        f"data.domains.b.path: the shards were made from {tmp_path}/b.jsonl and not from gone.jsonl"
+    )
+    (tmp_path / "b.jsonl").unlink()  # shards do not need their corpus any more
+    check_shards(shards)
+
+
+def test_domains_that_were_tokenized_apart_are_compared_before_learning(
+    shards: Config, tmp_path: Path
+) -> None:
+    """Domain c holds out all of the file that domain a learns from. The settings that learn name
+    both; the verb tokenize never saw both, and the settings of c name another file by now.
+    """
+    values = shards.model_dump()
+    domains = values["data"]["domains"]
+    path = domains["a"]["path"]
+    other = domain(path, 1.0).model_dump()
+    values["data"]["domains"] = {"b": domains["b"], "c": other}
+    tokenize.run(Config.model_validate(values))
+    values["data"]["domains"] = {**domains, "c": other}
+    both = Config.model_validate(values)
+    for path_of_c in (path, "other.jsonl"):
+        with pytest.raises(ConfigError, match=r"domains\.a\.heldout, data\.domains\.c\.heldout = "):
+            check_shards(changed(both, "c", path=path_of_c))
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(ConfigError, match="one value, for both domains read"):
+        check_shards(both)
+
+
+def test_shards_without_a_note_of_their_corpus_are_taken_as_they_are(shards: Config) -> None:
+    file = run_paths(shards).shards / "b" / "meta.json"
+    meta = json.loads(file.read_text())
+    noted: object
+    for noted in (None, "text", {}):
+        file.write_text(json.dumps({**meta, "corpus": noted}))
+        if noted != {}:
+            check_shards(changed(shards, "b", heldout=0.5))
+    with pytest.raises(ConfigError, match=r"data\.domains\.b\.kind"):  # without a default
+        check_shards(shards)

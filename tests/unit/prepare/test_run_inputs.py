@@ -104,14 +104,14 @@ def test_what_is_missing_names_its_verb(prepared: Config, tmp_path: Path) -> Non
 def test_tokens_that_the_model_does_not_know(prepared: Config, tmp_path: Path) -> None:
     """The architecture that the inputs hold decides, so a smaller vocabulary is refused."""
     inputs = RunInputs(prepared)
-    inputs.check_vocabulary()
+    inputs.check_text()
     config = run_paths(prepared).weights / "config.json"
     before = config.read_text()
     config.write_text(json.dumps({**json.loads(before), "vocab_size": 8}))
     try:
-        inputs.check_vocabulary()  # it was read already
+        inputs.check_text()  # it was read already
         with pytest.raises(ArtifactError, match="the model knows 8 ids"):
-            RunInputs(prepared).check_vocabulary()
+            RunInputs(prepared).check_text()
     finally:
         config.write_text(before)
 

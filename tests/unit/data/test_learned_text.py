@@ -1,0 +1,60 @@
+"""What evaluate says of masks whose training text is not that of the shards of today."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megamask.config import Config, run_paths
+from megamask.data.heldout import calibration_description
+from megamask.data.shards import read_shards
+from megamask.evaluate.measured_text import warn_of_learned_text
+from megamask.masks.file import MaskSet, load_masks, save_masks
+from megamask.prepare.run_inputs import RunInputs
+from megamask.verbs import tokenize
+
+
+def made_from(folder: Path, name: str, data: Any) -> MaskSet:
+    masks = {"linear": torch.tensor([[True, True, False, False]])}
+    save_masks(
+        folder / f"{name}.safetensors", masks, "2:4", fingerprint="f", method=name, data=data
+    )
+    return load_masks(folder / f"{name}.safetensors")
+
+
+def test_masks_of_other_text_are_named(
+    two_domains: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = two_domains()
+    tokenize.run(config)
+    text = {
+        name: read_shards(run_paths(config).shards / name).content_sha256("train")
+        for name in config.data.domains
+    }
+    masks = {
+        "learned": made_from(tmp_path, "learned", {"text_sha256": text}),
+        "wanda": made_from(tmp_path, "wanda", {"calibration": calibration_description(config)}),
+        "of before": made_from(tmp_path, "old", {"blend": {"a": 1.0}}),
+        "foreign": made_from(tmp_path, "foreign", ["text_sha256"]),
+    }
+    inputs = RunInputs(config)
+    with caplog.at_level(logging.WARNING):
+        warn_of_learned_text(inputs, masks)
+        assert not caplog.messages
+        # the same text under another share: documents that were learned from are held out now
+        values = config.model_dump()
+        values["data"]["domains"]["b"]["heldout"] = 0.5
+        again = Config.model_validate(values)
+        tokenize.run(again)
+        warn_of_learned_text(RunInputs(again), masks)
+        told = [message.partition(" of b than ")[0] for message in caplog.messages]
+        assert told == [f"{name} was made from other text" for name in ("learned", "wanda")]
+        caplog.clear()
+        values["evaluate"]["protocol"] = "wikitext2-2048"  # measures on other text
+        warn_of_learned_text(RunInputs(Config.model_validate(values)), masks)
+        assert not caplog.messages
