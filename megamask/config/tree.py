@@ -79,6 +79,11 @@ class ParallelSection(Section):
     start_minutes: Annotated[int, Field(ge=1, le=100_000)] = free(
         10, description="how long a rank waits for the others to start and to connect"
     )
+    first_step_minutes: Annotated[int, Field(ge=1, le=100_000)] = free(
+        10,
+        description="how long the first step of a start may take, and each batch of the evaluation "
+        "before it; kernels are compiled meanwhile",
+    )
     timeout_minutes: Annotated[int, Field(ge=1, le=100_000)] = free(
         30, description="how long a rank waits for the others later, and for the end of a step"
     )

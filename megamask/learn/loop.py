@@ -56,6 +56,7 @@ class Run:
         )
         self.content = inputs.content
         self.progress = self.snapshots.restore()
+        self.first_step = self.progress.step  # the first that this process takes, from 0
         if self.progress.step:
             self.mask_statistics.forget_latest()
         # signs of life and metrics
@@ -135,15 +136,20 @@ class Run:
     def _show(self, state: State) -> None:
         """Write the heartbeat, and start the time of the watchdog anew.
 
-        One process waits for nobody, and its steps may take any time.
+        A network that the settings of a job do not fit shows in the first step, so the time up to
+        its end is short. One process waits for nobody, and its steps may take any time.
         """
+        step, parallel = self.progress.step, self.config.parallel
         if self.mesh.is_main:
-            step, steps = self.progress.step, self.config.learn.steps
-            heartbeat = Heartbeat(state, step, steps, utc_now(), self.holder, self.mesh.world)
+            steps, world = self.config.learn.steps, self.mesh.world
+            heartbeat = Heartbeat(state, step, steps, utc_now(), self.holder, world)
             heartbeat.write(self.paths.learn)
         if self.mesh.world > 1:
-            limit = 60.0 * self.config.parallel.timeout_minutes
-            self.watchdog.expect(f"progress after step {self.progress.step}", limit)
+            what, minutes = f"progress after step {step}", parallel.timeout_minutes
+            if step == self.first_step:
+                what = "progress towards the end of the first step (parallel.first_step_minutes)"
+                minutes = min(minutes, parallel.first_step_minutes)
+            self.watchdog.expect(what, 60.0 * minutes)
 
     def _show_learning(self) -> None:
         self._show("learning")

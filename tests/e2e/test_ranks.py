@@ -169,17 +169,20 @@ def fail_on_rank_1() -> None:
 
 
 def hang_on_rank_1() -> None:
-    """Rank 1 sleeps in its second step; a step may take three seconds here."""
+    """Rank 1 sleeps in its first step, which may take three seconds here."""
     step, expect = Run._step, watchdog.Watchdog.expect
-    watchdog.GRACE = 3.0
+    watchdog.GRACE, in_step = 3.0, list[int]()
 
     def hanging(self: Run) -> None:
-        if self.mesh.rank == 1 and self.progress.step == 1:
+        in_step.append(self.progress.step)
+        self._show("learning")
+        if self.mesh.rank == 1:
             time.sleep(600)
         step(self)
 
     def expect_soon(self: watchdog.Watchdog, what: str, seconds: float) -> None:
-        expect(self, what, 3.0 if what.startswith("progress after step 1") else seconds)
+        is_first = in_step == [0] and what.startswith("progress towards the end of the first step")
+        expect(self, what, 3.0 if is_first else seconds)
 
     Run._step = hanging  # type: ignore[method-assign]
     watchdog.Watchdog.expect = expect_soon  # type: ignore[method-assign]
@@ -222,7 +225,10 @@ def test_ranks_that_hang_say_where(run_dir: Path, settings: Settings) -> None:
     assert "in hanging" in stacks[1].read_text() and "in hanging" in stacks[0].read_text()
     waiting = "torch/distributed"
     assert waiting in stacks[0].read_text() and waiting not in stacks[1].read_text()
-    assert any("no progress after step 1 within 0.05 minutes" in one.stderr for one in ranks)
+    said = "no progress towards the end of the first step (parallel.first_step_minutes) within 0.05"
+    assert any(said in one.stderr for one in ranks)
+    found = Heartbeat.read(run_dir / "learn")
+    assert found is not None and (found.state, found.step) == ("learning", 0)
 
 
 def test_ranks_with_other_settings_are_refused(run_dir: Path, settings: Settings) -> None:

@@ -47,7 +47,8 @@ EACH_STEP = """
 CONTENT = "model.hf model.gguf data.tokenizer learn.prior.mask"
 FREE = """
     run_dir device deterministic parallel.tp parallel.sequence_parallel parallel.recompute
-    parallel.fused parallel.start_minutes parallel.timeout_minutes parallel.threads
+    parallel.fused parallel.start_minutes parallel.first_step_minutes parallel.timeout_minutes
+    parallel.threads
     calibration.micro_batch
     model.ignore_keys
     learn.preset learn.memory learn.micro_batch learn.resume learn.sampling.backend

@@ -28,6 +28,7 @@ def run(tmp_path: Path) -> Any:
     made.config = tiny_config().model_copy(update={"run_dir": str(tmp_path)})
     made.paths = run_paths(made.config)
     made.paths.learn.mkdir()
+    made.first_step = 0
     made.progress, made.holder = Progress(step=1), Holder.this_process("megamask learn")
     made.mesh = SimpleNamespace(is_main=True, world=1, any=bool, from_main=lambda value: value)
     made.monitor = SimpleNamespace(
@@ -89,3 +90,26 @@ def test_each_batch_of_an_evaluation_is_a_sign_of_life(
     run.progress.best_score = 0.0
     assert run._evaluate() == {"code": 7.0}
     assert expected == ["progress after step 1"] * 4 and state_of(run) == "learning"
+
+
+def test_the_first_step_of_a_start_has_a_short_time(run: Any) -> None:
+    """A start that resumes has a first step too; a shorter parallel.timeout_minutes counts for it,
+    and one process has no limit.
+    """
+    expected: list[tuple[str, float]] = []
+    run.watchdog = SimpleNamespace(expect=lambda *given: expected.append(given))
+
+    def shown(step: int, **parallel: int) -> list[tuple[str, float]]:
+        expected.clear()
+        run.progress.step = step
+        run.config = tiny_config().model_copy(update={"run_dir": run.config.run_dir})
+        run.config.parallel.__dict__.update(parallel)
+        run._show("learning")
+        return [(what[:40], seconds) for what, seconds in expected]
+
+    assert shown(7) == []
+    run.mesh.world, run.first_step = 2, 7
+    first = "progress towards the end of the first step (parallel.first_step_minutes)"[:40]
+    assert shown(7, first_step_minutes=3, timeout_minutes=30) == [(first, 180.0)]
+    assert shown(7, first_step_minutes=3, timeout_minutes=2) == [(first, 120.0)]
+    assert shown(8, first_step_minutes=3, timeout_minutes=30) == [("progress after step 8", 1800.0)]
