@@ -89,6 +89,12 @@ def reading(path: Path, fix: str = "") -> Iterator[None]:
         raise ArtifactError(path, told, fix or _FIXES.get(error.errno or 0, CHECK)) from error
 
 
+def refused(error: BaseException) -> str:
+    """The system's words for an input that is there and may not be read; empty for other errors."""
+    number = number_of(error)
+    return os.strerror(number) if number in (errno.EACCES, errno.EPERM) else ""
+
+
 def explained(error: BaseException) -> MegamaskError | None:
     """The message for an error of the disk or of the memory; None for any other error."""
     if isinstance(error, MemoryError) or (

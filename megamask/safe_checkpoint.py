@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import wrong_file
+from megamask.machine_errors import PERMISSION, refused
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -143,6 +144,25 @@ def read_index(folder: Path, fix: str = ADVICE) -> Metadata:
     return index
 
 
+def settle_index(folder: Path) -> None:
+    """Write the index of a checkpoint that was just made anew, so that equal checkpoints have equal
+    bytes.
+
+    PyTorch notes the folder and a random number of the save, which no reader uses, and lists the
+    pieces in the order in which the writers came to their turn.
+    """
+    path = folder / INDEX
+    index = _TensorsOnly(io.BytesIO(path.read_bytes())).load()
+    index.storage_meta = None
+    index.state_dict_metadata = dict(sorted(index.state_dict_metadata.items()))
+    pieces = index.storage_data.items()
+    index.storage_data = dict(sorted(pieces, key=lambda piece: (piece[0].fqn, str(piece[0]))))
+    with path.open("wb") as file:
+        pickler = pickle.Pickler(file, protocol=4)
+        pickler.fast = True  # no reference to an equal object before, which may be the same or not
+        pickler.dump(index)
+
+
 def check_common(folder: Path, fix: str = ADVICE) -> None:
     """Check that ``common.pt``, which holds what is no tensor, has plain numbers and texts alone.
 
@@ -196,6 +216,7 @@ def _check_pieces(folder: Path, index: Metadata, fix: str) -> None:
     for name, offset, length in pieces:
         if name != Path(name).name or (folder / name).is_symlink():
             raise ArtifactError(folder, f"keeps a piece in {name!r}, outside the folder", ADVICE)
+        _refuse_pipe(folder / name, fix)
         try:
             size = sizes.setdefault(name, (folder / name).stat().st_size)
         except (OSError, ValueError) as error:  # a zero byte in a name is a ValueError
@@ -205,15 +226,23 @@ def _check_pieces(folder: Path, index: Metadata, fix: str) -> None:
             raise _torn(folder, problem, fix)
 
 
+def unreadable(folder: Path, error: BaseException, fix: str) -> ArtifactError:
+    """The error of a checkpoint whose tensors the library could not read."""
+    if told := refused(error):
+        return ArtifactError(folder, f"cannot be read ({told})", PERMISSION)
+    return ArtifactError(folder, f"cannot be read ({reason_of(error)})", fix)
+
+
 def reason_of(error: BaseException) -> str:
-    """The kind and the first line of an error that the library raised.
+    """The kind and the first sentence of an error that the library raised.
 
     Its CheckpointException only wraps the errors of the ranks, so the first of these is told.
     """
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    first = (str(error).splitlines() or [""])[0].partition(". ")[0]  # the rest advises programmers
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def _torn(folder: Path, reason: str, fix: str) -> ArtifactError:

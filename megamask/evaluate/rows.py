@@ -16,6 +16,7 @@ from megamask.errors import ArtifactError
 from megamask.evaluate.measured_text import MeasuredText
 from megamask.masks.file import MaskSet
 from megamask.masks.find import own_weights
+from megamask.masks.times import seconds_of
 from megamask.model.build import build_model, masked_linears
 from megamask.model.checkpoint import load_weights
 from megamask.model.mask_shards import fold_masks
@@ -93,16 +94,12 @@ def facts_beside(paths: RunPaths, masks: dict[str, MaskSet], text: MeasuredText)
         text: what the perplexities are measured on.
 
     Raises:
-        ArtifactError: ``stages.json`` cannot be read.
+        ArtifactError: ``stages.json``, or the time beside a mask, cannot be read.
     """
     stages_file = paths.run_dir / "stages.json"
     stages = storage.read_object(stages_file, "Delete it.", {}) if stages_file.exists() else {}
-    about = {name: mask_set.meta.get("data") for name, mask_set in masks.items()}
-    seconds = {
-        name: facts["seconds"]
-        for name, facts in about.items()
-        if isinstance(facts, dict) and isinstance(facts.get("seconds"), int | float)
-    }
+    found = {name: seconds_of(mask_set) for name, mask_set in masks.items()}
+    seconds = {name: taken for name, taken in found.items() if taken is not None}
     return {
         "protocol": text.facts,
         "seconds": {**stages, **seconds},

@@ -65,7 +65,6 @@ def learned_from(
     config: Config,
     text_sha256: Mapping[str, str],
     steps: int,
-    seconds: float,
     prior_method: str | None,
     changes: list[Changed],
 ) -> dict[str, Any]:
@@ -77,7 +76,6 @@ def learned_from(
         "text_sha256": dict(text_sha256),
         "seq_length": config.data.seq_length,
         "tokens": steps * config.learn.global_batch * config.data.seq_length,
-        "seconds": round(seconds, 1),
         "prior": prior_method,
         "method": config.learn.method,
         **write_changes(changes),

@@ -19,6 +19,7 @@ from megamask.learn.metrics.monitor import Monitor
 from megamask.learn.metrics.provenance import write_provenance
 from megamask.learn.snapshot import Snapshots
 from megamask.leftovers import remove_leftovers
+from megamask.masks.times import write_seconds
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.process.holder import Holder, utc_now
@@ -201,8 +202,9 @@ class Run:
         step, window = self.progress.step, self.config.evaluate.window
         prior = self.masked_model.prior_method
         changes = self.snapshots.changes
-        text, seconds = self.content.text, self.monitor.seconds
-        data = learned_from(self.config, text, step, seconds, prior, changes)
+        data = learned_from(self.config, self.content.text, step, prior, changes)
         evaluation = {"step": step, "window": window, "perplexity": by_domain}
         path = self.paths.mask(name)
+        if self.mesh.is_main:
+            write_seconds(path, self.monitor.seconds)
         save_learned_mask(path, self.masked_model, self.mesh, data, evaluation)

@@ -12,7 +12,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.masks.margins import Margins
 from megamask.masks.snapshot_steps import snapshot_path, snapshot_step, snapshot_steps
-from megamask.safe_checkpoint import NOTE, read_index, reason_of
+from megamask.safe_checkpoint import NOTE, read_index, unreadable
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.margins import margins_of, to_codes, to_levels
@@ -124,7 +124,7 @@ class SnapshotMasks(MaskSet):
                 load({key: logits_OLG}, storage_reader=FileSystemReader(self.path), no_dist=True)
         # CheckpointException is no subclass of Exception.
         except (Exception, CheckpointException) as error:
-            _torn(self.path, error)
+            raise unreadable(self.path, error, _fix(self.path)) from error
         return logits_OLG
 
 
@@ -261,9 +261,3 @@ def _check_shapes(
 
 def _fix(path: Path) -> str:
     return f"Name another snapshot in {path.parent}, or a mask file of that run."
-
-
-def _torn(path: Path, error: BaseException) -> NoReturn:
-    raise ArtifactError(
-        path, f"is torn or no checkpoint ({reason_of(error)})", _fix(path)
-    ) from error

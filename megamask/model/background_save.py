@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megamask import storage
 from megamask.model.checkpoint import deaf_helpers, results_go_through, telling
 from megamask.parallel.mesh import Mesh
-from megamask.safe_checkpoint import NOTE
+from megamask.safe_checkpoint import NOTE, settle_index
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -58,6 +58,7 @@ class BackgroundSave:
 
         def commit() -> None:
             if self.mesh.is_main:
+                settle_index(temporary)
                 storage.write_json(temporary / NOTE, note)
                 storage.commit_dir(temporary, target)
                 done()

@@ -34,7 +34,14 @@ from megamask.model.build import model_rules
 from megamask.model.language_model import LanguageModel
 from megamask.parallel.mesh import Mesh
 from megamask.process.signals import SIGNALS
-from megamask.safe_checkpoint import NOTE, check_common, read_index, reason_of
+from megamask.safe_checkpoint import (
+    NOTE,
+    check_common,
+    read_index,
+    reason_of,
+    settle_index,
+    unreadable,
+)
 from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import HFReader
 from megamask.weights.mapping import rules
@@ -75,6 +82,7 @@ def save_sharded(
                 dist_checkpointing.save(state, str(temporary), validate_access_integrity=True)
             mesh.barrier()
             if mesh.is_main:
+                settle_index(temporary)
                 storage.write_json(temporary / NOTE, note)
                 for file in files:
                     shutil.copy(file, temporary)
@@ -158,7 +166,7 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
         )
     # CheckpointException is no subclass of Exception.
     except (Exception, CheckpointException) as error:
-        raise ArtifactError(path, f"cannot be read ({reason_of(error)})", fix) from error
+        raise unreadable(path, error, fix) from error
     return loaded
 
 

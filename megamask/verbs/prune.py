@@ -20,6 +20,7 @@ from megamask.masks.file import load_masks
 from megamask.masks.header import Facts
 from megamask.masks.margins import load_margins, save_margins
 from megamask.masks.save import save_codes
+from megamask.masks.times import write_seconds
 from megamask.model.build import build_model, masked_linears, padded_vocab
 from megamask.model.checkpoint import (
     float16_fingerprints,
@@ -209,11 +210,9 @@ def write_masks(
     seconds: float,
     copies: tuple[str, ...],
 ) -> None:
-    """Write the mask file; its header keeps the rest of the recipe under ``data``."""
+    """Write the time and the mask file, whose header keeps the rest of the recipe as ``data``."""
     own = ("fingerprint", "pattern", "linears")
-    data = {key: value for key, value in made_from.items() if key not in own} | {
-        "seconds": round(seconds, 2)
-    }
+    data = {key: value for key, value in made_from.items() if key not in own}
     if raised_damp:
         data["raised_damp"] = raised_damp
     facts = Facts(
@@ -224,6 +223,7 @@ def write_masks(
         float16_fingerprints=copies,
     )
     path = run_paths(job.config).mask(method)
+    write_seconds(path, seconds)
     save_codes(
         path,
         {name: shapes[name] for name in made_from["linears"]},

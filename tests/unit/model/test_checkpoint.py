@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
+import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from megamask.model.language_model import LanguageModel
 from megamask.model.layer_parts import FrozenNorm
 from megamask.model.spec import ENGINE, has_transformer_engine
 from megamask.parallel.mesh import Mesh, start
+from megamask.safe_checkpoint import COMMON, INDEX, NOTE
 from megamask.weights.architecture import read_architecture
 from tests.unit.learn.one_rank import ROOT, tiny_config
 
@@ -82,6 +87,22 @@ def test_a_model_comes_back(
             loaded.load_state_dict(without, strict=True)
 
 
+def test_equal_models_have_equal_bytes(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's index alone would differ: it names the folder and a random number of the save."""
+
+    def saved(name: str) -> dict[str, bytes]:
+        save_sharded(sharded_state(model_of(mesh, 1)), tmp_path / name, mesh, {})
+        return {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+
+    whole = saved("one")
+    assert saved("another") == whole and {INDEX, COMMON, NOTE} < whole.keys()
+    monkeypatch.setattr(checkpoint, "settle_index", lambda _: None)
+    other = saved("third")
+    assert [name for name in whole if whole[name] != other[name]] == [INDEX]
+
+
 def test_hf_tensors_are_read_in_portions(
     mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +140,62 @@ def test_a_weight_that_is_missing_is_still_missed(mesh: Mesh, tmp_path: Path) ->
     state.pop("decoder.final_layernorm.weight")
     save_sharded(state, path, mesh, {})
     with pytest.raises(Exception, match="decoder.final_layernorm.weight"):
+        load_weights(model, path)
+
+
+def garbage(file: Path) -> None:
+    file.write_bytes(random.Random(0).randbytes(file.stat().st_size))
+
+
+def zeros(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flipped(file: Path) -> None:
+    """The first bytes of the archives in the file are other bytes."""
+    file.write_bytes(file.read_bytes().replace(b"PK\x03\x04", b"PK\x03\x05"))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def test_pieces_that_cannot_be_read_are_one_message(mesh: Mesh, tmp_path: Path) -> None:
+    model, whole = model_of(mesh, 1), tmp_path / "whole"
+    save_sharded(sharded_state(model), whole, mesh, {})
+    for damage in (garbage, zeros, flipped, cut, folder, pipe, Path.unlink):
+        path = Path(shutil.copytree(whole, tmp_path / "weights"))
+        for file in path.glob("*.distcp"):
+            damage(file)
+        with pytest.raises(
+            ArtifactError, match="weights.*(cannot be read|torn|folder|FIFO)"
+        ) as told:
+            load_weights(model, path)
+        assert "\n" not in str(told.value) and "weights_only" not in str(told.value), damage
+        shutil.rmtree(path)
+
+
+def test_pieces_of_another_user_are_one_message(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = model_of(mesh, 1), tmp_path / "weights"
+    save_sharded(sharded_state(model), path, mesh, {})
+
+    def no_permission(*_: Any, **__: Any) -> None:  # the tests may run as root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path / "__0_0.distcp"))
+
+    monkeypatch.setattr(torch.distributed.checkpoint.FileSystemReader, "read_data", no_permission)
+    with pytest.raises(ArtifactError, match=r"weights: cannot be read \(Permission denied\). Ask"):
         load_weights(model, path)
 
 
