@@ -1,8 +1,8 @@
 """The range of Megatron-Core that megamask runs with.
 
 The rooms that use Megatron-Core import this file first, so another version is one message instead
-of a fault inside Megatron. Version 0.14 and 0.15 shard optimizer state in another way, and nothing
-has been tested with 0.17 and later.
+of a fault inside Megatron. Version 0.14 and 0.15 shard optimizer state in another way. What differs
+between the versions of the range is in megamask/parallel/megatron_versions.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib import metadata
 from megamask.errors import ConfigError
 
 PACKAGE = "megatron-core"
-LOWEST, BELOW = (0, 16), (0, 17)  # as in pyproject.toml
+LOWEST, BELOW = (0, 16), (0, 20)  # as in pyproject.toml
 RANGE = f">={LOWEST[0]}.{LOWEST[1]},<{BELOW[0]}.{BELOW[1]}"
 
 

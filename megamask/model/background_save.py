@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from megamask import storage
-from megamask.model.checkpoint import deaf_helpers, results_go_through, telling
+from megamask.model.checkpoint import deaf_helpers, telling
+from megamask.parallel.megatron_versions import request_save, results_go_through
 from megamask.parallel.mesh import Mesh
 from megamask.safe_checkpoint import NOTE, settle_index
 
@@ -70,12 +70,7 @@ class BackgroundSave:
                     temporary.mkdir(parents=True)
                 self.mesh.barrier()
                 with deaf_helpers(), results_go_through(ResultsFile):
-                    request: Any = dist_checkpointing.save(
-                        state,
-                        str(temporary),
-                        validate_access_integrity=True,
-                        async_sharded_save=True,
-                    )
+                    request = request_save(state, temporary)
                     request.add_finalize_fn(commit)
                     write = request.async_fn  # None on a rank that has nothing to write
                     if write is not None:

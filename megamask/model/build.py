@@ -65,6 +65,7 @@ def transformer_config(
         layernorm_epsilon=arch.norm.eps,
         activation_func=ACTIVATIONS[arch.activation],
         gated_linear_unit=arch.gated,
+        qk_layernorm=arch.qk_norm is not None,
         softmax_scale=arch.attention_scale,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -6,7 +6,6 @@ other TP.
 
 from __future__ import annotations
 
-import logging
 import math
 import queue
 import shutil
@@ -17,14 +16,12 @@ from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megamask import storage
@@ -32,6 +29,7 @@ from megamask.errors import ArtifactError
 from megamask.machine_errors import writing
 from megamask.model.build import model_rules
 from megamask.model.language_model import LanguageModel
+from megamask.parallel.megatron_versions import request_save, results_go_through
 from megamask.parallel.mesh import Mesh
 from megamask.process.signals import SIGNALS
 from megamask.safe_checkpoint import (
@@ -49,7 +47,6 @@ from megamask.weights.mapping import rules
 FIX = "Check the memory and the disk; the same command goes on from what is complete."
 PORTION = 2**30  # bytes read at a time: every read parses the index of the whole folder anew
 EXTRA_STATE = "_extra_state"  # end of the name of a module's extra state
-logging.getLogger("megatron.core").setLevel(logging.ERROR)
 Item = TypeVar("Item")
 
 
@@ -79,7 +76,7 @@ def save_sharded(
                 temporary.mkdir(parents=True)
             mesh.barrier()
             with deaf_helpers(), results_go_through(queue.Queue):
-                dist_checkpointing.save(state, str(temporary), validate_access_integrity=True)
+                request_save(state, temporary).execute_sync()
             mesh.barrier()
             if mesh.is_main:
                 settle_index(temporary)
@@ -129,21 +126,6 @@ def deaf_helpers() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def results_go_through(make_queue: Callable[[], Any]) -> Iterator[None]:
-    """Let Megatron's writer collect the results of a save in a queue of ours.
-
-    Megatron keeps the queue in a process of its own, since its saves may go on in the background:
-    at the first save every rank starts an interpreter that imports torch. A save in the foreground
-    fills and empties the queue in one process.
-    """
-    if not hasattr(filesystem_async, "_get_write_results_queue"):  # a version without the queue
-        yield
-        return
-    with patch.object(filesystem_async, "_get_write_results_queue", make_queue):
-        yield
 
 
 def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:

@@ -1,26 +1,22 @@
-"""Process groups and the device of this process, from the launcher's environment, and the changes
-that make Megatron-Core run without CUDA.
-"""
+"""Process groups and the device of this process, from the launcher's environment."""
 
 from __future__ import annotations
 
 import datetime
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.tensor_parallel import random
-from torch.overrides import TorchFunctionMode
 
 from megamask.config import Config, run_paths
 from megamask.errors import ConfigError, DismissedError, LaunchError, MegamaskError
 from megamask.parallel.determinism import deterministic
+from megamask.parallel.megatron_versions import megatron_on_cpu
 from megamask.parallel.roll_call import Roll, call_roll, cores
 from megamask.process.network import choose_interface
 from megamask.process.place import Place, this_place
@@ -277,39 +273,3 @@ def _lost_rank(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__
     return None
-
-
-# Megatron-Core asks CUDA for the current device, names ``device="cuda"`` in factory calls,
-# synchronises streams, and forks, saves and restores CUDA's random state around dropout and
-# recomputation (a frozen model draws nothing from it). Without CUDA all of that is redirected.
-
-
-class _FactoriesOnCpu(TorchFunctionMode):
-    """Turn a ``cuda`` device argument of any torch call into ``cpu``."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs = {**kwargs, "device": "cpu"}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-def _is_cuda(device: Any) -> bool:
-    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
-
-
-@contextmanager
-def megatron_on_cpu(active: bool) -> Iterator[None]:
-    """Redirect CUDA requests to the CPU inside the block, when ``active``."""
-    if not active:
-        yield
-        return
-    current_device = patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    synchronize = patch.object(torch.cuda, "synchronize", lambda device=None: None)
-    fork = patch.object(random.CudaRNGStatesTracker, "fork", lambda *_: nullcontext())
-    state = patch.multiple(
-        random, _get_cuda_rng_state=lambda **_: None, _set_cuda_rng_state=lambda *_, **__: None
-    )
-    with current_device, synchronize, fork, state, _FactoriesOnCpu():
-        yield

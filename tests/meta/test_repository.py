@@ -234,30 +234,58 @@ def test_a_script_parses_and_carries_no_settings(script: Path) -> None:
     )
 
 
-def test_constraints_cover_the_requirements() -> None:
+PINS = ("constraints.txt", "constraints-newest.txt")
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> version of a file of constraints; for the newest Python of several."""
+    lines = re.findall(r"(?m)^([\w.-]+)==([^\s;]+)(.*)$", (REPO / name).read_text())
+    return {
+        re.sub(r"[-_.]+", "-", package).lower(): version
+        for package, version, rest in lines
+        if 'python_version < "3.11"' not in rest
+    }
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_constraints_cover_the_requirements(name: str) -> None:
     """Every package that pyproject.toml asks for is pinned, for each supported Python, and the
     unrelated "apex" is not asked for.
     """
     project = (REPO / "pyproject.toml").read_text().partition("[project]")[2]
     asked = {
-        re.sub(r"[-_.]+", "-", name).lower()
-        for name in re.findall(r'"([A-Za-z][\w.-]*)(?:\[\w+\])?>=', project)
-    }
-    pinned = {
-        re.sub(r"[-_.]+", "-", name).lower()
-        for name in re.findall(r"(?m)^([\w.-]+)==", (REPO / "constraints.txt").read_text())
+        re.sub(r"[-_.]+", "-", package).lower()
+        for package in re.findall(r'"([A-Za-z][\w.-]*)(?:\[\w+\])?>=', project)
     }
     assert "apex" not in asked and {"torch", "megatron-core"} <= asked
-    assert asked - pinned == {
+    assert asked - pins(name).keys() == {
         "transformer-engine"
     }  # built against the machine's own torch and CUDA
 
 
+def test_the_second_stack_differs_in_megatron_alone() -> None:
+    """With any other difference the golden masks would compare two things at once."""
+    first, second = map(pins, PINS)
+    assert first.keys() == second.keys()
+    assert {name for name in first if first[name] != second[name]} == {"megatron-core"}
+    assert first["megatron-core"] < second["megatron-core"]
+
+
+def test_the_chosen_tests_of_the_second_stack_are_there() -> None:
+    lines = (REPO / "tests/second_stack/chosen.txt").read_text().splitlines()
+    chosen = [line for line in lines if not line.startswith("#")]
+    assert len(chosen) == len(set(chosen)) > 5
+    for line in chosen:
+        path, _, test = line.partition("::")
+        assert (REPO / path).exists(), path
+        assert f"def {test.partition('[')[0]}(" in (REPO / path).read_text() if test else True
+
+
 def test_pre_commit_uses_the_pinned_tools() -> None:
     hooks = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
-    pins = (REPO / "constraints.txt").read_text().splitlines()
+    lines = (REPO / "constraints.txt").read_text().splitlines()
     asked = [package for hook in hooks for package in hook.get("additional_dependencies", [])]
-    assert len(asked) >= 3 and set(asked) <= set(pins)
+    assert len(asked) >= 3 and set(asked) <= set(lines)
 
 
 def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

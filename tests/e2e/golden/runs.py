@@ -76,11 +76,12 @@ def share_that_differs(found: MaskSet, expected: MaskSet) -> float:
 
 def machine() -> dict[str, str]:
     """All that decides how floating-point sums are rounded: the processor, the instruction sets in
-    use, the libraries.
+    use, the libraries. Builds of PyTorch with and without CUDA round alike on a CPU.
     """
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     facts = dict(re.findall(r"(?m)^(model name|cpu family|model)\s*: (.*)$", text))
-    libraries = {name: version(name) for name in ("torch", "numba", "llvmlite", "numpy")}
+    names = ("torch", "numba", "llvmlite", "numpy")
+    libraries = {name: version(name).partition("+")[0] for name in names}
     capability = torch.backends.cpu.get_cpu_capability()
     return {"processor": ", ".join(facts.values()), "capability": capability, **libraries}
 

@@ -9,7 +9,7 @@ import torch
 
 from megamask.config import Config
 from megamask.errors import ConfigError
-from megamask.parallel.mesh import choose_device, megatron_on_cpu, start
+from megamask.parallel.mesh import choose_device, start
 
 
 def config(**parallel: object) -> Config:
@@ -43,19 +43,6 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="device"):
         choose_device("cuda")
-
-
-def test_cuda_requests_land_on_the_cpu_only_inside() -> None:
-    with megatron_on_cpu(active=True):
-        assert torch.zeros(2, device="cuda").device.type == "cpu"
-        assert torch.empty(2, device=torch.device("cuda", 3)).device.type == "cpu"
-        assert torch.ones(2).cuda().device.type == "cpu"
-        current: object = torch.cuda.current_device()
-        assert current == torch.device("cpu")
-        torch.cuda.synchronize()
-    if not torch.cuda.is_available():
-        with pytest.raises((AssertionError, RuntimeError)):
-            torch.zeros(2, device="cuda")
 
 
 @pytest.mark.parametrize(("devices", "expected"), [(1, 0), (2, 1), (8, 3)])

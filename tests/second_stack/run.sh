@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Tests on the second stack: Python 3.12 or newer, and the pins of constraints-newest.txt (the newest
+# Megatron-Core). Says in its last line why they were skipped, and is no failure then.
+#
+#   SECOND_STACK    chosen (default: the tests that tests/second_stack/chosen.txt names), all (every
+#                   test in one process and of several, by night), off
+#   SECOND_PYTHON   the Python to build on (default: the first of 3.12 to 3.14 on PATH or in pyenv)
+#   SECOND_HOME     where its environments lie (default ~/.cache/megamask). An environment lies
+#                   outside the clone, since it takes some GB and minutes; its name is a checksum of
+#                   Python and pins, so that the next run and the next clone find it.
+set -euo pipefail
+# shellcheck source=launch/env.sh
+source "$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/launch/env.sh"
+cd "$REPO"
+home="${SECOND_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/megamask}"
+kind="${SECOND_STACK:-chosen}"
+room_gb=12 # free on the disk before one is made: it takes 6, and pip unpacks beside it
+
+skip() { say "the tests on the second stack were skipped: $*"; exit 0; }
+
+find_python() {
+    local candidate
+    for candidate in ${SECOND_PYTHON:-python3.12 python3.13 python3.14 \
+        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[234]*/bin/python3}; do
+        if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
+        then echo "$candidate"; return; fi
+    done
+    return 1
+}
+
+# What is installed: what the package and the extras of its tests ask for, without the package, which
+# the tests find in the folder that they are started in.
+requirements() {
+    "$python" -c 'import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = project["optional-dependencies"]
+print("\n".join(project["dependencies"] + extras["gguf"] + extras["data"] + extras["dev"]))'
+}
+
+make_stack() {
+    say "making $stack with $("$python" -V) (once; minutes, some GB)"
+    rm -rf "$stack"
+    "$python" -m venv "$stack" &&
+        requirements >"$stack/requirements.txt" &&
+        retry 2 "$stack/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --no-compile --no-cache-dir -c constraints-newest.txt -r "$stack/requirements.txt" &&
+        touch "$stack/.installed"
+}
+
+[ "$kind" != off ] || skip "SECOND_STACK=off"
+python="$(find_python)" || skip "no Python 3.12 or newer (name one with SECOND_PYTHON=...)"
+key="$(cat constraints-newest.txt <(requirements; "$python" -VV) | cksum | tr ' ' -)"
+stack="$home/stack-$key"
+mkdir -p "$home"
+exec 9>"$home/lock"
+flock 9 # two runs make one environment
+if [ ! -e "$stack/.installed" ]; then
+    free_gb="$(df -Pk "$home" | awk 'NR == 2 { print int($4 / 1048576) }')"
+    [ "$free_gb" -ge "$room_gb" ] || skip "$home has $free_gb GB free, an environment takes $room_gb"
+    make_stack || { rm -rf "$stack"; skip "its environment could not be made (see above)"; }
+fi
+touch "$stack/.installed"
+# An environment that no run has used for two weeks has old pins.
+find "$home" -maxdepth 2 -path '*/stack-*/.installed' -mtime +14 -printf '%h\0' | xargs -0r rm -rf
+exec 9>&-
+
+case "$kind" in
+chosen) mapfile -t tests < <(grep -v '^#' tests/second_stack/chosen.txt) ;;
+all) tests=(tests/unit tests/parallel tests/parity tests/e2e) ;;
+*) die "SECOND_STACK=$kind: chosen, all or off" ;;
+esac
+export PATH="$stack/bin:$PATH" PYTHONPATH="$REPO" VIRTUAL_ENV="$stack"
+unset PYTHONDONTWRITEBYTECODE
+say "second stack: $("$python" -V), $(pip list 2>/dev/null | grep -i megatron-core)"
+exec timeout --kill-after=30 "${SECOND_TIMEOUT:-900}" \
+    "$stack/bin/python" -m pytest -p no:cacheprovider "${tests[@]}" "$@" </dev/null
