@@ -28,7 +28,8 @@ USED_ELSEWHERE = {
     "get_emb": "Megatron's rotary embedding",
     "find_class": "pickle",
     "handleError": "logging",
-    "get_nowait": "Megatron's writer of checkpoints",
+    "wait_stream": "Megatron's sum of gradients",
+    "wait_event": "Megatron's sum of gradients",
 }
 LONG = 40  # characters of a literal that must not stand in two files
 

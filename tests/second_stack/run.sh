@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Tests on the second stack: Python 3.12 or newer, and the pins of constraints-newest.txt (the newest
-# Megatron-Core). Says in its last line why they were skipped, and is no failure then.
+# Tests on the second stack: Python 3.12 or newer, and the pins of constraints-newest.txt (the
+# newest Megatron-Core). Says in its last line why they were skipped, and is no failure then.
 #
-# An environment that is missing is made: some minutes and 5.4 GB, since the package index has builds
-# of torch with CUDA alone for Python 3.12.
+# An environment that is missing is made: some minutes and 5.4 GB, since the package index has
+# builds of torch with CUDA alone for Python 3.12.
 #
 #   SECOND_STACK    chosen (default: the tests that tests/second_stack/chosen.txt names), all (every
 #                   test of the package, by night), off
@@ -32,8 +32,8 @@ find_python() {
     return 1
 }
 
-# What is installed: what the package and the extras of its tests ask for, without the package, which
-# the tests find in the folder that they are started in.
+# What is installed: what the package and the extras of its tests ask for, without the package,
+# which the tests find in the folder that they are started in.
 requirements() {
     "$python" -c 'import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
@@ -67,7 +67,8 @@ exec 9>"$home/lock"
 flock 9 # two runs make one environment
 if [ ! -e "$stack/.installed" ]; then
     free_gb="$(df -Pk "$home" | awk 'NR == 2 { print int($4 / 1048576) }')"
-    [ "$free_gb" -ge "$room_gb" ] || skip "$home has $free_gb GB free, an environment takes $room_gb"
+    [ "$free_gb" -ge "$room_gb" ] ||
+        skip "$home has $free_gb GB free, an environment needs $room_gb"
     make_stack || { rm -rf "$stack"; skip "its environment could not be made (see above)"; }
 fi
 touch "$stack/.installed"
