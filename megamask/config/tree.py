@@ -169,28 +169,50 @@ class PruneSection(Section):
     )
 
 
-ProtocolName = Literal["heldout", "wikitext2-2048", "wikitext2-4096"]
-PUBLISHED: dict[str, int] = {"wikitext2-2048": 2048, "wikitext2-4096": 4096}  # tokens of a window
+ProtocolName = Literal[
+    "heldout", "wikitext2-2048", "wikitext2-4096", "megatron", "megatron-2048", "c4"
+]
+PUBLISHED: dict[str, int] = {  # tokens of a window
+    "wikitext2-2048": 2048,
+    "wikitext2-4096": 4096,
+    "megatron": 4096,
+    "megatron-2048": 2048,
+    "c4": 2048,
+}
 
 
 class EvaluateSection(Section):
-    """Perplexity protocol: windows that do not overlap, window - 1 targets each, tail dropped."""
+    """Perplexity protocol: windows that do not overlap. Of a window of S tokens S - 1 are targets,
+    and the tail is dropped, unless the protocol says otherwise.
+    """
 
     protocol: ProtocolName = Field(
         "heldout",
-        description="text and windows: heldout, the held-out documents of the domains; "
-        "wikitext2-2048 and wikitext2-4096, the test part of WikiText-2 as in published tables, "
-        "where window, max_tokens and bos of this section have no effect",
+        description="text and windows: heldout, the held-out documents of the domains; or as "
+        "published tables have them, where window, max_tokens and bos of this section have no "
+        "effect: wikitext2-2048 and wikitext2-4096, the test part of WikiText-2; megatron and "
+        "megatron-2048, the same text in windows of 4,096 and 2,048 with every token a target; "
+        "c4, 256 windows of 2,048 of C4's validation part",
     )
     text: str | None = Field(
         None,
-        description="file with the test part of WikiText-2 (raw): its rows as .jsonl, .parquet or "
-        ".arrow with a column text, or all of it joined by two line feeds as .txt; null = "
-        "Salesforce/wikitext of the Hub, with the package datasets",
+        description="file with the text of a published protocol: its rows as .jsonl, .parquet or "
+        ".arrow with a column text, or all of it joined by two line feeds (WikiText-2, raw test "
+        "part) or a space (C4, first validation file) as .txt; null = Salesforce/wikitext or "
+        "allenai/c4 of the Hub, with the package datasets",
     )
     window: Annotated[int, Field(ge=2, le=2**20)] = Field(512, description="tokens of a window")
     max_tokens: int | None = Field(
         16384, ge=1, le=10**12, description="held-out tokens of each domain; null = all"
+    )
+    compare_tokens: int | None = Field(
+        16384,
+        ge=0,
+        le=10**12,
+        description="tokens of each domain at which every masked model is compared with the dense "
+        "model: KL divergence and most likely token; 0 = none, null = all. A masked model's pass "
+        "over them multiplies by the vocabulary matrix twice, and a rank keeps tokens x hidden "
+        "size numbers",
     )
     micro_batch: Batch = free(4, description="windows of one forward pass")
     masks: dict[str, str] = Field(

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megamask.config import Config
 from megamask.data.bos import description
 from megamask.data.heldout import evaluated_domains, evaluation_windows
+from megamask.data.published_text import PROTOCOLS, published_text
 from megamask.data.shards import Shards, read_shards
 from megamask.data.split import TRAIN
 from megamask.data.tokenizer import load_tokenizer
-from megamask.data.wikitext import NAME, wikitext
+from megamask.data.windows import NO_TARGET, Windows
 from megamask.masks.file import MaskSet
 from megamask.prepare.run_inputs import RunInputs
 
@@ -28,12 +27,14 @@ class MeasuredText:
     """The tokens of a protocol.
 
     Attributes:
-        windows: domain -> tokens (N windows, S sequence).
+        windows: domain -> its windows.
         facts: of the protocol, in the order of the printed line.
+        compared: domain -> how many windows, from the first on, are compared with the dense model.
     """
 
-    windows: dict[str, torch.Tensor]
+    windows: dict[str, Windows]
     facts: dict[str, object]
+    compared: dict[str, int]
 
 
 def measured_text(inputs: RunInputs) -> MeasuredText:
@@ -43,16 +44,32 @@ def measured_text(inputs: RunInputs) -> MeasuredText:
         ConfigError, ArtifactError: the text is missing, unreadable, or too short for one window.
     """
     config = inputs.config
+    window = config.evaluate.protocol_window
     if not config.evaluate.is_published:
         inputs.check_text()
-        windows = evaluation_windows(config, config.evaluate.max_tokens)
-        bos = description(config, load_tokenizer(config))
-        return MeasuredText(windows, _facts(config, windows, bos, {"split": "held-out documents"}))
-    found = wikitext(config, config.evaluate.protocol_window, inputs.arch.vocab)
-    windows = {NAME: found.windows_NS}
-    text = {"split": "test", "text": found.source, "text_sha256": found.sha256}
-    bos = "one at the start of the text" if found.has_bos else "none"
-    return MeasuredText(windows, _facts(config, windows, bos, text))
+        found = evaluation_windows(config, config.evaluate.max_tokens)
+        windows = {domain: Windows.inside(tokens) for domain, tokens in found.items()}
+        facts = {
+            "targets_per_window": window - 1,
+            "tail": "dropped",
+            "bos": description(config, load_tokenizer(config)),
+        }
+        return _measured(config, windows, facts, {"split": "held-out documents"})
+    protocol = PROTOCOLS[config.evaluate.protocol]
+    text = published_text(config, window, inputs.arch.vocab)
+    windows = {protocol.source.name: text.windows}
+    facts = {
+        "targets_per_window": int((text.windows.labels_NS[0] != NO_TARGET).sum()),
+        "tail": protocol.tail,
+        "bos": "one at the start of the text" if text.has_bos else "none",
+    }
+    about = {
+        "split": protocol.source.hub.split,
+        "text": text.source,
+        "documents": text.documents,
+        "text_sha256": text.sha256,
+    }
+    return _measured(config, windows, facts, about)
 
 
 def warn_of_learned_text(inputs: RunInputs, masks: Mapping[str, MaskSet]) -> None:
@@ -86,22 +103,33 @@ def _inner(value: Any, *keys: str) -> Any:
     return value
 
 
-def _facts(
-    config: Config, windows: dict[str, torch.Tensor], bos: str, text: dict[str, str]
-) -> dict[str, object]:
+def _measured(
+    config: Config,
+    windows: dict[str, Windows],
+    facts: dict[str, object],
+    text: dict[str, object],
+) -> MeasuredText:
     section, tokenizer = config.evaluate, load_tokenizer(config)
     window = section.protocol_window
-    return {
+    limit = section.compare_tokens
+    compared = {
+        domain: len(each) if limit is None else min(len(each), -(-limit // window))
+        for domain, each in windows.items()
+    }
+    said: dict[str, object] = {
         "name": section.protocol,
         "window": window,
         "stride": window,
-        "targets_per_window": window - 1,
-        "tail": "dropped",
-        "bos": bos,
+        **facts,
         "dtype": config.dtype,
         "tokenizer": Path(tokenizer.name).name,
         "tokenizer_sha256": tokenizer.fingerprint,
         **text,
-        "windows": {domain: len(tokens) for domain, tokens in windows.items()},
-        "tokens": {domain: tokens.numel() for domain, tokens in windows.items()},
+        "windows": {domain: len(each) for domain, each in windows.items()},
+        "tokens": {domain: each.tokens_NS.numel() for domain, each in windows.items()},
     }
+    if any(compared.values()):
+        said["compared_targets"] = {
+            domain: windows[domain][:count].targets for domain, count in compared.items()
+        }
+    return MeasuredText(windows, said, compared)

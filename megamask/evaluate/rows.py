@@ -1,10 +1,14 @@
-"""Perplexity of the dense model and of every mask of a run, by domain."""
+"""Perplexity of the dense model and of every mask of a run, by domain, and how far each masked
+model is from the dense model.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ import torch
 
 from megamask import storage
 from megamask.config import Config, RunPaths
+from megamask.data.windows import Windows
 from megamask.errors import ArtifactError
+from megamask.evaluate.comparison import DenseOutputs, Sums, run_dense, run_masked
 from megamask.evaluate.measured_text import MeasuredText
 from megamask.masks.file import MaskSet
 from megamask.masks.find import own_weights
@@ -20,12 +26,29 @@ from megamask.masks.times import seconds_of
 from megamask.model.build import build_model, masked_linears
 from megamask.model.checkpoint import load_weights
 from megamask.model.mask_shards import fold_masks
-from megamask.model.perplexity import perplexity
+from megamask.model.perplexity import exp_of_mean, target_sums
 from megamask.parallel.mesh import Mesh
 from megamask.weights.architecture import Architecture
 
 log = logging.getLogger(__name__)
 DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table, each by domain.
+
+    Attributes:
+        perplexity: exp of the mean loss over all targets.
+        kl: KL(dense || masked) in nats a token, over the compared targets; empty for the dense
+            model, and where nothing is compared.
+        agreement: share of the compared targets at which both models have the same most likely
+            token; empty likewise.
+    """
+
+    perplexity: dict[str, float]
+    kl: dict[str, float]
+    agreement: dict[str, float]
 
 
 class Rows:
@@ -38,7 +61,7 @@ class Rows:
         paths: the paths of the run.
         arch: the architecture of the model.
         mesh: process groups and device of this rank.
-        windows: domain -> tokens (N windows, S sequence).
+        text: what is measured, and how much of it is compared.
     """
 
     def __init__(
@@ -47,41 +70,87 @@ class Rows:
         paths: RunPaths,
         arch: Architecture,
         mesh: Mesh,
-        windows: dict[str, torch.Tensor],
+        text: MeasuredText,
     ) -> None:
         self.config, self.paths, self.arch = config, paths, arch
-        self.mesh, self.windows = mesh, windows
+        self.mesh, self.text = mesh, text
         self.model = build_model(config, arch, mesh).eval()
         self.linears = masked_linears(self.model)
         self.loaded: Path | None = None
+        self.outputs: dict[str, DenseOutputs] = {}
 
-    def dense(self) -> dict[str, float]:
-        """Domain -> perplexity of the dense model."""
-        return self._row(DENSE, self.paths.weights, None)
+    def dense(self) -> Row:
+        """The row of the dense model, which comes first."""
 
-    def masked(self, method: str, masks: MaskSet) -> dict[str, float]:
-        """Domain -> perplexity of the model under ``masks``, on the weights that they belong to."""
-        return self._row(method, own_weights(masks, self.paths) or self.paths.weights, masks)
+        def compared(domain: str, windows: Windows) -> Sums:
+            found = run_dense(self.model, self.mesh, windows, self.config.evaluate.micro_batch)
+            self.outputs[domain] = found
+            return found.sums
 
-    def _row(self, method: str, weights: Path, masks: MaskSet | None) -> dict[str, float]:
+        found = self._row(DENSE, self.paths.weights, None, compared)
+        return Row(found.perplexity, {}, {})
+
+    def masked(self, method: str, masks: MaskSet) -> Row:
+        """The row of the model under ``masks``, on the weights that they belong to."""
+
+        def compared(domain: str, _: Windows) -> Sums:
+            outputs, micro_batch = self.outputs[domain], self.config.evaluate.micro_batch
+            return run_masked(self.model, self.mesh, outputs, micro_batch)
+
+        weights = own_weights(masks, self.paths) or self.paths.weights
+        return self._row(method, weights, masks, compared)
+
+    def _row(
+        self,
+        method: str,
+        weights: Path,
+        masks: MaskSet | None,
+        compared: Callable[[str, Windows], Sums],
+    ) -> Row:
         if weights != self.loaded:
             load_weights(self.model, weights)
             self.loaded = weights
         fold_masks(self.linears, masks, self.arch, self.mesh)
         begin = time.perf_counter()
-        row = {
-            domain: perplexity(self.model, self.mesh, tokens, self.config.evaluate.micro_batch)
-            for domain, tokens in self.windows.items()
-        }
-        for domain, value in row.items():
-            if math.isnan(value):
+        row = Row({}, {}, {})
+        for domain, windows in self.text.windows.items():
+            count = self.text.compared[domain]
+            loss, targets = self._loss(windows[count:]), windows.targets
+            if count:
+                sums = compared(domain, windows[:count])
+                loss += sums.loss
+                row.kl[domain] = sums.kl / sums.targets
+                row.agreement[domain] = sums.agreements / sums.targets
+            row.perplexity[domain] = exp_of_mean(loss, targets)
+            if math.isnan(row.perplexity[domain]):
                 problem = f"give outputs that are not finite on {domain} (row {method})"
                 fix = "Convert a model whose weights are finite; megamask convert names the tensor."
                 raise ArtifactError(weights, problem, fix)
         if self.mesh.is_main:
-            values = "  ".join(f"{domain} {value:.2f}" for domain, value in row.items())
+            values = "  ".join(f"{domain} {value:.2f}" for domain, value in row.perplexity.items())
             log.info("%-18s %s  (%.1f s)", method, values, time.perf_counter() - begin)
         return row
+
+    def _loss(self, windows: Windows) -> float:
+        """The summed loss of windows that are not compared."""
+
+        def losses(tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.model.token_losses(tokens_BS, labels_BS),)
+
+        (total,) = target_sums(self.mesh, windows, self.config.evaluate.micro_batch, losses)
+        return total
+
+
+def by_quantity(rows: dict[str, Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """The rows as ``results.json`` has them: quantity -> row -> domain -> value. A quantity that no
+    row has is left out.
+    """
+    found = {
+        "perplexity": {name: row.perplexity for name, row in rows.items()},
+        "kl": {name: row.kl for name, row in rows.items() if row.kl},
+        "agreement": {name: row.agreement for name, row in rows.items() if row.agreement},
+    }
+    return {quantity: values for quantity, values in found.items() if values}
 
 
 def facts_beside(paths: RunPaths, masks: dict[str, MaskSet], text: MeasuredText) -> dict[str, Any]:

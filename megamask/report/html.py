@@ -15,6 +15,7 @@ from megamask.report.reading import RunData, mask_provenance
 from megamask.report.results_table import (
     domains_of,
     format_bytes,
+    format_distances,
     format_protocol,
     format_stages,
     method_label,
@@ -134,6 +135,7 @@ def _table(title: str, results: dict[str, Any]) -> dict[str, Any]:
         "title": title,
         "header": header,
         "rows": list(zip(methods_in_order(results), rows, strict=True)),
+        "distances": format_distances(results),
         "protocol": format_protocol(results.get("protocol", {})),
         "stages": format_stages(results),
     }

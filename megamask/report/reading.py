@@ -132,9 +132,9 @@ def read_results(path: Path) -> dict[str, Any]:
         return {}
     fix = "Run the verb evaluate again."
     results = read_object(path, fix, {"perplexity": dict})
-    rows = results["perplexity"].items()
+    tables = _by_row(path, results, fix)
     by_key = {key: results.get(key, {}) for key in ("seconds", "density", "mask_bytes")}
-    tables = {f"perplexity.{name}": row for name, row in rows} | by_key
+    tables |= by_key
     for place, row in {**tables, "protocol": results.get("protocol", {})}.items():
         if not isinstance(row, dict):
             raise ArtifactError(path, f"holds {type(row).__name__} at {place}", fix)
@@ -147,6 +147,21 @@ def read_results(path: Path) -> dict[str, Any]:
         if key in results:
             results[key] = {name: value for name, value in row.items() if value is not None}
     return results
+
+
+def _by_row(path: Path, results: dict[str, Any], fix: str) -> dict[str, Any]:
+    """``quantity.row`` -> values by domain.
+
+    Raises:
+        ArtifactError: a quantity is no table.
+    """
+    found = {}
+    for quantity in ("perplexity", "kl", "agreement"):
+        rows = results.get(quantity, {})
+        if not isinstance(rows, dict):
+            raise ArtifactError(path, f"holds {type(rows).__name__} at {quantity}", fix)
+        found |= {f"{quantity}.{name}": row for name, row in rows.items()}
+    return found
 
 
 def mask_provenance(path: Path) -> dict[str, str]:

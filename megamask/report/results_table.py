@@ -1,4 +1,6 @@
-"""The table of results: perplexity by method and domain, with the dense value and the protocol."""
+"""The table of results: perplexity by method and domain, with the dense value, the distance from
+the dense model, and the protocol.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +49,19 @@ def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for title, key, show in _EXTRAS
         if any(method in results.get(key, {}) for method in methods)
     ]
+    distances = [(title, key, show) for title, key, show in _DISTANCES if results.get(key)]
     header = ["method"]
     for domain in domains:
-        header += [f"{domain} perplexity", "x dense"]
+        header += [f"{domain} perplexity", "x dense", *(title for title, _, _ in distances)]
     header += [title for title, _, _ in extras]
     rows = []
     for method in methods:
         row = [method_label(method)]
         for domain in domains:
             row += [_perplexity(_value(results, method, domain)), _ratio(results, method, domain)]
+            for _, key, show in distances:
+                value = results[key].get(method, {}).get(domain)
+                row.append("–" if value is None else show(value))
         row += [show(values[method]) if method in values else "–" for _, values, show in extras]
         rows.append(row)
     return header, rows
@@ -66,10 +72,11 @@ def format_table(results: dict[str, Any]) -> str:
 
     Args:
         results: the content of ``results.json``: ``{"perplexity": {method: {domain: value}},
-            "protocol": …, "seconds": …, "density": …, "mask_bytes": …}``. Only the perplexity is
-            required.
+            "kl": likewise, "agreement": likewise, "protocol": …, "seconds": …, "density": …,
+            "mask_bytes": …}``. Only the perplexity is required.
     """
     notes = [
+        ("Beside dense", format_distances(results)),
         ("Protocol", format_protocol(results.get("protocol", {}))),
         ("Seconds", format_stages(results)),
     ]
@@ -87,6 +94,15 @@ def format_protocol(protocol: dict[str, Any]) -> str:
         for key, value in protocol.items()
     }
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
+
+
+def format_distances(results: dict[str, Any]) -> str:
+    """What the columns of the distance from the dense model hold; empty where there are none."""
+    words = {
+        "kl": "KL, nats a token of KL(dense || masked)",
+        "agreement": "top-1, share of targets with the dense model's most likely token",
+    }
+    return "; ".join(said for key, said in words.items() if results.get(key))
 
 
 def format_stages(results: dict[str, Any]) -> str:
@@ -108,16 +124,24 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def _density(value: float) -> str:
+def _percent(value: float) -> str:
     return f"{value:.1%}"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def _seconds(value: float) -> str:
     return f"{value:.0f} s"
 
 
+_DISTANCES = (
+    ("KL", "kl", _nats),
+    ("top-1", "agreement", _percent),
+)
 _EXTRAS = (
-    ("density", "density", _density),
+    ("density", "density", _percent),
     ("mask file", "mask_bytes", format_bytes),
     ("time", "seconds", _seconds),
 )

@@ -51,6 +51,7 @@ PAGE = """<!DOCTYPE html>
 </table></div>
 <p class="quiet">Lower is better; <em>x dense</em> is the ratio to the dense model's perplexity on
 the same text.
+{% if table.distances %}Beside the dense model: {{ table.distances }}. {% endif %}
 {% if table.protocol %}Protocol: {{ table.protocol }}.
 {%- else %}The protocol was not recorded.{% endif %}</p>
 {% if table.stages %}<p class="quiet">Seconds by stage: {{ table.stages }}.</p>{% endif %}

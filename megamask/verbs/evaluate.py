@@ -1,5 +1,6 @@
-"""The verb evaluate: perplexity of the dense model and of every mask, on the held-out documents of
-each domain or under a protocol of published tables.
+"""The verb evaluate: perplexity of the dense model and of every mask, and how far each masked model
+is from the dense model, on the held-out documents of each domain or under a protocol of published
+tables.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from megamask.config import Config
 from megamask.data.heldout import evaluated_domains
 from megamask.errors import ConfigError
 from megamask.evaluate.measured_text import measured_text, warn_of_learned_text
-from megamask.evaluate.rows import DENSE, Rows, facts_beside, log
+from megamask.evaluate.rows import DENSE, Rows, by_quantity, facts_beside, log
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks, own_weights
 from megamask.parallel.mesh import start
@@ -43,11 +44,11 @@ def run(config: Config) -> None:
     with start(config) as mesh:
         mesh.require_same("masks to evaluate", list(masks))
         mesh.require_same("protocol", beside["protocol"])
-        rows = Rows(config, paths, inputs.arch, mesh, text.windows)
+        rows = Rows(config, paths, inputs.arch, mesh, text)
         measured = {DENSE: rows.dense()}
         measured |= {method: rows.masked(method, found) for method, found in masks.items()}
         if mesh.is_main:
-            results = {"perplexity": measured, **beside}
+            results = by_quantity(measured) | beside
             storage.write_json(paths.results, results)
             log.info("wrote %s", paths.results)
             tell(format_table(results))

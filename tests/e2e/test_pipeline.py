@@ -17,7 +17,7 @@ import torch
 
 from megamask import apply_masks, load_masks
 from megamask.errors import ArtifactError
-from megamask.evaluate.rows import Rows
+from megamask.evaluate.rows import Row, Rows
 from megamask.sparsity.pattern import Pattern
 from tests.e2e.program import Finished, contents, in_process, in_ranks, megamask, refusal
 from tests.masks import is_valid
@@ -106,8 +106,10 @@ def test_results_hold_perplexities_protocol_and_sizes(
     pipeline: tuple[Path, Any], results: dict[str, Any]
 ) -> None:
     rows = ["dense", *METHODS, "learned"]
-    assert set(results) == {"perplexity", "protocol", "seconds", "density", "mask_bytes"}
+    quantities = {"perplexity", "kl", "agreement"}
+    assert set(results) == {*quantities, "protocol", "seconds", "density", "mask_bytes"}
     assert list(results["perplexity"]) == rows
+    assert list(results["kl"]) == list(results["agreement"]) == rows[1:]
     assert all(1 < results["perplexity"][row][domain] < 10000 for row in rows for domain in DOMAINS)
     protocol = results["protocol"]
     assert {
@@ -123,6 +125,7 @@ def test_results_hold_perplexities_protocol_and_sizes(
         "split",
         "windows",
         "tokens",
+        "compared_targets",
     } == set(protocol)
     assert protocol["name"] == "heldout"
     assert protocol["windows"] == dict.fromkeys(DOMAINS, MAX_TOKENS // WINDOW)
@@ -158,6 +161,24 @@ def transformers_perplexity(hf_dir: Path, run_dir: Path, domain: str) -> float:
     )
 
 
+@torch.no_grad()
+def transformers_distance(dense: Path, masked: Path, run_dir: Path, domain: str) -> list[float]:
+    """KL(dense || masked) in fp64, and the share of equal top tokens, over the same targets."""
+    from transformers import AutoModelForCausalLM
+
+    stream = np.fromfile(run_dir / "shards" / domain / "heldout.bin", dtype=np.uint16)[:MAX_TOKENS]
+    windows = torch.from_numpy(stream.astype(np.int64)).view(-1, WINDOW)
+    p, q = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(windows)
+        .logits[:, :-1]
+        .double()
+        .log_softmax(-1)
+        for folder in (dense, masked)
+    )
+    same = (p.argmax(-1) == q.argmax(-1)).double()
+    return [float((p.exp() * (p - q)).sum(-1).mean()), float(same.mean())]
+
+
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_transformers_agrees_with_evaluate(
     pipeline: tuple[Path, Any], results: dict[str, Any], model: Path, domain: str
@@ -172,6 +193,14 @@ def test_transformers_agrees_with_evaluate(
     assert dense != pytest.approx(
         exported, rel=1e-2
     )  # the comparison sees a mask that is not applied
+
+    distance = [results[key]["learned"][domain] for key in ("kl", "agreement")]
+    expected = transformers_distance(model, run_dir / "export", run_dir, domain)
+    # The divergence is a difference of losses of about 6, so it has their absolute error.
+    assert distance[0] == pytest.approx(expected[0], abs=1e-5)
+    assert distance[1] == pytest.approx(expected[1], abs=1.5 / MAX_TOKENS)  # one near tie at most
+    other_way = transformers_distance(run_dir / "export", model, run_dir, domain)
+    assert distance[0] != pytest.approx(other_way[0], abs=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -311,11 +340,15 @@ def test_two_tensor_parallel_ranks(
         assert differ <= (0 if method == "magnitude" else 0.005), (
             f"{method}: {differ:.2%} of the groups differ"
         )
-    spread = json.loads((run_dir / "results.json").read_text())["perplexity"]
+    both = json.loads((run_dir / "results.json").read_text())
     # What two processes made, one can evaluate. fp32 rounding, as above.
     assert in_process("evaluate", *settings(run_dir)).code == 0
-    whole = json.loads((run_dir / "results.json").read_text())["perplexity"]
+    one = json.loads((run_dir / "results.json").read_text())
+    spread, whole = both["perplexity"], one["perplexity"]
     assert all(spread[row] == pytest.approx(whole[row], rel=2e-5) for row in whole)
+    for row in (*METHODS, "learned"):
+        assert both["kl"][row] == pytest.approx(one["kl"][row], abs=1e-5)
+        assert both["agreement"][row] == pytest.approx(one["agreement"][row], abs=1.5 / MAX_TOKENS)
     assert spread["dense"] == pytest.approx(
         json.loads((alone / "results.json").read_text())["perplexity"]["dense"], rel=2e-5
     )
@@ -331,7 +364,7 @@ def test_files_that_are_lost_while_evaluate_measures_cost_nothing(
     copy = Path(shutil.copytree(model, tmp_path / "hf"))
     measure = Rows.dense
 
-    def measure_and_lose(rows: Rows) -> dict[str, float]:
+    def measure_and_lose(rows: Rows) -> Row:
         shutil.rmtree(copy)
         (run_dir / "stages.json").write_text("{")
         return measure(rows)

@@ -1,4 +1,4 @@
-"""WikiText-2 as published tables measure it, against the loop of those scripts in transformers."""
+"""WikiText-2 as published tables measure it, against the loops of programs in transformers."""
 
 from __future__ import annotations
 
@@ -146,6 +146,41 @@ def test_both_rows_are_those_of_the_published_scripts(run: Run) -> None:
     assert protocol["tokens"] == {"wikitext2": count * WINDOW}
     assert "name wikitext2-2048, window 2,048" in said and "wikitext2 4,096" in said
     assert said.index("| dense") < said.index("| mine")
+
+
+@torch.no_grad()
+def megatrons_perplexity(model: Any, ids: list[int], length: int = WINDOW) -> float:
+    """The loop of Megatron-LM's tasks/zeroshot_gpt where windows do not overlap: ``length`` inputs
+    and targets a window, the tail kept, the sum over the number of tokens - 1.
+    """
+    total = 0.0
+    for start in range(0, len(ids) - 1, length):
+        part = torch.tensor(ids[start : start + length + 1])
+        logits = model(part[None, :-1]).logits[0]
+        total += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
+    return math.exp(total / (len(ids) - 1))
+
+
+def test_every_target_counts_once_as_in_megatron_lm(run: Run) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    here("evaluate", *run.words, "evaluate.protocol=megatron-2048", "evaluate.masks={}")
+    results = json.loads((run.folder / "run" / "results-megatron-2048.json").read_text())
+    ids: list[int] = AutoTokenizer.from_pretrained(run.hf)(run.text)["input_ids"]
+    assert len(ids) % WINDOW > 64
+    model = AutoModelForCausalLM.from_pretrained(run.hf, dtype=torch.float32).eval()
+    expected, found = megatrons_perplexity(model, ids), results["perplexity"]["dense"]["wikitext2"]
+    assert found == pytest.approx(expected, rel=SAME)
+    starts = range(0, len(ids) // WINDOW * WINDOW, WINDOW)
+    for wrong in (
+        scripts_perplexity(model, ids, starts),  # the protocol of the other tables
+        megatrons_perplexity(model, ids[: 2 * WINDOW + 1]),  # without the tail
+        megatrons_perplexity(model, ids[1:]),  # without the BOS
+    ):
+        assert wrong != pytest.approx(expected, rel=OTHER)
+    protocol = results["protocol"]
+    assert protocol["targets_per_window"] == WINDOW and protocol["tail"] == "a shorter window"
+    assert protocol["compared_targets"] == {"wikitext2": len(ids) - 1}
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,8 @@ def test_results_and_metrics_of_runs(tmp_path: Path) -> None:
     paths.learn.mkdir()
     results = {
         "perplexity": {"dense": {"code": 7.0}, "learned": {"code": 9.0}, "wanda": {"code": 12.0}},
+        "kl": {"learned": {"code": 0.3}, "wanda": {"code": 0.6}},
+        "agreement": {"learned": {"code": 0.7}, "wanda": {"code": 0.5}},
         "protocol": {"window": 512, "tail": "dropped", "bos": False, "tokens": {"code": 6144}},
         "seconds": {"prune": 12.0, "wanda": 3.0},
         "density": {"dense": 1.0, "learned": 0.5},

@@ -6,7 +6,7 @@ Shapes: S sequence, B batch, T = S x B tokens, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from megamask.model import vocabulary
 from megamask.model.build import build_model
 from megamask.model.distillation import Distillation
 from megamask.model.language_model import LanguageModel
+from megamask.model.top_token import WithTopToken
 from megamask.model.vocabulary import CrossEntropy, Objective
 from megamask.parallel.mesh import start
 from megamask.weights.architecture import Architecture
@@ -38,6 +39,8 @@ class Case:
     kd: tuple[float, int | None, float] | None = (
         None  # temperature, top_k and share of distillation
     )
+    top: bool = False  # also the most likely token
+    ties: bool = False  # whole logits with a few values
 
 
 CASES = [
@@ -53,6 +56,9 @@ CASES = [
     Case(131, True, kd=(2.0, 60, 0.3)),  # more than a rank of TP 4 holds
     Case(5, False, kd=(1.0, 3, 0.3)),
     Case(5, False, kd=(1.0, 8, 1.0)),  # more than there are
+    Case(131, False, top=True),
+    Case(5, False, kd=(1.0, None, 1.0), top=True),
+    Case(131, False, "bf16", top=True, ties=True),
 ]
 LAYOUTS = [
     (1, False),
@@ -73,6 +79,8 @@ def inputs(case: Case) -> tuple[torch.Tensor, ...]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
     hidden_SBH = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator).to(dtype)
     weight_VH = torch.randn(case.vocab, HIDDEN, generator=generator).to(dtype)
+    if case.ties:
+        hidden_SBH, weight_VH = hidden_SBH.sign(), weight_VH.sign()
     labels_BS = torch.randint(case.vocab, (BATCH, SEQUENCE), generator=generator)
     upstream_BS = torch.randn(BATCH, SEQUENCE, generator=generator)
     teacher_SBH = hidden_SBH + 0.5 * torch.randn(hidden_SBH.shape, generator=generator).to(dtype)
@@ -129,6 +137,9 @@ def run_case(case: Case, tp: int, sequence_parallel: bool) -> list[torch.Tensor]
 def objective(
     case: Case, model: LanguageModel, labels_BS: torch.Tensor, teacher_SBH: torch.Tensor
 ) -> Objective:
+    if case.top:
+        plain = objective(replace(case, top=False), model, labels_BS, teacher_SBH)
+        return WithTopToken(plain, model.shard)
     labels_T = labels_BS.t().flatten()
     if case.kd is None:
         return CrossEntropy(labels_T, model.shard)
@@ -176,6 +187,8 @@ def reference(case: Case) -> list[torch.Tensor]:
             * divergence(teacher_SBV / temperature, logits_SBV / temperature, top_k).t()
         )
         losses = [(1 - share) * lm_BS + share * kd_BS, lm_BS, kd_BS]
+    if case.top:
+        losses.append(logits_SBV.argmax(-1).t().double())
     losses[0].backward(upstream_BS.double())
     assert leaf.grad is not None
     return [*(one.detach() for one in losses), leaf.grad]
@@ -211,11 +224,17 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "number",
     range(len(CASES)),
-    ids=[f"{case.vocab}-{'tied' * case.tied}-{case.dtype}-{case.kd}" for case in CASES],
+    ids=[
+        f"{case.vocab}-{'tied' * case.tied}-{case.dtype}-{case.kd}{'-top' * case.top}"
+        f"{'-ties' * case.ties}"
+        for case in CASES
+    ],
 )
 def test_every_layout_says_what_fp64_says(found: list[list[torch.Tensor]], number: int) -> None:
     case = CASES[number]
     for one, expected in zip(found[number], reference(case), strict=True):
         assert error(one, expected) < TOLERANCE[case.dtype]
+    if case.top:  # of equal logits the first, in every layout
+        assert torch.equal(found[number][-2].double(), reference(case)[-2])
     wrong = found[number][-1].roll(1, dims=0)  # gradients of other tokens
     assert error(wrong, reference(case)[-1]) > 10 * TOLERANCE[case.dtype]

@@ -29,6 +29,7 @@ DECIDING = """
     learn.state.logits learn.optimizer.kind
     learn.maskpro.initial_logit learn.maskpro.samples
     evaluate.protocol evaluate.text evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos
+    evaluate.compare_tokens
     data.bos
     export.mask export.weights export.out
 """

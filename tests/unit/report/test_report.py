@@ -28,6 +28,8 @@ RESULTS: dict[str, Any] = {
         "dense": {"english": 27.4, "code": 8.7},
         "sparsegpt": {"english": 113.0, "code": None},
     },
+    "kl": {"learned": {"english": 0.345}},
+    "agreement": {"learned": {"english": 0.777}},
     "protocol": {"window": 512, "tail": "dropped", "bos": False, "tokens": {"english": 16384}},
     "seconds": {"learned": 620.0, "convert": 9.0},
 }
@@ -130,6 +132,9 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for text in (
         "113.00",
         "1.12",
+        "0.345",
+        "77.7%",
+        "KL(dense || masked)",
         "window 512",
         "convert 9",
         "620 s",

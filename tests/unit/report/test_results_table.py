@@ -44,3 +44,20 @@ def test_bytes() -> None:
         "8.5 MiB",
         "3.0 GiB",
     ]
+
+
+def test_the_distance_from_the_dense_model_stands_beside_each_perplexity() -> None:
+    results = {
+        "perplexity": {"dense": {"a": 8.0, "b": 4.0}, "learned": {"a": 12.0, "b": 5.0}},
+        "kl": {"learned": {"a": 0.41234, "b": 0.1}},
+        "agreement": {"learned": {"a": 0.7051, "b": 0.9}},
+    }
+    lines = format_table(results).splitlines()
+    assert lines[0].count("KL") == lines[0].count("top-1") == 2
+    assert lines[2].count("–") == 4  # the dense row has none
+    cells = [cell.strip() for cell in lines[3].split("|")]
+    assert cells[2:6] == ["12.00", "1.50", "0.412", "70.5%"]
+    assert "Beside dense: KL, nats a token of KL(dense || masked); top-1" in lines[-1]
+    del results["kl"]
+    lines = format_table(results).splitlines()
+    assert "KL" not in lines[0] and lines[-1].startswith("Beside dense: top-1")
