@@ -197,7 +197,7 @@ class MaskProSection(Section):
 
 
 class DistillationSection(Section):
-    """How much the masked model learns from the dense model instead of the text."""
+    """How much the masked model learns from the dense model, its logits and its layers."""
 
     share: Share = each_step(
         0.0, description="weight of the dense model in the loss: 0 = text alone, 1 = no text"
@@ -212,6 +212,16 @@ class DistillationSection(Section):
         description="tell apart the k tokens that are likeliest under the dense model, and count "
         "the rest as one token; null = all tokens",
     )
+    hidden: Annotated[float, Field(ge=0, le=1e6)] = each_step(
+        0.0,
+        description="weight of the layers' distance from those of the dense model, summed over the "
+        "layers and relative to each token's state, on top of the loss",
+    )
+
+    @property
+    def needs_dense_model(self) -> bool:
+        """Whether a step runs the dense model too."""
+        return self.share > 0 or self.hidden > 0
 
 
 class SnapshotSection(Section):

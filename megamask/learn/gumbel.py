@@ -23,6 +23,7 @@ from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
 from megamask.learn.learner import StepResult
 from megamask.learn.masked_model import MaskedModel
+from megamask.model.hidden_match import HiddenMatch
 from megamask.model.objective import loss_of
 from megamask.optim.optimizers import build_optimizer
 from megamask.optim.schedule import Schedule, gradient_norm
@@ -49,6 +50,8 @@ class GradientResult(StepResult):
         kappa: scale of the logits.
         tau: temperature.
         kd_loss: the divergence from the dense model; None where it takes no part.
+        hidden_loss: the distance of the layers from those of the dense model; None where it takes
+            no part.
     """
 
     weight_norm: float
@@ -57,6 +60,7 @@ class GradientResult(StepResult):
     kappa: float
     tau: float
     kd_loss: float | None = None
+    hidden_loss: float | None = None
 
 
 @dataclass
@@ -110,7 +114,9 @@ class GradientLearner:
         # masks and losses
         masked_model.switch.regenerate = learn.state.masked_weight == "regenerate"
         self.step_draws = StepDraws(linears) if learn.sampling.span > 1 else None
-        self.loss = loss_of(learn.distillation, masked_model.switch)
+        self.match = self._match()
+        self.loss = loss_of(learn.distillation, masked_model.switch, self.match)
+        self.parts: tuple[str, ...] = ()  # of the loss, by metric
         # updates
         self.optimizer = build_optimizer(config, linears, self.replicas)
         self.schedule = Schedule(learn)
@@ -124,9 +130,11 @@ class GradientLearner:
         # gradients at the mask logits
         running = self._begin(step, plan)
         measured = self._forward_backward(running, plan.micro_batches(step), plan)
-        weight_norm, objective, lm_loss, *kd_loss = self.mesh.mean_over_dp(
+        weight_norm, objective, *means = self.mesh.mean_over_dp(
             torch.stack(measured).mean(0)
         ).tolist()
+        parts = dict(zip(self.parts, means, strict=True))
+        objective += self.config.learn.distillation.hidden * parts.get("hidden_loss", 0.0)
         grads = [logits.main_grad for logits in self.optimizer.logits]  # type: ignore[attr-defined]
         norm = gradient_norm(grads, self.mesh, self.replicas)
         grad_norm = float(norm)
@@ -141,7 +149,6 @@ class GradientLearner:
         # report
         term = running.norm_coef * plan.accumulations * weight_norm
         return GradientResult(
-            lm_loss=lm_loss,
             weight_norm=weight_norm,
             weight_norm_term=term,
             loss=objective - term,
@@ -149,8 +156,8 @@ class GradientLearner:
             lr=rate,
             kappa=running.sample.kappa,
             tau=running.sample.tau,
-            kd_loss=kd_loss[0] if kd_loss else None,
             first_draw=running.first_draw,
+            **parts,
         )
 
     def state(self, logits: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
@@ -199,6 +206,8 @@ class GradientLearner:
             self.masked_model.switch.running = None
             if self.step_draws:
                 self.step_draws.drop()
+            if self.match:
+                self.match.drop()
 
     def _forward(
         self, running: _RunningStep, micro_batches: Iterator[MicroBatch], _model: Any
@@ -227,9 +236,9 @@ class GradientLearner:
             running.first_draw = measured
 
         def mean_and_report(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            mean = output.mean()
-            parts = [part.mean().double() for part in (losses.lm, losses.kd) if part is not None]
-            return mean, torch.stack([norm, mean.detach().double(), *parts])
+            mean, parts = output.mean(), losses.parts()
+            self.parts = tuple(parts)
+            return mean, torch.stack([norm, mean.detach().double(), *parts.values()])
 
         return losses.objective, mean_and_report
 
@@ -273,6 +282,15 @@ class GradientLearner:
             self.replicas.finish_sums()
         else:
             finalize_model_grads(models, *args, **kwargs)
+
+    def _match(self) -> HiddenMatch | None:
+        """The comparison of layers that ``learn.distillation.hidden`` asks for."""
+        learn, model = self.config.learn, self.masked_model.model
+        if learn.distillation.hidden == 0:
+            return None
+        # the loss is the mean over the targets of the global batch, and replicas are averaged
+        targets = learn.global_batch // self.mesh.dp * self.config.data.seq_length
+        return HiddenMatch(list(model.decoder.layers), learn.distillation.hidden / targets)
 
     def _divide(self) -> Replicas | None:
         """The division of the updates among replicas that ``learn.optimizer.distributed`` asks

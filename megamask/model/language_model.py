@@ -32,11 +32,20 @@ class TokenLosses:
         lm: cross entropy.
         kd: the divergence from the dense model times the squared temperature; None without a
             teacher.
+        hidden: the distance of the layers from those of the dense model, the mean over all targets,
+            0-d fp64; None where it takes no part. It is no part of ``objective``: its gradient is
+            added behind the layers (:mod:`megamask.model.hidden_match`).
     """
 
     objective: torch.Tensor
     lm: torch.Tensor
     kd: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The means over all targets of what the losses consist of, 0-d fp64, by metric."""
+        named = {"lm_loss": self.lm, "kd_loss": self.kd, "hidden_loss": self.hidden}
+        return {name: part.mean().double() for name, part in named.items() if part is not None}
 
 
 class LanguageModel(GPTModel):

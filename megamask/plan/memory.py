@@ -31,6 +31,7 @@ ONE_LAYER = "masked weights of one layer or linear"
 ACTIVATIONS = "activations"
 NEW_HARD_CODES = "hard masks of this step"
 LOSS = "working memory of the vocabulary loss"
+DENSE_LAYERS = "hidden states of the dense model"
 LAYER = "working memory of a layer's backward"
 EVALUATED = "hidden states of an evaluation"
 ONE_MASK = "hard mask of one linear"
@@ -121,6 +122,8 @@ def _state_and_step(work: Workload, device: Device) -> tuple[dict[str, float], d
     if work.forward_passes:
         attention = {ACTIVATIONS: 0.0, LAYER: 2 * stream(work) + in_attention(work)}
         moments = [_forward_at_loss(work, device), _forward_in_layer(work), attention]
+    if work.config.learn.distillation.hidden > 0:
+        kept[DENSE_LAYERS] = work.arch.num_layers * stream(work)
     step = {
         **kept,
         **max(moments, key=lambda moment: sum(moment.values())),

@@ -58,6 +58,15 @@ def gated_bytes(work: Workload, device: Device) -> Moved:
     return _in_dtype(work, forward * wide, backward * wide)
 
 
+def hidden_match_bytes(work: Workload) -> float:
+    """Bytes per token and layer that the comparison with the dense model's layers moves: separate
+    passes in fp32 over the error and two sums of squares, and eight numbers in the dtype of the
+    model, which are the kept state, the error's gradient and its sum with what comes from above.
+    """
+    split = work.tp if work.config.parallel.sequence_parallel else 1
+    return (56.0 + 8 * work.width) * work.arch.hidden / split
+
+
 def _in_dtype(work: Workload, forward: float, backward: float) -> Moved:
     return Moved(forward * work.width / 2, backward * work.width / 2)
 

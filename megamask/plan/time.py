@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 from megamask.learn.method import GRADIENTS, LOGITS, MOMENTS
 from megamask.plan.hardware import GPUS_A_NODE, LAUNCH_SECONDS, Device
-from megamask.plan.passes import elementwise_bytes, gated_bytes, loss_bytes
+from megamask.plan.passes import (
+    elementwise_bytes,
+    gated_bytes,
+    hidden_match_bytes,
+    loss_bytes,
+)
 from megamask.plan.workload import Workload
 
 MATMULS = "matmuls of the layers"
@@ -104,7 +109,7 @@ def time_of(work: Workload, device: Device) -> Time:
         {TP_LINKS: micro * _tp_seconds(work, device), DP_LINKS: _dp_seconds(work, device)},
     )
     parts = {**compute, **sampling, OPTIMIZER: _optimizer(work, device), **links}
-    if work.config.learn.distillation.share > 0:
+    if work.config.learn.distillation.needs_dense_model:
         parts[TEACHER] = micro * _teacher(work, device)
     forced = (
         LAUNCH_SECONDS
@@ -157,15 +162,19 @@ def _compute(work: Workload, device: Device) -> dict[str, float]:
 
 
 def _teacher(work: Workload, device: Device) -> float:
-    """Seconds of the dense model's forward pass on one micro-batch: half the communication, and
-    logits of its own.
+    """Seconds of the dense model's forward pass on one micro-batch: half the communication, logits
+    of its own where they are compared, and the comparison of the layers.
     """
-    forward = {**_forward(work, device), HEAD: 0.0}
-    share = work.tokens / work.tp
-    head = 2.0 * work.arch.vocab * work.arch.hidden * share / device.matmul_rate
-    # as many passes as over the student's
-    logits = loss_bytes(work, device) * work.tokens / (device.bandwidth * device.copy)
-    return sum(forward.values()) + head + logits + _tp_seconds(work, device) / 2
+    forward, copying = {**_forward(work, device), HEAD: 0.0}, device.bandwidth * device.copy
+    seconds = sum(forward.values()) + _tp_seconds(work, device) / 2
+    if work.config.learn.distillation.share > 0:
+        share = work.tokens / work.tp
+        seconds += 2.0 * work.arch.vocab * work.arch.hidden * share / device.matmul_rate
+        # as many passes as over the student's
+        seconds += loss_bytes(work, device) * work.tokens / copying
+    if work.config.learn.distillation.hidden > 0:
+        seconds += hidden_match_bytes(work) * work.tokens * work.arch.num_layers / copying
+    return seconds
 
 
 def _sampling(work: Workload, device: Device) -> dict[str, float]:

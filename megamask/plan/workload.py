@@ -233,6 +233,7 @@ class Workload:
             "learn.micro_batch": section.micro_batch,
             "data.seq_length": section.window,
             "learn.distillation.share": 0.0,
+            "learn.distillation.hidden": 0.0,
         }
         return self.with_settings(settings)
 

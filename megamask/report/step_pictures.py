@@ -24,6 +24,8 @@ def loss_picture(train: Sequence[Record]) -> Figure:
     }
     if any("kd_loss" in record for record in train):
         titles["kd_loss"] = "Distillation loss (nats per token)"
+    if any("hidden_loss" in record for record in train):
+        titles["hidden_loss"] = "Distance of the layers from the dense model's"
     return _metric_panels(train, titles)
 
 

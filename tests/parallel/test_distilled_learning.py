@@ -29,7 +29,7 @@ from tests.parallel.tiny import Chains, config_of, gather_logits
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED_AT = 4, 2
-MIX: dict[str, Any] = {"share": 0.7, "temperature": 2.0}
+MIX: dict[str, Any] = {"share": 0.7, "temperature": 2.0, "hidden": 0.5}
 LONGER: dict[str, Any] = {
     "steps": 20,
     "optimizer": {"lr": 5e-3, "schedule": "constant"},
@@ -73,9 +73,11 @@ JOBS: dict[int, dict[str, Job]] = {
         "one-top": Job(TOP),
         "one-kd": Job({"share": 1}, learn=LONGER),
         "one-kd-top": Job({**TOP, "share": 1}, learn={**LONGER, "state": LEAN}),
-        "one-kd-short": Job({**MIX, "share": 1}),
+        "one-kd-short": Job({**MIX, "share": 1, "hidden": 0}),
         "one-lm": Job({"share": 0}),
+        "one-hidden": Job({"share": 0, "hidden": 0.5}),
         "one-share": Job({**MIX, "share": 0.71}),
+        "one-other": Job({**MIX, "hidden": 0.505}),
     },
     2: {
         "tp2": Job(tp=2),
@@ -136,7 +138,7 @@ def curve_error(found: Outcome, expected: Outcome) -> tuple[float, float]:
     losses = [
         abs(getattr(a, name) - getattr(b, name)) / b.lm_loss
         for a, b in pairs
-        for name in ("lm_loss", "kd_loss", "loss")
+        for name in ("lm_loss", "kd_loss", "hidden_loss", "loss")
     ]
     return max(losses), max(abs(a.grad_norm / b.grad_norm - 1) for a, b in pairs)
 
@@ -163,8 +165,9 @@ def test_every_layout_learns_the_same(
     assert losses < LOSS_TOLERANCE and gradients < GRADIENT_TOLERANCE, (losses, gradients)
 
 
-def test_the_comparison_sees_one_percent_of_the_share(outcomes: dict[str, Outcome]) -> None:
-    losses, gradients = curve_error(outcomes["one-share"], outcomes["one"])
+@pytest.mark.parametrize("other", ["one-share", "one-other"])
+def test_the_comparison_sees_one_percent(outcomes: dict[str, Outcome], other: str) -> None:
+    losses, gradients = curve_error(outcomes[other], outcomes["one"])
     assert losses > 10 * LOSS_TOLERANCE and gradients > 10 * GRADIENT_TOLERANCE
 
 
@@ -185,18 +188,27 @@ def test_neither_recomputation_nor_a_resume_changes_a_bit(
     assert not same_bits(outcomes["one-share"], outcomes["one"])
 
 
-def test_a_step_reports_both_losses_and_minimises_what_was_asked_for(
+def test_a_step_reports_all_losses_and_minimises_what_was_asked_for(
     outcomes: dict[str, Outcome],
 ) -> None:
-    lm, kd, mix = (outcomes[name].results[0] for name in ("one-lm", "one-kd-short", "one"))
-    assert lm.kd_loss is None and lm.loss == lm.lm_loss - lm.weight_norm_term
+    names = ("one-lm", "one-kd-short", "one-hidden", "one")
+    lm, kd, layers, mix = (outcomes[name].results[0] for name in names)
+    assert lm.kd_loss is None and lm.hidden_loss is None and layers.kd_loss is None
+    assert lm.loss == lm.lm_loss - lm.weight_norm_term
+    hidden = mix.hidden_loss
+    assert hidden is not None and hidden > 0.01
+    assert layers.hidden_loss == hidden and kd.hidden_loss is None
+    assert layers.loss == pytest.approx(
+        layers.lm_loss + 0.5 * hidden - layers.weight_norm_term, rel=LOSS_TOLERANCE
+    )
     assert (
         kd.lm_loss == mix.lm_loss == pytest.approx(lm.lm_loss, rel=LOSS_TOLERANCE)
     )  # the same draw of the same logits
     assert kd.kd_loss is not None and mix.kd_loss is not None and kd.kd_loss > 0
     assert kd.loss == pytest.approx(kd.kd_loss - kd.weight_norm_term, rel=LOSS_TOLERANCE)
     assert mix.loss == pytest.approx(
-        0.3 * mix.lm_loss + 0.7 * mix.kd_loss - mix.weight_norm_term, rel=LOSS_TOLERANCE
+        0.3 * mix.lm_loss + 0.7 * mix.kd_loss + 0.5 * hidden - mix.weight_norm_term,
+        rel=LOSS_TOLERANCE,
     )
 
 

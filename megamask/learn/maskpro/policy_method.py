@@ -74,10 +74,12 @@ class PolicyMethod(Method):
                 "learn.maskpro.initial_logit."
             )
             raise ConfigError("learn.prior.strength", 0, allowed, fix)
-        if learn.distillation.share:
-            allowed = "0 with learn.method=maskpro, which learns from the text alone"
-            fix = "Set it to 0, or leave it out."
-            raise ConfigError("learn.distillation.share", learn.distillation.share, allowed, fix)
+        for name in ("share", "hidden"):
+            value = getattr(learn.distillation, name)
+            if value:
+                allowed = "0 with learn.method=maskpro, which learns from the text alone"
+                fix = "Set it to 0, or leave it out."
+                raise ConfigError(f"learn.distillation.{name}", value, allowed, fix)
         choose_score(learn.maskpro.score, pattern)
         _check_masks(learn)
 
@@ -137,9 +139,9 @@ class PolicyMethod(Method):
         return Reused(dataset, count, config.seed)
 
     def unused_settings(self, learn: LearnSection) -> set[str]:
-        """The settings of gradient descent. ``learn.distillation.share`` is refused instead."""
+        """The settings of gradient descent. Those that turn distillation on are refused instead."""
         unused = keys_of(learn, "optimizer", "distillation") | {"learn.weight_norm"}
-        return unused - {"learn.distillation.share"}
+        return unused - {"learn.distillation.share", "learn.distillation.hidden"}
 
 
 def _check_masks(learn: LearnSection) -> None:

@@ -1,7 +1,7 @@
 """One place where a learning run's metrics go, and the line that shows how it is doing.
 
-Fields of a training record: step, tokens, seconds, loss, lm_loss, kd_loss (of distillation),
-weight_norm_term, grad_norm, max_prob, flip_rate, prior_difference, lr, kappa, tau,
+Fields of a training record: step, tokens, seconds, loss, lm_loss, kd_loss and hidden_loss (of
+distillation), weight_norm_term, grad_norm, max_prob, flip_rate, prior_difference, lr, kappa, tau,
 tokens_per_second, memory_gib, eta_seconds. Of an evaluation record: step, tokens, seconds,
 perplexity {domain: value}.
 """
@@ -198,6 +198,7 @@ def progress_line(record: Record, total_steps: int) -> str:
         "loss": "loss {:.3f}",
         "lm_loss": "lm {:.3f}",
         "kd_loss": "kd {:.3f}",
+        "hidden_loss": "hidden {:.3f}",
         "perplexity": "ppl {:.2f}",
         "max_prob": "max-prob {:.3f}",
         "flip_rate": "flips {:.2%}",

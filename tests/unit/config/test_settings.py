@@ -43,7 +43,7 @@ EACH_STEP = """
     learn.maskpro.lr learn.maskpro.masks learn.maskpro.data learn.maskpro.baseline
     learn.maskpro.tracker_decay learn.maskpro.score
     learn.distillation.share learn.distillation.temperature learn.distillation.top_k
-    learn.weight_norm
+    learn.distillation.hidden learn.weight_norm
 """
 CONTENT = "model.hf model.gguf data.tokenizer learn.prior.mask"
 FREE = """

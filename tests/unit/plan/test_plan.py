@@ -18,6 +18,7 @@ from megamask.plan.hardware import GIB, GPUS
 from megamask.plan.memory import (
     ACTIVATIONS,
     ALLOWANCE,
+    DENSE_LAYERS,
     LOSS,
     ONE_LAYER,
     OTHER_WEIGHTS,
@@ -466,3 +467,12 @@ def test_a_teacher_costs_a_forward_pass_and_its_hidden_states() -> None:
     assert after[TEACHER] < sum(before.values()) / 2
     student, with_teacher = (memory_of(one, gpu).step[LOSS] for one in (text, both))
     assert with_teacher - student == 4096 * 4096 * 2 + 2048 * 32000 * 2
+    # the layers alone: no logits of the teacher; 72 bytes a number of 32 layers' states
+    layers = plan("parallel.tp=1", "learn.distillation.hidden=1")
+    found = time_of(layers, gpu).parts
+    compared = 256 * 4096 * 72 * 4096 * 32 / (gpu.bandwidth * gpu.copy)
+    body = 256 * 4096 * 2 * WEIGHTS_7B / (gpu.flops * gpu.matmul)
+    assert found == {**before, TEACHER: found[TEACHER]}
+    assert compared + body < found[TEACHER] < after[TEACHER] + compared
+    step = memory_of(layers, gpu).step
+    assert step == {**memory_of(text, gpu).step, DENSE_LAYERS: 32 * 4096 * 4096 * 2}
