@@ -1,18 +1,20 @@
 """Everything that differs between the versions of Megatron-Core that megamask runs with, 0.16 to
 0.19, and what lets each of them run without CUDA.
 
-| what | 0.16 | later | here |
-|---|---|---|---|
-| numbers and texts of a checkpoint | ``common.pt`` | 0.19: a pickle inside the tensors' files | ``request_save`` always writes ``common.pt``, so every version reads what another wrote |
-| saves in the background | Megatron's own | 0.17: of a package of their own, unless asked | ``request_save`` asks for Megatron's own |
-| queue of what writers tell | ``_get_write_results_queue`` | 0.17: ``get_write_results_queue`` | ``results_go_through`` |
-| error of a writer | the error itself | 0.17: the name of its class | ``results_go_through`` passes the error on |
-| CUDA streams around a sum of gradients | none | 0.19: the current one waits | ``megatron_on_cpu`` |
-| norms of queries and keys in a spec | always used | 0.18: refused without ``qk_layernorm`` | ``megamask/model/build.py`` sets it, which 0.16 does not mind |
-| arguments of ``_forward_impl`` | | 0.19: ``gtp_remat_size`` | the masked linears pass all arguments on |
+- What is no tensor goes to ``common.pt``; from 0.19 on, to a pickle among the tensors.
+  ``request_save`` always writes ``common.pt``, so every version reads what another wrote.
+- Saves in the background are Megatron's own; from 0.17 on, those of another package unless told
+  ``mcore``. ``request_save`` tells it.
+- The queue of what writers tell has another name from 0.17 on, and the error of a writer is then
+  the name of its class alone. ``results_go_through`` knows both names and passes the error on.
+- A sum of gradients asks for the current CUDA stream from 0.19 on. ``megatron_on_cpu`` gives one.
+- Norms of queries and keys in a spec need ``qk_layernorm`` from 0.18 on.
+  ``megamask/model/build.py`` sets it, which changes nothing with older versions.
+- ``_forward_impl`` of a linear gets ``gtp_remat_size`` from 0.19 on. The masked linears pass every
+  argument on.
 
 megamask/megatron_range.py names the versions; it comes first, and imports nothing of Megatron.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
