@@ -1,7 +1,8 @@
 """RIA, relative importance and activations (Zhang et al., "Plug-and-Play: An Efficient
 Post-training Pruning Method for Large Language Models", ICLR 2024).
 
-The channel permutation of the paper is left out: it would reorder the inputs of a linear.
+The channel permutation of the paper is left out here: the verb reorder permutes channels, for every
+criterion, where everything that writes them can be permuted too.
 
 Shapes: O out_features, I in_features.
 """

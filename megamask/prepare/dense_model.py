@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megamask.errors import ArtifactError
@@ -12,6 +13,8 @@ from megamask.model.mask_shards import linear_rules
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import RunInputs
+from megamask.sparsity.pattern import Pattern
+from megamask.weights.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,24 @@ def load_dense(inputs: RunInputs, mesh: Mesh) -> DenseModel:
     model = build_model(inputs.config, inputs.arch, mesh)
     linears = prunable_linears(model, inputs.config, inputs.arch)
     load_weights(model, weights)
-    table = linear_rules(inputs.arch)
-    for name, linear in linears.items():
-        if mesh.any(inputs.pattern.already_fits(linear.weight)):
-            raise ArtifactError(
-                weights,
-                f"hold a model that is pruned already: {', '.join(table[name].modules)} is "
-                f"{inputs.pattern} sparse",
-                "Convert the dense model, and name the mask as learn.prior.mask if it is to be "
-                "learned from; or keep that linear out with model.exclude.",
-            )
+    if found := pruned_already(linears, inputs.arch, inputs.pattern, mesh):
+        raise ArtifactError(
+            weights,
+            f"hold a model that is pruned already: {found}",
+            "Convert the dense model, and name the mask as learn.prior.mask if it is to be "
+            "learned from; or keep that linear out with model.exclude.",
+        )
     return DenseModel(model, linears)
+
+
+def pruned_already(
+    linears: Mapping[str, MaskedLinear], arch: Architecture, pattern: Pattern, mesh: Mesh
+) -> str:
+    """The first linear that is pruned already, "NAMES is N:M sparse", the same on all ranks; empty
+    where none is. All ranks must call this function.
+    """
+    table = linear_rules(arch)
+    for name, linear in linears.items():
+        if mesh.any(pattern.already_fits(linear.weight)):
+            return f"{', '.join(table[name].modules)} is {pattern} sparse"
+    return ""

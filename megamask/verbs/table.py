@@ -5,28 +5,10 @@ its own it takes. Nothing here imports torch, so that ``--help`` answers at once
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
+from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
-
-def argument(
-    words: str,
-    help: str,
-    default: Any = MISSING,
-    choices: tuple[str, ...] = (),
-    kind: type[Any] = str,
-) -> Any:
-    """A field of an arguments dataclass.
-
-    Args:
-        words: ``--flag VALUE``, or the name of a positional argument in capitals.
-        help: what it is.
-        default: its value where it is not given; without one it is required.
-        choices: the values that are allowed; empty = all.
-        kind: ``str``, ``int`` for a number above 0, or ``bool`` for a flag without a value.
-    """
-    facts = {"words": words, "help": help, "choices": choices, "kind": kind}
-    return field(default=default, metadata=facts)
+from megamask.verbs.argument_field import argument
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +65,13 @@ class ImportArguments:
         "SOURCE", "MaskLLM's mask_compressed.npz, or the folder of a pruned model"
     )
     out: str = argument("OUT", "mask file to write, *.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReorderArguments:
+    """What the verb reorder writes."""
+
+    out: str = argument("OUT", "Hugging Face folder to write")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +206,15 @@ VERBS: dict[str, Verb] = {
         "text domains -> token shards, some documents held out for evaluation",
         ("run_dir", "model.hf", "data"),
         writes=("shards",),
+    ),
+    "reorder": Verb(
+        "megamask.verbs.reorder",
+        "Hugging Face folder -> the same model with its channels in an order that prunes better",
+        (*EVERYWHERE, "pattern", "model", "data", "calibration"),
+        ReorderArguments,
+        writes=("out",),
+        reads=("hf", "shards"),
+        is_parallel=True,
     ),
     "prune": Verb(
         "megamask.verbs.prune",

@@ -23,16 +23,22 @@ LIMITS = {
     "prune prune.methods=[magnitude]": (10_240, "masks/magnitude.safetensors"),
     "prune prune.methods=[sparsegpt_update]": (16_384, "weights-sparsegpt_update"),
     "export": (65_536, "export"),
+    "reorder {run}/reordered": (65_536, "reordered"),
     "report": (4_096, "pictures"),
 }
 
+NIGHTLY = ("reorder {run}/reordered",)  # writes its folder as export does
 
-@pytest.mark.parametrize("words", LIMITS)
+
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, marks=[pytest.mark.nightly] * (words in NIGHTLY)) for words in LIMITS],
+)
 def test_a_verb_on_a_full_disk(
     words: str, settings: Settings, prepared: Path, general: Path, tmp_path: Path
 ) -> None:
-    (limit, output), (verb, *more) = LIMITS[words], words.split()
     run_dir = tmp_path / "run"
+    (limit, output), (verb, *more) = LIMITS[words], words.format(run=run_dir).split()
     shutil.copytree(general if verb in AFTER_LEARNING else prepared, run_dir)
     for name in MADE[verb] if verb != "learn" else ():
         shutil.rmtree(run_dir / name, ignore_errors=True)

@@ -43,6 +43,7 @@ def words_of(verb: str, settings: list[str], run_dir: Path, tmp_path: Path) -> l
         "diff": ["magnitude", "wanda", "--json", str(run_dir / "d.json"), "--picture",
                  str(run_dir / "d.png")],
         "plan": ["--json", str(run_dir / "plan.json"), "--gpu", "h100"],
+        "reorder": [str(run_dir / "reordered")],
     }  # fmt: skip
     if verb == "pipeline":
         return ["pipeline", "record", "learn", "1.5", "0", "--config", str(RECIPE), *settings]
@@ -65,6 +66,7 @@ MADE: dict[str, list[str]] = {
     "report": [],
     "diff": [],
     "plan": [],
+    "reorder": ["shards/cache"],
     "gguf": [],
     "pipeline": [],
 }

@@ -38,6 +38,7 @@ WORDS = {
     "inspect": ("wanda",),
     "plan": ("--model", "llama2-7b", "--tp=8", "--json", "{run}/plan.json"),
     "export": ("export.mask=wanda",),
+    "reorder": ("{run}/reordered",),
 }
 REFUSED = {"gguf": "model.gguf", "import": "none.npz"}
 # In the order of a run; verbs that are not named here follow.

@@ -12,8 +12,11 @@ import torch
 from megamask.model.build import build_model, masked_linears, model_rules
 from megamask.model.checkpoint import fill_from_hf, save_sharded, sharded_state
 from megamask.parallel.mesh import start
-from megamask.weights.architecture import read_architecture
-from megamask.weights.hf_files import open_checked
+from megamask.weights import channel_orders
+from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.channel_orders import ChannelOrders, reordered
+from megamask.weights.file_layout import file_layout
+from megamask.weights.hf_files import open_checked, write_hf
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parity.megatron import (
     LOGITS,
@@ -29,6 +32,8 @@ from tests.parity.variants import LENGTH, VARIANTS, VOCAB, make
 NAMES = list(VARIANTS)
 # Saved at TP 2 and read at TP 1: tensors of every kind that Llama does not have.
 SAVED = ("olmo2", "gemma3", "gpt_neox parallel", "phi3", "gpt2")
+# Tensors that lie in other ways in the files, biases, norms in other places, shared KV heads.
+REORDERED = ("qwen2 tied", "phi3", "granite", "gpt_neox parallel", "gemma3", "gpt2")
 GRADIENT = 5e-5  # of the largest; fp32 rounding gives 1e-5 at most in the backward pass
 
 
@@ -211,3 +216,69 @@ def test_wrong_readings_show(
             distance = found.distance(expected[name])
             print(f"{name}, {what}: {distance:.1e}")
             assert distance > 5 * LOGITS and not found.agrees(expected[name]), what
+
+
+def random_orders(arch: Architecture) -> ChannelOrders:
+    """Every kind of channels in another order, in every layer and KV head."""
+    draws = torch.Generator().manual_seed(3)
+
+    def shuffled(count: int) -> torch.Tensor:
+        return torch.randperm(count, generator=draws)
+
+    heads = range(arch.kv_heads)
+    return ChannelOrders(
+        shuffled(arch.hidden),
+        {layer: shuffled(arch.ffn) for layer in range(arch.num_layers)},
+        {
+            layer: torch.stack([shuffled(arch.head_dim) for _ in heads])
+            for layer in range(arch.num_layers)
+        },
+    )
+
+
+def reordered_output(folder: Path, tokens_NS: torch.Tensor, out: Path) -> Output:
+    """Of transformers, for the model with its channels shuffled."""
+    arch = read_architecture(folder)
+    with open_checked(folder) as reader:
+        tensors = reordered(reader, arch, random_orders(arch))
+        write_hf(out, tensors, folder, layout=file_layout(arch))
+    with open_checked(out) as after, open_checked(folder) as before:
+        for name in after.names():
+            ours, theirs = after.tensor(name), before.tensor(name)
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours.flatten().sort().values, theirs.flatten().sort().values), name
+    return transformers_output(out, tokens_NS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=[pytest.mark.nightly] * (one not in REORDERED)) for one in NAMES],
+)
+def test_a_reordered_model_computes_the_same(
+    name: str,
+    folders: dict[str, Path],
+    tokens_NS: torch.Tensor,
+    expected: dict[str, Output],
+    tmp_path: Path,
+) -> None:
+    found = reordered_output(folders[name], tokens_NS, tmp_path / "out")
+    print(f"{name}: logits differ by {found.distance(expected[name]):.1e} of their scale")
+    assert found.agrees(expected[name])
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["input_layernorm", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2"],
+)
+def test_rows_that_keep_their_place_show(
+    module: str,
+    folders: dict[str, Path],
+    tokens_NS: torch.Tensor,
+    expected: dict[str, Output],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = channel_orders.CHANNELS[module][1]
+    monkeypatch.setitem(channel_orders.CHANNELS, module, (lambda *given: None, columns))
+    found = reordered_output(folders["granite"], tokens_NS, tmp_path / "out")
+    assert found.distance(expected["granite"]) > 5 * LOGITS

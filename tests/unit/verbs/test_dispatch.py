@@ -21,6 +21,7 @@ WORDS = {
     "plan": ["--model", "llama2-7b", "--json", "{}/plan.json"],
     "diff": ["wanda", "magnitude", "--json", "{}/d.json", "--picture", "{}/d.png"],
     "extract": ["learned", "{}/mask.safetensors"],
+    "reorder": ["{}/reordered"],
     "import": ["masks.npz", "{}/mask.safetensors"],
 }
 WRITERS = [name for name, verb in VERBS.items() if verb.writes]

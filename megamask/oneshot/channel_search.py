@@ -1,0 +1,148 @@
+"""Orders of a model's channels in which N:M masks lose less, from statistics of the dense model.
+
+The importance of a weight is its square times the mean square of its input: the expected squared
+error of the output when this weight alone is removed, and the square of Wanda's score.
+
+Shapes: N samples, S sequence, O out_features, I in_features, R rows, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from megamask.model.language_model import LanguageModel
+from megamask.oneshot.calibrate import HiddenStates, input_stats
+from megamask.parallel.masked_linear import MaskedLinear
+from megamask.parallel.mesh import Mesh
+from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.regroup import lost, regrouped
+from megamask.weights.architecture import Architecture
+from megamask.weights.channel_orders import ChannelOrders
+from megamask.weights.hf_files import HFReader
+from megamask.weights.mapping import rules
+from megamask.weights.rule import Rule
+
+# A search looks at so many rows at most, evenly spaced; its time is linear in them. The rows of the
+# residual stream come from all layers.
+ROWS, STREAM_ROWS = 2_048, 16_384
+
+
+@dataclass
+class Found:
+    """Orders, and the importance that the best mask removes in the present order and in the new.
+
+    Attributes:
+        orders: the orders.
+        shares: kind of channels -> (share removed in the present order, share in the new order)
+            of each search.
+    """
+
+    orders: ChannelOrders
+    shares: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, tuple[float, float]]:
+        """Kind of channels -> mean shares over the searches."""
+        return {
+            kind: (
+                sum(before for before, _ in pairs) / len(pairs),
+                sum(after for _, after in pairs) / len(pairs),
+            )
+            for kind, pairs in self.shares.items()
+        }
+
+
+@torch.no_grad()
+def mean_squares(
+    model: LanguageModel,
+    linears: Mapping[str, MaskedLinear],
+    tokens_NS: torch.Tensor,
+    micro_batch: int,
+    mesh: Mesh,
+    sequence_parallel: bool,
+) -> dict[str, torch.Tensor]:
+    """The mean square of every input of the dense model's linears, in one pass over the samples.
+
+    Returns:
+        Megatron name of a linear -> (I,) fp32 on the CPU, equal on all ranks.
+
+    Raises:
+        ConfigError: the inputs of a linear are not finite.
+    """
+    states = HiddenStates(model, tokens_NS, micro_batch, mesh)
+    found = {}
+    for index, layer in enumerate(model.decoder.layers):
+        start = f"decoder.layers.{index}."
+        own = {name: linear for name, linear in linears.items() if name.startswith(start)}
+        with input_stats(own, False, mesh, sequence_parallel) as stats:
+            states.advance(layer)
+        found.update({name: sums.mean_square_I.cpu() for name, sums in stats.items()})
+    return found
+
+
+@torch.no_grad()
+def find_orders(
+    reader: HFReader,
+    arch: Architecture,
+    modules: Collection[str],
+    mean_square: Mapping[str, torch.Tensor],
+    pattern: Pattern,
+    device: torch.device,
+) -> Found:
+    """Search an order for every kind of channels whose number M divides.
+
+    Args:
+        reader: the dense model.
+        arch: its architecture.
+        modules: HF names of the linears that will be pruned; the others have no importance.
+        mean_square: of ``mean_squares``.
+        pattern: the pattern of the masks.
+        device: where the searches run.
+    """
+    hidden, ffn, value = [], {}, {}
+    found = Found(ChannelOrders())
+    chosen = [rule for rule in rules(arch) if rule.is_linear and set(rule.modules) & set(modules)]
+    stream = [rule for rule in chosen if rule.kind != "row"]
+    step = -(-sum(sum(shape[0] for shape in rule.shapes) for rule in stream) // STREAM_ROWS)
+    for rule in chosen:
+        name = rule.megatron.removesuffix(".weight")
+        importance_OI = _importance(reader, rule, mean_square[name]).to(device)
+        if rule.kind != "row":
+            hidden.append(importance_OI[:: max(step, 1)])
+            continue
+        layer = int(name.split(".")[2])
+        importance_RC = importance_OI[:: max(-(-len(importance_OI) // ROWS), 1)]
+        if name.endswith("mlp.linear_fc2") and arch.ffn % pattern.m == 0:
+            ffn[layer] = _search(found, "ffn", importance_RC, pattern)
+        elif name.endswith("linear_proj") and arch.head_dim % pattern.m == 0:
+            # The query heads of a KV group share an order: their rows stand below each other.
+            of_heads = importance_RC.unflatten(1, (arch.kv_heads, -1, arch.head_dim))
+            value[layer] = torch.stack(
+                [
+                    _search(found, "value", of_group.flatten(0, 1), pattern)
+                    for of_group in of_heads.unbind(1)
+                ]
+            )
+    order = None
+    if hidden and arch.hidden % pattern.m == 0:
+        order = _search(found, "hidden", torch.cat(hidden), pattern)
+    found.orders = ChannelOrders(order, ffn, value)
+    return found
+
+
+def _search(found: Found, kind: str, importance_RC: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    order_C = regrouped(importance_RC, pattern)
+    total = max(float(importance_RC.sum(dtype=torch.float64)), torch.finfo(torch.float32).tiny)
+    shares = [lost(one, pattern) / total for one in (importance_RC, importance_RC[:, order_C])]
+    found.shares.setdefault(kind, []).append((shares[0], shares[1]))
+    return order_C
+
+
+def _importance(reader: HFReader, rule: Rule, mean_square_I: torch.Tensor) -> torch.Tensor:
+    """The importance of every weight of a linear, (O, I) fp32; parts that are fused stand one after
+    another.
+    """
+    weight_OI = torch.cat([reader.tensor(name).float() for name in rule.hf])
+    return weight_OI.square() * mean_square_I

@@ -1,0 +1,26 @@
+"""A verb's own argument, as a field of a dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, field
+from typing import Any
+
+
+def argument(
+    words: str,
+    help: str,
+    default: Any = MISSING,
+    choices: tuple[str, ...] = (),
+    kind: type[Any] = str,
+) -> Any:
+    """A field of an arguments dataclass.
+
+    Args:
+        words: ``--flag VALUE``, or the name of a positional argument in capitals.
+        help: what it is.
+        default: its value where it is not given; without one it is required.
+        choices: the values that are allowed; empty = all.
+        kind: ``str``, ``int`` for a number above 0, or ``bool`` for a flag without a value.
+    """
+    facts = {"words": words, "help": help, "choices": choices, "kind": kind}
+    return field(default=default, metadata=facts)

@@ -1,0 +1,141 @@
+"""The verb reorder: a dense Hugging Face folder whose channels stand in an order in which N:M masks
+lose less. Its function is that of the model, to rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from megamask import __version__, storage
+from megamask.config import Config, run_paths
+from megamask.data.heldout import calibration_description, calibration_tokens
+from megamask.data.shards import check_vocabulary
+from megamask.data.shared_text import check_shards
+from megamask.errors import ArtifactError, ConfigError, MegamaskError
+from megamask.model.build import build_model, prunable_linears
+from megamask.model.checkpoint import fill_from_hf
+from megamask.oneshot.channel_search import Found, find_orders, mean_squares
+from megamask.parallel.mesh import start
+from megamask.prepare.dense_model import pruned_already
+from megamask.prepare.layout import Layout, check_positions
+from megamask.sparsity.pattern import Pattern
+from megamask.terminal import tell
+from megamask.verbs.table import ReorderArguments
+from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.channel_orders import reordered
+from megamask.weights.file_layout import file_layout
+from megamask.weights.fingerprint import fingerprint_hf
+from megamask.weights.hf_files import HFReader, open_checked, write_hf
+from megamask.weights.mapping import prunable
+from megamask.weights.own_folder import own_files, require_own
+
+log = logging.getLogger(__name__)
+STAMP = "megamask_reorder.json"  # this file in the written folder says what it was made from
+
+
+def run(config: Config, arguments: ReorderArguments) -> None:
+    """Write the model in its new order as the folder ``arguments.out``, unless the folder was made
+    from the same model, text and settings.
+
+    Raises:
+        ConfigError: the folder is the model's, M divides no kind of channels, or a setting does not
+            fit the model.
+        ArtifactError: model or shards are missing or torn, the model is pruned already, or the
+            folder holds other files or cannot be written.
+    """
+    paths, out, pattern = run_paths(config), Path(arguments.out), Pattern.parse(config.pattern)
+    ignore_keys = config.model.ignore_keys
+    if storage.real_path(out) == storage.real_path(paths.hf):
+        allowed, fix = "a folder other than model.hf", "The model must stay as it is."
+        raise ConfigError("OUT", str(out), allowed, fix)
+    Layout.launched(config).check_lengths(config, ("calibration.seq_length",))
+    arch = read_architecture(paths.hf, ignore_keys)
+    Layout.launched(config).check_model(arch)
+    _check_pattern(arch, pattern)
+    modules = prunable(arch, config.model.include, config.model.exclude)
+    check_positions(config, arch, ("calibration.seq_length",))
+    check_vocabulary(config, arch.vocab)
+    check_shards(config)
+    require_own(out, STAMP, "OUT")
+    storage.require_writable(out.parent, "OUT")
+    with open_checked(paths.hf, ignore_keys) as reader, start(config) as mesh:
+        made_from = {
+            "fingerprint": fingerprint_hf(paths.hf, ignore_keys),
+            "pattern": str(pattern),
+            "linears": modules,
+            "dtype": config.dtype,
+            "calibration": calibration_description(config),
+        }
+        if mesh.from_main(_is_done(out, made_from, ignore_keys)):
+            if mesh.is_main:
+                log.info("%s already holds this model in its new order", out)
+            return
+        begin = time.perf_counter()
+        model = build_model(config, arch, mesh).eval()
+        fill_from_hf(model, arch, mesh, reader)
+        linears = prunable_linears(model, config, arch)
+        if sparse := pruned_already(linears, arch, pattern, mesh):
+            problem = f"holds a model that is pruned already: {sparse}"
+            fix = "Reorder the dense model: another order would break the groups of its mask."
+            raise ArtifactError(paths.hf, problem, fix)
+        mean_square = mean_squares(
+            model,
+            linears,
+            calibration_tokens(config),
+            config.calibration.micro_batch,
+            mesh,
+            config.parallel.sequence_parallel,
+        )
+        del model, linears  # the searches and the tensors of the files need the memory
+        if mesh.is_main:
+            found = find_orders(reader, arch, modules, mean_square, pattern, mesh.device)
+            _write(config, arch, out, reader, found, made_from)
+            log.info("wrote %s, %.1f s", out, time.perf_counter() - begin)
+        mesh.barrier()
+
+
+def _check_pattern(arch: Architecture, pattern: Pattern) -> None:
+    """Check that some channels split into groups."""
+    widths = {"hidden_size": arch.hidden, "intermediate_size": arch.ffn, "head_dim": arch.head_dim}
+    if all(width % pattern.m for width in widths.values()):
+        listed = ", ".join(f"{name} = {width}" for name, width in widths.items())
+        allowed = f"M must divide a number of channels of the model: {listed}"
+        raise ConfigError("pattern", str(pattern), allowed, "Choose another pattern.")
+
+
+def _is_done(out: Path, made_from: Mapping[str, Any], ignore_keys: Collection[str]) -> bool:
+    """Whether the folder is there, whole, and was made from the same inputs."""
+    try:
+        stamp = storage.read_object(out / STAMP, "", {"made_from": dict, "files": list})
+        whole = all((out / str(name)).is_file() for name in stamp["files"])
+        with open_checked(out, ignore_keys):
+            return whole and bool(stamp["made_from"] == made_from)
+    except (MegamaskError, OSError):  # OSError: a name that cannot be one
+        return False
+
+
+def _write(
+    config: Config,
+    arch: Architecture,
+    out: Path,
+    reader: HFReader,
+    found: Found,
+    made_from: Mapping[str, Any],
+) -> None:
+    """Write the folder, check that it can be read, and say what a mask loses before and after."""
+    shares = found.summary()
+
+    def finish(folder: Path) -> None:
+        with open_checked(folder, config.model.ignore_keys):
+            pass
+        stamp = {"megamask": __version__, "made_from": made_from, "removed_importance": shares}
+        storage.write_json(folder / STAMP, {**stamp, **own_files(folder)})
+
+    tensors = reordered(reader, arch, found.orders)
+    write_hf(out, tensors, reader.hf_dir, finish=finish, layout=file_layout(arch))
+    for kind, (before, after) in shares.items():
+        tell(f"{kind:<7} a {made_from['pattern']} mask removes {before:.2%} -> {after:.2%}")

@@ -1,0 +1,112 @@
+"""The verb reorder: another folder, the same function, masks that lose less, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamask.verbs.reorder import _is_done as is_done
+from megamask.weights.hf_files import HFReader
+from tests.e2e.program import contents, in_process, refusal
+
+pytestmark = pytest.mark.slow
+Settings = Callable[[Path], list[str]]
+
+
+def done(verb: str, *words: str) -> str:
+    finished = in_process(verb, *words)
+    assert finished.code == 0, finished.stderr
+    return finished.stdout + finished.stderr
+
+
+@pytest.fixture(scope="module")
+def reordered(
+    prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The folder, and what the verb said."""
+    out = tmp_path_factory.mktemp("reordered") / "hf"
+    return out, done("reorder", str(out), *settings(prepared))
+
+
+def test_the_function_stays_and_masks_lose_less(
+    reordered: tuple[Path, str], model: Path, prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
+    out, said = reordered
+    shares = json.loads((out / "megamask_reorder.json").read_text())["removed_importance"]
+    assert set(shares) == {"hidden", "ffn", "value"}
+    assert all(0 < after < before < 0.5 for before, after in shares.values())
+    assert all(f"{before:.2%} -> {after:.2%}" in said for before, after in shares.values())
+    assert {path.name for path in model.iterdir()} | {"megamask_reorder.json"} == {
+        path.name for path in out.iterdir()
+    }
+    assert (out / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    with HFReader(out) as after, HFReader(model) as before:
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert not torch.equal(after.tensor(name), before.tensor(name))
+    # The rest of the verbs works on the new folder as on any model.
+    run_dir = tmp_path / "run"
+    shutil.copytree(prepared / "shards", run_dir / "shards")
+    words = [*settings(run_dir), f"model.hf={out}", "prune.methods=[wanda]", "dtype=fp32"]
+    for verb in ("convert", "prune", "evaluate"):
+        done(verb, *words)
+    found = json.loads((run_dir / "results.json").read_text())["perplexity"]["dense"]
+    (tmp_path / "first").mkdir()
+    for name in ("shards", "weights"):
+        shutil.copytree(prepared / name, tmp_path / "first" / name)
+    done("evaluate", *settings(tmp_path / "first"), "dtype=fp32", "evaluate.masks={}")
+    first = json.loads((tmp_path / "first" / "results.json").read_text())["perplexity"]["dense"]
+    assert found == pytest.approx(first, rel=1e-5)  # fp32 sums in another order
+
+
+def test_a_folder_is_made_once_and_again_when_settings_change(
+    reordered: tuple[Path, str], prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(reordered[0], tmp_path / "hf"))
+    before = contents(out)
+    assert "already holds this model" in done("reorder", str(out), *settings(prepared))
+    assert contents(out) == before
+    stamp = json.loads((out / "megamask_reorder.json").read_text())
+    broken: object
+    for broken in ({**stamp, "files": ["x" * 5000]}, {**stamp, "files": [None]}, [], {}):
+        (out / "megamask_reorder.json").write_text(json.dumps(broken))
+        assert not is_done(out, stamp["made_from"], ())
+    (out / "megamask_reorder.json").write_text(json.dumps(stamp))
+    assert is_done(out, stamp["made_from"], ()) and not is_done(out, {}, ())
+    done(
+        "reorder",
+        str(out),
+        *settings(prepared),
+        "pattern=1:4",
+        "model.include=['*.1.mlp.down_proj']",
+    )
+    stamp = json.loads((out / "megamask_reorder.json").read_text())
+    assert stamp["made_from"]["pattern"] == "1:4" and set(stamp["removed_importance"]) == {"ffn"}
+
+
+def test_refusals(
+    reordered: tuple[Path, str], model: Path, prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
+    def refused(out: Path, *words: str) -> str:
+        return refusal(in_process("reorder", str(out), *settings(prepared), *words))
+
+    free = tmp_path / "free"
+    assert "OUT = " in (said := refused(model)) and "a folder other than model.hf" in said
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "holds files that this verb did not make, and would replace: notes.txt" in refused(
+        tmp_path / "mine"
+    )
+    assert "pattern = '3:7'" in (said := refused(free, "pattern=3:7")) and "head_dim = " in said
+    assert "calibration.seq_length" in refused(free, "calibration.seq_length=100000")
+    assert "is missing" in refused(free, f"model.hf={tmp_path / 'none'}")
+    assert "run the verb tokenize" in refused(free, f"run_dir={tmp_path / 'empty'}").lower()
+    pruned = tmp_path / "pruned"
+    done("export", *settings(prepared), "export.mask=wanda", f"export.out={pruned}")
+    said = refused(free, f"model.hf={pruned}")
+    assert "holds a model that is pruned already: model.layers.0." in said and str(pruned) in said
+    assert not free.exists()

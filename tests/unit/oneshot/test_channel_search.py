@@ -1,0 +1,101 @@
+"""Orders of channels, judged by the tensors that they make."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megamask.oneshot import channel_search
+from megamask.oneshot.channel_search import Found, find_orders
+from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.regroup import lost, regrouped
+from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.channel_orders import reordered
+from megamask.weights.hf_files import HFReader, open_checked
+from megamask.weights.mapping import expected_tensors, linear_shapes, rules
+
+TINY = Path(__file__).parents[3] / "configs" / "models" / "tiny-llama.json"
+PATTERN = Pattern(2, 4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights; four query heads share a KV head."""
+    folder = tmp_path_factory.mktemp("model")
+    facts = {**json.loads(TINY.read_text()), "num_key_value_heads": 2}
+    (folder / "config.json").write_text(json.dumps(facts))
+    draws = torch.Generator().manual_seed(0)
+    shapes = expected_tensors(read_architecture(folder))
+    tensors = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def ones(arch: Architecture) -> dict[str, torch.Tensor]:
+    """Mean squares of inputs that are all 1."""
+    return {
+        rule.megatron.removesuffix(".weight"): torch.ones(rule.shapes[0][-1])
+        for rule in rules(arch)
+        if rule.is_linear
+    }
+
+
+def search(
+    reader: HFReader,
+    arch: Architecture,
+    modules: list[str] | None = None,
+    pattern: Pattern = PATTERN,
+) -> Found:
+    modules = list(linear_shapes(arch)) if modules is None else modules
+    return find_orders(reader, arch, modules, ones(arch), pattern, torch.device("cpu"))
+
+
+def test_the_shares_are_those_of_the_new_tensors(model: Path) -> None:
+    """With inputs of 1 the importance is the square of the weight, so the tensors tell the shares
+    again, and the query heads of a KV head must have moved together.
+    """
+    arch = read_architecture(model)
+    with open_checked(model) as reader:
+        found = search(reader, arch)
+        after = {name: one.square() for name, one in reordered(reader, arch, found.orders)}
+
+    def share(importance_RC: torch.Tensor) -> float:
+        return lost(importance_RC, PATTERN) / float(importance_RC.sum())
+
+    layers = [f"model.layers.{number}." for number in range(arch.num_layers)]
+    attention = [f"self_attn.{one}_proj" for one in "qkv"]
+    stream = [*attention, "mlp.gate_proj", "mlp.up_proj"]
+    expected = {
+        "ffn": [share(after[f"{layer}mlp.down_proj.weight"]) for layer in layers],
+        "value": [
+            share(columns)
+            for layer in layers
+            for columns in after[f"{layer}self_attn.o_proj.weight"].chunk(arch.kv_heads, dim=1)
+        ],
+        "hidden": [
+            share(torch.cat([after[f"{a}{b}.weight"] for a in layers for b in stream])),
+        ],
+    }
+    for kind, shares in expected.items():
+        # sums in fp32, and the order of rows differs
+        assert [new for _, new in found.shares[kind]] == pytest.approx(shares, rel=1e-5), kind
+        assert all(new < old for old, new in found.shares[kind]), kind
+
+
+def test_linears_that_stay_dense_have_no_say(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_search, "regrouped", partial(regrouped, rounds=1))
+    arch = read_architecture(model)
+    with open_checked(model) as reader:
+        mlp = [name for name in linear_shapes(arch) if "mlp" in name]
+        found = search(reader, arch, mlp)
+        assert set(found.shares) == {"ffn", "hidden"} and not found.orders.value
+        only = search(reader, arch, [name for name in mlp if "1.mlp.down" in name])
+        assert set(only.orders.ffn) == {1} and only.orders.hidden is None
+        # 16 divides the stream and the feed-forward part, and no head of 8.
+        wide = search(reader, arch, pattern=Pattern(8, 16))
+        assert set(wide.shares) == {"ffn", "hidden"}
