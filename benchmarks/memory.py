@@ -99,10 +99,7 @@ def count(lab: Lab, mask_statistics: MaskStatistics) -> dict[str, int]:
         ],
         MOMENTS: lab.learner.optimizer.state_tensors(),
         STEP_GRADIENTS: lab.learner.step_draws.buffers if lab.learner.step_draws else [],
-        HARD_CODES: [
-            *mask_statistics.initial.values(),
-            *mask_statistics.latest.values(),
-        ],
+        HARD_CODES: [mask_statistics.initial, mask_statistics.latest],
         OTHER: live_tensors(lab.mesh.device),
     }
     seen: set[int] = set()

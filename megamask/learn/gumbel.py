@@ -130,14 +130,13 @@ class GradientLearner:
         # gradients at the mask logits
         running = self._begin(step, plan)
         measured = self._forward_backward(running, plan.micro_batches(step), plan)
-        weight_norm, objective, *means = self.mesh.mean_over_dp(
-            torch.stack(measured).mean(0)
-        ).tolist()
-        parts = dict(zip(self.parts, means, strict=True))
-        objective += self.config.learn.distillation.hidden * parts.get("hidden_loss", 0.0)
+        averages = self.mesh.mean_over_dp(torch.stack(measured).mean(0))
         grads = [logits.main_grad for logits in self.optimizer.logits]  # type: ignore[attr-defined]
         norm = gradient_norm(grads, self.mesh, self.replicas)
-        grad_norm = float(norm)
+        # the one time that the host waits for the device
+        grad_norm, weight_norm, objective, *means = torch.cat([norm[None], averages]).tolist()
+        parts = dict(zip(self.parts, means, strict=True))
+        objective += self.config.learn.distillation.hidden * parts.get("hidden_loss", 0.0)
         self._refuse_nan(step, objective, grad_norm)
 
         # update
@@ -229,7 +228,8 @@ class GradientLearner:
             self.masked_model.switch.running, measured = drawn, drawn.measured
 
         # the forward pass, in which the linears draw and measure
-        losses = self.loss(self.masked_model.model, tokens.to(device), labels.to(device))
+        rows, targets = self.mesh.on_device(tokens), self.mesh.on_device(labels)
+        losses = self.loss(self.masked_model.model, rows, targets)
         norms = [one.norm.to(device) for one in measured.values()]
         norm = self.mesh.sum_over_tp(torch.stack(norms).sum())
         if number == running.first:

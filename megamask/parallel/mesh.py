@@ -65,6 +65,14 @@ class Mesh:
         group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
         return group
 
+    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A ``tensor`` of the host on the device of this process. A copy to CUDA starts from pinned
+        memory, without which the host would wait until the device has done all work before it.
+        """
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
     def sum_over_tp(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of ``tensor`` over the shards, in place."""
         if self.tp > 1:

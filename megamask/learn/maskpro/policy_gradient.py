@@ -211,13 +211,9 @@ class MaskPro:
 
     def _losses(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean loss of every sample, (B,) fp64 on the CPU, under what the linears now see."""
-        device = self.mesh.device
-        return (
-            self.masked_model.model.token_losses(tokens.to(device), labels.to(device))
-            .double()
-            .mean(1)
-            .cpu()
-        )
+        rows, targets = self.mesh.on_device(tokens), self.mesh.on_device(labels)
+        losses: torch.Tensor = self.masked_model.model.token_losses(rows, targets)
+        return losses.double().mean(1).cpu()
 
     @property
     def _compares(self) -> bool:

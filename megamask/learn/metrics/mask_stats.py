@@ -4,7 +4,7 @@ No noise is drawn for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ import torch
 from megamask.learn.masked_model import MaskedModel
 from megamask.parallel.mask_context import Measured
 from megamask.parallel.mesh import Mesh
+
+PIECE = 1 << 23  # hard codes that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -35,49 +37,74 @@ class MaskStatistics:
     """Compares the hard masks that a step started from with those of the step before and those of
     the start.
 
+    The codes of all linears lie in one tensor, so the number of kernels that compare them does not
+    grow with the layers, and a difference of integers, which wraps, is taken in place. The host
+    waits for the device once a step.
+
     Args:
         masked_model: the model; its logits are still the initial logits.
         mesh: the processes.
         track_flips: keep hard codes, 2 x (O, G) a linear, to count flips.
+
+    Attributes:
+        initial: hard codes at the start, (groups,); None without flip tracking.
+        latest: hard codes that the step before started from, (groups,).
     """
 
     def __init__(self, masked_model: MaskedModel, mesh: Mesh, track_flips: bool = True) -> None:
-        self.mesh = mesh
+        self.mesh, self.initial, self.latest = mesh, None, None
         linears = masked_model.linears.values()
-        self.initial: dict[int, torch.Tensor] = {}
+        self._views: dict[int, torch.Tensor] = {}
+        self._has_latest = track_flips
         if track_flips:
-            self.initial = {one.parameter_id: one.mask_statistics(1.0)[0] for one in linears}
-        self.latest = self.initial
-        groups = (one[:, 0].numel() for one in masked_model.mask_logits)
-        self._groups = self._sum(torch.tensor(float(number)) for number in groups)
+            codes = {one.parameter_id: one.hard_codes() for one in linears}
+            self.initial = torch.cat([one.flatten() for one in codes.values()])
+            self.latest = self.initial.clone()
+            parts = self.latest.split([one.numel() for one in codes.values()])
+            views = (part.view_as(one) for part, one in zip(parts, codes.values(), strict=True))
+            self._views = dict(zip(codes, views, strict=True))
+        groups = sum(one[:, 0].numel() for one in masked_model.mask_logits)
+        self._groups = self._over_tp(torch.tensor([float(groups)]))[0]
 
     def forget_latest(self) -> None:
         """Leave out the next flip rate. A resume calls it: the hard masks of the step before were
         not kept.
         """
-        self.latest = {}
+        self._has_latest = False
 
     def __call__(self, first_draw: Mapping[int, Measured]) -> MaskStats:
         """The statistics of a step, from what its first draw measured."""
-        largest = self._sum(one.largest for one in first_draw.values())
-        flips = self._differing(first_draw, self.latest)
-        moved = self._differing(first_draw, self.initial)
-        if self.initial:
-            self.latest = {key: one.hard_codes for key, one in first_draw.items()}
-        return MaskStats(largest / self._groups, flips, moved)
+        sums = [torch.stack([one.largest for one in first_draw.values()]).double().sum()]
+        sums += [count.double() for count in self._differing(first_draw)]
+        probability, *shares = (one / self._groups for one in self._over_tp(torch.stack(sums)))
+        flips, moved = shares or (None, None)
+        has_latest, self._has_latest = self._has_latest, bool(shares)
+        return MaskStats(probability, flips if has_latest else None, moved)
 
-    def _differing(
-        self, first_draw: Mapping[int, Measured], before: Mapping[int, torch.Tensor]
-    ) -> float | None:
-        """Share of groups whose hard mask differs from ``before``; None where nothing was kept."""
-        if not before:
-            return None
-        differing = (
-            torch.count_nonzero(first_draw[key].hard_codes != old) for key, old in before.items()
-        )
-        return self._sum(differing) / self._groups
+    def _differing(self, first_draw: Mapping[int, Measured]) -> list[torch.Tensor]:
+        """How many groups have another hard mask than in the step before and than at the start;
+        empty where nothing was kept. The masks become the latest.
+        """
+        if self.initial is None or self.latest is None:
+            return []
+        views = list(self._views.values())
+        codes = [first_draw[key].hard_codes for key in self._views]
+        torch._foreach_sub_(views, codes)
+        flips = _nonzero(self.latest)
+        torch._foreach_copy_(views, codes)
+        moved = _nonzero(self.initial.sub_(self.latest))
+        self.initial.add_(self.latest)
+        return [flips, moved]
 
-    def _sum(self, terms: Iterable[torch.Tensor]) -> float:
-        """The sum over layers and shards."""
-        total = torch.stack([term.to(self.mesh.device, torch.float64) for term in terms]).sum()
-        return float(self.mesh.sum_over_tp(total))
+    def _over_tp(self, sums: torch.Tensor) -> list[float]:
+        """The sums over shards, fp64, on the host."""
+        here = sums.to(self.mesh.device, torch.float64)
+        whole: list[float] = self.mesh.sum_over_tp(here).tolist()
+        return whole
+
+
+def _nonzero(codes: torch.Tensor) -> torch.Tensor:
+    """How many codes are not 0, 0-d. ``PIECE`` of them are counted at a time, because CUDA takes 9
+    bytes of working memory for each.
+    """
+    return torch.stack([piece.count_nonzero() for piece in codes.split(PIECE)]).sum()

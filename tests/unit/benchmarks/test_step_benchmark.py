@@ -28,4 +28,4 @@ def test_flips_are_tracked_where_the_run_tracks_them(
     options = step.read_options([*WORDS, f"learn.state.track_flips={tracks}".lower()])
     with open_lab(options, steps=4) as lab:
         step.measure(lab, 1, with_eager=False)
-    assert [bool(one.initial) for one in made] == [tracks]
+    assert [one.initial is not None for one in made] == [tracks]

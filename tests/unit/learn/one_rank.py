@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ def tiny_config(learn: Mapping[str, Any] | None = None, threads: int = 1) -> Con
 
 
 @contextmanager
-def tiny_masked_model(config: Config) -> Iterator[tuple[Mesh, MaskedModel]]:
-    """The mesh of one process, and a model of two layers with random weights and mask logits."""
+def tiny_masked_model(config: Config, layers: int = 2) -> Iterator[tuple[Mesh, MaskedModel]]:
+    """The mesh of one process, and a model with random weights and mask logits."""
     threads = torch.get_num_threads()
-    arch = read_architecture(ROOT / "configs" / "models" / "tiny-llama.json")
+    file = ROOT / "configs" / "models" / "tiny-llama.json"
+    arch = replace(read_architecture(file), num_layers=layers)
     pattern, learn = Pattern.parse(config.pattern), config.learn
     try:
         with start(config) as mesh:
