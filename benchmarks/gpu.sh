@@ -8,6 +8,7 @@
 #   WHEELS     folder of .whl files that this Python lacks; installed for this run only
 #   CACHE      folder of compiled kernels, made by benchmarks/gpu/pack.sh
 #   HF, GGUF   a Hugging Face folder or a GGUF file: adds the part real-model. STEPS, RECIPE
+#   CURVE      the losses of the same run on a CPU, to set the GPU's beside them
 #   PYTHON     the Python to use, with its torch (default python3)
 #   DEVICE     cpu runs the same parts at toy size, to test this script (default cuda)
 set -uo pipefail
@@ -25,7 +26,7 @@ kind="$([ "$DEVICE" = cuda ] && echo gpu || echo toy)"
 OUT="$(realpath -m "${OUT:-$repo/benchmarks/results/$(date +%F)-$kind}")"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-for name in WHEELS CACHE HF GGUF RECIPE; do
+for name in WHEELS CACHE HF GGUF RECIPE CURVE; do
     if [ -n "${!name:-}" ]; then printf -v "$name" '%s' "$(realpath "${!name}")"; fi
 done
 cd "$repo" || exit 2
@@ -49,6 +50,7 @@ export PYTHONUNBUFFERED=1 PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
 options=(--device "$DEVICE" --out "$OUT" --seconds "${BUDGET:-540}")
 [ -z "${HF:-}${GGUF:-}" ] || options+=(--model "${GGUF:-$HF}")
 [ -z "${RECIPE:-}" ] || options+=(--recipe "$RECIPE")
+[ -z "${CURVE:-}" ] || options+=(--curve "$CURVE")
 [ -z "${STEPS:-}" ] || options+=(--steps "$STEPS")
 if [ -n "${PARTS:-}" ]; then
     read -r -a parts <<<"$PARTS"

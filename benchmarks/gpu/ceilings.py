@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import copy_bandwidth, interleave, table
+from benchmarks.common import copy_bandwidth, interleave, now, table
+from benchmarks.gpu.machine_facts import clocks
 from megamask.model.fused.rotation import rotate
 from megamask.model.fused.swiglu import swiglu
 from megamask.storage import write_json
@@ -27,6 +28,8 @@ SIDE = 8192
 ROUNDS, CALLS = 7, 5
 MATMUL = f"matmul of {SIDE} x {SIDE} x {SIDE}"
 ATTENTION = "causal attention, forward and backward"
+STEADY = f"the same {MATMUL} for seconds"
+SECONDS, BATCH = 4.0, 50
 CUDA = torch.device("cuda")
 
 
@@ -46,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         ("rotation of queries, forward and backward", rotations(), None),
     ):
         figures[title] = measure(title, sides, flops)
+    figures[STEADY] = steady(largest()["bf16"], product)
     figures["rates"] = {
         "matmul": product / figures[MATMUL]["bf16"] * 1e3,
         "attention": scores / figures[ATTENTION]["default"] * 1e3,
@@ -72,6 +76,25 @@ def measure(
     rows = [[name, ms, *([flops / ms / 1e9] if flops else [])] for name, ms in found.items()]
     table(title, ["way", "ms", *(["TFLOP/s"] if flops else [])], rows)
     return found
+
+
+def steady(work: Callable[[], Any], flops: float) -> dict[str, Any]:
+    """The rate of a product that is made without a pause, by second, and clock and power after each
+    second: a step of seconds may not keep the rate of the first milliseconds.
+    """
+    begin, rows = now(CUDA), []
+    while now(CUDA) - begin < SECONDS:
+        start, calls = now(CUDA), 0
+        while now(CUDA) - start < 1.0:
+            for _ in range(BATCH):
+                work()
+            calls += BATCH
+        rate = calls * flops / (now(CUDA) - start)
+        for _ in range(10 * BATCH):  # the card works while its clock is read
+            work()
+        rows.append({"TFLOP/s": rate / 1e12, "clock": clocks()})
+    table(STEADY, ["TFLOP/s", "clock, power"], [list(row.values()) for row in rows])
+    return {"seconds": rows}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -29,10 +29,10 @@ from types import FrameType
 from typing import Any
 
 from benchmarks.gpu.lease_parts import BY_NAME, PARTS, Part, Situation
+from benchmarks.gpu.machine_facts import clocks
 
 NOT_RUN = "not run"
 TAIL = 60  # lines of a part in the summary
-CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 
 @dataclass
@@ -165,15 +165,7 @@ class Lease:
         return buffer.getvalue()
 
     def _clocks(self) -> str:
-        """Clocks and power of the card: a card below its clock makes a slow figure."""
-        if self.situation.device != "cuda":
-            return ""
-        command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(
-                command, capture_output=True, text=True, timeout=10
-            ).stdout.strip()
-        return ""
+        return clocks() if self.situation.device == "cuda" else ""
 
 
 def run_limited(command: Sequence[str], seconds: float) -> tuple[str, str]:
@@ -239,7 +231,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [BY_NAME[name] for name in options.parts] if options.parts else list(PARTS)
     with tempfile.TemporaryDirectory() as folder:
         situation = Situation(
-            options.device, Path(folder), options.model, options.recipe, options.steps
+            options.device,
+            Path(folder),
+            options.model,
+            options.recipe,
+            options.steps,
+            options.curve,
         )
         lease = Lease(situation, options.out, options.seconds)
 
@@ -268,6 +265,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--model", type=Path, help="a Hugging Face folder or a GGUF file")
     options.add_argument("--recipe", type=Path, default=Situation.recipe)
     options.add_argument("--steps", type=int, default=Situation.steps)
+    options.add_argument("--curve", type=Path, help="real_model's --json of a CPU")
     return options.parse_args(argv)
 
 

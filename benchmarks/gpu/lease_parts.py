@@ -19,6 +19,7 @@ KERNEL_TESTS = (
 # M = 16 and 32 are left out: a backward kernel of 8:16 takes minutes of a CPU to compile.
 KERNELS_OF_A_LEASE = "not 8-16 and not 2-32"
 ONE_KERNEL = "test_hard_masks_differ_only_at_near_ties"  # of the first file, in the interpreter
+LEARN_SECONDS = 90  # of the real model; what it learned until then is told
 MASKS = ("subset/2:4", "categorical/2:4", "subset/4:8")
 
 
@@ -32,6 +33,7 @@ class Situation:
         model: a Hugging Face folder or a GGUF file; None where there is no real model.
         recipe: of the learning run.
         steps: of the learning run.
+        curve: the figures of the same run on a CPU.
     """
 
     device: str
@@ -39,6 +41,7 @@ class Situation:
     model: Path | None = None
     recipe: Path = Path("configs/recipes/quickstart.yaml")
     steps: int = 300
+    curve: Path | None = None
 
     @property
     def is_toy(self) -> bool:
@@ -120,7 +123,8 @@ def _real_model(here: Situation) -> list[str] | None:
     return [
         *(sys.executable, "-m", "benchmarks.gpu.real_model", "--device", here.device),
         *("--model", str(here.model), "--recipe", str(here.recipe), "--steps", str(here.steps)),
-        *("--run-dir", str(here.work / "run")),
+        *("--run-dir", str(here.work / "run"), "--learn-seconds", str(LEARN_SECONDS)),
+        *(("--against", str(here.curve)) if here.curve else ()),
     ]
 
 
@@ -130,16 +134,14 @@ def _whole_model(here: Situation) -> list[str]:
     )
 
 
-def _semi_structured(here: Situation) -> list[str] | None:
-    if here.is_toy:
-        return None
-    return [sys.executable, "-m", "benchmarks.gpu.semi_structured"]
+def _alone(module: str) -> Callable[[Situation], list[str]]:
+    """A benchmark of ``benchmarks.gpu`` that takes the device alone."""
+    return lambda here: [sys.executable, "-m", f"benchmarks.gpu.{module}", "--device", here.device]
 
 
-def _repeat(here: Situation) -> list[str]:
-    return here.benchmark(
-        "gpu.repeat", "--model", "smollm2-135m", "--layers", "8", toy=("--model", "toy")
-    )
+def _repeat(*settings: str) -> Callable[[Situation], list[str]]:
+    shape, toy = ("--model", "smollm2-135m", "--layers", "8"), ("--model", "toy", "--seq", "64")
+    return lambda here: here.benchmark("gpu.repeat", *shape, *settings, toy=(*toy, *settings))
 
 
 def _optimizers(here: Situation) -> list[str]:
@@ -180,32 +182,6 @@ def _step_kernels(here: Situation) -> list[str]:
     )
 
 
-def _profile(here: Situation) -> list[str] | None:
-    if here.is_toy:
-        return None
-    sampling = here.benchmark(
-        "sampling",
-        *("--shapes", "llama2-7b", "--only", "fc1", "--masks", "subset/2:4"),
-        *("--backends", "triton", "--rounds", "1", "--copy-mib", "64"),
-    )
-    metrics = (
-        "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-        "smsp__inst_executed.sum",
-        "sm__warps_active.avg.pct_of_peak_sustained_active",
-        "gpu__time_duration.sum",
-    )
-    profiler = ["ncu", "--clock-control", "none", "--launch-skip", "2", "-c", "2"]
-    return [
-        *profiler,
-        "-k",
-        "regex:^(forward|backward)$",
-        "--metrics",
-        ",".join(metrics),
-        *sampling,
-    ]
-
-
 PARTS = (
     Part("facts", "card, clocks, versions, whether names resolve", 5, 40, _facts, False),
     Part("kernels", "do the compiled kernels pass their own tests", 65, 120, _kernels, False),
@@ -219,10 +195,20 @@ PARTS = (
         70,
         _step("learn.sampling.draws=step"),
     ),
-    Part("ceilings", "what the card can do; which of several ways", 35, 60, _ceilings),
+    Part("ceilings", "what the card can do; which of several ways", 40, 70, _ceilings),
     Part("step-kernels", "which kernels take a step's time", 35, 70, _step_kernels),
-    Part("real-model", "a real model learns: perplexities, tokens/s", 170, 240, _real_model),
-    Part("semi", "2:4 inference against dense, by shape and tokens", 20, 40, _semi_structured),
+    Part("real-model", "a real model learns: losses, perplexities, speed", 170, 240, _real_model),
+    Part("repeat", "are two runs equal bit for bit", 40, 80, _repeat()),
+    Part(
+        "repeat-deterministic",
+        "the same with the setting deterministic, and its price",
+        40,
+        80,
+        _repeat("deterministic=true"),
+    ),
+    Part("semi", "2:4 inference against dense, bf16 and fp8", 30, 60, _alone("semi_structured")),
+    Part("profile", "which bound each sampling kernel hits", 40, 80, _alone("bounds")),
+    Part("sanitize", "accesses out of bounds, races", 90, 130, _alone("sanitizer")),
     Part(
         "step-lean",
         "masked / dense with the lean state",
@@ -230,8 +216,6 @@ PARTS = (
         90,
         _step("learn.memory=lean", "learn.sampling.draws=step"),
     ),
-    Part("repeat", "are two runs equal bit for bit", 40, 80, _repeat),
-    Part("profile", "which bound each kernel hits", 40, 60, _profile, False),
     Part("whole-model", "LLaMA-2-7B whole: seconds, memory, MFU", 60, 120, _whole_model),
     Part("optimizers", "nanoseconds a logit of each update", 40, 70, _optimizers),
     Part("plan", "planned against measured memory and time", 30, 60, _plan),

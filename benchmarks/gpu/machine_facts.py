@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 
+CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+
 
 def main() -> int:
     """Print one fact a line."""
@@ -28,6 +30,7 @@ def facts() -> dict[str, object]:
         "host name": "resolves" if _resolves() else "does not resolve",
         "C compiler": shutil.which("cc") or shutil.which("gcc") or "none",
         "ncu": shutil.which("ncu") or "none",
+        "compute-sanitizer": shutil.which("compute-sanitizer") or "none",
     }
     import torch
 
@@ -45,6 +48,14 @@ def facts() -> dict[str, object]:
         cusparselt = torch.backends.cusparselt
         found["cuSPARSELt"] = cusparselt.version() if cusparselt.is_available() else "none"
     return found
+
+
+def clocks() -> str:
+    """Clocks, power and temperature of the card now: a card below its clock makes a slow figure."""
+    command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    return ""
 
 
 def triton_key() -> str:
