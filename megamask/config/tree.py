@@ -236,6 +236,33 @@ class EvaluateSection(Section):
         return PUBLISHED.get(self.protocol, self.window)
 
 
+class TasksSection(Section):
+    """Tasks of lm-evaluation-harness, with the masks and the batch of ``evaluate``."""
+
+    names: list[str] = Field(
+        [*("hellaswag", "race", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa")],
+        min_length=1,
+        description="tasks, groups or tags; the default is MaskLLM's seven",
+    )
+    include: str | None = Field(
+        None, description="folder with task files (*.yaml) beside those of the harness"
+    )
+    limit: int | None = Field(
+        None, ge=1, le=10**9, description="the first documents of each task; null = all"
+    )
+    shots: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="examples in each prompt; null = what the task says, or none",
+    )
+    folder: str | None = Field(
+        None,
+        description="Hugging Face folder, such as an exported one: it and model.hf run in "
+        "transformers, in the place of the converted model and its masks",
+    )
+
+
 class ExportSection(Section):
     """A plain Hugging Face folder with the mask applied."""
 
@@ -277,6 +304,7 @@ class Config(Section):
     prune: PruneSection = PruneSection()
     learn: LearnSection = LearnSection()
     evaluate: EvaluateSection = EvaluateSection()
+    tasks: TasksSection = TasksSection()
     export: ExportSection = ExportSection()
     launch: LaunchSection = LaunchSection()
 

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +18,10 @@ from megamask.config import Config, RunPaths
 from megamask.data.windows import Windows
 from megamask.errors import ArtifactError
 from megamask.evaluate.comparison import DenseOutputs, Sums, run_dense, run_masked
+from megamask.evaluate.loaded_model import LoadedModel
 from megamask.evaluate.measured_text import MeasuredText
 from megamask.masks.file import MaskSet
-from megamask.masks.find import own_weights
 from megamask.masks.times import seconds_of
-from megamask.model.build import build_model, masked_linears
-from megamask.model.checkpoint import load_weights
-from megamask.model.mask_shards import fold_masks
 from megamask.model.perplexity import exp_of_mean, target_sums
 from megamask.parallel.mesh import Mesh
 from megamask.weights.architecture import Architecture
@@ -54,8 +50,6 @@ class Row:
 class Rows:
     """The rows of the table of perplexities, computed on one model.
 
-    The weights of the model are loaded again only for masks that belong to updated weights.
-
     Args:
         config: the settings.
         paths: the paths of the run.
@@ -72,11 +66,9 @@ class Rows:
         mesh: Mesh,
         text: MeasuredText,
     ) -> None:
-        self.config, self.paths, self.arch = config, paths, arch
-        self.mesh, self.text = mesh, text
-        self.model = build_model(config, arch, mesh).eval()
-        self.linears = masked_linears(self.model)
-        self.loaded: Path | None = None
+        self.config, self.mesh, self.text = config, mesh, text
+        self.loaded = LoadedModel(config, paths, arch, mesh)
+        self.model = self.loaded.model
         self.outputs: dict[str, DenseOutputs] = {}
 
     def dense(self) -> Row:
@@ -87,7 +79,7 @@ class Rows:
             self.outputs[domain] = found
             return found.sums
 
-        found = self._row(DENSE, self.paths.weights, None, compared)
+        found = self._row(DENSE, None, compared)
         return Row(found.perplexity, {}, {})
 
     def masked(self, method: str, masks: MaskSet) -> Row:
@@ -97,20 +89,15 @@ class Rows:
             outputs, micro_batch = self.outputs[domain], self.config.evaluate.micro_batch
             return run_masked(self.model, self.mesh, outputs, micro_batch)
 
-        weights = own_weights(masks, self.paths) or self.paths.weights
-        return self._row(method, weights, masks, compared)
+        return self._row(method, masks, compared)
 
     def _row(
         self,
         method: str,
-        weights: Path,
         masks: MaskSet | None,
         compared: Callable[[str, Windows], Sums],
     ) -> Row:
-        if weights != self.loaded:
-            load_weights(self.model, weights)
-            self.loaded = weights
-        fold_masks(self.linears, masks, self.arch, self.mesh)
+        weights = self.loaded.use(masks)
         begin = time.perf_counter()
         row = Row({}, {}, {})
         for domain, windows in self.text.windows.items():

@@ -155,7 +155,7 @@ def _by_row(path: Path, results: dict[str, Any], fix: str) -> dict[str, Any]:
     Raises:
         ArtifactError: a quantity is no table.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for quantity in ("perplexity", "kl", "agreement"):
         rows = results.get(quantity, {})
         if not isinstance(rows, dict):

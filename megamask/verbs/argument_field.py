@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, field
+from dataclasses import MISSING, Field, field
 from typing import Any
 
 
@@ -24,3 +24,8 @@ def argument(
     """
     facts = {"words": words, "help": help, "choices": choices, "kind": kind}
     return field(default=default, metadata=facts)
+
+
+def words_of(one: Field[Any]) -> str:
+    """How an argument is written: ``--json FILE``, or ``SNAPSHOT``."""
+    return str(one.metadata["words"])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
-from megamask.verbs.argument_field import argument
+from megamask.verbs.argument_field import argument, words_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,13 +179,9 @@ class Verb:
         }
 
 
-def words_of(one: Field[Any]) -> str:
-    """How an argument is written: ``--json FILE``, or ``SNAPSHOT``."""
-    return str(one.metadata["words"])
-
-
 EVERYWHERE = ("run_dir", "device", "deterministic", "dtype", "parallel")
 LEARNING = ("seed", "pattern", "model", "data", "learn", "evaluate.window", "evaluate.max_tokens")
+TASKS = ("evaluate.masks", "evaluate.micro_batch", "tasks")
 VERBS: dict[str, Verb] = {
     "gguf": Verb(
         "megamask.verbs.gguf",
@@ -256,6 +252,14 @@ VERBS: dict[str, Verb] = {
         (*EVERYWHERE, "model", "data", "evaluate"),
         writes=("results",),
         reads=("weights", "shards"),
+        is_parallel=True,
+    ),
+    "tasks": Verb(
+        "megamask.verbs.tasks",
+        "accuracy of the dense model and of every mask on tasks of lm-evaluation-harness",
+        (*EVERYWHERE, "model", "data.tokenizer", "data.bos", *TASKS),
+        writes=("tasks.json", "tasks.md"),
+        reads=("weights",),
         is_parallel=True,
     ),
     "export": Verb(

@@ -10,7 +10,8 @@ from typing import Any
 
 from megamask.errors import ConfigError
 from megamask.file_kinds import USABLE, can_be_a_path
-from megamask.verbs.table import VERBS, Verb, words_of
+from megamask.verbs.argument_field import words_of
+from megamask.verbs.table import VERBS, Verb
 
 
 @dataclass

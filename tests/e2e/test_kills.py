@@ -73,6 +73,8 @@ MADE: dict[str, list[str]] = {
 NOT_KILLED = {
     "submit": "each start makes a folder of its own, launch/NNN, with its time and variables; a "
     "folder without its last file is no launch",
+    "tasks": "needs lm-eval, which the pinned environment leaves out; writes tasks.json and "
+    "tasks.md at its end, each whole",
     "stop": "writes the file STOP, whose presence is its content",
 }
 IN_NORMAL_TIER = ("convert", "tokenize", "prune", "export", "extract", "report")

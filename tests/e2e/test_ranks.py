@@ -39,8 +39,9 @@ WORDS = {
     "plan": ("--model", "llama2-7b", "--tp=8", "--json", "{run}/plan.json"),
     "export": ("export.mask=wanda",),
     "reorder": ("{run}/reordered",),
+    "tasks": ("tasks.include={run}/none",),
 }
-REFUSED = {"gguf": "model.gguf", "import": "none.npz"}
+REFUSED = {"gguf": "model.gguf", "import": "none.npz", "tasks": "tasks."}
 # In the order of a run; verbs that are not named here follow.
 ORDER = ("convert", "tokenize", "prune", "learn", "export", "evaluate", "report")
 # Verbs that hand a job to another program, or ask for a run that goes on.

@@ -30,6 +30,10 @@ USED_ELSEWHERE = {
     "handleError": "logging",
     "wait_stream": "Megatron's sum of gradients",
     "wait_event": "Megatron's sum of gradients",
+    "eot_token_id": "lm-evaluation-harness",
+    "_loglikelihood_tokens": "lm-evaluation-harness",
+    "loglikelihood_rolling": "lm-evaluation-harness",
+    "generate_until": "lm-evaluation-harness",
 }
 LONG = 40  # characters of a literal that must not stand in two files
 

@@ -30,6 +30,7 @@ DECIDING = """
     learn.maskpro.initial_logit learn.maskpro.samples
     evaluate.protocol evaluate.text evaluate.window evaluate.max_tokens evaluate.masks evaluate.bos
     evaluate.compare_tokens
+    tasks.names tasks.include tasks.limit tasks.shots tasks.folder
     data.bos
     export.mask export.weights export.out
 """

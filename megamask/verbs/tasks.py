@@ -1,0 +1,157 @@
+"""The verb tasks: accuracy of the dense model and of every mask on tasks of
+lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megamask import storage
+from megamask.config import Config
+from megamask.data.bos import before_document
+from megamask.data.tokenizer import TextTokenizer, load_tokenizer
+from megamask.errors import ConfigError
+from megamask.evaluate.loaded_model import LoadedModel
+from megamask.evaluate.loglikelihood import Score, Scorer, megatron_score, transformers_score
+from megamask.evaluate.rows import DENSE
+from megamask.model.build import DTYPES
+from megamask.parallel.mesh import Mesh, choose_device, start
+from megamask.prepare.run_inputs import RunInputs
+from megamask.process.place import this_place
+from megamask.report.tasks_table import tasks_table
+from megamask.terminal import tell
+from megamask.verbs.evaluate import find_masks
+from megamask.weights.architecture import Architecture, read_architecture
+
+if TYPE_CHECKING:
+    from megamask.evaluate.harness import LoadedTasks
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> None:
+    """Score the tasks, write ``tasks.json`` and ``tasks.md`` to the run folder, and print the
+    table.
+
+    Raises:
+        MegamaskError: lm-eval is not installed; a task, its data, weights or masks are missing or
+            do not fit; found before the model is loaded.
+    """
+    if find_spec("lm_eval") is None:
+        raise ConfigError(
+            "tasks.names",
+            config.tasks.names,
+            "needs the package lm-eval, which is not installed",
+            "Install it: pip install -c constraints.txt -e '.[eval]'.",
+        )
+    inputs = RunInputs(config)
+    run_dir = inputs.paths.run_dir
+    storage.require_writable(run_dir)
+    results = _of_folder(inputs) if config.tasks.folder else _of_masks(inputs)
+    if this_place().is_main:
+        storage.write_json(run_dir / "tasks.json", results)
+        text = tasks_table(results)
+        with storage.atomic_file(run_dir / "tasks.md") as temporary:
+            temporary.write_text(f"{text}\n", encoding="utf-8")
+        log.info("wrote %s", run_dir / "tasks.json")
+        tell(text)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What all rows share.
+
+    Attributes:
+        config: the settings.
+        tasks: the tasks with their data.
+        tokenizer: text to ids.
+        begin: the ids that a text begins with.
+        positions: the most tokens that the model reads.
+    """
+
+    config: Config
+    tasks: LoadedTasks
+    tokenizer: TextTokenizer
+    begin: list[int]
+    positions: int
+
+    @classmethod
+    def opened(cls, config: Config, arch: Architecture) -> _Session:
+        """With the data of all tasks."""
+        from megamask.evaluate.harness import load_tasks
+
+        tokenizer = replace(load_tokenizer(config), model_vocab=arch.vocab)
+        begin = before_document(config, tokenizer)
+        tokenizer.check_ids(tokenizer.vocab_size - 1, tokenizer.name)
+        return cls(config, load_tasks(config.tasks), tokenizer, begin, arch.max_positions)
+
+    def row(
+        self, name: str, score: Score, device: torch.device, mesh: Mesh | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Task -> metric -> value."""
+        from megamask.evaluate.harness import HarnessModel
+
+        section = self.config.parallel
+        multiple = section.tp if section.sequence_parallel and mesh else 1
+        longest = self.positions // multiple * multiple
+        batch = self.config.evaluate.micro_batch
+        scorer, begin = Scorer(score, device, longest, batch, multiple, mesh), time.perf_counter()
+        found = self.tasks.run(HarnessModel(scorer, self.tokenizer, self.begin))
+        if mesh is None or mesh.is_main:
+            log.info("%-18s %.1f s", name, time.perf_counter() - begin)
+        return found
+
+    def facts(self, program: str) -> dict[str, Any]:
+        """How the tasks were measured."""
+        return {
+            "harness": version("lm-eval"),
+            "program": program,
+            "dtype": self.config.dtype,
+            "bos": "before each text" if self.begin else "none",
+            "tokenizer": Path(self.tokenizer.name).name,
+            "tokenizer_sha256": self.tokenizer.fingerprint,
+            **self.tasks.facts(),
+        }
+
+
+def _of_masks(inputs: RunInputs) -> dict[str, Any]:
+    """The rows of the converted model, dense first, and of its masks."""
+    config = inputs.config
+    masks = find_masks(inputs)
+    inputs.layout.check_model(inputs.arch)
+    session = _Session.opened(config, inputs.arch)
+    with start(config) as mesh:
+        mesh.require_same("masks to score", list(masks))
+        model, found = LoadedModel(config, inputs.paths, inputs.arch, mesh), {}
+        for name, each in {DENSE: None, **masks}.items():
+            model.use(each)
+            found[name] = session.row(name, megatron_score(model.model), mesh.device, mesh)
+    return {"tasks": found, "protocol": session.facts("Megatron-Core")}
+
+
+def _of_folder(inputs: RunInputs) -> dict[str, Any]:
+    """The rows of the dense folder and of ``tasks.folder``, both in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    config, folder = inputs.config, Path(str(inputs.config.tasks.folder))
+    if this_place().world > 1:
+        allowed = "one process: transformers runs the folder on one device"
+        raise ConfigError("tasks.folder", str(folder), allowed, "Start it without torchrun.")
+    archs = {
+        path: read_architecture(path, config.model.ignore_keys)
+        for path in (inputs.paths.hf, folder)
+    }
+    session, found = _Session.opened(config, archs[folder]), {}
+    device = choose_device(config.device)
+    for name, path in {DENSE: inputs.paths.hf, folder.name: folder}.items():
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[config.dtype])
+        found[name] = session.row(name, transformers_score(model.eval().to(device)), device)
+    return {"tasks": found, "protocol": session.facts("transformers")}

@@ -1,0 +1,26 @@
+from megamask.report.tasks_table import tasks_table
+
+EXPECTED = """\
+| method       |  piqa | piqa norm |  race | wiki word_perplexity |  mean |
+| ------------ | ----: | --------: | ----: | -------------------: | ----: |
+| dense        | 70.00 |     71.25 | 40.00 |                11.25 | 55.00 |
+| learned mask | 65.00 |         – | 35.50 |                    – | 50.25 |
+
+Accuracies in percent; norm: log-likelihoods divided by the bytes of the answer.
+
+Protocol: harness 0.4.13, documents piqa 1,838"""
+
+
+def test_rows_and_columns_are_in_the_order_of_the_results() -> None:
+    results = {
+        "tasks": {
+            "dense": {
+                "piqa": {"acc": 0.7, "acc_norm": 0.7125},
+                "race": {"acc": 0.4},
+                "wiki": {"word_perplexity": 11.25},
+            },
+            "learned": {"piqa": {"acc": 0.65}, "race": {"acc": 0.355}, "wiki": {}},
+        },
+        "protocol": {"harness": "0.4.13", "documents": {"piqa": 1838}},
+    }
+    assert tasks_table(results) == EXPECTED
