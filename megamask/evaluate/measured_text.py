@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megamask.config import Config
 from megamask.data.bos import description
-from megamask.data.heldout import evaluated_domains, evaluation_windows
+from megamask.data.heldout import evaluation_windows
 from megamask.data.published_text import PROTOCOLS, published_text
-from megamask.data.shards import Shards, read_shards
-from megamask.data.split import TRAIN
 from megamask.data.tokenizer import load_tokenizer
 from megamask.data.windows import NO_TARGET, Windows
-from megamask.masks.file import MaskSet
 from megamask.prepare.run_inputs import RunInputs
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,37 +62,6 @@ def measured_text(inputs: RunInputs) -> MeasuredText:
         "text_sha256": text.sha256,
     }
     return _measured(config, windows, facts, about)
-
-
-def warn_of_learned_text(inputs: RunInputs, masks: Mapping[str, MaskSet]) -> None:
-    """Warn of masks that were made from other training text than the shards hold now: documents
-    that are held out today may be among it. Mask files of before do not name their text.
-
-    Raises:
-        ArtifactError: shards are missing or torn.
-    """
-    config, folder = inputs.config, inputs.paths.shards
-    for domain in () if config.evaluate.is_published else evaluated_domains(config):
-        shards = read_shards(folder / domain)
-        for name, found in masks.items():
-            if not _was_made_from(found.meta, domain, shards):
-                said = "%s was made from other text of %s than %s holds now: documents that are "
-                said += "held out may be among it"
-                log.warning(said, name, domain, shards.folder)
-
-
-def _was_made_from(meta: Mapping[str, Any], domain: str, shards: Shards) -> bool:
-    """Whether the header of a mask file names the training text of the shards, or none."""
-    learned = _inner(meta, "data", "text_sha256", domain)
-    calibrated = _inner(meta, "data", "calibration", "shards_sha256", domain)
-    is_learned = learned in (None, shards.content_sha256(TRAIN))
-    return is_learned and calibrated in (None, shards.digests(TRAIN))
-
-
-def _inner(value: Any, *keys: str) -> Any:
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def _measured(

@@ -15,6 +15,7 @@ from megamask.masks.margins import Margins
 from megamask.model.checkpoint import read_note
 from megamask.prepare.content import Content
 from megamask.prepare.layout import Layout, check_positions
+from megamask.prepare.learned_text import warn_of_learned_text
 from megamask.prepare.prior_mask import description, load_prior
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture, read_architecture
@@ -151,6 +152,8 @@ class LearnInputs(RunInputs):
         self.layout.check_linears(self.config, self.arch, self.modules, self.pattern)
         _ = self.content
         self.check_text()
+        if self.prior is not None:
+            warn_of_learned_text(self.config, {f"the prior {self.prior_method}": self.prior})
 
 
 def _check_top_k(config: Config, arch: Architecture) -> None:

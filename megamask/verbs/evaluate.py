@@ -9,12 +9,13 @@ from megamask import storage
 from megamask.config import Config
 from megamask.data.heldout import evaluated_domains
 from megamask.errors import ConfigError
-from megamask.evaluate.measured_text import measured_text, warn_of_learned_text
+from megamask.evaluate.measured_text import measured_text
 from megamask.evaluate.rows import DENSE, Rows, by_quantity, facts_beside, log
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks, own_weights
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import check_positions, evaluated_length
+from megamask.prepare.learned_text import warn_of_learned_text
 from megamask.prepare.run_inputs import RunInputs
 from megamask.report.results_table import format_table
 from megamask.terminal import tell
@@ -39,7 +40,8 @@ def run(config: Config) -> None:
     inputs.layout.check_model(inputs.arch)
     check_positions(config, inputs.arch, (length,))
     text = measured_text(inputs)
-    warn_of_learned_text(inputs, masks)
+    if not config.evaluate.is_published:
+        warn_of_learned_text(config, masks)
     beside = facts_beside(paths, masks, text)
     with start(config) as mesh:
         mesh.require_same("masks to evaluate", list(masks))

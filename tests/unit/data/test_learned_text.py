@@ -1,4 +1,4 @@
-"""What evaluate says of masks whose training text is not that of the shards of today."""
+"""What is said of masks whose training text is not the training text of the shards of today."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 from megamask.config import Config, run_paths
 from megamask.data.heldout import calibration_description
 from megamask.data.shards import read_shards
-from megamask.evaluate.measured_text import warn_of_learned_text
 from megamask.masks.file import MaskSet, load_masks, save_masks
-from megamask.prepare.run_inputs import RunInputs
+from megamask.prepare.learned_text import warn_of_learned_text
 from megamask.verbs import tokenize
 
 
@@ -42,19 +41,14 @@ def test_masks_of_other_text_are_named(
         "of before": made_from(tmp_path, "old", {"blend": {"a": 1.0}}),
         "foreign": made_from(tmp_path, "foreign", ["text_sha256"]),
     }
-    inputs = RunInputs(config)
     with caplog.at_level(logging.WARNING):
-        warn_of_learned_text(inputs, masks)
+        warn_of_learned_text(config, masks)
         assert not caplog.messages
         # the same text under another share: documents that were learned from are held out now
         values = config.model_dump()
         values["data"]["domains"]["b"]["heldout"] = 0.5
         again = Config.model_validate(values)
         tokenize.run(again)
-        warn_of_learned_text(RunInputs(again), masks)
+        warn_of_learned_text(again, masks)
         told = [message.partition(" of b than ")[0] for message in caplog.messages]
         assert told == [f"{name} was made from other text" for name in ("learned", "wanda")]
-        caplog.clear()
-        values["evaluate"]["protocol"] = "wikitext2-2048"  # measures on other text
-        warn_of_learned_text(RunInputs(Config.model_validate(values)), masks)
-        assert not caplog.messages
