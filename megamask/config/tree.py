@@ -81,11 +81,11 @@ class ParallelSection(Section):
     )
     first_step_minutes: Annotated[int, Field(ge=1, le=100_000)] = free(
         10,
-        description="how long the first step of a start may take, and each batch of the evaluation "
-        "before it; kernels are compiled meanwhile",
+        description="how long a micro-batch may take in the first step of a start, and in the "
+        "evaluation before it; kernels are compiled meanwhile",
     )
     timeout_minutes: Annotated[int, Field(ge=1, le=100_000)] = free(
-        30, description="how long a rank waits for the others later, and for the end of a step"
+        30, description="how long a rank waits for the others later, and for a micro-batch"
     )
     threads: int | None = free(
         None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,10 @@ class BatchPlan:
     So the split into replicas and accumulations changes neither the batch nor the number of a
     micro-batch, which is part of the key of its noise.
 
+    Attributes:
+        before_each: called before each micro-batch of this replica is read: a step may take long, a
+            micro-batch may not.
+
     Raises:
         ConfigError: global_batch is not a multiple of micro_batch x replicas.
     """
@@ -30,6 +34,7 @@ class BatchPlan:
     micro_batch: int
     replicas: int
     replica: int
+    before_each: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         check_batch(self.global_batch, self.micro_batch, self.replicas)
@@ -43,6 +48,7 @@ class BatchPlan:
     def micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield this replica's (number j within the step, int64 tokens_BS, int64 labels_BS)."""
         for accumulation in range(self.accumulations):
+            self.before_each()
             number = accumulation * self.replicas + self.replica
             first = step * self.global_batch + number * self.micro_batch
             samples = [self.dataset[first + row] for row in range(self.micro_batch)]

@@ -40,7 +40,12 @@ class Run:
         # text: to learn from, and held out
         self.windows = monitor_windows(config)
         self.plan = BatchPlan(
-            method.samples(config), learn.global_batch, learn.micro_batch, mesh.dp, mesh.dp_rank
+            method.samples(config),
+            learn.global_batch,
+            learn.micro_batch,
+            mesh.dp,
+            mesh.dp_rank,
+            self._expect_progress,
         )
         # model and learner
         self.masked_model = build_masked_model(inputs, mesh)
@@ -135,16 +140,20 @@ class Run:
         self._show("learning")
 
     def _show(self, state: State) -> None:
-        """Write the heartbeat, and start the time of the watchdog anew.
+        """Write the heartbeat, and start the time of the watchdog anew."""
+        if self.mesh.is_main:
+            step, steps = self.progress.step, self.config.learn.steps
+            heartbeat = Heartbeat(state, step, steps, utc_now(), self.holder, self.mesh.world)
+            heartbeat.write(self.paths.learn)
+        self._expect_progress()
 
-        A network that the settings of a job do not fit shows in the first step, so the time up to
-        its end is short. One process waits for nobody, and its steps may take any time.
+    def _expect_progress(self) -> None:
+        """Start the time of the watchdog anew.
+
+        A network that the settings of a job do not fit shows in the first step, so the times up to
+        its end are short. One process waits for nobody, and its steps may take any time.
         """
         step, parallel = self.progress.step, self.config.parallel
-        if self.mesh.is_main:
-            steps, world = self.config.learn.steps, self.mesh.world
-            heartbeat = Heartbeat(state, step, steps, utc_now(), self.holder, world)
-            heartbeat.write(self.paths.learn)
         if self.mesh.world > 1:
             what, minutes = f"progress after step {step}", parallel.timeout_minutes
             if step == self.first_step:

@@ -26,12 +26,12 @@ def step_by_number(
     dataset: Any, step: int, micro_batch: int, replicas: int
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    signs: list[None] = []
     for replica in range(replicas):
-        plan = BatchPlan(
-            dataset, global_batch=12, micro_batch=micro_batch, replicas=replicas, replica=replica
-        )
+        signs.clear()
+        plan = BatchPlan(dataset, 12, micro_batch, replicas, replica, lambda: signs.append(None))
         batches = list(plan.micro_batches(step))
-        assert len(batches) == plan.accumulations == 12 // (micro_batch * replicas)
+        assert len(signs) == len(batches) == plan.accumulations == 12 // (micro_batch * replicas)
         assert [number for number, _, _ in batches] == [
             a * replicas + replica for a in range(plan.accumulations)
         ]
