@@ -55,12 +55,20 @@ def run(words: list[str], folder: str, moment: int, log: str) -> int:
 
 def run_limited(words: list[str], limit: int) -> int:
     """Run the command line ``words`` where no file may have more than ``limit`` bytes, as on a disk
-    that becomes full.
+    that becomes full. What it says is written at the end, without a limit.
     """
+    import io
     import resource
+    from contextlib import redirect_stderr, redirect_stdout
 
     from megamask.__main__ import main
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return main(words)
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        code = main(words)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    print(said.getvalue())
+    return code

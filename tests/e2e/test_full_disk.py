@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.program import RECIPE
-from tests.e2e.test_kills import AFTER_LEARNING, MADE
+from tests.e2e.test_kills import AFTER_LEARNING, MADE, make_inputs, words_of
 from tests.fork_server import ROOT, child_environment, fork_server
 
 Settings = Callable[[Path], list[str]]
-# words -> bytes that a file may have, and the output that does not fit; what the verb says and
-# writes before fits, so that the error is that of the output
+# words -> bytes that a file may have, and the output that does not fit; what the verb writes before
+# fits, so that the error is that of the output
 LIMITS = {
     "convert": (16_384, "weights"),
     "tokenize": (2_048, "shards/prose"),
@@ -23,27 +22,32 @@ LIMITS = {
     "prune prune.methods=[magnitude]": (10_240, "masks/magnitude.safetensors"),
     "prune prune.methods=[sparsegpt_update]": (16_384, "weights-sparsegpt_update"),
     "export": (65_536, "export"),
-    "reorder {run}/reordered": (65_536, "reordered"),
     "report": (4_096, "pictures"),
 }
-
-NIGHTLY = ("reorder {run}/reordered",)  # writes its folder as export does
+AT_NIGHT = {
+    "reorder": (65_536, "reordered"),
+    "evaluate": (512, "results.json"),
+    "extract": (4_096, "out.safetensors"),
+    "import": (4_096, "out.safetensors"),
+    "plan": (512, "plan.json"),
+    "diff": (512, "d.json"),
+}
 
 
 @pytest.mark.parametrize(
-    "words",
-    [pytest.param(words, marks=[pytest.mark.nightly] * (words in NIGHTLY)) for words in LIMITS],
+    "words", [*LIMITS, *(pytest.param(words, marks=pytest.mark.nightly) for words in AT_NIGHT)]
 )
 def test_a_verb_on_a_full_disk(
     words: str, settings: Settings, prepared: Path, general: Path, tmp_path: Path
 ) -> None:
+    (limit, output), (verb, *more) = (LIMITS | AT_NIGHT)[words], words.split()
     run_dir = tmp_path / "run"
-    (limit, output), (verb, *more) = LIMITS[words], words.format(run=run_dir).split()
     shutil.copytree(general if verb in AFTER_LEARNING else prepared, run_dir)
     for name in MADE[verb] if verb != "learn" else ():
         shutil.rmtree(run_dir / name, ignore_errors=True)
     environment = child_environment()
-    line = [verb, "--config", str(RECIPE), *settings(run_dir), *more]
+    make_inputs(verb, tmp_path, prepared)
+    line = [*words_of(verb, settings(run_dir), run_dir, tmp_path), *more]
     with tempfile.TemporaryFile("w+") as said:
         child = fork_server(environment).call(
             "tests.e2e.killing:run_limited", line, limit,
