@@ -13,7 +13,7 @@ import torch
 
 from megamask.sparsity.pattern import Pattern
 
-ROUNDS = 60  # at most; docs/log.md has the gain over rounds
+ROUNDS = 60  # at most
 IDLE = 3  # times M rounds without a swap end a search
 WORTH = 1e-6  # a swap gains at least this share of a group's loss; fp32 sums are good to about 1e-7
 SEED = 0  # of the channel that a group gives away in a round
