@@ -61,11 +61,11 @@ class SamplingSection(Section):
         (1.0, 0.05), description="temperature: first and last"
     )
     noise: float = each_step(
-        1.0,
+        0.0,
         ge=0,
         le=100,
-        description="factor on the Gumbel noise of every draw: 1 as MaskLLM, 0 the masks of the "
-        "logits alone, which need no random numbers",
+        description="factor on the Gumbel noise of every draw: 1 as MaskLLM (and by default with "
+        "categorical and maskpro), 0 the masks of the logits alone, which need no random numbers",
     )
     logit_std: Positive = Field(
         0.01, description="standard deviation of the initial logits, and the prior's unit"

@@ -22,6 +22,7 @@ MASKLLM: dict[str, Any] = {
             "kappa": [100.0, 500.0],
             "tau": [4.0, 0.05],
             "logit_std": 0.01,
+            "noise": 1.0,
             "initial_noise": True,
         },
         "prior": {"mask": "sparsegpt", "strength": 3.0, "margins": False},
@@ -38,15 +39,15 @@ MASKLLM: dict[str, Any] = {
 }
 
 # The defaults of the tree are the settings that did best on SmolLM2-135M in short runs
-# (docs/results/learners.md): one logit per weight; a start from the prior alone and nearly hard
-# masks soon, because a short run has no time to undo random flips; a weight-norm term that fades,
-# so that the language-model loss decides at the end; a rate that fits the number of steps; a
-# warm-up; and an epsilon with which small gradients move logits less.
+# (docs/results/learners.md): one logit per weight; a start from the prior alone, masks without
+# noise and nearly hard masks soon, because a short run has no time to undo random flips; a
+# weight-norm term that fades, so that the language-model loss decides at the end; a rate that fits
+# the number of steps; a warm-up; and an epsilon with which small gradients move logits less.
 BEST: dict[str, Any] = {}
 
 # MaskPro draws hard masks and starts from the prior alone.
 _MASKPRO_SAMPLING: dict[str, Any] = {
-    "sampling": {"mode": "hard", "initial_noise": False},
+    "sampling": {"mode": "hard", "noise": 1.0, "initial_noise": False},
     "prior": {"margins": False},
 }
 
@@ -86,7 +87,10 @@ LEANEST: dict[str, Any] = {
     }
 }
 
-METHOD_SETTINGS: dict[str, dict[str, Any]] = {"maskpro": {"learn": _MASKPRO_SAMPLING}}
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "categorical": {"learn": {"sampling": {"noise": 1.0}}},  # MaskLLM's; 0 was tried with subset
+    "maskpro": {"learn": _MASKPRO_SAMPLING},
+}
 PRESETS: dict[str, dict[str, Any]] = {"best": BEST, "maskllm": MASKLLM, "maskpro": MASKPRO}
 MEMORIES: dict[str, dict[str, Any]] = {"default": {}, "lean": LEAN, "leanest": LEANEST}
 # setting of learn -> its names -> what a name stands for; a later setting lies above an earlier

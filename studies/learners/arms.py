@@ -23,6 +23,7 @@ GUMBEL: Settings = {
     "sampling.draws": "micro_batch",
     "sampling.kappa": [100, 500],
     "sampling.tau": [1, 0.05],
+    "sampling.noise": 1,
     "sampling.initial_noise": False,
     "prior.mask": "sparsegpt",
     "prior.strength": 3,

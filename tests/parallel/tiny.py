@@ -79,7 +79,7 @@ def make_run(folder: Path) -> Path:
 # The paper's start, from noise and a prior: masks move within a few steps.
 PAPER = {
     "method": "categorical",
-    "sampling": {"tau": (4, 0.05), "initial_noise": True},
+    "sampling": {"tau": (4, 0.05), "noise": 1.0, "initial_noise": True},
     "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 0, "epsilon": (1e-8, 0)},
     "weight_norm": (1e-5, 1e-5),
 }

@@ -26,10 +26,11 @@ COMMON = (
     "learn.snapshot.every=50",
     "parallel.threads=1",
     "learn.prior.margins=false",
+    "learn.sampling.noise=1",
 )
 METHODS: dict[str, tuple[str, ...]] = {
     "subset": (),
-    "subset_graded": ("learn.prior.margins=true",),
+    "subset_graded": ("learn.prior.margins=true", "learn.sampling.noise=0"),
     "subset_one_draw": ("learn.sampling.draws=step",),
     "subset_lean": ("learn.memory=lean",),
     "subset_leanest": ("learn.memory=leanest", "learn.optimizer.lr=5e-3"),

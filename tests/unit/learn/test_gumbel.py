@@ -26,7 +26,9 @@ def test_a_step_draws_what_the_settings_say() -> None:
     sample = sample_of(load_config(None, words), 5)
     assert sample == Sample(NoiseKey(5, 5), 300.0, sample.tau, hard=True, noise=0.25)
     assert sample.tau == pytest.approx(0.525, rel=1e-15)
-    assert sample_of(load_config(), 0).noise == 1
+    assert sample_of(load_config(), 0).noise == 0
+    for method in ("categorical", "maskpro"):
+        assert sample_of(load_config(None, [f"learn.method={method}"]), 0).noise == 1
 
 
 def test_weight_norm_is_constant_or_falls_to_zero() -> None:

@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 def one_step(draws: str | int) -> tuple[GradientResult, list[torch.Tensor]]:
     """What the first step measured, and the gradients at the logits of every layer."""
-    sampling = {"backend": "numba", "draws": draws}
+    sampling = {"backend": "numba", "draws": draws, "noise": 1.0}
     learn: dict[str, Any] = {"micro_batch": 1, "global_batch": MICRO_BATCHES, "sampling": sampling}
     config = tiny_config(learn)
     with tiny_masked_model(config) as (mesh, masked_model):
