@@ -15,6 +15,7 @@ KERNEL_TESTS = (
     "tests/unit/sparsity/kernels/triton_subset_checks.py",
     "tests/unit/model/fused/fused_checks.py",
     "tests/unit/optim/rounding_triton_checks.py",
+    "tests/unit/learn/maskpro/score_triton_checks.py",
 )
 # M = 16 and 32 are left out: a backward kernel of 8:16 takes minutes of a CPU to compile.
 KERNELS_OF_A_LEASE = "not 8-16 and not 2-32"

@@ -116,7 +116,12 @@ class GradientMethod(Method):
         return per_group, per_group / run.pattern.m
 
     def trial_update(
-        self, config: Config, site: Site, logits: torch.Tensor, gradient: torch.Tensor
+        self,
+        config: Config,
+        site: Site,
+        logits: torch.Tensor,
+        gradient: torch.Tensor,
+        backend: str,
     ) -> TrialUpdate | None:
         """A step of the optimizer, whose kernels give the bits of plain PyTorch on CPUs. On CUDA
         PyTorch's roots and products may round otherwise, and a code or bf16 become its neighbour.

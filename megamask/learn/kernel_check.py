@@ -15,6 +15,7 @@ import torch
 
 from megamask.config import Config
 from megamask.errors import ConfigError
+from megamask.learn.method import TrialUpdate
 from megamask.learn.methods import find_method
 from megamask.model.build import DTYPES
 from megamask.parallel.mesh import Mesh
@@ -80,12 +81,12 @@ def sampling_problem(config: Config, site: Site, device: torch.device, backend: 
         ConfigError: a kernel left the CUDA context unusable, so that nothing runs on it any more.
     """
     try:
-        found = _pass(config, site, device, backend)
+        found = results(config, site, device, backend)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the errors of kernels come late
     except Exception as error:  # a compiler's, a driver's or our own
         return _survived(error, device, backend)
-    for name, plain in _pass(config, site, device, "torch").items():
+    for name, plain in results(config, site, device, "torch").items():
         off, scale = _distance(found[name], plain)
         if not off <= (0 if name in EXACT else ALLOWED * scale):
             return f"{name}: {off:.3g} off, of {scale:.3g}"
@@ -127,8 +128,7 @@ def update_problem(config: Config, site: Site, device: torch.device, backend: st
     Raises:
         ConfigError: as ``sampling_problem``.
     """
-    logits, _, gradient = _tensors(config, site, device)
-    update = find_method(config.learn.method).trial_update(config, site, logits, gradient)
+    update = trial_update(config, site, device, backend)
     if update is None:
         return ""
     try:
@@ -147,7 +147,18 @@ def update_problem(config: Config, site: Site, device: torch.device, backend: st
     return ""
 
 
-def _pass(
+def trial_update(
+    config: Config, site: Site, device: torch.device, backend: str
+) -> TrialUpdate | None:
+    """The update of the logits of a layer, with which ``update_problem`` compares; None where it is
+    not compiled.
+    """
+    logits, _, gradient = _tensors(config, site, device)
+    method = find_method(config.learn.method)
+    return method.trial_update(config, site, logits, gradient, backend)
+
+
+def results(
     config: Config, site: Site, device: torch.device, backend: str
 ) -> dict[str, torch.Tensor]:
     """What the kernels make of a layer, by name: masked weight, sums, hard codes and gradient of

@@ -131,7 +131,12 @@ class Method(ABC):
         return 0
 
     def trial_update(
-        self, config: Config, site: Site, logits: torch.Tensor, gradient: torch.Tensor
+        self,
+        config: Config,
+        site: Site,
+        logits: torch.Tensor,
+        gradient: torch.Tensor,
+        backend: str,
     ) -> TrialUpdate | None:
         """An update of the logits of one layer; None where a run updates in plain PyTorch.
 
@@ -140,6 +145,7 @@ class Method(ABC):
             site: pattern and place of the layer.
             logits: (O, L, G), on the device of the run.
             gradient: of the logits, which a method without a backward pass leaves aside.
+            backend: that draws the masks of the run.
         """
         return None
 

@@ -33,7 +33,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,9 +42,8 @@ from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
 from megamask.learn.learner import StepResult
 from megamask.learn.masked_model import MaskedModel
-from megamask.learn.maskpro import score, score_numba
 from megamask.learn.maskpro.samples import InitialLosses, numbers_of
-from megamask.learn.maskpro.score import choose_score, sample_of
+from megamask.learn.maskpro.score import add_scores_of, choose_score, sample_of
 from megamask.parallel.mask_context import Measured, RunningSample
 from megamask.parallel.masked_linear import MaskedLinear, folded_in_turn
 from megamask.parallel.mesh import Mesh
@@ -139,9 +137,8 @@ class MaskPro:
         for linear in self.masked_model.linears.values():
             assert linear.mask_logits is not None
             key = NoiseKey(self.config.seed, step).of(linear.parameter_id)
-            _arithmetic(linear).add_scores(
-                linear.mask_logits, linear.site, key, coefficients, self.score
-            )
+            add_scores = add_scores_of(linear.backend)
+            add_scores(linear.mask_logits, linear.site, key, coefficients, self.score)
         loss, size = fmean(losses_K), math.sqrt(fmean(one * one for one in advantages_K))
         return PolicyResult(
             lm_loss=loss,
@@ -241,10 +238,3 @@ def _set_logits(linear: MaskedLinear, mask_OI: torch.Tensor, kept: float) -> Non
     linear.mask_logits.copy_(
         mask_OI.unflatten(1, (-1, linear.site.pattern.m)).transpose(1, 2)
     ).mul_(kept)
-
-
-def _arithmetic(linear: MaskedLinear) -> ModuleType:
-    """The module with ``add_scores`` whose draws are those of the forward pass."""
-    if linear.backend == "numba":
-        return score_numba
-    return score

@@ -11,7 +11,7 @@ from megamask.config.learn_tree import LearnSection
 from megamask.data.blend import train_dataset
 from megamask.errors import ConfigError
 from megamask.learn.maskpro.samples import Reused
-from megamask.learn.maskpro.score import choose_score
+from megamask.learn.maskpro.score import add_scores_of, choose_score
 from megamask.learn.method import (
     HARD_CODES,
     LOGITS,
@@ -110,20 +110,21 @@ class PolicyMethod(Method):
         return drawn + int(section.baseline == "hard_mask" or section.samples is None)
 
     def trial_update(
-        self, config: Config, site: Site, logits: torch.Tensor, gradient: torch.Tensor
+        self,
+        config: Config,
+        site: Site,
+        logits: torch.Tensor,
+        gradient: torch.Tensor,
+        backend: str,
     ) -> TrialUpdate | None:
-        """The change that the scores of two drawn masks make. The compiled update, which is for
-        CPUs, rounds otherwise than plain PyTorch.
+        """The change that the scores of two drawn masks make. The kernels round otherwise than
+        plain PyTorch.
         """
-        if logits.device.type != "cpu":
-            return None
-        from megamask.learn.maskpro import score, score_numba
-
         kind = choose_score(config.learn.maskpro.score, site.pattern)
 
-        def make(use_numba: bool) -> list[torch.Tensor]:
+        def make(use_kernels: bool) -> list[torch.Tensor]:
             changed = logits.clone()
-            add_scores = score_numba.add_scores if use_numba else score.add_scores
+            add_scores = add_scores_of(backend if use_kernels else "torch")
             add_scores(changed, site, NoiseKey(0, 1), (0.5, -1.0), kind)
             return [changed - logits]
 

@@ -39,8 +39,10 @@ Shapes: O out_features, I in_features, G groups per row, M group size. mask_logi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
+from typing import TypeAlias, cast
 
 import torch
 
@@ -48,6 +50,8 @@ from megamask.errors import ConfigError
 from megamask.sparsity.draw import Sample, Site, scores
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
+
+AddScores: TypeAlias = Callable[[torch.Tensor, Site, NoiseKey, Sequence[float], str], None]
 
 MAX_SET = 4  # N up to which the probability of a set is summed over its orders
 # A drawn logit's distance, in nats, from the largest of the others, held in the range where fp32
@@ -155,6 +159,13 @@ def score_of(
         if kind == "ordered"
         else set_score(logits_OMG, rank < n, n)
     )
+
+
+def add_scores_of(backend: str) -> AddScores:
+    """The ``add_scores`` whose draws are those of a forward pass with this backend."""
+    name = {"numba": "score_numba", "triton": "score_triton"}.get(backend, "score")
+    module = import_module(f"{__package__}.{name}")
+    return cast(AddScores, module.add_scores)
 
 
 @torch.no_grad()

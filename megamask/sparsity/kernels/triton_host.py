@@ -63,7 +63,7 @@ class TritonSampler:
             dtype=torch.float32,
         )
         first = 0
-        for block, here in _blocks(site):
+        for block, here in blocks_of(site):
             programs = cut.programs(block.rows)
             launch(
                 kernels.forward,
@@ -77,8 +77,8 @@ class TritonSampler:
                 block.rows,
                 groups,
                 sums.shape[1],
-                *_place(block, site),
-                *_noise(sample),
+                *place_arguments(block, site),
+                *noise_arguments(sample),
                 float(sample.kappa),
                 **kernels.constants,
                 BITS=_bits(weight),
@@ -105,7 +105,7 @@ class TritonSampler:
         kernels, buffer = self.kernels_of(site.pattern, logits.device), sink.buffer
         gradient = torch.empty_like(logits) if buffer is None else buffer.contiguous()
         cut = Cut.of(logits.shape[0], logits.shape[-1], kernels.groups_a_thread)
-        for block, here in _blocks(site):
+        for block, here in blocks_of(site):
             launch(
                 kernels.backward,
                 cut.programs(block.rows),
@@ -116,8 +116,8 @@ class TritonSampler:
                 words[here],
                 block.rows,
                 logits.shape[-1],
-                *_place(block, site),
-                *_noise(sample),
+                *place_arguments(block, site),
+                *noise_arguments(sample),
                 float(sink.norm_coef),
                 **kernels.constants,
                 BITS=_bits(weight),
@@ -199,7 +199,7 @@ def launch(kernel: Any, programs: int, on: torch.Tensor, *arguments: Any, **cons
         kernel[(programs,)](*arguments, **constants, **OPTIONS)
 
 
-def _blocks(site: Site) -> Iterator[tuple[RowBlock, slice]]:
+def blocks_of(site: Site) -> Iterator[tuple[RowBlock, slice]]:
     """Row blocks with the local rows that they cover."""
     for block in site.placement.blocks:
         yield block, slice(block.start, block.start + block.rows)
@@ -220,11 +220,11 @@ def _bits(tensor: torch.Tensor) -> int:
     return 8 * tensor.element_size()
 
 
-def _place(block: RowBlock, site: Site) -> tuple[int, int, int]:
+def place_arguments(block: RowBlock, site: Site) -> tuple[int, int, int]:
     return block.global_start, site.placement.first_group, site.placement.groups_in_row
 
 
-def _noise(sample: Sample) -> tuple[int, int, int, int, float, float]:
+def noise_arguments(sample: Sample) -> tuple[int, int, int, int, float, float]:
     """The key, kappa / tau and noise / tau, in the order of the kernels' arguments."""
     key, slope, scale = sample.key, sample.kappa / sample.tau, sample.noise / sample.tau
     return key.seed, key.step, key.parameter, key.micro_batch, slope, scale

@@ -46,7 +46,7 @@ def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
 
 
 @triton.jit
-def _ranks(values, M: tl.constexpr):
+def ranks_of(values, M: tl.constexpr):
     """How many positions come before each, the largest first, the earlier of equals first."""
     ranks = ()
     for j in tl.static_range(M):
@@ -61,7 +61,7 @@ def _ranks(values, M: tl.constexpr):
 
 
 @triton.jit
-def _not_finite(values, M: tl.constexpr):
+def not_finite(values, M: tl.constexpr):
     """0, or NaN in a group with a value that is not finite."""
     bad = values[0] - values[0]
     for j in tl.static_range(1, M):
@@ -72,7 +72,7 @@ def _not_finite(values, M: tl.constexpr):
 @triton.jit
 def _factors(scores, ranks, N: tl.constexpr, M: tl.constexpr):
     """u + v z of every position, for the sets of K."""
-    middle = _not_finite(scores, M)
+    middle = not_finite(scores, M)
     for j in tl.static_range(M):
         middle += tl.where((ranks[j] == N - 1) | (ranks[j] == N), 0.5 * scores[j], 0.0)
     u, v = (), ()
@@ -195,7 +195,7 @@ def _covariances(u, v, d, N: tl.constexpr, M: tl.constexpr):
 @triton.jit
 def _hard(scores, ranks, N: tl.constexpr, M: tl.constexpr):
     """1 for the N largest, else 0; NaN in a group with a score that is not finite."""
-    bad, masks = _not_finite(scores, M), ()
+    bad, masks = not_finite(scores, M), ()
     for j in tl.static_range(M):
         masks = masks + (tl.where(ranks[j] < N, 1.0, 0.0) + bad,)
     return masks
@@ -205,7 +205,7 @@ def _hard(scores, ranks, N: tl.constexpr, M: tl.constexpr):
 def _statistics(pis, kappa, N: tl.constexpr, M: tl.constexpr):
     """Bits of the N largest logits, int32, and the probability of that set without noise."""
     K: tl.constexpr = N if 2 * N <= M else M - N
-    ranks, hard_codes, scores = _ranks(pis, M), tl.zeros(pis[0].shape, tl.int32), ()
+    ranks, hard_codes, scores = ranks_of(pis, M), tl.zeros(pis[0].shape, tl.int32), ()
     for j in tl.static_range(M):
         hard_codes = hard_codes | ((ranks[j] < N).to(tl.int32) << j)
         scores = scores + (kappa * pis[j],)
@@ -255,7 +255,7 @@ def forward(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
         scores = scores_of(pis, named, slope, noise_scale, NOISE, M)
-        ranks = _ranks(scores, M)
+        ranks = ranks_of(scores, M)
         if HARD:
             masks = _hard(scores, ranks, N, M)
         else:
@@ -309,7 +309,7 @@ def backward(
             (global_row + o) * groups_in_row + first_group + g, parameter, micro_batch, seed, step
         )
         scores = scores_of(pis, named, slope, noise_scale, NOISE, M)
-        ranks = _ranks(scores, M)
+        ranks = ranks_of(scores, M)
         u, v = _factors(scores, ranks, N, M)
         masks = _hard(scores, ranks, N, M) if HARD else _marginals(u, v, N, M)
         dmasks = mask_gradients(

@@ -11,15 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import step
-from benchmarks.gpu.lease_parts import MASKS, PARTS, Situation
 from benchmarks.gpu.move_cache import move_cache
-from benchmarks.gpu.whole_model import candidates
-from benchmarks.lab import read_config
-from megamask.config import Config, load_config
-from megamask.learn.methods import find_method
-from megamask.model.build import DTYPES
-from megamask.optim.optimizers import find_rule
 
 REPO = Path(__file__).resolve().parents[3]
 PROGRAM = "benchmarks.gpu.compile_kernels"
@@ -86,35 +78,3 @@ def test_a_copied_cache_is_empty_to_triton_until_its_lists_are_moved(
     }
     (other / "KEY" / "k.cubin").unlink()
     assert move_cache(other) == 0
-
-
-def test_the_kernels_of_every_part_that_learns_are_compiled() -> None:
-    """A part with other dtypes or masks than ``USES`` names would compile during the lease."""
-    from benchmarks.gpu.compile_kernels import BF16, FP32, UPDATES, USES
-
-    def update_of(config: Config) -> set[object]:
-        kind, state = config.learn.optimizer.kind, config.learn.state
-        has_kernels = find_rule(kind).has_kernels(state.logits)
-        return {(kind, state.logits, state.grads)} if has_kernels else set()
-
-    def uses_of(config: Config) -> set[object]:
-        learn = config.learn
-        assert learn.sampling.mode == "soft" and config.dtype == "bf16"
-        assert f"{find_method(learn.method).distribution.name}/{config.pattern}" in MASKS
-        logits, several = DTYPES[learn.state.logits], learn.global_batch > learn.micro_batch
-        if learn.sampling.draws == "step":
-            sums = FP32 if several and learn.state.grads == "fp32" else BF16
-            return {(logits, sums, True)}
-        return {(logits, BF16, replace) for replace in (True, False)}
-
-    configs: list[Config] = []
-    for part in PARTS:
-        command = part.command(Situation("cuda", REPO)) or []
-        if set(command) & {f"benchmarks.{one}" for one in ("step", "plan", "memory", "gpu.repeat")}:
-            configs.append(read_config(step.read_options(command[command.index("-m") + 2 :])))
-    for settings in candidates():  # of the part whole-model
-        batch = ["learn.micro_batch=1", "learn.global_batch=2", "dtype=bf16"]
-        configs.append(load_config(None, [*batch, *settings]))
-    configs.append(load_config(REPO / Situation.recipe, []))  # of the part real-model
-    assert set().union(*map(uses_of, configs)) == set(USES)
-    assert set().union(*map(update_of, configs)) == set(UPDATES)

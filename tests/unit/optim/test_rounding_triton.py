@@ -31,16 +31,19 @@ PROGRAM = """
 from unittest.mock import patch
 
 import torch
-from benchmarks.gpu import compile_kernels
+from benchmarks.gpu import learning_kernels
+from benchmarks.gpu.compile_kernels import compiling
+from benchmarks.gpu.learning_kernels import NoiseKey, Shape, update
+from megamask.config import load_config
 
-with compile_kernels.compiling(90) as compiled:
+config = load_config(None, ["learn.memory=lean"])
+with compiling(90) as compiled:
     for number in range(2):
-        compile_kernels.KEY = compile_kernels.NoiseKey(*[2**31 * number + 1] * 4)
+        learning_kernels.KEY = NoiseKey(*[2**31 * number + 1] * 4)
         for columns in (4096, 8192):
-            layer = compile_kernels.Layer("subset/2:4", 4096 + number, columns, blocks=1)
-            compile_kernels.update(layer, "adamw", "bf16", "bf16")
+            update(config, Shape(4096 + number, columns))
     with patch.object(torch, "ones", lambda shape: torch.zeros(8)[1]):
-        compile_kernels.update(layer, "adamw", "bf16", "bf16")
+        update(config, Shape(4096 + number, columns))
 (kernel,) = compiled
 code = kernel.asm["ptx"]
 assert "sqrt.rn.f32" in code and "div.rn.f32" in code

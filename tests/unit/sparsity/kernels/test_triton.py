@@ -52,6 +52,7 @@ def test_the_kernels(interpret: str) -> None:
         "no:cacheprovider",
         str(HERE / "triton_checks.py"),
         str(HERE / "triton_subset_checks.py"),
+        str(HERE.parents[1] / "learn" / "maskpro" / "score_triton_checks.py"),
         TRITON_INTERPRET=interpret,
     )
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
@@ -92,7 +93,8 @@ def test_helpers_that_look_alike_are_seen() -> None:
 def test_growth_and_spilling_are_seen() -> None:
     """The comparison itself, in a process in which triton is not yet interpreted."""
     program = (
-        "from tests.unit.sparsity.kernels.triton_compile import grown\n"
+        "from tests.unit.sparsity.kernels.triton_compile import grown as of\n"
+        "def grown(m, found, known): return of(m, found, known, 128)\n"
         "known = {'registers': 40, 'spilled': 0, 'instructions': 300}\n"
         "assert grown(4, {'registers': 44, 'spilled': 0, 'instructions': 330}, known) == []\n"
         "assert grown(4, {'registers': 45, 'spilled': 0, 'instructions': 300}, known)\n"
