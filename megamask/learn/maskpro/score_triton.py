@@ -35,7 +35,7 @@ from megamask.sparsity.kernels.triton_tiles import (
     tile,
 )
 from megamask.sparsity.noise import NoiseKey
-from megamask.sparsity.subset.k_subset_triton import not_finite, ranks_of
+from megamask.sparsity.subset.triton_polynomials import not_finite, ranks_of
 
 _LEAST, _MOST = tl.constexpr(LEAST), tl.constexpr(MOST)
 LOWEST = tl.constexpr(-1.0e30)  # below every logit; finite, so that differences are no NaN

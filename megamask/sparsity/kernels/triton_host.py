@@ -57,7 +57,7 @@ class TritonSampler:
         out, kernels = _words(masked, site), self.kernels_of(site.pattern, logits.device)
         rows, _, groups = logits.shape
         hard_codes = logits.new_empty((rows, groups) if statistics else 0, dtype=site.code_dtype)
-        cut = Cut.of(rows, groups, kernels.groups_a_thread)
+        cut = Cut.of(rows, groups, *kernels.sharing)
         sums = logits.new_empty(
             (2, sum(cut.programs(block.rows) for block in site.placement.blocks)),
             dtype=torch.float32,
@@ -104,7 +104,7 @@ class TritonSampler:
         words, grads = _words(weight, site), _words(grad, site)
         kernels, buffer = self.kernels_of(site.pattern, logits.device), sink.buffer
         gradient = torch.empty_like(logits) if buffer is None else buffer.contiguous()
-        cut = Cut.of(logits.shape[0], logits.shape[-1], kernels.groups_a_thread)
+        cut = Cut.of(logits.shape[0], logits.shape[-1], *kernels.sharing)
         for block, here in blocks_of(site):
             launch(
                 kernels.backward,
@@ -136,7 +136,7 @@ class TritonSampler:
         logits = mask_logits.detach().contiguous()
         rows, _, groups = logits.shape
         kernels = self.kernels_of(site.pattern, logits.device)
-        cut = Cut.of(rows, groups, kernels.groups_a_thread)
+        cut = Cut.of(rows, groups, *kernels.sharing)
         hard_codes = logits.new_empty((rows, groups), dtype=site.code_dtype)
         sums = logits.new_empty(cut.programs(rows), dtype=torch.float32)
         launch(
@@ -164,7 +164,7 @@ class Cut(NamedTuple):
     tiles: int
 
     @classmethod
-    def of(cls, rows: int, groups: int, groups_a_thread: int = 1) -> Cut:
+    def of(cls, rows: int, groups: int, groups_a_thread: int = 1, threads_a_group: int = 1) -> Cut:
         """The widest tile that leaves at most a sixteenth of a row's threads idle at its end, else
         the tile that leaves the fewest. Few widths serve all layers: each width is a compile.
 
@@ -172,10 +172,11 @@ class Cut(NamedTuple):
             rows: of the layer.
             groups: of a row.
             groups_a_thread: of the kernels, in a layer with many groups.
+            threads_a_group: of the kernels.
         """
         is_big = rows * groups >= MANY_GROUPS
         several = groups_a_thread if is_big else 1
-        size = THREADS * several
+        size = THREADS * several // threads_a_group
         covered = {width: -(-groups // width) * width for width in WIDTHS if width <= size}
         enough = [width for width, threads in covered.items() if 16 * threads <= 17 * groups]
         cols = enough[0] if enough else min(covered, key=lambda width: covered[width])

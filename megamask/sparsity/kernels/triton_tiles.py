@@ -24,6 +24,7 @@ class Kernels(NamedTuple):
         groups_a_thread: how many groups a thread of a big layer holds in registers at once. Four
             groups of 2:4 share the index arithmetic and are read as 128 bits. Wide groups leave
             registers for one only.
+        threads_a_group: how many threads share a group.
     """
 
     forward: Any
@@ -32,6 +33,12 @@ class Kernels(NamedTuple):
     constants: dict[str, Any]
     statistics_constants: dict[str, Any]
     groups_a_thread: int = 1
+    threads_a_group: int = 1
+
+    @property
+    def sharing(self) -> tuple[int, int]:
+        """(groups_a_thread, threads_a_group)."""
+        return self.groups_a_thread, self.threads_a_group
 
 
 # Arguments that must not make Triton compile again when they change.
@@ -212,15 +219,16 @@ def score_of(pi, word, slope, noise_scale):
 
 
 @triton.jit
-def scores_of(pis, named, slope, noise_scale, NOISE: tl.constexpr, C: tl.constexpr):
+def scores_of(pis, named, slope, noise_scale, NOISE: tl.constexpr, C: tl.constexpr, first_block=0):
     """(kappa pi + noise g) / tau of C logits a group, with slope = kappa / tau and noise_scale =
-    noise / tau. Without NOISE, for noise 0, no word and no logarithm is computed.
+    noise / tau. Without NOISE, for noise 0, no word and no logarithm is computed. ``first_block``
+    is a fourth of the number of the first logit in its group.
     """
     scores = ()
     if NOISE:
         words = ()
         for block in tl.static_range((C + 3) // 4):
-            words = words + word_block(named, block)
+            words = words + word_block(named, first_block + block)
         for c in tl.static_range(C):
             scores = scores + (score_of(pis[c], words[c], slope, noise_scale),)
     else:

@@ -1,13 +1,8 @@
 """Fused sampling of the k-subset distribution for Triton: gumbel_softmax_triton.py with the
 positions of a group in the place of its candidates.
 
-k_subset.py has the maths. Positions are unrolled: all of a group is in the registers of one thread.
-A polynomial is a tuple of coefficients from degree 0 on. ``sums`` (of w(S) d(S)) starts at degree
-1, because the coefficient of the empty set is 0. K = min(N, M - N).
-
-A helper that takes two tuples is told the length of the first. Triton 3.6 names a helper's code by
-the types of its arguments in a row, without the borders of tuples: a call with tuples of one and
-two would meet the code for tuples of two and one.
+k_subset.py has the maths, triton_polynomials.py its polynomials. Positions are unrolled: all of a
+group is in the registers of one thread. K = min(N, M - N).
 
 Shapes: O rows, G groups per row, M group size, I = G * M.
 """
@@ -23,7 +18,6 @@ from megamask.sparsity.kernels.triton_tiles import (
     CHANGING,
     Kernels,
     counter,
-    exp,
     first_tile,
     mask_gradients,
     mask_positions,
@@ -34,120 +28,38 @@ from megamask.sparsity.kernels.triton_tiles import (
     tile,
 )
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.subset import k_subset_halved_triton
+from megamask.sparsity.subset.triton_polynomials import (
+    coefficient,
+    factors_of,
+    hard_masks,
+    middle_of,
+    not_finite,
+    product_of,
+    ranks_of,
+    suffixes_of,
+    sums_times,
+    times,
+)
 
+UNROLLED = 8  # up to so many positions, a thread has registers for a group
 FEW = 4  # up to so many positions, a thread has registers for four groups
 
 
 def kernels_of(pattern: Pattern, device: torch.device) -> Kernels:
-    """The kernels for this pattern."""
+    """The kernels for this pattern: of this file, or those that halve a group."""
+    if pattern.m > UNROLLED and pattern.m % 8 == 0:
+        return k_subset_halved_triton.kernels_of(pattern, device)
     shape = {"N": pattern.n, "M": pattern.m}
     several = 4 if pattern.m <= FEW else 1
     return Kernels(forward, backward, mask_statistics, shape, shape, several)
 
 
 @triton.jit
-def ranks_of(values, M: tl.constexpr):
-    """How many positions come before each, the largest first, the earlier of equals first."""
-    ranks = ()
-    for j in tl.static_range(M):
-        before = tl.zeros(values[j].shape, tl.int32)
-        for i in tl.static_range(M):
-            if i < j:
-                before += (values[i] >= values[j]).to(tl.int32)
-            if i > j:
-                before += (values[i] > values[j]).to(tl.int32)
-        ranks = ranks + (before,)
-    return ranks
-
-
-@triton.jit
-def not_finite(values, M: tl.constexpr):
-    """0, or NaN in a group with a value that is not finite."""
-    bad = values[0] - values[0]
-    for j in tl.static_range(1, M):
-        bad += values[j] - values[j]
-    return bad
-
-
-@triton.jit
-def _factors(scores, ranks, N: tl.constexpr, M: tl.constexpr):
-    """u + v z of every position, for the sets of K."""
-    middle = not_finite(scores, M)
-    for j in tl.static_range(M):
-        middle += tl.where((ranks[j] == N - 1) | (ranks[j] == N), 0.5 * scores[j], 0.0)
-    u, v = (), ()
-    for j in tl.static_range(M):
-        distance = scores[j] - middle
-        small = exp(-tl.abs(distance))
-        u = u + (tl.where(distance > 0, small, 1.0),)
-        v = v + (tl.where(distance > 0, 1.0, small),)
-    if 2 * N > M:
-        u, v = v, u
-    return u, v
-
-
-@triton.jit
-def _times(poly, u, v, K: tl.constexpr):
-    """``poly`` times u + v z, without what exceeds K."""
-    product = (u * poly[0],)
-    for c in tl.static_range(1, len(poly)):
-        product = product + (tl.fma(u, poly[c], v * poly[c - 1]),)
-    if len(poly) <= K:
-        product = product + (v * poly[len(poly) - 1],)
-    return product
-
-
-@triton.jit
-def _sums_times(poly, sums, u, v, d, K: tl.constexpr, LENGTH: tl.constexpr):
-    """The sums with one more position; LENGTH is that of ``poly``."""
-    product = ()
-    for c in tl.static_range(1, LENGTH + 1):
-        if c <= K:
-            term = d * poly[c - 1]
-            if c > 1:
-                term = tl.fma(d, poly[c - 1], sums[c - 2])
-            term = v * term
-            if c <= len(sums):
-                term = tl.fma(u, sums[c - 1], term)
-            product = product + (term,)
-    return product
-
-
-@triton.jit
-def _coefficient(a, b, degree: tl.constexpr, FIRST: tl.constexpr, like, LENGTH: tl.constexpr):
-    """That of z^degree in a b; the degrees of ``b`` start at FIRST, and LENGTH is that of ``a``."""
-    total = tl.zeros(like.shape, tl.float32)
-    for c in tl.static_range(LENGTH):
-        if degree - c >= FIRST and degree - c < len(b) + FIRST:
-            total = tl.fma(a[c], b[degree - c - FIRST], total)
-    return total
-
-
-@triton.jit
-def _whole(u, v, K: tl.constexpr, M: tl.constexpr):
-    """Coefficient of z^K in the product of all factors: the sum over all sets."""
-    product = (tl.full(u[0].shape, 1.0, tl.float32),)
-    for j in tl.static_range(M):
-        product = _times(product, u[j], v[j], K)
-    return product[K]
-
-
-@triton.jit
-def _suffixes(u, v, K: tl.constexpr, M: tl.constexpr):
-    """Products of the last 0 .. M - 1 factors."""
-    suffix = (tl.full(u[0].shape, 1.0, tl.float32),)
-    found = (suffix,)
-    for j in tl.static_range(1, M):
-        suffix = _times(suffix, u[M - j], v[M - j], K)
-        found = found + (suffix,)
-    return found
-
-
-@triton.jit
 def _marginals(u, v, N: tl.constexpr, M: tl.constexpr):
     """Probability that each position is kept."""
     K: tl.constexpr = N if 2 * N <= M else M - N
-    suffixes = _suffixes(u, v, K, M)
+    suffixes = suffixes_of(u, v, K, M)
     # the same for every position: the sum over all sets
     part = 1.0 / tl.fma(v[0], suffixes[M - 1][K - 1], u[0] * suffixes[M - 1][K])
     prefix = (tl.full(u[0].shape, 1.0, tl.float32),)
@@ -156,11 +68,11 @@ def _marginals(u, v, N: tl.constexpr, M: tl.constexpr):
         suffix = suffixes[M - 1 - j]
         if 2 * N <= M:
             masks = masks + (
-                v[j] * _coefficient(prefix, suffix, K - 1, 0, u[0], len(prefix)) * part,
+                v[j] * coefficient(prefix, suffix, K - 1, 0, u[0], len(prefix)) * part,
             )
         else:
-            masks = masks + (u[j] * _coefficient(prefix, suffix, K, 0, u[0], len(prefix)) * part,)
-        prefix = _times(prefix, u[j], v[j], K)
+            masks = masks + (u[j] * coefficient(prefix, suffix, K, 0, u[0], len(prefix)) * part,)
+        prefix = times(prefix, u[j], v[j], K)
     return masks
 
 
@@ -168,37 +80,28 @@ def _marginals(u, v, N: tl.constexpr, M: tl.constexpr):
 def _covariances(u, v, d, N: tl.constexpr, M: tl.constexpr):
     """Covariance of each position's presence with the sum of d over the set."""
     K: tl.constexpr = N if 2 * N <= M else M - N
-    suffixes, last = _suffixes(u, v, K, M), ()
+    suffixes, last = suffixes_of(u, v, K, M), ()
     tails = (last,)
     for j in tl.static_range(1, M):
         after = suffixes[j - 1]
-        last = _sums_times(after, last, u[M - j], v[M - j], d[M - j], K, len(after))
+        last = sums_times(after, last, u[M - j], v[M - j], d[M - j], K, len(after))
         tails = tails + (last,)
     part = 1.0 / tl.fma(v[0], suffixes[M - 1][K - 1], u[0] * suffixes[M - 1][K])
     prefix, sums = (tl.full(u[0].shape, 1.0, tl.float32),), ()
     found = ()
     for j in tl.static_range(M):
         suffix, tail = suffixes[M - 1 - j], tails[M - 1 - j]
-        a = _coefficient(prefix, suffix, K - 1, 0, part, len(prefix))
-        b = _coefficient(prefix, suffix, K, 0, part, len(prefix))
-        qa = _coefficient(suffix, sums, K - 1, 1, part, len(suffix))
-        qa += _coefficient(prefix, tail, K - 1, 1, part, len(prefix))
-        qb = _coefficient(suffix, sums, K, 1, part, len(suffix))
-        qb += _coefficient(prefix, tail, K, 1, part, len(prefix))
+        a = coefficient(prefix, suffix, K - 1, 0, part, len(prefix))
+        b = coefficient(prefix, suffix, K, 0, part, len(prefix))
+        qa = coefficient(suffix, sums, K - 1, 1, part, len(suffix))
+        qa += coefficient(prefix, tail, K - 1, 1, part, len(prefix))
+        qb = coefficient(suffix, sums, K, 1, part, len(suffix))
+        qb += coefficient(prefix, tail, K, 1, part, len(prefix))
         difference = tl.fma(qa, b, -(qb * a))
         found = found + ((v[j] * part) * (u[j] * part) * tl.fma(d[j] * a, b, difference),)
-        sums = _sums_times(prefix, sums, u[j], v[j], d[j], K, len(prefix))
-        prefix = _times(prefix, u[j], v[j], K)
+        sums = sums_times(prefix, sums, u[j], v[j], d[j], K, len(prefix))
+        prefix = times(prefix, u[j], v[j], K)
     return found
-
-
-@triton.jit
-def _hard(scores, ranks, N: tl.constexpr, M: tl.constexpr):
-    """1 for the N largest, else 0; NaN in a group with a score that is not finite."""
-    bad, masks = not_finite(scores, M), ()
-    for j in tl.static_range(M):
-        masks = masks + (tl.where(ranks[j] < N, 1.0, 0.0) + bad,)
-    return masks
 
 
 @triton.jit
@@ -209,8 +112,8 @@ def _statistics(pis, kappa, N: tl.constexpr, M: tl.constexpr):
     for j in tl.static_range(M):
         hard_codes = hard_codes | ((ranks[j] < N).to(tl.int32) << j)
         scores = scores + (kappa * pis[j],)
-    u, v = _factors(scores, ranks, N, M)
-    return hard_codes, 1.0 / _whole(u, v, K, M)
+    u, v = factors_of(scores, middle_of(scores, ranks, N, M), 2 * N > M, M)
+    return hard_codes, 1.0 / product_of(u, v, K, M)[K]
 
 
 @triton.jit(do_not_specialize=CHANGING + ("programs", "kappa"))
@@ -257,9 +160,9 @@ def forward(
         scores = scores_of(pis, named, slope, noise_scale, NOISE, M)
         ranks = ranks_of(scores, M)
         if HARD:
-            masks = _hard(scores, ranks, N, M)
+            masks = hard_masks(ranks, not_finite(scores, M), N, M)
         else:
-            u, v = _factors(scores, ranks, N, M)
+            u, v = factors_of(scores, middle_of(scores, ranks, N, M), 2 * N > M, M)
             masks = _marginals(u, v, N, M)
         squares += mask_positions(masked, weight, masks, o, g, inside, groups, M, BITS)
         if STATISTICS:
@@ -310,8 +213,8 @@ def backward(
         )
         scores = scores_of(pis, named, slope, noise_scale, NOISE, M)
         ranks = ranks_of(scores, M)
-        u, v = _factors(scores, ranks, N, M)
-        masks = _hard(scores, ranks, N, M) if HARD else _marginals(u, v, N, M)
+        u, v = factors_of(scores, middle_of(scores, ranks, N, M), 2 * N > M, M)
+        masks = hard_masks(ranks, not_finite(scores, M), N, M) if HARD else _marginals(u, v, N, M)
         dmasks = mask_gradients(
             grad, weight, masks, norm_coef, o, g, inside, groups, M, BITS, GRAD_BITS
         )

@@ -125,17 +125,18 @@ def learned(config: Config, monkeypatch: pytest.MonkeyPatch) -> set[Shape]:
         linears = list(masked_model.linears.values())
         for linear in linears:
             linear.hard_codes()
-        return {Shape(*linear.weight.shape, linear.stride) for linear in linears}
+        return {Shape(one.weight.shape[0], one.weight.shape[1], one.stride) for one in linears}
 
 
 SUMS: dict[str, Any] = {"draws": 2}
+AT_NIGHT = pytest.mark.nightly
 RUNS = [
-    pytest.param({}, {}, "bf16", id="a draw each"),
-    pytest.param({}, {"draws": "step"}, "bf16", id="one draw"),
+    pytest.param({}, {}, "bf16", id="a draw each", marks=AT_NIGHT),
+    pytest.param({}, {"draws": "step"}, "bf16", id="one draw", marks=AT_NIGHT),
     pytest.param({}, SUMS, "bf16", id="draws of two"),
     pytest.param({}, {"draws": 3, "noise": 0.0}, "bf16", id="draws of three and one, quiet"),
     pytest.param({"method": "categorical", "memory": "lean"}, SUMS, "bf16", id="lean"),
-    pytest.param({"memory": "leanest"}, {}, "bf16", id="leanest"),
+    pytest.param({"memory": "leanest"}, {}, "bf16", id="leanest", marks=AT_NIGHT),
     pytest.param({}, {"mode": "hard"}, "fp32", id="hard, fp32"),
     pytest.param({"method": "maskpro"}, {}, "bf16", id="maskpro"),
     pytest.param(
@@ -143,6 +144,7 @@ RUNS = [
         SUMS,
         "bf16",
         id="bf16 logits, fp32 gradients",
+        marks=AT_NIGHT,
     ),
 ]
 
@@ -168,9 +170,10 @@ def test_what_learning_launches_is_compiled(
 
 @pytest.mark.nightly
 def test_the_same_with_kernels_that_are_interpreted() -> None:
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "draws_of_two or maskpro"]
+    name = test_what_learning_launches_is_compiled.__name__
+    cases = [f"{__file__}::{name}[{one}]" for one in ("draws of two", "maskpro")]
     child = subprocess.run(
-        [sys.executable, *command, __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=REPO,
         capture_output=True,

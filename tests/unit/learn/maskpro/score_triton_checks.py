@@ -21,8 +21,8 @@ from megamask.sparsity.draw import Site
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
-from megamask.sparsity.subset.k_subset_triton import ranks_of
 from megamask.sparsity.subset.subset import SUBSET
+from megamask.sparsity.subset.triton_polynomials import ranks_of
 from tests.unit.sparsity.kernels.triton_checks import AT_NIGHT, DEVICE
 from tests.unit.sparsity.samplers import TRITON
 
@@ -95,7 +95,7 @@ def test_the_score_is_that_of_the_mask_of_the_forward_pass(n: int, kind: str) ->
         assert torch.equal(change[clear] > 0, drawn[clear])
 
 
-@pytest.mark.parametrize(("n", "kind"), [(2, "set"), (2, "ordered")])
+@pytest.mark.parametrize(("n", "kind"), [(2, "set"), pytest.param(2, "ordered", marks=AT_NIGHT)])
 def test_stable_where_a_mask_is_nearly_certain(n: int, kind: str) -> None:
     """Gaps at which exp would overflow fp32 (88), and members that win against all odds."""
     m = 2 * n
@@ -124,7 +124,7 @@ def test_a_shard_has_the_bits_of_the_whole() -> None:
         assert torch.equal(torch.cat(parts, dim), expected)
 
 
-@pytest.mark.parametrize("kind", ["set", "ordered"])
+@pytest.mark.parametrize("kind", ["set", pytest.param("ordered", marks=AT_NIGHT)])
 def test_a_bad_logit_spoils_its_group_and_no_other(kind: str) -> None:
     site, logits = problem(2, 4)
     bad = torch.zeros_like(logits, dtype=torch.bool)
@@ -135,7 +135,7 @@ def test_a_bad_logit_spoils_its_group_and_no_other(kind: str) -> None:
 
 
 @triton.jit
-def late_ranks(values, M: tl.constexpr):  # type: ignore[no-untyped-def]
+def late_ranks(values, M: tl.constexpr):
     """The wrong mask: every position has the rank of the one before."""
     ranks = ranks_of(values, M)
     return (ranks[M - 1], *ranks[: M - 1])

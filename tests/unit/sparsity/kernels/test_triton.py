@@ -76,14 +76,14 @@ def test_helpers_that_look_alike_are_seen() -> None:
     """The helper as it was, and as it is: told the length of its first tuple."""
     program = (
         "from tests.unit.sparsity.kernels.triton_compile import LookAlikes\n"
-        "from megamask.sparsity.subset.k_subset_triton import _coefficient\n"
+        "from megamask.sparsity.subset.triton_polynomials import coefficient\n"
         "import triton.language as tl\n"
         "one, two = ((tl.tensor(None, tl.float32),) * count for count in (1, 2))\n"
         "for told in (False, True):\n"
         "    watch = LookAlikes()\n"
         "    for a, b in ((one, two), (two, one), (one, two)):\n"
         "        length = {'LENGTH': tl.constexpr(len(a))} if told else {}\n"
-        "        watch.see(_coefficient, {'a': a, 'b': b, 'degree': tl.constexpr(0), **length})\n"
+        "        watch.see(coefficient, {'a': a, 'b': b, 'degree': tl.constexpr(0), **length})\n"
         "    assert bool(watch.found) != told, watch.found\n"
     )
     child = run("-c", program, TRITON_INTERPRET="0")

@@ -1,13 +1,13 @@
 """Compile Triton kernels for GPUs that are not here, and compare what the compiler made of them
 with ``compiled.json``: registers and bytes of local memory a thread, and the static instructions of
 the whole program, what comes before the first group included, over the groups that a thread of a
-big layer holds at once. Patterns with wider groups than 4:8 are left out: 8:16 takes minutes a
-kernel.
+big layer holds at once, or times the threads of a group.
 
 Every helper that a kernel calls is watched as well (``LookAlikes``).
 
 python -m tests.unit.sparsity.kernels.triton_compile            2:4, for sm_90
-python -m tests.unit.sparsity.kernels.triton_compile --all      1:4, 2:4 and 4:8, for sm_80, 90, 100
+python -m tests.unit.sparsity.kernels.triton_compile --all      1:4, 2:4 and 4:8, for sm_80, 90 and
+                                                                100, and 8:16, for sm_90
 python -m tests.unit.sparsity.kernels.triton_compile --write    the same, and write compiled.json
 """
 
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -35,6 +36,7 @@ from triton.compiler import ASTSource
 from triton.compiler.code_generator import CodeGenerator
 
 from megamask.learn.maskpro import score_triton
+from megamask.learn.maskpro.score import MAX_SET
 from megamask.sparsity.categorical.categorical import CATEGORICAL
 from megamask.sparsity.draw import Site
 from megamask.sparsity.kernels import triton_host
@@ -58,13 +60,14 @@ ALL = [
     Site(Pattern(4, 8), WHOLE, CATEGORICAL),
     Site(Pattern(4, 8), WHOLE, SUBSET),
 ]
+WIDE = [Site(Pattern(8, 16), WHOLE, SUBSET)]
 CAPABILITIES = (80, 90, 100)
 GROWTH = 1.1  # of registers or instructions that is a failure
 # Bytes of local memory a thread, by M: kernels of four weights keep everything in registers.
-MOST_SPILLED = {4: 0, 8: 16}
+MOST_SPILLED = {4: 0, 8: 16, 16: 16}
 # Registers a thread, by M, for kernels and versions of Triton without a record: a third more than
 # the most that Triton 3.7.1 gives (96 and 120). With 128, four programs fit a multiprocessor.
-MOST_REGISTERS = {4: 128, 8: 160}
+MOST_REGISTERS = {4: 128, 8: 160, 16: 248}
 # The score of a set of 4 of 8 keeps four numbers of each of its 16 subsets.
 MOST_REGISTERS_OF_A_SET = 248
 
@@ -119,7 +122,7 @@ class Variant:
     @property
     def cut(self) -> triton_host.Cut:
         """The tiles of a big layer."""
-        return triton_host.Cut.of(1 << 20, 1024, self.kernels.groups_a_thread)
+        return triton_host.Cut.of(1 << 20, 1024, *self.kernels.sharing)
 
     def chosen(self) -> tuple[Any, dict[str, Any]]:
         """The kernel, and its constants but those of the tiles."""
@@ -268,7 +271,8 @@ def variants(
     for capability in capabilities:
         for site in sites:
             if site.distribution is SUBSET:
-                for kind in ("set", "ordered") if quiet else ("set",):
+                kinds = ("set", "ordered") if quiet else ("set",)
+                for kind in kinds if site.pattern.n <= MAX_SET else ("ordered",):
                     yield ScoreVariant(site, kind, "fp32", False, True, capability)
             for kernel in ("forward", "backward", "mask_statistics"):
                 for logits, flag in (("fp32", False), ("bf16", True)):
@@ -306,7 +310,8 @@ def main(arguments: list[str]) -> int:
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     comparable = record.get("triton") == triton.__version__
     known, wrong, found = record.get("kernels", {}) if comparable else {}, [], {}
-    chosen = variants(ALL, CAPABILITIES) if everything else variants(FEW, (90,), quiet=False)
+    every = chain(variants(ALL, CAPABILITIES), variants(WIDE, (90,)))
+    chosen = every if everything else variants(FEW, (90,), quiet=False)
     look_alikes = LookAlikes()
     for variant in chosen:
         with look_alikes.watching():

@@ -70,6 +70,8 @@ CASES = [  # pattern, dtype of logits, of weight and gradient, draw; the interpr
     *((4, 8, FP32, FP32, draw) for draw in DRAWS),
     (8, 16, FP32, BF16, DRAWS[0]),
     pytest.param(8, 16, BF16, FP32, DRAWS[1], marks=AT_NIGHT),
+    pytest.param(8, 16, FP32, BF16, DRAWS[2], marks=AT_NIGHT),
+    pytest.param(12, 16, FP32, BF16, SCALED[1], marks=AT_NIGHT),
     pytest.param(2, 32, FP32, FP32, DRAWS[2], marks=AT_NIGHT),
 ]
 
@@ -154,14 +156,17 @@ def test_a_wrong_kernel_would_be_seen(change: dict[str, Any]) -> None:
     assert far.double().mean() > 0.5
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
-    _, (grad, pi, w) = problem(4, 8, FP32, BF16)
+HALVED = pytest.param(8, 16, True, marks=AT_NIGHT), pytest.param(8, 16, False, marks=AT_NIGHT)
+
+
+@pytest.mark.parametrize(("n", "m", "hard"), [(4, 8, False), (4, 8, True), *HALVED])
+def test_a_shard_has_the_bits_of_the_whole(n: int, m: int, hard: bool) -> None:
+    _, (grad, pi, w) = problem(n, m, FP32, BF16)
     draw, place = (
         replace(SOFT, hard=hard),
         Placement((RowBlock(0, ROWS, 2**32 // GROUPS - 2),), 0, GROUPS),
     )  # ids pass 2^32 within a row
-    whole = Site(Pattern(4, 8), place, SUBSET)
+    whole = Site(Pattern(n, m), place, SUBSET)
     masked, gradient = (
         TRITON.forward(pi, w, whole, draw).masked,
         TRITON.backward(grad, pi, w, whole, draw, SINK),
@@ -172,7 +177,7 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
         bounds(grad, pi, w, whole, draw, SINK.norm_coef, G_ERROR).masked,
         2.0**-7,
     )
-    rows, groups, inputs = slice(1, 3), slice(3, 14), slice(24, 112)
+    rows, groups, inputs = slice(1, 3), slice(3, 14), slice(3 * m, 14 * m)
     part = Site(
         whole.pattern,
         Placement((RowBlock(0, 2, place.blocks[0].global_start + 1),), 3, GROUPS),
@@ -183,10 +188,10 @@ def test_a_shard_has_the_bits_of_the_whole(hard: bool) -> None:
     assert torch.equal(TRITON.backward(grad[rows, inputs], *some, SINK), gradient[rows, :, groups])
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_a_bad_logit_spoils_its_group_and_no_other(hard: bool) -> None:
-    site, groups = Site(Pattern(2, 4), Placement.whole(8, 8), SUBSET), [(0, 1), (3, 2), (5, 5)]
-    logits, weight = torch.zeros(8, 4, 8, device=DEVICE), torch.ones(8, 32, device=DEVICE)
+@pytest.mark.parametrize(("n", "m", "hard"), [(2, 4, False), (2, 4, True), *HALVED])
+def test_a_bad_logit_spoils_its_group_and_no_other(n: int, m: int, hard: bool) -> None:
+    site, groups = Site(Pattern(n, m), Placement.whole(8, 8), SUBSET), [(0, 1), (3, 2), (5, 5)]
+    logits, weight = torch.zeros(8, m, 8, device=DEVICE), torch.ones(8, 8 * m, device=DEVICE)
     spoiled = torch.zeros(8, 8, dtype=torch.bool, device=DEVICE)
     for (row, group), bad in zip(
         groups, (float("nan"), float("inf"), 1e38), strict=True
@@ -195,13 +200,14 @@ def test_a_bad_logit_spoils_its_group_and_no_other(hard: bool) -> None:
         spoiled[row, group] = True
     draw = Sample(NoiseKey(1, 2), kappa=100.0, tau=1.0, hard=hard)
     masked, (norm, _), _ = TRITON.forward(logits, weight, site, draw)
-    assert torch.equal(masked.isnan(), spoiled.repeat_interleave(4, 1))
+    assert torch.equal(masked.isnan(), spoiled.repeat_interleave(m, 1))
     assert norm.isnan()
     assert torch.equal(TRITON.backward(weight, logits, weight, site, draw).isnan().any(1), spoiled)
 
 
-def test_ties_keep_the_earlier_positions() -> None:
-    site, (_, pi, w) = problem(2, 4)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), pytest.param(8, 16, marks=AT_NIGHT)])
+def test_ties_keep_the_earlier_positions(n: int, m: int) -> None:
+    site, (_, pi, w) = problem(n, m)
     hard_codes, _ = TRITON.mask_statistics(torch.zeros_like(pi), site, 1.0)
     assert torch.equal(site.mask_of(hard_codes), site.pattern.best(torch.zeros_like(w)))
 
