@@ -49,9 +49,15 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """The ids of a text, with a BOS unless ``add_special_tokens`` is False."""
+        """The ids of a text, with a BOS unless ``add_special_tokens`` is False.
+
+        Raises:
+            ArtifactError: the model does not know an id.
+        """
         begin = [] if add_special_tokens is False else self.begin
-        return [*begin, *self.text_tokenizer.encode(string)]
+        ids = [*begin, *self.text_tokenizer.encode(string)]
+        self.text_tokenizer.check_ids(max(ids, default=0), self.text_tokenizer.name)
+        return ids
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = True

@@ -90,7 +90,6 @@ class _Session:
 
         tokenizer = replace(load_tokenizer(config), model_vocab=arch.vocab)
         begin = before_document(config, tokenizer)
-        tokenizer.check_ids(tokenizer.vocab_size - 1, tokenizer.name)
         return cls(config, load_tasks(config.tasks), tokenizer, begin, arch.max_positions)
 
     def row(

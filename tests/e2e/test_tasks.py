@@ -10,9 +10,11 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megamask.errors import ArtifactError
 from tests.e2e.conftest import WORDS
 from tests.e2e.program import here, in_process, refusal
 from tests.e2e.ranks import run_program
@@ -173,6 +175,30 @@ def test_tasks_that_cannot_be_scored_are_refused_before_the_model_is_loaded(
     done = in_process("tasks", *settings(run_dir), f"tasks.include={folder}", *words)
     assert says in refusal(done)
     assert not (run_dir / "tasks.json").exists()
+
+
+@needs_harness
+@pytest.mark.nightly
+def test_ids_that_the_model_does_not_know_are_refused_where_a_text_has_them() -> None:
+    """Tokenizers of text models may have more ids than the model: Gemma 3's has images."""
+    from megamask.data.tokenizer import TextTokenizer
+    from megamask.evaluate.harness import HarnessModel
+
+    tokenizer = TextTokenizer(
+        name="ours",
+        vocab_size=300,
+        eod=2,
+        bos=1,
+        fingerprint="",
+        encode_batch=lambda texts: [[ord(one) for one in text] for text in texts],
+        model_vocab=ord("{"),
+    )
+    scorer: Any = None
+    model = HarnessModel(scorer, tokenizer, [1])
+    assert model.tok_encode("az") == [1, 97, 122]
+    assert model.tok_encode("", add_special_tokens=False) == []
+    with pytest.raises(ArtifactError, match="ours: gives the token id 123"):
+        model.tok_encode("a{")
 
 
 def test_the_missing_package_is_named_first(
