@@ -152,20 +152,39 @@ class CalibrationSection(Section):
     seed: Seed = Field(0, description="seed of the draw")
 
 
-OneShotMethod = Literal["magnitude", "wanda", "ria", "sparsegpt", "sparsegpt_update"]
+MaskOnly = Literal["magnitude", "wanda", "ria", "gblm", "pruner_zero", "sparsegpt", "admm"]
+OneShotMethod = Literal[MaskOnly, "sparsegpt_update", "admm_update"]
 
 
 class PruneSection(Section):
-    """One-shot masks. ``sparsegpt_update`` also writes updated weights, as a comparison."""
+    """One-shot masks. ``sparsegpt_update`` and ``admm_update`` also write updated weights, as a
+    comparison.
+    """
 
     methods: list[OneShotMethod] = Field(
         ["magnitude", "wanda", "sparsegpt", "sparsegpt_update"], description="masks to make"
+    )
+    inputs: Literal["pruned", "dense"] = Field(
+        "pruned",
+        description="inputs of a layer: the outputs of the pruned layers before it, a pass for "
+        "each method; or of the dense layers, one pass for all methods",
     )
     damp: Rate = Field(
         0.01, description="SparseGPT: share of the mean diagonal added to the Hessian"
     )
     block: Annotated[int, Field(ge=1, le=2**20)] = Field(
         128, description="SparseGPT: columns of a lazy update block, a multiple of M"
+    )
+    gradual: Annotated[int, Field(ge=0, le=20)] = Field(
+        15, description="ADMM: steps, of 20, over which the mask thins out; 0 = Wanda's mask"
+    )
+    alpha: Rate = Field(
+        100, description="GBLM: weight of the gradient norm beside the activation norm"
+    )
+    polish: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0,
+        description="sweeps of exchanges within each group, after any method, while the error of "
+        "the outputs falls; masks with updated weights stay as they are",
     )
 
 

@@ -6,9 +6,8 @@ H hidden, T tokens, I in_features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -42,10 +41,22 @@ class HiddenStates:
         ]
         self._rotary = model.rotary_angles(tokens_NS.shape[1])
 
-    def feed(self, layer: torch.nn.Module) -> None:
-        """Run ``layer`` on all samples for its hooks; the hidden states do not change."""
-        for hidden_SBH in self._batches_SBH:
-            self._output(layer, hidden_SBH)
+    def feed(self, layer: torch.nn.Module, linears: Collection[MaskedLinear]) -> None:
+        """Run ``layer`` on all samples for the hooks of its ``linears``; the hidden states do not
+        change. A forward pass ends when all of them have their inputs: nobody reads the output.
+        """
+        waiting: set[MaskedLinear] = set()
+
+        def has_input(linear: MaskedLinear, _: tuple[torch.Tensor, ...]) -> None:
+            waiting.discard(linear)
+            if not waiting:
+                raise _AllHaveInputs
+
+        with _pre_hooks((linear, has_input) for linear in linears):  # after the hooks that count
+            for hidden_SBH in self._batches_SBH:
+                waiting.update(linears)
+                with suppress(_AllHaveInputs):
+                    self._output(layer, hidden_SBH)
 
     def advance(self, layer: torch.nn.Module) -> None:
         """Replace the hidden states by the outputs of ``layer``."""
@@ -57,6 +68,20 @@ class HiddenStates:
             hidden_SBH, attention_mask=None, rotary_pos_emb=self._rotary
         )[0]
         return output_SBH
+
+
+class _AllHaveInputs(Exception):  # noqa: N818 - ends a forward pass, and is no error
+    """Every linear that is counted has seen its input."""
+
+
+@contextmanager
+def _pre_hooks(hooks: Iterable[tuple[MaskedLinear, Callable[..., None]]]) -> Iterator[None]:
+    """Call ``hook(linear, inputs)`` before each linear of ``hooks`` computes inside the block."""
+    with ExitStack() as stack:
+        for linear, hook in hooks:
+            handle = linear.register_forward_pre_hook(hook)  # type: ignore[attr-defined]
+            stack.callback(handle.remove)
+        yield
 
 
 @contextmanager
@@ -74,15 +99,12 @@ def input_stats(
         name: InputStats(whole_in_features(linear, mesh), hessian, mesh.device)
         for name, linear in linears.items()
     }
-    hooks = [
-        _count_inputs(linear, stats[name], mesh, sequence_parallel)
+    hooks = (
+        (linear, _counting(linear, stats[name], mesh, sequence_parallel))
         for name, linear in linears.items()
-    ]
-    try:
+    )
+    with _pre_hooks(hooks):
         yield stats
-    finally:
-        for hook in hooks:
-            hook.remove()
     for sums in stats.values():
         _add_over_ranks(sums, mesh)
 
@@ -92,10 +114,10 @@ def whole_in_features(linear: MaskedLinear, mesh: Mesh) -> int:
     return linear.weight.shape[1] * (mesh.tp if linear.shard_axis == 1 else 1)
 
 
-def _count_inputs(
+def _counting(
     linear: MaskedLinear, stats: InputStats, mesh: Mesh, sequence_parallel: bool
-) -> Any:
-    """Register a hook that adds this rank's share of the tokens to ``stats``.
+) -> Callable[..., None]:
+    """A hook that adds this rank's share of the tokens to ``stats``.
 
     All ranks of a replica see the same tokens, except in front of a column-parallel linear under
     sequence parallel, where each rank sees its own slice.
@@ -110,7 +132,7 @@ def _count_inputs(
             return
         stats.add(x_TI.tensor_split(mesh.tp)[mesh.tp_rank])
 
-    return linear.register_forward_pre_hook(count)  # type: ignore[attr-defined]
+    return count
 
 
 def _add_over_ranks(stats: InputStats, mesh: Mesh) -> None:

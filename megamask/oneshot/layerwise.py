@@ -1,4 +1,5 @@
-"""One-shot pruning layer by layer: the inputs of a layer come from the pruned layers before it.
+"""One-shot pruning layer by layer: the inputs of a layer come from the pruned layers before it or,
+with ``prune.inputs=dense``, from the dense layers.
 
 Shapes: N samples, S sequence, O local out_features, I local in_features.
 """
@@ -9,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +20,7 @@ from megamask.model.language_model import LanguageModel
 from megamask.model.mask_shards import linear_rules, local_shard
 from megamask.oneshot.calibrate import HiddenStates, input_stats
 from megamask.oneshot.criterion import Criterion
-from megamask.oneshot.stats import InputStats
+from megamask.oneshot.stats import GradientStats, Statistics
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.margins import to_codes
@@ -35,7 +36,7 @@ class PrunedShard:
     """The result for this rank's shard of one linear.
 
     Attributes:
-        mask_OI, weight_OI, damp: as of ``Pruned``.
+        mask_OI, weight_OI, damp: as of ``Pruned``. The mask is in host memory.
         margin_codes_OI: the margins of the scores, uint8 (``sparsity.margins.to_codes``), in host
             memory: a byte for each weight of the model would not fit beside it on a small card.
     """
@@ -85,16 +86,34 @@ class PruningJob:
         return ", ".join(linear_rules(self.arch)[name].modules)
 
 
+def passes(config: Config, criteria: Mapping[str, Criterion]) -> list[dict[str, Criterion]]:
+    """The criteria, by method, that ``prune_layerwise`` prunes together.
+
+    Under ``prune.inputs=dense`` all criteria that need statistics of inputs read the same inputs.
+    Otherwise each reads the outputs of its own pruned layers, and has a pass of its own.
+    """
+    shared = {
+        method: one
+        for method, one in criteria.items()
+        if one.needs_stats and config.prune.inputs == "dense"
+    }
+    alone = [{method: one} for method, one in criteria.items() if method not in shared]
+    return [*alone, shared] if shared else alone
+
+
 @torch.no_grad()
 def prune_layerwise(
-    job: PruningJob, criterion: Criterion, tokens_NS: torch.Tensor | None
-) -> dict[str, PrunedShard]:
-    """Prune every linear; returns this rank's shards of masks, updated weights and margins by
-    Megatron name.
+    job: PruningJob,
+    criteria: Mapping[str, Criterion],
+    tokens_NS: torch.Tensor | None,
+    gradients: Mapping[str, GradientStats] | None = None,
+) -> dict[str, dict[str, PrunedShard]]:
+    """Prune every linear by every criterion; returns, by method and Megatron name, this rank's
+    shards of masks, updated weights and margins. At the end all linears are dense again.
 
-    Each layer runs twice on all samples: dense, to collect the statistics of the inputs of its
-    linears, and pruned, to make the inputs of the next layer. At the end all linears are dense
-    again.
+    With the inputs of pruned layers, each layer runs twice on all samples: dense, to collect the
+    statistics of the inputs of its linears, and pruned, to make the inputs of the next layer. With
+    the inputs of dense layers, it runs once, for all criteria.
 
     The layout changes masks only where rounding decides a near-tie. SparseGPT carries such a
     difference along the row and into the layers above. So on a deep model another TP, or another
@@ -102,52 +121,92 @@ def prune_layerwise(
 
     Args:
         job: the model and the linears to prune.
-        criterion: the rule that chooses the masks.
-        tokens_NS: the calibration samples, equal on all ranks; None for a criterion that needs no
-            statistics.
+        criteria: the rules that choose the masks, by method: an entry of ``passes``.
+        tokens_NS: the calibration samples, equal on all ranks; None where no criterion needs
+            statistics of inputs.
+        gradients: this rank's shards of a sweep, by Megatron name; None where no criterion needs
+            gradients.
 
     Raises:
-        ConfigError: inputs are not finite, or damping cannot make a Hessian positive definite; the
-            message names the linear.
+        ConfigError: inputs or gradients are not finite, or damping cannot make a Hessian positive
+            definite; the message names the linear.
     """
+    pruned: dict[str, dict[str, PrunedShard]] = {method: {} for method in criteria}
+    gradients = gradients or {}
+    if not any(one.needs_stats for one in criteria.values()):
+        for name in job.linears:
+            stats = Statistics(gradients=gradients.get(name))
+            _record(pruned, name, _prune_by(job, criteria, name, stats))
+        return pruned
+    assert tokens_NS is not None
     try:
-        if not criterion.needs_stats:
-            return {name: _prune(job, criterion, name, None) for name in job.linears}
-        assert tokens_NS is not None
-        return _prune_on_samples(job, criterion, tokens_NS)
+        _prune_on_samples(job, criteria, tokens_NS, gradients, pruned)
     finally:
         for linear in job.linears.values():
             linear.fold(None)
-
-
-def _prune_on_samples(
-    job: PruningJob, criterion: Criterion, tokens_NS: torch.Tensor
-) -> dict[str, PrunedShard]:
-    """Prune with the statistics of the calibration samples, layer by layer."""
-    config, mesh = job.config, job.mesh
-    states = HiddenStates(job.model, tokens_NS, config.calibration.micro_batch, mesh)
-    layers, pruned, begin = list(job.layers()), {}, time.perf_counter()
-    for number, (layer, own) in enumerate(layers, start=1):
-        # Dense pass: statistics of the inputs of the layer's linears.
-        with input_stats(
-            own, criterion.needs_hessian, mesh, config.parallel.sequence_parallel
-        ) as stats:
-            if own:
-                states.feed(layer)
-        # Prune the linears, then run the pruned layer for the inputs of the next layer.
-        for name, linear in own.items():
-            pruned[name] = _prune(job, criterion, name, stats.pop(name))
-            _use(linear, pruned[name])
-        if number < len(layers):
-            states.advance(layer)
-        if mesh.is_main and (number % -(-len(layers) // LOG_LINES) == 0 or number == len(layers)):
-            log.info("  layer %d/%d  %.1f s", number, len(layers), time.perf_counter() - begin)
     return pruned
 
 
-def _prune(
-    job: PruningJob, criterion: Criterion, name: str, stats: InputStats | None
-) -> PrunedShard:
+def _record(
+    pruned: Mapping[str, dict[str, PrunedShard]], name: str, shards: Mapping[str, PrunedShard]
+) -> None:
+    for method, shard in shards.items():
+        pruned[method][name] = shard
+
+
+def _prune_on_samples(
+    job: PruningJob,
+    criteria: Mapping[str, Criterion],
+    tokens_NS: torch.Tensor,
+    gradients: Mapping[str, GradientStats],
+    pruned: Mapping[str, dict[str, PrunedShard]],
+) -> None:
+    """Prune with the statistics of the calibration samples, layer by layer, into ``pruned``."""
+    config, mesh = job.config, job.mesh
+    states = HiddenStates(job.model, tokens_NS, config.calibration.micro_batch, mesh)
+    dense = config.prune.inputs == "dense"
+    hessian = any(one.needs_hessian for one in criteria.values())
+    layers, begin = list(job.layers()), time.perf_counter()
+    for number, (layer, own) in enumerate(layers, start=1):
+        is_last = number == len(layers)
+        # Dense pass: statistics of the inputs of the layer's linears.
+        with input_stats(own, hessian, mesh, config.parallel.sequence_parallel) as stats:
+            if dense and not is_last:
+                states.advance(layer)
+            elif own:
+                states.feed(layer, own.values())
+        # Prune the linears, then run the pruned layer for the inputs of the next layer.
+        for name, linear in own.items():
+            of_linear = Statistics(stats.pop(name), gradients.get(name))
+            shards = _prune_by(job, criteria, name, of_linear)
+            _record(pruned, name, shards)
+            for shard in shards.values() if not dense else ():  # a single criterion
+                _use(linear, shard)
+        if not dense and not is_last:
+            states.advance(layer)
+        if mesh.is_main and (number % -(-len(layers) // LOG_LINES) == 0 or is_last):
+            log.info("  layer %d/%d  %.1f s", number, len(layers), time.perf_counter() - begin)
+
+
+def _prune_by(
+    job: PruningJob, criteria: Mapping[str, Criterion], name: str, stats: Statistics
+) -> dict[str, PrunedShard]:
+    """Prune one linear by every criterion; an algorithm with updated weights runs once for its
+    mask alone too.
+    """
+    shards: dict[str, PrunedShard] = {}
+    updated: dict[str, PrunedShard] = {}
+    for method, one in sorted(criteria.items(), key=lambda item: not item[1].updates_weight):
+        if one.algorithm in updated:
+            shards[method] = replace(updated[one.algorithm], weight_OI=None)
+            continue
+        shards[method] = _prune(job, one, name, stats)
+        if one.algorithm and one.updates_weight:
+            updated[one.algorithm] = shards[method]
+    return shards
+
+
+def _prune(job: PruningJob, criterion: Criterion, name: str, stats: Statistics) -> PrunedShard:
     """Prune one linear.
 
     Columns depend on each other where there are statistics, and rows do where the criterion says
@@ -155,23 +214,31 @@ def _prune(
     whole.
     """
     linear = job.linears[name]
-    split = stats is not None and linear.shard_axis == 1 and job.mesh.tp > 1
+    split = stats.inputs is not None and linear.shard_axis == 1 and job.mesh.tp > 1
     if criterion.mixes_rows or split:
         return _prune_whole(job, criterion, name, stats)
     return _prune_rows(job, criterion, name, linear.weight.detach(), stats)
 
 
 def _prune_whole(
-    job: PruningJob, criterion: Criterion, name: str, stats: InputStats | None
+    job: PruningJob, criterion: Criterion, name: str, stats: Statistics
 ) -> PrunedShard:
     """Prune the HF linears that are fused into a linear, each as a whole, and keep this rank's
     shards. Every rank gathers the weight and does the same work, so the layout changes no sum.
     """
     mesh, rule = job.mesh, linear_rules(job.arch)[name]
-    weight_OI = rule.join(mesh.gather_over_tp(job.linears[name].weight.detach()))
+
+    def parts(shard_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+        return rule.to_hf(rule.join(mesh.gather_over_tp(shard_OI)))
+
+    stats_of = dict.fromkeys(parts_OI := parts(job.linears[name].weight.detach()), stats)
+    if (gradients := stats.gradients) is not None and criterion.needs_gradients:
+        for hf_name, sum_OI in parts(gradients.sum_square_OI).items():
+            own_rows = replace(gradients, sum_square_OI=sum_OI)
+            stats_of[hf_name] = replace(stats, gradients=own_rows)
     whole = {
-        hf_name.rpartition(".")[0]: _prune_rows(job, criterion, name, part_OI, stats)
-        for hf_name, part_OI in rule.to_hf(weight_OI).items()
+        hf_name.rpartition(".")[0]: _prune_rows(job, criterion, name, part_OI, stats_of[hf_name])
+        for hf_name, part_OI in parts_OI.items()
     }
 
     def own(whole_OI: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -191,7 +258,7 @@ def _prune_rows(
     criterion: Criterion,
     name: str,
     weight_OI: torch.Tensor,
-    stats: InputStats | None,
+    stats: Statistics,
 ) -> PrunedShard:
     """Prune these rows of a linear; a damping that had to be raised is told in the log."""
     settings = job.config.prune
@@ -205,7 +272,7 @@ def _prune_rows(
             pruned.damp,
         )
     codes_OI = to_codes(pruned.score_OI, pruned.mask_OI, job.pattern).cpu()
-    return PrunedShard(pruned.mask_OI, pruned.weight_OI, pruned.damp, codes_OI)
+    return PrunedShard(pruned.mask_OI.cpu(), pruned.weight_OI, pruned.damp, codes_OI)
 
 
 def _use(linear: MaskedLinear, pruned: PrunedShard) -> None:

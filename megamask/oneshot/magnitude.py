@@ -9,7 +9,7 @@ import torch
 
 from megamask.config.tree import PruneSection
 from megamask.oneshot.criterion import Criterion, Pruned
-from megamask.oneshot.stats import InputStats
+from megamask.oneshot.stats import Statistics
 from megamask.sparsity.pattern import Pattern
 
 
@@ -19,7 +19,7 @@ class Magnitude(Criterion):
     def prune(
         self,
         weight_OI: torch.Tensor,
-        stats: InputStats | None,
+        stats: Statistics,
         pattern: Pattern,
         settings: PruneSection,
     ) -> Pruned:

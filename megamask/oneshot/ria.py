@@ -13,7 +13,7 @@ import torch
 
 from megamask.config.tree import PruneSection
 from megamask.oneshot.criterion import Criterion, Pruned
-from megamask.oneshot.stats import InputStats
+from megamask.oneshot.stats import Statistics
 from megamask.sparsity.pattern import Pattern
 
 ACTIVATION_POWER = 0.5  # a of the paper, which takes 0.5 for all its models
@@ -34,7 +34,7 @@ class RIA(Criterion):
     def prune(
         self,
         weight_OI: torch.Tensor,
-        stats: InputStats | None,
+        stats: Statistics,
         pattern: Pattern,
         settings: PruneSection,
     ) -> Pruned:
@@ -44,12 +44,11 @@ class RIA(Criterion):
             ConfigError: m does not divide in_features, there are no tokens, or the inputs are not
                 finite.
         """
-        assert stats is not None
         pattern.groups(weight_OI.shape[1])
         size_OI = weight_OI.detach().float().abs()
         least = torch.finfo(torch.float32).tiny  # a row or column of zeros has importance 0
         column_sum_I = size_OI.sum(0).clamp_min(least)
         row_sum_O = size_OI.sum(1).clamp_min(least)
         relative_OI = size_OI / column_sum_I + size_OI / row_sum_O[:, None]
-        score_OI = relative_OI * stats.mean_square_I.pow(ACTIVATION_POWER / 2)
+        score_OI = relative_OI * stats.of_inputs.mean_square_I.pow(ACTIVATION_POWER / 2)
         return Pruned(pattern.best(score_OI), score_OI)

@@ -19,7 +19,7 @@ import torch
 from megamask.config.tree import PruneSection
 from megamask.errors import ConfigError
 from megamask.oneshot.criterion import Criterion, Pruned
-from megamask.oneshot.stats import InputStats
+from megamask.oneshot.stats import InputStats, Statistics
 from megamask.sparsity.pattern import Pattern
 
 DAMP_STEP = 10.0  # factor by which the damping is raised
@@ -32,6 +32,8 @@ class SparseGPT(Criterion):
     The mask is the same with and without ``update``.
     """
 
+    algorithm = "sparsegpt"
+    reads = ("damp", "block")
     needs_stats = True
     needs_hessian = True
 
@@ -49,14 +51,13 @@ class SparseGPT(Criterion):
     def prune(
         self,
         weight_OI: torch.Tensor,
-        stats: InputStats | None,
+        stats: Statistics,
         pattern: Pattern,
         settings: PruneSection,
     ) -> Pruned:
         """Choose the mask with ``prune.damp`` and ``prune.block``; raises as ``sparsegpt``."""
-        assert stats is not None
-        update = self.updates_weight
-        return sparsegpt(weight_OI, stats, pattern, settings.damp, settings.block, update)
+        damp, block, update = settings.damp, settings.block, self.updates_weight
+        return sparsegpt(weight_OI, stats.of_inputs, pattern, damp, block, update)
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
-"""Streaming statistics of the inputs of a linear over the calibration tokens.
+"""What calibration measures of a linear: streaming statistics of its inputs over the calibration
+tokens, and sums over the gradients of the samples.
 
-Shapes: T tokens, I in_features.
+Shapes: T tokens, O out_features, I in_features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -95,6 +97,72 @@ class InputStats:
             raise ValueError("these statistics were collected without the Hessian")
         _ = self.mean_square_I  # a value that is not finite shows on the diagonal
         return self.sum_outer_II / self.tokens
+
+
+@dataclass(frozen=True)
+class GradientStats:
+    """Gradients of the dense model's loss at the weights of a linear, or at some rows of it.
+
+    Attributes:
+        sum_square_OI: sum over samples of the squared gradient of the sample's mean loss, fp32.
+        samples: number of samples.
+    """
+
+    sum_square_OI: torch.Tensor
+    samples: int
+
+    @property
+    def norm_OI(self) -> torch.Tensor:
+        """The norm of every weight's gradient over the samples, (O, I).
+
+        Raises:
+            ConfigError: a gradient was not finite.
+        """
+        norm_OI = self.sum_square_OI.sqrt()
+        broken = int((~norm_OI.isfinite()).sum())
+        if broken:
+            raise ConfigError(
+                "calibration",
+                f"{broken} of {norm_OI.numel()} gradients",
+                "gradients must be finite on the calibration text, these overflow or are NaN",
+                "Check the model's weights for NaN or inf.",
+            )
+        return norm_OI
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration measured of a linear.
+
+    Attributes:
+        inputs: sums over its inputs; None where no criterion needs them.
+        gradients: sums over the gradients at its weights; None where no criterion needs them.
+    """
+
+    inputs: InputStats | None = None
+    gradients: GradientStats | None = None
+
+    @property
+    def of_inputs(self) -> InputStats:
+        """``inputs``, of a criterion that needs them.
+
+        Raises:
+            ValueError: they were not collected.
+        """
+        if self.inputs is None:
+            raise ValueError("no statistics of the inputs were collected")
+        return self.inputs
+
+    @property
+    def of_gradients(self) -> GradientStats:
+        """``gradients``, of a criterion that needs them.
+
+        Raises:
+            ValueError: they were not collected.
+        """
+        if self.gradients is None:
+            raise ValueError("no gradients were collected")
+        return self.gradients
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from megamask.config.tree import PruneSection
 from megamask.oneshot.criterion import Criterion, Pruned
-from megamask.oneshot.stats import InputStats
+from megamask.oneshot.stats import Statistics
 from megamask.sparsity.pattern import Pattern
 
 
@@ -26,7 +26,7 @@ class Wanda(Criterion):
     def prune(
         self,
         weight_OI: torch.Tensor,
-        stats: InputStats | None,
+        stats: Statistics,
         pattern: Pattern,
         settings: PruneSection,
     ) -> Pruned:
@@ -36,7 +36,6 @@ class Wanda(Criterion):
             ConfigError: m does not divide in_features, there are no tokens, or the inputs are not
                 finite.
         """
-        assert stats is not None
         pattern.groups(weight_OI.shape[1])
-        score_OI = weight_OI.detach().float().abs() * stats.mean_square_I.sqrt()
+        score_OI = weight_OI.detach().float().abs() * stats.of_inputs.mean_square_I.sqrt()
         return Pruned(pattern.best(score_OI), score_OI)

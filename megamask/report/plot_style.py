@@ -46,8 +46,12 @@ METHOD_COLORS = {
     "magnitude": "#7f7f7f",
     "wanda": "#cc79a7",
     "ria": "#56b4e9",
+    "gblm": "#882255",
+    "pruner_zero": "#aa4499",
     "sparsegpt": "#0072b2",
     "sparsegpt_update": "#009e73",
+    "admm": "#332288",
+    "admm_update": "#44aa99",
     "learned": "#d55e00",
 }
 INK = METHOD_COLORS["learned"]

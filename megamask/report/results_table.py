@@ -13,8 +13,12 @@ METHOD_LABELS = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
     "ria": "RIA",
+    "gblm": "GBLM",
+    "pruner_zero": "Pruner-Zero",
     "sparsegpt": "SparseGPT mask",
     "sparsegpt_update": "SparseGPT + weight update",
+    "admm": "ADMM mask",
+    "admm_update": "ADMM + weight update",
     "learned": "learned mask",
 }
 

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,11 @@ from megamask.model.checkpoint import (
     sharded_state,
 )
 from megamask.model.mask_shards import gather_codes, hf_shapes
-from megamask.oneshot.criteria import CRITERIA
-from megamask.oneshot.layerwise import PrunedShard, PruningJob, damping, prune_layerwise
+from megamask.oneshot.criteria import find_criterion
+from megamask.oneshot.criterion import Criterion
+from megamask.oneshot.gradient_sweep import sweep
+from megamask.oneshot.layerwise import PrunedShard, PruningJob, damping, passes, prune_layerwise
+from megamask.oneshot.stats import GradientStats
 from megamask.parallel.mesh import start
 from megamask.prepare.dense_model import load_dense
 from megamask.prepare.layout import check_positions
@@ -39,6 +43,7 @@ from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.margins import to_levels
 
 log = logging.getLogger(__name__)
+MEASURED = ("seconds", "raised_damp")  # of a header's data: what came out, not what was asked for
 
 
 def run(config: Config) -> None:
@@ -54,13 +59,15 @@ def run(config: Config) -> None:
     """
     inputs = RunInputs(config)
     check_early(inputs)
-    recipes = {method: recipe(inputs, method) for method in config.prune.methods}
+    methods: list[str] = [*config.prune.methods]
+    recipes = {method: recipe(inputs, method) for method in methods}
     todo = {method: one for method, one in recipes.items() if not is_done(config, method, one)}
     if not todo and inputs.layout.tp * inputs.layout.dp == 1:
         return
     inputs.layout.check_model(inputs.arch)
     inputs.layout.check_rows(inputs.arch, inputs.modules, inputs.pattern)
-    if any(CRITERIA[method].needs_stats for method in todo):
+    criteria = {method: find_criterion(method, config.prune) for method in methods}
+    if any(criteria[method].needs_text for method in todo):
         check_positions(config, inputs.arch, ("calibration.seq_length",))
     inputs.check_text()
     with start(config) as mesh:
@@ -71,10 +78,15 @@ def run(config: Config) -> None:
         job = PruningJob(
             config, mesh, inputs.arch, inputs.pattern, dense.model.eval(), dense.linears
         )
-        needs_text = any(CRITERIA[method].needs_stats for method in todo)
+        criteria = {method: criteria[method] for method in todo}
+        needs_text = any(one.needs_text for one in criteria.values())
         tokens_NS = calibration_tokens(config) if needs_text else None
-        for method, one in todo.items():
-            prune(job, method, tokens_NS, one, inputs.note)
+        gradients = None
+        if any(one.needs_gradients for one in criteria.values()):
+            assert tokens_NS is not None
+            gradients = sweep(job, tokens_NS)
+        for together in passes(config, criteria):
+            prune(job, together, Measured(tokens_NS, gradients), todo, inputs.note)
 
 
 def check_early(inputs: RunInputs) -> None:
@@ -87,12 +99,13 @@ def check_early(inputs: RunInputs) -> None:
     if not config.prune.methods:
         fix = "Name a method, or leave the verb out."
         raise ConfigError("prune.methods", [], "at least one method", fix)
-    for method in config.prune.methods:
-        CRITERIA[method].check(pattern, config.prune)
-    if any(CRITERIA[method].needs_stats for method in config.prune.methods):
+    criteria = [find_criterion(method, config.prune) for method in config.prune.methods]
+    for one in criteria:
+        one.check(pattern, config.prune)
+    if any(one.needs_text for one in criteria):
         layout.check_lengths(config, ("calibration.seq_length",))
     storage.require_writable(inputs.paths.masks)
-    if any(CRITERIA[method].updates_weight for method in config.prune.methods):
+    if any(one.updates_weight for one in criteria):
         storage.require_writable(inputs.paths.run_dir)
 
 
@@ -105,16 +118,17 @@ def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
         MegamaskError: weights that are missing, ``model.include`` and ``model.exclude`` that do not
             fit the model, or calibration text that is not there.
     """
-    config, criterion = inputs.config, CRITERIA[method]
+    config, criterion = inputs.config, find_criterion(method, inputs.config.prune)
     settings: dict[str, Any] = {
         "fingerprint": inputs.fingerprint,
         "pattern": str(inputs.pattern),
         "linears": inputs.modules,
     }
-    if criterion.needs_stats:
+    if criterion.needs_text:
         settings |= {"dtype": config.dtype, "calibration": calibration_description(config)}
-    if criterion.needs_hessian:
-        settings |= {"damp": config.prune.damp, "block": config.prune.block}
+    if criterion.needs_stats and config.prune.inputs != "pruned":
+        settings["inputs"] = config.prune.inputs  # files of before do not name their inputs
+    settings |= {name: getattr(config.prune, name) for name in criterion.reads}
     plain: dict[str, Any] = json.loads(json.dumps(settings))  # what a file gives back
     return plain
 
@@ -130,15 +144,15 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
         masks = load_masks(path)
         masks.verify()
         found = {
-            **masks.meta["data"],
+            **{key: value for key, value in masks.meta["data"].items() if key not in MEASURED},
             "fingerprint": masks.fingerprint,
             "pattern": str(masks.pattern),
             "linears": list(masks),
         }
-        same = all(found[key] == value for key, value in wanted.items())
+        same = found == wanted
         if same:
             load_margins(path, masks.content_sha256).check_whole()
-        if same and CRITERIA[method].updates_weight:
+        if same and find_criterion(method, config.prune).updates_weight:
             same = storage.read_json(updated / NOTE, "")["recipe"] == wanted
     except (MegamaskError, KeyError, TypeError):  # torn, or written by something else
         same = False
@@ -146,23 +160,46 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
     return same
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the methods of a run share, as far as they need it: the samples and their gradients."""
+
+    tokens_NS: torch.Tensor | None
+    gradients: dict[str, GradientStats] | None
+
+
 def prune(
     job: PruningJob,
-    method: str,
-    tokens_NS: torch.Tensor | None,
-    made_from: dict[str, Any],
+    criteria: Mapping[str, Criterion],
+    measured: Measured,
+    recipes: Mapping[str, dict[str, Any]],
     base: dict[str, Any],
 ) -> None:
-    """Run one method and write its files.
+    """Run the methods of one pass, and write their files."""
+    mesh, begin = job.mesh, time.perf_counter()
+    if mesh.is_main:
+        log.info("%s: %s of %d linears", ", ".join(criteria), job.pattern, len(job.linears))
+    pruned = prune_layerwise(job, criteria, measured.tokens_NS, measured.gradients)
+    seconds = time.perf_counter() - begin
+    for method in criteria:
+        write(job, method, pruned.pop(method), recipes[method], base, seconds)
+
+
+def write(
+    job: PruningJob,
+    method: str,
+    pruned: Mapping[str, PrunedShard],
+    made_from: dict[str, Any],
+    base: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Write the files of one method.
 
     The mask file is written after the updated weights: where it is there, they are whole. The
     margins name the masks that they belong to, so they come last.
     """
     paths, mesh, begin = run_paths(job.config), job.mesh, time.perf_counter()
-    if mesh.is_main:
-        log.info("%s: %s of %d linears", method, job.pattern, len(job.linears))
-    pruned = prune_layerwise(job, CRITERIA[method], tokens_NS)
-    if CRITERIA[method].updates_weight:
+    if find_criterion(method, job.config.prune).updates_weight:
         write_updated(
             job,
             pruned,
@@ -170,7 +207,7 @@ def prune(
             {**base, "method": method, "recipe": made_from},
         )
     shapes, arch = hf_shapes(pruned, job.arch), job.arch
-    bits_of = {name: partial(job.pattern.bits_of, one.mask_OI) for name, one in pruned.items()}
+    bits_of = {name: partial(_bits, job, one) for name, one in pruned.items()}
     bits = gather_codes(bits_of, arch, mesh)
     if mesh.is_main:
         write_masks(
@@ -180,7 +217,7 @@ def prune(
             shapes,
             made_from,
             damping(job, pruned),
-            time.perf_counter() - begin,
+            seconds + time.perf_counter() - begin,
             float16_fingerprints(base),
         )
     _take_part(bits)
@@ -192,6 +229,11 @@ def prune(
         save_margins(paths.margins(method), masks.content_sha256, shapes, levels)
     _take_part(codes)
     mesh.barrier()
+
+
+def _bits(job: PruningJob, one: PrunedShard) -> torch.Tensor:
+    """The mask of a shard as ``Pattern.bits_of`` writes it, (O, G)."""
+    return job.pattern.bits_of(one.mask_OI.to(job.mesh.device))
 
 
 def _take_part(gathered: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -219,7 +261,7 @@ def write_masks(
         made_from["fingerprint"],
         method,
         data=data,
-        updated_weights=CRITERIA[method].updates_weight,
+        updated_weights=find_criterion(method, job.config.prune).updates_weight,
         float16_fingerprints=copies,
     )
     path = run_paths(job.config).mask(method)

@@ -44,6 +44,16 @@ def keep_largest(score_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, fl
     return mask, margin_OI, float(((kept - dropped) / kept).min())
 
 
+def margins_under(score_OI: torch.Tensor, mask_OI: torch.Tensor) -> torch.Tensor:
+    """The distances from the middle between the least kept and the largest removed score of a
+    group, under any mask.
+    """
+    grouped, kept = score_OI.unflatten(1, (-1, GROUP)), mask_OI.unflatten(1, (-1, GROUP))
+    least = torch.where(kept, grouped, torch.inf).amin(-1, keepdim=True)
+    largest = torch.where(kept, -torch.inf, grouped).amax(-1, keepdim=True)
+    return (grouped - (least + largest) / 2).abs().flatten(1)
+
+
 def sparsegpt_textbook(
     weight_OI: torch.Tensor, hessian_II: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
@@ -67,3 +77,75 @@ def sparsegpt_textbook(
         error_O = torch.where(mask_OI[:, column], 0, work_OI[:, column]) / factor_II[column, column]
         work_OI[:, column:] -= error_O[:, None] * factor_II[column, column:]
     return mask_OI, torch.where(mask_OI, work_OI, 0), margin_OI, min(gaps)
+
+
+def admm_textbook(
+    weight_OI: torch.Tensor, gram_II: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Algorithms 1 and 2 of the ADMM paper with its constants: mask, updated weight, margins,
+    smallest gap. The scores are those of the last step that chooses.
+    """
+    eye_II = torch.eye(len(gram_II), dtype=torch.float64)
+    norm_I = gram_II.diagonal().sqrt()
+    gram_II = gram_II / norm_I / norm_I[:, None]
+    gram_II = gram_II + 0.1 * gram_II.diagonal().mean() * eye_II
+    w_OI = weight_OI.double() * norm_I
+    goal_OI, inverse_II = w_OI @ gram_II, torch.linalg.inv(gram_II + eye_II)
+    dual_OI, gaps = torch.zeros_like(w_OI), []
+    for step in range(1, 21):
+        if step <= 15:
+            size_OI = (w_OI + dual_OI).abs()
+            mask_OI, margin_OI, gap = keep_largest(size_OI)
+            risk = size_OI[~mask_OI].sort().values
+            gone = int(size_OI.numel() * (1 - KEEP / GROUP) * (1 - (1 - step / 15) ** 3))
+            if gone < len(risk):
+                mask_OI = mask_OI | (size_OI >= risk[gone])
+                gap = min(gap, float(1 - risk[gone - 1] / risk[gone]) if gone else 1.0)
+            gaps.append(gap)
+        kept_OI = (w_OI + dual_OI) * mask_OI
+        dual_OI = dual_OI + w_OI - kept_OI
+        w_OI = (goal_OI + kept_OI - dual_OI) @ inverse_II
+    return mask_OI, (w_OI + dual_OI) * mask_OI / norm_I, margin_OI, min(gaps)
+
+
+def gblm_score(
+    weight_OI: torch.Tensor, x_TI: torch.Tensor, gradient_OI: torch.Tensor, samples: int
+) -> torch.Tensor:
+    """The sum of the metric's two terms, with alpha 100; ``gradient_OI`` is the norm over the
+    samples.
+    """
+    inputs_I = (x_TI.double().square().sum(0) / samples).sqrt()
+    return weight_OI.double().abs() * inputs_I + 100 * weight_OI.double().abs() * gradient_OI
+
+
+def pruner_zero_score(weight_OI: torch.Tensor, gradient_OI: torch.Tensor) -> torch.Tensor:
+    scaled_OI = (gradient_OI - gradient_OI.min()) / (gradient_OI.max() - gradient_OI.min())
+    return (weight_OI.double() * weight_OI.double()).abs() * scaled_OI
+
+
+def polish_by_trial(
+    weight_OI: torch.Tensor, mask_OI: torch.Tensor, gram_II: torch.Tensor, m: int, sweeps: int
+) -> torch.Tensor:
+    """Try every exchange of every group, and keep the exchange after which the whole row has the
+    least error, if that is less than before.
+    """
+    weight_OI, gram_II, mask_OI = weight_OI.double(), gram_II.double(), mask_OI.clone()
+
+    def error(mask_OI: torch.Tensor) -> torch.Tensor:
+        removed_OI = weight_OI * ~mask_OI
+        return ((removed_OI @ gram_II) * removed_OI).sum(1)
+
+    for _ in range(sweeps):
+        for start in range(0, weight_OI.shape[1], m):
+            best_OI, least_O = mask_OI, error(mask_OI)
+            for back in range(start, start + m):
+                for away in range(start, start + m):
+                    can_O = ~mask_OI[:, back] & mask_OI[:, away]
+                    trial_OI = mask_OI.clone()
+                    trial_OI[:, back], trial_OI[:, away] = True, False
+                    error_O = torch.where(can_O, error(trial_OI), torch.inf)
+                    better_O = error_O < least_O
+                    best_OI = torch.where(better_O[:, None], trial_OI, best_OI)
+                    least_O = torch.where(better_O, error_O, least_O)
+            mask_OI = best_OI
+    return mask_OI

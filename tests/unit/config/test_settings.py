@@ -23,7 +23,8 @@ DECIDING = """
     seed dtype pattern model.include model.exclude
     data.domains data.blend data.seq_length data.eod
     calibration.samples calibration.seq_length calibration.seed
-    prune.methods prune.damp prune.block
+    prune.methods prune.inputs prune.damp prune.block prune.gradual
+    prune.alpha prune.polish
     learn.method learn.global_batch
     learn.sampling.logit_std learn.sampling.initial_noise learn.prior.strength learn.prior.margins
     learn.state.logits learn.optimizer.kind

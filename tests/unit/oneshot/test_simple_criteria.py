@@ -11,7 +11,7 @@ from megamask.config.tree import OneShotMethod, PruneSection
 from megamask.errors import ConfigError
 from megamask.oneshot.criteria import CRITERIA
 from megamask.oneshot.criterion import Pruned
-from megamask.oneshot.stats import InputStats
+from megamask.oneshot.stats import GradientStats, InputStats, Statistics
 from megamask.sparsity.pattern import Pattern
 from tests.masks import is_valid
 
@@ -41,14 +41,15 @@ def example() -> tuple[torch.Tensor, torch.Tensor, InputStats]:
 
 
 def prune(name: str, weight_OI: torch.Tensor, stats: InputStats, pattern: Pattern) -> Pruned:
-    return CRITERIA[name].prune(weight_OI, stats, pattern, PruneSection())
+    given = Statistics(stats, GradientStats(torch.ones_like(weight_OI), 1))
+    return CRITERIA[name].prune(weight_OI, given, pattern, PruneSection())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_magnitude(pattern: Pattern, dtype: torch.dtype) -> None:
     weight_OI = example()[0].to(dtype)
-    pruned = CRITERIA["magnitude"].prune(weight_OI, None, pattern, PruneSection())
+    pruned = CRITERIA["magnitude"].prune(weight_OI, Statistics(), pattern, PruneSection())
     assert pruned.weight_OI is None
     assert torch.equal(
         pruned.mask_OI, plain_mask(weight_OI.double().abs().tolist(), pattern.n, pattern.m)
@@ -138,7 +139,11 @@ def test_table_covers_the_settings() -> None:
     stats = InputStats(32, hessian=True)
     stats.add(x_TI)
     for criterion in CRITERIA.values():
-        given = stats if criterion.needs_hessian else plain_stats if criterion.needs_stats else None
+        inputs = (
+            stats if criterion.needs_hessian else plain_stats if criterion.needs_stats else None
+        )
+        gradients = GradientStats(weight_OI.square(), 1) if criterion.needs_gradients else None
+        given = Statistics(inputs, gradients)
         pruned = criterion.prune(weight_OI, given, Pattern(2, 4), PruneSection())
         assert is_valid(Pattern(2, 4), pruned.mask_OI)
         assert (pruned.weight_OI is not None) == criterion.updates_weight

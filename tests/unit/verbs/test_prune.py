@@ -178,6 +178,61 @@ def test_reuses_what_fits_and_redoes_the_rest(
     assert changed(*last) == {"wanda", "sparsegpt_update"}
 
 
+def test_dense_inputs_feed_all_methods_in_one_pass(
+    run_dir: Path, hf: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="megamask")
+    own, methods = configured(run_dir, hf), "wanda, sparsegpt, sparsegpt_update"
+    shared = configured(run_dir, hf, "prune.inputs=dense")
+    prune.run(shared)
+    assert f"{methods}: 2:4 of 8 linears" in caplog.text and caplog.text.count("layer 2/2") == 1
+    first = stamps(run_dir)
+    masks = {method: load_masks(run_paths(own).mask(method)) for method in own.prune.methods}
+    digests = {method: one.content_sha256 for method, one in masks.items()}
+    assert masks["sparsegpt"].meta["data"]["inputs"] == "dense"
+    assert digests["sparsegpt"] == digests["sparsegpt_update"] != digests["wanda"]
+    prune.run(own)  # other inputs, other masks: all but magnitude are made again
+    second = stamps(run_dir)
+    assert {method for method in first if first[method] != second[method]} == {
+        "wanda",
+        "sparsegpt",
+        "sparsegpt_update",
+    }
+    assert "inputs" not in load_masks(run_paths(own).mask("wanda")).meta["data"]
+    assert load_masks(run_paths(own).mask("sparsegpt")).content_sha256 != digests["sparsegpt"]
+    prune.run(shared)  # and back
+    assert load_masks(run_paths(own).mask("wanda")).content_sha256 == digests["wanda"]
+
+
+def test_gradient_criteria_share_a_sweep_and_any_mask_takes_a_polish(
+    run_dir: Path, hf: Path, random_calibration: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="megamask")
+    methods = "prune.methods=[magnitude, gblm, pruner_zero, admm_update]"
+    prune.run(configured(run_dir, hf, methods))
+    assert caplog.text.count("gradients of sample 8/8") == 1 and len(random_calibration) == 1
+    paths = run_paths(configured(run_dir, hf))
+    names = ("magnitude", "gblm", "pruner_zero", "admm_update")
+    plain = {method: load_masks(paths.mask(method)) for method in names}
+    data = {method: masks.meta["data"] for method, masks in plain.items()}
+    assert data["gblm"]["alpha"] == 100 and "calibration" in data["pruner_zero"]
+    digests = {method: masks.content_sha256 for method, masks in plain.items()}
+    assert len(set(digests.values())) == 4
+
+    polished = configured(run_dir, hf, methods, "prune.polish=2")
+    prune.run(polished)
+    again = {method: load_masks(paths.mask(method)) for method in names}
+    assert {method for method in names if again[method].content_sha256 == digests[method]} == {
+        "admm_update"
+    }
+    assert again["magnitude"].meta["data"]["polish"] == 2
+    before = stamps(run_dir)
+    prune.run(polished)
+    assert stamps(run_dir) == before
+    prune.run(configured(run_dir, hf, methods))  # a polished mask is not taken for a plain one
+    assert {method: load_masks(paths.mask(method)).content_sha256 for method in names} == digests
+
+
 def test_magnitude_needs_no_text(run_dir: Path, hf: Path, random_calibration: list[str]) -> None:
     prune.run(configured(run_dir, hf, "prune.methods=[magnitude]"))
     assert not random_calibration
