@@ -130,13 +130,13 @@ def _has_same_content(key: str, config: Config, paths: RunPaths) -> bool:
     from megamask.data.shards import read_shards
     from megamask.data.tokenizer import load_tokenizer
     from megamask.safe_checkpoint import NOTE
-    from megamask.weights.fingerprint import fingerprint_hf
+    from megamask.weights.base_model import base_model
     from megamask.weights.from_gguf import STAMP
 
     try:
-        if key == "model.hf":
+        if key in ("model.hf", "model.megatron"):
             note = read_object(paths.weights / NOTE, "", {"fingerprint": str})
-            return bool(note["fingerprint"] == fingerprint_hf(paths.hf, config.model.ignore_keys))
+            return bool(note["fingerprint"] == base_model(config).fingerprints().exact)
         if key == "model.gguf" and config.model.gguf:
             stamp = read_object(paths.hf / STAMP, "", {"sha256": str})
             return bool(stamp["sha256"] == file_sha256(Path(config.model.gguf).expanduser()))

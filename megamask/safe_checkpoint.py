@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
-from dataclasses import is_dataclass
+import zipfile
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 INDEX = ".metadata"
 COMMON = "common.pt"
+COMMON_BYTES = 2**26  # longer arguments are not read
 NOTE = "megamask.json"  # the facts that this package keeps in the folder, beside the tensors
 ADVICE = "Use a checkpoint that megamask wrote, from somebody you trust."
 
@@ -38,8 +40,8 @@ ADMITTED: dict[str, frozenset[str]] = {
     "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo", "_StoragePrefix"}),
     "torch.distributed.checkpoint.metadata": frozenset(
         {
-            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
+            "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
         }
     ),
     "torch.distributed.checkpoint.planner": frozenset(
@@ -108,18 +110,24 @@ class _NewObjectsOnly(pickle._Unpickler):
     )
 
 
-def read_index(folder: Path, fix: str = ADVICE) -> Metadata:
+def read_index(folder: Path, fix: str = ADVICE, with_objects: bool = False) -> Metadata:
     """Read the index of the checkpoint in ``folder`` and check that its tensors can be read safely.
 
     Args:
         folder: a folder that ``dist_checkpointing.save`` wrote.
         fix: what the user can do if the checkpoint is torn.
+        with_objects: whether the checkpoint may hold other objects beside its tensors. Only a
+            caller that never has them read may say so, because PyTorch unpickles them freely.
 
     Raises:
         ArtifactError: the index is missing, torn or names anything but tensors, or a stored piece
             lies outside its file or outside the folder.
     """
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        Metadata,
+        TensorStorageMetadata,
+    )
 
     path = folder / INDEX
     _refuse_pipe(path, fix)
@@ -135,6 +143,8 @@ def read_index(folder: Path, fix: str = ADVICE) -> Metadata:
     if not isinstance(index, Metadata) or not isinstance(entries, dict):
         raise _torn(folder, f"{INDEX} holds a {type(index).__name__}", fix)
     for key, entry in entries.items():
+        if with_objects and isinstance(key, str) and isinstance(entry, BytesStorageMetadata):
+            continue
         if not isinstance(entry, TensorStorageMetadata):
             problem = f"holds {key}, which is no tensor ({type(entry).__name__})"
             raise ArtifactError(folder, problem, ADVICE)
@@ -177,6 +187,55 @@ def check_common(folder: Path, fix: str = ADVICE) -> None:
     except Exception as error:  # a missing file, a torn archive, a class that is not admitted
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise _torn(folder, f"{COMMON}: {reason}", fix) from error
+
+
+@dataclass
+class _Inert:
+    """In the place of every object that a file names: nothing of the file's choice is imported or
+    called. Attributes are kept, and contents are dropped.
+    """
+
+    def __new__(cls, *_: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        """Drop an item of a list."""
+
+    def extend(self, items: Any) -> None:
+        """Drop items of a list."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class _Names(_NewObjectsOnly):
+    """A parser for which every class and every function is ``_Inert``, and every tensor None."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Inert
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
+
+
+def told_args(folder: Path) -> dict[str, Any]:
+    """The arguments of Megatron-LM that ``common.pt`` holds under ``args``; empty where there are
+    none, or they cannot be read without running anything. Objects of other classes are values
+    without a meaning.
+    """
+    try:
+        with zipfile.ZipFile(folder / COMMON) as archive:
+            name = next(one for one in archive.namelist() if one.endswith("/data.pkl"))
+            if archive.getinfo(name).file_size > COMMON_BYTES:
+                return {}
+            held = _Names(io.BytesIO(archive.read(name))).load()
+        args = held.get("args") if isinstance(held, dict) else None
+        return dict(vars(args)) if isinstance(args, _Inert) else {}
+    except Exception:  # a torn file raises whatever its bytes happen to ask for
+        return {}
 
 
 def _refuse_pipe(path: Path, fix: str) -> None:

@@ -24,7 +24,7 @@ from megamask.config.tree import Config
 
 RUN = "{run_dir}"  # stands for the run folder in paths below it
 GGUF = ("model.gguf",)
-CONVERT = ("model.hf",)
+CONVERT = ("model.hf", "model.megatron")
 TOKENIZE = ("data.tokenizer", "data.domains", "data.eod", "data.bos")
 PRUNE = (
     "dtype",

@@ -51,6 +51,11 @@ class ModelSection(Section):
     gguf: str | None = by_content(
         None, description="GGUF file that the verb gguf unpacks into model.hf"
     )
+    megatron: str | None = by_content(
+        None,
+        description="checkpoint of Megatron-LM or Megatron-Bridge (torch_dist) whose weights are "
+        "read in the place of those in model.hf, which then needs config.json and tokenizer only",
+    )
     include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
     exclude: list[str] = Field(default_factory=list, description="linears to keep dense")
     ignore_keys: list[str] = free(
@@ -283,15 +288,20 @@ class TasksSection(Section):
 
 
 class ExportSection(Section):
-    """A plain Hugging Face folder with the mask applied."""
+    """The model with the mask applied: a plain Hugging Face folder, or a Megatron checkpoint."""
 
+    format: Literal["hf", "megatron"] = Field(
+        "hf",
+        description="hf: a folder that transformers loads; megatron: a checkpoint (torch_dist) "
+        "that Megatron-LM loads at any tensor parallel size",
+    )
     mask: str | None = Field(
         None,
         description="mask, named as learn.prior.mask; null = the learned mask; "
         "dense exports without a mask",
     )
     weights: str | None = Field(
-        None, description="Megatron weights to write; null = those of model.hf"
+        None, description="Megatron weights to write; null = those of the base model"
     )
     out: str | None = Field(None, description="folder to write; null = {run_dir}/export")
 

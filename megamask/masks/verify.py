@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megamask.config import Config
@@ -12,8 +12,7 @@ from megamask.errors import printable
 from megamask.masks.arguments import as_path, as_texts
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
-from megamask.weights.architecture import read_architecture
-from megamask.weights.fingerprint import fingerprint_hf
+from megamask.weights.base_model import BaseModel
 from megamask.weights.mapping import linear_shapes
 
 
@@ -48,26 +47,23 @@ def verify(
     folder = None if hf_dir is None else as_path("verify: hf_dir", hf_dir)
     ignored = as_texts("verify: ignore_keys", ignore_keys)
     masks = load_masks(file)
-    check_strictly(masks, folder, ignored)
+    check_strictly(masks, None if folder is None else BaseModel(folder, ignore_keys=ignored))
     return masks
 
 
-def check_strictly(
-    masks: MaskSet, hf_dir: Path | str | None = None, ignore_keys: Collection[str] = ()
-) -> None:
+def check_strictly(masks: MaskSet, base: BaseModel | None = None) -> None:
     """Decode every mask, and compare names, shapes and fingerprint with a model.
 
     Args:
         masks: the masks.
-        hf_dir: Hugging Face folder of the model; None compares with no model.
-        ignore_keys: see ``read_architecture``.
+        base: the model; None compares with no model.
 
     Raises:
         ArtifactError: a mask is corrupt or does not fit the model.
     """
-    if hf_dir is not None:
-        masks.check(shapes=linear_shapes(read_architecture(Path(hf_dir), ignore_keys)))
-        masks.check(fingerprint=fingerprint_hf(Path(hf_dir), ignore_keys))
+    if base is not None:
+        masks.check(shapes=linear_shapes(base.architecture()))
+        masks.check(fingerprint=base.fingerprints().exact)
     masks.verify()
 
 

@@ -1,4 +1,4 @@
-"""Megatron weights on disk, and their conversion from and to Hugging Face (HF).
+"""Megatron weights on disk, and their conversion from Hugging Face (HF) tensors.
 
 The format is that of Megatron's dist_checkpointing: weights that one TP wrote can be read at any
 other TP.
@@ -6,20 +6,18 @@ other TP.
 
 from __future__ import annotations
 
-import math
 import queue
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
@@ -41,13 +39,10 @@ from megamask.safe_checkpoint import (
     unreadable,
 )
 from megamask.weights.architecture import Architecture
-from megamask.weights.hf_files import HFReader
-from megamask.weights.mapping import rules
+from megamask.weights.source import WeightSource
 
 FIX = "Check the memory and the disk; the same command goes on from what is complete."
-PORTION = 2**30  # bytes read at a time: every read parses the index of the whole folder anew
 EXTRA_STATE = "_extra_state"  # end of the name of a module's extra state
-Item = TypeVar("Item")
 
 
 def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
@@ -163,8 +158,10 @@ def _filled(whole: torch.Tensor, join: Callable[[Any], Any], parts: Any) -> Any:
     return join(parts)
 
 
-def fill_from_hf(model: LanguageModel, arch: Architecture, mesh: Mesh, reader: HFReader) -> None:
-    """Copy this rank's shard of every tensor from HF files; only this rank's slices are read.
+def fill_from_hf(
+    model: LanguageModel, arch: Architecture, mesh: Mesh, reader: WeightSource
+) -> None:
+    """Copy this rank's shard of every tensor from files; only this rank's slices are read.
 
     Raises:
         ArtifactError: numbers that are not finite, in the files or in the dtype of the model.
@@ -183,7 +180,7 @@ def fill_from_hf(model: LanguageModel, arch: Architecture, mesh: Mesh, reader: H
     if mesh.any(bool(first_problem)):  # all ranks leave together
         problem = first_problem or "holds numbers that are not finite, on another rank"
         fix = "Repair the model, or set torch_dtype in its config.json to a dtype that holds them."
-        raise ArtifactError(reader.hf_dir, problem, fix)
+        raise ArtifactError(reader.folder, problem, fix)
 
 
 def not_finite(name: str, tensor: torch.Tensor, stored: torch.Tensor) -> str:
@@ -237,42 +234,3 @@ def load_weights(model: LanguageModel, path: Path) -> None:
     own = {key: value for key, value in model.state_dict().items() if key.endswith(EXTRA_STATE)}
     model.load_state_dict({**own, **loaded}, strict=True)
     model.clear_padding()
-
-
-def megatron_to_hf(path: Path, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield Megatron weights as (HF name, tensor), in the dtype of the file.
-
-    Megatron tensors of ``PORTION`` bytes, or a larger one alone, are in memory at a time. An
-    initialised process group of one process is required.
-
-    Raises:
-        ArtifactError: the weights are missing or torn.
-    """
-    note = read_note(path)
-    dtype = getattr(torch, note["dtype"])
-    table = rules(arch, note["padded_vocab"])
-    for portion in portions(table, lambda rule: math.prod(rule.shape()) * dtype.itemsize):
-        state = {}
-        for rule in portion:
-            whole = torch.empty(rule.shape(), dtype=dtype)
-            state[rule.megatron] = ShardedTensor.from_rank_offsets(
-                rule.megatron, whole, replica_id=0
-            )
-        loaded = load_sharded(state, path, "Run the verb convert again.")
-        del state, whole
-        for rule in portion:
-            yield from rule.to_hf(loaded.pop(rule.megatron)).items()
-
-
-def portions(items: Iterable[Item], bytes_of: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Split ``items`` in their order into lists of at most ``PORTION`` bytes, or of one item."""
-    portion: list[Item] = []
-    size = 0
-    for item in items:
-        if portion and size + bytes_of(item) > PORTION:
-            yield portion
-            portion, size = [], 0
-        portion.append(item)
-        size += bytes_of(item)
-    if portion:
-        yield portion

@@ -1,4 +1,6 @@
-"""The verb convert: a Hugging Face folder becomes Megatron weights, tensor by tensor, at any TP."""
+"""The verb convert: a Hugging Face folder, or a checkpoint of Megatron-LM, becomes the Megatron
+weights of a run, tensor by tensor, at any TP.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,8 @@ from megamask.model.build import build_model, padded_vocab
 from megamask.model.checkpoint import fill_from_hf, read_note, save_sharded, sharded_state
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import Layout
-from megamask.weights.architecture import read_architecture
-from megamask.weights.fingerprint import fingerprints_hf
-from megamask.weights.hf_files import open_checked
+from megamask.weights.base_model import base_model
+from megamask.weights.fingerprint import fingerprints_of
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +31,20 @@ def run(config: Config) -> None:
             written.
     """
     paths = run_paths(config)
-    ignore_keys = config.model.ignore_keys
-    arch = read_architecture(paths.hf, ignore_keys)
+    base = base_model(config)
+    arch = base.architecture()
     # The model comes first: a tensor parallel size that its heads forbid needs no processes.
     Layout.planned(config, dp=1).check_model(arch)
     Layout.launched(config)
     storage.require_writable(paths.run_dir)
-    with open_checked(paths.hf, ignore_keys) as reader, start(config) as mesh:
-        found = fingerprints_hf(paths.hf, ignore_keys)
+    with base.open() as reader, start(config) as mesh:
+        found = fingerprints_of(reader, arch)
         note: dict[str, object] = {
             "fingerprint": found.exact,
             "float16_fingerprints": list(found.float16),
             "dtype": str(arch.dtype).removeprefix("torch."),
             "padded_vocab": padded_vocab(arch, mesh.tp),
-            "source": str(paths.hf),
+            "source": str(base.place),
         }
         if mesh.from_main(_is_done(config, note)):
             if mesh.is_main:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megamask.config import Config, run_paths
+from megamask.config import Config
 from megamask.masks.find import new_mask_file
 from megamask.masks.foreign.importing import import_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import require_writable
 from megamask.verbs.table import ImportArguments
+from megamask.weights.base_model import base_model
 
 
 def run(config: Config, arguments: ImportArguments) -> None:
@@ -22,5 +23,4 @@ def run(config: Config, arguments: ImportArguments) -> None:
     usage = "megamask import mask_compressed.npz mask.safetensors --base models/base"
     out = new_mask_file("OUT", arguments.out, usage)
     require_writable(out.parent, "OUT")
-    hf, pattern = run_paths(config).hf, Pattern.parse(config.pattern)
-    import_masks(Path(arguments.source), out, hf, pattern, config.model.ignore_keys)
+    import_masks(Path(arguments.source), out, base_model(config), Pattern.parse(config.pattern))

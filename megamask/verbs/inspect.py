@@ -8,10 +8,11 @@ from megamask.masks.find import open_masks
 from megamask.masks.verify import check_strictly, summary
 from megamask.terminal import tell
 from megamask.verbs.table import InspectArguments
+from megamask.weights.base_model import base_model
 
 
 def run(config: Config, arguments: InspectArguments) -> None:
-    """Verify a mask, against model.hf if that is there, and print a table.
+    """Verify a mask, against the base model if that is there, and print a table.
 
     Raises:
         ConfigError: export.mask asks for a model without a mask.
@@ -24,9 +25,10 @@ def run(config: Config, arguments: InspectArguments) -> None:
             "export.mask", "dense", "a mask file", "There is nothing to inspect without a mask."
         )
     masks = open_masks(arguments.mask or config.export.mask or "learned", config)
-    check_strictly(masks, hf_dir if known else None, config.model.ignore_keys)
+    base = base_model(config)
+    check_strictly(masks, base if known else None)
     tell(summary(masks))
     tell(
         f"{masks.path}: valid"
-        + (f", belongs to {hf_dir}" if known else f" (no model in {hf_dir} to compare with)")
+        + (f", belongs to {base.place}" if known else f" (no model in {hf_dir} to compare with)")
     )

@@ -191,8 +191,8 @@ VERBS: dict[str, Verb] = {
     ),
     "convert": Verb(
         "megamask.verbs.convert",
-        "Hugging Face folder -> Megatron weights, for any tensor parallel size",
-        ("run_dir", "device", "parallel", "model.hf"),
+        "Hugging Face folder or Megatron checkpoint -> weights for any tensor parallel size",
+        ("run_dir", "device", "parallel", "model.hf", "model.megatron"),
         writes=("weights",),
         reads=("hf",),
         is_parallel=True,
@@ -264,8 +264,8 @@ VERBS: dict[str, Verb] = {
     ),
     "export": Verb(
         "megamask.verbs.export",
-        "Hugging Face folder + mask file -> masked Hugging Face folder",
-        ("run_dir", "pattern", "model.hf", "export"),
+        "model + mask file -> masked Hugging Face folder, or masked Megatron checkpoint",
+        ("run_dir", "pattern", "model.hf", "model.megatron", "export"),
         writes=("export",),
         reads=("hf",),
     ),
@@ -278,7 +278,7 @@ VERBS: dict[str, Verb] = {
     "inspect": Verb(
         "megamask.verbs.inspect",
         "print a mask file and verify it strictly",
-        ("run_dir", "model.hf", "export.mask"),
+        ("run_dir", "model.hf", "model.megatron", "export.mask"),
         InspectArguments,
         writes=(),
     ),
@@ -299,7 +299,7 @@ VERBS: dict[str, Verb] = {
     "import": Verb(
         "megamask.verbs.import_masks",
         "masks of another tool + their base model -> mask file",
-        ("run_dir", "pattern", "model.hf"),
+        ("run_dir", "pattern", "model.hf", "model.megatron"),
         ImportArguments,
         {"--base": "model.hf", "--pattern": "pattern"},
         writes=("out",),

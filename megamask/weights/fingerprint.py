@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megamask.weights.architecture import read_architecture
+from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.hf_files import open_checked
 from megamask.weights.mapping import linear_shapes
+from megamask.weights.source import WeightSource
 
 GRID = 16
 TRANSPOSED = "Conv1D"  # class of transformers whose weight is (I, O); known without an import
@@ -93,13 +94,22 @@ def fingerprint_hf(hf_dir: Path, ignore_keys: Collection[str] = ()) -> str:
 
 def fingerprints_hf(hf_dir: Path, ignore_keys: Collection[str] = ()) -> Fingerprints:
     """As ``fingerprint_hf``, with the fingerprints of the copies in fp16."""
-    shapes = linear_shapes(read_architecture(hf_dir, ignore_keys))
     with open_checked(hf_dir, ignore_keys) as reader:
+        return fingerprints_of(reader, read_architecture(hf_dir, ignore_keys))
 
-        def row(name: str, index: int) -> Tensor:
-            return reader.read(f"{name}.weight", slice(index, index + 1))[0]
 
-        return fingerprints(shapes, row)
+def fingerprints_of(source: WeightSource, arch: Architecture) -> Fingerprints:
+    """The fingerprints of weights on disk; 16 rows of each linear are read.
+
+    Args:
+        source: the weights.
+        arch: their architecture.
+    """
+
+    def row(name: str, index: int) -> Tensor:
+        return source.read(f"{name}.weight", slice(index, index + 1))[0]
+
+    return fingerprints(linear_shapes(arch), row)
 
 
 def fingerprint_model(model: nn.Module) -> str:

@@ -22,6 +22,7 @@ from megamask.weights import torch_bin
 from megamask.weights.architecture import read_architecture
 from megamask.weights.file_layout import FileLayout, file_layout, turned
 from megamask.weights.mapping import expected_tensors
+from megamask.weights.source import some_of
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -53,7 +54,7 @@ class HFReader:
     """
 
     def __init__(self, hf_dir: Path, layout: FileLayout = PLAIN) -> None:
-        self.hf_dir, self.layout = hf_dir, layout
+        self.folder, self.layout = hf_dir, layout
         self._handles: dict[Path, Any] = {}
         stored, prefix = self._index(), layout.prefix
         if any(name.startswith(prefix) for name in stored):
@@ -107,10 +108,10 @@ class HFReader:
                 if name in self._file_of and self.shape(name) != shape
             ],
         }
-        faults = [f"{what} tensors: {_some(names)}" for what, names in problems.items() if names]
+        faults = [f"{what} tensors: {some_of(names)}" for what, names in problems.items() if names]
         if faults:
             fix = "The files must match config.json. " + FIX
-            raise ArtifactError(self.hf_dir, "; ".join(faults), fix)
+            raise ArtifactError(self.folder, "; ".join(faults), fix)
 
     def __enter__(self) -> HFReader:
         return self
@@ -133,7 +134,7 @@ class HFReader:
         for name, file in weight_map.items():
             if not isinstance(file, str) or file != Path(file).name:
                 raise ArtifactError(index, f"names {file!r} as the file of {name}", FIX)
-        listed = {name: self.hf_dir / file for name, file in weight_map.items()}
+        listed = {name: self.folder / file for name, file in weight_map.items()}
         held: dict[str, Path] = {}
         for path in sorted(set(listed.values())):
             held.update(dict.fromkeys(self._open(path).keys(), path))
@@ -141,13 +142,13 @@ class HFReader:
             wrong = [
                 name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name)
             ]
-            raise ArtifactError(index, f"does not match the shards: {_some(sorted(wrong))}", FIX)
+            raise ArtifactError(index, f"does not match the shards: {some_of(sorted(wrong))}", FIX)
         return held
 
     def _names_of_files(self) -> tuple[Path, Path]:
         """The single file and the index: those of safetensors, unless there are only PyTorch's."""
         names = [(SINGLE, INDEX), (torch_bin.SINGLE, torch_bin.INDEX)]
-        places = [(self.hf_dir / single, self.hf_dir / index) for single, index in names]
+        places = [(self.folder / single, self.folder / index) for single, index in names]
         return next((pair for pair in places if any(file.exists() for file in pair)), places[0])
 
     def _check_format(self, single: Path) -> None:
@@ -156,13 +157,13 @@ class HFReader:
         Raises:
             ArtifactError: the folder has weights in other files alone.
         """
-        if single.exists() or not self.hf_dir.is_dir():
+        if single.exists() or not self.folder.is_dir():
             return
-        parts = sorted(self.hf_dir.glob("*.safetensors"))
+        parts = sorted(self.folder.glob("*.safetensors"))
         if parts:
             problem = f"holds {parts[0].name} and neither {SINGLE} nor {INDEX}"
-            raise ArtifactError(self.hf_dir, problem, f"Copy {INDEX} too, or: {FIX}")
-        others = [path for end in OTHER_WEIGHTS for path in sorted(self.hf_dir.glob(f"*{end}"))]
+            raise ArtifactError(self.folder, problem, f"Copy {INDEX} too, or: {FIX}")
+        others = [path for end in OTHER_WEIGHTS for path in sorted(self.folder.glob(f"*{end}"))]
         if others:
             raise wrong_file(others[0], SAFETENSORS, FIX)
 
@@ -180,7 +181,7 @@ class HFReader:
     def _handle(self, name: str) -> Any:
         """The open file that holds a tensor."""
         if name not in self._file_of:
-            raise ArtifactError(self.hf_dir, f"misses tensors: {name}", FIX)
+            raise ArtifactError(self.folder, f"misses tensors: {name}", FIX)
         return self._open(self._file_of[name])
 
     def _slice(self, name: str) -> Any:
@@ -234,13 +235,13 @@ def write_hf(
     """
     with atomic_dir(out_dir) as folder:
         write_tensors(folder, turned(tensors, layout), max_shard_bytes)
-        _copy_side_files(source_dir, folder)
+        copy_side_files(source_dir, folder)
         share(folder)
         if finish is not None:
             finish(folder)
 
 
-def _copy_side_files(source_dir: Path, folder: Path) -> None:
+def copy_side_files(source_dir: Path, folder: Path) -> None:
     """Copy everything but weights, and say in the log what is left out."""
     left_out = []
     for path in sorted(source_dir.iterdir()):
@@ -322,7 +323,3 @@ def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
         weight_map.update(dict.fromkeys(sizes, final))
     total = sum(sum(sizes.values()) for sizes in shards)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -12,12 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from megamask.config import Config, run_paths
-from megamask.model.checkpoint import megatron_to_hf
-from megamask.parallel.mesh import start
 from megamask.verbs import convert
-from megamask.weights.architecture import read_architecture
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parallel.tiny import GQA, TPS, config_of, make_hf
+from tests.parity.megatron import hf_tensors
 
 pytestmark = pytest.mark.slow
 PLAIN = {**GQA, "vocab_size": 512}
@@ -35,15 +33,6 @@ def convert_all(rank: int, configs: list[Config]) -> list[str]:
         meet_again()
     lines = [" ".join(child.cmdline()) for child in psutil.Process().children()]
     return [line for line in lines if "multiprocessing.resource_tracker" not in line]
-
-
-def back(rank: int, configs: list[Config]) -> list[dict[str, torch.Tensor]]:
-    """What the Megatron weights give back, by HF name."""
-    with start(config_of(Path("."))):
-        return [
-            dict(megatron_to_hf(run_paths(config).weights, read_architecture(run_paths(config).hf)))
-            for config in configs
-        ]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +67,7 @@ def round_trips(
     for tp in TPS:
         left = run_ranks(convert_all, tp, [configs[name, tp] for name in folders])
         assert left == [[]] * tp  # Megatron's writer would keep a process on every rank
-    return dict(zip(configs, run_ranks(back, 1, list(configs.values()))[0], strict=True))
+    return {key: hf_tensors(run_paths(config).weights) for key, config in configs.items()}
 
 
 @pytest.mark.parametrize("name", list(MODELS))

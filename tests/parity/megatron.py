@@ -14,12 +14,13 @@ import torch
 
 from megamask.config import Config, load_config
 from megamask.model.build import build_model
-from megamask.model.checkpoint import fill_from_hf, load_weights, megatron_to_hf
+from megamask.model.checkpoint import fill_from_hf, load_weights
 from megamask.model.language_model import LanguageModel
 from megamask.model.perplexity import perplexity
 from megamask.parallel.mesh import Mesh, start
 from megamask.verbs.convert import run as convert
 from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.hf_files import HFReader, open_checked
 
 # fp32 rounding through a few dozen layers gives 1e-6 to 2e-5 of the logits' root mean square, and
@@ -129,8 +130,8 @@ def output_of_weights(rank: int, weights: Path, tokens_NS: torch.Tensor, tp: int
 
 def hf_tensors(weights: Path) -> dict[str, torch.Tensor]:
     """Converted Megatron weights, back under their Hugging Face names."""
-    with start(settings(1)):
-        return dict(megatron_to_hf(weights, read_architecture(weights)))
+    with MegatronReader(weights, read_architecture(weights), "") as reader:
+        return {name: reader.tensor(name) for name in reader.names()}
 
 
 @torch.no_grad()

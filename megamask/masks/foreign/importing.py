@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from pathlib import Path
 
 from megamask.errors import ArtifactError
@@ -13,34 +12,31 @@ from megamask.masks.foreign.kinds import kind_of
 from megamask.masks.header import Facts
 from megamask.masks.save import save_words
 from megamask.sparsity.pattern import Pattern
-from megamask.weights.architecture import read_architecture
-from megamask.weights.fingerprint import fingerprints_hf
-from megamask.weights.hf_files import open_checked
+from megamask.weights.base_model import BaseModel
+from megamask.weights.file_layout import file_layout
 from megamask.weights.mapping import linear_shapes
 
 log = logging.getLogger(__name__)
 
 
-def import_masks(
-    source: Path, out: Path, base_dir: Path, pattern: Pattern, ignore_keys: Collection[str] = ()
-) -> None:
+def import_masks(source: Path, out: Path, model: BaseModel, pattern: Pattern) -> None:
     """Write the masks of ``source`` as a mask file; nothing is written unless all of them fit.
 
     Args:
         source: file or folder of another tool, see ``masks.foreign.kinds``.
         out: the mask file.
-        base_dir: Hugging Face folder of the base model.
+        model: the base model.
         pattern: the pattern that every mask must have.
-        ignore_keys: see ``read_architecture``.
 
     Raises:
         ArtifactError: the source or the base model is damaged, or they do not fit each other.
     """
     kind = kind_of(source)
-    shapes = linear_shapes(read_architecture(base_dir, ignore_keys))
+    arch = model.architecture()
+    shapes, transposed = linear_shapes(arch), file_layout(arch).transposed
     words: dict[str, codec.Words] = {}
-    with open_checked(base_dir, ignore_keys) as weights:
-        base = Base(shapes, weights, pattern, tuple(ignore_keys))
+    with model.open() as weights:
+        base = Base(shapes, weights, pattern, tuple(model.ignore_keys), transposed)
         for name, mask_OI in kind.read(source, base):
             try:
                 bits = pattern.bits_of(mask_OI)
@@ -54,7 +50,7 @@ def import_masks(
     if missing := [name for name in shapes if name not in words]:
         some = ", ".join(missing[:3]) + (" and others" if len(missing) > 3 else "")
         log.warning("%d linears have no mask and stay dense: %s", len(missing), some)
-    prints = fingerprints_hf(base_dir, ignore_keys)
+    prints = model.fingerprints()
     about = {"imported": {"kind": kind.name, "from": source.name}}
     facts = Facts(prints.exact, kind.name, about, float16_fingerprints=prints.float16)
     save_words(out, {name: shapes[name] for name in words}, words.items(), pattern, facts)

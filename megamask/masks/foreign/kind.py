@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megamask.sparsity.pattern import Pattern
-from megamask.weights.hf_files import HFReader
+from megamask.weights.source import WeightSource
 
 FIX = "Name the base model that the masks were made for, or download the masks again."
 
@@ -23,12 +23,14 @@ class Base:
         weights: its tensors.
         pattern: the pattern that every mask must have.
         ignore_keys: see ``read_architecture``.
+        transposed: names of weights that lie as (in_features, out_features) in files.
     """
 
     shapes: dict[str, tuple[int, ...]]
-    weights: HFReader
+    weights: WeightSource
     pattern: Pattern
     ignore_keys: tuple[str, ...] = ()
+    transposed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

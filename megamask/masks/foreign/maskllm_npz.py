@@ -61,7 +61,7 @@ def read(path: Path, base: Base) -> Iterator[tuple[str, Tensor]]:
             bits = np.unpackbits(packed, count=math.prod(base.shapes[name]))
             mask = torch.from_numpy(bits.view(np.bool_))
             rows, columns = base.shapes[name]
-            if f"{name}.weight" in base.weights.layout.transposed:
+            if f"{name}.weight" in base.transposed:
                 yield name, mask.view(columns, rows).t()
             else:
                 yield name, mask.view(rows, columns)

@@ -96,7 +96,7 @@ def test_settings_without_effect_can_be_ignored() -> None:
 def test_each_artefact_has_its_own_settings() -> None:
     config = load_config(None, ["data.domains.code.kind=stdlib"])
     assert set(deciding_settings(config, GGUF)) == {"model.gguf"}
-    assert set(deciding_settings(config, CONVERT)) == {"model.hf"}
+    assert set(deciding_settings(config, CONVERT)) == {"model.hf", "model.megatron"}
     assert {"data.eod", "data.domains.code.kind"} <= set(deciding_settings(config, TOKENIZE))
     assert "calibration.micro_batch" not in deciding_settings(config, PRUNE)
     assert "evaluate.micro_batch" not in deciding_settings(config, EVALUATE)

@@ -33,7 +33,7 @@ DECIDING = """
     evaluate.compare_tokens
     tasks.names tasks.include tasks.limit tasks.shots tasks.folder
     data.bos
-    export.mask export.weights export.out
+    export.format export.mask export.weights export.out
 """
 EACH_STEP = """
     learn.steps learn.sampling.mode learn.sampling.draws learn.sampling.kappa learn.sampling.tau
@@ -47,7 +47,7 @@ EACH_STEP = """
     learn.distillation.share learn.distillation.temperature learn.distillation.top_k
     learn.distillation.hidden learn.weight_norm
 """
-CONTENT = "model.hf model.gguf data.tokenizer learn.prior.mask"
+CONTENT = "model.hf model.gguf model.megatron data.tokenizer learn.prior.mask"
 FREE = """
     run_dir device deterministic parallel.tp parallel.sequence_parallel parallel.recompute
     parallel.fused parallel.start_minutes parallel.first_step_minutes parallel.timeout_minutes

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import megamask
 from megamask.config import Config, build_config
 from megamask.errors import ArtifactError, ConfigError
-from megamask.export import masked_folder as export_room
-from megamask.export.masked_folder import STAMP, check_export
+from megamask.export import folded
+from megamask.export.folded import STAMP
+from megamask.export.masked_folder import check_export
 from megamask.masks.file import load_masks, save_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.export import run
@@ -145,7 +146,7 @@ def test_the_check_finds_what_should_not_be_there(made: Made, value: float) -> N
 
 def test_a_failed_check_leaves_no_folder(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = made
-    monkeypatch.setattr(export_room, "masked", lambda weight, mask: weight * mask)  # leaves -0.0
+    monkeypatch.setattr(folded, "masked", lambda weight, mask: weight * mask)  # leaves -0.0
     with pytest.raises(ArtifactError, match=r"\+0\.0"):
         run(config(folder))
     assert {path.name for path in folder.iterdir()} == {"hf", "masks"}

@@ -19,9 +19,7 @@ from megamask.errors import ArtifactError, ConfigError
 from megamask.model import checkpoint, spec
 from megamask.model.build import build_model
 from megamask.model.checkpoint import (
-    load_sharded,
     load_weights,
-    megatron_to_hf,
     save_sharded,
     sharded_state,
 )
@@ -101,37 +99,6 @@ def test_equal_models_have_equal_bytes(
     monkeypatch.setattr(checkpoint, "settle_index", lambda _: None)
     other = saved("third")
     assert [name for name in whole if whole[name] != other[name]] == [INDEX]
-
-
-def test_hf_tensors_are_read_in_portions(
-    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each read parses the index of the whole folder. There was one for every tensor."""
-    model, path = model_of(mesh, 1), tmp_path / "weights"
-    arch = read_architecture(ROOT / "configs" / "models" / "tiny-llama.json")
-    note = {"fingerprint": "", "dtype": "float32", "padded_vocab": arch.vocab}
-    save_sharded(sharded_state(model), path, mesh, note)
-    read: list[list[str]] = []
-
-    def watched(state: dict[str, Any], *rest: Any) -> dict[str, Any]:
-        read.append(list(state))
-        return load_sharded(state, *rest)
-
-    monkeypatch.setattr(checkpoint, "load_sharded", watched)
-    whole = dict(megatron_to_hf(path, arch))
-    assert [len(names) for names in read] == [len(dict(model.named_parameters()))]
-    names, read[:] = read[0], []
-    largest = max(4 * parameter.numel() for parameter in model.parameters())
-    monkeypatch.setattr(checkpoint, "PORTION", largest)
-    found = dict(megatron_to_hf(path, arch))
-    assert 2 < len(read) < len(names) and [name for part in read for name in part] == names
-    sizes = [sum(4 * model.get_parameter(name).numel() for name in part) for part in read]
-    assert max(sizes) == largest
-    monkeypatch.setattr(checkpoint, "PORTION", 1)
-    alone = dict(megatron_to_hf(path, arch))
-    assert list(whole) == list(found) == list(alone)
-    assert all(torch.equal(whole[name], found[name]) for name in whole)
-    assert all(torch.equal(whole[name], alone[name]) for name in whole)
 
 
 def test_a_weight_that_is_missing_is_still_missed(mesh: Mesh, tmp_path: Path) -> None:

@@ -20,14 +20,12 @@ from megamask.config import Config, load_config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import load_masks
 from megamask.masks.times import seconds_of
-from megamask.model.checkpoint import megatron_to_hf
-from megamask.parallel.mesh import start
 from megamask.prepare.run_inputs import RunInputs
 from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import read_json
 from megamask.verbs import convert, prune
-from megamask.weights.architecture import read_architecture
+from tests.parity.megatron import hf_tensors
 from tests.unit.test_machine_errors import as_nobody, in_child
 
 VOCAB = 40
@@ -104,11 +102,7 @@ def stamps(run_dir: Path) -> dict[str, int]:
 def test_writes_masks_and_updated_weights(run_dir: Path, hf: Path) -> None:
     config = configured(run_dir, hf)
     prune.run(config)
-    dense, arch, paths = (
-        load_file(hf / "model.safetensors"),
-        read_architecture(hf),
-        run_paths(config),
-    )
+    dense, paths = load_file(hf / "model.safetensors"), run_paths(config)
     for method in config.prune.methods:
         masks = load_masks(paths.mask(method))
         masks.verify()
@@ -132,8 +126,7 @@ def test_writes_masks_and_updated_weights(run_dir: Path, hf: Path) -> None:
     assert (
         note["fingerprint"] == updated_masks.fingerprint and note["dtype"] == "bfloat16"
     )  # as stored, not as computed
-    with start(config):
-        updated = dict(megatron_to_hf(updated_folder, arch))
+    updated = hf_tensors(updated_folder)
     assert set(updated) == set(dense)
     for name, weight in updated.items():
         assert weight.dtype == torch.bfloat16

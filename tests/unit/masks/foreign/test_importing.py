@@ -20,6 +20,7 @@ from megamask.masks.file import load_masks, save_masks
 from megamask.masks.foreign.importing import import_masks
 from megamask.masks.verify import verify
 from megamask.sparsity.pattern import Pattern
+from megamask.weights.base_model import BaseModel
 from megamask.weights.fingerprint import fingerprint_hf, model_linears
 from tests.unit.export.test_masked_folder import save_model
 
@@ -84,7 +85,7 @@ def test_masks_come_back(given: Given, tmp_path: Path, kind: str) -> None:
 
         source = write_pruned(tmp_path / "pruned", hf, change)
     out = tmp_path / "mask.safetensors"
-    import_masks(source, out, hf, P24)
+    import_masks(source, out, BaseModel(hf), P24)
     found = verify(out, hf)
     assert found.content_sha256 == content(tmp_path, hf, masks)
     assert all(torch.equal(found[name], mask) for name, mask in masks.items())
@@ -101,7 +102,7 @@ def test_linears_without_a_mask_are_named(
         write_pruned(tmp_path / "pruned", hf, pruning(first)),
     ):
         caplog.clear()
-        import_masks(source, tmp_path / "mask.safetensors", hf, P24)
+        import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), P24)
         assert set(load_masks(tmp_path / "mask.safetensors")) == set(first)
         dense = f"{len(masks) - 1} linears have no mask and stay dense: {list(masks)[1]}, "
         assert dense in caplog.text
@@ -122,7 +123,7 @@ def test_zeros_of_the_base_model(given: Given, tmp_path: Path) -> None:
 
     def imported(hf: Path) -> Tensor:
         source = write_pruned(tmp_path / f"{hf.name}-pruned", hf, pruning({name: mask}))
-        import_masks(source, tmp_path / "mask.safetensors", hf, P24)
+        import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), P24)
         return load_masks(tmp_path / "mask.safetensors")[name]
 
     assert torch.equal(imported(base_of([0, 6])), mask)  # one is kept, the other is pruned
@@ -164,7 +165,7 @@ def test_archives_that_do_not_fit_are_refused(given: Given, tmp_path: Path) -> N
     }
     for said, write in cases.items():
         with pytest.raises(ArtifactError, match=said):
-            import_masks(write(), tmp_path / "mask.safetensors", hf, P24)
+            import_masks(write(), tmp_path / "mask.safetensors", BaseModel(hf), P24)
     assert not (tmp_path / "mask.safetensors").exists()
 
 
@@ -192,9 +193,9 @@ def test_folders_that_do_not_fit_are_refused(given: Given, tmp_path: Path) -> No
     for number, (said, change) in enumerate(cases.items()):
         source = write_pruned(tmp_path / str(number), hf, change)
         with pytest.raises(ArtifactError, match=said):
-            import_masks(source, tmp_path / "mask.safetensors", hf, P24)
+            import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), P24)
     save_model(tmp_path / "another", seed=5)
     source = write_pruned(tmp_path / "pruned", hf, pruning(masks))
     with pytest.raises(ArtifactError, match="neither zero nor the base model's"):
-        import_masks(source, tmp_path / "mask.safetensors", tmp_path / "another", P24)
+        import_masks(source, tmp_path / "mask.safetensors", BaseModel(tmp_path / "another"), P24)
     assert not (tmp_path / "mask.safetensors").exists()

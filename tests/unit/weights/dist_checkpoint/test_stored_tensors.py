@@ -1,0 +1,89 @@
+"""Blocks of stored tensors are those of the tensors, whatever the pieces, and torn pieces show."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megamask.errors import ArtifactError
+from megamask.export.megatron_folder import CheckpointWriter
+from megamask.weights.dist_checkpoint.stored_tensors import StoredTensors
+from tests.fuzz.mutations import bytes_writer, survives
+
+
+def whole_of(stored: StoredTensors, key: str) -> torch.Tensor:
+    return stored.read(key, [range(size) for size in stored.shapes()[key]])
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    """Plain tensors, and tensors whose numbers PyTorch does not store in their order."""
+    torch.manual_seed(0)
+    return {
+        "fp32": torch.randn(7, 5),
+        "bf16": torch.randn(3, 4, 6).bfloat16(),
+        "row": torch.randn(9).half(),
+        "number": torch.tensor(3.5),
+        "turned": torch.randn(5, 8).t(),
+        "part": torch.randn(6, 8)[2:4, ::2],
+    }
+
+
+def test_any_block(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    generator = random.Random(0)
+    with StoredTensors(tmp_path, "") as stored:
+        assert stored.shapes() == {key: tuple(one.shape) for key, one in tensors.items()}
+        for key, tensor in tensors.items():
+            assert stored.dtype(key) == tensor.dtype
+            assert torch.equal(whole_of(stored, key), tensor), key
+            for _ in range(10):
+                ends = [sorted(generator.choices(range(s + 1), k=2)) for s in tensor.shape]
+                found = stored.read(key, [range(*pair) for pair in ends])
+                assert torch.equal(found, tensor[tuple(slice(*pair) for pair in ends)]), (key, ends)
+
+
+def test_pieces_of_every_cut(tmp_path: Path) -> None:
+    """Pieces of rows, of columns and of layers in several files make the tensor again."""
+    whole = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    writer = CheckpointWriter(tmp_path, file_bytes=1000)
+    for layer in range(3):
+        for row in range(0, 6, (layer + 1)):
+            for column in (0, 4):
+                piece = whole[layer : layer + 1, row : row + layer + 1, column : column + 4]
+                writer.add("x", (layer, row, column), (3, 6, 8), piece)
+    writer.finish()
+    assert len(list(tmp_path.glob("*.distcp"))) > 2
+    with StoredTensors(tmp_path, "") as stored:
+        assert torch.equal(whole_of(stored, "x"), whole)
+        found = stored.read("x", [range(1, 3), range(1, 4), range(3, 7)])
+        assert torch.equal(found, whole[1:3, 1:4, 3:7])
+
+
+def test_a_tensor_that_lacks_a_piece(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path)
+    writer.add("x", (0, 0), (4, 2), torch.ones(2, 2))
+    writer.finish()
+    with StoredTensors(tmp_path, "Fix.") as stored:
+        assert torch.equal(stored.read("x", [range(2), range(2)]), torch.ones(2, 2))
+        with pytest.raises(ArtifactError, match=r"x is not stored as a whole\)\. Fix\."):
+            whole_of(stored, "x")
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_no_byte_breaks_the_reader(
+    name: str, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+
+    def read() -> None:
+        with StoredTensors(tmp_path, "") as stored:
+            for key in stored.shapes():
+                whole_of(stored, key)
+
+    path = tmp_path / name
+    survives(read, bytes_writer(path, path.read_bytes()), count=150)
