@@ -9,16 +9,14 @@ rounds small values in another way, so the fingerprints of such copies are kept 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megamask.weights.architecture import Architecture, read_architecture
-from megamask.weights.hf_files import open_checked
+from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import linear_shapes
 from megamask.weights.source import WeightSource
 
@@ -76,26 +74,6 @@ def _digests(
             digest.update(f"{name}:{tuple(shapes[name])}".encode())
             digest.update(copy(grid).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return [digest.hexdigest() for digest in digests]
-
-
-def fingerprint_hf(hf_dir: Path, ignore_keys: Collection[str] = ()) -> str:
-    """Fingerprint of a Hugging Face folder; 16 rows of each linear are read.
-
-    Args:
-        hf_dir: the folder.
-        ignore_keys: see ``read_architecture``.
-
-    Raises:
-        ArtifactError: the folder is incomplete.
-        ConfigError: the model's family is not supported, or a key of its config is not.
-    """
-    return fingerprints_hf(hf_dir, ignore_keys).exact
-
-
-def fingerprints_hf(hf_dir: Path, ignore_keys: Collection[str] = ()) -> Fingerprints:
-    """As ``fingerprint_hf``, with the fingerprints of the copies in fp16."""
-    with open_checked(hf_dir, ignore_keys) as reader:
-        return fingerprints_of(reader, read_architecture(hf_dir, ignore_keys))
 
 
 def fingerprints_of(source: WeightSource, arch: Architecture) -> Fingerprints:

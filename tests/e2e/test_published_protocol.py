@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from megamask.masks.file import load_masks, save_masks
 from megamask.sparsity.pattern import Pattern
-from megamask.weights.fingerprint import fingerprint_hf
+from megamask.weights.base_model import BaseModel
 from tests.e2e.conftest import prose, save_tokenizer
 from tests.e2e.program import here, in_process, refusal
 
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     weights, pattern = load_file(hf / "model.safetensors"), Pattern(2, 4)
     masks = {name: pattern.best(weights[f"{name}.weight"].abs()) for name in names}
     mask = folder / "mine.safetensors"
-    save_masks(mask, masks, pattern, fingerprint=fingerprint_hf(hf), method="mine")
+    save_masks(mask, masks, pattern, fingerprint=BaseModel(hf).fingerprints().exact, method="mine")
     rows = ["", " = Title = \n", "", *(f" {prose(number)} \n" for number in range(20))]
     file = folder / "test.jsonl"
     file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))

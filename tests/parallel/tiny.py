@@ -24,7 +24,7 @@ from megamask.sparsity.margins import to_codes, to_levels
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs import convert
 from megamask.weights.architecture import Architecture, read_architecture
-from megamask.weights.fingerprint import fingerprint_hf
+from megamask.weights.base_model import BaseModel
 from megamask.weights.mapping import linear_shapes
 from tests.fork_server import ROOT
 from tests.parallel.ranks import run_ranks
@@ -70,7 +70,9 @@ def make_run(folder: Path) -> Path:
     scores = {name: weights[f"{name}.weight"].abs() for name in shapes}
     masks = {name: pattern.best(score_OI) for name, score_OI in scores.items()}
     path = folder / "masks" / "magnitude.safetensors"
-    save_masks(path, masks, pattern, fingerprint=fingerprint_hf(hf), method="magnitude")
+    save_masks(
+        path, masks, pattern, fingerprint=BaseModel(hf).fingerprints().exact, method="magnitude"
+    )
     levels = {n: to_levels(to_codes(scores[n], masks[n], pattern)) for n in shapes}
     save_margins(margins_path(path), load_masks(path).content_sha256, shapes, levels.items())
     return folder

@@ -126,7 +126,7 @@ def test_a_moved_folder_is_the_same_run(tmp_path: Path) -> None:
 def test_a_moved_model_with_an_ignored_key_is_the_same_model(tmp_path: Path) -> None:
     from megamask.config import load_config, run_paths
     from megamask.safe_checkpoint import NOTE
-    from megamask.weights.fingerprint import fingerprint_hf
+    from megamask.weights.base_model import BaseModel
     from tests.e2e.conftest import make_model
 
     model = make_model(tmp_path / "model", seed=0)
@@ -137,7 +137,7 @@ def test_a_moved_model_with_an_ignored_key_is_the_same_model(tmp_path: Path) -> 
     paths = run_paths(before)
     paths.weights.mkdir(parents=True)
     (paths.weights / NOTE).write_text(
-        json.dumps({"fingerprint": fingerprint_hf(model, ["my_note"])})
+        json.dumps({"fingerprint": BaseModel(model, ["my_note"]).fingerprints().exact})
     )
     stages.record("convert", 1.0, 0, before, paths)
     now = load_config(RECIPE, [*here, f"model.hf={model.rename(tmp_path / 'moved')}"])

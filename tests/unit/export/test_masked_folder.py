@@ -23,7 +23,8 @@ from megamask.export.masked_folder import check_export
 from megamask.masks.file import load_masks, save_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.export import run
-from megamask.weights.fingerprint import fingerprint_hf, model_linears
+from megamask.weights.base_model import BaseModel
+from megamask.weights.fingerprint import model_linears
 
 P24 = Pattern(2, 4)
 Made = tuple[Path, LlamaForCausalLM]
@@ -51,7 +52,13 @@ def made(tmp_path: Path) -> Made:
     model = save_model(tmp_path / "hf")
     masks = {name: P24.best(linear.weight.abs()) for name, linear in model_linears(model).items()}
     path = tmp_path / "masks" / "learned.safetensors"
-    save_masks(path, masks, P24, fingerprint=fingerprint_hf(tmp_path / "hf"), method="learned")
+    save_masks(
+        path,
+        masks,
+        P24,
+        fingerprint=BaseModel(tmp_path / "hf").fingerprints().exact,
+        method="learned",
+    )
     return tmp_path, model
 
 

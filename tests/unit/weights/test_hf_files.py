@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megamask.errors import ArtifactError
 from megamask.weights.architecture import read_architecture
+from megamask.weights.base_model import BaseModel
 from megamask.weights.file_layout import file_layout
-from megamask.weights.fingerprint import fingerprint_hf, fingerprint_model
+from megamask.weights.fingerprint import fingerprint_model
 from megamask.weights.hf_files import HFReader, open_checked, write_hf
 from megamask.weights.mapping import expected_tensors, linear_shapes
 
@@ -190,7 +191,7 @@ def test_an_index_that_disagrees_is_refused(folder: Path, tmp_path: Path) -> Non
 def test_fingerprint_does_not_depend_on_where_the_weights_are(tmp_path: Path) -> None:
     model = tiny_model().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    digest = fingerprint_hf(tmp_path)
+    digest = BaseModel(tmp_path).fingerprints().exact
     assert digest == fingerprint_model(model) == fingerprint_model(model.float())
     assert digest != fingerprint_model(tiny_model(seed=1).to(torch.bfloat16))
     linear = model.get_submodule(next(iter(linear_shapes(read_architecture(tmp_path)))))
@@ -269,4 +270,7 @@ def test_files_with_transposed_weights_and_short_names_come_back_as_they_were(
         found = load_file(tmp_path / "out" / "model.safetensors")
         assert found.keys() == written.keys()
         assert all(torch.equal(found[one], written[one]) for one in written)
-        assert fingerprint_hf(folder) == fingerprint_hf(tmp_path / "out")
+        assert (
+            BaseModel(folder).fingerprints().exact
+            == BaseModel(tmp_path / "out").fingerprints().exact
+        )

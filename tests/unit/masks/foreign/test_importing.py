@@ -21,7 +21,7 @@ from megamask.masks.foreign.importing import import_masks
 from megamask.masks.verify import verify
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.base_model import BaseModel
-from megamask.weights.fingerprint import fingerprint_hf, model_linears
+from megamask.weights.fingerprint import model_linears
 from tests.unit.export.test_masked_folder import save_model
 
 P24 = Pattern(2, 4)
@@ -67,7 +67,7 @@ def pruning(masks: Masks) -> Callable[[Weights], None]:
 def content(folder: Path, hf: Path, masks: Masks) -> str:
     """The content digest of our own mask file."""
     path = folder / "own.safetensors"
-    save_masks(path, masks, P24, fingerprint=fingerprint_hf(hf), method="learned")
+    save_masks(path, masks, P24, fingerprint=BaseModel(hf).fingerprints().exact, method="learned")
     return load_masks(path).content_sha256
 
 

@@ -86,4 +86,4 @@ def test_no_byte_breaks_the_reader(
                 whole_of(stored, key)
 
     path = tmp_path / name
-    survives(read, bytes_writer(path, path.read_bytes()), count=150)
+    survives(read, bytes_writer(path, path.read_bytes()), count=60)
