@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from megamask.weights.base_model import BaseModel
 from megamask.weights.mapping import linear_shapes
 from tests.parallel.ranks import meet_again, run_ranks
 from tests.parity import plain_megatron
-from tests.parity.megatron import LOGITS, output_of_weights, outputs_of_folders
+from tests.parity.megatron import LOGITS, Output, output_of_weights, outputs_of_folders
 from tests.parity.plain_megatron import Layout, Shape, load_all
 
 pytestmark = pytest.mark.slow
@@ -59,7 +60,7 @@ def config_json(folder: Path, shape: Shape) -> Path:
     return folder
 
 
-def config_of(root: Path, number: int, tp: int = 1, **settings: object) -> Config:
+def config_of(root: Path, number: int, tp: int = 1, **settings: Any) -> Config:
     """The settings of a run on the checkpoint of a shape."""
     chosen = {
         "device": "cpu",
@@ -136,7 +137,8 @@ def test_every_layout_holds_the_same_tensors(made: Made, number: int) -> None:
 
 def test_our_export_is_a_plain_checkpoint(made: Made) -> None:
     """Masked and dense, at TP 2 on the other side."""
-    folders, expected = [], []
+    folders: list[Path] = []
+    expected: list[Output] = []
     for number in range(len(SHAPES)):
         base = BaseModel(made.root / f"hf{number}", made.root / f"{number}-0")
         path = made.root / f"mask{number}.safetensors"
@@ -148,10 +150,10 @@ def test_our_export_is_a_plain_checkpoint(made: Made) -> None:
         save_masks(path, masks, P24, fingerprint=base.fingerprints().exact, method="magnitude")
         for mask in (str(path), "dense"):
             where = made.root / f"export{len(folders)}"
-            settings = {"export.mask": mask, "export.out": where / "megatron"}
-            export.run(config_of(made.root, number, **settings, **{"export.format": "megatron"}))
-            settings["export.out"] = where / "hf"
-            export.run(config_of(made.root, number, **settings))
+            for form in ("megatron", "hf"):
+                settings: dict[str, Any] = {"export.mask": mask, "export.format": form}
+                settings["export.out"] = where / form
+                export.run(config_of(made.root, number, 1, **settings))
             folders.append(where / "megatron")
             expected += outputs_of_folders(0, [where / "hf"], made.tokens_NS, 1)
     shapes = [shape for shape in SHAPES for _ in ("masked", "dense")]

@@ -137,7 +137,7 @@ def test_a_moved_model_with_an_ignored_key_is_the_same_model(tmp_path: Path) -> 
     paths = run_paths(before)
     paths.weights.mkdir(parents=True)
     (paths.weights / NOTE).write_text(
-        json.dumps({"fingerprint": BaseModel(model, ["my_note"]).fingerprints().exact})
+        json.dumps({"fingerprint": BaseModel(model, ignore_keys=["my_note"]).fingerprints().exact})
     )
     stages.record("convert", 1.0, 0, before, paths)
     now = load_config(RECIPE, [*here, f"model.hf={model.rename(tmp_path / 'moved')}"])
