@@ -28,7 +28,7 @@ from megamask.verbs.table import ReorderArguments
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.channel_orders import reordered
 from megamask.weights.file_layout import file_layout
-from megamask.weights.fingerprint import fingerprint_hf
+from megamask.weights.fingerprint import fingerprints_of
 from megamask.weights.hf_files import HFReader, open_checked, write_hf
 from megamask.weights.mapping import prunable
 from megamask.weights.own_folder import own_files, require_own
@@ -64,7 +64,7 @@ def run(config: Config, arguments: ReorderArguments) -> None:
     storage.require_writable(out.parent, "OUT")
     with open_checked(paths.hf, ignore_keys) as reader, start(config) as mesh:
         made_from = {
-            "fingerprint": fingerprint_hf(paths.hf, ignore_keys),
+            "fingerprint": fingerprints_of(reader, arch).exact,
             "pattern": str(pattern),
             "linears": modules,
             "dtype": config.dtype,
@@ -136,6 +136,6 @@ def _write(
         storage.write_json(folder / STAMP, {**stamp, **own_files(folder)})
 
     tensors = reordered(reader, arch, found.orders)
-    write_hf(out, tensors, reader.hf_dir, finish=finish, layout=file_layout(arch))
+    write_hf(out, tensors, reader.folder, finish=finish, layout=file_layout(arch))
     for kind, (before, after) in shares.items():
         tell(f"{kind:<7} a {made_from['pattern']} mask removes {before:.2%} -> {after:.2%}")
