@@ -1,6 +1,6 @@
 """Every setting, its default and its range. Sections are frozen: nothing changes a setting after
-it was read. The settings of a learning run are in learn_tree.py, and those of
-a job in launch_tree.py.
+it was read. The settings of a learning run are in learn_tree.py, those of a
+job in launch_tree.py, and those of an export in export_tree.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from megamask.config.export_tree import ExportSection
 from megamask.config.launch_tree import LaunchSection
 from megamask.config.learn_tree import LearnSection
 from megamask.config.presets import layered
@@ -285,25 +286,6 @@ class TasksSection(Section):
         description="Hugging Face folder, such as an exported one: it and model.hf run in "
         "transformers, in the place of the converted model and its masks",
     )
-
-
-class ExportSection(Section):
-    """The model with the mask applied: a plain Hugging Face folder, or a Megatron checkpoint."""
-
-    format: Literal["hf", "megatron"] = Field(
-        "hf",
-        description="hf: a folder that transformers loads; megatron: a checkpoint (torch_dist) "
-        "that Megatron-LM loads at any tensor parallel size",
-    )
-    mask: str | None = Field(
-        None,
-        description="mask, named as learn.prior.mask; null = the learned mask; "
-        "dense exports without a mask",
-    )
-    weights: str | None = Field(
-        None, description="Megatron weights to write; null = those of the base model"
-    )
-    out: str | None = Field(None, description="folder to write; null = {run_dir}/export")
 
 
 class Config(Section):

@@ -1,0 +1,28 @@
+"""The settings of an export."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megamask.config.section import Section
+
+
+class ExportSection(Section):
+    """The model with the mask applied: a plain Hugging Face folder, or a Megatron checkpoint."""
+
+    format: Literal["hf", "megatron"] = Field(
+        "hf",
+        description="hf: a folder that transformers loads; megatron: a checkpoint (torch_dist) "
+        "that Megatron-LM loads at any tensor parallel size",
+    )
+    mask: str | None = Field(
+        None,
+        description="mask, named as learn.prior.mask; null = the learned mask; "
+        "dense exports without a mask",
+    )
+    weights: str | None = Field(
+        None, description="Megatron weights to write; null = those of the base model"
+    )
+    out: str | None = Field(None, description="folder to write; null = {run_dir}/export")
