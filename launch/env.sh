@@ -52,7 +52,9 @@ threads_per_process() {
 }
 
 host_torch() {
-    "$PYTHON" -c 'import torch; assert torch.version.cuda; print(torch.__version__)' 2>/dev/null
+    "$PYTHON" -c 'import importlib.metadata as found, torch
+assert torch.version.cuda
+print(found.version("torch"))' 2>/dev/null
 }
 
 # write_constraints TARGET TORCH: all pins; or, with a torch of the host, that torch and the pins of

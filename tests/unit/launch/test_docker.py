@@ -40,6 +40,32 @@ def test_the_image_pins_what_the_base_lacks(tmp_path: Path) -> None:
     assert any(line.startswith("megatron-core==0.16.1") for line in lines)
 
 
+def test_a_torch_of_the_host_is_pinned_as_its_package_is_called(tmp_path: Path) -> None:
+    """A wheel of the index is 2.11.0 to pip, and 2.11.0+cu130 to itself: pip finds no such one."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(
+        "class version: cuda = '13.0'\n__version__ = '2.11.0+cu130'\n"
+    )
+    (tmp_path / "torch-2.11.0.dist-info").mkdir()
+    (tmp_path / "torch-2.11.0.dist-info/METADATA").write_text("Name: torch\nVersion: 2.11.0\n")
+
+    def host_torch() -> str:
+        environment = {
+            "PYTHON": "/usr/bin/python3",
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(tmp_path),
+        }
+        script = ["bash", "-c", "source launch/env.sh; host_torch || true"]
+        done = subprocess.run(
+            script, cwd=REPO, env=environment, check=True, timeout=60, capture_output=True
+        )
+        return done.stdout.decode().strip()
+
+    assert host_torch() == "2.11.0"
+    (tmp_path / "torch/__init__.py").write_text("class version: cuda = None\n")
+    assert host_torch() == ""  # of no use on a GPU
+
+
 def test_the_commands_of_the_page_are_real() -> None:
     verbs = re.findall(r"megamask (?:exec .* )?([a-z]+) --(?:config|model)", PAGE)
     assert len(verbs) >= 3 and set(verbs) <= set(VERBS)
