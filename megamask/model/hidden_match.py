@@ -1,9 +1,14 @@
 """The agreement of the layers of the masked model with those of the dense model.
 
-hidden = sum over the layers of |h - t|^2 / |t|^2 of a token, with h its hidden state after a layer
-of the masked model, and t after the same layer of the dense model. Distillation from hidden states
-(Jiao et al., "TinyBERT", arXiv 1909.10351, Eq. 8), here relative to the length of each state,
-because a few tokens of a language model have states hundreds of times as long as the others.
+With h the hidden state of a token after a layer of the masked model, and t after the same layer of
+the dense model, e = |h - t| / |t| and
+
+    hidden = sum over the layers of (e^2 where e <= 1, else 2 e - 1).
+
+This is distillation from hidden states (Jiao et al., "TinyBERT", arXiv 1909.10351, Eq. 8), relative
+to the length of each state, because a few tokens of a language model have states hundreds of times
+as long as the others; and with Huber's loss, because a mask may turn another token into such a
+token, whose e^2 would be a hundred times the sum of all others.
 
 A text tells a layer one number a token, and the dense model tells it as many numbers as a state
 has. So this gradient is far less noisy, and a few steps learn more from both than from the text.
@@ -99,8 +104,8 @@ class HiddenMatch:
 
 
 def gradient_(dense_SBH: torch.Tensor, state_SBH: torch.Tensor, scale: float) -> torch.Tensor:
-    """The sum over the tokens of |h - t|^2 / |t|^2, 0-d fp32; ``scale`` times its gradient at h
-    overwrites t.
+    """The sum over the tokens of e^2, or 2 e - 1 where e > 1, with e = |h - t| / |t|, 0-d fp32;
+    ``scale`` times its gradient at h overwrites t.
 
     Args:
         dense_SBH: t.
@@ -111,9 +116,10 @@ def gradient_(dense_SBH: torch.Tensor, state_SBH: torch.Tensor, scale: float) ->
     # a state of zeros has no relative error; it must not make a NaN
     square = target.square().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     behind = state_SBH.float() - target
-    loss = (behind.square().sum(-1, keepdim=True) / square).sum()
-    dense_SBH.copy_(behind.mul_(2 * scale / square))
-    return loss
+    error = (behind.square().sum(-1, keepdim=True) / square).sqrt()
+    far = error.clamp_min(1.0)  # e where the loss is linear, else 1
+    dense_SBH.copy_(behind.mul_(2 * scale / (square * far)))
+    return torch.where(error > 1, 2 * error - 1, error.square()).sum()
 
 
 class _AddGradient(torch.autograd.Function):
