@@ -3,8 +3,9 @@
 Megatron-Core and PyTorch unpickle the file ``.metadata`` of a checkpoint folder. A pickle can name
 any function of any module and have it called, so a snapshot from somebody else could run code.
 Every reader of this package therefore opens ``.metadata`` here first: the unpickler of this module
-admits the classes that a checkpoint of plain tensors needs, and nothing else. It fills new objects
-with attributes alone, never a class, which the whole process has. A checkpoint that holds other
+admits the classes that a checkpoint of plain tensors needs, and nothing else; those of old
+Megatron-Core become PyTorch's, and nothing of Megatron is imported. It fills new objects with
+attributes alone, never a class, which the whole process has. A checkpoint that holds other
 objects than tensors is refused as well, because PyTorch unpickles such objects freely.
 """
 
@@ -49,6 +50,13 @@ ADMITTED: dict[str, frozenset[str]] = {
     ),
     "torch.serialization": frozenset({"_get_layout"}),
 }  # fmt: skip
+# Classes of older Megatron-Core, which added fields to those of PyTorch: module and name -> module
+# and name of PyTorch's. Version 0.16.1 has empty classes of these names, to read old checkpoints.
+OLD_CORE = "megatron.core.dist_checkpointing.strategies.torch"
+PLAIN_CLASS = {
+    (OLD_CORE, "MCoreMetadata"): ("torch.distributed.checkpoint.metadata", "Metadata"),
+    (OLD_CORE, "MCoreSavePlan"): ("torch.distributed.checkpoint.planner", "SavePlan"),
+}
 
 
 def _admitted(module: str, name: str) -> Any:
@@ -59,6 +67,7 @@ def _admitted(module: str, name: str) -> Any:
     """
     import torch
 
+    module, name = PLAIN_CLASS.get((module, name), (module, name))
     if module == "torch" and (
         name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
     ):

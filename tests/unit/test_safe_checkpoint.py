@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
-from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
 from megamask.errors import ArtifactError
-from megamask.safe_checkpoint import COMMON, INDEX, check_common, read_index
+from megamask.safe_checkpoint import COMMON, INDEX, OLD_CORE, check_common, read_index
 
 MUTATIONS = 2000
 
@@ -57,6 +57,30 @@ def test_a_checkpoint_of_tensors_is_read(folder: Path) -> None:
     index = read_index(folder)
     assert set(index.state_dict_metadata) == {"a.mask_logits", "b"}
     check_common(folder)
+
+
+def test_classes_of_old_megatron_core_are_those_of_torch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old versions made classes of their own from PyTorch's; no module of that name is imported."""
+    name = OLD_CORE
+    old: Any = types.ModuleType(name)
+    for core, plain in (("MCoreMetadata", Metadata), ("MCoreSavePlan", SavePlan)):
+        setattr(old, core, type(core, (plain,), {"__module__": name}))
+    plain_index = pickle.loads((folder / INDEX).read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, name, old)
+        index = old.MCoreMetadata(**vars(plain_index))
+        index.mcore_data = {"b": {"nd_reformulated_orig_global_shape": (2,)}}
+        index.all_local_plans = [old.MCoreSavePlan([])]
+        (folder / INDEX).write_bytes(pickle.dumps(index))
+    monkeypatch.setitem(sys.modules, name, None)  # an import would fail
+    found = read_index(folder)
+    assert type(found) is Metadata and set(found.state_dict_metadata) == {"a.mask_logits", "b"}
+    assert type(vars(found)["all_local_plans"][0]) is SavePlan
+    (folder / INDEX).write_bytes(f"c{name}\nMCoreOther\n.".encode())
+    with pytest.raises(ArtifactError, match="MCoreOther, which no tensor needs"):
+        read_index(folder)
 
 
 @pytest.mark.parametrize("depth", ["whole file", "inside the metadata"])
