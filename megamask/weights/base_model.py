@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError
 from megamask.weights.architecture import read_architecture
 from megamask.weights.dist_checkpoint.checkpoint_folder import KEY, find_checkpoint
-from megamask.weights.dist_checkpoint.megatron_args import disagreement
+from megamask.weights.dist_checkpoint.megatron_args import disagreements
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.family import Architecture
 from megamask.weights.fingerprint import Fingerprints, fingerprints_of
 from megamask.weights.hf_files import open_checked
 from megamask.weights.source import WeightSource
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,16 @@ class BaseModel:
             f"model.hf or {KEY}."
         )
         folder = find_checkpoint(self.megatron)
-        if wrong := disagreement(folder, self.architecture()):
-            name, there, here = wrong
+        for name, there, here in disagreements(folder, self.architecture()):
             if f"megatron.{name}" not in self.ignore_keys:
                 problem = f"was trained with {name} = {there!r}; config.json says {here!r}"
                 way = f"If config.json is right, set model.ignore_keys=[megatron.{name}]."
                 raise ArtifactError(folder, problem, f"{fix} {way}")
-        return self.of_weights(folder, fix)
+        found = MegatronReader(folder, self.architecture(), fix)
+        if found.padding:
+            what = "%s: %d rows beyond the vocabulary of config.json are left out"
+            log.info(what, folder, found.padding)
+        return found
 
     def of_weights(self, folder: Path, fix: str) -> WeightSource:
         """Open Megatron weights of this model: those that a verb wrote, or those of a checkpoint.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megamask.errors import ArtifactError, ConfigError
 from megamask.machine_errors import reading
-from megamask.safe_checkpoint import INDEX
+from megamask.safe_checkpoint import COMMON, INDEX
 from megamask.storage import read_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -23,6 +23,9 @@ RELEASE = "release"
 FORMAT = "metadata.json"
 BACKEND = "torch_dist"
 WEIGHTS = "weights"
+RUN_CONFIG = "run_config.yaml"  # the settings of Megatron-Bridge
+# What a checkpoint leaves in a folder, by name or pattern; the tensors lie in the folder RELEASE.
+FILES = (TRACKER, RELEASE, FORMAT, RUN_CONFIG, "*.distcp", COMMON, INDEX)
 KEY = "model.megatron"
 FIX = f"Point {KEY} at a folder that Megatron wrote with --ckpt-format torch_dist."
 CONVERT = (

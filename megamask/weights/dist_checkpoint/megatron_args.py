@@ -10,21 +10,26 @@ fields of its model provider, which are those of ``TransformerConfig``, under ``
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megamask.config.yaml_text import read_yaml
 from megamask.safe_checkpoint import told_args
+from megamask.weights.dist_checkpoint.checkpoint_folder import RUN_CONFIG
 from megamask.weights.family import Architecture
 
-RUN_CONFIG = "run_config.yaml"
 RUN_CONFIG_BYTES = 2**24  # a longer file is not read
 
 # word of Megatron-LM's args -> word of TransformerConfig, where they differ
 ARGS = {
     "norm_epsilon": "layernorm_epsilon",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "use_rope_scaling": "rope_scaling",
+    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
 }
+ROTARY = ("rotary_", "rope_scaling", "use_rope_scaling", "seq_len_interpolation_factor")
+WHOLE = ("rotary_base", "rotary_seq_len_interpolation_factor")  # flags that take whole numbers
 
 
 def model_facts(arch: Architecture) -> dict[str, Any]:
@@ -47,12 +52,19 @@ def model_facts(arch: Architecture) -> dict[str, Any]:
     if len(arch.ropes) == 1:
         facts["rotary_base"] = arch.ropes[0].theta
         facts["rotary_percent"] = arch.ropes[0].share
+        scaling = arch.ropes[0].scaling or {"type": None}
+        # The other numbers of "llama3" are constants of Megatron-Core: those of Llama 3.1.
+        facts["rope_scaling"] = scaling["type"] == "llama3"
+        if facts["rope_scaling"]:
+            facts["rope_scaling_factor"] = scaling["factor"]
+        linear = scaling["type"] == "linear"
+        facts["seq_len_interpolation_factor"] = scaling["factor"] if linear else 1.0
     return facts
 
 
-def disagreement(folder: Path, arch: Architecture) -> tuple[str, Any, Any] | None:
-    """The first setting that a checkpoint was trained with and ``arch`` does not have: its name,
-    its value there and its value here. Settings that the checkpoint does not tell are not compared.
+def disagreements(folder: Path, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:
+    """The settings that a checkpoint was trained with and ``arch`` does not have: name, value
+    there and value here. Settings that the checkpoint does not tell are not compared.
 
     Args:
         folder: the folder with the index of the checkpoint.
@@ -62,7 +74,9 @@ def disagreement(folder: Path, arch: Architecture) -> tuple[str, Any, Any] | Non
     if told.get("group_query_attention") is False:
         told["num_query_groups"] = told.get("num_attention_heads")
     if told.get("position_embedding_type") != "rope":
-        told = {key: one for key, one in told.items() if not key.startswith("rotary_")}
+        told = {key: one for key, one in told.items() if not key.startswith(ROTARY)}
+    if not told.get("use_rope_scaling", told.get("rope_scaling")):
+        told.pop("rope_scaling_factor", None)  # its default, which is not used
     names = {
         word: (word, *(arg for arg, one in ARGS.items() if one == word)) for word in ARGS.values()
     }
@@ -70,8 +84,13 @@ def disagreement(folder: Path, arch: Architecture) -> tuple[str, Any, Any] | Non
         for name in names.get(word, (word,)):
             there = told.get(name)
             if isinstance(there, bool | int | float | str) and not _same(there, here):
-                return name, there, here
-    return None
+                yield name, there, here
+    # The vocabulary of the tokenizer, which that of config.json may exceed, and the rows.
+    least, most = told.get("vocab_size"), told.get("padded_vocab_size")
+    if isinstance(least, int) and arch.vocab < least:
+        yield "vocab_size", least, arch.vocab
+    if isinstance(most, int) and arch.vocab > most:
+        yield "padded_vocab_size", most, arch.vocab
 
 
 def _same(there: bool | int | float | str, here: Any) -> bool:
@@ -103,8 +122,9 @@ def megatron_args(arch: Architecture, padded_vocab: int) -> dict[str, Any]:
     words = {word: arg for arg, word in ARGS.items()}
     every_bias = arch.attention_bias and arch.attention_out_bias and arch.mlp_bias
     args = {words.get(word, word): value for word, value in model_facts(arch).items()}
-    if float(args.get("rotary_base", 0.5)).is_integer():
-        args["rotary_base"] = int(args["rotary_base"])  # --rotary-base takes a whole number
+    for name in WHOLE:
+        if float(args.get(name, 0.5)).is_integer():
+            args[name] = int(args[name])
     return args | {
         "group_query_attention": arch.kv_heads != arch.heads,
         "max_position_embeddings": arch.max_positions,
@@ -124,3 +144,17 @@ def megatron_args(arch: Architecture, padded_vocab: int) -> dict[str, Any]:
         "no_save_optim": True,
         "no_save_rng": True,
     }
+
+
+def flags_beside(arch: Architecture) -> list[str]:
+    """The flags that Megatron-LM needs to load a written checkpoint: ``--use-checkpoint-args``, and
+    what it does not take from the checkpoint.
+    """
+    args = megatron_args(arch, arch.vocab)
+    flags = ["--use-checkpoint-args", f"--norm-epsilon {args['norm_epsilon']}"]
+    if args["qk_layernorm"]:
+        flags.append("--qk-layernorm")
+    if args.get("use_rope_scaling"):
+        flags.append(f"--use-rope-scaling --rope-scaling-factor {args['rope_scaling_factor']}")
+    factor = args.get("rotary_seq_len_interpolation_factor", 1)
+    return flags + ([f"--rotary-seq-len-interpolation-factor {factor}"] if factor != 1 else [])

@@ -48,6 +48,17 @@ class MegatronReader:
         self._block: tuple[object, Tensor] | None = None
         self._places = self._find(arch)
 
+    @property
+    def padding(self) -> int:
+        """Number of stored rows beyond the vocabulary of the model, which are not read."""
+        shapes = self._stored.shapes()
+        return max(
+            shapes[key][0] - rule.shape()[0]
+            for rule in self._rules
+            if rule.kind == "vocab"
+            for key in self._places[rule.megatron].keys
+        )
+
     def names(self) -> list[str]:
         """All HF names."""
         return list(self._rule_of)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,64 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from megamask.config import load_config
-from megamask.errors import ArtifactError, ConfigError, MegamaskError
-from megamask.safe_checkpoint import COMMON, told_args
+from megamask.errors import ArtifactError, ConfigError
+from megamask.safe_checkpoint import told_args
 from megamask.verbs import convert, export
 from megamask.weights.base_model import BaseModel
 from megamask.weights.dist_checkpoint.checkpoint_folder import FORMAT, TRACKER
-from megamask.weights.dist_checkpoint.megatron_names import fused_name, stacked_name
-from megamask.weights.mapping import rules
-
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 10,
-    "max_position_embeddings": 32,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-LAYER = "decoder.layers.1.mlp.linear_fc2.weight"
-
-
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    folder = tmp_path / "hf"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    return folder
-
-
-@pytest.fixture
-def tensors(hf: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint with numbered layers."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        fused_name(rule.megatron): torch.randn(rule.shape(), generator=generator)
-        for rule in rules(BaseModel(hf).architecture(), 12)
-    }
-
-
-def write(folder: Path, tensors: dict[str, Any], args: object = None) -> Path:
-    """A checkpoint as PyTorch writes it, with Megatron's files beside."""
-    shutil.rmtree(folder, ignore_errors=True)
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-    (folder / FORMAT).write_text('{"sharded_backend": "torch_dist"}')
-    torch.save({"args": args, "checkpoint_version": 3.0}, folder / COMMON)
-    return folder
-
-
-def refusal(hf: Path, folder: Path) -> str:
-    """The message about a checkpoint."""
-    with pytest.raises(MegamaskError) as caught, BaseModel(hf, folder).open():
-        pass
-    return str(caught.value)
+from megamask.weights.dist_checkpoint.megatron_names import stacked_name
+from tests.unit.weights.dist_checkpoint.checkpoints import LAYER, refusal, write
 
 
 def test_places_of_a_checkpoint(hf: Path, tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
