@@ -23,19 +23,26 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from megamask.errors import ArtifactError
 from megamask.export.folded import check_zeros, fold, tell_written, write_stamp
 from megamask.masks.file import MaskSet
 from megamask.safe_checkpoint import COMMON, INDEX
 from megamask.storage import atomic_dir, write_json
 from megamask.weights.base_model import BaseModel
-from megamask.weights.dist_checkpoint.checkpoint_folder import BACKEND, FORMAT, RELEASE, TRACKER
-from megamask.weights.dist_checkpoint.megatron_args import megatron_args
+from megamask.weights.dist_checkpoint.checkpoint_folder import (
+    BACKEND,
+    FORMAT,
+    RELEASE,
+    TRACKER,
+    find_checkpoint,
+)
+from megamask.weights.dist_checkpoint.megatron_args import flags_beside, megatron_args
 from megamask.weights.dist_checkpoint.megatron_names import fused_name, stacked_name
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.family import Architecture
 from megamask.weights.hf_files import copy_side_files
 from megamask.weights.mapping import block, rules
-from megamask.weights.source import WeightSource
+from megamask.weights.source import FINITE, WeightSource, not_finite
 
 MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
 FILE_BYTES = 5 * 10**9
@@ -61,7 +68,8 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         masks: the masks; None writes the dense tensors.
 
     Raises:
-        ArtifactError: the written folder fails its check; ``out`` does not change.
+        ArtifactError: the written folder fails its check, or a number is too large for the dtype of
+            config.json; ``out`` does not change.
     """
     arch = base.architecture()
     with atomic_dir(out) as folder:
@@ -85,12 +93,14 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         backends = {"sharded_backend": BACKEND, "common_backend": "torch"}
         versions = {"sharded_backend_version": 1, "common_backend_version": 1}
         write_json(release / FORMAT, backends | versions)
-        (folder / TRACKER).write_text(RELEASE)
         copy_side_files(base.hf_dir, folder)
-        with MegatronReader(release, arch, "Export again; report it if it stays.") as written:
+        (folder / TRACKER).write_text(RELEASE)
+        fix = "Export again; report it if it stays."
+        with MegatronReader(find_checkpoint(folder), arch, fix) as written:
             check_zeros(written, masks)
         write_stamp(folder, masks)
-    tell_written(out, masks, " as a Megatron checkpoint")
+    flags = " ".join(flags_beside(arch))
+    tell_written(out, masks, f" as a Megatron checkpoint, to load with {flags}")
 
 
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]  # key, offsets, whole size, tensor
@@ -107,7 +117,7 @@ def _pieces(
     def read(name: str, lines: slice, columns: slice | None) -> Tensor:
         if name not in last:
             last.clear()
-            last[name] = fold(name, source.tensor(name), masks)
+            last[name] = _stored(name, fold(name, source.tensor(name), masks), arch, source)
         return block(last[name], lines, columns)
 
     for rule in rules(arch, rows):
@@ -118,6 +128,18 @@ def _pieces(
         else:
             offsets, size = (layer, *(0,) * whole.dim()), (arch.num_layers, *whole.shape)
             yield key, offsets, size, whole[None]
+
+
+def _stored(name: str, tensor: Tensor, arch: Architecture, source: WeightSource) -> Tensor:
+    """A tensor in the dtype of config.json, as the verb convert writes it.
+
+    Raises:
+        ArtifactError: the dtype does not hold its numbers.
+    """
+    stored = tensor.to(arch.dtype)
+    if stored.dtype != tensor.dtype and (problem := not_finite(name, tensor, stored)):
+        raise ArtifactError(source.folder, problem, FINITE)
+    return stored
 
 
 def _states(arch: Architecture) -> Iterator[str]:

@@ -39,7 +39,7 @@ from megamask.safe_checkpoint import (
     unreadable,
 )
 from megamask.weights.architecture import Architecture
-from megamask.weights.source import WeightSource
+from megamask.weights.source import FINITE, WeightSource, not_finite
 
 FIX = "Check the memory and the disk; the same command goes on from what is complete."
 EXTRA_STATE = "_extra_state"  # end of the name of a module's extra state
@@ -179,26 +179,7 @@ def fill_from_hf(
         first_problem = first_problem or not_finite(", ".join(rule.hf), shard, stored)
     if mesh.any(bool(first_problem)):  # all ranks leave together
         problem = first_problem or "holds numbers that are not finite, on another rank"
-        fix = "Repair the model, or set torch_dtype in its config.json to a dtype that holds them."
-        raise ArtifactError(reader.folder, problem, fix)
-
-
-def not_finite(name: str, tensor: torch.Tensor, stored: torch.Tensor) -> str:
-    """What is wrong with a tensor as it was stored; empty if all of its numbers are finite.
-
-    Args:
-        name: what users call the tensor.
-        tensor: as the file holds it.
-        stored: the same numbers in the dtype in which they are kept.
-    """
-    bad = int((~torch.isfinite(stored)).sum())
-    if not bad:
-        return ""
-    in_file = int((~torch.isfinite(tensor)).sum())
-    if in_file:
-        return f"{name} holds {in_file:,} numbers that are not finite"
-    dtype = str(stored.dtype).removeprefix("torch.")
-    return f"{name} holds {bad:,} numbers that are too large for {dtype}, the dtype of config.json"
+        raise ArtifactError(reader.folder, problem, FINITE)
 
 
 def read_note(path: Path) -> dict[str, Any]:

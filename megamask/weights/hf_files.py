@@ -20,16 +20,19 @@ from megamask.file_kinds import SAFETENSORS, require_file, wrong_file
 from megamask.storage import atomic_dir, read_object, real_path, write_json
 from megamask.weights import torch_bin
 from megamask.weights.architecture import read_architecture
+from megamask.weights.dist_checkpoint import checkpoint_folder
 from megamask.weights.file_layout import FileLayout, file_layout, turned
 from megamask.weights.mapping import expected_tensors
 from megamask.weights.source import some_of
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Files that are not copied beside new weights: weights of any format, and notes of megamask.
+# Files that are not copied beside new weights: weights of any format, what says where weights of
+# Megatron lie and what they are, and notes of megamask.
 NOT_COPIED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"),
     *("*.index.json", "megamask_*.json"),
+    *checkpoint_folder.FILES,
 )
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".npz", ".ckpt")
 PLAIN = FileLayout()
