@@ -29,8 +29,9 @@ ARGUMENTS = {
     "extract": {"mask": "SNAPSHOT", "out": "FILE"},
 }
 DISTRIBUTIONS = {"linear": "subset", "categorical": "categorical"}
-# What was done before there was a setting, where that is not the default of the setting.
-NEWER = "learn.prior.margins"  # what was done before this setting is not its default
+# What was done before there was a setting, where that is not the default of the setting. The second
+# table is of notes that have no learn.method yet.
+NEWER = {"learn.prior.margins": False, "learn.sampling.noise": 1.0}
 BEFORE_SETTING = {"learn.distribution": "categorical", "learn.optimizer.eps_rms": 0.0}
 
 
@@ -76,7 +77,8 @@ def upgrade_note(settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         nested = nest(flat)
         learn = nested.get("learn", {})
-        merge(nested, nest({NEWER: flat.get(NEWER, False)}))
+        for key, value in NEWER.items():
+            merge(nested, nest({key: flat.get(key, value)}))
         if "method" not in learn:
             for key, value in BEFORE_SETTING.items():
                 merge(nested, nest({key: flat.get(key, value)}))

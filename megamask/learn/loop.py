@@ -187,8 +187,15 @@ class Run:
         is_last = self.progress.step >= self.config.learn.steps
         return is_last and step_of(self.paths.mask("learned")) == self.progress.step
 
+    def _expect_save(self) -> None:
+        """Start the time of the watchdog anew, for a snapshot, however few steps there were."""
+        if self.mesh.world > 1:
+            minutes = self.config.parallel.timeout_minutes
+            self.watchdog.expect("a snapshot", 60.0 * minutes)
+
     def _leave(self, stop: StopRequest) -> int:
         step, who = self.progress.step, stop.received or "another process"
+        self._expect_save()
         self.snapshots.background.proceed(wait=True)
         if step != self.snapshots.newest():
             self.snapshots.save(self.progress)
@@ -201,6 +208,7 @@ class Run:
     def _finish(self) -> None:
         by_domain = self._evaluate()
         self._save_mask("learned", by_domain)
+        self._expect_save()
         self.snapshots.background.proceed(wait=True)
         if self.progress.step != self.snapshots.newest():
             self.snapshots.save(self.progress)

@@ -23,6 +23,11 @@ def write_seconds(mask_file: Path, seconds: float) -> None:
     write_json(times_path(mask_file), {SECONDS: round(seconds, 2)})
 
 
+def forget_seconds(mask_file: Path) -> None:
+    """Delete the seconds of a mask file that is no longer there, before another takes its name."""
+    times_path(mask_file).unlink(missing_ok=True)
+
+
 def seconds_of(masks: MaskSet) -> float | None:
     """The seconds that a mask took; None where nothing says so. Mask files of before say so in
     their header.

@@ -8,6 +8,7 @@ import logging
 from megamask.config import Config
 from megamask.masks.file import save_masks
 from megamask.masks.find import new_mask_file, open_masks
+from megamask.masks.times import forget_seconds
 from megamask.storage import require_writable
 from megamask.verbs.table import ExtractArguments
 
@@ -25,6 +26,7 @@ def run(config: Config, arguments: ExtractArguments) -> None:
     out = new_mask_file("FILE", arguments.file, usage)
     masks = open_masks(arguments.snapshot, config)
     require_writable(out.parent, "FILE")
+    forget_seconds(out)
     save_masks(
         out,
         masks,

@@ -16,7 +16,7 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/launch/env.sh"
 cd "$REPO"
-home="${SECOND_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/megamask}"
+home="${SECOND_HOME:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/megamask}"
 kind="${SECOND_STACK:-chosen}"
 room_gb=12 # free on the disk before one is made: pip keeps what it downloads beside it
 
@@ -25,7 +25,7 @@ skip() { say "the tests on the second stack were skipped: $*"; exit 0; }
 find_python() {
     local candidate
     for candidate in ${SECOND_PYTHON:-python3.12 python3.13 \
-        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23]*/bin/python3}; do
+        "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[23]*/bin/python3}; do
         if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
         then echo "$candidate"; return; fi
     done
@@ -62,9 +62,10 @@ esac
 python="$(find_python)" || skip "no Python 3.12 or newer (name one with SECOND_PYTHON=...)"
 key="$(cat constraints-newest.txt <(requirements; "$python" -VV) | cksum | tr ' ' -)"
 stack="$home/stack-$key"
-mkdir -p "$home"
+{ mkdir -p "$home" && [ -w "$home" ]; } 2>/dev/null ||
+    skip "$home cannot be written (name another folder with SECOND_HOME=...)"
 exec 9>"$home/lock"
-flock 9 # two runs make one environment
+flock 9 || skip "$home cannot be locked" # two runs make one environment
 if [ ! -e "$stack/.installed" ]; then
     free_gb="$(df -Pk "$home" | awk 'NR == 2 { print int($4 / 1048576) }')"
     [ "$free_gb" -ge "$room_gb" ] ||

@@ -11,6 +11,7 @@ from megamask.masks.foreign.kind import FIX, Base
 from megamask.masks.foreign.kinds import kind_of
 from megamask.masks.header import Facts
 from megamask.masks.save import save_words
+from megamask.masks.times import forget_seconds
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.base_model import BaseModel
 from megamask.weights.file_layout import file_layout
@@ -53,5 +54,6 @@ def import_masks(source: Path, out: Path, model: BaseModel, pattern: Pattern) ->
     prints = model.fingerprints()
     about = {"imported": {"kind": kind.name, "from": source.name}}
     facts = Facts(prints.exact, kind.name, about, float16_fingerprints=prints.float16)
+    forget_seconds(out)
     save_words(out, {name: shapes[name] for name in words}, words.items(), pattern, facts)
     log.info("imported %s masks of %d linears from %s to %s", pattern, len(words), source, out)

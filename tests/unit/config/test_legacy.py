@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megamask.config import Config, load_config
+from megamask.config.deciding import changes, deciding_settings
 from megamask.config.legacy import upgrade_note
 from megamask.config.load import build_config
 from megamask.errors import ConfigError
@@ -136,6 +137,7 @@ def test_an_old_note_is_understood() -> None:
         "data.eod": None,
         "learn.method": "subset",
         "learn.prior.margins": False,  # as before there was the setting
+        "learn.sampling.noise": 1.0,  # likewise
         "learn.optimizer.epsilon": [1e-8, 0.1],
         "learn.distillation.share": 1.0,
         "learn.distillation.temperature": 1.0,
@@ -145,6 +147,23 @@ def test_an_old_note_is_understood() -> None:
     }
     assert upgrade_note(NOTE) == expected
     assert upgrade_note(expected) == expected  # a note of today, flattened
+
+
+@pytest.mark.parametrize("method", ["subset", "categorical"])
+def test_a_note_from_before_noise_drew_with_noise(method: str) -> None:
+    config = load_config(None, [f"learn.method={method}", "learn.sampling.noise=1"])
+    note = deciding_settings(config, ["learn"])
+    del note["learn.sampling.noise"]
+    old = upgrade_note(note)
+    assert changes(old, config, ["learn"]) == {}
+    today = config.model_copy(
+        update={
+            "learn": config.learn.model_copy(
+                update={"sampling": config.learn.sampling.model_copy(update={"noise": 0.0})}
+            )
+        }
+    )
+    assert changes(old, today, ["learn"]) == {"learn.sampling.noise": (1.0, 0.0)}
 
 
 def test_a_note_with_clip_0_learned_without_the_relative_epsilon() -> None:

@@ -92,6 +92,18 @@ def test_each_batch_of_an_evaluation_is_a_sign_of_life(
     assert expected == ["progress after step 1"] * 4 and state_of(run) == "learning"
 
 
+def test_a_snapshot_before_the_first_step_has_the_whole_time(run: Any) -> None:
+    expected: list[tuple[str, float]] = []
+    run.watchdog = SimpleNamespace(expect=lambda *given: expected.append(given))
+    run.mesh.world, run.first_step, run.progress.step = 2, 1, 1
+    last: list[tuple[str, float]] = []
+    run.snapshots.save = lambda _: last.append(expected[-1])
+    stop = StopRequest()
+    stop.received = "SIGTERM"
+    run._leave(stop)
+    assert last == [("a snapshot", 60.0 * run.config.parallel.timeout_minutes)]
+
+
 def test_the_first_step_of_a_start_has_a_short_time(run: Any) -> None:
     """A start that resumes has a first step too; a shorter parallel.timeout_minutes counts for it,
     and one process has no limit.
