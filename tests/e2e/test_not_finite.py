@@ -62,7 +62,7 @@ def test_evaluate_says_that_the_model_is_not_finite(
     run_dir: Path, settings: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that were converted before convert looked at them: one of them is overwritten."""
-    from megamask.evaluate import rows
+    from megamask.evaluate import loaded_model
     from megamask.model.checkpoint import load_weights
 
     def load_and_break(model: torch.nn.Module, path: Path) -> None:
@@ -70,7 +70,7 @@ def test_evaluate_says_that_the_model_is_not_finite(
         with torch.no_grad():
             dict(model.named_parameters())["decoder.final_layernorm.weight"][0] = float("nan")
 
-    monkeypatch.setattr(rows, "load_weights", load_and_break)
+    monkeypatch.setattr(loaded_model, "load_weights", load_and_break)
     done = in_process("evaluate", *settings(run_dir))
     assert "outputs that are not finite on" in refusal(done)
     assert not (run_dir / "results.json").exists()
