@@ -31,7 +31,7 @@ ARGUMENTS = {
 DISTRIBUTIONS = {"linear": "subset", "categorical": "categorical"}
 # What was done before there was a setting, where that is not the default of the setting. The second
 # table is of notes that have no learn.method yet.
-NEWER = {"learn.prior.margins": False, "learn.sampling.noise": 1.0}
+NEWER: dict[str, Any] = {"learn.prior.margins": False, "learn.sampling.noise": 1.0}
 BEFORE_SETTING = {"learn.distribution": "categorical", "learn.optimizer.eps_rms": 0.0}
 
 
