@@ -67,17 +67,18 @@ class HarnessModel(TemplateLM):
         return found
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        return self.scorer([(context, continuation) for _, context, continuation in requests])
+        # A context of white space alone has no ids from the base class where no BOS is added.
+        return self.scorer([(known or [self.prefix_token_id], ids) for _, known, ids in requests])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """The log-likelihood of whole texts, in windows of the model's length, each target with as
-        much context as there is.
+        much context as there is. The token before the text is context and never a target.
         """
         texts = [
             [
                 utils.make_disjoint_window(pair)
                 for pair in utils.get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]),
+                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.scorer.longest,
                     context_len=1,

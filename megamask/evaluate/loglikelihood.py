@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megamask.data.windows import NO_TARGET
 from megamask.errors import ConfigError
+from megamask.evaluate.rows import not_finite_outputs
 from megamask.model.language_model import LanguageModel
 from megamask.model.top_token import WithTopToken
 from megamask.model.vocabulary import CrossEntropy
@@ -57,6 +59,8 @@ class Scorer:
     """Scores pairs of context and continuation in batches of similar length.
 
     Attributes:
+        row: the row of the table that the scores are for; messages name it.
+        weights: where its weights come from; messages name the path.
         score: the scores of a batch.
         device: where batches go.
         longest: the most tokens that the model reads; a multiple of ``multiple``.
@@ -65,6 +69,8 @@ class Scorer:
         mesh: the replicas among which batches are dealt; None for one process.
     """
 
+    row: str
+    weights: Path
     score: Score
     device: torch.device
     longest: int
@@ -80,8 +86,11 @@ class Scorer:
         A context that is too long loses its first tokens.
 
         Raises:
-            ConfigError: a continuation alone is longer than the model reads.
+            ConfigError: a continuation alone is longer than the model reads; on all ranks, before
+                any pair is scored.
+            ArtifactError: a log-likelihood is not finite; on all ranks.
         """
+        self._check(pairs)
         order = sorted(range(len(pairs)), key=lambda at: -sum(map(len, pairs[at])))
         dp, dp_rank = (self.mesh.dp, self.mesh.dp_rank) if self.mesh else (1, 0)
         starts = range(0, len(order), self.micro_batch)
@@ -91,6 +100,8 @@ class Scorer:
             found[batch] = self._batch([pairs[at] for at in batch])
         if self.mesh is not None and dp > 1:
             torch.distributed.all_reduce(found, group=self.mesh.dp_group)
+        if not found.isfinite().all():
+            raise not_finite_outputs(self.weights, "the tasks", self.row)
         return [(float(likelihood), bool(greedy)) for likelihood, greedy in found.tolist()]
 
     def _batch(self, pairs: Sequence[Pair]) -> torch.Tensor:
@@ -111,13 +122,19 @@ class Scorer:
         greedy_B = ((top_BS == labels_BS) | ~counts_BS).all(1)
         return torch.stack([likelihood_B, greedy_B.double()], 1)
 
-    def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
-        """The last ids that the model reads, with the last target, and the number of targets."""
-        if len(continuation) > self.longest:
+    def _check(self, pairs: Sequence[Pair]) -> None:
+        """Check all pairs, and not only those of this replica: if one replica alone raised, the
+        others would wait for it.
+        """
+        most = max((len(continuation) for _, continuation in pairs), default=0)
+        if most > self.longest:
             raise ConfigError(
                 "tasks.names",
-                f"a continuation of {len(continuation):,} tokens",
+                f"a continuation of {most:,} tokens",
                 f"continuations of at most {self.longest:,} tokens, the positions of the model",
                 "Choose tasks with shorter answers.",
             )
+
+    def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
+        """The last ids that the model reads, with the last target, and the number of targets."""
         return (context + continuation)[-(self.longest + 1) :], len(continuation)

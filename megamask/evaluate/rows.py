@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,9 +111,7 @@ class Rows:
                 row.agreement[domain] = sums.agreements / sums.targets
             row.perplexity[domain] = exp_of_mean(loss, targets)
             if math.isnan(row.perplexity[domain]):
-                problem = f"give outputs that are not finite on {domain} (row {method})"
-                fix = "Convert a model whose weights are finite; megamask convert names the tensor."
-                raise ArtifactError(weights, problem, fix)
+                raise not_finite_outputs(weights, domain, method)
         if self.mesh.is_main:
             values = "  ".join(f"{domain} {value:.2f}" for domain, value in row.perplexity.items())
             log.info("%-18s %s  (%.1f s)", method, values, time.perf_counter() - begin)
@@ -126,6 +125,13 @@ class Rows:
 
         (total,) = target_sums(self.mesh, windows, self.config.evaluate.micro_batch, losses)
         return total
+
+
+def not_finite_outputs(weights: Path, text: str, row: str) -> ArtifactError:
+    """The error of weights whose outputs on a text are not finite, in a row of the table."""
+    problem = f"give outputs that are not finite on {text} (row {row})"
+    fix = "Convert a model whose weights are finite; megamask convert names the tensor."
+    return ArtifactError(weights, problem, fix)
 
 
 def by_quantity(rows: dict[str, Row]) -> dict[str, dict[str, dict[str, float]]]:

@@ -11,13 +11,14 @@ from megamask.tables import table
 
 def tasks_table(results: dict[str, Any]) -> str:
     """The table as aligned Markdown: a pair of columns for accuracy and accuracy of the answers'
-    mean log-likelihood a byte (norm) where a task has both, and the mean of the accuracies.
+    mean log-likelihood a byte (norm) where a task has both, and the mean of the accuracies of the
+    tasks. A group is its tasks again, so it has a column and no part in the mean.
 
     Args:
         results: the content of ``tasks.json``: ``{"tasks": {row: {task: {metric: value}}},
-            "protocol": …}``.
+            "groups": {group: [task or group]}, "protocol": …}``.
     """
-    rows = results["tasks"]
+    rows, groups = results["tasks"], results.get("groups", {})
     columns = list(
         dict.fromkeys(
             (task, metric)
@@ -31,7 +32,11 @@ def tasks_table(results: dict[str, Any]) -> str:
     lines = []
     for name, values in rows.items():
         found = [(metric, values[task].get(metric)) for task, metric in columns]
-        accuracies = [value for metric, value in found if metric == "acc" and value is not None]
+        accuracies = [
+            metrics["acc"]
+            for task, metrics in values.items()
+            if task not in groups and "acc" in metrics
+        ]
         mean = _shown("acc", fmean(accuracies)) if accuracies else "–"
         lines.append([method_label(name), *(_shown(*one) for one in found), mean])
     return "\n".join(

@@ -30,6 +30,7 @@ from megamask.report.tasks_table import tasks_table
 from megamask.terminal import tell
 from megamask.verbs.evaluate import find_masks
 from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.hf_files import open_checked
 
 if TYPE_CHECKING:
     from megamask.evaluate.harness import LoadedTasks
@@ -93,24 +94,36 @@ class _Session:
         return cls(config, load_tasks(config.tasks), tokenizer, begin, arch.max_positions)
 
     def row(
-        self, name: str, score: Score, device: torch.device, mesh: Mesh | None = None
+        self,
+        name: str,
+        weights: Path,
+        score: Score,
+        device: torch.device,
+        mesh: Mesh | None = None,
     ) -> dict[str, dict[str, float]]:
-        """Task -> metric -> value."""
+        """Task -> metric -> value.
+
+        Raises:
+            ArtifactError: the outputs of the weights are not finite.
+        """
         from megamask.evaluate.harness import HarnessModel
 
         section = self.config.parallel
         multiple = section.tp if section.sequence_parallel and mesh else 1
         longest = self.positions // multiple * multiple
         batch = self.config.evaluate.micro_batch
-        scorer, begin = Scorer(score, device, longest, batch, multiple, mesh), time.perf_counter()
+        scorer = Scorer(name, weights, score, device, longest, batch, multiple, mesh)
+        begin = time.perf_counter()
         found = self.tasks.run(HarnessModel(scorer, self.tokenizer, self.begin))
         if mesh is None or mesh.is_main:
             log.info("%-18s %.1f s", name, time.perf_counter() - begin)
         return found
 
-    def facts(self, program: str) -> dict[str, Any]:
-        """How the tasks were measured."""
-        return {
+    def results(self, rows: dict[str, Any], program: str) -> dict[str, Any]:
+        """The content of ``tasks.json``: the rows, the groups among their tasks, and how the tasks
+        were measured.
+        """
+        protocol = {
             "harness": version("lm-eval"),
             "program": program,
             "dtype": self.config.dtype,
@@ -119,6 +132,7 @@ class _Session:
             "tokenizer_sha256": self.tokenizer.fingerprint,
             **self.tasks.facts(),
         }
+        return {"tasks": rows, "groups": self.tasks.found["group_map"], "protocol": protocol}
 
 
 def _of_masks(inputs: RunInputs) -> dict[str, Any]:
@@ -131,9 +145,9 @@ def _of_masks(inputs: RunInputs) -> dict[str, Any]:
         mesh.require_same("masks to score", list(masks))
         model, found = LoadedModel(config, inputs.paths, inputs.arch, mesh), {}
         for name, each in {DENSE: None, **masks}.items():
-            model.use(each)
-            found[name] = session.row(name, megatron_score(model.model), mesh.device, mesh)
-    return {"tasks": found, "protocol": session.facts("Megatron-Core")}
+            weights, score = model.use(each), megatron_score(model.model)
+            found[name] = session.row(name, weights, score, mesh.device, mesh)
+    return session.results(found, "Megatron-Core")
 
 
 def _of_folder(inputs: RunInputs) -> dict[str, Any]:
@@ -144,13 +158,19 @@ def _of_folder(inputs: RunInputs) -> dict[str, Any]:
     if this_place().world > 1:
         allowed = "one process: transformers runs the folder on one device"
         raise ConfigError("tasks.folder", str(folder), allowed, "Start it without torchrun.")
-    archs = {
-        path: read_architecture(path, config.model.ignore_keys)
-        for path in (inputs.paths.hf, folder)
-    }
-    session, found = _Session.opened(config, archs[folder]), {}
-    device = choose_device(config.device)
-    for name, path in {DENSE: inputs.paths.hf, folder.name: folder}.items():
+    name = storage.real_path(folder).name  # ``.`` and ``..`` have a name too
+    if name == DENSE:
+        allowed = f"a folder with another name: {DENSE} is the row of model.hf"
+        raise ConfigError("tasks.folder", str(folder), allowed, "Rename the folder.")
+    folders = {DENSE: inputs.paths.hf, name: folder}
+    for path in folders.values():
+        # transformers gives random weights to a tensor that a folder lacks.
+        with open_checked(path, config.model.ignore_keys):
+            pass
+    session = _Session.opened(config, read_architecture(folder, config.model.ignore_keys))
+    found, device = {}, choose_device(config.device)
+    for row, path in folders.items():
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[config.dtype])
-        found[name] = session.row(name, transformers_score(model.eval().to(device)), device)
-    return {"tasks": found, "protocol": session.facts("transformers")}
+        score = transformers_score(model.eval().to(device))
+        found[row] = session.row(row, path, score, device)
+    return session.results(found, "transformers")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megamask.errors import ConfigError
+from megamask.errors import ArtifactError, ConfigError
 from megamask.evaluate.loglikelihood import Pair, Scorer, megatron_score, transformers_score
 from megamask.model.language_model import LanguageModel
+from megamask.parallel.mesh import Mesh
 from tests.unit.learn.one_rank import VOCAB, tiny_config, tiny_masked_model
 
 LONGEST = 24
@@ -51,7 +54,8 @@ def model() -> Iterator[LanguageModel]:
 
 
 def scorer(score: Any, micro_batch: int = 3, multiple: int = 1) -> Scorer:
-    return Scorer(score, torch.device("cpu"), LONGEST, micro_batch, multiple)
+    where = Path("weights"), score, torch.device("cpu")
+    return Scorer("dense", *where, LONGEST, micro_batch, multiple)
 
 
 @torch.no_grad()
@@ -79,14 +83,18 @@ def test_batches_score_as_each_pair_alone(model: LanguageModel) -> None:
     assert scorer(megatron_score(model))([same])[0][0] == pytest.approx(found[4][0], abs=SAME)
 
 
-@torch.no_grad()
-def test_a_model_of_transformers_is_scored_by_the_same_rule() -> None:
+def tiny_llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": VOCAB}
-    model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    return LlamaForCausalLM(LlamaConfig(**shape)).eval()
+
+
+@torch.no_grad()
+def test_a_model_of_transformers_is_scored_by_the_same_rule() -> None:
+    model = tiny_llama()
     found = scorer(transformers_score(model))(pairs())
     for (one, is_greedy), pair in zip(found, pairs(), strict=True):
         likelihood, greedy = plainly(lambda tokens: model(tokens).logits, pair)
@@ -96,3 +104,23 @@ def test_a_model_of_transformers_is_scored_by_the_same_rule() -> None:
 def test_an_answer_that_the_model_cannot_read_is_refused(model: LanguageModel) -> None:
     with pytest.raises(ConfigError, match=r"a continuation of 25 tokens.*at most 24 tokens"):
         scorer(megatron_score(model))([([1], [2] * 25)])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_replica_refuses_the_answer_that_another_would_score(rank: int) -> None:
+    """The long pair is the first of the order, so replica 0 scores it. A replica that went on
+    would call ``score`` and then wait in the all-reduce.
+    """
+    score: Any = None
+    mesh = Mesh(torch.device("cpu"), rank=rank, world=2, tp=1, tp_rank=0, dp=2, dp_rank=rank)
+    with pytest.raises(ConfigError, match="a continuation of 25 tokens"):
+        replace(scorer(score, 1), mesh=mesh)([([1], [2]), ([1], [2] * 25)])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_no_accuracy(number: float) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = number
+    with pytest.raises(ArtifactError, match=r"^weights: give outputs .* on the tasks \(row dense"):
+        scorer(transformers_score(model))([([1], [2, 4])])

@@ -24,3 +24,14 @@ def test_rows_and_columns_are_in_the_order_of_the_results() -> None:
         "protocol": {"harness": "0.4.13", "documents": {"piqa": 1838}},
     }
     assert tasks_table(results) == EXPECTED
+
+
+def test_the_mean_counts_the_tasks_of_a_group_once() -> None:
+    accuracies = {"all": 0.3, "part": 0.15, "a": 0.1, "b": 0.2, "c": 0.6, "alone": 0.9}
+    results = {
+        "tasks": {"dense": {task: {"acc": value} for task, value in accuracies.items()}},
+        "groups": {"all": ["part", "c"], "part": ["a", "b"]},
+    }
+    row = tasks_table(results).splitlines()[2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["dense", "30.00", "15.00", "10.00", "20.00", "60.00", "90.00", "45.00"]
