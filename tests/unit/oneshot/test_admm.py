@@ -101,6 +101,18 @@ def test_equals_the_paper(pattern: Pattern, gradual: int) -> None:
     assert torch.equal(mask_only.score_OI, pruned.score_OI)
 
 
+def test_no_operator_lacks_a_deterministic_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``kthvalue`` raises on CUDA with ``deterministic=true``, and here for its place."""
+
+    def raises(*_: object) -> None:
+        raise RuntimeError("kthvalue CUDA does not have a deterministic implementation")
+
+    monkeypatch.setattr(torch.Tensor, "kthvalue", raises)
+    monkeypatch.setattr(torch, "kthvalue", raises)
+    weight_OI, _, stats = problem()
+    assert is_valid(Pattern(2, 4), admm(weight_OI, stats, Pattern(2, 4)).mask_OI)
+
+
 def test_wrong_answers_are_seen() -> None:
     weight_OI, x_TI, stats = problem()
     pattern = Pattern(2, 4)
