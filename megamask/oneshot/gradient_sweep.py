@@ -27,7 +27,8 @@ def sweep(job: PruningJob, tokens_NS: torch.Tensor) -> dict[str, GradientStats]:
 
     The loss of a sample is its mean cross entropy over S - 1 targets. Each sample has a pass of its
     own, because its gradients are squared before they are added. A gradient is added and freed as
-    soon as it is there, so the sums (4 bytes a weight) and one gradient exist at a time.
+    soon as it is there, so the sums (4 bytes a weight) and one gradient exist at a time. The result
+    is in host memory: a card that holds the sums of all linears would lack them for every pass.
     Replicas share the samples, and their sums are added; every rank of a replica sees all of a
     sample's gradient at its shard. All ranks must call this function.
 
@@ -51,7 +52,8 @@ def sweep(job: PruningJob, tokens_NS: torch.Tensor) -> dict[str, GradientStats]:
                 log.info("  gradients of sample %d/%d  %.1f s", number, len(own), seconds)
     for total_OI in sums.values() if mesh.dp > 1 else ():
         dist.all_reduce(total_OI, group=mesh.dp_group)
-    return {name: GradientStats(total_OI, len(tokens_NS)) for name, total_OI in sums.items()}
+    samples = len(tokens_NS)
+    return {name: GradientStats(sums.pop(name).cpu(), samples) for name in list(sums)}
 
 
 @contextmanager

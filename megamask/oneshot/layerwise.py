@@ -36,7 +36,8 @@ class PrunedShard:
     """The result for this rank's shard of one linear.
 
     Attributes:
-        mask_OI, weight_OI, damp: as of ``Pruned``. The mask is in host memory.
+        mask_OI, weight_OI, damp: as of ``Pruned``. The mask is in host memory, and so is the weight
+            under ``prune.inputs=dense``, where no layer computes with it.
         margin_codes_OI: the margins of the scores, uint8 (``sparsity.margins.to_codes``), in host
             memory: a byte for each weight of the model would not fit beside it on a small card.
     """
@@ -124,8 +125,8 @@ def prune_layerwise(
         criteria: the rules that choose the masks, by method: an entry of ``passes``.
         tokens_NS: the calibration samples, equal on all ranks; None where no criterion needs
             statistics of inputs.
-        gradients: this rank's shards of a sweep, by Megatron name; None where no criterion needs
-            gradients.
+        gradients: this rank's shards of a sweep, by Megatron name, on any device; None where no
+            criterion needs gradients.
 
     Raises:
         ConfigError: inputs or gradients are not finite, or damping cannot make a Hessian positive
@@ -135,7 +136,7 @@ def prune_layerwise(
     gradients = gradients or {}
     if not any(one.needs_stats for one in criteria.values()):
         for name in job.linears:
-            stats = Statistics(gradients=gradients.get(name))
+            stats = Statistics(gradients=_at_hand(job, criteria, gradients, name))
             _record(pruned, name, _prune_by(job, criteria, name, stats))
         return pruned
     assert tokens_NS is not None
@@ -177,7 +178,8 @@ def _prune_on_samples(
                 states.feed(layer, own.values())
         # Prune the linears, then run the pruned layer for the inputs of the next layer.
         for name, linear in own.items():
-            of_linear = Statistics(stats.pop(name), gradients.get(name))
+            measured = _at_hand(job, criteria, gradients, name)
+            of_linear = Statistics(stats.pop(name), measured)
             shards = _prune_by(job, criteria, name, of_linear)
             _record(pruned, name, shards)
             for shard in shards.values() if not dense else ():  # a single criterion
@@ -186,6 +188,19 @@ def _prune_on_samples(
             states.advance(layer)
         if mesh.is_main and (number % -(-len(layers) // LOG_LINES) == 0 or is_last):
             log.info("  layer %d/%d  %.1f s", number, len(layers), time.perf_counter() - begin)
+
+
+def _at_hand(
+    job: PruningJob,
+    criteria: Mapping[str, Criterion],
+    gradients: Mapping[str, GradientStats],
+    name: str,
+) -> GradientStats | None:
+    """The gradients of one linear on the device; None where no criterion needs any."""
+    if not any(one.needs_gradients for one in criteria.values()):
+        return None
+    of_linear = gradients[name]
+    return replace(of_linear, sum_square_OI=of_linear.sum_square_OI.to(job.mesh.device))
 
 
 def _prune_by(
@@ -272,7 +287,10 @@ def _prune_rows(
             pruned.damp,
         )
     codes_OI = to_codes(pruned.score_OI, pruned.mask_OI, job.pattern).cpu()
-    return PrunedShard(pruned.mask_OI.cpu(), pruned.weight_OI, pruned.damp, codes_OI)
+    updated_OI = pruned.weight_OI
+    if updated_OI is not None and settings.inputs == "dense":  # no layer computes with it
+        updated_OI = updated_OI.cpu()
+    return PrunedShard(pruned.mask_OI.cpu(), updated_OI, pruned.damp, codes_OI)
 
 
 def _use(linear: MaskedLinear, pruned: PrunedShard) -> None:
