@@ -82,6 +82,18 @@ def mean_squares(
     return found
 
 
+def readers(arch: Architecture, modules: Collection[str]) -> list[Rule]:
+    """The linears that hold any of these HF modules."""
+    return [rule for rule in rules(arch) if rule.is_linear and set(rule.modules) & set(modules)]
+
+
+def kind_of(rule: Rule) -> str:
+    """The kind of channels that a linear reads: hidden, ffn or value."""
+    if rule.kind != "row":
+        return "hidden"
+    return "ffn" if rule.megatron.endswith("mlp.linear_fc2.weight") else "value"
+
+
 @torch.no_grad()
 def find_orders(
     reader: HFReader,
@@ -103,20 +115,21 @@ def find_orders(
     """
     hidden, ffn, value = [], {}, {}
     found = Found(ChannelOrders())
-    chosen = [rule for rule in rules(arch) if rule.is_linear and set(rule.modules) & set(modules)]
-    stream = [rule for rule in chosen if rule.kind != "row"]
+    chosen = readers(arch, modules)
+    stream = [rule for rule in chosen if kind_of(rule) == "hidden"]
     step = -(-sum(sum(shape[0] for shape in rule.shapes) for rule in stream) // STREAM_ROWS)
     for rule in chosen:
         name = rule.megatron.removesuffix(".weight")
         importance_OI = _importance(reader, rule, mean_square[name]).to(device)
-        if rule.kind != "row":
-            hidden.append(importance_OI[:: max(step, 1)])
+        if kind_of(rule) == "hidden":
+            rows_OI = importance_OI[::step]
+            hidden.append(rows_OI.clone() if step > 1 else rows_OI)  # a view would keep all rows
             continue
         layer = int(name.split(".")[2])
         importance_RC = importance_OI[:: max(-(-len(importance_OI) // ROWS), 1)]
-        if name.endswith("mlp.linear_fc2") and arch.ffn % pattern.m == 0:
+        if kind_of(rule) == "ffn" and arch.ffn % pattern.m == 0:
             ffn[layer] = _search(found, "ffn", importance_RC, pattern)
-        elif name.endswith("linear_proj") and arch.head_dim % pattern.m == 0:
+        elif kind_of(rule) == "value" and arch.head_dim % pattern.m == 0:
             # The query heads of a KV group share an order: their rows stand below each other.
             of_heads = importance_RC.unflatten(1, (arch.kv_heads, -1, arch.head_dim))
             value[layer] = torch.stack(

@@ -18,7 +18,7 @@ from megamask.data.shared_text import check_shards
 from megamask.errors import ArtifactError, ConfigError, MegamaskError
 from megamask.model.build import build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
-from megamask.oneshot.channel_search import Found, find_orders, mean_squares
+from megamask.oneshot.channel_search import Found, find_orders, kind_of, mean_squares, readers
 from megamask.parallel.mesh import start
 from megamask.prepare.dense_model import pruned_already
 from megamask.prepare.layout import Layout, check_positions
@@ -42,21 +42,25 @@ def run(config: Config, arguments: ReorderArguments) -> None:
     from the same model, text and settings.
 
     Raises:
-        ConfigError: the folder is the model's, M divides no kind of channels, or a setting does not
-            fit the model.
+        ConfigError: the weights are a Megatron checkpoint, the folder is the model's, no kind of
+            channels can be reordered, or a setting does not fit the model.
         ArtifactError: model or shards are missing or torn, the model is pruned already, or the
             folder holds other files or cannot be written.
     """
     paths, out, pattern = run_paths(config), Path(arguments.out), Pattern.parse(config.pattern)
     ignore_keys = config.model.ignore_keys
+    if config.model.megatron:
+        allowed = "null: reorder reads the weights of the Hugging Face folder model.hf"
+        fix = "Export the checkpoint in the format hf (export.mask=dense), and reorder that folder."
+        raise ConfigError("model.megatron", config.model.megatron, allowed, fix)
     if storage.real_path(out) == storage.real_path(paths.hf):
         allowed, fix = "a folder other than model.hf", "The model must stay as it is."
         raise ConfigError("OUT", str(out), allowed, fix)
     Layout.launched(config).check_lengths(config, ("calibration.seq_length",))
     arch = read_architecture(paths.hf, ignore_keys)
     Layout.launched(config).check_model(arch)
-    _check_pattern(arch, pattern)
     modules = prunable(arch, config.model.include, config.model.exclude)
+    _check_pattern(arch, modules, pattern)
     check_positions(config, arch, ("calibration.seq_length",))
     check_vocabulary(config, arch.vocab)
     check_shards(config)
@@ -98,13 +102,16 @@ def run(config: Config, arguments: ReorderArguments) -> None:
         mesh.barrier()
 
 
-def _check_pattern(arch: Architecture, pattern: Pattern) -> None:
-    """Check that some channels split into groups."""
-    widths = {"hidden_size": arch.hidden, "intermediate_size": arch.ffn, "head_dim": arch.head_dim}
-    if all(width % pattern.m for width in widths.values()):
-        listed = ", ".join(f"{name} = {width}" for name, width in widths.items())
-        allowed = f"M must divide a number of channels of the model: {listed}"
-        raise ConfigError("pattern", str(pattern), allowed, "Choose another pattern.")
+def _check_pattern(arch: Architecture, modules: Collection[str], pattern: Pattern) -> None:
+    """Check that some channels that the linears to prune read split into groups."""
+    widths = {"hidden": arch.hidden, "ffn": arch.ffn, "value": arch.head_dim}
+    names = {"hidden": "hidden_size", "ffn": "intermediate_size", "value": "head_dim"}
+    kinds = {kind_of(rule) for rule in readers(arch, modules)}
+    if all(widths[kind] % pattern.m for kind in kinds):
+        listed = ", ".join(f"{names[kind]} = {widths[kind]}" for kind in names if kind in kinds)
+        allowed = f"M must divide a number of channels that the linears to prune read: {listed}"
+        fix = "Choose another pattern, or other linears (model.include, model.exclude)."
+        raise ConfigError("pattern", str(pattern), allowed, fix)
 
 
 def _is_done(out: Path, made_from: Mapping[str, Any], ignore_keys: Collection[str]) -> bool:

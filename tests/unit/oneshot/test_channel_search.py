@@ -50,9 +50,11 @@ def search(
     arch: Architecture,
     modules: list[str] | None = None,
     pattern: Pattern = PATTERN,
+    mean_square: dict[str, torch.Tensor] | None = None,
 ) -> Found:
     modules = list(linear_shapes(arch)) if modules is None else modules
-    return find_orders(reader, arch, modules, ones(arch), pattern, torch.device("cpu"))
+    mean_square = ones(arch) if mean_square is None else mean_square
+    return find_orders(reader, arch, modules, mean_square, pattern, torch.device("cpu"))
 
 
 def test_the_shares_are_those_of_the_new_tensors(model: Path) -> None:
@@ -99,3 +101,43 @@ def test_linears_that_stay_dense_have_no_say(model: Path, monkeypatch: pytest.Mo
         # 16 divides the stream and the feed-forward part, and no head of 8.
         wide = search(reader, arch, pattern=Pattern(8, 16))
         assert set(wide.shares) == {"ffn", "hidden"}
+
+
+def test_a_weight_counts_by_the_square_of_its_input(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four inputs of a group are far larger than all others: a mask must lose two of them in each
+    row, and none once they are dealt to two groups.
+    """
+    monkeypatch.setattr(channel_search, "regrouped", partial(regrouped, rounds=1))
+    arch, name = read_architecture(model), "model.layers.1.mlp.down_proj"
+    large = ones(arch)
+    large["decoder.layers.1.mlp.linear_fc2"][:4] = 1e4
+    with open_checked(model) as reader:
+        ((before, after),) = search(reader, arch, [name], mean_square=large).shares["ffn"]
+        ((all_alike, dealt),) = search(reader, arch, [name]).shares["ffn"]
+        importance_OI = reader.tensor(f"{name}.weight").square()
+    importance_OI[:, :4] *= 1e4
+    # fp32 sums of 8,192 terms
+    assert before == pytest.approx(lost(importance_OI, PATTERN) / float(importance_OI.sum()), 1e-4)
+    assert after < before / 10 and dealt > all_alike / 2
+
+
+def test_the_rows_of_a_search_hold_no_others(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view of every second row would keep the importance of the whole model in memory."""
+    monkeypatch.setattr(channel_search, "regrouped", partial(regrouped, rounds=1))
+    monkeypatch.setattr(channel_search, "STREAM_ROWS", 64)
+    joined: list[list[torch.Tensor]] = []
+    cat = torch.cat
+
+    def recorded(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        joined.append(list(tensors))
+        return cat(tensors, dim)
+
+    monkeypatch.setattr(torch, "cat", recorded)
+    arch = read_architecture(model)
+    with open_checked(model) as reader:
+        search(reader, arch)
+    (stream,) = [parts for parts in joined if len(parts) == 2 * arch.num_layers]
+    assert sum(len(one) for one in stream) <= 64 + len(stream)
+    assert all(one.untyped_storage().nbytes() == one.nbytes for one in stream)
