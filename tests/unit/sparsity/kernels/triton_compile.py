@@ -6,8 +6,8 @@ big layer holds at once, or times the threads of a group.
 Every helper that a kernel calls is watched as well (``LookAlikes``).
 
 python -m tests.unit.sparsity.kernels.triton_compile            2:4, for sm_90
-python -m tests.unit.sparsity.kernels.triton_compile --all      1:4, 2:4 and 4:8, for sm_80, 90 and
-                                                                100, and 8:16, for sm_90
+python -m tests.unit.sparsity.kernels.triton_compile --all      1:4, 2:4, 4:8 and 8:16, for sm_80,
+                                                                sm_90 and sm_100
 python -m tests.unit.sparsity.kernels.triton_compile --write    the same, and write compiled.json
 """
 
@@ -310,7 +310,7 @@ def main(arguments: list[str]) -> int:
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     comparable = record.get("triton") == triton.__version__
     known, wrong, found = record.get("kernels", {}) if comparable else {}, [], {}
-    every = chain(variants(ALL, CAPABILITIES), variants(WIDE, (90,)))
+    every = chain(variants(ALL, CAPABILITIES), variants(WIDE, CAPABILITIES))
     chosen = every if everything else variants(FEW, (90,), quiet=False)
     look_alikes = LookAlikes()
     for variant in chosen:
