@@ -99,12 +99,11 @@ def _run(words: list[str], stop: StopRequest) -> int:
             with _log_shown(place):
                 return _run_verb(parse(words), place, stop)
     except Interrupted as signalled:
-        if place.is_main and saves:
-            _say(f"{signalled}: nothing to save yet; start again to begin")
-        elif place.is_main:
-            _say(f"{signalled}: stopped. Nothing half-written is left; start again to do it anew")
-        return EXIT_INTERRUPTED if saves else signalled.code
+        return _stopped(signalled, place, saves)
     except Exception as error:
+        # An import that a signal interrupts may end as an error of its library.
+        if stop.is_raising and stop.received is not None:
+            return _stopped(Interrupted(stop.received), place, saves)
         is_unread = isinstance(error, BrokenPipeError) and _is_unread()
         _drop_output()
         if is_unread:
@@ -122,6 +121,15 @@ def _run(words: list[str], stop: StopRequest) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
+
+
+def _stopped(signalled: Interrupted, place: Place, saves: bool) -> int:
+    """Tell that a signal stopped the verb; the exit code."""
+    if place.is_main and saves:
+        _say(f"{signalled}: nothing to save yet; start again to begin")
+    elif place.is_main:
+        _say(f"{signalled}: stopped. Nothing half-written is left; start again to do it anew")
+    return EXIT_INTERRUPTED if saves else signalled.code
 
 
 def _run_verb(request: Request, place: Place, stop: StopRequest) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 
 import pytest
 
+import megamask.__main__ as main_module
 from megamask.__main__ import main
 from megamask.config.load import load_config, read_settings
 from megamask.errors import ConfigError
+from megamask.process.signals import StopRequest
 from megamask.verbs.table import DiffArguments, ExtractArguments, InspectArguments, PlanArguments
 from megamask.verbs.words import build_arguments, parse
 
@@ -147,3 +150,27 @@ def test_a_program_that_runs_several_verbs_keeps_its_logger() -> None:
     ):
         assert main(words) == code
         assert (logger.handlers, logger.level) == before
+
+
+def test_a_signal_that_a_library_takes_for_its_own_error_stops_the_verb(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python 3.11 makes a RuntimeError of what is raised while a class gets its fields."""
+    stop = StopRequest()
+
+    def interrupted(*_: object) -> int:
+        try:
+            stop(signal.SIGINT, None)
+        except BaseException as error:
+            raise ConfigError("data.tokenizer", "x", "a folder", "Set it.") from error
+        return 0
+
+    monkeypatch.setattr(main_module, "_run_verb", interrupted)
+    assert main_module._run(["prune"], stop) == 130
+    assert "SIGINT: stopped" in capsys.readouterr().err
+    monkeypatch.setattr(StopRequest, "__call__", lambda *_: raise_other())
+    assert main_module._run(["prune"], StopRequest()) == 2  # without a signal: the error
+
+
+def raise_other() -> None:
+    raise RuntimeError("another error")
