@@ -1,10 +1,11 @@
 """Margins: how far each weight of a group is from changing sides.
 
-A criterion keeps the N largest scores of a group. The middle between the smallest kept score and
-the largest removed score divides the group, and the margin of a weight is the distance of its score
-from the middle. Scores of different linears have different units, so a margin is told in medians of
-its linear. Learning starts each weight at its margin (``graded``): a near-tie of the criterion
-flips after few steps, a clear choice only on strong evidence.
+A criterion keeps the N largest scores of a group. The middle between the last of these and the next
+score divides the group, and the margin of a weight is the distance of its score from the middle, on
+the side that the mask chose; where a polish went against the scores, the margin is the least.
+Scores of different linears have different units, so a margin is told in medians of its linear.
+Learning starts each weight at its margin (``graded``): a near-tie of the criterion flips after few
+steps, a clear choice only on strong evidence.
 
 A margin is kept as a level, a number of 4 bits on a scale of logarithms, made in two steps. A rank
 writes down the logarithm of its margins (``to_codes``), which needs no other rank. Where the whole
@@ -32,15 +33,16 @@ def to_codes(score_OI: torch.Tensor, mask_OI: torch.Tensor, pattern: Pattern) ->
 
     Args:
         score_OI: the criterion's scores, finite, of any float dtype and unit.
-        mask_OI: bool, the N largest scores of every group.
+        mask_OI: bool, N of every group: the N largest scores but for the exchanges of a polish. A
+            weight on the other side than its score gets the lowest code, for no evidence.
         pattern: N:M.
     """
     score = score_OI.float().unflatten(-1, (-1, pattern.m))
     kept = mask_OI.unflatten(-1, (-1, pattern.m))
-    lowest_kept = score.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-    highest_removed = score.masked_fill(kept, -torch.inf).amax(-1, keepdim=True)
-    middle = lowest_kept / 2 + highest_removed / 2
-    octaves = (score - middle).abs().log2()  # -inf at a tie
+    last, following = score.topk(pattern.n + 1, dim=-1).values[..., -2:].split(1, dim=-1)
+    middle = last / 2 + following / 2
+    margin = torch.where(kept, score - middle, middle - score).clamp_min(0)
+    octaves = margin.log2()  # -inf at a tie and against the score
     codes = (octaves * PER_OCTAVE).round().add(ONE).clamp(0, CODES - 1)
     return codes.flatten(-2).to(torch.uint8)
 

@@ -45,13 +45,9 @@ def keep_largest(score_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, fl
 
 
 def margins_under(score_OI: torch.Tensor, mask_OI: torch.Tensor) -> torch.Tensor:
-    """The distances from the middle between the least kept and the largest removed score of a
-    group, under any mask.
-    """
-    grouped, kept = score_OI.unflatten(1, (-1, GROUP)), mask_OI.unflatten(1, (-1, GROUP))
-    least = torch.where(kept, grouped, torch.inf).amin(-1, keepdim=True)
-    largest = torch.where(kept, -torch.inf, grouped).amax(-1, keepdim=True)
-    return (grouped - (least + largest) / 2).abs().flatten(1)
+    """The margins of ``keep_largest``, and 0 where ``mask_OI``, any mask, keeps another weight."""
+    chosen_OI, margin_OI, _ = keep_largest(score_OI)
+    return torch.where(mask_OI == chosen_OI, margin_OI, 0)
 
 
 def sparsegpt_textbook(

@@ -221,8 +221,12 @@ def test_equals_the_plain_implementation(
             assert set(codes) == set(masks)
             for name, codes_OI in codes.items():
                 found_OI = margins_of(to_levels(codes_OI))
-                assert margins_agree(found_OI, expected.margins[name]), f"{method} {name}"
-                assert not margins_agree(found_OI.roll(1, 0), expected.margins[name])
+                # An exchange that only one of the two made is bounded below, by NEAR_MASKS; its
+                # weights have a margin in one and the least margin in the other.
+                same_OI = masks[name] == expected.masks[name]
+                wanted_OI = expected.margins[name]
+                assert margins_agree(found_OI, wanted_OI, same_OI), f"{method} {name}"
+                assert not margins_agree(found_OI.roll(1, 0), wanted_OI, same_OI)
             assert set(masks) == set(expected.masks) and DENSE_LINEAR not in masks
             for name, mask_OI in masks.items():
                 share = float((mask_OI != expected.masks[name]).float().mean())
@@ -236,12 +240,13 @@ def test_equals_the_plain_implementation(
             assert bool(weights) == method.endswith("_update")
 
 
-def margins_agree(found_OI: torch.Tensor, expected_OI: torch.Tensor) -> bool:
-    """Whether margins in medians are those of scores in any unit. A code is half an octave wide and
-    its median another, so levels lie within half an octave; fp32 scores may fall to the next code.
+def margins_agree(found_OI: torch.Tensor, expected_OI: torch.Tensor, same_OI: torch.Tensor) -> bool:
+    """Whether margins in medians are those of scores in any unit, where the masks are the same. A
+    code is half an octave wide and its median another, so levels lie within half an octave; fp32
+    scores may fall to the next code.
     """
     expected_OI = expected_OI / expected_OI.median()
-    octaves = (found_OI / expected_OI.clamp(found_OI.min(), found_OI.max())).log2().abs()
+    octaves = (found_OI / expected_OI.clamp(found_OI.min(), found_OI.max())).log2().abs()[same_OI]
     return float(octaves.max()) < 1.01 and float((octaves <= 0.5).float().mean()) > 0.99
 
 

@@ -64,6 +64,42 @@ def test_a_tie_has_the_smallest_margin_and_stays_as_it_was_decided() -> None:
     assert torch.equal(prior_OI > 0.5, mask_OI)
 
 
+@pytest.mark.parametrize("text", ["2:4", "1:4", "8:16"])
+def test_the_mask_of_the_criterion_has_the_distances_from_the_middle(text: str) -> None:
+    """Bit for bit the codes of the plain rule: the middle of the least kept and the largest removed
+    score.
+    """
+    pattern, draws = Pattern.parse(text), torch.Generator().manual_seed(3)
+    normal_OI = torch.randn(64, 8 * pattern.m, generator=draws)
+    for score_OI in (normal_OI, normal_OI.bfloat16(), normal_OI * 1e-44, normal_OI.round()):
+        mask_OI = pattern.best(score_OI)
+        score, kept = (one.unflatten(1, (-1, pattern.m)) for one in (score_OI.float(), mask_OI))
+        least = score.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+        largest = score.masked_fill(kept, -torch.inf).amax(-1, keepdim=True)
+        octaves = (score - (least / 2 + largest / 2)).abs().log2()
+        expected = (octaves * 2).round().add(128).clamp(0, 255).flatten(1).byte()
+        assert torch.equal(to_codes(score_OI, mask_OI, pattern), expected)
+        assert not torch.equal(to_codes(score_OI.float() * 2, mask_OI, pattern), expected) or (
+            not expected.any()
+        )
+
+
+def test_a_weight_that_a_polish_exchanged_starts_unsure() -> None:
+    """10 gave its place to 1: both could not be further from the middle, on the wrong side."""
+    pattern, score_OI = Pattern(2, 4), torch.tensor([[10.0, 6.0, 4.0, 1.0], [9.0, 6.0, 4.0, 1.0]])
+    mask_OI = torch.tensor([[False, True, False, True], [True, True, False, False]])
+    codes_OI = to_codes(score_OI, mask_OI, pattern)
+    plain_OI = to_codes(score_OI, pattern.best(score_OI), pattern)
+    assert codes_OI[0, [0, 3]].tolist() == [0, 0] and bool((plain_OI > 0).all())
+    codes_OI[0, [0, 3]] = plain_OI[0, [0, 3]]
+    assert torch.equal(codes_OI, plain_OI)  # all others keep theirs
+    margins_OI = margins_of(to_levels(to_codes(score_OI, mask_OI, pattern)))
+    assert bool((margins_OI[0, [0, 3]] < margins_OI[0, [1, 2]].min()).all())
+    prior_OI = graded(mask_OI, margins_OI, cap=2.0)
+    assert torch.equal(prior_OI > 0.5, mask_OI)
+    assert float((prior_OI[0, [0, 3]] - 0.5).abs().max()) < 0.02
+
+
 def test_all_margins_alike_are_the_mask() -> None:
     mask_OI = torch.tensor([[True, False, True, False]])
     assert torch.equal(graded(mask_OI, torch.ones(1, 4), cap=2.0), mask_OI.float())
