@@ -116,7 +116,6 @@ class GradientLearner:
         self.step_draws = StepDraws(linears) if learn.sampling.span > 1 else None
         self.match = self._match()
         self.loss = loss_of(learn.distillation, masked_model.switch, self.match)
-        self.parts: tuple[str, ...] = ()  # of the loss, by metric
         # updates
         self.optimizer = build_optimizer(config, linears, self.replicas)
         self.schedule = Schedule(learn)
@@ -130,12 +129,15 @@ class GradientLearner:
         # gradients at the mask logits
         running = self._begin(step, plan)
         measured = self._forward_backward(running, plan.micro_batches(step), plan)
-        averages = self.mesh.mean_over_dp(torch.stack(measured).mean(0))
+        names = list(measured[0])
+        values = [torch.stack(list(one.values())) for one in measured]
+        averages = self.mesh.mean_over_dp(torch.stack(values).mean(0))
         grads = [logits.main_grad for logits in self.optimizer.logits]  # type: ignore[attr-defined]
         norm = gradient_norm(grads, self.mesh, self.replicas)
         # the one time that the host waits for the device
-        grad_norm, weight_norm, objective, *means = torch.cat([norm[None], averages]).tolist()
-        parts = dict(zip(self.parts, means, strict=True))
+        grad_norm, *means = torch.cat([norm[None], averages]).tolist()
+        parts = dict(zip(names, means, strict=True))
+        weight_norm, objective = parts.pop("weight_norm"), parts.pop("objective")
         objective += self.config.learn.distillation.hidden * parts.get("hidden_loss", 0.0)
         self._refuse_nan(step, objective, grad_norm)
 
@@ -187,9 +189,9 @@ class GradientLearner:
 
     def _forward_backward(
         self, running: _RunningStep, micro_batches: Iterator[MicroBatch], plan: BatchPlan
-    ) -> list[torch.Tensor]:
-        """(weight norm, objective and its parts) of every micro-batch of this replica; the
-        gradients are in ``main_grad`` afterwards.
+    ) -> list[dict[str, torch.Tensor]]:
+        """Weight norm, objective and the parts of the loss of every micro-batch of this replica,
+        0-d fp64 each; the gradients are in ``main_grad`` afterwards.
         """
         try:
             return get_forward_backward_func()(
@@ -235,10 +237,10 @@ class GradientLearner:
         if number == running.first:
             running.first_draw = measured
 
-        def mean_and_report(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            mean, parts = output.mean(), losses.parts()
-            self.parts = tuple(parts)
-            return mean, torch.stack([norm, mean.detach().double(), *parts.values()])
+        def mean_and_report(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            mean = output.mean()
+            objective = mean.detach().double()
+            return mean, {"weight_norm": norm, "objective": objective, **losses.parts()}
 
         return losses.objective, mean_and_report
 

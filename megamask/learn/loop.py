@@ -151,14 +151,18 @@ class Run:
         """Start the time of the watchdog anew.
 
         A network that the settings of a job do not fit shows in the first step, so the times up to
-        its end are short. One process waits for nobody, and its steps may take any time.
+        its end are short.
         """
         step, parallel = self.progress.step, self.config.parallel
+        what, minutes = f"progress after step {step}", parallel.timeout_minutes
+        if step == self.first_step:
+            what = "progress towards the end of the first step (parallel.first_step_minutes)"
+            minutes = min(minutes, parallel.first_step_minutes)
+        self._expect(what, minutes)
+
+    def _expect(self, what: str, minutes: float) -> None:
+        """Start the time of the watchdog anew. One process waits for nobody, and has no limit."""
         if self.mesh.world > 1:
-            what, minutes = f"progress after step {step}", parallel.timeout_minutes
-            if step == self.first_step:
-                what = "progress towards the end of the first step (parallel.first_step_minutes)"
-                minutes = min(minutes, parallel.first_step_minutes)
             self.watchdog.expect(what, 60.0 * minutes)
 
     def _show_learning(self) -> None:
@@ -187,15 +191,9 @@ class Run:
         is_last = self.progress.step >= self.config.learn.steps
         return is_last and step_of(self.paths.mask("learned")) == self.progress.step
 
-    def _expect_save(self) -> None:
-        """Start the time of the watchdog anew, for a snapshot, however few steps there were."""
-        if self.mesh.world > 1:
-            minutes = self.config.parallel.timeout_minutes
-            self.watchdog.expect("a snapshot", 60.0 * minutes)
-
     def _leave(self, stop: StopRequest) -> int:
         step, who = self.progress.step, stop.received or "another process"
-        self._expect_save()
+        self._expect("a snapshot", self.config.parallel.timeout_minutes)
         self.snapshots.background.proceed(wait=True)
         if step != self.snapshots.newest():
             self.snapshots.save(self.progress)
@@ -208,7 +206,7 @@ class Run:
     def _finish(self) -> None:
         by_domain = self._evaluate()
         self._save_mask("learned", by_domain)
-        self._expect_save()
+        self._expect("a snapshot", self.config.parallel.timeout_minutes)
         self.snapshots.background.proceed(wait=True)
         if self.progress.step != self.snapshots.newest():
             self.snapshots.save(self.progress)
