@@ -1,6 +1,7 @@
 """Architectures of well-known models without weights.
 
-They serve to plan and to benchmark a run before anything is downloaded.
+They serve to plan and to benchmark a run before anything is downloaded. A shape without a published
+config.json says under the key ``sources`` where each of its numbers comes from.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from megamask.errors import ConfigError
 from megamask.weights.architecture import Architecture, read_architecture
 
 FOLDER = Path(__file__).with_name("known")
+SOURCES = "sources"
 SHAPES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 
 
@@ -28,7 +30,7 @@ def read_shape(name: str, key: str = "--model", ignore_keys: Collection[str] = (
         ArtifactError: the folder has no config.json.
     """
     if name in SHAPES:
-        return read_architecture(FOLDER / f"{name}.json")
+        return read_architecture(FOLDER / f"{name}.json", (SOURCES,))
     if not Path(name).exists():
         raise ConfigError(
             key,

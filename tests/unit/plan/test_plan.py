@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -45,7 +46,7 @@ from megamask.weights import mapping
 from megamask.weights.family import Architecture, Names
 from megamask.weights.mapping import expected_tensors
 from megamask.weights.rule import Rule
-from megamask.weights.shapes import SHAPES, read_shape
+from megamask.weights.shapes import FOLDER, SHAPES, SOURCES, read_shape
 from megamask.weights.tensor_rules import tensor_rules
 
 PAPER = ("learn.preset=maskllm", "learn.micro_batch=1", "data.seq_length=4096")
@@ -78,7 +79,8 @@ def test_prunable_weights(model: str, billions: float) -> None:
 
 # Weights in billions as the model cards or papers state them; Gemma 3's without the vision tower.
 # Nemotron-4's is the paper's 3.2 of the embeddings and 12.5 of the rest. NVIDIA's GPT-2B-001 is
-# called "2B" alone: by hand, 2 x 256,000 x 2,048 + 24 x (4 x 2,048^2 + 3 x 2,048 x 5,440).
+# called "2B" alone: by hand, 2 x 256,000 x 2,048 + 24 x (4 x 2,048^2 + 3 x 2,048 x 5,440). The 843M
+# is the name that MaskLLM's paper gives.
 PUBLISHED = {
     "llama2-7b": 6.74,
     "llama2-13b": 13.02,
@@ -87,6 +89,7 @@ PUBLISHED = {
     "mistral-7b": 7.24,
     "nemotron-4-15b": 15.6,
     "gpt3-2b": 2.25,
+    "gpt3-843m": 0.843,
     "qwen2.5-0.5b": 0.49,
     "qwen2.5-1.5b": 1.54,
     "qwen2.5-3b": 3.09,
@@ -114,6 +117,21 @@ def test_shapes_have_the_published_numbers_of_weights(name: str, billions: float
     weights = sum(math.prod(shape) for shape in expected_tensors(arch).values())
     assert weights / 1e9 == pytest.approx(billions, rel=0.02)
     assert weights / 1e9 != pytest.approx(1.05 * billions, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("gpt3")])
+def test_a_shape_of_the_paper_says_where_each_number_comes_from(name: str) -> None:
+    values = json.loads((FOLDER / f"{name}.json").read_text())
+    sources = values.pop(SOURCES)
+    assert values.keys() == sources.keys() and all(sources.values())
+    arch = read_shape(name)  # the paper's numbers
+    assert (arch.num_layers, arch.heads, arch.max_positions) == (24, 16, 4096)
+    assert arch.hidden == {"gpt3-2b": 2048, "gpt3-843m": 1024}[name]
+    assert arch.gated and arch.activation == "silu"
+    weights = sum(math.prod(shape) for shape in expected_tensors(arch).values())
+    if "not published" in sources["intermediate_size"]:  # it follows from the size in the name
+        step = 16 * 3 * arch.hidden * arch.num_layers
+        assert abs(weights - 843e6) == min(abs(weights + more - 843e6) for more in (-step, 0, step))
 
 
 def test_a_feed_forward_part_without_a_gate_is_planned_as_such() -> None:
