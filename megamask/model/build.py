@@ -1,4 +1,4 @@
-"""From an architecture to a frozen Megatron-Core GPTModel whose linears can carry masks."""
+"""From an architecture to a frozen model of Megatron-Core whose linears can carry masks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megamask.config import Config
 from megamask.model.activations import ACTIVATIONS
 from megamask.model.fused.seams import Fusions
 from megamask.model.language_model import LanguageModel
+from megamask.model.model_class import model_class
 from megamask.model.rope import RotarySets, inverse_frequencies
 from megamask.model.spec import block_spec
 from megamask.model.vocabulary import VocabularyShard
@@ -92,7 +93,7 @@ def transformer_config(
 def build_model(
     config: Config, arch: Architecture, mesh: Mesh, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """A frozen GPTModel on ``mesh.device`` with uninitialised weights.
+    """A frozen model on ``mesh.device`` with uninitialised weights.
 
     Args:
         config: the settings.
@@ -101,13 +102,14 @@ def build_model(
         dtype: dtype of the weights; None takes ``config.dtype``.
 
     Raises:
-        ConfigError: the architecture does not split over this TP.
+        ConfigError: the architecture does not split over this TP, or the environment asks for a
+            class of models that the installed Megatron-Core lacks.
     """
     check_tp(arch, mesh.tp)
     settings = transformer_config(config, arch, mesh, dtype or DTYPES[config.dtype])
-    model = LanguageModel(
+    model: LanguageModel = model_class()(
         config=settings,
-        transformer_layer_spec=block_spec(arch, settings, mesh.device),
+        block=block_spec(arch, settings, mesh.device),
         vocab_size=padded_vocab(arch, mesh.tp),
         max_sequence_length=arch.max_positions,
         parallel_output=True,

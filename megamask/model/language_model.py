@@ -1,5 +1,5 @@
-"""Megatron's GPTModel that gives hidden states, and the losses that are made of them without ever
-holding all logits.
+"""A language model of Megatron that gives hidden states, and the losses that are made of them
+without ever holding all logits.
 
 Shapes: S tokens of a sequence, B sequences, H hidden, V rows of the vocabulary on this rank.
 """
@@ -7,11 +7,10 @@ Shapes: S tokens of a sequence, B sequences, H hidden, V rows of the vocabulary 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from megamask.model.vocabulary import (
     Capped,
@@ -48,8 +47,9 @@ class TokenLosses:
         return {name: part.mean().double() for name, part in named.items() if part is not None}
 
 
-class LanguageModel(GPTModel):
-    """A GPTModel whose forward pass ends with the hidden states after the last norm.
+class LanguageModel(LanguageModule):
+    """A model whose forward pass ends with the hidden states after the last norm. Its layers and
+    parameters are those of a class of Megatron (``megamask.model.model_class``).
 
     Losses are made of the hidden states by :meth:`losses`, which knows the real rows of this rank's
     vocabulary: rows that only pad it never take part in a softmax. The model runs without the
@@ -137,12 +137,6 @@ class LanguageModel(GPTModel):
         for layer in (self.embedding.word_embeddings, self.output_layer):
             if layer.weight is not None:
                 layer.weight[self.shard.real :] = 0
-
-    def _postprocess(self, *, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Megatron calls this method after the last layer (by keyword from 0.14 on) to make logits
-        or a loss; this model returns the hidden states as they are.
-        """
-        return hidden_states
 
 
 def text_losses(
