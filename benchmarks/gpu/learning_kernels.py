@@ -18,7 +18,7 @@ import torch
 from benchmarks.sampling import layer_shapes
 from megamask.config import Config, load_config
 from megamask.learn import kernel_check
-from megamask.learn.gumbel import sample_of
+from megamask.learn.annealing import sample_of
 from megamask.learn.maskpro import score
 from megamask.learn.method import Method
 from megamask.learn.methods import find_method

@@ -43,7 +43,7 @@ def _one_error(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 class SamplingSection(Section):
     """The relaxed samples of masks (MaskLLM, Eq. 6-7, or their k-subset counterpart). A pair is a
-    first and a last value, linear in progress.
+    first and a last value.
     """
 
     mode: Literal["soft", "hard"] = each_step(
@@ -59,6 +59,16 @@ class SamplingSection(Section):
     )
     tau: tuple[Positive, Positive] = each_step(
         (1.0, 0.05), description="temperature: first and last"
+    )
+    schedule: Literal["linear", "exponential"] = each_step(
+        "linear",
+        description="how kappa and tau go from first to last: by equal differences, or by equal "
+        "factors",
+    )
+    annealed_by: Annotated[float, Field(ge=0.01, le=1)] = each_step(
+        1.0,
+        description="share of learn.steps after which kappa and tau are at their last values, "
+        "which then stay",
     )
     noise: float = each_step(
         0.0,
@@ -243,6 +253,11 @@ class MonitorSection(Section):
     evaluate_windows: Samples = free(
         8, description="held-out windows of each domain while learning"
     )
+    measure_every: Annotated[int, Field(ge=0, le=10**7)] = free(
+        10,
+        description="steps between measurements of AdamW's update: share of signal in the "
+        "gradient, of logits below epsilon, length of a move; 0 = none",
+    )
     sinks: list[Literal["tensorboard", "wandb", "wandb_offline"]] = free(
         ["tensorboard", "wandb_offline"],
         description="where metrics go beside metrics.jsonl; wandb uploads them at once",
@@ -253,7 +268,7 @@ class MonitorSection(Section):
 class LearnSection(Section):
     """A learning run: the step, its schedule and its bookkeeping."""
 
-    preset: Literal["best", "maskllm", "maskpro"] = free(
+    preset: Literal["best", "minutes", "maskllm", "maskpro", "roi"] = free(
         "best", description="named settings, applied below the given settings"
     )
     method: str = Field(

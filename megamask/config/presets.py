@@ -73,6 +73,42 @@ MASKPRO: dict[str, Any] = {
     },
 }
 
+# RoI (arXiv 2608.23048): a logit a weight without a prior, kappa and tau annealed by equal factors
+# in the first three quarters of 2,000 steps, 2 billion tokens in all. The global batch makes a
+# million tokens a step of sequences of 4,096. Warm-up and epsilon are AdamW's usual none and 1e-8.
+ROI: dict[str, Any] = {
+    "learn": {
+        "method": "subset",
+        "steps": 2000,
+        "global_batch": 256,
+        "sampling": {
+            "kappa": [1.0, 500.0],
+            "tau": [1.0, 0.05],
+            "schedule": "exponential",
+            "annealed_by": 0.75,
+            "noise": 1.0,
+            "initial_noise": True,
+        },
+        "prior": {"mask": None},
+        "optimizer": {
+            "lr": 1e-3,
+            "min_lr": 1e-4,
+            "weight_decay": 0.05,
+            "betas": [0.9, 0.95],
+            "warmup_steps": 0,
+            "epsilon": [1e-8, 0.0],
+        },
+        "weight_norm": [0.0, 0.0],
+    }
+}
+
+# Few samples: public cards of masks that were learned from a strong prior say that the divergence
+# from the dense model hardly falls beyond 2,048 sequences. 128 steps of 16 are so many; the layers
+# of the dense model say more about each of them.
+MINUTES: dict[str, Any] = {
+    "learn": {"steps": 128, "global_batch": 16, "distillation": {"hidden": 1.0}}
+}
+
 # Bytes per weight at 2:4 with learn.method=categorical, the frozen weight included: default 26,
 # lean 14, leanest 9.5 (megamask plan counts every part). Lean keeps AdamW, and with it the recipe's
 # learning rate. Lion moves every logit by the full rate whatever its gradient is, so it needs about
@@ -91,7 +127,13 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "categorical": {"learn": {"sampling": {"noise": 1.0}}},  # MaskLLM's; 0 was tried with subset
     "maskpro": {"learn": _MASKPRO_SAMPLING},
 }
-PRESETS: dict[str, dict[str, Any]] = {"best": BEST, "maskllm": MASKLLM, "maskpro": MASKPRO}
+PRESETS: dict[str, dict[str, Any]] = {
+    "best": BEST,
+    "minutes": MINUTES,
+    "maskllm": MASKLLM,
+    "maskpro": MASKPRO,
+    "roi": ROI,
+}
 MEMORIES: dict[str, dict[str, Any]] = {"default": {}, "lean": LEAN, "leanest": LEANEST}
 # setting of learn -> its names -> what a name stands for; a later setting lies above an earlier
 NAMED = {"method": METHOD_SETTINGS, "preset": PRESETS, "memory": MEMORIES}

@@ -171,7 +171,7 @@ def check_schedules(section: SamplingSection) -> None:
     """Check that sampling ends harder than it began.
 
     Raises:
-        ConfigError: tau rises, kappa falls or ends at 0.
+        ConfigError: tau rises, kappa falls or ends at 0, or begins at 0 by equal factors.
     """
     tau, kappa = section.tau, section.kappa
     if tau[1] > tau[0]:
@@ -183,4 +183,8 @@ def check_schedules(section: SamplingSection) -> None:
     if kappa[1] == 0:
         allowed = "must end above 0: no logit counts at 0"
         fix = "Write, for example, [100, 500]."
+        raise ConfigError("learn.sampling.kappa", list(kappa), allowed, fix)
+    if section.schedule == "exponential" and kappa[0] == 0:
+        allowed = "must begin above 0 with learn.sampling.schedule=exponential"
+        fix = "Write, for example, [1, 500], or learn.sampling.schedule=linear."
         raise ConfigError("learn.sampling.kappa", list(kappa), allowed, fix)

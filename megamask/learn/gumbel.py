@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,18 +21,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.errors import LearningError
+from megamask.learn.annealing import between, sample_of
 from megamask.learn.learner import StepResult
 from megamask.learn.masked_model import MaskedModel
 from megamask.model.hidden_match import HiddenMatch
 from megamask.model.objective import loss_of
 from megamask.optim.optimizers import build_optimizer
 from megamask.optim.schedule import Schedule, gradient_norm
+from megamask.optim.update_measure import measure_update
 from megamask.optim.zero1 import Replicas
 from megamask.parallel.mask_context import Measured, RunningSample
 from megamask.parallel.mesh import Mesh
 from megamask.parallel.step_draw import StepDraws
 from megamask.sparsity.draw import Sample
-from megamask.sparsity.noise import NoiseKey
 
 log = logging.getLogger(__name__)
 MicroBatch = tuple[int, torch.Tensor, torch.Tensor]
@@ -47,20 +48,27 @@ class GradientResult(StepResult):
         weight_norm: sum |W * M|^2.
         weight_norm_term: the coefficient times ``weight_norm``, which is subtracted from the loss.
         grad_norm: of all mask logits, before clipping.
+        clip_factor: that made the gradient no longer than ``learn.optimizer.clip``.
         kappa: scale of the logits.
         tau: temperature.
         kd_loss: the divergence from the dense model; None where it takes no part.
         hidden_loss: the distance of the layers from those of the dense model; None where it takes
             no part.
+        signal_share, below_epsilon, relative_step: as ``UpdateMeasure``; None in steps that do not
+            measure the update.
     """
 
     weight_norm: float
     weight_norm_term: float
     grad_norm: float
+    clip_factor: float
     kappa: float
     tau: float
     kd_loss: float | None = None
     hidden_loss: float | None = None
+    signal_share: float | None = None
+    below_epsilon: float | None = None
+    relative_step: float | None = None
 
 
 @dataclass
@@ -154,11 +162,13 @@ class GradientLearner:
             weight_norm_term=term,
             loss=objective - term,
             grad_norm=grad_norm,
+            clip_factor=min(1.0, self.schedule.clip / grad_norm) if self.schedule.clip else 1.0,
             lr=rate,
             kappa=running.sample.kappa,
             tau=running.sample.tau,
             first_draw=running.first_draw,
             **parts,
+            **self._measure(step),
         )
 
     def state(self, logits: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
@@ -285,6 +295,13 @@ class GradientLearner:
         else:
             finalize_model_grads(models, *args, **kwargs)
 
+    def _measure(self, step: int) -> dict[str, float]:
+        """What the update of ``step`` was made of, in the steps that ``learn.monitor`` asks for."""
+        every = self.config.learn.monitor.measure_every
+        if self.optimizer.epsilon is None or every == 0 or (step + 1) % every:
+            return {}
+        return asdict(measure_update(self.optimizer, self.mesh))
+
     def _match(self) -> HiddenMatch | None:
         """The comparison of layers that ``learn.distillation.hidden`` asks for."""
         learn, model = self.config.learn, self.masked_model.model
@@ -314,23 +331,3 @@ class GradientLearner:
             "Lower learn.optimizer.lr or the scale learn.sampling.kappa; start again to go on from "
             "the last snapshot."
         )
-
-
-def sample_of(config: Config, step: int) -> Sample:
-    """What ``step`` (counted from 0) draws."""
-    sampling, progress = config.learn.sampling, step / config.learn.steps
-    return Sample(
-        key=NoiseKey(config.seed, step),
-        kappa=between(sampling.kappa, progress),
-        tau=between(sampling.tau, progress),
-        hard=sampling.mode == "hard",
-        noise=sampling.noise,
-    )
-
-
-def between(first_last: tuple[float, float], progress: float) -> float:
-    """From the first to the last value, linear in progress, which is held in [0, 1] (MaskLLM,
-    Table 7: kappa and tau).
-    """
-    first, last = first_last
-    return first + (last - first) * min(max(progress, 0.0), 1.0)

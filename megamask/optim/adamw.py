@@ -32,6 +32,7 @@ class AdamW(MaskOptimizer):
         epsilon: float = 1e-8,
     ) -> None:
         super().__init__(section, linears, seed)
+        self.epsilon = epsilon
         self.adamw = torch.optim.AdamW(
             self.logits,
             lr=0.0,

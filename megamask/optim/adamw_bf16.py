@@ -69,7 +69,8 @@ class AdamWBf16(RoundingOptimizer):
         epsilon: float = 1e-8,
     ) -> None:
         super().__init__(section, linears, seed, use_kernels)
-        self.epsilon, self.updates = epsilon, 0
+        self.epsilon: float = epsilon
+        self.updates = 0
 
     @staticmethod
     def kernel() -> Callable[..., Any]:

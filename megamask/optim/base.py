@@ -26,9 +26,12 @@ class MaskOptimizer(ABC):
         linears: the masked linears whose logits it updates.
         logits: their logits, in the same order.
         is_sole_owner: whether no other replica updates these logits.
+        epsilon: the number that the rule adds to the root of its second moment; None where
+            ``moments`` are not AdamW's ``exp_avg`` and ``exp_avg_sq`` themselves.
     """
 
     is_sole_owner = False
+    epsilon: float | None = None
 
     def __init__(
         self, section: OptimizerSection, linears: Sequence[MaskedLinear], seed: int

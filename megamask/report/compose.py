@@ -16,7 +16,7 @@ from megamask.report.layers import read_layers
 from megamask.report.perplexity_pictures import methods_picture, perplexity_picture
 from megamask.report.plot_style import save
 from megamask.report.reading import RunData
-from megamask.report.step_pictures import loss_picture, mask_picture
+from megamask.report.step_pictures import loss_picture, mask_picture, update_picture
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class _Plan:
         section: heading of the report that the picture belongs to.
         name: name of the PNG file.
         is_there: whether the run has the data of the picture.
+        is_optional: whether the report says nothing where it is missing.
         draw: draws the picture; only called when ``is_there``.
         title, caption: the texts of the picture.
         verb: the verb that writes the data.
@@ -39,6 +40,7 @@ class _Plan:
     title: str
     caption: str
     verb: str
+    is_optional: bool = False
 
 
 def draw_pictures(config: Config, data: RunData, folder: Path) -> list[Picture]:
@@ -53,6 +55,8 @@ def draw_pictures(config: Config, data: RunData, folder: Path) -> list[Picture]:
             save(plan.draw(), path)
         else:
             path.unlink(missing_ok=True)
+            if plan.is_optional:
+                continue
         pictures.append(
             Picture(
                 section=plan.section,
@@ -109,6 +113,18 @@ def _plans(config: Config, data: RunData) -> list[_Plan]:
             caption="Max-prob rises to 1 as the choice in each group becomes certain, while the "
             "flip rate falls to 0.",
             verb="learn",
+        ),
+        _Plan(
+            section="Learning",
+            name="updates",
+            is_there=any("signal_share" in record for record in data.train),
+            draw=lambda: update_picture(data.train),
+            title="What the updates are made of",
+            caption="From AdamW's moments, in the steps that learn.monitor.measure_every chooses. "
+            "With a share s of signal, (1 - s) / s times the tokens of a step would have as much "
+            "signal as noise.",
+            verb="learn",
+            is_optional=True,
         ),
         _Plan(
             section="Layers",

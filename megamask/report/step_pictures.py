@@ -29,6 +29,19 @@ def loss_picture(train: Sequence[Record]) -> Figure:
     return _metric_panels(train, titles)
 
 
+def update_picture(train: Sequence[Record]) -> Figure:
+    """The share of signal in the gradient, of logits below epsilon, and the length of a move
+    against tokens seen, of the steps that measured their update.
+    """
+    titles = {
+        "signal_share": "Signal: share of the squared gradient",
+        "below_epsilon": "Logits whose gradient is below epsilon",
+        "relative_step": "Mean move of a logit (rates)",
+        "clip_factor": "Clip factor",
+    }
+    return _metric_panels([record for record in train if "signal_share" in record], titles)
+
+
 def mask_picture(train: Sequence[Record]) -> Figure:
     """Max-prob, flip rate and difference from the prior mask against tokens seen."""
     titles = {

@@ -1,9 +1,9 @@
 """One place where a learning run's metrics go, and the line that shows how it is doing.
 
 Fields of a training record: step, tokens, seconds, loss, lm_loss, kd_loss and hidden_loss (of
-distillation), weight_norm_term, grad_norm, max_prob, flip_rate, prior_difference, lr, kappa, tau,
-tokens_per_second, memory_gib, eta_seconds. Of an evaluation record: step, tokens, seconds,
-perplexity {domain: value}.
+distillation), weight_norm_term, grad_norm, clip_factor, max_prob, flip_rate, prior_difference, lr,
+kappa, tau, signal_share, below_epsilon and relative_step (of some steps), tokens_per_second,
+memory_gib, eta_seconds. Of an evaluation record: step, tokens, seconds, perplexity {domain: value}.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ DECIDING = """
 """
 EACH_STEP = """
     learn.steps learn.sampling.mode learn.sampling.draws learn.sampling.kappa learn.sampling.tau
-    learn.sampling.noise
+    learn.sampling.noise learn.sampling.schedule learn.sampling.annealed_by
     learn.state.grads
     learn.optimizer.lr learn.optimizer.min_lr learn.optimizer.warmup_steps
     learn.optimizer.schedule learn.optimizer.weight_decay learn.optimizer.betas
@@ -57,7 +57,8 @@ FREE = """
     learn.preset learn.memory learn.micro_batch learn.resume learn.sampling.backend
     learn.state.masked_weight learn.state.track_flips learn.optimizer.distributed
     learn.snapshot.every learn.snapshot.keep learn.snapshot.background learn.monitor.evaluate_every
-    learn.monitor.evaluate_windows learn.monitor.sinks learn.monitor.wandb_project
+    learn.monitor.evaluate_windows learn.monitor.measure_every learn.monitor.sinks
+    learn.monitor.wandb_project
     evaluate.micro_batch
     launch.launcher launch.nodes launch.processes_per_node launch.cpus_per_process launch.time
     launch.warning launch.account launch.partition launch.qos launch.sbatch launch.setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,10 +30,23 @@ def test_a_schedule_that_ends_below_its_range(
         check_schedules(SamplingSection.model_validate({setting: value}))
 
 
+def test_equal_factors_cannot_begin_at_zero() -> None:
+    section = SamplingSection(schedule="exponential", kappa=(0.0, 1.0))
+    with pytest.raises(ConfigError, match=r"learn\.sampling\.kappa = .*must begin above 0"):
+        check_schedules(section)
+
+
 @pytest.mark.parametrize(
-    "values", [{}, {"tau": (1.0, 1.0)}, {"kappa": (5.0, 5.0)}, {"kappa": (0.0, 1.0)}]
+    "values",
+    [
+        {},
+        {"tau": (1.0, 1.0)},
+        {"kappa": (5.0, 5.0)},
+        {"kappa": (0.0, 1.0)},
+        {"kappa": (1.0, 500.0), "schedule": "exponential"},
+    ],
 )
-def test_a_schedule_that_stays_or_hardens(values: dict[str, tuple[float, float]]) -> None:
+def test_a_schedule_that_stays_or_hardens(values: dict[str, Any]) -> None:
     check_schedules(SamplingSection.model_validate(values))
 
 

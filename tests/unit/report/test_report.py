@@ -33,7 +33,7 @@ RESULTS: dict[str, Any] = {
     "protocol": {"window": 512, "tail": "dropped", "bos": False, "tokens": {"english": 16384}},
     "seconds": {"learned": 620.0, "convert": 9.0},
 }
-PICTURES = {"methods", "perplexity", "loss", "mask", "layers"}
+PICTURES = {"methods", "perplexity", "loss", "mask", "updates", "layers"}
 
 
 def config_of(folder: Path) -> Config:
@@ -51,6 +51,7 @@ def write_metrics(folder: Path, steps: int) -> None:
                 "seconds": step,
                 "lm_loss": 4.0 - step / steps,
                 "max_prob": 0.5,
+                **({} if step % 3 else {"signal_share": 0.1, "below_epsilon": 0.9}),
             }
         )
         if step % 2 == 0:
