@@ -34,7 +34,8 @@ from megamask.process.place import Place, this_place
 from megamask.process.signals import Interrupted, StopRequest, end_with, stop_on_signal
 from megamask.terminal import PlainFormatter
 from megamask.verbs.argument_field import words_of
-from megamask.verbs.table import VERBS, PlanArguments
+from megamask.verbs.own_arguments import PlanArguments
+from megamask.verbs.table import VERBS
 from megamask.verbs.words import Request, build_arguments, parse, shortcuts_of
 
 EXIT_PIPE = 128 + 13  # as shells say of a program that SIGPIPE ends: nobody reads its output

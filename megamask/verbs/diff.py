@@ -12,7 +12,7 @@ from megamask.masks.find import open_masks
 from megamask.report.difference_tables import draw, figures, lines
 from megamask.storage import require_writable, write_json
 from megamask.terminal import tell
-from megamask.verbs.table import DiffArguments
+from megamask.verbs.own_arguments import DiffArguments
 
 
 def run(config: Config, arguments: DiffArguments) -> None:

@@ -10,7 +10,7 @@ from megamask.masks.file import save_masks
 from megamask.masks.find import new_mask_file, open_masks
 from megamask.masks.times import forget_seconds
 from megamask.storage import require_writable
-from megamask.verbs.table import ExtractArguments
+from megamask.verbs.own_arguments import ExtractArguments
 
 log = logging.getLogger(__name__)
 

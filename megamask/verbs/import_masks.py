@@ -9,7 +9,7 @@ from megamask.masks.find import new_mask_file
 from megamask.masks.foreign.importing import import_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import require_writable
-from megamask.verbs.table import ImportArguments
+from megamask.verbs.own_arguments import ImportArguments
 from megamask.weights.base_model import base_model
 
 

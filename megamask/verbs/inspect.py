@@ -7,7 +7,7 @@ from megamask.errors import ConfigError
 from megamask.masks.find import open_masks
 from megamask.masks.verify import check_strictly, summary
 from megamask.terminal import tell
-from megamask.verbs.table import InspectArguments
+from megamask.verbs.own_arguments import InspectArguments
 from megamask.weights.base_model import base_model
 
 

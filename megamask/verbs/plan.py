@@ -19,7 +19,7 @@ from megamask.plan.search import search, search_json, search_lines
 from megamask.plan.time import time_of
 from megamask.plan.workload import Workload
 from megamask.terminal import tell
-from megamask.verbs.table import PlanArguments
+from megamask.verbs.own_arguments import PlanArguments
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.shapes import SHAPES, read_shape
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megamask.config import Config
 from megamask.config.recipes import recipe_named, recipes, summary
 from megamask.terminal import tell
-from megamask.verbs.table import RecipesArguments
+from megamask.verbs.own_arguments import RecipesArguments
 
 
 def run(config: Config, arguments: RecipesArguments) -> None:

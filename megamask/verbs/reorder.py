@@ -24,7 +24,7 @@ from megamask.prepare.dense_model import pruned_already
 from megamask.prepare.layout import Layout, check_positions
 from megamask.sparsity.pattern import Pattern
 from megamask.terminal import tell
-from megamask.verbs.table import ReorderArguments
+from megamask.verbs.own_arguments import ReorderArguments
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.channel_orders import reordered
 from megamask.weights.file_layout import file_layout

@@ -7,7 +7,7 @@ import difflib
 from megamask.config import Config, describe
 from megamask.errors import ConfigError
 from megamask.terminal import tell
-from megamask.verbs.table import SettingsArguments
+from megamask.verbs.own_arguments import SettingsArguments
 
 
 def run(config: Config, arguments: SettingsArguments) -> None:

@@ -15,7 +15,7 @@ from megamask.learn.heartbeat import NAME, Heartbeat
 from megamask.masks.snapshot_steps import snapshot_steps
 from megamask.process.lock import writer_of
 from megamask.terminal import tell
-from megamask.verbs.table import StatusArguments
+from megamask.verbs.own_arguments import StatusArguments
 
 SILENCE = 300.0  # seconds; a run that says nothing for longer, and for ten steps, is called silent
 WINDOW = 20  # steps that the pace is measured over

@@ -15,8 +15,8 @@ from megamask.process.holder import Holder
 from megamask.process.lock import writer_of
 from megamask.process.signals import STOP_FILE
 from megamask.terminal import tell
+from megamask.verbs.own_arguments import StopArguments
 from megamask.verbs.status import paths_of
-from megamask.verbs.table import StopArguments
 
 
 def run(config: Config, arguments: StopArguments) -> None:

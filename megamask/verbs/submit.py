@@ -20,7 +20,8 @@ from megamask.process.holder import Holder, utc_now
 from megamask.process.lock import writer_of
 from megamask.terminal import tell
 from megamask.verbs.dispatch import artefacts
-from megamask.verbs.table import VERBS, SubmitArguments
+from megamask.verbs.own_arguments import SubmitArguments
+from megamask.verbs.table import VERBS
 
 
 def run(config: Config, arguments: SubmitArguments) -> None:

@@ -1,5 +1,5 @@
 """The verbs of the command line: what each does, which settings it reads and which arguments of
-its own it takes. Nothing here imports torch, so that ``--help`` answers at once.
+its own (``own_arguments.py``) it takes. Nothing here imports torch: ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -8,126 +8,20 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any
 
-from megamask.verbs.argument_field import argument, words_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanArguments:
-    """What the verb plan is asked."""
-
-    model: str | None = argument(
-        "--model NAME", "a shape such as llama2-7b, a Hugging Face folder or a config.json", None
-    )
-    dp: int = argument("--dp N", "replicas: number of devices / parallel.tp", 1, kind=int)
-    gpu: str | None = argument(
-        "--gpu NAME",
-        "device that must hold the run; any GPU where it is not given",
-        None,
-        choices=("a100-40", "a100", "h100", "h200", "cpu"),
-    )
-    search: int | None = argument(
-        "--search GPUS",
-        "list the layouts with the fewest GPU-hours on so many GPUs",
-        None,
-        kind=int,
-    )
-    calibrate: str | None = argument(
-        "--calibrate FILE", "measured rates of a GPU, of benchmarks.gpu.ceilings --json", None
-    )
-    json: str | None = argument("--json FILE", "write the figures to FILE", None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffArguments:
-    """What the verb diff compares."""
-
-    a: str = argument("A", "mask, named as learn.prior.mask")
-    b: str = argument("B", "the other mask, likewise")
-    json: str | None = argument("--json FILE", "write the figures to FILE", None)
-    picture: str | None = argument(
-        "--picture FILE", "draw the groups that differ, kinds of linears x layers", None
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractArguments:
-    """What the verb extract writes."""
-
-    snapshot: str = argument("SNAPSHOT", "snapshot or mask, named as learn.prior.mask")
-    file: str = argument("FILE", "mask file to write, *.safetensors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportArguments:
-    """What the verb import reads and writes."""
-
-    source: str = argument(
-        "SOURCE", "MaskLLM's mask_compressed.npz, or the folder of a pruned model"
-    )
-    out: str = argument("OUT", "mask file to write, *.safetensors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReorderArguments:
-    """What the verb reorder writes."""
-
-    out: str = argument("OUT", "Hugging Face folder to write")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectArguments:
-    """What the verb inspect reads."""
-
-    mask: str | None = argument(
-        "MASK", "mask, named as learn.prior.mask; export.mask or the learned mask by default", None
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SettingsArguments:
-    """What the verb settings prints."""
-
-    prefix: str | None = argument(
-        "PREFIX", "section or setting, such as learn.sampling; all settings by default", None
-    )
-    markdown: bool = argument("--markdown", "print docs/settings.md", False, kind=bool)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipesArguments:
-    """What the verb recipes prints."""
-
-    name: str | None = argument("NAME", "recipe to print; a list of all recipes by default", None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubmitArguments:
-    """What the verb submit starts."""
-
-    verb: str = argument(
-        "VERB",
-        "verb to run as a job; learn by default",
-        "learn",
-        choices=("convert", "tokenize", "prune", "learn", "evaluate", "export"),
-    )
-    dry_run: bool = argument(
-        "--dry-run", "print the job's script and start nothing", False, kind=bool
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatusArguments:
-    """Which run the verb status looks at."""
-
-    run: str | None = argument("RUN", "run folder; the setting run_dir by default", None)
-    json: bool = argument("--json", "print JSON", False, kind=bool)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StopArguments:
-    """Which run the verb stop ends."""
-
-    run: str | None = argument("RUN", "run folder; the setting run_dir by default", None)
+from megamask.verbs.argument_field import words_of
+from megamask.verbs.own_arguments import (
+    DiffArguments,
+    ExtractArguments,
+    ImportArguments,
+    InspectArguments,
+    PlanArguments,
+    RecipesArguments,
+    ReorderArguments,
+    SettingsArguments,
+    StatusArguments,
+    StopArguments,
+    SubmitArguments,
+)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,12 @@ from megamask.__main__ import main
 from megamask.config.load import load_config, read_settings
 from megamask.errors import ConfigError
 from megamask.process.signals import StopRequest
-from megamask.verbs.table import DiffArguments, ExtractArguments, InspectArguments, PlanArguments
+from megamask.verbs.own_arguments import (
+    DiffArguments,
+    ExtractArguments,
+    InspectArguments,
+    PlanArguments,
+)
 from megamask.verbs.words import build_arguments, parse
 
 

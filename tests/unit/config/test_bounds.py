@@ -16,8 +16,8 @@ from megamask.config import build_config
 from megamask.config.nested import nest
 from megamask.config.tree import Config, CorpusSection
 from megamask.errors import ConfigError, MegamaskError
+from megamask.verbs.own_arguments import PlanArguments
 from megamask.verbs.plan import run as plan
-from megamask.verbs.table import PlanArguments
 
 ODD: list[Any] = [
     math.nan, math.inf, -math.inf, 1e308, -1e308, 2**63, -(2**63) - 1, 10**30, 10**5000, "1e400",

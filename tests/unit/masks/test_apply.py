@@ -18,7 +18,7 @@ from megamask.masks.file import load_masks, save_masks
 from megamask.masks.verify import verify
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.inspect import run
-from megamask.verbs.table import InspectArguments
+from megamask.verbs.own_arguments import InspectArguments
 from megamask.weights.fingerprint import fingerprint_model, model_linears
 
 P24 = Pattern(2, 4)

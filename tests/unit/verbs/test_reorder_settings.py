@@ -9,7 +9,7 @@ import pytest
 from megamask.config import load_config
 from megamask.errors import ConfigError, MegamaskError
 from megamask.verbs import reorder
-from megamask.verbs.table import ReorderArguments
+from megamask.verbs.own_arguments import ReorderArguments
 
 TINY = Path(__file__).parents[3] / "configs" / "models" / "tiny-llama.json"
 
