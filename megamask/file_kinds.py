@@ -49,8 +49,9 @@ _HTML = FileKind(
 )
 _PICKLE = FileKind(
     "a PyTorch pickle, as .bin, .pt and .pth files are",
-    "Of pickles, which can run code, megamask reads pytorch_model.bin alone, and only its tensors: "
-    "save the model with save_pretrained, which writes .safetensors files.",
+    "Of pickles, which can run code, megamask reads pytorch_model.bin and, in import, masks of "
+    "other tools, and only their tensors: save a model with save_pretrained, which writes "
+    ".safetensors files.",
 )
 _STARTS: tuple[tuple[bytes, FileKind], ...] = (
     (b"version https://git-lfs.github.com/spec/", _LFS),

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder as PyTorch files (``pytorch_model.bin``), read as tensors alone.
+"""PyTorch files (``pytorch_model.bin``, masks of other tools), read as tensors alone.
 
 Such a file is a pickle, and a pickle can have any function called. ``torch.load`` with
 ``weights_only`` admits the functions that rebuild tensors and refuses all others by name, before
@@ -22,6 +22,7 @@ from megamask.machine_errors import explained
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 KIND = "a PyTorch file of tensors"
+SAFE = "Use a copy with .safetensors files, from somebody you trust."
 
 
 class TorchFile:
@@ -30,6 +31,7 @@ class TorchFile:
     Args:
         path: the file.
         fix: the action of the user, for the messages.
+        safe: the action of the user where the file asks for code to be run.
 
     Raises:
         ArtifactError: the file is missing or torn, holds something else than tensors by name, or
@@ -37,8 +39,8 @@ class TorchFile:
         MegamaskError: the machine does not let it be read, or lacks the memory.
     """
 
-    def __init__(self, path: Path, fix: str) -> None:
-        self._tensors = _read(path, fix)
+    def __init__(self, path: Path, fix: str, safe: str = SAFE) -> None:
+        self._tensors = _read(path, fix, safe)
 
     def keys(self) -> list[str]:
         """The names of the tensors."""
@@ -68,19 +70,26 @@ class TensorSlice:
         return self._tensor[block]
 
 
-def _read(path: Path, fix: str) -> dict[str, Tensor]:
-    require_file(path, KIND, fix)
-    try:
-        held = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError as error:
-        safe = "Use a copy with .safetensors files, from somebody you trust."
-        problem = f"is not opened, for it asks for more than tensors ({_first_line(error)})"
-        raise ArtifactError(path, problem, safe) from error
-    except Exception as error:  # torch raises errors of many types over bytes that it cannot read
-        problem = f"is torn or not {KIND} ({_first_line(error)})"
-        raise explained(error) or ArtifactError(path, problem, fix) from error
+def read_tensor(path: Path, fix: str, safe: str = SAFE) -> Tensor:
+    """The tensor of a file that holds one tensor and nothing else.
+
+    Args:
+        path: the file.
+        fix: the action of the user, for the messages.
+        safe: the action of the user where the file asks for code to be run.
+
+    Raises:
+        ArtifactError, MegamaskError: as ``TorchFile``.
+    """
+    held = _load(path, fix, safe)
+    if not _is_plain(held):
+        raise ArtifactError(path, f"holds {type(held).__name__}, not a plain tensor", fix)
+    tensor: Tensor = held
+    return tensor
+
+
+def _read(path: Path, fix: str, safe: str) -> dict[str, Tensor]:
+    held = _load(path, fix, safe)
     if not isinstance(held, dict):
         raise ArtifactError(path, f"holds {type(held).__name__}, not tensors by name", fix)
     for name, tensor in held.items():
@@ -88,6 +97,21 @@ def _read(path: Path, fix: str) -> dict[str, Tensor]:
             what = printable(str(name))[:80]
             raise ArtifactError(path, f"holds something else than a plain tensor at {what}", fix)
     return dict(held)
+
+
+def _load(path: Path, fix: str, safe: str) -> Any:
+    """What a file holds: tensors, and plain numbers, texts, lists and dictionaries."""
+    require_file(path, KIND, fix)
+    try:
+        return torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        problem = f"is not opened, for it asks for more than tensors ({_first_line(error)})"
+        raise ArtifactError(path, problem, safe) from error
+    except Exception as error:  # torch raises errors of many types over bytes that it cannot read
+        problem = f"is torn or not {KIND} ({_first_line(error)})"
+        raise explained(error) or ArtifactError(path, problem, fix) from error
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -14,7 +14,6 @@ from megamask.masks.save import save_words
 from megamask.masks.times import forget_seconds
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.base_model import BaseModel
-from megamask.weights.file_layout import file_layout
 from megamask.weights.mapping import linear_shapes
 
 log = logging.getLogger(__name__)
@@ -34,10 +33,10 @@ def import_masks(source: Path, out: Path, model: BaseModel, pattern: Pattern) ->
     """
     kind = kind_of(source)
     arch = model.architecture()
-    shapes, transposed = linear_shapes(arch), file_layout(arch).transposed
+    shapes = linear_shapes(arch)
     words: dict[str, codec.Words] = {}
     with model.open() as weights:
-        base = Base(shapes, weights, pattern, tuple(model.ignore_keys), transposed)
+        base = Base(arch, weights, pattern, tuple(model.ignore_keys))
         for name, mask_OI in kind.read(source, base):
             try:
                 bits = pattern.bits_of(mask_OI)

@@ -6,10 +6,27 @@ from pathlib import Path
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import wrong_file
-from megamask.masks.foreign import maskllm_npz, pruned_folder
+from megamask.masks.foreign import (
+    bitmask_folder,
+    layer_files,
+    maskllm_npz,
+    maskllm_pt,
+    patch_npz,
+    pruned_folder,
+)
 from megamask.masks.foreign.kind import Kind
 
-KINDS: tuple[Kind, ...] = (maskllm_npz.KIND, pruned_folder.KIND)
+# The first kind that fits a path reads it: a kind that knows its parts stands before a kind that
+# takes any file or folder of the same name.
+KINDS: tuple[Kind, ...] = (
+    patch_npz.KIND,
+    maskllm_npz.KIND,
+    maskllm_pt.KIND,
+    layer_files.MASKPRO,
+    layer_files.PROXSPARSE,
+    bitmask_folder.KIND,
+    pruned_folder.KIND,
+)
 
 
 def kind_of(path: Path) -> Kind:

@@ -6,7 +6,7 @@ weights other than zero, it keeps the zeros of the base model, if there are just
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from megamask.masks.foreign.kind import Base, Kind
 from megamask.masks.shapes_fit import check_shapes
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
-from megamask.weights.hf_files import open_checked
+from megamask.weights.hf_files import HFReader, open_checked
 from megamask.weights.mapping import expected_tensors, linear_shapes
 
 UPDATED = (
@@ -30,37 +30,65 @@ def read(path: Path, base: Base) -> Iterator[tuple[str, Tensor]]:
     """The masks of a folder; a linear that equals the base model's has none. The arguments and
     errors are those of ``Kind.read``.
     """
-    arch = read_architecture(path, base.ignore_keys)
-    shapes = linear_shapes(arch)
+    shapes = linear_shapes(read_architecture(path, base.ignore_keys))
     check_shapes(path, shapes, base.shapes, "base model")
     with open_checked(path, base.ignore_keys) as reader:
-        for name in shapes:
-            pruned_OI = reader.tensor(f"{name}.weight")
-            base_OI = base.weights.tensor(f"{name}.weight").to(pruned_OI.dtype)
-            if not torch.equal(pruned_OI, base_OI):
-                yield name, _mask(path, name, pruned_OI, base_OI, base.pattern)
-        linears = {f"{name}.weight" for name in shapes}
-        for name in expected_tensors(arch).keys() - linears:
-            tensor = reader.tensor(name)
-            if not torch.equal(tensor, base.weights.tensor(name).to(tensor.dtype)):
-                problem = f"has another {name} than the base model: the weights were updated"
-                raise ArtifactError(path, problem, UPDATED)
+        yield from masks_of(reader, base, lambda name: None)
 
 
-def _mask(path: Path, name: str, pruned_OI: Tensor, base_OI: Tensor, pattern: Pattern) -> Tensor:
-    """The mask of a linear whose weights were pruned.
+def masks_of(
+    reader: HFReader, base: Base, told: Callable[[str], Tensor | None]
+) -> Iterator[tuple[str, Tensor]]:
+    """The masks of a pruned model whose tensors have the names and shapes of the base model's.
+
+    Args:
+        reader: the pruned model.
+        base: the base model.
+        told: the mask (O, I) of a linear, where the files say the mask beside the weights.
 
     Raises:
         ArtifactError: weights were updated, or the zeros are not those of one mask of the pattern.
     """
-    mask_OI = pruned_OI != 0
-    changed = int((mask_OI & (pruned_OI != base_OI)).sum())
-    if changed:
+    for name in base.shapes:
+        pruned_OI = reader.tensor(f"{name}.weight")
+        base_OI = base.weights.tensor(f"{name}.weight").to(pruned_OI.dtype)
+        mask_OI = told(name)
+        if mask_OI is not None or not torch.equal(pruned_OI, base_OI):
+            kept_OI = pruned_OI != 0 if mask_OI is None else mask_OI
+            _check_kept(reader.folder, name, kept_OI & (pruned_OI != base_OI), base_OI.dtype)
+            if mask_OI is None:
+                mask_OI = _with_zeros(reader.folder, name, kept_OI, base_OI, base.pattern)
+            yield name, mask_OI
+    linears = {f"{name}.weight" for name in base.shapes}
+    for name in expected_tensors(base.arch).keys() - linears:
+        tensor = reader.tensor(name)
+        if not torch.equal(tensor, base.weights.tensor(name).to(tensor.dtype)):
+            problem = f"has another {name} than the base model: the weights were updated"
+            raise ArtifactError(reader.folder, problem, UPDATED)
+
+
+def _check_kept(path: Path, name: str, changed_OI: Tensor, dtype: torch.dtype) -> None:
+    """Check that no kept weight changed.
+
+    Raises:
+        ArtifactError: weights were updated.
+    """
+    if changed := int(changed_OI.sum()):
         problem = (
             f"has {changed:,} weights of {name} that are neither zero nor the base model's "
-            f"in {str(base_OI.dtype).removeprefix('torch.')}: the weights were updated"
+            f"in {str(dtype).removeprefix('torch.')}: the weights were updated"
         )
         raise ArtifactError(path, problem, UPDATED)
+
+
+def _with_zeros(
+    path: Path, name: str, mask_OI: Tensor, base_OI: Tensor, pattern: Pattern
+) -> Tensor:
+    """The mask of a linear, from the places of the weights other than zero.
+
+    Raises:
+        ArtifactError: the zeros are not those of one mask of the pattern.
+    """
     if mask_OI.shape[1] % pattern.m:
         return mask_OI
     kept_OG = mask_OI.unflatten(1, (-1, pattern.m)).sum(-1)
