@@ -23,9 +23,9 @@ from megamask.config import Config, load_config
 from megamask.errors import ArtifactError
 from megamask.report.reading import Record
 from megamask.storage import read_json, write_json
-from studies.learners import child
+from studies import child
+from studies.child import AGAIN
 from studies.learners.arms import Arm, Settings
-from studies.learners.child import AGAIN
 
 # Held-out windows a domain while learning; the final masks are evaluated on more.
 CURVE_WINDOWS = 12

@@ -15,9 +15,9 @@ from megamask.learn.metrics.provenance import versions
 from megamask.masks.file import load_masks
 from megamask.report.reading import Record, read_metrics
 from megamask.storage import read_json, write_json
+from studies.child import AGAIN, link, locked
 from studies.learners.arms import ONESHOT, Arm
 from studies.learners.bench import Bench
-from studies.learners.child import AGAIN, link, locked
 
 
 def run_arm(bench: Bench, arm: Arm, seed: int) -> None:

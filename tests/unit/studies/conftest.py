@@ -8,7 +8,8 @@ import pytest
 
 from megamask.config import load_config
 from megamask.storage import write_json
-from studies.learners import __main__, child
+from studies import child
+from studies.learners import __main__
 from tests.unit.studies.stand_ins import (
     BATCH,
     DENSE,

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
-from studies.learners import __main__, child
+from studies import child
+from studies.child import ArmError, ElsewhereError, link, locked, verb
+from studies.learners import __main__
 from studies.learners.arms import BASE
-from studies.learners.child import ArmError, ElsewhereError, link, locked, verb
 from tests.unit.studies.stand_ins import (
     BATCH,
     DENSE,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megamask.errors import EXIT_INTERRUPTED
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[1]
 GRACE = 600.0  # seconds that a verb has to save a snapshot and exit
 AGAIN = "Run the same command again to go on."
 

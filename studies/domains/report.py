@@ -1,0 +1,69 @@
+"""The table of the study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megamask.errors import ArtifactError
+from megamask.report.results_table import format_protocol, method_label
+from megamask.storage import atomic_file, write_json
+from megamask.tables import table
+from studies.child import AGAIN
+from studies.domains.runs import STARTS, Study, results_of
+
+NAME = "domains"
+
+
+def write_report(study: Study, folder: Path) -> Path:
+    """Write ``domains.md`` and ``domains.json``; return the path of the table.
+
+    Raises:
+        ArtifactError: no domain has results yet.
+    """
+    found = [known for domain in study.domains if (known := results_of(study, domain))]
+    if not found:
+        raise ArtifactError(study.out, "holds no results of a domain", AGAIN)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{NAME}.md"
+    with atomic_file(path) as temporary:
+        temporary.write_text("\n".join(page(study, found)) + "\n")
+    write_json(folder / f"{NAME}.json", found)
+    return path
+
+
+def page(study: Study, found: list[dict[str, Any]]) -> list[str]:
+    """The lines of the page."""
+    methods = list(found[0]["perplexity"])
+    rows = [
+        [
+            known["domain"],
+            *(f"{known['perplexity'][method]:,.2f}" for method in methods),
+            best_of(known["perplexity"]),
+        ]
+        for known in found
+    ]
+    steps, tokens = found[0]["steps"], found[0]["tokens_per_step"]
+    starts = " and ".join(f"`{start}`" for start in STARTS)
+    protocol = format_protocol(found[0]["protocol"])
+    return [
+        "# Masks of single domains",
+        "",
+        f"Held-out perplexity at {study.config.pattern}. The general mask learned all domains for",
+        f"{steps['general']} steps of {tokens:,} tokens; {starts} learned one domain for",
+        f"{steps[STARTS[0]]} steps, from the one-shot mask and from the general mask.",
+        "",
+        *table(["domain", *(method_label(one) for one in methods), "at or below dense"], rows),
+        "",
+        f"Protocol: {protocol}.",
+        "",
+        "Not done: " + ", ".join(sorted(set(study.domains) - {one["domain"] for one in found}))
+        if len(found) < len(study.domains)
+        else "All domains of the recipe are in the table.",
+    ]
+
+
+def best_of(perplexity: dict[str, float]) -> str:
+    """The masks whose perplexity is at most that of the dense model."""
+    below = [name for name, value in perplexity.items() if value <= perplexity["dense"]]
+    return ", ".join(name for name in below if name != "dense") or "none"

@@ -1,0 +1,150 @@
+"""The runs of the study: a general mask of all domains, then two masks of each domain."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamask.config import Config, load_config
+from megamask.errors import ConfigError
+from megamask.storage import atomic_file, read_json, write_json
+from studies.child import AGAIN, link, locked, verb
+
+GENERAL = "all"  # the folder of the run of all domains
+STARTS = ("scratch", "transfer")  # from the one-shot mask, and from the general mask
+FACTS = "domain.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the command asks for.
+
+    Attributes:
+        base: a prepared run, whose ``hf`` and ``weights`` are read.
+        out: where all runs go.
+        recipe: domains and all other settings.
+        settings: words ``key=value``, above the recipe.
+        general_steps: of the mask of all domains.
+        steps: of each mask of a domain.
+        minutes: the longest time of a verb.
+    """
+
+    base: Path
+    out: Path
+    recipe: Path
+    settings: tuple[str, ...]
+    general_steps: int
+    steps: int
+    minutes: float
+
+    @property
+    def config(self) -> Config:
+        """The settings of the run of all domains."""
+        return load_config(self.recipe, list(self.settings))
+
+    @property
+    def domains(self) -> list[str]:
+        """Their names, in the order of the recipe."""
+        return list(self.config.data.domains)
+
+
+def check(study: Study) -> None:
+    """Check the settings and the prepared run, before anything is made.
+
+    Raises:
+        ConfigError: fewer than two domains, no prior, or a base without model or weights.
+    """
+    config = study.config
+    if len(study.domains) < 2:
+        raise ConfigError("data.domains", study.domains, "two or more", "Add a domain.")
+    if config.learn.prior.mask not in config.prune.methods:
+        allowed = f"a method of prune.methods, here {', '.join(config.prune.methods)}"
+        raise ConfigError("learn.prior.mask", config.learn.prior.mask, allowed, "Name it there.")
+    missing = [name for name in ("hf", "weights") if not (study.base / name).is_dir()]
+    if missing:
+        allowed = f"a run folder with hf/ and weights/; {missing[0]}/ is missing"
+        fix = "Run ./launch/quickstart.sh, or the verbs gguf and convert, first."
+        raise ConfigError("--base", str(study.base), allowed, fix)
+
+
+def run_general(study: Study) -> None:
+    """Text of all domains, a one-shot mask and the general mask, as far as they are missing."""
+    folder = study.out / GENERAL
+    recipe = write_recipe(study, folder, study.domains)
+    words = [f"run_dir={folder}", f"learn.steps={study.general_steps}"]
+    with locked(folder) as lock:
+        for name, made in (
+            ("tokenize", "shards"),
+            ("prune", f"masks/{study.config.learn.prior.mask}.safetensors"),
+            ("learn", "masks/learned.safetensors"),
+        ):
+            if not (folder / made).exists() or name == "learn":  # learn judges its steps itself
+                verb(name, recipe, words, folder, study.minutes, lock)
+
+
+def run_domain(study: Study, domain: str) -> None:
+    """Both masks of a domain, and the perplexity of all masks on its held-out text."""
+    facts = {
+        "domain": domain,
+        "steps": {"general": study.general_steps, **dict.fromkeys(STARTS, study.steps)},
+        "tokens_per_step": study.config.learn.global_batch * study.config.data.seq_length,
+        "settings": list(study.settings),
+    }
+    folder = study.out / domain
+    if (known := results_of(study, domain)) and facts.items() <= known.items():
+        return
+    masks = {
+        study.config.learn.prior.mask: _general(study, f"{study.config.learn.prior.mask}"),
+        "general": _general(study, "learned"),
+    }
+    for start in STARTS:
+        run_dir = folder / start
+        recipe = write_recipe(study, run_dir, [domain])
+        prior = [f"learn.prior.mask={study.out / GENERAL / 'learn' / 'snapshots'}"]
+        with locked(run_dir) as lock:
+            words = [f"run_dir={run_dir}", f"learn.steps={study.steps}"]
+            words += prior if start == "transfer" else []
+            verb("learn", recipe, words, run_dir, study.minutes, lock)
+        masks[start] = run_dir / "masks" / "learned.safetensors"
+    recipe = write_recipe(study, folder, [domain])
+    named = ", ".join(f"{name}: {path}" for name, path in masks.items())
+    with locked(folder) as lock:
+        words = [f"run_dir={folder}", f"evaluate.masks={{{named}}}"]
+        verb("evaluate", recipe, words, folder, study.minutes, lock)
+    evaluated = read_json(folder / "results.json", AGAIN)
+    perplexity = {name: row[domain] for name, row in evaluated["perplexity"].items()}
+    write_json(
+        folder / FACTS, {**facts, "perplexity": perplexity, "protocol": evaluated["protocol"]}
+    )
+
+
+def results_of(study: Study, domain: str) -> dict[str, Any]:
+    """What was found on a domain; empty before."""
+    path = study.out / domain / FACTS
+    return dict(read_json(path, f"Delete it. {AGAIN}")) if path.exists() else {}
+
+
+def write_recipe(study: Study, folder: Path, domains: list[str]) -> Path:
+    """A recipe of ``domains`` alone beside links to model, weights, text and prior."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("hf", "weights"):
+        link(study.base / name, folder / name)
+    if folder != study.out / GENERAL:
+        for domain in domains:
+            link(study.out / GENERAL / "shards" / domain, folder / "shards" / domain)
+        prior = study.config.learn.prior.mask
+        for ending in ("safetensors", "margins"):
+            link(_general(study, str(prior), ending), folder / "masks" / f"{prior}.{ending}")
+    values = study.config.model_dump(mode="json")
+    for key in ("domains", "blend"):
+        values["data"][key] = {name: values["data"][key][name] for name in domains}
+    path = folder / "recipe.yaml"
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1))  # which is YAML too
+    return path
+
+
+def _general(study: Study, name: str, ending: str = "safetensors") -> Path:
+    return study.out / GENERAL / "masks" / f"{name}.{ending}"
