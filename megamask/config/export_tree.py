@@ -10,12 +10,15 @@ from megamask.config.section import Section
 
 
 class ExportSection(Section):
-    """The model with the mask applied: a plain Hugging Face folder, or a Megatron checkpoint."""
+    """The model with the mask applied, as a plain Hugging Face folder or a Megatron checkpoint; or
+    the mask alone, as the file of another tool.
+    """
 
-    format: Literal["hf", "megatron"] = Field(
+    format: Literal["hf", "megatron", "maskllm", "patch"] = Field(
         "hf",
         description="hf: a folder that transformers loads; megatron: a checkpoint (torch_dist) "
-        "that Megatron-LM loads at any tensor parallel size",
+        "that Megatron-LM loads at any tensor parallel size; maskllm, patch: the mask alone, as "
+        "mask_compressed.npz of MaskLLM or mask.npz of PATCH",
     )
     mask: str | None = Field(
         None,

@@ -18,7 +18,7 @@ class RunPaths:
     shards: Path  # token shards, one folder a domain
     masks: Path  # one-shot masks: {method}.safetensors
     learn: Path  # learning run: config, log, metrics, snapshots
-    export: Path  # masked Hugging Face folder
+    export: Path  # folder of an export, in its format
     results: Path  # perplexities under evaluate.protocol: results.json for held-out documents
 
     def mask(self, method: str) -> Path:

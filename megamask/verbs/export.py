@@ -1,5 +1,5 @@
 """The verb export: a model and a mask file become a masked folder that plain transformers, or
-Megatron-LM, loads.
+Megatron-LM, loads; or the mask becomes a file of another tool.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ def run(config: Config) -> None:
     export.weights) and export.mask, and verify the written files.
 
     Raises:
-        ConfigError, ArtifactError: the mask is of another pattern or model, or a folder is
-            incomplete or cannot be written.
+        ConfigError, ArtifactError: the mask is of another pattern or model, a folder is incomplete
+            or cannot be written, or the format holds masks alone and others are asked for.
     """
     paths, base = run_paths(config), base_model(config)
+    chosen = FORMATS[config.export.format]
+    if not chosen.holds_weights:
+        _require_mask_alone(config)
     for folder, key in ((base.hf_dir, "model.hf"), (base.megatron, "model.megatron")):
         if folder is not None and real_path(paths.export) == real_path(folder):
             allowed = f"a folder other than {key}"
@@ -43,12 +46,24 @@ def run(config: Config) -> None:
         weights = Path(config.export.weights) if config.export.weights else None
         if weights is None and masks is not None:
             weights = own_weights(masks, paths)
-        write = FORMATS[config.export.format]
-        if weights is None:
-            write(base, paths.export, source, masks)
+        if weights is None or not chosen.holds_weights:
+            chosen.write(base, paths.export, source, masks)
             return
         with _own(weights, base) as own:
-            write(base, paths.export, own, masks)
+            chosen.write(base, paths.export, own, masks)
+
+
+def _require_mask_alone(config: Config) -> None:
+    """Refuse settings of weights where the format holds masks alone.
+
+    Raises:
+        ConfigError: there is such a setting.
+    """
+    fix = f"export.format={config.export.format} holds a mask and no weight; hf and megatron do."
+    if config.export.mask == "dense":
+        raise ConfigError("export.mask", "dense", "a mask", fix)
+    if config.export.weights is not None:
+        raise ConfigError("export.weights", config.export.weights, "null", fix)
 
 
 def _own(weights: Path, base: BaseModel) -> WeightSource:

@@ -158,8 +158,9 @@ VERBS: dict[str, Verb] = {
     ),
     "export": Verb(
         "megamask.verbs.export",
-        "model + mask file -> masked Hugging Face folder, or masked Megatron checkpoint",
+        "model + mask file -> masked Hugging Face folder or Megatron checkpoint, or a mask archive",
         ("run_dir", "pattern", "model.hf", "model.megatron", "export"),
+        shortcuts={"--to": "export.format"},
         writes=("export",),
         reads=("hf",),
     ),
