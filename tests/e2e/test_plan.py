@@ -20,6 +20,7 @@ from tests.fork_server import ROOT
 
 RECIPES = {
     "debug": "toy",
+    "domains": "smollm2-135m",
     "quickstart": "smollm2-135m",
     "quickstart-gemma3": "gemma-3-270m",
     "maskllm-llama2-7b": "llama2-7b",

@@ -134,7 +134,7 @@ def container_writer(path: Path) -> Callable[[random.Random], None]:
     return write
 
 
-NAMES = ["debug", "quickstart", "quickstart-gemma3", "maskllm-llama2-7b"]
+NAMES = ["debug", "domains", "quickstart", "quickstart-gemma3", "maskllm-llama2-7b"]
 
 
 @pytest.mark.parametrize("recipe", NAMES)

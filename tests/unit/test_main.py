@@ -128,7 +128,8 @@ def test_recipes_are_known_by_name(
     for words, said in (
         (
             ["recipes", "debugg"],
-            "NAME = 'debugg': one of debug, maskllm-llama2-7b, quickstart-gemma3, quickstart. Did",
+            "NAME = 'debugg': one of debug, domains, maskllm-llama2-7b, quickstart-gemma3, "
+            "quickstart. Did",
         ),
         (["learn", "--config", "quickstrat"], "a file, or one of debug"),
         (["recipes", "debug.yaml"], "Did you mean debug?"),
