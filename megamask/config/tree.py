@@ -307,7 +307,11 @@ class Config(Section):
         "on CUDA attention gets slower and larger",
     )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and activations")
-    pattern: str = Field("2:4", description="keep N of every M consecutive inputs")
+    pattern: str = Field(
+        "2:4",
+        description="keep N of every M consecutive inputs; N:M:pair keeps adjacent pairs, such as "
+        "4:8:pair",
+    )
     model: ModelSection = ModelSection()
     parallel: ParallelSection = ParallelSection()
     data: DataSection = DataSection()

@@ -22,7 +22,7 @@ from megamask.parallel.mesh import Mesh
 from megamask.sparsity.backends import choose_backend
 from megamask.sparsity.draw import Sample, Site
 from megamask.sparsity.noise import NoiseKey
-from megamask.sparsity.operator import sample_mask, sampler_for
+from megamask.sparsity.operator import sample_mask, sampler_at
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 
@@ -170,7 +170,7 @@ def results(
     is_hard = learn.sampling.mode == "hard" or find_method(learn.method).forward_passes(learn) > 0
     # A fixed key: the scores of a hard draw that nearly tie could fall either way.
     sample = Sample(NoiseKey(0, 1), 100.0, 1.0, is_hard, learn.sampling.noise)
-    sampler = sampler_for(backend, site.distribution)
+    sampler = sampler_at(site, backend)
     masked, sums, codes = sample_mask(logits, weight, site, sample, sampler, statistics=True)
     tokens = torch.ones(TOKENS, weight.shape[1], dtype=weight.dtype, device=device)
     with torch.enable_grad():

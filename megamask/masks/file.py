@@ -236,7 +236,7 @@ def save_masks(
             bits = pattern.bits_of(mask_OI).cpu()
             packed[name] = codec.pack(bits, pattern.num_candidates, pattern.index_of_bits)
         except ValueError:
-            allowed = f"{pattern} keeps exactly {pattern.n} of every {pattern.m} weights of a row"
+            allowed = f"{pattern} keeps exactly {pattern.in_words} of a row"
             raise ArgumentError(f"save_masks: masks[{name!r}]", mask_OI, allowed) from None
         shapes[name] = tuple(mask_OI.shape)
     require_writable(file.parent, "the path")

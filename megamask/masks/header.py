@@ -16,6 +16,7 @@ from megamask.sparsity.pattern import CANDIDATE_ORDER
 from megamask.storage import lacks
 
 FORMAT_VERSION = 1
+PAIRS_VERSION = 2  # of a file with a pattern of pairs, which readers of version 1 do not know
 AXIS = "in_features"
 UPDATED = "updated"  # the header of masks that belong to weights of their own
 FIX = "Make the mask file again, or copy it again from where it came."
@@ -63,10 +64,11 @@ def read_header(path: Path, text: str | None) -> dict[str, Any]:
         version = meta["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(path, f"has a broken header ({error!r})", FIX) from None
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, PAIRS_VERSION):
         raise ArtifactError(
             path,
-            f"has format version {version}, this megamask reads {FORMAT_VERSION}",
+            f"has format version {version}, this megamask reads {FORMAT_VERSION} to "
+            f"{PAIRS_VERSION}",
             "Install a newer megamask.",
         )
     for key, value in (("candidate_order", CANDIDATE_ORDER), ("axis", AXIS)):

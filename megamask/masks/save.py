@@ -15,7 +15,15 @@ from torch import Tensor
 from megamask import __version__
 from megamask.masks import codec
 from megamask.masks.container import write_words
-from megamask.masks.header import AXIS, FORMAT_VERSION, UPDATED, Facts, header_digest, plain
+from megamask.masks.header import (
+    AXIS,
+    FORMAT_VERSION,
+    PAIRS_VERSION,
+    UPDATED,
+    Facts,
+    header_digest,
+    plain,
+)
 from megamask.sparsity.pattern import CANDIDATE_ORDER, Pattern
 
 
@@ -68,7 +76,7 @@ def save_words(
     }
     copies = list(facts.float16_fingerprints)
     header: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if pattern.unit == 1 else PAIRS_VERSION,
         "megamask": __version__,
         "pattern": str(pattern),
         "candidate_order": CANDIDATE_ORDER,

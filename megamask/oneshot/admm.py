@@ -110,6 +110,6 @@ def _thin(score_OI: torch.Tensor, pattern: Pattern, share: float) -> torch.Tenso
     gone = int(score_OI.numel() * (1 - pattern.density) * share)
     if share == 1:
         return safe_OI
-    at_risk_OI = score_OI.masked_fill(safe_OI, torch.inf)
+    at_risk_OI = pattern.expand(pattern.sum_of_units(score_OI)).masked_fill(safe_OI, torch.inf)
     # kthvalue would do, but has no deterministic form on CUDA
     return at_risk_OI >= at_risk_OI.flatten().sort().values[gone]

@@ -113,7 +113,12 @@ def _exchange_in_block(
         here, rest = slice(start, start + pattern.m), slice(start + pattern.m, None)
         change_OM = change_OB[:, here]
         _exchange(
-            weight_OB[:, here], mask_OB[:, here], slope_OB[:, here], gram_BB[here, here], change_OM
+            weight_OB[:, here],
+            mask_OB[:, here],
+            slope_OB[:, here],
+            gram_BB[here, here],
+            change_OM,
+            pattern,
         )
         slope_OB[:, rest].addmm_(change_OM, gram_BB[here, rest])
     return change_OB
@@ -125,23 +130,29 @@ def _exchange(
     slope_OM: torch.Tensor,
     gram_MM: torch.Tensor,
     change_OM: torch.Tensor,
+    pattern: Pattern,
 ) -> None:
     """Make the best exchange of a group in every row that gains by it, in place; the change of r
-    goes to ``change_OM``.
+    goes to ``change_OM``. Units change places as a whole; U is their number in a group.
     """
-    square_OM, linear_OM = weight_OM.square() * gram_MM.diagonal(), 2 * weight_OM * slope_OM
-    # The change of the error when a removed weight comes back (row of the pair), when a kept
-    # weight goes (column of the pair), and the term of both.
-    back_OM = (square_OM - linear_OM).masked_fill(mask_OM, torch.inf)
-    away_OM = (square_OM + linear_OM).masked_fill(~mask_OM, torch.inf)
-    both_OMM = 2 * weight_OM[:, :, None] * weight_OM[:, None, :] * gram_MM
-    pair_OMM = back_OM[:, :, None] + away_OM[:, None, :] - both_OMM
-    gain_O, pair_O = pair_OMM.flatten(1).min(dim=1)
-    size_OM = square_OM + linear_OM.abs()
-    places = (pair_O // len(gram_MM))[:, None], (pair_O % len(gram_MM))[:, None]
-    size_O1 = size_OM.gather(1, places[0]) + size_OM.gather(1, places[1])
+    unit, kept_OU = pattern.unit, pattern.of_units(mask_OM)
+    product_OMM = weight_OM[:, :, None] * weight_OM[:, None, :] * gram_MM
+    product_OUU = pattern.sum_of_units(pattern.sum_of_units(product_OMM).mT).mT
+    square_OU = product_OUU.diagonal(dim1=1, dim2=2)
+    linear_OU = pattern.sum_of_units(2 * weight_OM * slope_OM)
+    # The change of the error when a removed unit comes back (row of the pair), when a kept unit
+    # goes (column of the pair), and the term of both.
+    back_OU = (square_OU - linear_OU).masked_fill(kept_OU, torch.inf)
+    away_OU = (square_OU + linear_OU).masked_fill(~kept_OU, torch.inf)
+    pair_OUU = back_OU[:, :, None] + away_OU[:, None, :] - 2 * product_OUU
+    gain_O, pair_O = pair_OUU.flatten(1).min(dim=1)
+    size_OU = square_OU + linear_OU.abs()
+    units = pattern.units.m
+    places = (pair_O // units)[:, None], (pair_O % units)[:, None]
+    size_O1 = size_OU.gather(1, places[0]) + size_OU.gather(1, places[1])
     gains_O1 = gain_O[:, None] < -LEAST_GAIN * size_O1
     for place_O1, sign in zip(places, (-1, 1), strict=True):
-        moved_O1 = torch.where(gains_O1, sign * weight_OM.gather(1, place_O1), 0)
-        change_OM.scatter_add_(1, place_O1, moved_O1)
-        mask_OM.scatter_(1, place_O1, mask_OM.gather(1, place_O1) ^ gains_O1)
+        for place in (place_O1 * unit + part for part in range(unit)):
+            moved_O1 = torch.where(gains_O1, sign * weight_OM.gather(1, place), 0)
+            change_OM.scatter_add_(1, place, moved_O1)
+            mask_OM.scatter_(1, place, mask_OM.gather(1, place) ^ gains_O1)

@@ -3,7 +3,9 @@ in One-Shot", 2023, Algorithm 1).
 
 The columns are visited from left to right. The error of a removed weight is spread over the columns
 to its right, so that the output of the layer on the calibration inputs changes least. Each group of
-m columns chooses its weights to remove from the weights that earlier groups have updated.
+m columns chooses its weights to remove from the weights that earlier groups have updated. The
+paper removes single weights; the error of a pair, which is removed together, is the error of both
+in the paper's order of columns (``_errors``).
 
 The error is spread in three steps to save memory traffic: at once over the rest of the group, after
 each group over the rest of the block, and after each block over the rest of the row. The weights
@@ -186,13 +188,35 @@ def _prune_block(
     for start in range(0, len(work_BO), pattern.m):
         here, rest = slice(start, start + pattern.m), slice(start + pattern.m, None)
         factor_MM = factor_BB[here, here]
-        # The score is the root of the paper's w^2 / [H^-1]_cc: the same order without underflow.
         score_MO = score_BO[here]
-        torch.div(work_BO[here], factor_MM.diagonal()[:, None], out=score_MO).abs_()
+        _score(work_BO[here], factor_MM, pattern.unit, score_MO)
         keep_BO[here] = pattern.best(score_MO.t().contiguous()).t()
         _remove_columns(work_BO[here], keep_BO[here], factor_MM, errors_BO[here])
         work_BO[rest].addmm_(factor_BB[here, rest].t(), errors_BO[here], alpha=-1)
     return errors_BO
+
+
+def _score(
+    work_MO: torch.Tensor, factor_MM: torch.Tensor, unit: int, score_MO: torch.Tensor
+) -> None:
+    """Write the score of every weight of a group to ``score_MO``.
+
+    The score of a weight is the root of the paper's w^2 / [H^-1]_cc: the same order without
+    underflow. The error of a unit q, removed together with the columns to its right making up for
+    it, is w_q^T ([H^-1]_qq)^-1 w_q (Kurtic et al., "The Optimal BERT Surgeon", arXiv 2203.07259,
+    2022), where H has the columns from q on. With [H^-1]_qq = U_qq^T U_qq it is |U_qq^-T w_q|^2:
+    the sum of the squared errors of its weights, removed one after the other. Each weight of the
+    unit gets an equal part of the root.
+    """
+    if unit == 1:
+        torch.div(work_MO, factor_MM.diagonal()[:, None], out=score_MO).abs_()
+        return
+    for start in range(0, len(work_MO), unit):
+        here = slice(start, start + unit)
+        errors = torch.linalg.solve_triangular(
+            factor_MM[here, here].t(), work_MO[here], upper=False
+        )
+        score_MO[here] = torch.linalg.vector_norm(errors, dim=0) / unit
 
 
 def _remove_columns(

@@ -27,7 +27,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megamask.parallel.mask_context import MaskSwitch, Measured, RunningSample
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.draw import GradientSink, Sample, Sampler, Site
-from megamask.sparsity.operator import sample_mask, sampler_for
+from megamask.sparsity.operator import sample_mask, sampler_at
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 
@@ -106,7 +106,7 @@ class MaskedLinear:
             switch,
             backend,
         )
-        self.sampler = sampler_for(backend, site.distribution)
+        self.sampler = sampler_at(site, backend)
         self.mask_logits = logits
 
     @property

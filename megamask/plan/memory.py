@@ -20,6 +20,7 @@ from megamask.plan.hardware import Device
 from megamask.plan.saved_tensors import recomputed_activations, saved_activations, stream
 from megamask.plan.workload import Workload
 
+PAIR_BYTES = 14.0  # of a weight while a mask of pairs is drawn: at most three and a half tensors
 STEP = "a learning step"
 EVALUATION = "an evaluation"
 SNAPSHOT = "a snapshot"
@@ -167,7 +168,7 @@ def _forward_in_layer(work: Workload) -> dict[str, float]:
     largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
     wide = work.tokens * work.arch.ffn / work.tp * work.width
     return {
-        ONE_LAYER: float(largest * work.width),
+        ONE_LAYER: float(largest * work.width) + _of_units(work, largest),
         ACTIVATIONS: 0.0,
         LAYER: 2 * stream(work) + (4 if work.arch.gated else 2) * wide + gathered(work),
     }
@@ -277,12 +278,20 @@ def _in_layer(work: Workload, device: Device) -> dict[str, float]:
     if config.learn.sampling.backend == "torch" and not is_shared:
         per_logit = work.distribution.reference_bytes(work.pattern)
         weight_grad += per_logit * largest * work.logits_per_group / work.pattern.m
+    weight_grad += _of_units(work, largest)
     freed = (3 if arch.gated else 1) * wide
     # When attention's turn comes, the feed-forward part's tensors are gone.
     scores = within_backward(work) - (5 if arch.gated else 2) * wide
     busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - freed, scores)
     activations = saved_activations(work) + recomputed_activations(work)
     return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest + gathered(work)}
+
+
+def _of_units(work: Workload, weights: int) -> float:
+    """Bytes of the fp32 tensors with which a mask of pairs is drawn on a linear, or its gradient
+    is made (``sparsity/unit_sampler.py``).
+    """
+    return PAIR_BYTES * weights if work.pattern.unit > 1 else 0.0
 
 
 def gathered(work: Workload) -> float:

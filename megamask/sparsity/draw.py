@@ -7,6 +7,7 @@ positions).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -112,13 +113,18 @@ class Site:
         for name in ("logits_per_group", "code_dtype"):
             object.__setattr__(self, name, getattr(self.distribution, name)(self.pattern))
 
+    @cached_property
+    def of_units(self) -> Site:
+        """The same place with the pattern of the units, as if each unit were one weight."""
+        return self if self.pattern.unit == 1 else replace(self, pattern=self.pattern.units)
+
     def mask_of(self, hard_codes_OG: torch.Tensor) -> torch.Tensor:
         """The mask, (O, I) bool, of hard codes."""
         return self.distribution.mask_of(hard_codes_OG, self.pattern)
 
 
 class Sampler(Protocol):
-    """The sampling of one distribution by one backend; ``operator.sampler_for`` finds it."""
+    """The sampling of one distribution by one backend; ``unit_sampler.sampler_at`` finds it."""
 
     def forward(
         self,

@@ -35,16 +35,17 @@ def to_codes(score_OI: torch.Tensor, mask_OI: torch.Tensor, pattern: Pattern) ->
         score_OI: the criterion's scores, finite, of any float dtype and unit.
         mask_OI: bool, N of every group: the N largest scores but for the exchanges of a polish. A
             weight on the other side than its score gets the lowest code, for no evidence.
-        pattern: N:M.
+        pattern: N:M. The margin of a unit is that of the sum of its scores, for all its weights.
     """
-    score = score_OI.float().unflatten(-1, (-1, pattern.m))
-    kept = mask_OI.unflatten(-1, (-1, pattern.m))
-    last, following = score.topk(pattern.n + 1, dim=-1).values[..., -2:].split(1, dim=-1)
+    units = pattern.units
+    score = pattern.sum_of_units(score_OI.float()).unflatten(-1, (-1, units.m))
+    kept = pattern.of_units(mask_OI).unflatten(-1, (-1, units.m))
+    last, following = score.topk(units.n + 1, dim=-1).values[..., -2:].split(1, dim=-1)
     middle = last / 2 + following / 2
     margin = torch.where(kept, score - middle, middle - score).clamp_min(0)
     octaves = margin.log2()  # -inf at a tie and against the score
     codes = (octaves * PER_OCTAVE).round().add(ONE).clamp(0, CODES - 1)
-    return codes.flatten(-2).to(torch.uint8)
+    return pattern.expand(codes.flatten(-2)).to(torch.uint8)
 
 
 def to_levels(codes_OI: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,9 @@ import torch
 
 from megamask.sparsity.backends import sampler_for
 from megamask.sparsity.draw import RETURNED, GradientSink, Sample, Sampled, Sampler, Site
+from megamask.sparsity.unit_sampler import sampler_at
 
-__all__ = ["sample_mask", "sampler_for"]
+__all__ = ["sample_mask", "sampler_at", "sampler_for"]
 
 
 def sample_mask(
@@ -33,7 +34,7 @@ def sample_mask(
         weight: (O, I), frozen.
         site: pattern, distribution and place of the shard.
         sample: what is drawn.
-        sampler: of ``sampler_for``.
+        sampler: of ``sampler_at``, or of ``sampler_for`` where every unit is one weight.
         sink: what the backward pass does with the gradient at the logits; autograd gets the
             gradient where the sink has no buffer.
         statistics: also measure the logits without noise.

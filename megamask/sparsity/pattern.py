@@ -1,7 +1,14 @@
 """N:M patterns: keep exactly n of every m consecutive inputs. No other file knows the order of
-candidates.
+candidates, nor what a unit is.
 
-Shapes: O out_features, I in_features, G groups per row (I / m), C candidates, M group size.
+A pattern of pairs, 4:8:pair, keeps or removes adjacent weights together: two of the four pairs of a
+group. A pair is a unit of 2 weights, and a weight of any other pattern is a unit of its own. A
+candidate, a bit of a hard code and a mask logit belong to a unit; ``n``, ``m`` and every mask count
+weights. Sparse tensor cores of NVIDIA Blackwell take 4:8:pair for weights in NVFP4, where two
+weights share a byte.
+
+Shapes: O out_features, I in_features, G groups per row (I / m), C candidates, M group size, U units
+of a row (I / unit).
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +30,22 @@ TABLE_BITS = 16  # groups up to this size look their index up in one table
 PIECE = 1 << 15  # groups that are looked up at a time
 MAX_GROUP = 64  # so that the index of a candidate fits in 64 bits
 CANDIDATE_ORDER = "itertools.combinations-v1"
+UNITS = {1: "", 2: ":pair"}  # weights of a unit -> what follows N:M in the text of a pattern
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Keep ``n`` of every ``m`` consecutive inputs."""
+    """Keep ``n`` of every ``m`` consecutive inputs, in units of ``unit`` adjacent inputs.
+
+    Attributes:
+        n: number of weights kept, a multiple of ``unit``.
+        m: number of weights of a group, a multiple of ``unit``.
+        unit: 1, or 2 for pairs, which start at even inputs.
+    """
 
     n: int
     m: int
+    unit: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m <= MAX_GROUP:
@@ -40,26 +55,69 @@ class Pattern:
                 f"N:M with 0 < N < M <= {MAX_GROUP}",
                 "Write, for example, pattern=2:4.",
             )
+        if self.unit not in UNITS or self.n % self.unit or self.m % self.unit:
+            allowed = "N:M of single weights, or N:M:pair with even N and M"
+            raise ConfigError("pattern", str(self), allowed, "Write, for example, 4:8:pair.")
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read ``"2:4"``.
+        """Read ``"2:4"`` or ``"4:8:pair"``.
 
         Raises:
-            ConfigError: not N:M with 0 < N < M <= MAX_GROUP.
+            ConfigError: not N:M or N:M:pair with 0 < N < M <= MAX_GROUP.
         """
-        match = re.fullmatch(r"\s*(\d{1,4})\s*:\s*(\d{1,4})\s*", str(text))
+        match = re.fullmatch(r"\s*(\d{1,4})\s*:\s*(\d{1,4})\s*(?::\s*(pair)\s*)?", str(text))
         if not match:
             raise ConfigError(
                 "pattern",
                 text,
-                "N:M, the number kept and the group size",
+                "N:M, the number kept and the group size, or N:M:pair",
                 "Write, for example, pattern=2:4.",
             )
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[1]), int(match[2]), 2 if match[3] else 1)
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n}:{self.m}{UNITS.get(self.unit, f':{self.unit}')}"
+
+    @property
+    def in_words(self) -> str:
+        """What follows "keep": ``2 of every 4 weights``."""
+        noun = "weights" if self.unit == 1 else "adjacent pairs"
+        return f"{self.units.n} of every {self.units.m} {noun}"
+
+    # units
+
+    @cached_property
+    def units(self) -> Pattern:
+        """The pattern of the units, N:M of single units: 2:4 for 4:8:pair."""
+        return self if self.unit == 1 else Pattern(self.n // self.unit, self.m // self.unit)
+
+    def expand(self, of_units: torch.Tensor) -> torch.Tensor:
+        """(..., I): every weight gets the value of its unit, (..., U)."""
+        return of_units if self.unit == 1 else of_units.repeat_interleave(self.unit, -1)
+
+    def sum_of_units(self, of_weights: torch.Tensor) -> torch.Tensor:
+        """(..., U): the sum over the weights of every unit, of numbers (..., I)."""
+        if self.unit == 1:
+            return of_weights
+        return reduce(torch.add, of_weights.unflatten(-1, (-1, self.unit)).unbind(-1))
+
+    def of_units(self, mask_OI: torch.Tensor) -> torch.Tensor:
+        """(..., U): the value of every unit of a mask (..., I).
+
+        Raises:
+            ValueError: the weights of a unit differ, or there is no whole number of units.
+        """
+        if self.unit == 1:
+            return mask_OI
+        if mask_OI.shape[-1] % self.unit:
+            raise ValueError(f"the mask is not {self}")
+        first, *others = mask_OI.unflatten(-1, (-1, self.unit)).unbind(-1)
+        if not all(torch.equal(first, other) for other in others):
+            raise ValueError(f"the mask is not {self}")
+        return first.contiguous()
+
+    # sizes
 
     @property
     def density(self) -> float:
@@ -68,12 +126,12 @@ class Pattern:
 
     @property
     def num_candidates(self) -> int:
-        """C = binomial(m, n)."""
-        return math.comb(self.m, self.n)
+        """C = binomial(m / unit, n / unit)."""
+        return math.comb(self.units.m, self.units.n)
 
     @cached_property
     def kept_positions(self) -> list[tuple[int, ...]]:
-        """Kept positions of every candidate, in candidate order.
+        """Kept units of every candidate, in candidate order.
 
         Raises:
             ConfigError: more than MAX_CANDIDATES candidates.
@@ -87,22 +145,22 @@ class Pattern:
                 "pattern",
                 str(self),
                 limit,
-                "Set learn.method=subset: one logit per weight, M up to 32.",
+                "Set learn.method=subset: a logit per weight or pair, M up to 32.",
             )
-        return list(itertools.combinations(range(self.m), self.n))
+        return list(itertools.combinations(range(self.units.m), self.units.n))
 
     def candidates(
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """The legal 0/1 vectors, (C, M), in ``itertools.combinations`` order of the kept positions.
+        """The legal 0/1 vectors, (C, M), in ``itertools.combinations`` order of the kept units.
 
         Raises:
             ConfigError: more than MAX_CANDIDATES candidates.
         """
-        table_CM = torch.zeros(self.num_candidates, self.m, dtype=dtype, device=device)
+        table = torch.zeros(self.num_candidates, self.units.m, dtype=dtype, device=device)
         for row, kept in enumerate(self.kept_positions):
-            table_CM[row, list(kept)] = 1
-        return table_CM
+            table[row, list(kept)] = 1
+        return self.expand(table)
 
     def groups(self, in_features: int, what: str = "in_features", tp: int = 1) -> int:
         """Groups in a row of ``in_features`` weights held by one rank.
@@ -122,10 +180,13 @@ class Pattern:
         return in_features // self.m
 
     def already_fits(self, weight_OI: torch.Tensor) -> bool:
-        """Whether the weight is pruned already: every group holds at least m - n exact zeros."""
+        """Whether the weight is pruned already: every group holds at least m - n exact zeros, in
+        whole units.
+        """
         if weight_OI.shape[-1] % self.m:
             return False
-        return bool(((weight_OI == 0).unflatten(-1, (-1, self.m)).sum(-1) >= self.m - self.n).all())
+        kept_GU = self.sum_of_units(weight_OI != 0).unflatten(-1, (-1, self.units.m))
+        return bool((kept_GU.sum(-1) <= self.units.n).all())
 
     def index_of(self, mask_OI: torch.Tensor) -> torch.Tensor:
         """Candidate index of every group, (..., G) int64, of a valid mask (..., I).
@@ -137,18 +198,21 @@ class Pattern:
         return torch.from_numpy(index.astype(np.int64)).to(mask_OI.device)
 
     def bits_dtype(self) -> torch.dtype:
-        """The smallest integer with m bits."""
+        """The smallest integer with a bit for every unit of a group."""
         for bits, dtype in ((8, torch.uint8), (16, torch.int16), (32, torch.int32)):
-            if self.m <= bits:
+            if self.units.m <= bits:
                 return dtype
         return torch.int64
 
     def bits_of(self, mask_OI: torch.Tensor) -> torch.Tensor:
-        """Every group of a mask (..., I) as a number, (..., G): bit j says that position j is kept.
+        """Every group of a mask (..., I) as a number, (..., G): bit j says that unit j is kept.
 
         Raises:
-            ValueError: the mask holds something else than 0 and 1, or no whole number of groups.
+            ValueError: the mask holds something else than 0 and 1, no whole number of groups, or
+                a unit of which a part is kept.
         """
+        if self.unit > 1:
+            return self.units.bits_of(self.of_units(mask_OI))
         is_mask = mask_OI.dtype == torch.bool or bool(((mask_OI == 0) | (mask_OI == 1)).all())
         if not is_mask or mask_OI.shape[-1] % self.m:
             raise ValueError(f"the mask is not {self}")
@@ -164,6 +228,8 @@ class Pattern:
         Raises:
             ValueError: some group does not keep exactly n.
         """
+        if self.unit > 1:
+            return self.units.index_of_bits(bits_G)
         bits = bits_G.numpy()
         bits = bits.view(f"u{bits.itemsize}")
         index: npt.NDArray[np.unsignedinteger]
@@ -225,6 +291,8 @@ class Pattern:
 
     def mask_of(self, index_OG: torch.Tensor, dtype: torch.dtype = torch.bool) -> torch.Tensor:
         """Mask (..., I) of candidate indices (..., G)."""
+        if self.unit > 1:
+            return self.expand(self.units.mask_of(index_OG, dtype))
         if self.num_candidates <= MAX_CANDIDATES:
             return self.candidates(dtype, index_OG.device)[index_OG.long()].flatten(-2)
         above, positions = self.num_candidates - 1 - index_OG.long(), []
@@ -249,8 +317,10 @@ class Pattern:
 
     def best(self, score_OI: torch.Tensor) -> torch.Tensor:
         """Bool mask that keeps the n largest scores of every group; ties go to the earlier
-        position.
+        position. The score of a unit is the sum of the scores of its weights.
         """
+        if self.unit > 1:
+            return self.expand(self.units.best(self.sum_of_units(score_OI)))
         groups = score_OI.unflatten(-1, (-1, self.m))
         kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)

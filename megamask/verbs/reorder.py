@@ -49,6 +49,10 @@ def run(config: Config, arguments: ReorderArguments) -> None:
     """
     paths, out, pattern = run_paths(config), Path(arguments.out), Pattern.parse(config.pattern)
     ignore_keys = config.model.ignore_keys
+    if pattern.unit > 1:
+        allowed = "N:M of single weights: there is no search of an order for pairs"
+        fix = f"Set pattern={pattern.n}:{pattern.m}, or go on without a new order."
+        raise ConfigError("pattern", str(pattern), allowed, fix)
     if config.model.megatron:
         allowed = "null: reorder reads the weights of the Hugging Face folder model.hf"
         fix = "Export the checkpoint in the format hf (export.mask=dense), and reorder that folder."

@@ -1,5 +1,5 @@
-"""One logit per weight at 8:16, every verb: 12,870 candidates a group, of which no step needs a
-table.
+"""One logit per pair at 16:32:pair, every verb: 8 of 16 pairs, 12,870 candidates a group, of which
+no step needs a table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tests.masks import is_valid
 
 pytestmark = pytest.mark.slow
 
-LINEAR = ("pattern=8:16", "learn.method=subset")
+PATTERN = Pattern(16, 32, 2)
+LINEAR = (f"pattern={PATTERN}", "learn.method=subset")
 METHODS = ("magnitude", "wanda", "sparsegpt", "sparsegpt_update")
 Settings = Callable[[Path], list[str]]
 
@@ -28,7 +29,7 @@ Settings = Callable[[Path], list[str]]
 def pipeline(
     prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Finished]]:
-    """A run folder in which every verb has run at 8:16, and what they said."""
+    """A run folder in which every verb has run at 16:32:pair, and what they said."""
     run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("linear") / "run"))
     shutil.rmtree(run_dir / "masks")  # of 2:4
     said = {
@@ -39,11 +40,11 @@ def pipeline(
 
 
 @pytest.mark.parametrize("method", [*METHODS, "learned"])
-def test_masks_keep_8_of_16(pipeline: tuple[Path, dict[str, Finished]], method: str) -> None:
+def test_masks_keep_8_of_16_pairs(pipeline: tuple[Path, dict[str, Finished]], method: str) -> None:
     masks = load_masks(pipeline[0] / "masks" / f"{method}.safetensors")
     masks.verify()
-    assert masks.pattern == Pattern(8, 16) and len(masks) == 2 * 7
-    assert all(is_valid(Pattern(8, 16), mask) for mask in masks.values())
+    assert masks.pattern == PATTERN and len(masks) == 2 * 7
+    assert all(is_valid(PATTERN, mask) for mask in masks.values())
 
 
 def test_learning_moves_the_mask_and_helps(pipeline: tuple[Path, dict[str, Finished]]) -> None:
@@ -75,7 +76,7 @@ def test_the_export_holds_the_mask_and_inspect_names_the_pattern(
         assert torch.equal(
             written[f"{name}.weight"], torch.where(mask, dense[f"{name}.weight"], 0.0)
         ), name
-    assert "8:16 (12870 candidates a group)" in said["inspect"].stdout
+    assert "16:32:pair (12870 candidates a group)" in said["inspect"].stdout
     assert "learned.safetensors: valid" in said["inspect"].stdout
     assert (run_dir / "report.html").exists()
 

@@ -120,10 +120,15 @@ def pruner_zero_score(weight_OI: torch.Tensor, gradient_OI: torch.Tensor) -> tor
 
 
 def polish_by_trial(
-    weight_OI: torch.Tensor, mask_OI: torch.Tensor, gram_II: torch.Tensor, m: int, sweeps: int
+    weight_OI: torch.Tensor,
+    mask_OI: torch.Tensor,
+    gram_II: torch.Tensor,
+    m: int,
+    sweeps: int,
+    unit: int = 1,
 ) -> torch.Tensor:
-    """Try every exchange of every group, and keep the exchange after which the whole row has the
-    least error, if that is less than before.
+    """Try every exchange of units of every group, and keep the exchange after which the whole row
+    has the least error, if that is less than before.
     """
     weight_OI, gram_II, mask_OI = weight_OI.double(), gram_II.double(), mask_OI.clone()
 
@@ -134,11 +139,12 @@ def polish_by_trial(
     for _ in range(sweeps):
         for start in range(0, weight_OI.shape[1], m):
             best_OI, least_O = mask_OI, error(mask_OI)
-            for back in range(start, start + m):
-                for away in range(start, start + m):
+            for back in range(start, start + m, unit):
+                for away in range(start, start + m, unit):
                     can_O = ~mask_OI[:, back] & mask_OI[:, away]
                     trial_OI = mask_OI.clone()
-                    trial_OI[:, back], trial_OI[:, away] = True, False
+                    trial_OI[:, back : back + unit] = True
+                    trial_OI[:, away : away + unit] = False
                     error_O = torch.where(can_O, error(trial_OI), torch.inf)
                     better_O = error_O < least_O
                     best_OI = torch.where(better_O[:, None], trial_OI, best_OI)

@@ -138,7 +138,7 @@ class MaskPro:
             assert linear.mask_logits is not None
             key = NoiseKey(self.config.seed, step).of(linear.parameter_id)
             add_scores = add_scores_of(linear.backend)
-            add_scores(linear.mask_logits, linear.site, key, coefficients, self.score)
+            add_scores(linear.mask_logits, linear.site.of_units, key, coefficients, self.score)
         loss, size = fmean(losses_K), math.sqrt(fmean(one * one for one in advantages_K))
         return PolicyResult(
             lm_loss=loss,
@@ -235,6 +235,6 @@ class MaskPro:
 @torch.no_grad()
 def _set_logits(linear: MaskedLinear, mask_OI: torch.Tensor, kept: float) -> None:
     assert linear.mask_logits is not None
-    linear.mask_logits.copy_(
-        mask_OI.unflatten(1, (-1, linear.site.pattern.m)).transpose(1, 2)
-    ).mul_(kept)
+    pattern = linear.site.pattern
+    kept_OUG = pattern.of_units(mask_OI).unflatten(1, (-1, pattern.units.m)).transpose(1, 2)
+    linear.mask_logits.copy_(kept_OUG).mul_(kept)

@@ -125,7 +125,7 @@ class PolicyMethod(Method):
         def make(use_kernels: bool) -> list[torch.Tensor]:
             changed = logits.clone()
             add_scores = add_scores_of(backend if use_kernels else "torch")
-            add_scores(changed, site, NoiseKey(0, 1), (0.5, -1.0), kind)
+            add_scores(changed, site.of_units, NoiseKey(0, 1), (0.5, -1.0), kind)
             return [changed - logits]
 
         # fp32 roundings are some 1e-6 of the largest score; a wrong score is off by its own size.

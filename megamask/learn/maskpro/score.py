@@ -73,9 +73,10 @@ def choose_score(kind: str, pattern: Pattern) -> str:
     Raises:
         ConfigError: a set with too many orders.
     """
+    drawn = pattern.units.n
     if kind == "auto":
-        return "set" if pattern.n <= MAX_SET else "ordered"
-    if kind == "set" and pattern.n > MAX_SET:
+        return "set" if drawn <= MAX_SET else "ordered"
+    if kind == "set" and drawn > MAX_SET:
         raise ConfigError(
             "learn.maskpro.score",
             kind,
@@ -177,7 +178,7 @@ def add_scores(
 
     Args:
         mask_logits: (O, M, G) fp32.
-        site: pattern and place of the shard.
+        site: pattern of single units and place of the shard (``Site.of_units``).
         key: the step's and the parameter's; mask k has ``micro_batch`` k.
         coefficients: one a mask.
         kind: ``ordered`` or ``set``.

@@ -42,7 +42,7 @@ def import_masks(source: Path, out: Path, model: BaseModel, pattern: Pattern) ->
                 bits = pattern.bits_of(mask_OI)
                 words[name] = codec.pack(bits, pattern.num_candidates, pattern.index_of_bits)
             except ValueError:
-                problem = f"does not keep {pattern.n} of every {pattern.m} weights of {name}"
+                problem = f"does not keep {pattern.in_words} of {name}"
                 fix = f"Set --pattern to its pattern, if that is not {pattern}."
                 raise ArtifactError(source, problem, fix) from None
     if not words:

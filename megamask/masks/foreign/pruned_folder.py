@@ -91,10 +91,13 @@ def _with_zeros(
     """
     if mask_OI.shape[1] % pattern.m:
         return mask_OI
-    kept_OG = mask_OI.unflatten(1, (-1, pattern.m)).sum(-1)
-    too_few_O1 = (kept_OG < pattern.n).repeat_interleave(pattern.m, 1)
-    mask_OI = mask_OI | (too_few_O1 & (base_OI == 0))
-    ambiguous = (kept_OG < pattern.n) & (mask_OI.unflatten(1, (-1, pattern.m)).sum(-1) > pattern.n)
+    n, m = pattern.units.n, pattern.units.m
+    kept_OU = pattern.sum_of_units(mask_OI)  # a unit that holds any weight is kept
+    kept_OG = kept_OU.unflatten(1, (-1, m)).sum(-1)
+    too_few_OU = (kept_OG < n).repeat_interleave(m, 1)
+    kept_OU = kept_OU | (too_few_OU & ~pattern.sum_of_units(base_OI != 0))
+    mask_OI = mask_OI | (pattern.expand(kept_OU) & (base_OI == 0))
+    ambiguous = (kept_OG < n) & (kept_OU.unflatten(1, (-1, m)).sum(-1) > n)
     if bool(ambiguous.any()):
         row, group = ambiguous.nonzero()[0].tolist()
         problem = (

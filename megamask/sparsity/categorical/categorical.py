@@ -80,13 +80,13 @@ class Categorical(Distribution):
 
 def similarity(prior_OI: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """sim(M_0, M_c) = M_0 . M_c minus its mean over candidates, (O, C, G) (MaskLLM, Eq. 9; the mean
-    is n^2 / m for a mask).
+    is n^2 / m for a mask). Overlaps are counted in units.
     """
     groups = prior_OI.float().unflatten(1, (-1, pattern.m))
     overlap = torch.einsum("ogm,cm->ocg", groups, pattern.candidates(device=prior_OI.device))
     if prior_OI.is_floating_point():
-        return overlap - overlap.mean(1, keepdim=True)
-    return overlap - pattern.n * pattern.n / pattern.m
+        return (overlap - overlap.mean(1, keepdim=True)) / pattern.unit
+    return (overlap - pattern.n * pattern.n / pattern.m) / pattern.unit
 
 
 CATEGORICAL = Categorical()

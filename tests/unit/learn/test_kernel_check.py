@@ -53,8 +53,14 @@ def mesh() -> Iterator[Mesh]:
         ["learn.preset=maskpro", "learn.method=maskpro"],
         ["learn.sampling.noise=0"],
         ["learn.sampling.noise=100", "learn.sampling.mode=hard"],
+        ["pattern=4:8:pair"],
+        ["pattern=4:8:pair", "learn.preset=maskpro", "learn.method=maskpro"],
     ],
-    ids=["subset", "hard", "lean", "leanest", "wide", "maskpro", "quiet", "loud"],
+    ids=[
+        *["subset", "hard", "lean", "leanest", "wide", "maskpro", "quiet", "loud"],
+        "pairs",
+        "maskpro pairs",
+    ],
 )
 def test_kernels_that_work_are_kept(words: list[str], backend: str, mesh: Mesh) -> None:
     config = settings(*words, f"learn.sampling.backend={backend}")

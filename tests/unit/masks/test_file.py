@@ -21,7 +21,7 @@ from megamask.masks.header import header_digest
 from megamask.masks.verify import summary
 from megamask.sparsity.pattern import Pattern
 
-P24 = Pattern(2, 4)
+P24, P48 = Pattern(2, 4), Pattern(4, 8, 2)
 Change = Callable[[dict[str, Any]], object]
 SHAPES = {"model.layers.0.mlp.up_proj": (6, 16), "model.layers.0.mlp.down_proj": (3, 32)}
 
@@ -35,7 +35,9 @@ def random_masks(
     }
 
 
-@pytest.mark.parametrize("pattern", [P24, Pattern(4, 8), Pattern(3, 7), Pattern(16, 32)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [P24, Pattern(4, 8), Pattern(3, 7), Pattern(16, 32), P48], ids=str
+)
 def test_the_bytes_are_those_of_safetensors(pattern: Pattern, tmp_path: Path) -> None:
     """The file is written tensor by tensor, in another order than its own."""
     names = ["b.é", "a.x", 'c."quoted"\\']
@@ -50,7 +52,9 @@ def test_the_bytes_are_those_of_safetensors(pattern: Pattern, tmp_path: Path) ->
     with safe_open(path, framework="numpy") as handle:
         assert path.read_bytes() == save(packed, metadata=handle.metadata())
     assert all(torch.equal(load_masks(path)[name], mask) for name, mask in masks.items())
-    assert load_masks(path).meta["data"] == data
+    assert load_masks(path).meta["data"] == data and load_masks(path).pattern == pattern
+    # readers of before the patterns of pairs refuse them by the version
+    assert load_masks(path).meta["format_version"] == (2 if pattern == P48 else 1)
 
 
 @pytest.fixture
@@ -169,7 +173,10 @@ UP = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (lambda meta: meta.update(format_version=2), "format version 2"),
+        (
+            lambda meta: meta.update(format_version=3),
+            "format version 3, this megamask reads 1 to 2",
+        ),
         (lambda meta: meta.pop("format_version"), "broken header"),
         (lambda meta: meta.update(candidate_order="sorted"), "candidate_order 'sorted'"),
         (lambda meta: meta.update(axis="out_features"), "axis 'out_features'"),

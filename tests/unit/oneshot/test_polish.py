@@ -14,7 +14,7 @@ from tests.masks import is_valid
 from tests.parallel.plain_oneshot import polish_by_trial
 from tests.unit.oneshot.test_sparsegpt import example
 
-PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(5, 8)]
+PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(5, 8), Pattern(4, 8, 2)]
 
 
 def problem() -> tuple[torch.Tensor, InputStats]:
@@ -39,10 +39,11 @@ def test_equals_exchanges_by_trial(
     found_OI = polish(weight_OI, before_OI, gram_II, pattern, sweeps)
     assert torch.equal(before_OI, given_OI) and is_valid(pattern, found_OI)
     # fp32 here and fp64 there: no exchange of this seed gains so little that they disagree.
-    expected_OI = polish_by_trial(weight_OI, before_OI, gram_II, pattern.m, sweeps)
+    shape = (pattern.m, sweeps, pattern.unit)
+    expected_OI = polish_by_trial(weight_OI, before_OI, gram_II, *shape)
     assert torch.equal(found_OI, expected_OI) and not torch.equal(found_OI, before_OI)
     for wrong_II in (gram_II.diagonal().diag(), gram_II.flip(0)):
-        wrong_OI = polish_by_trial(weight_OI, before_OI, wrong_II, pattern.m, sweeps)
+        wrong_OI = polish_by_trial(weight_OI, before_OI, wrong_II, *shape)
         assert not torch.equal(found_OI, wrong_OI)
 
 

@@ -230,6 +230,32 @@ def test_zeros_of_the_base_model(given: Given, tmp_path: Path) -> None:
         imported(base_of([0, 2, 6]))
 
 
+def test_pairs_come_back_and_broken_pairs_do_not(given: Given, tmp_path: Path) -> None:
+    """A pair of which the base model has one zero is kept; a pair of zeros fills its group."""
+    pairs, name = Pattern(4, 8, 2), next(iter(given[1]))
+    zeros, ones = [0.0, 0.0], [1.0, 1.0]
+
+    def zero(weights: Weights) -> None:
+        weights[f"{name}.weight"][0, [1, 4, 5]] = 0
+
+    hf = write_pruned(tmp_path / "base", given[0], zero)
+    mask = pairs.best(torch.rand(given[1][name].shape))
+    for kept, problem in (
+        ([*ones, *ones, *zeros, *zeros], ""),
+        ([*ones, *zeros, *ones, *zeros], ""),
+        ([*ones, *zeros, *zeros, *ones], ""),
+        ([1, 0, 0, 1, 0, 0, *ones], "does not keep 2 of every 4 adjacent pairs"),
+    ):
+        mask[0, :8] = torch.tensor(kept).bool()
+        source = write_pruned(tmp_path / f"pruned-{kept}", hf, pruning({name: mask}))
+        if problem:
+            with pytest.raises(ArtifactError, match=problem):
+                import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), pairs)
+            continue
+        import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), pairs)
+        assert torch.equal(load_masks(tmp_path / "mask.safetensors")[name], mask)
+
+
 def zip_of(path: Path, member: str, data: bytes, method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr(member, data)
