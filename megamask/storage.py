@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +25,7 @@ from megamask.process.signals import held
 
 # key -> type of its value, several types, or the required keys of an object
 Required: TypeAlias = Mapping[str, Any]
+PARTIAL = ".partial"  # end of the name of a folder that a later run goes on with
 
 
 def require_writable(folder: Path, key: str = "run_dir") -> None:
@@ -93,6 +94,42 @@ def atomic_dir(path: Path) -> Iterator[Path]:
             commit_dir(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def continued_dir(path: Path, is_useful: Callable[[Path], bool]) -> Iterator[Path]:
+    """As ``atomic_dir``, of a folder that a later run can go on with.
+
+    The folder is written as ``.NAME.partial`` beside ``path``. The block finds there what a killed
+    run left. After an error the folder stays if it is useful. No other process may write ``path``:
+    the caller holds its lock.
+
+    Args:
+        path: the folder to write.
+        is_useful: whether a later run can go on with a folder.
+    """
+    target, _ = places(path)
+    folder = target.with_name(f".{target.name}{PARTIAL}")
+    with writing(path, folder):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers_of(target)
+        folder.mkdir(exist_ok=True)
+        try:
+            yield folder
+            commit_dir(folder, target)
+        except BaseException:
+            if not is_useful(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def remove_partial(parent: Path, kept: Collection[str] = ()) -> None:
+    """Delete the folders that killed runs left in ``parent`` for a run to go on with, but for those
+    of the outputs named ``kept``.
+    """
+    for folder in parent.glob(f".*{PARTIAL}"):
+        if folder.name not in {f".{name}{PARTIAL}" for name in kept}:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def commit_dir(temporary: Path, path: Path) -> None:

@@ -147,6 +147,9 @@ class DataSection(Section):
         description="begin each document and each calibration sample with the tokenizer's BOS; "
         "auto = where the tokenizer puts one before a prompt",
     )
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = free(
+        None, description="processes that tokenize; null = one for each core"
+    )
 
 
 class CalibrationSection(Section):

@@ -11,12 +11,13 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megamask.config import CorpusSection
 from megamask.data import stdlib
+from megamask.data.document import START, Document, Reached
 from megamask.data.text_files import (
     corpus_files,
     format_of,
@@ -32,34 +33,28 @@ log = logging.getLogger(__name__)
 ROWS = 1024  # rows of a table that are texts in memory at once
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document of a corpus.
-
-    Attributes:
-        text: the text itself.
-        key: the hash of this string decides whether the document is held out. It is the document's
-            own text, or the text that the document was taken from.
-    """
-
-    text: str
-    key: str
-
-
-def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
+def documents(name: str, corpus: CorpusSection, after: Reached = START) -> Iterator[Document]:
     """The documents of domain ``name`` in a fixed order, without blank documents.
 
     The stream ends after ``corpus.max_bytes`` bytes of UTF-8; the last document is cut there. With
     ``corpus.join``, all rows are one document, blank rows included.
+
+    Args:
+        name: of the domain.
+        corpus: its settings.
+        after: the stream begins there, for a corpus of files.
 
     Raises:
         ConfigError: a setting ``data.domains.<name>.*`` cannot work (no such file, no such column,
             missing library).
         ArtifactError: a file cannot be read as its kind, or the corpus holds no text.
     """
-    left = corpus.max_bytes if corpus.max_bytes is not None else sys.maxsize
-    is_empty, replaced = True, 0
-    raws = READERS[corpus.kind](name, corpus)
+    left = (corpus.max_bytes if corpus.max_bytes is not None else sys.maxsize) - after.size
+    is_empty, replaced = after == START, 0
+    if documents_of_files(corpus):
+        raws = _read_files(name, corpus, after.files)
+    else:
+        raws = READERS[corpus.kind](name, corpus)
     for raw in raws if corpus.join is None else _joined(raws, corpus.join, left):
         document, broken = _encodable(raw)
         replaced += broken
@@ -67,7 +62,8 @@ def documents(name: str, corpus: CorpusSection) -> Iterator[Document]:
             continue
         size = len(document.text.encode())
         if size > left:
-            document = Document(document.text.encode()[:left].decode(errors="ignore"), document.key)
+            cut = document.text.encode()[:left].decode(errors="ignore")
+            document = replace(document, text=cut)
         if document.text:
             is_empty = False
             yield document
@@ -108,7 +104,7 @@ def _encodable(document: Document) -> tuple[Document, bool]:
             part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             for part in (document.text, document.key)
         )
-        return Document(text, key), True
+        return replace(document, text=text, key=key), True
     return document, False
 
 
@@ -167,12 +163,17 @@ def _read_pydocs(name: str, corpus: CorpusSection) -> Iterator[Document]:
     return (Document(prose, source) for prose, source in stdlib.prose())
 
 
-def _read_files(name: str, corpus: CorpusSection) -> Iterator[Document]:
-    """The documents of every file, each file in the format of the kind, or of its own name."""
-    for file in corpus_files(name, corpus)[0]:
+def _read_files(name: str, corpus: CorpusSection, skipped: int = 0) -> Iterator[Document]:
+    """The documents of every file but the first ``skipped``, each file in the format of the kind,
+    or of its own name.
+    """
+    for number, file in enumerate(corpus_files(name, corpus)[0]):
+        if number < skipped:
+            continue
         form = format_of(file) if corpus.kind == "files" else corpus.kind
         assert form is not None
-        yield from map(_own_key, FILE_READERS[form](name, corpus, file))
+        for text in FILE_READERS[form](name, corpus, file):
+            yield Document(text, text, number)
 
 
 def _read_text(name: str, corpus: CorpusSection, file: Path) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -31,16 +32,36 @@ def unit_hash(key: str | bytes) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def split_documents(documents: Iterable[D], share: float) -> Iterator[tuple[str, D]]:
+@dataclass
+class SplitState:
+    """What a split knows of the documents that it has seen.
+
+    Attributes:
+        settled: whether the hash of a document alone decides its side from now on, because both
+            sides have documents or one side is meant to be empty; then no document waits.
+    """
+
+    settled: bool = False
+
+
+def split_documents(
+    documents: Iterable[D], share: float, state: SplitState | None = None
+) -> Iterator[tuple[str, D]]:
     """Yield (side, document) for every document; the order may differ from that of ``documents``.
 
     The side is ``heldout`` where the hash of the document's key is below ``share``, so documents
     with equal keys get the same side. Where the hash would leave one side empty, the documents of
     the key whose hash is nearest to ``share`` move there; so two different documents are enough for
     both sides, and no other document moves. Only the documents of that key are kept in memory.
+
+    Args:
+        documents: the documents, or the rest of them where ``state`` is settled already.
+        share: of the hashes that are held out.
+        state: of the split; it is true whenever a document was yielded.
     """
     first_side = ""
-    both = share in (0.0, 1.0)  # whether both sides have documents, or one side is meant empty
+    state = state or SplitState()
+    state.settled = state.settled or share in (0.0, 1.0)
     others = False  # whether the first side has documents of other keys than the nearest
     nearest: list[D] = []  # the documents of the key that may still move
     nearest_distance = 0.0
@@ -48,8 +69,8 @@ def split_documents(documents: Iterable[D], share: float) -> Iterator[tuple[str,
         unit = unit_hash(document.key)
         side, distance = (HELDOUT if unit < share else TRAIN), abs(unit - share)
         first_side = first_side or side
-        if both or side != first_side:
-            both = True
+        if state.settled or side != first_side:
+            state.settled = True
             yield from ((first_side, waiting) for waiting in nearest)
             nearest = []
             yield side, document

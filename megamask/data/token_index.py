@@ -1,4 +1,5 @@
-"""The index of a Megatron indexed dataset (``.idx``), read and checked before anything trusts it.
+"""The index of a Megatron indexed dataset (``.idx``): written, and read and checked before anything
+trusts it.
 
 Megatron's own reader takes counts, lengths and pointers as they come, so a torn or hostile file
 ends it with a segmentation fault, with an endless loop, or by asking for all memory. Nothing here
@@ -70,6 +71,30 @@ def bin_file(prefix: Path) -> Path:
 def idx_file(prefix: Path) -> Path:
     """The file of the index of a dataset."""
     return prefix.with_name(prefix.name + ".idx")
+
+
+def write_index(prefix: Path, dtype: np.dtype[Any], lengths: NDArray[np.int32]) -> None:
+    """Write the index of a dataset whose documents are one sequence each, without gaps, with the
+    bytes of Megatron's ``IndexedDatasetBuilder``.
+
+    Args:
+        prefix: the path of the dataset without ``.bin`` and ``.idx``.
+        dtype: the type of a token.
+        lengths: tokens of each document, (N,), in the order of the ``.bin`` file.
+    """
+    code = next(code for code, name in TOKEN_TYPES.items() if name == dtype.name)
+    count, end = len(lengths), 0
+    with idx_file(prefix).open("wb") as stream:
+        stream.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
+        for start in range(0, count, CHUNK):
+            stream.write(lengths[start : start + CHUNK].astype("<i4").tobytes())
+        for start in range(0, count, CHUNK):
+            ends = end + np.cumsum(lengths[start : start + CHUNK], dtype=np.int64) * dtype.itemsize
+            stream.write(np.concatenate([[end], ends[:-1]]).astype("<i8").tobytes())
+            end = int(ends[-1])
+        for start in range(0, count + 1, CHUNK):
+            bounds = np.arange(start, min(start + CHUNK, count + 1))
+            stream.write(bounds.astype("<i8").tobytes())
 
 
 def read_index(prefix: Path, fix: str) -> TokenIndex:

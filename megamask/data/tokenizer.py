@@ -169,7 +169,7 @@ def _load_sentencepiece(path: Path, eod: str | None) -> TextTokenizer:
         eod=_eod_id(eod, vocabulary.get, _id_or_none(processor.eos_id())),
         bos=_id_or_none(processor.bos_id()),
         fingerprint=_sha256(path.read_bytes()),
-        encode_batch=lambda texts: processor.encode(list(texts)),
+        encode_batch=lambda texts: processor.encode(list(texts), num_threads=1),
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,19 @@ import numpy as np
 from megamask.config import Config, CorpusSection, run_paths
 from megamask.data import in_place
 from megamask.data.bos import before_document
-from megamask.data.corpora import Document, documents, files_left_out, source_stamp
+from megamask.data.corpora import documents, files_left_out, source_stamp
+from megamask.data.document import START, Document, Reached
+from megamask.data.encoders import Tokens, encoded, encoder
 from megamask.data.shards import FORMAT, SPLITS, Shards, describe_file, read_shards
-from megamask.data.split import split_documents
+from megamask.data.split import SplitState, split_documents
+from megamask.data.token_files import TokenFiles, is_useful, take_up
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ArtifactError
-from megamask.storage import atomic_dir, write_json
+from megamask.process.cores import usable_cores
+from megamask.storage import continued_dir, write_json
 
-# Text that the tokenizer gets at once; it works on the documents of a batch in parallel.
-BATCH_CHARACTERS = 2**20
+BATCH_CHARACTERS = 2**20  # text of a batch, which one process tokenizes
+NOTE_EVERY = 2**24  # bytes of text after which the end of a file is noted: some seconds of work
 
 
 def settings_digest(config: Config, name: str, tokenizer: TextTokenizer) -> str:
@@ -66,7 +70,8 @@ def write_domain(config: Config, name: str, tokenizer: TextTokenizer, digest: st
         ConfigError, ArtifactError: see :func:`megamask.data.corpora.documents` and
             :func:`megamask.data.in_place.write`.
     """
-    with atomic_dir(run_paths(config).shards / name) as folder:
+    with continued_dir(run_paths(config).shards / name, is_useful) as folder:
+        take_up(folder, digest)
         corpus = config.data.domains[name]
         meta = {
             "format": FORMAT,
@@ -79,7 +84,7 @@ def write_domain(config: Config, name: str, tokenizer: TextTokenizer, digest: st
                 key: getattr(tokenizer, key)
                 for key in ("name", "fingerprint", "vocab_size", "eod", "bos")
             },
-            **_writer(corpus).write(config, name, tokenizer, folder),
+            **_writer(corpus).write(config, name, tokenizer, folder, digest),
         }
         write_json(folder / "meta.json", meta)
 
@@ -100,12 +105,13 @@ class Writer:
     Attributes:
         stamp: facts that change when the source changes although no setting did.
         check: refuses what can be refused early.
-        write: writes the files of the folder that it is given; returns a part of meta.json.
+        write: writes the files of the folder that it is given, for settings of the digest that it
+            is given; returns a part of meta.json.
     """
 
     stamp: Callable[[str, CorpusSection], list[Any]]
     check: Callable[[Config, str, TextTokenizer], None]
-    write: Callable[[Config, str, TextTokenizer, Path], dict[str, Any]]
+    write: Callable[[Config, str, TextTokenizer, Path, str], dict[str, Any]]
 
 
 def _writer(corpus: CorpusSection) -> Writer:
@@ -118,7 +124,7 @@ def _check_text(config: Config, name: str, tokenizer: TextTokenizer) -> None:
 
 
 def _write_text(
-    config: Config, name: str, tokenizer: TextTokenizer, folder: Path
+    config: Config, name: str, tokenizer: TextTokenizer, folder: Path, digest: str
 ) -> dict[str, Any]:
     corpus = config.data.domains[name]
     if left_out := files_left_out(name, corpus):
@@ -126,21 +132,46 @@ def _write_text(
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         say(f"{name}: not read, for these are no {corpus.kind} files of the corpus: {shown}{more}")
     dtype = _token_type(tokenizer.vocab_size)
-    sided = split_documents(documents(name, corpus), corpus.heldout)
-    begin, end = before_document(config, tokenizer), _end(config, tokenizer)
-    counts = _write_tokens(folder, name, dtype, sided, tokenizer, begin, end)
+    encode = encoder(
+        tokenizer.encode_batch, dtype, before_document(config, tokenizer), _end(config, tokenizer)
+    )
+    with TokenFiles(folder, dtype, digest) as files:
+        reached = files.progress.reached
+        if reached.files:
+            say(f"{name}: goes on after {reached.files:,} files, {reached.size / 1e6:,.1f} MB")
+        started = time.monotonic()
+        batches = _batches(name, corpus, reached)
+        for batch, tokens in encoded(encode, batches, _processes(config)):
+            _add(files, batch, tokens)
+            largest = max(count["largest_id"] for count in files.progress.counts.values())
+            tokenizer.check_ids(largest, tokenizer.name)
+            if batch.reached is not None:
+                files.note(batch.reached)
+            _say_progress(name, files.progress.counts, time.monotonic() - started)
+        files.finish()
     described = {
         split: describe_file(folder / f"{split}.bin") | describe_file(folder / f"{split}.idx")
         for split in SPLITS
     }
+    counts = files.progress.counts
     return {
         "dtype": dtype.name,
         "splits": {split: {**counts[split], "files": described[split]} for split in SPLITS},
     }
 
 
+def _processes(config: Config) -> int:
+    return config.data.processes or len(usable_cores())
+
+
+def _write_in_place(
+    config: Config, name: str, tokenizer: TextTokenizer, folder: Path, _digest: str
+) -> dict[str, Any]:
+    return in_place.write(config, name, tokenizer, folder)
+
+
 TEXT = Writer(source_stamp, _check_text, _write_text)
-WRITERS = {"megatron": Writer(in_place.stamp, in_place.check, in_place.write)}
+WRITERS = {"megatron": Writer(in_place.stamp, in_place.check, _write_in_place)}
 
 
 def _token_type(vocab_size: int) -> np.dtype[Any]:
@@ -150,60 +181,59 @@ def _token_type(vocab_size: int) -> np.dtype[Any]:
     return dtype
 
 
-def _write_tokens(
-    folder: Path,
-    name: str,
-    dtype: np.dtype[Any],
-    sided: Iterable[tuple[str, Document]],
-    tokenizer: TextTokenizer,
-    begin: list[int],
-    end: list[int],
-) -> dict[str, dict[str, int]]:
-    """Tokenize and write the documents of both sides.
+@dataclass(frozen=True)
+class Batch:
+    """Documents that are tokenized at once.
 
-    Returns:
-        Side -> number of documents, tokens and bytes of text, and the largest token id.
+    Attributes:
+        documents: side and document.
+        reached: how far the corpus was read with the last document, where that is to be noted.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builders: dict[str, Any] = {
-        split: IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=dtype.type)
-        for split in SPLITS
-    }
-    counts = {
-        split: {"documents": 0, "tokens": 0, "bytes": 0, "largest_id": -1} for split in SPLITS
-    }
-    started = time.monotonic()
-    for batch in _batches(sided):
-        encoded = tokenizer.encode_batch([document.text for _, document in batch])
-        for (split, document), ids in zip(batch, encoded, strict=True):
-            ids = begin + ids + end
-            if not ids:
-                continue
-            builders[split].add_document(ids, [len(ids)])
-            count = counts[split]
-            count["documents"] += 1
-            count["tokens"] += len(ids)
-            count["bytes"] += len(document.text.encode())
-            count["largest_id"] = max(count["largest_id"], *ids)
-            tokenizer.check_ids(count["largest_id"], tokenizer.name)
-        _say_progress(name, counts, time.monotonic() - started)
-    for split, builder in builders.items():
-        builder.finalize(str(folder / f"{split}.idx"))
-    return counts
+    documents: list[tuple[str, Document]]
+    reached: Reached | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the documents."""
+        return [document.text for _, document in self.documents]
 
 
-def _batches(sided: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+def _batches(name: str, corpus: CorpusSection, after: Reached) -> Iterator[Batch]:
+    """The documents of a corpus that come after ``after``. A place is noted at the end of a file,
+    and only when no document waits for its side.
+    """
+    state = SplitState(settled=after != START)
+    documents_left = documents(name, corpus, after)
     batch: list[tuple[str, Document]] = []
-    size = 0
-    for side, document in sided:
+    characters, size, noted, file = 0, after.size, after.size, after.files
+    for side, document in split_documents(documents_left, corpus.heldout, state):
+        if state.settled and document.file > file and size - noted >= NOTE_EVERY:
+            yield Batch(batch, Reached(document.file, size))
+            batch, characters, noted = [], 0, size
+        file = max(file, document.file)
         batch.append((side, document))
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
+        size += len(document.text.encode())
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield Batch(batch)
+            batch, characters = [], 0
     if batch:
-        yield batch
+        yield Batch(batch)
+
+
+def _add(files: TokenFiles, batch: Batch, tokens: Tokens) -> None:
+    """Write the documents of a batch, but for those without a token."""
+    sides = np.array([side for side, _ in batch.documents])
+    for split in SPLITS:
+        chosen = (sides == split) & (tokens.lengths > 0)
+        text_bytes = sum(
+            len(document.text.encode())
+            for (_, document), is_chosen in zip(batch.documents, chosen, strict=True)
+            if is_chosen
+        )
+        ids = tokens.ids[np.repeat(chosen, tokens.lengths)]
+        files.add(split, ids, tokens.lengths[chosen], text_bytes)
 
 
 def say(line: str, end: str = "\n") -> None:

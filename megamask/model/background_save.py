@@ -6,13 +6,10 @@ of a CPU are shared with the writer until this process changes them, page by pag
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import queue
 import shutil
-import signal
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -25,9 +22,8 @@ from megamask import storage
 from megamask.model.checkpoint import deaf_helpers, telling
 from megamask.parallel.megatron_versions import request_save, results_go_through
 from megamask.parallel.mesh import Mesh
+from megamask.process.children import die_with
 from megamask.safe_checkpoint import NOTE, settle_index
-
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class BackgroundSave:
@@ -143,15 +139,6 @@ def _as_child(write: Callable[..., None], parent: int, *args: Any, **kwargs: Any
     """``write`` in a forked process that does not outlive its parent, nor do those that it forks: a
     writer that is left alone would hold the locks of a run that was killed.
     """
-    _die_with(parent)
-    os.register_at_fork(after_in_child=partial(_die_with, os.getpid()))
+    die_with(parent)
+    os.register_at_fork(after_in_child=partial(die_with, os.getpid()))
     write(*args, **kwargs)
-
-
-def _die_with(parent: int) -> None:
-    """End this process when its parent ends, on Linux."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
-        os._exit(1)

@@ -17,7 +17,8 @@ from megamask.config import Config, run_paths
 from megamask.errors import ConfigError, DismissedError, LaunchError, MegamaskError
 from megamask.parallel.determinism import deterministic
 from megamask.parallel.megatron_versions import megatron_on_cpu
-from megamask.parallel.roll_call import Roll, call_roll, cores
+from megamask.parallel.roll_call import Roll, call_roll
+from megamask.process.cores import usable_cores
 from megamask.process.network import choose_interface
 from megamask.process.place import Place, this_place
 from megamask.process.signals import StopRequest
@@ -212,7 +213,7 @@ def start(
 def _join(config: Config, place: Place, device: torch.device, stop: StopRequest) -> Mesh:
     section = config.parallel
     roll = call_roll(place, config, stop) if place.world > 1 else Roll(dist.HashStore(), sharers=1)
-    torch.set_num_threads(section.threads or max(1, len(cores()) // roll.sharers))
+    torch.set_num_threads(section.threads or max(1, len(usable_cores()) // roll.sharers))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     choose_interface(place)

@@ -24,6 +24,7 @@ import megamask
 from megamask.config import Config
 from megamask.config.nested import flatten
 from megamask.errors import ConfigError, DismissedError, LaunchError
+from megamask.process.cores import usable_cores
 from megamask.process.holder import boot_id
 from megamask.process.place import Place
 from megamask.process.signals import StopRequest
@@ -50,13 +51,6 @@ class Roll:
     sharers: int
 
 
-def cores() -> list[int]:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def call_roll(place: Place, config: Config, stop: StopRequest) -> Roll:
     """Wait for all ranks, for ``parallel.start_minutes`` at most, and compare their settings.
 
@@ -72,7 +66,7 @@ def call_roll(place: Place, config: Config, stop: StopRequest) -> Roll:
     entry = {
         "host": socket.gethostname(),
         "machine": boot_id(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "settings": _comparable(config),
     }
     try:

@@ -7,10 +7,11 @@ chip and the same shares. Those of an A100 and of links are assumptions of this 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import psutil
+
+from megamask.process.cores import usable_cores
 
 GIB = 2.0**30
 CONTEXT_BYTES = 1.5 * GIB  # CUDA context, cuBLAS workspaces, NCCL buffers
@@ -127,9 +128,7 @@ def device_named(name: str) -> Device:
 
 
 def _this_cpu() -> Device:
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(usable_cores())
     return Device(
         title=f"CPU, {cores} cores",
         capacity=float(psutil.virtual_memory().total),

@@ -22,14 +22,15 @@ from megamask.data.write_shards import (
 )
 from megamask.errors import ConfigError, MegamaskError
 from megamask.leftovers import remove_leftovers
-from megamask.storage import require_writable
+from megamask.storage import remove_partial, require_writable
 from megamask.weights.architecture import read_architecture
 
 log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Write ``{run_dir}/shards/<domain>`` for every domain, unless its shards fit the settings.
+    """Write ``{run_dir}/shards/<domain>`` for every domain, unless its shards fit the settings. A
+    run that was killed goes on at the file of the corpus that it had reached.
 
     Raises:
         ConfigError, ArtifactError: settings, text or tokenizer cannot work; found before anything
@@ -48,6 +49,7 @@ def run(config: Config) -> None:
     stale = [name for name in config.data.domains if not is_current(folder / name, digests[name])]
     for name in stale:
         check_domain(config, name, tokenizer)
+    remove_partial(folder, kept=stale)
     for name in config.data.domains:
         state = "kept, settings and tokenizer are the same"
         if name in stale:

@@ -21,7 +21,8 @@ from megamask.errors import ConfigError, DismissedError, LaunchError
 from megamask.learn.kernel_check import with_proven_kernels
 from megamask.parallel import roll_call
 from megamask.parallel.mesh import Mesh, start
-from megamask.parallel.roll_call import call_roll, cores
+from megamask.parallel.roll_call import call_roll
+from megamask.process.cores import usable_cores
 from megamask.process.place import Place, this_place
 from megamask.process.signals import Interrupted, StopRequest
 from megamask.sparsity.kernels.numba_host import NumbaSampler
@@ -162,4 +163,4 @@ def test_ranks_that_are_bound_to_cores_of_their_own_share_none() -> None:
     assert [roll_call._sharers(one, bound) for one in bound] == [1, 1, 1]
     loose = [entry("a", 0, 1), entry("a", 0, 1), entry("a", 1, 2), entry("a", 3)]
     assert [roll_call._sharers(one, loose) for one in loose] == [3, 3, 3, 1]
-    assert cores() == sorted(os.sched_getaffinity(0)) and json.dumps(cores())
+    assert usable_cores() == sorted(os.sched_getaffinity(0)) and json.dumps(usable_cores())

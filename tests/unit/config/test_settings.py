@@ -52,7 +52,7 @@ FREE = """
     run_dir device deterministic parallel.tp parallel.sequence_parallel parallel.recompute
     parallel.fused parallel.start_minutes parallel.first_step_minutes parallel.timeout_minutes
     parallel.threads
-    calibration.micro_batch
+    calibration.micro_batch data.processes
     model.ignore_keys
     learn.preset learn.memory learn.micro_batch learn.resume learn.sampling.backend
     learn.state.masked_weight learn.state.track_flips learn.optimizer.distributed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megamask.data.corpora import Document
+from megamask.data.document import Document
 from megamask.data.split import split_documents, unit_hash
 
 

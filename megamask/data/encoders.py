@@ -1,0 +1,187 @@
+"""Processes that turn batches of texts into tokens side by side.
+
+The order of the batches is kept, so the tokens do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamask.errors import ConfigError
+from megamask.process.children import die_with
+from megamask.process.signals import SIGNALS
+
+AHEAD = 4  # batches that are read or waited for, a process
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch.
+
+    Attributes:
+        ids: of all documents, one after another.
+        lengths: tokens of each document, int32 (N,).
+    """
+
+    ids: NDArray[Any]
+    lengths: NDArray[np.int32]
+
+
+class HasTexts(Protocol):
+    """A batch of documents."""
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the documents."""
+
+
+Encoder = Callable[[Sequence[str]], Tokens]
+B = TypeVar("B", bound=HasTexts)
+
+
+def encoder(
+    encode_batch: Callable[[Sequence[str]], list[list[int]]],
+    dtype: np.dtype[Any],
+    begin: list[int],
+    end: list[int],
+) -> Encoder:
+    """A function from texts to tokens.
+
+    Args:
+        encode_batch: texts to ids.
+        dtype: of the tokens.
+        begin, end: ids before and after the ids of each text.
+    """
+
+    def encode(texts: Sequence[str]) -> Tokens:
+        ids = [begin + one + end for one in encode_batch(texts)]
+        lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+        total = int(lengths.sum(dtype=np.int64))
+        return Tokens(np.fromiter(chain.from_iterable(ids), dtype, total), lengths)
+
+    return encode
+
+
+def encoded(encode: Encoder, batches: Iterable[B], processes: int) -> Iterator[tuple[B, Tokens]]:
+    """Every batch with its tokens, in the order of the batches.
+
+    A single batch, and every batch where ``processes`` is 1, is encoded by this process.
+
+    Args:
+        encode: texts to tokens; this process must not have started threads for it.
+        batches: the batches, which this process reads while others encode.
+        processes: number of processes to start.
+
+    Raises:
+        ConfigError: a process was killed.
+    """
+    # The processes are the parallelism; tokenizers would start threads in each of them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    source = iter(batches)
+    first = list(islice(source, 2))
+    if processes == 1 or len(first) < 2:
+        for batch in chain(first, source):
+            yield batch, encode(batch.texts)
+        return
+    with _Workers[B](encode, processes) as workers:
+        yield from workers.run(chain(first, source))
+
+
+class _Workers(Generic[B]):
+    """The processes. The object is a context manager."""
+
+    def __init__(self, encode: Encoder, processes: int) -> None:
+        self._encode, self._count = encode, processes
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def __enter__(self) -> _Workers[B]:
+        # A forked process has the tokenizer in memory already.
+        context = multiprocessing.get_context("fork")
+        for _ in range(self._count):
+            mine, other = context.Pipe()
+            arguments = (other, [*self._pipes, mine], self._encode, os.getpid())
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            other.close()
+            self._pipes.append(mine)
+            self._processes.append(process)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()  # it may be in the middle of a batch that nobody wants
+            process.join()
+
+    def run(self, source: Iterator[B]) -> Iterator[tuple[B, Tokens]]:
+        """The batches of ``source`` with their tokens."""
+        idle, working = list(self._pipes), dict[Connection, int]()
+        waiting, done = dict[int, B](), dict[int, Tokens]()
+        sent = given = 0
+        batch = next(source, None)
+        while batch is not None or waiting:
+            if batch is not None and idle and sent - given < AHEAD * self._count:
+                pipe = idle.pop()
+                self._talk(pipe, pipe.send, batch.texts)
+                working[pipe], waiting[sent] = sent, batch
+                sent += 1
+                batch = next(source, None)  # while the processes work
+                continue
+            for ready in wait(list(working)):
+                assert isinstance(ready, Connection)
+                done[working.pop(ready)] = self._result(ready)
+                idle.append(ready)
+            while given in done:
+                yield waiting.pop(given), done.pop(given)
+                given += 1
+
+    def _result(self, pipe: Connection) -> Tokens:
+        result = self._talk(pipe, pipe.recv)
+        if isinstance(result, BaseException):
+            raise result
+        assert isinstance(result, Tokens)
+        return result
+
+    def _talk(self, pipe: Connection, act: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except (EOFError, OSError) as error:
+            process = self._processes[self._pipes.index(pipe)]
+            process.join(1)
+            code = process.exitcode or 0
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            allowed = f"as many processes as there is memory for; one ended early ({how})"
+            fix = "Lower data.processes; the verb goes on where it was."
+            raise ConfigError("data.processes", self._count, allowed, fix) from error
+
+
+def _serve(pipe: Connection, others: list[Connection], encode: Encoder, parent: int) -> None:
+    """Encode what comes through a pipe, until its other end is closed. The parent alone reacts to
+    signals.
+    """
+    die_with(parent)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    for other in others:
+        other.close()
+    with suppress(EOFError, OSError):
+        while True:
+            texts = pipe.recv()
+            try:
+                result: Tokens | BaseException = encode(texts)
+            except BaseException as error:
+                result = error
+            pipe.send(result)
