@@ -17,7 +17,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import wrong_file
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 INDEX = ".metadata"
 COMMON = "common.pt"
+COMMON_STATE = "common_state/"  # beginning of the name of the object that took its place
 COMMON_BYTES = 2**26  # longer arguments are not read
 NOTE = "megamask.json"  # the facts that this package keeps in the folder, beside the tensors
 ADVICE = "Use a checkpoint that megamask wrote, from somebody you trust."
@@ -231,20 +232,34 @@ class _Names(_NewObjectsOnly):
 
 
 def told_args(folder: Path) -> dict[str, Any]:
-    """The arguments of Megatron-LM that ``common.pt`` holds under ``args``; empty where there are
-    none, or they cannot be read without running anything. Objects of other classes are values
-    without a meaning.
+    """The arguments of Megatron-LM that a checkpoint holds under ``args``: in ``common.pt``, or,
+    from Megatron-Core 0.19 on, in an object among the tensors. Empty where there are none, or they
+    cannot be read without running anything. Objects of other classes are values without a meaning.
     """
     try:
-        with zipfile.ZipFile(folder / COMMON) as archive:
+        with zipfile.ZipFile(_common_state(folder)) as archive:
             name = next(one for one in archive.namelist() if one.endswith("/data.pkl"))
             if archive.getinfo(name).file_size > COMMON_BYTES:
                 return {}
             held = _Names(io.BytesIO(archive.read(name))).load()
+        held = held[0] if isinstance(held, list) else held  # an object is one of several shards
         args = held.get("args") if isinstance(held, dict) else None
         return dict(vars(args)) if isinstance(args, _Inert) else {}
     except Exception:  # a torn file raises whatever its bytes happen to ask for
         return {}
+
+
+def _common_state(folder: Path) -> Path | BinaryIO:
+    """What ``torch.save`` wrote of all that is no tensor."""
+    if (folder / COMMON).exists():
+        return folder / COMMON
+    stored = read_index(folder, with_objects=True).storage_data.items()
+    piece = next(piece for place, piece in stored if place.fqn.startswith(COMMON_STATE))
+    if piece.length > COMMON_BYTES:
+        raise ValueError(f"{COMMON_STATE} is longer than any arguments")
+    with (folder / piece.relative_path).open("rb") as file:
+        file.seek(piece.offset)
+        return io.BytesIO(file.read(piece.length))
 
 
 def _refuse_pipe(path: Path, fix: str) -> None:

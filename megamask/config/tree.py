@@ -55,7 +55,8 @@ class ModelSection(Section):
     megatron: str | None = by_content(
         None,
         description="checkpoint of Megatron-LM or Megatron-Bridge (torch_dist) whose weights are "
-        "read in the place of those in model.hf, which then needs config.json and tokenizer only",
+        "read in the place of those in model.hf, which then needs the tokenizer only, and "
+        "config.json where the checkpoint does not tell the whole architecture",
     )
     include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
     exclude: list[str] = Field(default_factory=list, description="linears to keep dense")

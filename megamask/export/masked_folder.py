@@ -36,7 +36,7 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
 
     tensors = ((name, fold(name, source.tensor(name), masks)) for name in source.names())
     layout = file_layout(base.architecture())
-    write_hf(out, tensors, base.hf_dir, finish=finish, layout=layout)
+    write_hf(out, tensors, base.hf_dir, finish=finish, layout=layout, config=base.config)
     tell_written(out, masks)
 
 

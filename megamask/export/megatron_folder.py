@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,11 @@ from megamask.weights.dist_checkpoint.checkpoint_folder import (
     TRACKER,
     find_checkpoint,
 )
-from megamask.weights.dist_checkpoint.megatron_args import flags_beside, megatron_args
+from megamask.weights.dist_checkpoint.megatron_args import (
+    beyond_gpt_model,
+    flags_beside,
+    megatron_args,
+)
 from megamask.weights.dist_checkpoint.megatron_names import fused_name, stacked_name
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.family import Architecture
@@ -44,6 +49,7 @@ from megamask.weights.hf_files import copy_side_files
 from megamask.weights.mapping import block, rules
 from megamask.weights.source import FINITE, WeightSource, not_finite
 
+log = logging.getLogger(__name__)
 MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
 FILE_BYTES = 5 * 10**9
 VERSION = 3.0  # of Megatron-LM's checkpoints since queries, keys and values have their order
@@ -93,12 +99,15 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         backends = {"sharded_backend": BACKEND, "common_backend": "torch"}
         versions = {"sharded_backend_version": 1, "common_backend_version": 1}
         write_json(release / FORMAT, backends | versions)
-        copy_side_files(base.hf_dir, folder)
+        copy_side_files(base.hf_dir, folder, base.config)
         (folder / TRACKER).write_text(RELEASE)
         fix = "Export again; report it if it stays."
         with MegatronReader(find_checkpoint(folder), arch, fix) as written:
             check_zeros(written, masks)
         write_stamp(folder, masks)
+    if lacking := beyond_gpt_model(arch):
+        what = "%s: Megatron-LM has no arguments for %s of this model, and computes another one"
+        log.warning(what, out, ", ".join(lacking))
     flags = " ".join(flags_beside(arch))
     tell_written(out, masks, f" as a Megatron checkpoint, to load with {flags}")
 

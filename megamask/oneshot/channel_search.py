@@ -21,9 +21,9 @@ from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.regroup import lost, regrouped
 from megamask.weights.architecture import Architecture
 from megamask.weights.channel_orders import ChannelOrders
-from megamask.weights.hf_files import HFReader
 from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule
+from megamask.weights.source import WeightSource
 
 # A search looks at so many rows at most, evenly spaced; its time is linear in them. The rows of the
 # residual stream come from all layers.
@@ -96,7 +96,7 @@ def kind_of(rule: Rule) -> str:
 
 @torch.no_grad()
 def find_orders(
-    reader: HFReader,
+    reader: WeightSource,
     arch: Architecture,
     modules: Collection[str],
     mean_square: Mapping[str, torch.Tensor],
@@ -153,7 +153,7 @@ def _search(found: Found, kind: str, importance_RC: torch.Tensor, pattern: Patte
     return order_C
 
 
-def _importance(reader: HFReader, rule: Rule, mean_square_I: torch.Tensor) -> torch.Tensor:
+def _importance(reader: WeightSource, rule: Rule, mean_square_I: torch.Tensor) -> torch.Tensor:
     """The importance of every weight of a linear, (O, I) fp32; parts that are fused stand one after
     another.
     """

@@ -53,9 +53,8 @@ def run(config: Config) -> None:
         begin = time.perf_counter()
         model = build_model(config, arch, mesh, dtype=arch.dtype)
         fill_from_hf(model, arch, mesh, reader)
-        save_sharded(
-            sharded_state(model), paths.weights, mesh, note, files=[paths.hf / "config.json"]
-        )
+        with base.config_file() as config_file:
+            save_sharded(sharded_state(model), paths.weights, mesh, note, files=[config_file])
         if mesh.is_main:
             parameters = sum(parameter.numel() for parameter in model.parameters()) * mesh.tp / 1e6
             seconds = time.perf_counter() - begin

@@ -21,6 +21,7 @@ from megamask.plan.workload import Workload
 from megamask.terminal import tell
 from megamask.verbs.own_arguments import PlanArguments
 from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.base_model import base_model
 from megamask.weights.shapes import SHAPES, read_shape
 
 
@@ -93,7 +94,7 @@ def find_architecture(config: Config, name: str | None = None) -> Architecture:
 
     Raises:
         ConfigError: there is no model to plan for.
-        ArtifactError: ``model.hf`` was given and cannot be read.
+        ArtifactError: ``model.hf`` or ``model.megatron`` was given and cannot be read.
     """
     if name:
         return read_shape(name, ignore_keys=config.model.ignore_keys)
@@ -101,6 +102,8 @@ def find_architecture(config: Config, name: str | None = None) -> Architecture:
     for folder in (paths.hf, paths.weights):
         if (folder / "config.json").exists():
             return read_architecture(folder, config.model.ignore_keys)
+    if config.model.megatron:
+        return base_model(config).architecture()
     if config.model.hf:
         raise ArtifactError(
             paths.hf / "config.json",

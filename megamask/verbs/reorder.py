@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask import __version__, storage
-from megamask.config import Config, run_paths
+from megamask.config import Config
 from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.data.shards import check_vocabulary
 from megamask.data.shared_text import check_shards
@@ -25,13 +25,15 @@ from megamask.prepare.layout import Layout, check_positions
 from megamask.sparsity.pattern import Pattern
 from megamask.terminal import tell
 from megamask.verbs.own_arguments import ReorderArguments
-from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.architecture import Architecture
+from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.channel_orders import reordered
 from megamask.weights.file_layout import file_layout
 from megamask.weights.fingerprint import fingerprints_of
-from megamask.weights.hf_files import HFReader, open_checked, write_hf
+from megamask.weights.hf_files import open_checked, write_hf
 from megamask.weights.mapping import prunable
 from megamask.weights.own_folder import own_files, require_own
+from megamask.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
 STAMP = "megamask_reorder.json"  # this file in the written folder says what it was made from
@@ -42,26 +44,24 @@ def run(config: Config, arguments: ReorderArguments) -> None:
     from the same model, text and settings.
 
     Raises:
-        ConfigError: the weights are a Megatron checkpoint, the folder is the model's, no kind of
-            channels can be reordered, or a setting does not fit the model.
+        ConfigError: the folder is the model's, no kind of channels can be reordered, or a setting
+            does not fit the model.
         ArtifactError: model or shards are missing or torn, the model is pruned already, or the
             folder holds other files or cannot be written.
     """
-    paths, out, pattern = run_paths(config), Path(arguments.out), Pattern.parse(config.pattern)
+    out, pattern = Path(arguments.out), Pattern.parse(config.pattern)
     ignore_keys = config.model.ignore_keys
     if pattern.unit > 1:
         allowed = "N:M of single weights: there is no search of an order for pairs"
         fix = f"Set pattern={pattern.n}:{pattern.m}, or go on without a new order."
         raise ConfigError("pattern", str(pattern), allowed, fix)
-    if config.model.megatron:
-        allowed = "null: reorder reads the weights of the Hugging Face folder model.hf"
-        fix = "Export the checkpoint in the format hf (export.mask=dense), and reorder that folder."
-        raise ConfigError("model.megatron", config.model.megatron, allowed, fix)
-    if storage.real_path(out) == storage.real_path(paths.hf):
-        allowed, fix = "a folder other than model.hf", "The model must stay as it is."
-        raise ConfigError("OUT", str(out), allowed, fix)
+    base = base_model(config)
+    for folder, key in ((base.hf_dir, "model.hf"), (base.megatron, "model.megatron")):
+        if folder is not None and storage.real_path(out) == storage.real_path(folder):
+            allowed, fix = f"a folder other than {key}", "The model must stay as it is."
+            raise ConfigError("OUT", str(out), allowed, fix)
     Layout.launched(config).check_lengths(config, ("calibration.seq_length",))
-    arch = read_architecture(paths.hf, ignore_keys)
+    arch = base.architecture()
     Layout.launched(config).check_model(arch)
     modules = prunable(arch, config.model.include, config.model.exclude)
     _check_pattern(arch, modules, pattern)
@@ -70,7 +70,7 @@ def run(config: Config, arguments: ReorderArguments) -> None:
     check_shards(config)
     require_own(out, STAMP, "OUT")
     storage.require_writable(out.parent, "OUT")
-    with open_checked(paths.hf, ignore_keys) as reader, start(config) as mesh:
+    with base.open() as reader, start(config) as mesh:
         made_from = {
             "fingerprint": fingerprints_of(reader, arch).exact,
             "pattern": str(pattern),
@@ -89,7 +89,7 @@ def run(config: Config, arguments: ReorderArguments) -> None:
         if sparse := pruned_already(linears, arch, pattern, mesh):
             problem = f"holds a model that is pruned already: {sparse}"
             fix = "Reorder the dense model: another order would break the groups of its mask."
-            raise ArtifactError(paths.hf, problem, fix)
+            raise ArtifactError(base.place, problem, fix)
         mean_square = mean_squares(
             model,
             linears,
@@ -101,7 +101,7 @@ def run(config: Config, arguments: ReorderArguments) -> None:
         del model, linears  # the searches and the tensors of the files need the memory
         if mesh.is_main:
             found = find_orders(reader, arch, modules, mean_square, pattern, mesh.device)
-            _write(config, arch, out, reader, found, made_from)
+            _write(base, arch, out, reader, found, made_from)
             log.info("wrote %s, %.1f s", out, time.perf_counter() - begin)
         mesh.barrier()
 
@@ -130,10 +130,10 @@ def _is_done(out: Path, made_from: Mapping[str, Any], ignore_keys: Collection[st
 
 
 def _write(
-    config: Config,
+    base: BaseModel,
     arch: Architecture,
     out: Path,
-    reader: HFReader,
+    reader: WeightSource,
     found: Found,
     made_from: Mapping[str, Any],
 ) -> None:
@@ -141,12 +141,13 @@ def _write(
     shares = found.summary()
 
     def finish(folder: Path) -> None:
-        with open_checked(folder, config.model.ignore_keys):
+        with open_checked(folder, base.ignore_keys):
             pass
         stamp = {"megamask": __version__, "made_from": made_from, "removed_importance": shares}
         storage.write_json(folder / STAMP, {**stamp, **own_files(folder)})
 
     tensors = reordered(reader, arch, found.orders)
-    write_hf(out, tensors, reader.folder, finish=finish, layout=file_layout(arch))
+    layout = file_layout(arch)
+    write_hf(out, tensors, base.hf_dir, finish=finish, layout=layout, config=base.config)
     for kind, (before, after) in shares.items():
         tell(f"{kind:<7} a {made_from['pattern']} mask removes {before:.2%} -> {after:.2%}")

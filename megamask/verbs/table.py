@@ -99,7 +99,7 @@ VERBS: dict[str, Verb] = {
     ),
     "reorder": Verb(
         "megamask.verbs.reorder",
-        "Hugging Face folder -> the same model with its channels in an order that prunes better",
+        "model -> a Hugging Face folder with its channels in an order that prunes better",
         (*EVERYWHERE, "pattern", "model", "data", "calibration"),
         ReorderArguments,
         writes=("out",),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from megamask.errors import ArtifactError, ConfigError
 from megamask.storage import read_json
@@ -11,7 +12,7 @@ from megamask.weights.config_keys import ConfigKeys
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.family import Architecture
 
-__all__ = ["Architecture", "read_architecture"]
+__all__ = ["Architecture", "parsed_architecture", "read_architecture"]
 
 
 def read_architecture(hf_dir: Path, ignore_keys: Collection[str] = ()) -> Architecture:
@@ -32,6 +33,22 @@ def read_architecture(hf_dir: Path, ignore_keys: Collection[str] = ()) -> Archit
     )
     if not isinstance(config, dict):
         raise ArtifactError(path, "is not a JSON object", "Copy it again from the model's source.")
+    return parsed_architecture(config, path, ignore_keys)
+
+
+def parsed_architecture(
+    config: Mapping[str, Any], path: Path, ignore_keys: Collection[str] = ()
+) -> Architecture:
+    """The architecture of a parsed config.json.
+
+    Args:
+        config: the content of the file.
+        path: the file, for messages.
+        ignore_keys: unknown keys that the user lets through.
+
+    Raises:
+        ConfigError: the family is not supported, or a key asks for a feature that is not built.
+    """
     name = config.get("model_type", "")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:

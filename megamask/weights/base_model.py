@@ -1,16 +1,24 @@
-"""The base model of a run: its config.json, and its weights in the format that they are in."""
+"""The base model of a run: its config.json, and its weights in the format that they are in. A
+Megatron checkpoint without a config.json beside it tells the architecture itself.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError
-from megamask.weights.architecture import read_architecture
+from megamask.storage import write_json
+from megamask.weights.architecture import parsed_architecture, read_architecture
 from megamask.weights.dist_checkpoint.checkpoint_folder import KEY, find_checkpoint
+from megamask.weights.dist_checkpoint.derived_config import derived_config
 from megamask.weights.dist_checkpoint.megatron_args import disagreements
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.family import Architecture
@@ -18,6 +26,7 @@ from megamask.weights.fingerprint import Fingerprints, fingerprints_of
 from megamask.weights.hf_files import open_checked
 from megamask.weights.source import WeightSource
 
+CONFIG = "config.json"
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +36,7 @@ class BaseModel:
 
     Attributes:
         hf_dir: Hugging Face folder with config.json and tokenizer, and with the weights where
-            ``megatron`` is None.
+            ``megatron`` is None. With ``megatron``, config.json or the folder may be missing.
         megatron: Megatron checkpoint with the weights.
         ignore_keys: see ``read_architecture``.
     """
@@ -45,9 +54,34 @@ class BaseModel:
         """The architecture of config.json.
 
         Raises:
-            ArtifactError, ConfigError: see ``read_architecture``.
+            ArtifactError, ConfigError: see ``read_architecture`` and ``derived_config``.
         """
-        return read_architecture(self.hf_dir, self.ignore_keys)
+        if self.config is None:
+            return read_architecture(self.hf_dir, self.ignore_keys)
+        return parsed_architecture(self.config, self.place, self.ignore_keys)
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """The content of the config.json that ``hf_dir`` lacks; None where the folder has it.
+
+        Raises:
+            ArtifactError, ConfigError: see ``derived_config``; or there is no checkpoint.
+        """
+        if self.megatron is None or (self.hf_dir / CONFIG).exists():
+            return None
+        found = derived_config(find_checkpoint(self.megatron))
+        log.info("%s: config.json is written from the checkpoint: %s", self.hf_dir, found)
+        return found
+
+    @contextmanager
+    def config_file(self) -> Iterator[Path]:
+        """A file with the content of config.json, within the block."""
+        if self.config is None:
+            yield self.hf_dir / CONFIG
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write_json(Path(folder) / CONFIG, self.config)
+            yield Path(folder) / CONFIG
 
     def open(self) -> WeightSource:
         """Open the weights and check them against config.json.
@@ -59,9 +93,11 @@ class BaseModel:
         if self.megatron is None:
             return open_checked(self.hf_dir, self.ignore_keys)
         fix = (
-            f"{self.hf_dir / 'config.json'} must describe the model of the checkpoint: correct "
+            f"{self.hf_dir / CONFIG} must describe the model of the checkpoint: correct "
             f"model.hf or {KEY}."
         )
+        if self.config is not None:
+            fix = f"Point model.hf at a folder with the config.json of the model, or correct {KEY}."
         folder = find_checkpoint(self.megatron)
         for name, there, here in disagreements(folder, self.architecture()):
             if f"megatron.{name}" not in self.ignore_keys:
@@ -97,6 +133,11 @@ class BaseModel:
 
 
 def base_model(config: Config) -> BaseModel:
-    """The base model that ``model.hf`` and ``model.megatron`` name."""
+    """The base model that ``model.hf`` and ``model.megatron`` name. Where ``model.hf`` is not set,
+    a config.json beside the checkpoint counts, such as that of an export.
+    """
+    hf = run_paths(config).hf
     megatron = Path(config.model.megatron) if config.model.megatron else None
-    return BaseModel(run_paths(config).hf, megatron, config.model.ignore_keys)
+    if megatron is not None and config.model.hf is None and not (hf / CONFIG).exists():
+        hf = megatron if (megatron / CONFIG).exists() else hf
+    return BaseModel(hf, megatron, config.model.ignore_keys)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from megamask.weights.family import Architecture
-from megamask.weights.hf_files import HFReader
 from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule, block
+from megamask.weights.source import WeightSource
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ Order = Callable[[Architecture, ChannelOrders, int], Tensor | None]
 
 
 def reordered(
-    reader: HFReader, arch: Architecture, orders: ChannelOrders
+    reader: WeightSource, arch: Architecture, orders: ChannelOrders
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the model as (HF name, tensor) in the new order, tensor by tensor.
 

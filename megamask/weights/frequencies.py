@@ -8,6 +8,10 @@ import torch
 
 from megamask.weights.family import Rope
 
+# The constants of Llama 3.1 to 3.3. A GGUF holds only the divisors that follow from them, and
+# Megatron-Core has them in its code.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
 
 def scaled_frequencies(width: int, rope: Rope) -> torch.Tensor:
     """The inverse frequencies of ``width`` dimensions, (width / 2,) fp32, scaled as

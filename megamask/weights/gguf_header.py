@@ -15,7 +15,7 @@ import torch
 
 from megamask.errors import ArtifactError
 from megamask.weights.family import Rope
-from megamask.weights.frequencies import scaled_frequencies
+from megamask.weights.frequencies import LLAMA3, scaled_frequencies
 
 FIX = "Use a Hugging Face folder of the model, or a GGUF file that has no such feature."
 # Keys that say nothing about the arithmetic, by their beginnings.
@@ -37,8 +37,6 @@ COMMON = {
 SIZES = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count")
 # Tokens of the tokenizer -> key of config.json.
 TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-# The constants of Llama 3.1 to 3.3; a file holds only the divisors that follow from them.
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 ROPE_FACTORS = "rope_freqs.weight"  # tensor of those divisors
 EXACT = 1e-5  # relative; the divisors are fp32
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
@@ -222,6 +222,7 @@ def write_hf(
     max_shard_bytes: int = 5 * 10**9,
     finish: Callable[[Path], None] | None = None,
     layout: FileLayout = PLAIN,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an HF folder tensor by tensor.
 
@@ -235,17 +236,30 @@ def write_hf(
         finish: called with the written folder before it is renamed to ``out_dir``, to check it or
             to add files.
         layout: how the files hold the tensors.
+        config: see ``copy_side_files``.
     """
     with atomic_dir(out_dir) as folder:
         write_tensors(folder, turned(tensors, layout), max_shard_bytes)
-        copy_side_files(source_dir, folder)
+        copy_side_files(source_dir, folder, config)
         share(folder)
         if finish is not None:
             finish(folder)
 
 
-def copy_side_files(source_dir: Path, folder: Path) -> None:
-    """Copy everything but weights, and say in the log what is left out."""
+def copy_side_files(
+    source_dir: Path, folder: Path, config: Mapping[str, Any] | None = None
+) -> None:
+    """Copy everything but weights, and say in the log what is left out.
+
+    Args:
+        source_dir: the folder of the files.
+        folder: where they go.
+        config: the content of config.json, where ``source_dir`` has none; it may then be missing.
+    """
+    if config is not None:
+        write_json(folder / "config.json", config)
+        if not source_dir.is_dir():
+            return
     left_out = []
     for path in sorted(source_dir.iterdir()):
         if path.name.startswith(".") or any(fnmatch(path.name, one) for one in NOT_COPIED):

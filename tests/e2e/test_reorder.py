@@ -63,6 +63,21 @@ def test_the_function_stays_and_masks_lose_less(
     assert found == pytest.approx(first, rel=1e-5)  # fp32 sums in another order
 
 
+def test_a_megatron_checkpoint_is_reordered_as_the_folder_of_its_model(
+    reordered: tuple[Path, str], model: Path, prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
+    """Without a config.json, which the arguments of the checkpoint replace."""
+    checkpoint, out = tmp_path / "megatron", tmp_path / "hf"
+    words = ["export.mask=dense", "export.format=megatron", f"export.out={checkpoint}"]
+    done("export", *settings(prepared), *words)
+    place = [f"model.megatron={checkpoint}", f"model.hf={tmp_path / 'none'}"]
+    done("reorder", str(out), *settings(prepared), *place, f"data.tokenizer={model}")
+    with HFReader(out) as found, HFReader(reordered[0]) as expected:
+        assert set(found.names()) == set(expected.names())
+        for name in expected.names():
+            assert torch.equal(found.tensor(name), expected.tensor(name)), name
+
+
 def test_a_folder_is_made_once_and_again_when_settings_change(
     reordered: tuple[Path, str], prepared: Path, settings: Settings, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ plain GPTModels with the local spec, saved and loaded by ``megatron.core.dist_ch
 
 from __future__ import annotations
 
+import argparse
 import os
 import queue
 from collections.abc import Iterator
@@ -125,6 +126,35 @@ def logits_of(model: GPTModel, tokens_NS: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def args_of(model: GPTModel) -> argparse.Namespace:
+    """The arguments that Megatron-LM would keep of the model."""
+    config = model.config
+    return argparse.Namespace(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        group_query_attention=True,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        max_position_embeddings=model.max_sequence_length,
+        padded_vocab_size=model.vocab_size,
+        position_embedding_type=model.position_embedding_type,
+        rotary_base=10000,
+        rotary_percent=1.0,
+        normalization=config.normalization,
+        norm_epsilon=config.layernorm_epsilon,
+        add_bias_linear=config.add_bias_linear,
+        add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
+        swiglu=True,
+        untie_embeddings_and_output_weights=not model.share_embeddings_and_output_weights,
+        params_dtype=config.params_dtype,
+        bf16=False,
+        fp16=False,
+    )
+
+
 def save(model: GPTModel, folder: Path, layout: Layout) -> None:
     """Save as Megatron-LM does, in the iteration 7 of ``folder``."""
     iteration = folder / "iter_0000007"
@@ -134,6 +164,7 @@ def save(model: GPTModel, folder: Path, layout: Layout) -> None:
     torch.distributed.barrier()
     weights = model.sharded_state_dict(layout.prefix, metadata=dict(layout.metadata))
     state: dict[str, Any] = {"model": weights, "checkpoint_version": 3.0, "iteration": 7}
+    state["args"] = args_of(model)
     if layout.training:
         moment = torch.ones(4)
         state["optimizer"] = ShardedTensor.from_rank_offsets(

@@ -6,7 +6,7 @@ export a plain GPTModel's, with the same logits. The other side imports nothing 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,9 @@ def there(
     plain = plain_megatron.save_all(rank, root, SHAPES, LAYOUTS, tokens_NS)
     ours = []
     for number in range(len(SHAPES)):
-        config = config_of(root, number, tp=2)
+        # The second has no config.json: the arguments of the checkpoint take its place.
+        settings = {"model.hf": root / "none"} if number else {}
+        config = config_of(root, number, tp=2, **settings)
         meet_again()
         convert.run(config)
         meet_again()
@@ -133,6 +135,11 @@ def test_every_layout_holds_the_same_tensors(made: Made, number: int) -> None:
         for one in others
     )
     assert len({base.fingerprints().exact for base in bases}) == 1
+    # The arguments tell the same model, with the rows that pad its vocabulary.
+    for index in range(len(LAYOUTS)):
+        base = BaseModel(made.root / "none", made.root / f"{number}-{index}")
+        told, given = base.architecture(), bases[0].architecture()
+        assert told == replace(given, vocab=PADDED) and given.vocab == VOCAB
 
 
 def test_our_export_is_a_plain_checkpoint(made: Made) -> None:

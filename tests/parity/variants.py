@@ -232,9 +232,9 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def make(folder: Path, variant: Variant, seed: int) -> Path:
-    """Large random weights, norms and biases, so that everything shows in the logits."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def config_of(variant: Variant) -> Any:
+    """The config of transformers."""
+    from transformers import AutoConfig
 
     plain = {
         "vocab_size": VOCAB,
@@ -247,10 +247,15 @@ def make(folder: Path, variant: Variant, seed: int) -> Path:
     }
     if variant.model_type == "gpt2":
         plain = {"vocab_size": VOCAB}
+    return AutoConfig.for_model(variant.model_type, **{**plain, **variant.keys})
+
+
+def make(folder: Path, variant: Variant, seed: int) -> Path:
+    """Large random weights, norms and biases, so that everything shows in the logits."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(variant.model_type, **{**plain, **variant.keys})
-    )
+    model = AutoModelForCausalLM.from_config(config_of(variant))
     one_plus = variant.model_type in ("gemma2", "gemma3_text", "nemotron")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,11 +2,11 @@
 
 Megatron-LM's ``--save`` folder holds ``iter_0000123`` or ``release``, and
 ``latest_checkpointed_iteration.txt`` names the last of them (``get_checkpoint_name`` and
-``read_metadata`` in megatron/training/checkpointing.py). Megatron-Bridge writes the same, and NeMo
-2 puts the tensors into a folder ``weights``. A folder of the format ``torch_dist`` has
-``metadata.json`` with the key ``sharded_backend``, and PyTorch's index ``.metadata``. The formats
-before it are ``torch``, files ``mp_rank_00/model_optim_rng.pt`` that are pickles of whole objects,
-and ``zarr``.
+``read_metadata`` in megatron/training/checkpointing.py). Megatron-Bridge writes the same beside a
+tracker of its own, and NeMo 2 puts the tensors into a folder ``weights``. A folder of the format
+``torch_dist`` has ``metadata.json`` with the key ``sharded_backend``, and PyTorch's index
+``.metadata``. The formats before it are ``torch``, files ``mp_rank_00/model_optim_rng.pt`` that are
+pickles of whole objects, and ``zarr``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from megamask.safe_checkpoint import COMMON, INDEX
 from megamask.storage import read_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
+BRIDGE_TRACKER = "latest_train_state.pt"  # of Megatron-Bridge, whose first versions had no other
 RELEASE = "release"
 FORMAT = "metadata.json"
 BACKEND = "torch_dist"
 WEIGHTS = "weights"
 RUN_CONFIG = "run_config.yaml"  # the settings of Megatron-Bridge
 # What a checkpoint leaves in a folder, by name or pattern; the tensors lie in the folder RELEASE.
-FILES = (TRACKER, RELEASE, FORMAT, RUN_CONFIG, "*.distcp", COMMON, INDEX)
+FILES = (TRACKER, BRIDGE_TRACKER, RELEASE, FORMAT, RUN_CONFIG, "*.distcp", COMMON, INDEX)
 KEY = "model.megatron"
 FIX = f"Point {KEY} at a folder that Megatron wrote with --ckpt-format torch_dist."
 CONVERT = (
@@ -47,7 +48,11 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         raise ConfigError(KEY, str(path), "a folder with a Megatron checkpoint", "Correct it.")
-    folder = _last_iteration(path) if (path / TRACKER).exists() else path
+    folder = path
+    if (path / TRACKER).exists():
+        folder = _last_iteration(path)
+    elif (path / BRIDGE_TRACKER).exists():
+        folder = path / f"iter_{_step(path / BRIDGE_TRACKER):07d}"
     if not (folder / INDEX).exists() and (folder / WEIGHTS).is_dir():
         folder = folder / WEIGHTS
     _refuse_other_formats(folder)
@@ -64,6 +69,18 @@ def _last_iteration(path: Path) -> Path:
         problem = f"holds {text!r}, neither the number of an iteration nor {RELEASE}"
         raise ArtifactError(path / TRACKER, problem, FIX)
     return path / f"iter_{int(text):07d}"
+
+
+def _step(path: Path) -> int:
+    """The iteration in the tracker of Megatron-Bridge, a tensor among others."""
+    import torch
+
+    try:
+        step = int(torch.load(path, map_location="cpu", weights_only=True)["step"])
+    except Exception as error:  # a torn file raises whatever its bytes happen to ask for
+        problem = f"holds no number of an iteration ({type(error).__name__})"
+        raise ArtifactError(path, problem, FIX) from error
+    return step
 
 
 def _refuse_other_formats(folder: Path) -> None:

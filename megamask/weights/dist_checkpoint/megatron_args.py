@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megamask.config.yaml_text import read_yaml
 from megamask.safe_checkpoint import told_args
 from megamask.weights.dist_checkpoint.checkpoint_folder import RUN_CONFIG
@@ -28,6 +30,21 @@ ARGS = {
     "use_rope_scaling": "rope_scaling",
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
 }
+# Settings that change what a GPTModel computes -> the value that no model of ours differs from.
+# Tensors do not show them.
+NEUTRAL: dict[str, bool | float | str] = {
+    "apply_residual_connection_post_layernorm": False,
+    "attention_output_gate": False,
+    "glu_linear_offset": 0.0,
+    "multi_latent_attention": False,
+    "openai_gelu": False,
+    "qk_l2_norm": False,
+    "quick_geglu": False,
+    "softmax_type": "vanilla",
+    "use_mup": False,
+}
+BEYOND = "beyond_gpt_model"  # the argument in which a written checkpoint says what they lack
+ATTENTION = "*"  # a layer that attends, in the pattern of a HybridModel
 ROTARY = ("rotary_", "rope_scaling", "use_rope_scaling", "seq_len_interpolation_factor")
 WHOLE = ("rotary_base", "rotary_seq_len_interpolation_factor")  # flags that take whole numbers
 
@@ -62,6 +79,22 @@ def model_facts(arch: Architecture) -> dict[str, Any]:
     return facts
 
 
+def told_settings(folder: Path) -> dict[str, Any]:
+    """All that a checkpoint tells about its model, in the words of Megatron-LM's args or of
+    ``TransformerConfig``. The layers of a HybridModel are counted as those of a GPTModel.
+
+    Args:
+        folder: the folder with the index of the checkpoint.
+    """
+    told = {**told_args(folder), **_run_config(folder)}
+    if told.get("group_query_attention") is False:
+        told["num_query_groups"] = told.get("num_attention_heads")
+    pattern = told.get("hybrid_layer_pattern") or told.get("hybrid_override_pattern")
+    if isinstance(pattern, str):
+        told["num_layers"] = pattern.replace("|", "").count(ATTENTION)
+    return told
+
+
 def disagreements(folder: Path, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:
     """The settings that a checkpoint was trained with and ``arch`` does not have: name, value
     there and value here. Settings that the checkpoint does not tell are not compared.
@@ -70,27 +103,31 @@ def disagreements(folder: Path, arch: Architecture) -> Iterator[tuple[str, Any, 
         folder: the folder with the index of the checkpoint.
         arch: the model that its tensors are taken for.
     """
-    told = {**told_args(folder), **_run_config(folder)}
-    if told.get("group_query_attention") is False:
-        told["num_query_groups"] = told.get("num_attention_heads")
+    told = told_settings(folder)
     if told.get("position_embedding_type") != "rope":
         told = {key: one for key, one in told.items() if not key.startswith(ROTARY)}
     if not told.get("use_rope_scaling", told.get("rope_scaling")):
         told.pop("rope_scaling_factor", None)  # its default, which is not used
-    names = {
-        word: (word, *(arg for arg, one in ARGS.items() if one == word)) for word in ARGS.values()
-    }
     for word, here in model_facts(arch).items():
-        for name in names.get(word, (word,)):
+        for name in names_of(word):
             there = told.get(name)
             if isinstance(there, bool | int | float | str) and not _same(there, here):
                 yield name, there, here
+    for name, here in NEUTRAL.items():
+        there = told.get(name)
+        if isinstance(there, bool | int | float | str) and there != here:
+            yield name, there, here
     # The vocabulary of the tokenizer, which that of config.json may exceed, and the rows.
     least, most = told.get("vocab_size"), told.get("padded_vocab_size")
     if isinstance(least, int) and arch.vocab < least:
         yield "vocab_size", least, arch.vocab
     if isinstance(most, int) and arch.vocab > most:
         yield "padded_vocab_size", most, arch.vocab
+
+
+def names_of(word: str) -> tuple[str, ...]:
+    """The names that a word of ``TransformerConfig`` may have in a checkpoint."""
+    return (word, *(arg for arg, one in ARGS.items() if one == word))
 
 
 def _same(there: bool | int | float | str, here: Any) -> bool:
@@ -100,13 +137,17 @@ def _same(there: bool | int | float | str, here: Any) -> bool:
 
 
 def _run_config(folder: Path) -> dict[str, Any]:
-    """The section ``model`` of the file of Megatron-Bridge, beside the tensors or one folder up."""
+    """The section ``model`` of the file of Megatron-Bridge, beside the tensors or one folder up.
+    Later versions have the fields of ``TransformerConfig`` one level down.
+    """
     for place in (folder, folder.parent):
         path = place / RUN_CONFIG
         try:
             if path.is_file() and path.stat().st_size <= RUN_CONFIG_BYTES:
                 model = read_yaml(path.read_bytes()).get("model")
-                return model if isinstance(model, dict) else {}
+                fields = model if isinstance(model, dict) else {}
+                inner = fields.get("transformer")
+                return {**inner, **fields} if isinstance(inner, dict) else fields
         except (OSError, ValueError, AttributeError):
             return {}
     return {}
@@ -135,6 +176,10 @@ def megatron_args(arch: Architecture, padded_vocab: int) -> dict[str, Any]:
         "qk_layernorm": arch.qk_norm == "head",
         "swiglu": arch.gated and arch.activation == "silu",
         "squared_relu": not arch.gated and arch.activation == "relu2",
+        "bias_gelu_fusion": every_bias and arch.activation == "gelu_tanh",
+        BEYOND: beyond_gpt_model(arch) or None,
+        "bf16": arch.dtype == torch.bfloat16,
+        "fp16": arch.dtype == torch.float16,
         "apply_query_key_layer_scaling": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -146,6 +191,33 @@ def megatron_args(arch: Architecture, padded_vocab: int) -> dict[str, Any]:
     }
 
 
+def beyond_gpt_model(arch: Architecture) -> list[str]:
+    """What Megatron-LM has no arguments for, in words: a GPTModel that its arguments make computes
+    another function with the tensors of such a model.
+    """
+    layers = [arch.layer(index) for index in range(arch.num_layers)]
+    biases = (arch.attention_bias, arch.attention_out_bias, arch.mlp_bias)
+    nonlinearity = (arch.activation, arch.gated)
+    facts = {
+        "norms in other places": arch.post_norms or not arch.pre_norms,
+        "a parallel residual": arch.parallel_residual,
+        "factors or caps": (
+            (arch.attention_scale, arch.attention_cap, arch.logit_cap) != (None, None, None)
+            or (arch.logit_scale, arch.embedding_scale, arch.residual_scale) != (1, 1, 1)
+        ),
+        "windows": any(layer.window is not None for layer in layers),
+        "layers without rotation": bool(arch.ropes) and any(layer.rope is None for layer in layers),
+        "several rotary embeddings": len(arch.ropes) > 1,
+        "a norm of all queries together": arch.qk_norm == "all heads",
+        "some biases": len(set(biases)) > 1 and biases != (True, False, False),
+        "this activation": (
+            nonlinearity not in (("silu", True), ("relu2", False), ("gelu", False))
+            and not (nonlinearity == ("gelu_tanh", False) and all(biases))
+        ),
+    }
+    return [name for name, holds in facts.items() if holds]
+
+
 def flags_beside(arch: Architecture) -> list[str]:
     """The flags that Megatron-LM needs to load a written checkpoint: ``--use-checkpoint-args``, and
     what it does not take from the checkpoint.
@@ -154,6 +226,8 @@ def flags_beside(arch: Architecture) -> list[str]:
     flags = ["--use-checkpoint-args", f"--norm-epsilon {args['norm_epsilon']}"]
     if args["qk_layernorm"]:
         flags.append("--qk-layernorm")
+    if args["add_bias_linear"] and arch.activation == "gelu":
+        flags.append("--no-bias-gelu-fusion")  # the fused pass has the tanh form
     if args.get("use_rope_scaling"):
         flags.append(f"--use-rope-scaling --rope-scaling-factor {args['rope_scaling_factor']}")
     factor = args.get("rotary_seq_len_interpolation_factor", 1)

@@ -14,6 +14,11 @@ an axis of layers before the others, which is Megatron's default, in the place o
 megatron/core/transformer/transformer_block.py). The halves of a gated linear may be two tensors
 with the endings ``_w`` and ``_v`` (``apply_swiglu_sharded_factory`` in
 megatron/core/transformer/mlp.py).
+
+A HybridModel, which is to replace GPTModel, numbers attention and feed-forward parts as layers of
+their own: with the pattern ``*-*-``, layer 1 of a GPTModel is the layers 2 and 3. Its last norm is
+``decoder.final_norm``, and its layers are never stacked
+(megatron/core/dist_checkpointing/gpt_checkpoint_interop.py).
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ from dataclasses import dataclass
 from megamask.weights.rule import Rule
 
 EMBEDDING = "embedding.word_embeddings.weight"
+LAST_NORM, HYBRID_NORM = "decoder.final_layernorm.", "decoder.final_norm."
+FEED_FORWARD = ("mlp.", "pre_mlp_layernorm.", "mlp_bda.")  # the second layer of a pair
 # name in a GPTModel of ours -> name in Megatron's checkpoints
 FUSED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -81,9 +88,21 @@ def stacked_name(name: str) -> tuple[str, int | None]:
     return name[: found.end(1)] + name[found.end() :], int(found[2])
 
 
+def hybrid_name(name: str) -> str:
+    """The name of a tensor of a GPTModel in a HybridModel."""
+    found = _LAYER.match(name)
+    if found is None:
+        return name.replace(LAST_NORM, HYBRID_NORM)
+    rest = name[found.end() :]
+    return f"{found[1]}{2 * int(found[2]) + rest.startswith(FEED_FORWARD)}.{rest}"
+
+
 def place_of(rule: Rule, prefix: str, stored: Container[str]) -> Place | None:
     """Where the tensor of a rule lies among the names ``stored``; None if it is missing."""
-    for name in (fused_name(rule.megatron), rule.megatron):
+    names = [fused_name(rule.megatron), rule.megatron]
+    if f"{prefix}{HYBRID_NORM}weight" in stored:
+        names = [hybrid_name(name) for name in names]
+    for name in names:
         whole, (stacked, layer) = prefix + name, stacked_name(name)
         for key, index in ((whole, None), (prefix + stacked, layer)):
             ways = [(key,), *([(f"{key}_w", f"{key}_v")] if rule.kind == "gated" else [])]

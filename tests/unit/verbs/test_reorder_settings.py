@@ -24,12 +24,12 @@ def refused(tmp_path: Path, *overrides: str) -> MegamaskError:
     return caught.value
 
 
-def test_a_megatron_checkpoint(tmp_path: Path) -> None:
-    error = refused(tmp_path, "model.megatron=iter_7")
-    assert isinstance(error, ConfigError) and error.key == "model.megatron"
-    assert error.value == "iter_7" and "export.mask=dense" in error.fix
-    after = refused(tmp_path)
-    assert not isinstance(after, ConfigError) or after.key != "model.megatron"
+def test_the_folder_of_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    error = refused(tmp_path, f"model.megatron={tmp_path / 'out'}")
+    assert isinstance(error, ConfigError) and error.key == "OUT"
+    assert error.allowed == "a folder other than model.megatron"
+    assert refused(tmp_path, f"model.megatron={tmp_path / 'else'}").args != error.args
 
 
 @pytest.mark.parametrize(

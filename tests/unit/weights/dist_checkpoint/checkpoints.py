@@ -30,12 +30,22 @@ CONFIG: dict[str, Any] = {
 LAYER = "decoder.layers.1.mlp.linear_fc2.weight"
 
 
-def write(folder: Path, tensors: dict[str, Any], args: object = None) -> Path:
-    """A checkpoint as PyTorch writes it, with Megatron's files beside."""
+def write(
+    folder: Path, tensors: dict[str, Any], args: object = None, new_form: bool = False
+) -> Path:
+    """A checkpoint as PyTorch writes it, with Megatron's files beside. In the new form, that of
+    Megatron-Core 0.19, what is no tensor is an object among the tensors.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    common = {"args": args, "checkpoint_version": 3.0}
+    if new_form:
+        tensors = {**tensors, "common_state/shard_0_1": [common]}
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    writer = dcp.FileSystemWriter(folder)
+    dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
     (folder / FORMAT).write_text('{"sharded_backend": "torch_dist"}')
-    torch.save({"args": args, "checkpoint_version": 3.0}, folder / COMMON)
+    if not new_form:
+        torch.save(common, folder / COMMON)
     return folder
 
 

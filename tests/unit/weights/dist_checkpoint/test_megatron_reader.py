@@ -136,15 +136,16 @@ class Payload:
         return os.mkdir, (str(self.target),)
 
 
+@pytest.mark.parametrize("new_form", [False, True])
 def test_the_arguments_of_training_are_compared(
-    hf: Path, tensors: dict[str, Any], tmp_path: Path
+    new_form: bool, hf: Path, tensors: dict[str, Any], tmp_path: Path
 ) -> None:
     """Nothing that the file names runs, and what is not told is not compared."""
     target = tmp_path / "made-by-the-payload"
     right: dict[str, Any] = {"num_layers": 2, "norm_epsilon": 1.0000000e-05, "rotary_base": 10000}
     right |= {"num_query_groups": 2, "position_embedding_type": "rope", "kv_channels": None}
     args = argparse.Namespace(**right, model_type=Payload(target), dtype=torch.bfloat16, list=[1])
-    folder = write(tmp_path / "x", tensors, args)
+    folder = write(tmp_path / "x", tensors, args, new_form)
     assert told_args(folder)["num_layers"] == 2
     with BaseModel(hf, folder).open():
         assert not target.exists()
@@ -156,7 +157,7 @@ def test_the_arguments_of_training_are_compared(
         ("normalization", "LayerNorm", "RMSNorm"),
     ):
         told = argparse.Namespace(**(right | {name: there}))
-        said = refusal(hf, write(tmp_path / "x", tensors, told))
+        said = refusal(hf, write(tmp_path / "x", tensors, told, new_form))
         assert f"was trained with {name} = {there!r}; config.json says {here!r}" in said
         assert f"model.ignore_keys=[megatron.{name}]" in said
         BaseModel(hf, tmp_path / "x", [f"megatron.{name}"]).open()
