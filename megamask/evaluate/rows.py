@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,4 +167,15 @@ def facts_beside(paths: RunPaths, masks: dict[str, MaskSet], text: MeasuredText)
         "seconds": {**stages, **seconds},
         "density": {DENSE: 1.0} | {name: each.pattern.density for name, each in masks.items()},
         "mask_bytes": {name: each.size for name, each in masks.items() if each.path.is_file()},
+        "masks": mask_digests(masks),
+    }
+
+
+def mask_digests(masks: Mapping[str, MaskSet]) -> dict[str, dict[str, str]]:
+    """Row -> digest of the content of its mask, and fingerprint of the base model: a row belongs to
+    this mask, and to no other mask of the same name.
+    """
+    return {
+        name: {"sha256": each.content_sha256, "fingerprint": each.fingerprint}
+        for name, each in masks.items()
     }

@@ -49,7 +49,7 @@ def run(config: Config) -> None:
         if weights is None or not chosen.holds_weights:
             chosen.write(base, paths.export, source, masks)
             return
-        with _own(weights, base) as own:
+        with open_own(weights, base) as own:
             chosen.write(base, paths.export, own, masks)
 
 
@@ -66,7 +66,7 @@ def _require_mask_alone(config: Config) -> None:
         raise ConfigError("export.weights", config.export.weights, "null", fix)
 
 
-def _own(weights: Path, base: BaseModel) -> WeightSource:
+def open_own(weights: Path, base: BaseModel) -> WeightSource:
     """The Megatron weights that are exported in the place of the model's.
 
     Raises:

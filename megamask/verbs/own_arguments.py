@@ -65,6 +65,23 @@ class ImportArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushArguments:
+    """What the verb push uploads."""
+
+    repo: str = argument("REPO", "repository of the Hugging Face Hub, OWNER/NAME")
+    what: str = argument(
+        "--what KIND", "mask: the mask alone; model: the masked model", "mask", ("mask", "model")
+    )
+    base_name: str | None = argument(
+        "--base-name OWNER/NAME", "name of the base model on the Hub, for the card", None
+    )
+    private: bool = argument("--private", "make a new repository private", False, kind=bool)
+    dry_run: bool = argument(
+        "--dry-run", "write and list what would be uploaded, and upload nothing", False, kind=bool
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReorderArguments:
     """What the verb reorder writes."""
 

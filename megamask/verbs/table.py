@@ -15,6 +15,7 @@ from megamask.verbs.own_arguments import (
     ImportArguments,
     InspectArguments,
     PlanArguments,
+    PushArguments,
     RecipesArguments,
     ReorderArguments,
     SettingsArguments,
@@ -162,6 +163,14 @@ VERBS: dict[str, Verb] = {
         ("run_dir", "pattern", "model.hf", "model.megatron", "export"),
         shortcuts={"--to": "export.format"},
         writes=("export",),
+        reads=("hf",),
+    ),
+    "push": Verb(
+        "megamask.verbs.push",
+        "mask or masked model -> the Hugging Face Hub, with a card of what was measured",
+        ("run_dir", "pattern", "model.hf", "model.megatron", "export.mask"),
+        PushArguments,
+        writes=("push",),
         reads=("hf",),
     ),
     "report": Verb(

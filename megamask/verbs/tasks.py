@@ -21,7 +21,7 @@ from megamask.data.tokenizer import TextTokenizer, load_tokenizer
 from megamask.errors import ConfigError
 from megamask.evaluate.loaded_model import LoadedModel
 from megamask.evaluate.loglikelihood import Score, Scorer, megatron_score, transformers_score
-from megamask.evaluate.rows import DENSE
+from megamask.evaluate.rows import DENSE, mask_digests
 from megamask.model.build import DTYPES
 from megamask.parallel.mesh import Mesh, choose_device, start
 from megamask.prepare.run_inputs import RunInputs
@@ -147,7 +147,7 @@ def _of_masks(inputs: RunInputs) -> dict[str, Any]:
         for name, each in {DENSE: None, **masks}.items():
             weights, score = model.use(each), megatron_score(model.model)
             found[name] = session.row(name, weights, score, mesh.device, mesh)
-    return session.results(found, "Megatron-Core")
+    return {**session.results(found, "Megatron-Core"), "masks": mask_digests(masks)}
 
 
 def _of_folder(inputs: RunInputs) -> dict[str, Any]:

@@ -29,6 +29,7 @@ AT_NIGHT = {
     "evaluate": (512, "results.json"),
     "extract": (4_096, "out.safetensors"),
     "import": (4_096, "out.safetensors"),
+    "push": (4_096, "push"),
     "plan": (512, "plan.json"),
     "diff": (512, "d.json"),
 }

@@ -44,6 +44,7 @@ def words_of(verb: str, settings: list[str], run_dir: Path, tmp_path: Path) -> l
                  str(run_dir / "d.png")],
         "plan": ["--json", str(run_dir / "plan.json"), "--gpu", "h100"],
         "reorder": [str(run_dir / "reordered")],
+        "push": ["owner/name", "--dry-run"],
     }  # fmt: skip
     if verb == "pipeline":
         return ["pipeline", "record", "learn", "1.5", "0", "--config", str(RECIPE), *settings]
@@ -61,6 +62,7 @@ MADE: dict[str, list[str]] = {
     "learn": ["shards/cache"],
     "evaluate": [],
     "export": [],
+    "push": [],
     "extract": [],
     "import": [],
     "report": [],
@@ -78,7 +80,7 @@ NOT_KILLED = {
     "stop": "writes the file STOP, whose presence is its content",
 }
 IN_NORMAL_TIER = ("convert", "tokenize", "prune", "export", "extract", "report")
-AFTER_LEARNING = ("evaluate", "export", "extract", "report", "pipeline")
+AFTER_LEARNING = ("evaluate", "export", "push", "extract", "report", "pipeline")
 
 
 def start(verb: str, prepared: Path, general: Path, run_dir: Path) -> None:

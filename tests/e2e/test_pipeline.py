@@ -107,7 +107,7 @@ def test_results_hold_perplexities_protocol_and_sizes(
 ) -> None:
     rows = ["dense", *METHODS, "learned"]
     quantities = {"perplexity", "kl", "agreement"}
-    assert set(results) == {*quantities, "protocol", "seconds", "density", "mask_bytes"}
+    assert set(results) == {*quantities, "protocol", "seconds", "density", "mask_bytes", "masks"}
     assert list(results["perplexity"]) == rows
     assert list(results["kl"]) == list(results["agreement"]) == rows[1:]
     assert all(1 < results["perplexity"][row][domain] < 10000 for row in rows for domain in DOMAINS)
@@ -142,6 +142,10 @@ def test_results_hold_perplexities_protocol_and_sizes(
     assert results["density"] == {"dense": 1.0, **dict.fromkeys(rows[1:], 0.5)}
     files = {row: pipeline[0] / "masks" / f"{row}.safetensors" for row in rows[1:]}
     assert results["mask_bytes"] == {row: file.stat().st_size for row, file in files.items()}
+    assert results["masks"] == {
+        row: {"sha256": mask.content_sha256, "fingerprint": mask.fingerprint}
+        for row, mask in ((row, load_masks(file)) for row, file in files.items())
+    }
     assert set(METHODS) <= set(results["seconds"])
 
 

@@ -35,6 +35,7 @@ WORDS = {
     "diff": ("wanda", "magnitude", "--json", "{run}/diff.json"),
     "extract": ("wanda", "{run}/extracted.safetensors"),
     "import": ("{run}/none.npz", "{run}/imported.safetensors"),
+    "push": ("owner/name", "--dry-run"),
     "inspect": ("wanda",),
     "plan": ("--model", "llama2-7b", "--tp=8", "--json", "{run}/plan.json"),
     "export": ("export.mask=wanda",),

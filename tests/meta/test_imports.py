@@ -36,7 +36,7 @@ LEVELS = [
     ["optim"],
     ["prepare"],
     ["oneshot", "learn", "evaluate", "export", "report"],
-    ["plan"],
+    ["plan", "publish"],
     ["verbs", "pipeline"],
     ["__main__"],
 ]

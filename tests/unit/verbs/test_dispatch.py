@@ -23,6 +23,7 @@ WORDS = {
     "extract": ["learned", "{}/mask.safetensors"],
     "reorder": ["{}/reordered"],
     "import": ["masks.npz", "{}/mask.safetensors"],
+    "push": ["owner/name", "--dry-run"],
 }
 WRITERS = [name for name, verb in VERBS.items() if verb.writes]
 
@@ -94,8 +95,10 @@ def test_the_other_ranks_leave_the_work_to_rank_0(
 ) -> None:
     for key, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(key, value)
-    given = ["learned", "wanda"] if name == "diff" else []
-    given = ["learned", str(tmp_path / "m.safetensors")] if name in ("extract", "import") else given
+    file = str(tmp_path / "m.safetensors")
+    own = {"diff": ["learned", "wanda"], "push": ["owner/name"]}
+    own |= dict.fromkeys(("extract", "import"), ["learned", file])
+    given = own.get(name, [])
     assert main([name, f"run_dir={tmp_path / 'run'}", *given]) == EXIT_OK
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 

@@ -1,0 +1,107 @@
+"""The Hugging Face Hub as ``push`` uses it: a token, a repository and one commit.
+
+All calls go through huggingface_hub. ``HF_ENDPOINT`` names another server, and ``HF_TOKEN`` or the
+file of ``hf auth login`` hold the token.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megamask.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+WRITE = "Check the name of the repository, the network and the rights of the token, and push again."
+
+
+def check_repo(repo: str) -> None:
+    """Check the name of a repository.
+
+    Raises:
+        ConfigError: the name is not ``OWNER/NAME`` in the Hub's letters.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    allowed, fix = "OWNER/NAME in letters, digits, -, _ and .", "Write megamask push OWNER/NAME."
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError("REPO", repo, f"{allowed} ({_first_line(error)})", fix) from error
+    if repo.count("/") != 1:
+        raise ConfigError("REPO", repo, allowed, fix)
+
+
+def logged_in() -> HfApi:
+    """The Hub, with a token that it knows.
+
+    Raises:
+        ConfigError: there is no token.
+        ArtifactError: the Hub does not take the token, or does not answer.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    try:
+        token = get_token()
+        api = HfApi(endpoint=endpoint, token=token or False, library_name="megamask")
+        if token:
+            api.whoami()
+            return api
+    except Exception as error:  # requests or httpx: the library has changed between them
+        where = endpoint or "https://huggingface.co"
+        problem = f"does not take the token or does not answer ({_first_line(error)})"
+        raise ArtifactError(where, problem, "Check HF_TOKEN and the network.") from error
+    allowed = "a token of the Hugging Face Hub that may write"
+    fix = "Run hf auth login, or set HF_TOKEN. push --dry-run needs none."
+    raise ConfigError("HF_TOKEN", None, allowed, fix)
+
+
+def upload(api: HfApi, repo: str, folder: Path, message: str, private: bool) -> str:
+    """Make the repository if it is not there, and upload a folder in one commit; the address of the
+    commit. Files of the repository that the folder lacks stay.
+
+    Args:
+        api: from ``logged_in``.
+        repo: ``OWNER/NAME``.
+        folder: the files.
+        message: of the commit.
+        private: whether a new repository is private.
+
+    Raises:
+        ArtifactError: the Hub refuses or does not answer, or the repository is there and public.
+    """
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        is_public = private and not api.model_info(repo).private
+    except Exception as error:  # see logged_in
+        raise _unwritten(api, repo, error) from error
+    if is_public:
+        problem = "is public, and --private was asked for; nothing was uploaded"
+        fix = "Make it private on the Hub, choose another name, or leave out --private."
+        raise ArtifactError(f"{api.endpoint}/{repo}", problem, fix)
+    try:
+        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    except Exception as error:  # see logged_in
+        raise _unwritten(api, repo, error) from error
+    return str(done.commit_url)
+
+
+def _unwritten(api: HfApi, repo: str, error: Exception) -> ArtifactError:
+    problem = f"cannot be written ({_first_line(error)})"
+    return ArtifactError(f"{api.endpoint}/{repo}", problem, WRITE)
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error of the library, or of its cause, without a token."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None and len(chain) < 5:
+        chain.append(cause)
+    lines = [line for one in chain for line in str(one).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return re.sub(r"hf_\w+", "hf_…", text)[:200]

@@ -1,0 +1,95 @@
+"""The results of a run that belong to one mask: the dense row and the rows that were measured on
+this very mask, by its digest. No row of another mask is shown.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megamask.config import RunPaths
+from megamask.config.tree import PUBLISHED
+from megamask.errors import ArtifactError
+from megamask.masks.file import MaskSet
+from megamask.report.reading import read_results
+from megamask.report.results_table import format_table
+from megamask.report.tasks_table import tasks_table
+from megamask.storage import read_object
+
+log = logging.getLogger(__name__)
+DENSE, TASKS = "dense", "tasks.json"
+BY_ROW = ("perplexity", "kl", "agreement", "density", "mask_bytes", "masks", "tasks")
+
+
+def measured(paths: RunPaths, masks: MaskSet) -> dict[str, dict[str, Any]]:
+    """The files of results of a run, with the rows of one mask and of the dense model alone.
+
+    Args:
+        paths: of the run.
+        masks: the mask.
+
+    Returns:
+        Name of the file -> its content; without files that have no row of the mask.
+
+    Raises:
+        ArtifactError: a file is damaged, or has a row under the name of the mask that was measured
+            on another mask, or that does not say on which.
+    """
+    found = {}
+    for protocol in ("heldout", *PUBLISHED):
+        path = paths.results_under(protocol)
+        if own := _own_rows(path, read_results(path), "perplexity", "evaluate", masks):
+            found[path.name] = own
+    path = paths.run_dir / TASKS
+    if path.exists():
+        content = read_object(path, "Run the verb tasks again.", {"tasks": dict})
+        if own := _own_rows(path, content, "tasks", "tasks", masks):
+            found[path.name] = own
+    return found
+
+
+def table_of(name: str, content: dict[str, Any]) -> str:
+    """The table of a file of results, with its protocol below."""
+    return tasks_table(content) if name == TASKS else format_table(content)
+
+
+def _own_rows(
+    path: Path, results: dict[str, Any], table: str, verb: str, masks: MaskSet
+) -> dict[str, Any]:
+    rows, made = results.get(table, {}), results.get("masks", {})
+    digests = {row: about for row, about in made.items() if isinstance(about, dict)}
+    wanted = {"sha256": masks.content_sha256, "fingerprint": masks.fingerprint}
+    mine = [row for row in rows if digests.get(row) == wanted]
+    other = [row for row in (masks.path.stem, masks.method) if row in rows]
+    if not mine and other:
+        is_said = other[0] in digests
+        problem = f"has a row {other[0]} that "
+        problem += "was measured on another mask" if is_said else "does not say its mask"
+        fix = f"Run the verb {verb} again on {masks.path}, or delete the file."
+        raise ArtifactError(path, problem, fix)
+    if not mine:
+        if rows:
+            log.info("%s has no row of %s", path, masks.path)
+        return {}
+    kept = {DENSE, *mine}
+    found: dict[str, Any] = {
+        key: {row: value for row, value in results[key].items() if row in kept}
+        for key in BY_ROW
+        if isinstance(results.get(key), dict)
+    }
+    found |= {key: results[key] for key in ("protocol", "groups") if key in results}
+    without_folders: dict[str, Any] = without_places(found)
+    return without_folders
+
+
+def without_places(value: Any) -> Any:
+    """A JSON value whose absolute paths are cut to their last name: folders of a machine are not
+    published.
+    """
+    if isinstance(value, dict):
+        return {key: without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_places(inner) for inner in value]
+    is_place = isinstance(value, str) and value.startswith(("/", "~"))
+    return Path(value).name if is_place else value

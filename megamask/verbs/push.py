@@ -1,0 +1,82 @@
+"""The verb push: a mask, or the model under it, goes to the Hugging Face Hub with a card of what
+was measured on it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from megamask.config import Config, run_paths
+from megamask.errors import ArtifactError, ConfigError
+from megamask.masks.file import MaskSet
+from megamask.masks.find import own_weights
+from megamask.masks.verify import check_strictly, configured_masks
+from megamask.publish.base_facts import base_facts
+from megamask.publish.hub import check_repo, logged_in, upload
+from megamask.publish.upload_folder import CARD, STAMP, Publication, build, uploaded_files
+from megamask.sparsity.pattern import Pattern
+from megamask.storage import file_sha256, require_writable
+from megamask.terminal import tell
+from megamask.verbs.export import open_own
+from megamask.verbs.own_arguments import PushArguments
+from megamask.weights.base_model import base_model
+from megamask.weights.own_folder import require_own
+
+
+def run(config: Config, arguments: PushArguments) -> None:
+    """Write the folder ``{run_dir}/push`` with all that is published, and upload it.
+
+    Raises:
+        ConfigError: there is no token, no such name or no mask; found before anything else.
+        ArtifactError: the mask does not fit the model, a file of results belongs to another mask,
+            or the Hub refuses.
+    """
+    check_repo(arguments.repo)
+    if arguments.base_name is not None:
+        check_repo(arguments.base_name)
+    api = None if arguments.dry_run else logged_in()
+    paths, base = run_paths(config), base_model(config)
+    out, is_model = paths.run_dir / "push", arguments.what == "model"
+    with base.open() as source:
+        masks = _masks(config, is_model)
+        check_strictly(masks, base)
+        masks.check(pattern=Pattern.parse(config.pattern))
+        about = base_facts(base.hf_dir, arguments.base_name)
+        one = Publication.of(arguments.repo, paths, base, about, masks, is_model)
+        require_own(out, STAMP, "run_dir")
+        require_writable(out.parent)
+        weights = own_weights(masks, paths)
+        with nullcontext(source) if weights is None else open_own(weights, base) as tensors:
+            build(out, one, tensors)
+    _tell(out)
+    if api is None:
+        tell(f"nothing was uploaded: {out} holds what would go to {arguments.repo}")
+        return
+    message = f"{masks.method} {masks.pattern} {arguments.what} {masks.content_sha256[:12]}"
+    tell(f"uploaded: {upload(api, arguments.repo, out, message, arguments.private)}")
+
+
+def _masks(config: Config, is_model: bool) -> MaskSet:
+    """The mask that is published.
+
+    Raises:
+        ConfigError: ``export.mask`` names no mask file.
+        ArtifactError: the mask belongs to updated weights, and is to go without them.
+    """
+    masks = configured_masks(config)
+    if masks is None or not masks.path.is_file():
+        fix = "Name a mask file; megamask extract makes one of a snapshot."
+        raise ConfigError("export.mask", config.export.mask, "a mask file", fix)
+    if masks.has_own_weights and not is_model:
+        problem = "belongs to weights that were updated with it, and means nothing without them"
+        raise ArtifactError(masks.path, problem, "Push the model: --what model.")
+    return masks
+
+
+def _tell(folder: Path) -> None:
+    """Print the files, with size and checksum."""
+    for path in uploaded_files(folder):
+        name = path.relative_to(folder).as_posix()
+        tell(f"{path.stat().st_size:>15,} {file_sha256(path)[:12]} {name}")
+    tell(f"the card is {folder / CARD}")
