@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from megamask.weights.expert_parts import is_router, modules_of
 from megamask.weights.fingerprint import is_linear, weight_OI
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -68,7 +69,7 @@ def plain_names(model: nn.Module) -> dict[str, nn.Module]:
     """Name without the parts that wrappers add -> module. Adapters are left out."""
     found: dict[str, nn.Module] = {}
     adapted: list[str] = []  # raw names of modules with adapters
-    for raw, module in model.named_modules():
+    for raw, module in modules_of(model):
         if any(_is_adapter(raw, owner) for owner in adapted):
             continue
         if hasattr(module, ADAPTED):
@@ -110,7 +111,10 @@ def _place(
         {
             root + name.removeprefix(prefix): module
             for name, module in modules.items()
-            if name.startswith(prefix) and is_linear(module) and module is not head
+            if name.startswith(prefix)
+            and is_linear(module)
+            and module is not head
+            and not is_router(name)
         },
     )
 

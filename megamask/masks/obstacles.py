@@ -5,10 +5,12 @@ weights, each with the way round it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from megamask.weights.expert_parts import ExpertPart
 from megamask.weights.fingerprint import is_linear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,11 +35,14 @@ def first_obstacle(model: nn.Module, linears: Mapping[str, nn.Module]) -> Obstac
 
 
 def _obstacle(
-    model: nn.Module, name: str, module: nn.Module, divided: Collection[nn.Module]
+    model: nn.Module, name: str, linear: nn.Module, divided: Collection[nn.Module]
 ) -> Obstacle | None:
+    module = linear
     kind = type(module).__name__
     where = f"cannot be applied to {name}"
     weight = module._parameters.get("weight")
+    if isinstance(module, ExpertPart):
+        weight, module = cast(nn.Parameter, module.weight), module.owner
     if _is_quantized(module, weight):
         dtype = "packed" if weight is None else str(weight.dtype).removeprefix("torch.")
         fix = (
@@ -45,7 +50,7 @@ def _obstacle(
             f"pruned model. {_FOLDER}"
         )
         return f"{where}, which is quantized ({_kind(module, weight)}, {dtype})", fix
-    if not is_linear(module):
+    if not is_linear(linear):
         return f"{where}, which is a {kind} and no linear", "Use the model of the masks."
     if weight is None:
         return _not_a_parameter(model, module, where)

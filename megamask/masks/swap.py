@@ -22,6 +22,7 @@ from megamask.masks.arguments import as_flag, as_model
 from megamask.masks.bits import as_integers, masked_by_bits, pack_bits
 from megamask.masks.file import MaskSet
 from megamask.masks.obstacles import first_obstacle
+from megamask.weights.expert_parts import modules_of
 from megamask.weights.fingerprint import weight_OI
 
 Keep = Literal["device", "cpu"]
@@ -234,9 +235,7 @@ def _show(model: nn.Module, look: Look, keep: Keep) -> Look:
         ArtifactError: a weight was changed by something else, or cannot be written.
     """
     linears = {
-        raw: module
-        for raw, module in model.named_modules()
-        if module in look or module in _REMEMBERED
+        raw: module for raw, module in modules_of(model) if module in look or module in _REMEMBERED
     }
     _check_linears(model, linears, look)
     before = {one: _REMEMBERED[one].mask for one in linears.values() if one in _REMEMBERED}

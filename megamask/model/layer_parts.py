@@ -156,8 +156,8 @@ class FrozenNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.norm, self.factor = norm, factor
-        self.weight = _parameter(config, torch.ones(hidden_size))
-        self.bias = _parameter(config, torch.zeros(hidden_size)) if norm.bias else None
+        self.weight = frozen_parameter(config, torch.ones(hidden_size))
+        self.bias = frozen_parameter(config, torch.zeros(hidden_size)) if norm.bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """weight * x / rms(x) or weight * (x - mean) / std(x) + bias, computed in fp32."""
@@ -182,7 +182,7 @@ class AllHeadsNorm(torch.nn.Module):
         super().__init__()
         ranks = config.tensor_model_parallel_size
         self.norm, self.width, self.ranks = norm, width, ranks
-        self.weight = _parameter(config, torch.ones(width // ranks))
+        self.weight = frozen_parameter(config, torch.ones(width // ranks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """weight * x / rms(x) of (S, B, heads of this rank, D), computed in fp32."""
@@ -212,6 +212,7 @@ class AllHeadsNorm(torch.nn.Module):
         return sharded
 
 
-def _parameter(config: TransformerConfig, values: torch.Tensor) -> torch.nn.Parameter:
+def frozen_parameter(config: TransformerConfig, values: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter of these values in the dtype and on the device of the model."""
     device = torch.cuda.current_device() if not config.use_cpu_initialization else "cpu"
     return torch.nn.Parameter(values.to(dtype=config.params_dtype, device=device))

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megamask.errors import ConfigError
+from megamask.model.experts import MixtureOfExperts
 from megamask.model.fused.seams import SwiGlu
 from megamask.model.layer_parts import (
     AllHeadsNorm,
@@ -90,20 +91,26 @@ def _layer(
         ),
         self_attn_bda=_residual(arch, config),
         pre_mlp_layernorm=norm,
-        # The biases come from the architecture, because Megatron has fewer switches than there are
-        # combinations of biases.
-        mlp=ModuleSpec(
-            module=MLP,
-            submodules=MLPSubmodules(
-                linear_fc1=_linear(MaskedColumnParallelLinear, arch.mlp_bias),
-                activation_func=SwiGlu if config.use_te_activation_func else None,
-                linear_fc2=_linear(MaskedRowParallelLinear, arch.mlp_bias),
-            ),
-        ),
+        mlp=_feed_forward(arch, facts, config),
         mlp_bda=_residual(arch, config, adds=not arch.parallel_residual),
     )
     layer = ParallelLayer if arch.parallel_residual else TransformerLayer
     return ModuleSpec(module=layer, submodules=submodules)
+
+
+def _feed_forward(arch: Architecture, facts: Layer, config: TransformerConfig) -> ModuleSpec:
+    """The biases come from the architecture, because Megatron has fewer switches than there are
+    combinations of biases.
+    """
+    submodules = MLPSubmodules(
+        linear_fc1=_linear(MaskedColumnParallelLinear, arch.mlp_bias),
+        activation_func=SwiGlu if config.use_te_activation_func else None,
+        linear_fc2=_linear(MaskedRowParallelLinear, arch.mlp_bias),
+    )
+    if not facts.experts:
+        return ModuleSpec(module=MLP, submodules=submodules)
+    params = {"experts": arch.experts, "parts": submodules}
+    return ModuleSpec(module=MixtureOfExperts, params=params)
 
 
 def _attention(arch: Architecture, facts: Layer, device: torch.device) -> SelfAttentionSubmodules:

@@ -6,6 +6,7 @@ H hidden, T tokens, I in_features.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -16,6 +17,8 @@ from megamask.model.language_model import LanguageModel, positions
 from megamask.oneshot.stats import InputStats
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
 
 
 class HiddenStates:
@@ -92,8 +95,9 @@ def input_stats(
 
     Yields name -> statistics, which are complete after the block. They cover the whole input, all
     in_features and all tokens, and are equal on all ranks: the ranks of a replica divide its tokens
-    among them, and the sums of all ranks are added at the end. All ranks must enter and leave the
-    block.
+    among them, and the sums of all ranks are added at the end. The tokens of an expert are those
+    that were routed to it; an expert without any gets the statistics of inputs that are all alike,
+    with a warning. All ranks must enter and leave the block.
     """
     stats = {
         name: InputStats(whole_in_features(linear, mesh), hessian, mesh.device)
@@ -107,6 +111,16 @@ def input_stats(
         yield stats
     for sums in stats.values():
         _add_over_ranks(sums, mesh)
+    unseen = [name for name in stats if linears[name].is_expert and stats[name].tokens == 0]
+    for name in unseen:
+        stats[name].assume_alike()
+    if unseen and mesh.is_main:
+        experts = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in unseen))
+        log.warning(
+            "%s: no calibration token reached this expert, so its weights alone decide; "
+            "more calibration.samples would help",
+            experts,
+        )
 
 
 def whole_in_features(linear: MaskedLinear, mesh: Mesh) -> int:
@@ -127,7 +141,7 @@ def _counting(
         x_TI = inputs[0].flatten(0, -2)
         if linear.shard_axis == 1:
             x_TI = torch.cat(mesh.gather_over_tp(x_TI), dim=-1)
-        elif sequence_parallel:
+        elif sequence_parallel and not linear.is_expert:
             stats.add(x_TI)
             return
         stats.add(x_TI.tensor_split(mesh.tp)[mesh.tp_rank])

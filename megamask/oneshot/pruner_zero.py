@@ -19,7 +19,8 @@ class PrunerZero(Criterion):
     the tree of the paper's code, ``mul(abs(mul(W, W)), mms(G))``.
 
     G_ij is the norm over the samples of the gradient of the dense model's loss at the weight, and
-    its least and largest value are those of a Hugging Face linear. Ties go to the earlier position.
+    its least and largest value are those of a Hugging Face linear. Where they are equal, the factor
+    is 1. Ties go to the earlier position.
     """
 
     needs_gradients = True
@@ -36,6 +37,8 @@ class PrunerZero(Criterion):
         pattern.groups(weight_OI.shape[1])
         gradient_OI = stats.of_gradients.norm_OI
         above_OI = gradient_OI - gradient_OI.min()
-        scaled_OI = above_OI / above_OI.max().clamp_min(torch.finfo(torch.float32).tiny)
+        largest = above_OI.max()
+        # Gradients that are all alike say nothing, as those of an expert that no token reached.
+        scaled_OI = torch.where(largest > 0, above_OI / largest, 1.0)
         score_OI = weight_OI.detach().float().square() * scaled_OI
         return Pruned(pattern.best(score_OI), score_OI)

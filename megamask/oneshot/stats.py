@@ -57,6 +57,16 @@ class InputStats:
                 self.sum_outer_II.addmm_(x_TI.t(), x_TI)
             self.sum_square_I.copy_(self.sum_outer_II.diagonal())
 
+    @torch.no_grad()
+    def assume_alike(self) -> None:
+        """Stand for uncorrelated inputs of mean square 1, where nothing is known of the inputs. A
+        criterion then goes by the weights alone, Wanda and SparseGPT by their magnitude.
+        """
+        self.tokens = 1
+        self.sum_square_I.fill_(1)
+        if self.sum_outer_II is not None:
+            self.sum_outer_II.zero_().fill_diagonal_(1)
+
     @property
     def mean_square_I(self) -> torch.Tensor:
         """Mean over tokens of x_j^2, (I,): the |X_j|_2^2 of Wanda over the number of tokens.

@@ -40,6 +40,7 @@ class MaskedLinear:
     weight: torch.nn.Parameter
     tp_group: Any
     shard_axis: int  # of the weight: 0 column parallel, 1 row parallel
+    is_expert: bool  # of Megatron: whether the layer around exchanges tokens and sums
     stride: int = 1  # stacked parts, each split over the ranks (2 for [gate; up])
     switch: MaskSwitch | None = None
     backend: str
@@ -113,6 +114,15 @@ class MaskedLinear:
     def logits_axis(self) -> int:
         """The axis of the logits that is split over the ranks."""
         return 0 if self.shard_axis == 0 else 2
+
+    def exchange_nothing(self) -> None:
+        """Take all tokens as they are, and leave the sum over the ranks, of outputs and of
+        gradients, to the layer of experts around. For a linear without a bias.
+        """
+        linear: Any = self
+        assert linear.bias is None
+        linear.explicit_expert_comm = linear.skip_bias_add = True  # Megatron's words for it
+        self.is_expert = True
 
     # the weight that the matrix multiply sees
 

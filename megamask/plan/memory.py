@@ -166,7 +166,7 @@ def _forward_in_layer(work: Workload) -> dict[str, float]:
     linear and of the gated activation, and the masked weight of one linear.
     """
     largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
-    wide = work.tokens * work.arch.ffn / work.tp * work.width
+    wide = work.tokens * work.ffn / work.tp * work.width
     return {
         ONE_LAYER: float(largest * work.width) + _of_units(work, largest),
         ACTIVATIONS: 0.0,
@@ -187,7 +187,7 @@ def _evaluation(work: Workload, device: Device) -> dict[str, float]:
         logits = largest * work.logits_per_group / work.pattern.m
         codes += work.distribution.reference_bytes(work.pattern) * logits
     masked = float(largest * work.width)
-    wide = there.tokens * work.arch.ffn / work.tp * work.width
+    wide = there.tokens * work.ffn / work.tp * work.width
     hidden = {EVALUATED: 2 * stream(there) + gathered(there)}
     points = [
         {**hidden, ONE_LAYER: masked, ONE_MASK: codes + block * (table + 1 + work.width)},
@@ -268,7 +268,7 @@ def _in_layer(work: Workload, device: Device) -> dict[str, float]:
                 )
             )
         }
-    wide = work.tokens * arch.ffn / work.tp * work.width
+    wide = work.tokens * work.ffn / work.tp * work.width
     in_matmul = not device.is_cpu and config.learn.state.grads == "fp32"
     is_in_place = is_shared and (max(work.mask_uses, default=0) <= 1 or in_matmul)
     weight_grad = 0.0 if is_in_place else float(largest * work.width)

@@ -54,7 +54,7 @@ def gated_bytes(work: Workload, device: Device) -> Moved:
     """What the activation moves, with a gate in separate passes or in a kernel, or without one."""
     fused = not device.is_cpu and work.config.parallel.fused and covers_activation(work.arch)
     forward, backward = (6, 10) if fused else (14, 28) if work.arch.gated else (4, 8)
-    wide = work.arch.ffn / work.tp
+    wide = work.ffn / work.tp
     return _in_dtype(work, forward * wide, backward * wide)
 
 

@@ -24,8 +24,15 @@ def layer_activations(work: Workload) -> float:
     """
     arch, tp = work.arch, work.tp
     hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
-    q, k, f = arch.heads * arch.head_dim / tp, arch.kv_heads * arch.head_dim / tp, arch.ffn / tp
-    numbers = 2 * hidden + (q + f) + (q + 2 * k) + (q + k) + (4 if arch.gated else 1) * f
+    q, k, f = arch.heads * arch.head_dim / tp, arch.kv_heads * arch.head_dim / tp, work.ffn / tp
+    numbers = (
+        hidden
+        + work.mlp_inputs * arch.hidden
+        + (q + f)
+        + (q + 2 * k)
+        + (q + k)
+        + (4 if arch.gated else 1) * f
+    )
     norms = 2 * arch.pre_norms + 2 * arch.post_norms
     sums = 0 if arch.attention_cap is not None else 4 * arch.heads / tp
     rotary = 4 * work.config.data.seq_length * arch.head_dim * work.width
@@ -60,7 +67,7 @@ def recomputed_activations(work: Workload) -> float:
     """
     if work.config.parallel.recompute == "mlp":
         parts = 5 if work.arch.gated else 2
-        return work.tokens * work.width * parts * work.arch.ffn / work.tp
+        return work.tokens * work.width * parts * work.ffn / work.tp
     if not work.config.parallel.recompute:
         return 0.0
     masked = max(window_activations(work, layer) for layer in range(work.arch.num_layers))

@@ -88,12 +88,16 @@ def flops_per_token(work: Workload) -> dict[str, float]:
 
     A masked linear has a forward, a gradient at its input and one at its weight: 6 a weight. A
     frozen one (the head, linears kept dense) has no weight gradient: 4. The embedding is a look-up:
-    0. Causal attention sees S / 2 keys on average: 2 S Q a layer forward, twice that backward.
+    0. An expert counts with the share of the tokens that it computes. Causal attention sees S / 2
+    keys on average: 2 S Q a layer forward, twice that backward.
     """
     arch = work.arch
-    dense = sum(linear.whole for linear in work.linears if not linear.is_masked)
+    masked, dense = (
+        sum(linear.whole * linear.share for linear in work.linears if linear.is_masked is kind)
+        for kind in (True, False)
+    )
     return {
-        MATMULS: 6.0 * work.all_masked_weights + 4.0 * dense,
+        MATMULS: 6.0 * masked + 4.0 * dense,
         ATTENTION: 6.0 * arch.num_layers * work.config.data.seq_length * arch.heads * arch.head_dim,
         HEAD: 4.0 * arch.vocab * arch.hidden,
     }

@@ -30,6 +30,7 @@ class Linear:
         is_masked: whether it gets a mask.
         is_recomputed: whether ``parallel.recompute`` computes it twice.
         is_gated: whether it holds [gate; up], whose halves a checkpoint saves apart.
+        share: the share of the tokens that it computes; below 1 for an expert, on average.
     """
 
     layer: int
@@ -38,6 +39,7 @@ class Linear:
     is_masked: bool
     is_recomputed: bool
     is_gated: bool
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ class Workload:
     def linears(self) -> list[Linear]:
         """All linears of one rank, masked or not, in model order."""
         recompute = self.config.parallel.recompute
-        chosen = set(self.modules)
+        chosen, experts = set(self.modules), self.arch.experts
+        routed = 1.0 if experts is None else experts.top_k / experts.count
         return [
             Linear(
                 int(rule.megatron.split(".")[2]),
@@ -155,6 +158,7 @@ class Workload:
                 not chosen.isdisjoint(rule.modules),
                 recompute is True or (recompute == "mlp" and ".mlp." in rule.megatron),
                 rule.kind == "gated",
+                routed if ".experts." in rule.megatron else 1.0,
             )
             for rule in rules(self.arch)
             if rule.is_linear
@@ -176,9 +180,35 @@ class Workload:
         return sum(linear.whole for linear in self.linears if linear.is_masked)
 
     @cached_property
-    def recomputed_weights(self) -> int:
-        """Weights of the whole model's linears, masked or not, that are computed with twice."""
-        return sum(linear.whole for linear in self.linears if linear.is_recomputed)
+    def recomputed_weights(self) -> float:
+        """Weights of the whole model's linears, masked or not, that a token is computed with
+        twice.
+        """
+        return sum(linear.whole * linear.share for linear in self.linears if linear.is_recomputed)
+
+    @cached_property
+    def ffn(self) -> int:
+        """The width of the feed-forward parts that a token passes in a layer: of the widest layer,
+        where layers differ, and of all experts of a token together.
+        """
+        return max(self._ffn_of(layer) for layer in range(self.arch.num_layers))
+
+    @cached_property
+    def mlp_inputs(self) -> float:
+        """Hidden states of a token that a rank saves around the feed-forward part: the input of its
+        first linear. Experts keep all tokens for the router, a copy for each expert of a token, and
+        as many outputs for their factors, whole on each rank.
+        """
+        experts = self.arch.experts
+        if experts is None:
+            return 1 / (self.tp if self.config.parallel.sequence_parallel else 1)
+        return 1 + 2 * experts.top_k + (experts.shared_ffn is not None)
+
+    def _ffn_of(self, layer: int) -> int:
+        experts = self.arch.experts_of(layer)
+        if experts is None:
+            return self.arch.ffn
+        return experts.top_k * experts.ffn + (experts.shared_ffn or 0)
 
     @cached_property
     def other_weights(self) -> int:

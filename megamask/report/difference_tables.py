@@ -141,7 +141,10 @@ def draw(a: MaskSet, b: MaskSet, differences: Differences, path: Path) -> None:
             "linears that lie in numbered layers",
             "Use --json for these masks.",
         )
-    shares = {places[name]: differences[name].shares()[main] for name in places}
+    grouped: dict[tuple[str, int], list[Difference]] = {}
+    for name, place in places.items():
+        grouped.setdefault(place, []).append(differences[name])
+    shares = {place: total(some).shares()[main] for place, some in grouped.items()}
     kinds = list(dict.fromkeys(kind for kind, _ in shares))
     layers = max(layer for _, layer in shares) + 1
     cells = [[shares.get((kind, layer)) for layer in range(layers)] for kind in kinds]

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from megamask.masks.file import MaskSet
 
-# model.layers.3.mlp.down_proj -> 3, down_proj
-_LAYER = re.compile(r"^(?:.*\.)?(\d+)\.(?:.*\.)?([^.]+)$")
+# model.layers.3.mlp.down_proj -> 3, down_proj; of experts, experts.down_proj
+_LAYER = re.compile(
+    r"^(?:[^.]*\.)*?(\d+)\.(?:.*?\.)?((?:experts\.\d+|shared_expert)\.[^.]+|[^.]+)$"
+)
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,13 @@ class LayerTable:
 def places_of(names: Iterable[str]) -> dict[str, tuple[str, int]]:
     """Name -> (kind, layer), for the linears that lie in a numbered layer.
 
-    For example ``model.layers.3.mlp.down_proj`` -> (down_proj, 3).
+    For example ``model.layers.3.mlp.down_proj`` -> (down_proj, 3), and
+    ``model.layers.3.mlp.experts.7.down_proj`` -> (experts.down_proj, 3).
     """
-    return {name: (match[2], int(match[1])) for name in names if (match := _LAYER.match(name))}
+    found = ((name, _LAYER.match(name)) for name in names)
+    return {
+        name: (re.sub(r"\.\d+\.", ".", match[2]), int(match[1])) for name, match in found if match
+    }
 
 
 def read_layers(masks: MaskSet, priors: MaskSet | None) -> LayerTable:
@@ -57,7 +64,10 @@ def read_layers(masks: MaskSet, priors: MaskSet | None) -> LayerTable:
     layers = max((layer for _, layer in places.values()), default=-1) + 1
     difference_KL = None
     if priors is not None and places:
-        shares = {places[name]: share_that_differs(masks, priors, name) for name in places}
+        grouped: dict[tuple[str, int], list[float]] = {}
+        for name, place in places.items():  # the experts of a layer share a place
+            grouped.setdefault(place, []).append(share_that_differs(masks, priors, name))
+        shares = {place: sum(some) / len(some) for place, some in grouped.items()}
         difference_KL = [
             [shares.get((kind, layer), math.nan) for layer in range(layers)] for kind in kinds
         ]
@@ -79,8 +89,13 @@ def share_that_differs(masks: MaskSet, priors: MaskSet, name: str) -> float:
 
 
 def _density(masks: MaskSet, places: Mapping[str, tuple[str, int]], layers: int) -> list[float]:
-    """Share of kept weights by layer; all linears of a kind have the same size."""
-    size = {places[name][0]: math.prod(masks.shape(name)) for name in places}
+    """Share of kept weights by layer; all linears of a kind have the same size. A layer has as many
+    experts as the others that have any.
+    """
+    number: Counter[str] = Counter()
+    for (kind, _), count in Counter(places.values()).items():
+        number[kind] = max(number[kind], count)
+    size = {kind: number[kind] * math.prod(masks.shape(name)) for name, (kind, _) in places.items()}
     masked = set(places.values())
     total = sum(size.values())
     kept = [

@@ -15,6 +15,7 @@ from megamask.masks.verify import check_strictly, configured_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import real_path, require_writable
 from megamask.weights.base_model import BaseModel, base_model
+from megamask.weights.dist_checkpoint.megatron_args import refuse_experts
 from megamask.weights.own_folder import require_own
 from megamask.weights.source import WeightSource
 
@@ -38,6 +39,8 @@ def run(config: Config) -> None:
             raise ConfigError("export.out", str(paths.export), allowed, fix)
     require_own(paths.export, STAMP, "export.out")
     require_writable(paths.export.parent, "export.out")
+    if config.export.format == "megatron":
+        refuse_experts(base.architecture(), "export.format", "megatron", "Set export.format=hf.")
     with base.open() as source:
         masks = configured_masks(config)
         if masks is not None:

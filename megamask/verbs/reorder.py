@@ -62,6 +62,11 @@ def run(config: Config, arguments: ReorderArguments) -> None:
             raise ConfigError("OUT", str(out), allowed, fix)
     Layout.launched(config).check_lengths(config, ("calibration.seq_length",))
     arch = base.architecture()
+    if arch.experts is not None:
+        allowed = f"a model without experts ({arch.family} has them): their orders are not built"
+        raise ConfigError(
+            "model.hf", str(base.hf_dir), allowed, "Use the model in its present order."
+        )
     Layout.launched(config).check_model(arch)
     modules = prunable(arch, config.model.include, config.model.exclude)
     _check_pattern(arch, modules, pattern)

@@ -19,7 +19,7 @@ from megamask.storage import write_json
 from megamask.weights.architecture import parsed_architecture, read_architecture
 from megamask.weights.dist_checkpoint.checkpoint_folder import KEY, find_checkpoint
 from megamask.weights.dist_checkpoint.derived_config import derived_config
-from megamask.weights.dist_checkpoint.megatron_args import disagreements
+from megamask.weights.dist_checkpoint.megatron_args import disagreements, refuse_experts
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.family import Architecture
 from megamask.weights.fingerprint import Fingerprints, fingerprints_of
@@ -98,6 +98,8 @@ class BaseModel:
         )
         if self.config is not None:
             fix = f"Point model.hf at a folder with the config.json of the model, or correct {KEY}."
+        hf = "Convert the checkpoint to a Hugging Face folder with Megatron's tools, and unset it."
+        refuse_experts(self.architecture(), KEY, str(self.megatron), hf)
         folder = find_checkpoint(self.megatron)
         for name, there, here in disagreements(folder, self.architecture()):
             if f"megatron.{name}" not in self.ignore_keys:

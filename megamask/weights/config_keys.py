@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from megamask.errors import ConfigError
-from megamask.weights.family import Activation, Architecture, Family, Layer, Rope
+from megamask.weights.family import Activation, Architecture, Experts, Family, Layer, Rope
 
 # Keys that cannot change the arithmetic of a forward pass in evaluation mode, in any family.
 HARMLESS = frozenset({
@@ -67,6 +67,7 @@ GELUS: dict[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+EXPERT_COUNTS = ("num_local_experts", "num_experts")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Meaning = TypeVar("Meaning")
 
@@ -283,6 +284,22 @@ class ConfigKeys:
             self.positive(rope[name], f"{key}.{name}")
         theta = self.positive(10000.0 if theta is None else theta, theta_key)
         return Rope(theta, {"type": kind, **rope} if factors else None, float(share))
+
+    def experts(self, ffn: int, renormalise: bool, shared_ffn: int | None = None) -> Experts:
+        """The experts of a model. Their number has another name in some files of transformers 5
+        than in those of transformers 4.
+        """
+        names = [name for name in EXPERT_COUNTS if self._config.get(name) is not None]
+        names = names or [name for name in EXPERT_COUNTS if name in self._family.defaults]
+        self._read.update(EXPERT_COUNTS)
+        count = self.whole(names[0])
+        if len(names) == 2 and self.whole(names[1]) != count:
+            problem = f"disagrees with {names[0]} = {count}"
+            raise self.error(names[1], self.value(names[1]), problem)
+        top_k = self.whole("num_experts_per_tok")
+        if top_k > count:
+            raise self.error("num_experts_per_tok", top_k, f"there are {count} experts")
+        return Experts(count, top_k, ffn, renormalise, shared_ffn)
 
     def error(self, key: str, value: Any, problem: str) -> ConfigError:
         """The error of a key."""

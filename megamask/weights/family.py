@@ -50,16 +50,41 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The feed-forward parts of a layer that is a mixture of experts.
+
+    A router gives every expert a probability, softmax(x W^T) in fp32, and a token is computed by
+    the experts of the largest probabilities, which are the factors of their outputs.
+
+    Attributes:
+        count: number of experts.
+        top_k: number of experts that compute a token.
+        ffn: width of an expert.
+        renormalise: whether the factors of a token are divided by their sum.
+        shared_ffn: width of the expert that computes every token, whose output has the factor
+            sigmoid(x g); None for no such expert.
+    """
+
+    count: int
+    top_k: int
+    ffn: int
+    renormalise: bool
+    shared_ffn: int | None = None
+
+
+@dataclass(frozen=True)
 class Layer:
     """The facts in which layers of a model differ.
 
     Attributes:
         rope: index of the layer's rotary embedding in ``Architecture.ropes``; None rotates nothing.
         window: number of keys that a query sees, its own included; None lets it see all before it.
+        experts: whether the feed-forward part is ``Architecture.experts``.
     """
 
     rope: int | None = 0
     window: int | None = None
+    experts: bool = False
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
@@ -82,6 +107,7 @@ class Architecture:
         mlp_bias: whether the linears of the feed-forward part have biases.
         activation: the nonlinearity of the feed-forward part; ``gelu`` is exact.
         gated: whether the activation of one projection multiplies another projection.
+        experts: those of the layers that have experts; None where no layer has.
         pre_norms: whether the inputs of attention and feed-forward part are normalised.
         post_norms: whether their outputs are normalised before the residual sum.
         qk_norm: norm of queries and keys: per ``head``, or over ``all heads`` together.
@@ -113,6 +139,7 @@ class Architecture:
     mlp_bias: bool = False
     activation: Activation = "silu"
     gated: bool = True
+    experts: Experts | None = None
     pre_norms: bool = True
     post_norms: bool = False
     qk_norm: Literal["head", "all heads"] | None = None
@@ -129,6 +156,20 @@ class Architecture:
         """The facts of a layer."""
         return self.layers[index] if self.layers else Layer(rope=0 if self.ropes else None)
 
+    def widths(self) -> dict[str, int]:
+        """The widths of the feed-forward parts that the model has, by name."""
+        of_layers = {self.layer(index).experts for index in range(self.num_layers)}
+        found = {"intermediate_size": self.ffn} if False in of_layers else {}
+        if self.experts is not None:
+            found["the width of an expert"] = self.experts.ffn
+            if self.experts.shared_ffn is not None:
+                found["shared_expert_intermediate_size"] = self.experts.shared_ffn
+        return found
+
+    def experts_of(self, index: int) -> Experts | None:
+        """The experts of a layer; None where its feed-forward part is dense."""
+        return self.experts if self.layer(index).experts else None
+
 
 @dataclass(frozen=True)
 class Names:
@@ -144,6 +185,11 @@ class Names:
             which is Megatron's order.
         up: [gate; up] of a gated feed-forward part, else the first linear.
         mlp_norm: the norm before the feed-forward part.
+        router: of a layer with experts.
+        expert: what the names of an expert begin with; ``{}`` is the number of the expert.
+        shared_expert: what the names of the expert of every token begin with.
+        shared_gate: the factor of that expert.
+        expert_up, expert_down: as ``up`` and ``down``, of every expert.
         attention_post_norm, mlp_post_norm: norms before the residual sums.
         transposed: the file holds the weights of linears as (in_features, out_features).
         prefix: beginning of the names that some files leave out.
@@ -163,6 +209,12 @@ class Names:
     mlp_norm: str = "post_attention_layernorm"
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    expert: str = "mlp.experts.{}."
+    shared_expert: str = "mlp.shared_expert."
+    shared_gate: str = "mlp.shared_expert_gate"
+    expert_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    expert_down: str = "down_proj"
     mlp_post_norm: str = "post_feedforward_layernorm"
     final_norm: str = "model.norm"
     head: str = "lm_head"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megamask.weights.architecture import Architecture
+from megamask.weights.expert_parts import ExpertPart, is_router, modules_of
 from megamask.weights.mapping import linear_shapes
 from megamask.weights.source import WeightSource
 
@@ -103,8 +104,10 @@ def fingerprints_model(model: nn.Module) -> Fingerprints:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear: of PyTorch, or a ``Conv1D`` of transformers (GPT-2)."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == TRANSPOSED
+    """Whether a module is a linear: of PyTorch, a ``Conv1D`` of transformers (GPT-2), or a part of
+    experts that are held together.
+    """
+    return isinstance(module, nn.Linear | ExpertPart) or type(module).__name__ == TRANSPOSED
 
 
 def weight_OI(module: nn.Module) -> Tensor:
@@ -122,8 +125,8 @@ def model_linears(model: nn.Module) -> dict[str, Any]:
     head = find_head()
     return {
         name: module
-        for name, module in model.named_modules()
-        if is_linear(module) and module is not head
+        for name, module in modules_of(model)
+        if is_linear(module) and module is not head and not is_router(name)
     }
 
 

@@ -87,7 +87,7 @@ def check_tp(arch: Architecture, tp: int) -> None:
 
 def _unsplit(arch: Architecture, tp: int) -> list[str]:
     """The sizes that do not split over ``tp`` ranks, with their names in config.json."""
-    sizes = {"num_attention_heads": arch.heads, "intermediate_size": arch.ffn}
+    sizes = {"num_attention_heads": arch.heads, **arch.widths()}
     bad = [f"{name} = {size}" for name, size in sizes.items() if size % tp]
     fused = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
     shares = arch.qk_norm != "all heads" and tp % arch.kv_heads == 0 and fused % tp == 0

@@ -5,7 +5,7 @@ Megatron's names are those of a GPTModel with the layer spec of ``megamask.model
 
 from __future__ import annotations
 
-from megamask.weights.family import Architecture, Names
+from megamask.weights.family import Architecture, Experts, Names
 from megamask.weights.rule import Kind, Rule
 
 
@@ -27,21 +27,23 @@ def tensor_rules(arch: Architecture, names: Names, padded_vocab: int) -> list[Ru
             )
         )
     for layer in range(arch.num_layers):
-        table += _layer_rules(arch, names, f"decoder.layers.{layer}.", names.layer.format(layer))
+        table += _layer_rules(arch, names, layer)
     table += _norm_rules("decoder.final_layernorm", names.final_norm, arch)
     if not arch.tied:
         table.append(vocabulary_rule("output_layer.weight", names.head))
     return table
 
 
-def _layer_rules(arch: Architecture, names: Names, megatron: str, hf: str) -> list[Rule]:
-    pre, post = arch.pre_norms, arch.post_norms
+def _layer_rules(arch: Architecture, names: Names, layer: int) -> list[Rule]:
+    megatron, hf = f"decoder.layers.{layer}.", names.layer.format(layer)
+    pre, post, experts = arch.pre_norms, arch.post_norms, arch.experts_of(layer)
+    dense = _mlp_rules(arch, arch.ffn, f"{megatron}mlp.", hf, names.up, names.down)
     return [
         *_norm_rules(f"{megatron}input_layernorm", hf + names.attention_norm, arch, pre),
         *_attention_rules(arch, names, f"{megatron}self_attention.", hf),
         *_norm_rules(f"{megatron}self_attn_bda.norm", hf + names.attention_post_norm, arch, post),
         *_norm_rules(f"{megatron}pre_mlp_layernorm", hf + names.mlp_norm, arch, pre),
-        *_mlp_rules(arch, names, f"{megatron}mlp.", hf),
+        *(dense if experts is None else _expert_rules(arch, experts, names, megatron, hf)),
         *_norm_rules(f"{megatron}mlp_bda.norm", hf + names.mlp_post_norm, arch, post),
     ]
 
@@ -83,14 +85,40 @@ def _attention_rules(arch: Architecture, names: Names, megatron: str, hf: str) -
     return table
 
 
-def _mlp_rules(arch: Architecture, names: Names, megatron: str, hf: str) -> list[Rule]:
+def _mlp_rules(
+    arch: Architecture, ffn: int, megatron: str, hf: str, up: tuple[str, ...], down: str
+) -> list[Rule]:
+    """The rules of a feed-forward part of the width ``ffn``."""
     kind: Kind = "gated" if arch.gated else "column"
-    rows, up = (arch.ffn,) * (2 if arch.gated else 1), [hf + name for name in names.up]
-    down = f"{hf}{names.down}"
+    rows, ups = (ffn,) * (2 if arch.gated else 1), [hf + name for name in up]
+    out, bias = [f"{hf}{down}"], arch.mlp_bias
     return [
-        *_linear(f"{megatron}linear_fc1", up, rows, arch.hidden, kind, arch.mlp_bias),
-        *_linear(f"{megatron}linear_fc2", [down], (arch.hidden,), arch.ffn, "row", arch.mlp_bias),
+        *_linear(f"{megatron}linear_fc1", ups, rows, arch.hidden, kind, bias),
+        *_linear(f"{megatron}linear_fc2", out, (arch.hidden,), ffn, "row", bias),
     ]
+
+
+def _expert_rules(
+    arch: Architecture, experts: Experts, names: Names, megatron: str, hf: str
+) -> list[Rule]:
+    """The router, the experts, and the expert of every token with its gate."""
+
+    def whole(leaf: str, name: str, rows: int) -> Rule:
+        shapes = ((rows, arch.hidden),)
+        return Rule(f"{megatron}mlp.{leaf}", (f"{hf}{name}.weight",), "replicate", shapes)
+
+    parts = [
+        (f"experts.{number}", hf + names.expert.format(number), experts.ffn)
+        for number in range(experts.count)
+    ]
+    table = [whole("router.weight", names.router, experts.count)]
+    if experts.shared_ffn is not None:
+        parts.append(("shared_expert", hf + names.shared_expert, experts.shared_ffn))
+        table.append(whole("shared_gate.weight", names.shared_gate, 1))
+    for place, stem, ffn in parts:
+        there = f"{megatron}mlp.{place}."
+        table += _mlp_rules(arch, ffn, there, stem, names.expert_up, names.expert_down)
+    return table
 
 
 def _linear(

@@ -43,6 +43,23 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "olmo2": {},
+    "mixtral": {"num_key_value_heads": 4, "num_local_experts": 4},
+    # dense layers in between, an expert of every token
+    "qwen2_moe": {
+        "num_key_value_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
 }
 ALWAYS = ("qwen2", "gpt_neox")
 LEARN = ("prune.methods=[magnitude, wanda]", "learn.prior.mask=wanda", "learn.snapshot.every=4")
@@ -132,7 +149,7 @@ def test_the_export_has_the_names_and_dtypes_of_the_model(run: tuple[Path, Path]
             mask = mask.t()
         expected = tensor if mask is None else tensor.masked_fill(~mask, 0.0)
         assert exported[name].dtype == tensor.dtype and torch.equal(exported[name], expected)
-    others = ("embed_tokens", "embed_in", "wte", "wpe", "lm_head", "embed_out")
+    others = ("embed_tokens", "embed_in", "wte", "wpe", "lm_head", "embed_out", ".gate.", "_gate.")
     linears = {
         name.removesuffix(".weight")
         for name, tensor in plain.items()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megamask.weights.architecture import Architecture
-from megamask.weights.family import Layer, Rope
+from megamask.weights.family import Experts, Layer, Rope
 
 VOCAB, LENGTH = 131, 64  # an odd vocabulary is padded at TP 2
 WINDOW = 24
@@ -50,13 +50,23 @@ def ropes(**changes: Any) -> Wrong:
 def windows(change: Callable[[int | None], int | None]) -> Wrong:
     """The architecture with other windows."""
     return lambda arch: replace(
-        arch, layers=tuple(Layer(one.rope, change(one.window)) for one in arch.layers)
+        arch, layers=tuple(replace(one, window=change(one.window)) for one in arch.layers)
     )
 
 
 def layers(change: Callable[[tuple[Layer, ...]], tuple[Layer, ...]]) -> Wrong:
     """The architecture with other facts of its layers."""
     return lambda arch: replace(arch, layers=change(arch.layers))
+
+
+def experts(**changes: Any) -> Wrong:
+    """The architecture with other facts of its experts."""
+
+    def change(arch: Architecture) -> Architecture:
+        assert isinstance(arch.experts, Experts)
+        return replace(arch, experts=replace(arch.experts, **changes))
+
+    return change
 
 
 NO_WINDOW = windows(lambda window: None)
@@ -228,6 +238,41 @@ VARIANTS: dict[str, Variant] = {
         "gpt2",
         {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 128, "n_inner": 112},
         {"exact GELU": set_(activation="gelu"), "RMSNorm": norm(kind="rms")},
+    ),
+    "mixtral": Variant(
+        "mixtral",
+        {**GQA, "num_local_experts": 4, "num_hidden_layers": 2, "sliding_window": WINDOW},
+        {
+            "not renormalised": experts(renormalise=False),
+            "one expert": experts(top_k=1),
+            "no window": NO_WINDOW,
+        },
+    ),
+    "qwen2_moe": Variant(
+        "qwen2_moe",
+        {
+            **GQA,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+        },
+        {"renormalised": experts(renormalise=True), "two experts": experts(top_k=2)},
+    ),
+    "qwen3_moe": Variant(
+        "qwen3_moe",
+        {
+            **GQA,
+            "head_dim": 24,
+            "num_hidden_layers": 3,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+        {"not renormalised": experts(renormalise=False), "three experts": experts(top_k=3)},
     ),
 }
 

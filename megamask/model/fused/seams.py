@@ -64,8 +64,9 @@ class Fusions:
         activation = runs and covers_activation(arch)
         rotation = runs and covers_rotation(arch)
         if activation:
-            found = activation_problem(arch.ffn // mesh.tp, dtype, mesh.device)
-            activation = not _warned("SwiGLU", found)
+            widths = sorted({width // mesh.tp for width in arch.widths().values()})
+            problems = (activation_problem(width, dtype, mesh.device) for width in widths)
+            activation = not _warned("SwiGLU", next(filter(None, problems), ""))
         if rotation:
             heads = [max(count // mesh.tp, 1) for count in (arch.heads, arch.kv_heads)]
             found = rotation_problem(heads, arch.head_dim, dtype, mesh.device)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megamask.config.yaml_text import read_yaml
+from megamask.errors import ConfigError
 from megamask.safe_checkpoint import told_args
 from megamask.weights.dist_checkpoint.checkpoint_folder import RUN_CONFIG
 from megamask.weights.family import Architecture
@@ -47,6 +48,17 @@ BEYOND = "beyond_gpt_model"  # the argument in which a written checkpoint says w
 ATTENTION = "*"  # a layer that attends, in the pattern of a HybridModel
 ROTARY = ("rotary_", "rope_scaling", "use_rope_scaling", "seq_len_interpolation_factor")
 WHOLE = ("rotary_base", "rotary_seq_len_interpolation_factor")  # flags that take whole numbers
+
+
+def refuse_experts(arch: Architecture, key: str, value: str, fix: str) -> None:
+    """Refuse a mixture of experts, whose experts Megatron-LM's checkpoints stack on an axis.
+
+    Raises:
+        ConfigError: the model has experts.
+    """
+    if arch.experts is not None:
+        allowed = f"not for a mixture of experts ({arch.family}): their axis is not built"
+        raise ConfigError(key, value, allowed, fix)
 
 
 def model_facts(arch: Architecture) -> dict[str, Any]:
@@ -214,6 +226,7 @@ def beyond_gpt_model(arch: Architecture) -> list[str]:
             nonlinearity not in (("silu", True), ("relu2", False), ("gelu", False))
             and not (nonlinearity == ("gelu_tanh", False) and all(biases))
         ),
+        "experts": arch.experts is not None,
     }
     return [name for name, holds in facts.items() if holds]
 

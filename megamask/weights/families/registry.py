@@ -13,10 +13,12 @@ from megamask.weights.families.gpt_neox import GPT_NEOX
 from megamask.weights.families.granite import GRANITE
 from megamask.weights.families.llama import LLAMA
 from megamask.weights.families.mistral import MISTRAL
+from megamask.weights.families.mixtral import MIXTRAL
 from megamask.weights.families.nemotron import NEMOTRON
 from megamask.weights.families.olmo2 import OLMO2
 from megamask.weights.families.phi3 import PHI3
 from megamask.weights.families.qwen import QWEN2, QWEN3
+from megamask.weights.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from megamask.weights.families.smollm3 import SMOLLM3
 from megamask.weights.families.stablelm import STABLELM
 from megamask.weights.families.starcoder2 import STARCODER2
@@ -38,4 +40,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": GEMMA3,
     "olmo2": OLMO2,
     "gpt2": GPT2,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
 }

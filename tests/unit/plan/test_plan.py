@@ -108,6 +108,9 @@ PUBLISHED = {
     "gemma-3-4b": 3.88,
     "gemma-3-12b": 11.77,
     "gemma-3-27b": 27.0,
+    "mixtral-8x7b": 46.7,
+    "qwen1.5-moe-a2.7b": 14.3,
+    "qwen3-30b-a3b": 30.5,
 }
 
 
@@ -146,6 +149,23 @@ def test_a_feed_forward_part_without_a_gate_is_planned_as_such() -> None:
     gated = replace(work, arch=replace(work.arch, gated=True))
     assert memory_of(gated, GPUS["h100"]).total > memory_of(work, GPUS["h100"]).total
     assert time_of(gated, GPUS["h100"]).seconds > time_of(work, GPUS["h100"]).seconds
+
+
+def test_a_token_is_computed_by_some_of_the_experts() -> None:
+    """Mixtral's card: 12.9 billion active weights of 46.7; Qwen3's: 3.3 of 30.5. Memory holds the
+    state of all masks, and the arithmetic is that of the experts of a token.
+    """
+    for name, active in (("mixtral-8x7b", 12.9e9), ("qwen3-30b-a3b", 3.3e9)):
+        work = plan("parallel.tp=4", model=name)
+        outside = 2 * work.arch.vocab * work.arch.hidden
+        assert flops_per_token(work)[MATMULS] / 6 + outside == pytest.approx(active, rel=0.02)
+        assert work.all_masked_weights > 3 * flops_per_token(work)[MATMULS] / 6
+    mixtral = plan("parallel.tp=4", "parallel.recompute=mlp", model="mixtral-8x7b")
+    q, k, f, h = 4096 / 4, 1024 / 4, 2 * 14336 / 4, 4096
+    numbers = h + (1 + 2 * 2) * h + (q + f) + (q + 2 * k) + (q + k) + 4 * f
+    per_token = 2 * numbers + 4 * 2 * 2 * h / 2 + 4 * 32 / 4
+    assert layer_activations(mixtral) == mixtral.tokens * per_token + 4 * 4096 * 128 * 2
+    assert time_of(mixtral, GPUS["h100"]).seconds > 0
 
 
 def test_every_shape_is_read() -> None:

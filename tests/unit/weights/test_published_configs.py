@@ -11,7 +11,8 @@ import pytest
 from megamask.errors import ConfigError
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.families.registry import FAMILIES
-from megamask.weights.family import Layer, Norm, Rope
+from megamask.weights.family import Experts, Layer, Norm, Rope
+from megamask.weights.mapping import check_tp
 from tests.unit.weights.published import (
     COMMON,
     GEMMA2,
@@ -19,12 +20,15 @@ from tests.unit.weights.published import (
     GPT2,
     MINITRON,
     MISTRAL,
+    MIXTRAL,
     NEOX_20B,
     PHI3,
     PHI4,
     PUBLISHED,
     PYTHIA,
     QWEN3,
+    QWEN3_MOE,
+    QWEN15_MOE,
     QWEN25,
     SMOLLM3,
     STARCODER2,
@@ -142,3 +146,53 @@ def test_what_a_family_does_not_build_is_refused_by_name(tmp_path: Path) -> None
     for config, changes, key in wrong:
         with pytest.raises(ConfigError, match=rf"config\.json: {key}"):
             read(tmp_path, config, **changes)
+
+
+def test_what_the_files_of_experts_say(tmp_path: Path) -> None:
+    """Both spellings of the number of experts, dense layers in between, and refusals by name."""
+    mixtral = read(tmp_path, MIXTRAL)
+    assert mixtral.experts == Experts(8, 2, 14336, renormalise=True) and mixtral.layer(5).experts
+    assert read(tmp_path, MIXTRAL, num_local_experts="absent", num_experts=8) == mixtral
+    shared = read(tmp_path, QWEN15_MOE)
+    assert shared.experts == Experts(60, 4, 1408, renormalise=False, shared_ffn=5632)
+    assert shared.attention_bias and not read(tmp_path, QWEN15_MOE, qkv_bias=False).attention_bias
+    qwen3 = read(tmp_path, QWEN3_MOE)
+    assert qwen3.experts == Experts(128, 8, 768, renormalise=True) and qwen3.qk_norm == "head"
+    for change in (
+        {"num_experts": "absent", "num_local_experts": 128},
+        {"router_aux_loss_coef": 9},
+    ):
+        assert read(tmp_path, QWEN3_MOE, **change) == qwen3
+    sparse = read(tmp_path, QWEN3_MOE, decoder_sparse_step=2, mlp_only_layers=[3])
+    assert [layer.experts for layer in sparse.layers[:6]] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert read(tmp_path, QWEN3_MOE, mlp_only_layers=list(range(48))).experts is None
+    for key, value in {
+        "num_experts_per_tok": 129,
+        "num_local_experts": 64,
+        "mlp_only_layers": [-1],
+        "decoder_sparse_step": 0,
+        "moe_intermediate_size": 0,
+        "norm_topk_prob": 1,
+    }.items():
+        with pytest.raises(ConfigError, match=rf"config\.json: (num_experts = 128.*)?{key}"):
+            read(tmp_path, QWEN3_MOE, **{key: value})
+
+
+def test_every_width_of_a_feed_forward_part_splits_over_the_ranks(tmp_path: Path) -> None:
+    check_tp(read(tmp_path, QWEN3_MOE), 8)
+    check_tp(read(tmp_path, QWEN3_MOE, intermediate_size=6145), 8)  # no layer is dense
+    for change in (
+        {"moe_intermediate_size": 764},
+        {"intermediate_size": 6145, "mlp_only_layers": [0]},
+    ):
+        with pytest.raises(ConfigError, match=r"parallel\.tp = 8.*(764|6145)"):
+            check_tp(read(tmp_path, QWEN3_MOE, **change), 8)
+    with pytest.raises(ConfigError, match="shared_expert_intermediate_size = 5630"):
+        check_tp(read(tmp_path, QWEN15_MOE, shared_expert_intermediate_size=5630), 8)
