@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megamask.errors import ArtifactError, MegamaskError
 
@@ -105,7 +106,8 @@ def explained(error: BaseException) -> MegamaskError | None:
         return MemoryShortError(
             f"the memory does not hold what the settings ask for ({first}). {fix}"
         )
-    number, name = number_of(error), getattr(error, "filename", None)
+    number = number_of(error)
+    name = _file_of(error, number)
     if name is None and number in (*_OF_WRITES, errno.EPIPE):
         return _told("an output", "cannot be written", number)
     if number is None or name is None:
@@ -128,8 +130,19 @@ def number_of(error: BaseException) -> int | None:
     return None if error.__cause__ is None else number_of(error.__cause__)
 
 
+def _file_of(error: BaseException, number: int | None) -> Any:
+    """The file that an error is about. shutil's copies name source and target, and a target is what
+    cannot grow. (A device that fails, EIO, can be either's.)
+    """
+    target = getattr(error, "filename2", None)
+    if target is not None and number in _OF_WRITES and number != errno.EIO:
+        return target
+    return getattr(error, "filename", None)
+
+
 def _of_write(error: BaseException, path: Path, temporary: Path) -> ArtifactError | None:
-    number, name = number_of(error), getattr(error, "filename", None)
+    number = number_of(error)
+    name = _file_of(error, number)
     if number is None or isinstance(error, KeyboardInterrupt):
         return None
     if name is None:

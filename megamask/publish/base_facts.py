@@ -56,6 +56,6 @@ def _front_matter(card: Path) -> dict[str, Any]:
         return {}
     try:
         found = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return {}  # what its constructors say of odd dates and keys
     return found if isinstance(found, dict) else {}

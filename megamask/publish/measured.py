@@ -43,10 +43,31 @@ def measured(paths: RunPaths, masks: MaskSet) -> dict[str, dict[str, Any]]:
             found[path.name] = own
     path = paths.run_dir / TASKS
     if path.exists():
-        content = read_object(path, "Run the verb tasks again.", {"tasks": dict})
+        content = _read_tasks(path)
         if own := _own_rows(path, content, "tasks", "tasks", masks):
             found[path.name] = own
     return found
+
+
+def _read_tasks(path: Path) -> dict[str, Any]:
+    """The content of ``tasks.json``.
+
+    Raises:
+        ArtifactError: the file holds something else than the verb tasks writes.
+    """
+    fix = "Run the verb tasks again."
+    content = read_object(path, fix, {"tasks": dict, "protocol": dict})
+    rows, groups = content["tasks"], content.setdefault("groups", {})
+    values = [
+        value
+        for row in rows.values()
+        for metrics in (row.values() if isinstance(row, dict) else [None])
+        for value in (metrics.values() if isinstance(metrics, dict) else [None])
+    ]
+    numbers = all(isinstance(one, int | float) and abs(one) < 1e300 for one in values)
+    if not numbers or not isinstance(groups, dict):
+        raise ArtifactError(path, "holds no numbers by row, task and metric", fix)
+    return content
 
 
 def table_of(name: str, content: dict[str, Any]) -> str:
@@ -57,8 +78,8 @@ def table_of(name: str, content: dict[str, Any]) -> str:
 def _own_rows(
     path: Path, results: dict[str, Any], table: str, verb: str, masks: MaskSet
 ) -> dict[str, Any]:
-    rows, made = results.get(table, {}), results.get("masks", {})
-    digests = {row: about for row, about in made.items() if isinstance(about, dict)}
+    rows, made = results.get(table, {}), results.get("masks")
+    digests = made if isinstance(made, dict) else {}
     wanted = {"sha256": masks.content_sha256, "fingerprint": masks.fingerprint}
     mine = [row for row in rows if digests.get(row) == wanted]
     other = [row for row in (masks.path.stem, masks.method) if row in rows]

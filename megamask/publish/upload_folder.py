@@ -154,11 +154,24 @@ def _recipe(paths: RunPaths, masks: MaskSet) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as error:
         problem = f"cannot be read as YAML ({type(error).__name__})"
         raise ArtifactError(path, problem, "Run the verb learn again.") from error
-    facts = (_setting(found, "learn.method"), _setting(found, "data.seq_length"))
-    if not isinstance(found, dict) or facts != (data.get("method"), data.get("seq_length")):
+    if not isinstance(found, dict) or not _is_of(found, data):
         return {}
     shown: dict[str, Any] = without_places(found)
+    shown.pop("launch", None)  # accounts and partitions of a cluster
     return shown
+
+
+def _is_of(settings: dict[str, Any], data: dict[str, Any]) -> bool:
+    """Whether a mask whose header holds ``data`` can come from a run with these settings."""
+    facts = (_setting(settings, "learn.method"), _setting(settings, "data.seq_length"))
+    if facts != (data.get("method"), data.get("seq_length")):
+        return False
+    sizes = [_setting(settings, key) for key in ("learn.steps", "learn.global_batch")]
+    tokens, length = data.get("tokens"), facts[1]
+    if not all(isinstance(one, int) and one > 0 for one in (*sizes, tokens, length)):
+        return True  # a size that the settings leave open
+    steps, batch = sizes
+    return bool(tokens % (batch * length) == 0 and tokens <= steps * batch * length)
 
 
 def _setting(settings: Any, key: str) -> Any:

@@ -31,7 +31,7 @@ def tasks_table(results: dict[str, Any]) -> str:
     header = [f"{task}{titles.get(metric, f' {metric}')}" for task, metric in columns]
     lines = []
     for name, values in rows.items():
-        found = [(metric, values[task].get(metric)) for task, metric in columns]
+        found = [(metric, values.get(task, {}).get(metric)) for task, metric in columns]
         accuracies = [
             metrics["acc"]
             for task, metrics in values.items()

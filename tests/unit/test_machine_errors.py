@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,20 @@ def test_a_file_that_cannot_grow(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []  # no half of it, and no temporary name
     WRITERS[name](path)  # the right answer without the limit
     assert path.exists()
+
+
+def test_a_copy_that_does_not_fit_names_the_output(tmp_path: Path) -> None:
+    """shutil names the source of a copy first, which is not what cannot be written."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.write_bytes(bytes(4 * LIMIT))
+
+    def copy() -> None:
+        with atomic_dir(out) as folder:
+            shutil.copyfile(source, folder / "copy")
+
+    told = in_child(copy, no_large_files)
+    assert told.startswith(f"{out}: cannot be written (File too large)"), told
+    assert not out.exists() and list(tmp_path.iterdir()) == [source]
 
 
 def test_a_full_device(tmp_path: Path) -> None:

@@ -57,14 +57,15 @@ def run_dir(tmp_path: Path) -> Path:
         P24,
         fingerprint=BaseModel(run / "hf").fingerprints().exact,
         method="learned",
-        data={"method": "subset", "seq_length": 16},
+        data={"method": "subset", "seq_length": 16, "tokens": 96},
     )
     (run / "learn").mkdir()
     settings = {
         "run_dir": "/home/me/secret/run",
         "seed": 1234,
         "calibration": {"seed": 77},
-        "learn": {"method": "subset"},
+        "launch": {"account": "secret-project"},
+        "learn": {"method": "subset", "steps": 3, "global_batch": 2},
         "data": {"seq_length": 16, "domains": {"web": {"path": "/home/me/secret/web.txt"}}},
     }
     (run / "learn" / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -247,6 +248,18 @@ def test_what_is_no_mask_of_this_model_is_refused(
     save_model(run_dir / "hf", seed=9)
     assert push(run_dir, "--dry-run") == 2
     assert "another" in capsys.readouterr().err and not (run_dir / "push").exists()
+
+
+def test_settings_of_another_run_are_no_recipe(hub: FakeHub, run_dir: Path) -> None:
+    path = run_dir / "learn" / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    for key, value in {"steps": 2, "global_batch": 5, "method": "categorical"}.items():
+        other = settings | {"learn": settings["learn"] | {key: value}}
+        path.write_text(yaml.safe_dump(other))
+        assert push(run_dir, "--dry-run") == 0
+        assert not (run_dir / "push" / "recipe.yaml").exists()
+        assert not (run_dir / "push" / "versions.json").exists()
+        assert "setting seed" not in (run_dir / "push" / "README.md").read_text()
 
 
 def test_an_unmeasured_mask_says_so(hub: FakeHub, run_dir: Path) -> None:
