@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import JSON, require_file, wrong_file
@@ -193,6 +193,12 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_file(path) as temporary:
         text = json.dumps(finite(value), indent=2, default=str, allow_nan=False)
         temporary.write_text(text + "\n")
+
+
+def is_number(value: Any, above: float = -1e300) -> TypeGuard[float]:
+    """Whether a value of a JSON file is a finite number, and larger than ``above``."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and above < value < 1e300
 
 
 def finite(value: Any) -> Any:

@@ -11,11 +11,15 @@ from matplotlib.figure import Figure
 from megamask.config import Config
 from megamask.masks.file import load_masks
 from megamask.report.html import Picture
+from megamask.report.kept_norms import KeptNorms, norms_picture, read_kept_norms
 from megamask.report.layer_pictures import layers_picture
 from megamask.report.layers import read_layers
+from megamask.report.mask_matrix import differing_shares, matrix_picture
 from megamask.report.perplexity_pictures import methods_picture, perplexity_picture
 from megamask.report.plot_style import save
 from megamask.report.reading import RunData
+from megamask.report.results_table import method_label, methods_first
+from megamask.report.samples_pictures import Samples, read_samples, samples_picture
 from megamask.report.step_pictures import loss_picture, mask_picture, update_picture
 
 
@@ -49,7 +53,7 @@ def draw_pictures(config: Config, data: RunData, folder: Path) -> list[Picture]:
     A picture of an earlier report is deleted when the run has no data for it any more.
     """
     pictures = []
-    for plan in _plans(config, data):
+    for plan in [*_plans(config, data), *_mask_plans(config, data)]:
         path = folder / f"{plan.name}.png"
         if plan.is_there:
             save(plan.draw(), path)
@@ -136,5 +140,55 @@ def _plans(config: Config, data: RunData) -> list[_Plan]:
             "kept dense has 1); the effect of learning shows in the groups that differ from the "
             f"prior mask ({config.learn.prior.mask or 'there was none'}).",
             verb="learn",
+        ),
+    ]
+
+
+def _mask_plans(config: Config, data: RunData) -> list[_Plan]:
+    """The pictures that read every mask file of the run; the report says nothing of those that have
+    nothing to show.
+    """
+    masks = {method: load_masks(data.masks[method]) for method in methods_first(data.masks)}
+    norms = read_kept_norms(config, masks)
+    samples = read_samples(masks, data.prior)
+    has_curve = any(record["perplexity"] for record in data.evaluations)
+    names = [method_label(method) for method in masks]
+    return [
+        _Plan(
+            section="Learning",
+            name="samples",
+            is_there=samples is not None and has_curve,
+            is_optional=True,
+            draw=lambda: samples_picture(
+                data.evaluations, data.results, samples or Samples({}, 0, 1)
+            ),
+            title="Consumed samples against perplexity",
+            caption="Learning begins with the calibration samples of its prior; a learning sample "
+            f"has {samples.length if samples else 0:,} tokens. Squares are one-shot masks at their "
+            "calibration samples, whose length and evaluated text may differ.",
+            verb="learn",
+        ),
+        _Plan(
+            section="Masks",
+            name="differences",
+            is_there=len(masks) > 1,
+            is_optional=True,
+            draw=lambda: matrix_picture(names, differing_shares(list(masks.values()))),
+            title="Difference of any two masks",
+            caption="Share of groups in which two masks of the run keep other weights; grey pairs "
+            "have other patterns or models. megamask diff A B shows a pair by layer and kind.",
+            verb="learn",
+        ),
+        _Plan(
+            section="Masks",
+            name="norms",
+            is_there=norms is not None,
+            is_optional=True,
+            draw=lambda: norms_picture(norms or KeptNorms({})),
+            title="L1 norm of the kept weights by layer",
+            caption="Sum of |w| over the kept weights of a layer, divided by the largest such sum "
+            "of the pattern, which the magnitude mask has; beside each name the mean over the "
+            "layers. Masks with updated weights are left out.",
+            verb="prune",
         ),
     ]

@@ -63,6 +63,7 @@ def render_report(config: Config, data: RunData, pictures: Sequence[Picture]) ->
         subtitle=_subtitle(config, data),
         findings=findings(data.results),
         tables=[_table(title, results) for title, results in named.items()],
+        others=data.tables,
         sections=_sections(pictures),
         masks=[_mask_entry(method, path) for method, path in data.masks.items()],
         versions=data.versions,
@@ -142,10 +143,12 @@ def _table(title: str, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mask_entry(method: str, path: Path) -> dict[str, Any]:
+    provenance = mask_provenance(path)
+    bits = provenance.get("bits per weight")
     return {
         "method": method,
         "label": method_label(method),
         "file": f"{path.parent.name}/{path.name}",
-        "size": format_bytes(path.stat().st_size),
-        "provenance": mask_provenance(path),
+        "size": format_bytes(path.stat().st_size) + (f", {bits} bits a weight" if bits else ""),
+        "provenance": provenance,
     }

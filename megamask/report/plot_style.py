@@ -6,7 +6,7 @@ The colours are those of Okabe and Ito, which colour-blind readers can tell apar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +131,24 @@ def label_right(
         gap: smallest distance between two names, as a share of the height.
         fontsize: size of the names in points.
     """
-    low, high = (math.log(limit) for limit in axes.get_ylim())
+    _write_right(axes, labels, gap, fontsize, math.log)
+
+
+def label_right_linear(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """``label_right`` for an axis that is not logarithmic."""
+    _write_right(axes, labels, 0.065, 9, float)
+
+
+def _write_right(
+    axes: Axes,
+    labels: Sequence[tuple[float, str, str]],
+    gap: float,
+    fontsize: float,
+    scale: Callable[[float], float],
+) -> None:
+    low, high = (scale(limit) for limit in axes.get_ylim())
     ordered = sorted(labels)
-    places = spread(
-        [min((math.log(value) - low) / (high - low), 1.0) for value, _, _ in ordered], gap
-    )
+    places = spread([min((scale(value) - low) / (high - low), 1.0) for value, _, _ in ordered], gap)
     for place, (_, text, color) in zip(places, ordered, strict=True):
         axes.text(
             1.02, place, text, transform=axes.transAxes, va="center", color=color, fontsize=fontsize

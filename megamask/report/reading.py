@@ -18,7 +18,9 @@ from megamask.errors import ArtifactError
 from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
-from megamask.storage import lacks, read_object
+from megamask.report.result_kinds import read_result_tables
+from megamask.report.result_table import ResultTable
+from megamask.storage import is_number, lacks, read_object
 
 Record = dict[str, Any]
 FIX = "Delete it, or run the verb learn again."
@@ -34,6 +36,7 @@ class RunData:
         train, evaluations: records of ``metrics.jsonl``, one for each step, in order.
         results: content of ``results.json``, perplexity of held-out documents, or {}.
         published: protocol of published tables -> content of its file, for those that are there.
+        tables: of the other kinds of results, such as tasks.
         masks: method -> mask file.
         prior: the masks that learning started from; None when they are unknown or missing.
         settings: the resolved settings, as YAML.
@@ -45,6 +48,7 @@ class RunData:
     evaluations: list[Record] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tables: list[ResultTable] = field(default_factory=list)
     masks: dict[str, Path] = field(default_factory=dict)
     prior: MaskSet | None = None
     settings: str = ""
@@ -64,7 +68,8 @@ def read_run(config: Config) -> RunData:
     results = read_results(paths.results_under("heldout"))
     each = {protocol: read_results(paths.results_under(protocol)) for protocol in PUBLISHED}
     published = {protocol: found for protocol, found in each.items() if found}
-    if not records and not masks and not results and not published:
+    tables = read_result_tables(paths.run_dir)
+    if not records and not masks and not results and not published and not tables:
         raise ArtifactError(
             paths.run_dir,
             "holds no metrics, results or masks",
@@ -77,6 +82,7 @@ def read_run(config: Config) -> RunData:
         evaluations=[record for record in records if record["kind"] == "evaluation"],
         results=results,
         published=published,
+        tables=tables,
         masks=masks,
         prior=_prior(config),
         settings=read_text(written, FIX)
@@ -109,17 +115,12 @@ def read_metrics(path: Path) -> list[Record]:
 def _numbers_of(record: Record) -> Record:
     """The record without values that are no numbers, which another program may have written."""
 
-    kept = {key: value for key, value in record.items() if _is_number(value)}
+    kept: Record = {key: value for key, value in record.items() if is_number(value)}
     by_domain = record.get("perplexity")
     if isinstance(by_domain, dict):
-        there = {name: value for name, value in by_domain.items() if _is_number(value, above=0)}
+        there = {name: value for name, value in by_domain.items() if is_number(value, above=0)}
         kept["perplexity"] = there
     return {**kept, "kind": record["kind"]}
-
-
-def _is_number(value: Any, above: float = -1e300) -> bool:
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and above < value < 1e300
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def read_results(path: Path) -> dict[str, Any]:
     for place, row in tables.items():
         for name, value in row.items():
             above = 0 if place.startswith("perplexity.") else -1
-            if value is not None and not _is_number(value, above):
+            if value is not None and not is_number(value, above):
                 raise ArtifactError(path, f"holds no number at {place}.{name}", fix)
     for key, row in by_key.items():
         if key in results:
@@ -178,7 +179,13 @@ def mask_provenance(path: Path) -> dict[str, str]:
         if value not in (None, "", [])
     }
     weights = sum(math.prod(masks.shape(name)) for name in masks)
-    return flat | {"linears": f"{len(masks):,}", "weights": f"{weights:,}"}
+    counts = {"linears": f"{len(masks):,}", "weights": f"{weights:,}"}
+    return flat | counts | ({"bits per weight": f"{bits(masks):.3f}"} if weights else {})
+
+
+def bits(masks: MaskSet) -> float:
+    """Bits of the mask file for each masked weight."""
+    return 8 * masks.size / sum(math.prod(masks.shape(name)) for name in masks)
 
 
 def _prior(config: Config) -> MaskSet | None:

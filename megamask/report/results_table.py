@@ -4,6 +4,7 @@ the dense model, and the protocol.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from megamask.tables import table
@@ -33,7 +34,11 @@ def methods_in_order(results: dict[str, Any]) -> list[str]:
 
     The order is: dense, the one-shot methods, methods of other names, learned.
     """
-    present = results.get("perplexity", {})
+    return methods_first(results.get("perplexity", {}))
+
+
+def methods_first(present: Collection[str]) -> list[str]:
+    """``present`` in the order of rows: the methods of the program, others, learned."""
     others = [method for method in present if method not in METHOD_LABELS]
     known = [method for method in METHOD_LABELS if method in present]
     return known[:-1] + others + known[-1:] if known and known[-1] == "learned" else known + others

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megamask.errors import ArtifactError
+from megamask.report.result_table import ResultKind, ResultTable
 from megamask.report.results_table import format_protocol, method_label
+from megamask.storage import is_number, read_object
 from megamask.tables import table
+
+FIX = "Run the verb tasks again."
+NOTE = "Accuracies in percent; norm: log-likelihoods divided by the bytes of the answer."
 
 
 def tasks_table(results: dict[str, Any]) -> str:
-    """The table as aligned Markdown: a pair of columns for accuracy and accuracy of the answers'
-    mean log-likelihood a byte (norm) where a task has both, and the mean of the accuracies of the
-    tasks. A group is its tasks again, so it has a column and no part in the mean.
+    """The table as aligned Markdown, with the protocol below it. ``tasks_cells`` has the columns.
 
     Args:
         results: the content of ``tasks.json``: ``{"tasks": {row: {task: {metric: value}}},
             "groups": {group: [task or group]}, "protocol": …}``.
+    """
+    header, rows = tasks_cells(results)
+    protocol = f"Protocol: {format_protocol(results.get('protocol', {}))}"
+    return "\n".join([*table(header, rows), f"\n{NOTE}", f"\n{protocol}"])
+
+
+def tasks_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as text: a pair of columns for accuracy and accuracy of the answers' mean
+    log-likelihood a byte (norm) where a task has both, and the mean of the accuracies of the
+    tasks. A group is its tasks again, so it has a column and no part in the mean.
     """
     rows, groups = results["tasks"], results.get("groups", {})
     columns = list(
@@ -35,17 +50,38 @@ def tasks_table(results: dict[str, Any]) -> str:
         accuracies = [
             metrics["acc"]
             for task, metrics in values.items()
-            if task not in groups and "acc" in metrics
+            if task not in groups and metrics.get("acc") is not None
         ]
         mean = _shown("acc", fmean(accuracies)) if accuracies else "–"
         lines.append([method_label(name), *(_shown(*one) for one in found), mean])
-    return "\n".join(
-        [
-            *table(["method", *header, "mean"], lines),
-            "\nAccuracies in percent; norm: log-likelihoods divided by the bytes of the answer.",
-            f"\nProtocol: {format_protocol(results.get('protocol', {}))}",
-        ]
-    )
+    return ["method", *header, "mean"], lines
+
+
+def read_tasks(path: Path) -> ResultTable:
+    """The table of a ``tasks.json``.
+
+    Raises:
+        ArtifactError: the file holds something else than the verb tasks writes.
+    """
+    results = read_object(path, FIX, {"tasks": dict})
+    for key in ("groups", "protocol"):
+        if not isinstance(results.get(key, {}), dict):
+            raise ArtifactError(path, f"holds no object at {key}", FIX)
+    for name, tasks in results["tasks"].items():
+        if not isinstance(tasks, dict) or not all(isinstance(one, dict) for one in tasks.values()):
+            raise ArtifactError(path, f"holds no table at tasks.{name}", FIX)
+        for task, metrics in tasks.items():
+            for metric, value in metrics.items():
+                if value is not None and not is_number(value):
+                    problem = f"holds no number at tasks.{name}.{task}.{metric}"
+                    raise ArtifactError(path, problem, FIX)
+    header, cells = tasks_cells(results)
+    protocol = format_protocol(results.get("protocol", {}))
+    notes = [NOTE, f"Protocol: {protocol}." if protocol else "The protocol was not recorded."]
+    return ResultTable("Tasks", header, list(zip(results["tasks"], cells, strict=True)), notes)
+
+
+TASKS = ResultKind("tasks.json", read_tasks)
 
 
 def _shown(metric: str, value: float | None) -> str:

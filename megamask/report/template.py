@@ -58,6 +58,17 @@ the same text.
 {% else %}<p class="missing">Not there yet: the verb evaluate writes it.</p>{% endif %}
 {% endfor %}
 
+{% for table in others %}<h2>{{ table.title }}</h2>
+<div class="scroll"><table class="numbers">
+<thead><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for method, cells in table.rows %}<tr{% if method == "learned" %} class="learned"{% endif %}>
+{%- for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table></div>
+{% for note in table.notes %}<p class="quiet">{{ note }}</p>
+{% endfor %}{% endfor %}
+
 {% for section, pictures in sections %}<h2>{{ section }}</h2>
 {% for picture in pictures %}
 {% if picture.data %}<figure><img alt="{{ picture.title }}"

@@ -17,6 +17,7 @@ from megamask.errors import ArtifactError
 from megamask.masks.file import save_masks
 from megamask.report.html import Picture, findings, render_report
 from megamask.report.reading import RunData, mask_provenance, read_metrics
+from megamask.report.result_table import ResultTable
 from megamask.report.step_pictures import loss_picture
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.report import run
@@ -33,7 +34,16 @@ RESULTS: dict[str, Any] = {
     "protocol": {"window": 512, "tail": "dropped", "bos": False, "tokens": {"english": 16384}},
     "seconds": {"learned": 620.0, "convert": 9.0},
 }
-PICTURES = {"methods", "perplexity", "loss", "mask", "updates", "layers"}
+OPTIONAL = {"updates", "samples", "differences"}  # nothing is said where they are missing
+PICTURES = {"methods", "perplexity", "loss", "mask", "layers", *OPTIONAL}
+TASKS: dict[str, Any] = {
+    "tasks": {
+        "dense": {"piqa": {"acc": 0.75, "acc_norm": 0.5}},
+        "learned": {"piqa": {"acc": 0.625, "acc_norm": None}},
+    },
+    "groups": {},
+    "protocol": {"harness": "0.4.13"},
+}
 
 
 def config_of(folder: Path) -> Config:
@@ -84,7 +94,9 @@ def write_masks(folder: Path) -> None:
             pattern,
             fingerprint="abc",
             method=method,
-            data={"samples": {"english": 3}},
+            data={"samples": {"english": 3}, "seq_length": 16}
+            if method == "learned"
+            else {"calibration": {"samples": 8}},
         )
 
 
@@ -116,6 +128,7 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     write_metrics(tmp_path, 12)
     write_masks(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "tasks.json").write_text(json.dumps(TASKS))
     (tmp_path / "learn/versions.json").write_text('{"torch": "9.9"}')
     run(config_of(tmp_path))
     pictures = {
@@ -144,6 +157,10 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "9.9",
         "kappa",
         "data.samples.english",
+        "piqa norm",
+        "62.50",
+        "harness 0.4.13",
+        "bits a weight",
     ):
         assert text in page.text, text
     assert "not there yet" not in page.text
@@ -162,9 +179,13 @@ def test_missing_parts_are_said(tmp_path: Path, part: str) -> None:
             json.dumps({"perplexity": {"wanda": {"english": 3.0}}})
         )
     run(config_of(tmp_path))
-    expected = {"metrics": {"loss", "mask"}, "masks": {"layers"}, "results": {"methods"}}[part]
+    expected = {
+        "metrics": {"loss", "mask"},
+        "masks": {"layers", "differences"},
+        "results": {"methods"},
+    }[part]
     assert {path.stem for path in (tmp_path / "pictures").iterdir()} == expected
-    assert page_of(tmp_path).text.count("not there yet") >= len(PICTURES - expected)
+    assert page_of(tmp_path).text.count("not there yet") >= len(PICTURES - expected - OPTIONAL)
 
 
 def test_each_protocol_has_a_table_of_its_own(
@@ -200,6 +221,32 @@ def test_nothing_to_report_names_the_fix(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="Run the verb prune, learn or evaluate first"):
         run(config_of(tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"tasks": []},
+        {"tasks": {"dense": []}},
+        {"tasks": {"dense": {"piqa": 0.5}}},
+        {"tasks": {"dense": {"piqa": {"acc": "0.5"}}}},
+        {"tasks": {"dense": {"piqa": {"acc": True}}}},
+        {"tasks": {}, "protocol": []},
+    ],
+)
+def test_broken_tasks_name_the_file(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "tasks.json").write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=r"tasks\.json.*Run the verb tasks again"):
+        run(config_of(tmp_path))
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_tasks_alone_are_a_report(tmp_path: Path) -> None:
+    (tmp_path / "tasks.json").write_text(json.dumps(TASKS))
+    run(config_of(tmp_path))
+    assert "75.00" in page_of(tmp_path).text
 
 
 def test_broken_results_name_the_file(tmp_path: Path) -> None:
@@ -241,6 +288,7 @@ def test_mask_provenance_is_flat(tmp_path: Path) -> None:
         found["method"] == "learned"
         and found["pattern"] == "2:4"
         and found["data.samples.english"] == "3"
+        and float(found["bits per weight"]) > 0.65
     )
     assert found["linears"] == "3" and found["weights"] == "96"
     (tmp_path / "masks/learned.safetensors").write_bytes(b"torn")
@@ -271,6 +319,7 @@ def test_names_of_strangers_are_text_on_the_page(tmp_path: Path) -> None:
     """Names of domains, methods and versions come from files, which anybody may have written."""
     bad = "<script>alert(1)</script><img src=x onerror=alert(1)>"
     data = RunData(
+        tables=[ResultTable(bad, [bad], [(bad, [bad])], [bad])],
         results={
             "perplexity": {bad: {bad: 2.0}, "dense": {bad: 1.0}, "learned": {bad: 1.5}},
             "protocol": {bad: bad},

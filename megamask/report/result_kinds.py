@@ -1,0 +1,27 @@
+"""The kinds of results that a report shows beside perplexities, each a file of the run folder.
+
+A new kind is a file with a ``ResultKind`` in it, and a line in ``KINDS``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megamask.report.result_table import ResultKind, ResultTable
+from megamask.report.tasks_table import TASKS
+
+KINDS: tuple[ResultKind, ...] = (TASKS,)
+
+
+def read_result_tables(run_dir: Path) -> list[ResultTable]:
+    """The tables of all results that the run folder holds, in the order of ``KINDS``.
+
+    Raises:
+        ArtifactError: a file holds something else than its verb writes.
+    """
+    found = []
+    for kind in KINDS:
+        path = run_dir / kind.file
+        if path.exists():
+            found.append(kind.read(path))
+    return found
