@@ -25,6 +25,7 @@ from megamask.config.section import (
     by_content,
     free,
 )  # fmt: skip
+from megamask.config.sensitivity_tree import SensitivitySection
 from megamask.errors import ConfigError
 
 MAX_SAMPLES = 10**8
@@ -325,6 +326,7 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     tasks: TasksSection = TasksSection()
     export: ExportSection = ExportSection()
+    sensitivity: SensitivitySection = SensitivitySection()
     launch: LaunchSection = LaunchSection()
 
     @model_validator(mode="before")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,12 @@ def by_quantity(rows: dict[str, Row]) -> dict[str, dict[str, dict[str, float]]]:
     return {quantity: values for quantity, values in found.items() if values}
 
 
-def facts_beside(paths: RunPaths, masks: dict[str, MaskSet], text: MeasuredText) -> dict[str, Any]:
+def facts_beside(
+    paths: RunPaths,
+    masks: dict[str, MaskSet],
+    text: MeasuredText,
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
     """The content of ``results.json`` beside the perplexities. A file is read, so the facts are put
     together before anything is measured.
 
@@ -154,6 +159,7 @@ def facts_beside(paths: RunPaths, masks: dict[str, MaskSet], text: MeasuredText)
         paths: the paths of the run.
         masks: method -> masks.
         text: what the perplexities are measured on.
+        shapes: (O, I) of every linear that may be pruned.
 
     Raises:
         ArtifactError: ``stages.json``, or the time beside a mask, cannot be read.
@@ -165,7 +171,7 @@ def facts_beside(paths: RunPaths, masks: dict[str, MaskSet], text: MeasuredText)
     return {
         "protocol": text.facts,
         "seconds": {**stages, **seconds},
-        "density": {DENSE: 1.0} | {name: each.pattern.density for name, each in masks.items()},
+        "density": {DENSE: 1.0} | {name: each.density_of(shapes) for name, each in masks.items()},
         "mask_bytes": {name: each.size for name, each in masks.items() if each.path.is_file()},
         "masks": mask_digests(masks),
     }

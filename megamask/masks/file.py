@@ -94,6 +94,18 @@ class MaskSet(Mapping[str, Tensor]):
         rows, columns = self.meta["tensors"][name]["shape"]
         return rows, columns
 
+    def density_of(self, shapes: Mapping[str, Sequence[int]]) -> float:
+        """The share of weights kept over all linears that may be pruned; linears without a mask
+        are dense.
+
+        Args:
+            shapes: (O, I) of these linears.
+        """
+        weights = sum(rows * columns for rows, columns in shapes.values())
+        masked = sum(rows * columns for rows, columns in map(self.shape, self))
+        kept = masked * self.pattern.n // self.pattern.m  # whole groups
+        return (weights - masked + kept) / weights
+
     def index(self, name: str) -> Tensor:
         """Candidate index of every group, (O, G) int64.
 

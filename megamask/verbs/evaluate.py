@@ -42,7 +42,7 @@ def run(config: Config) -> None:
     text = measured_text(inputs)
     if not config.evaluate.is_published:
         warn_of_learned_text(config, masks)
-    beside = facts_beside(paths, masks, text)
+    beside = facts_beside(paths, masks, text, linear_shapes(inputs.arch))
     with start(config) as mesh:
         mesh.require_same("masks to evaluate", list(masks))
         mesh.require_same("protocol", beside["protocol"])

@@ -157,6 +157,14 @@ VERBS: dict[str, Verb] = {
         reads=("weights",),
         is_parallel=True,
     ),
+    "sensitivity": Verb(
+        "megamask.verbs.sensitivity",
+        "loss increase when one layer or linear alone is pruned, and which to keep dense",
+        (*EVERYWHERE, "model", "data", "evaluate", "sensitivity"),
+        writes=("sensitivity.json", "sensitivity.md", "sensitivity.png"),
+        reads=("weights", "shards"),
+        is_parallel=True,
+    ),
     "export": Verb(
         "megamask.verbs.export",
         "model + mask file -> masked Hugging Face folder or Megatron checkpoint, or a mask archive",

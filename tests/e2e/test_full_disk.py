@@ -27,6 +27,7 @@ LIMITS = {
 AT_NIGHT = {
     "reorder": (65_536, "reordered"),
     "evaluate": (512, "results.json"),
+    "sensitivity": (512, "sensitivity.json"),
     "extract": (4_096, "out.safetensors"),
     "import": (4_096, "out.safetensors"),
     "push": (4_096, "push"),

@@ -45,6 +45,7 @@ def words_of(verb: str, settings: list[str], run_dir: Path, tmp_path: Path) -> l
         "plan": ["--json", str(run_dir / "plan.json"), "--gpu", "h100"],
         "reorder": [str(run_dir / "reordered")],
         "push": ["owner/name", "--dry-run"],
+        "sensitivity": ["sensitivity.mask=magnitude"],
     }  # fmt: skip
     if verb == "pipeline":
         return ["pipeline", "record", "learn", "1.5", "0", "--config", str(RECIPE), *settings]
@@ -69,6 +70,7 @@ MADE: dict[str, list[str]] = {
     "diff": [],
     "plan": [],
     "reorder": ["shards/cache"],
+    "sensitivity": [],
     "gguf": [],
     "pipeline": [],
 }

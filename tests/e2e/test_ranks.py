@@ -41,6 +41,7 @@ WORDS = {
     "export": ("export.mask=wanda",),
     "reorder": ("{run}/reordered",),
     "tasks": ("tasks.include={run}/none",),
+    "sensitivity": ("sensitivity.mask=wanda",),
 }
 REFUSED = {"gguf": "model.gguf", "import": "none.npz", "tasks": "tasks."}
 # In the order of a run; verbs that are not named here follow.

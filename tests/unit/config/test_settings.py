@@ -34,6 +34,7 @@ DECIDING = """
     tasks.names tasks.include tasks.limit tasks.shots tasks.folder
     data.bos
     export.format export.mask export.weights export.out
+    sensitivity.mask sensitivity.by sensitivity.keep_dense
 """
 EACH_STEP = """
     learn.steps learn.sampling.mode learn.sampling.draws learn.sampling.kappa learn.sampling.tau

@@ -1,0 +1,140 @@
+"""The verb sensitivity: how much the loss rises when one layer or linear alone is pruned, and which
+of them a budget keeps dense.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from megamask import storage
+from megamask.config import Config
+from megamask.data.heldout import evaluated_domains
+from megamask.errors import MegamaskError
+from megamask.evaluate.loaded_model import LoadedModel
+from megamask.evaluate.measured_text import measured_text
+from megamask.evaluate.sensitivity import (
+    Part,
+    PartLosses,
+    increases,
+    kept_dense,
+    parts_of,
+    ranked,
+    whole_masks,
+)
+from megamask.masks.find import open_masks
+from megamask.parallel.mesh import Mesh, start
+from megamask.prepare.layout import check_positions, evaluated_length
+from megamask.prepare.run_inputs import RunInputs
+from megamask.terminal import tell
+from megamask.weights.mapping import linear_shapes
+
+log = logging.getLogger(__name__)
+NAME = "sensitivity"
+
+
+def run(config: Config) -> None:
+    """Measure every part, and write ``sensitivity.json``, ``.md`` and ``.png`` to the run folder.
+    The JSON file is written after each part, and a run that was killed goes on with the next.
+
+    Raises:
+        MegamaskError: weights, shards or the mask are missing or do not fit; found before anything
+            is computed.
+    """
+    inputs, section = RunInputs(config), config.sensitivity
+    paths, length = inputs.paths, evaluated_length(config)
+    if not config.evaluate.is_published:
+        evaluated_domains(config)
+    inputs.layout.check_lengths(config, (length,))
+    storage.require_writable(paths.run_dir)
+    masks = whole_masks(open_masks(section.mask, config, inputs.arch), "sensitivity.mask")
+    masks.check(shapes=linear_shapes(inputs.arch), fingerprint=inputs.fingerprint)
+    inputs.layout.check_model(inputs.arch)
+    check_positions(config, inputs.arch, (length,))
+    text = measured_text(inputs)
+    parts = parts_of(inputs.arch, masks.keys(), section.by)
+    made_from: dict[str, Any] = json.loads(  # what the file gives back
+        json.dumps(
+            {
+                "fingerprint": inputs.fingerprint,
+                "masks": masks.content_sha256,
+                "method": masks.method,
+                "pattern": str(masks.pattern),
+                "by": section.by,
+                "parts": [part.name for part in parts],
+                "protocol": text.facts,
+            }
+        )
+    )
+    with start(config) as mesh:
+        mesh.require_same("parts to prune", made_from)
+        file = paths.run_dir / f"{NAME}.json"
+        done = mesh.from_main(_done(file, made_from))
+        if len(done["loss"]) < len(parts):
+            loaded = LoadedModel(config, paths, inputs.arch, mesh)
+            _measure(PartLosses(config, loaded, masks, text.windows), mesh, parts, done, file)
+        if mesh.is_main:
+            _write(config, paths.run_dir, done)
+
+
+def _done(file: Path, made_from: dict[str, Any]) -> dict[str, Any]:
+    """What a run before measured under the same conditions, or nothing."""
+    nothing: dict[str, Any] = {"made_from": made_from, "dense": None, "loss": {}}
+    try:
+        found = storage.read_object(file, "", {"made_from": dict, "dense": dict, "loss": dict})
+    except MegamaskError:
+        return nothing
+    names = made_from["parts"]
+    if found["made_from"] != made_from or list(found["loss"]) != names[: len(found["loss"])]:
+        log.info("%s was made from other inputs or settings: made again", file)
+        return nothing
+    log.info("%s: %d of %d parts are reused", file, len(found["loss"]), len(names))
+    return {key: found[key] for key in nothing}
+
+
+def _measure(
+    losses: PartLosses, mesh: Mesh, parts: list[Part], done: dict[str, Any], file: Path
+) -> None:
+    """Measure the parts that are left into ``done``, which the file gets after each."""
+    begin, before = time.perf_counter(), len(done["loss"])
+    done["dense"] = done["dense"] or losses.dense()
+    for number, part in enumerate(parts[before:], start=before + 1):
+        found = losses.pruned(part)
+        done["loss"][part.name] = found
+        if not mesh.is_main:
+            continue
+        storage.write_json(file, done)
+        seconds = time.perf_counter() - begin
+        left = seconds / (number - before) * (len(parts) - number)
+        shown = "  ".join(
+            f"{domain} {more:+.4f}"
+            for domain, more in increases(done["dense"], {part.name: found})[part.name].items()
+        )
+        text = "  part %d/%d  %s  %s  (%.1f s, about %.0f s left)"
+        log.info(text, number, len(parts), part.name, shown, seconds, left)
+
+
+def _write(config: Config, folder: Path, done: dict[str, Any]) -> None:
+    """Write the budget's choice, the table and the picture, and print the table."""
+    from megamask.report import plot_style
+    from megamask.report.sensitivity_report import sensitivity_picture, sensitivity_table
+
+    dense, rows, share = done["dense"], done["loss"], config.sensitivity.keep_dense
+    results = {
+        **done,
+        "increase": increases(dense, rows),
+        "ranked": ranked(dense, rows),
+        "keep_dense": share,
+        "kept_dense": kept_dense(dense, rows, share),
+    }
+    storage.write_json(folder / f"{NAME}.json", results)
+    text = sensitivity_table(results)
+    with storage.atomic_file(folder / f"{NAME}.md") as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+    picture = sensitivity_picture(list(rows), results["increase"], results["kept_dense"])
+    plot_style.save(picture, folder / f"{NAME}.png")
+    log.info("wrote %s", folder / f"{NAME}.json")
+    tell(text)
