@@ -184,7 +184,7 @@ VERBS: dict[str, Verb] = {
     "report": Verb(
         "megamask.verbs.report",
         "pictures and report.html of a run",
-        ("run_dir", "seed", "model.hf", "calibration.seed", "learn.prior.mask"),
+        ("run_dir", "seed", "model", "calibration.seed", "learn.prior.mask"),
         writes=("report.html",),
     ),
     "inspect": Verb(
