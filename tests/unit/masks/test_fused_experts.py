@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import megamask
 from megamask.errors import ArtifactError
@@ -16,6 +17,7 @@ from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 from megamask.weights.base_model import BaseModel
 from megamask.weights.fingerprint import fingerprint_model
+from megamask.weights.hf_files import open_checked
 from megamask.weights.mapping import linear_shapes
 from tests.parity.variants import VARIANTS, make
 
@@ -74,3 +76,11 @@ def test_another_model_is_refused(run: Path) -> None:
             parameter.data[0] += 1.0
     with pytest.raises(ArtifactError, match="another base model"):
         megamask.apply_masks(model, run / "m.safetensors")
+
+
+def test_files_that_hold_experts_together_are_refused_by_name(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "hf" / "config.json", tmp_path)
+    state = {name: tensor.contiguous() for name, tensor in load(run / "hf").state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"misses tensors: .*experts\.0\..*unknown.*experts"):
+        open_checked(tmp_path)
