@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from megamask.errors import ArtifactError
 from megamask.masks.arguments import as_flag, as_model, checked_masks
 from megamask.masks.file import MaskSet, load_masks
-from megamask.masks.held_model import Place, find_places, nearest, shared_weights
-from megamask.masks.obstacles import Obstacle, first_obstacle, merged_adapter
-from megamask.masks.shapes_fit import check_shapes
-from megamask.weights.fingerprint import Row, fingerprint, is_linear, model_linears, weight_OI
+from megamask.masks.held_model import Place, shared_weights
+from megamask.masks.obstacles import first_obstacle, merged_adapter
+from megamask.masks.places import Weight, fitting_places, is_base, refuse_obstacle
+from megamask.weights.fingerprint import weight_OI
 
 Model = TypeVar("Model", bound=nn.Module)
 GIVEN = "the given masks"
@@ -57,11 +57,16 @@ def apply_masks(
     as_model("apply_masks: hf_model", hf_model)
     as_flag("apply_masks: check_fingerprint", check_fingerprint)
     given = as_given("apply_masks: masks", masks)
-    place = place_of(hf_model, given, check_fingerprint)
+    place, given = place_of(hf_model, given, check_fingerprint)
+    done: set[tuple[int, torch.device]] = set()
     with torch.no_grad():
-        for name, mask_OI in items(given):
+        for name in given:
             weight = weight_OI(place.targets[name])
-            weight.masked_fill_(~mask_OI.to(weight.device), 0.0)
+            where = (weight.data_ptr(), weight.device)
+            if where in done:  # a shared weight, of equal masks; a pruned one decodes no mask
+                continue
+            done.add(where)
+            weight.masked_fill_(~given[name].bool().to(weight.device), 0.0)
     return hf_model
 
 
@@ -74,7 +79,6 @@ def masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
 
 
 Given = MaskSet | Mapping[str, Tensor]
-Weight = Callable[[nn.Module], Tensor]
 
 
 def as_given(name: str, masks: Any) -> Given:
@@ -101,8 +105,9 @@ def items(given: Given) -> Iterator[tuple[str, Tensor]]:
 
 def place_of(
     model: nn.Module, given: Given, check_fingerprint: bool, dense: Weight | None = None
-) -> Place:
-    """The place of the model where the masks belong. All checks of :func:`apply_masks` are here.
+) -> tuple[Place, Given]:
+    """The place of the model where the masks belong, and the masks, which decode. All checks of
+    :func:`apply_masks` are here.
 
     Args:
         model: the model.
@@ -121,8 +126,8 @@ def place_of(
             f"Run megamask export export.mask={given.method} and load the folder that it "
             "writes, or use a mask of the frozen weights.",
         )
-    places = _fitting_places(model, given)
-    if isinstance(given, MaskSet):
+    places = fitting_places(model, _name(given), _shapes(given))
+    if isinstance(given, MaskSet) and not given.lacks_weights:
         given.verify()
     if isinstance(given, MaskSet) and check_fingerprint:
         places = _places_of_base(model, places, given, dense)
@@ -131,8 +136,11 @@ def place_of(
         fix = "Pass the part of the model that the masks belong to, as model.language_model."
         raise ArtifactError(_name(given), f"fits several parts of the model: {prefixes}", fix)
     (place,) = places
+    if isinstance(given, MaskSet) and given.lacks_weights:
+        given = given.with_weights(lambda name: (dense or weight_OI)(place.targets[name]))
+        given.verify()
     _check_sharing(model, place, given)
-    return place
+    return place, given
 
 
 def _name(given: Given) -> Path | str:
@@ -143,27 +151,6 @@ def _shapes(given: Given) -> dict[str, tuple[int, ...]]:
     if isinstance(given, MaskSet):
         return {name: given.shape(name) for name in given}
     return {name: tuple(mask.shape) for name, mask in given.items()}
-
-
-def _fitting_places(model: nn.Module, given: Given) -> list[Place]:
-    """The places of the model where every mask finds a linear of its shape, of which at least one
-    can be written.
-
-    Raises:
-        ArtifactError: there is none; the message says what the model has in that place.
-    """
-    path, shapes = _name(given), _shapes(given)
-    places = find_places(model, shapes)
-    found = [first_obstacle(model, place.targets) for place in places]
-    if found and all(found):
-        _refuse_obstacle(path, found)
-    free = (place for place, problem in zip(places, found, strict=True) if not problem)
-    targets = next((place.targets for place in free), {})  # the places are alike in what they have
-    missing = [name for name in shapes if name not in targets]
-    here = {name: tuple(weight_OI(module).shape) for name, module in targets.items()}
-    near = nearest(model, missing[0]) if missing else ""
-    check_shapes(path, shapes, here, type(model).__name__, near)
-    return places
 
 
 def _places_of_base(
@@ -180,43 +167,13 @@ def _places_of_base(
     fitting = [
         one
         for one in free
-        if _is_base(model, one, masks, dense or weight_OI)
-        or (dense is None and _is_applied(one, masks))
+        if is_base(model, one, masks.fingerprints, dense or weight_OI)
+        or (dense is None and not masks.lacks_weights and _is_applied(one, masks))
     ]
     if not fitting:
-        _refuse_obstacle(masks.path, found)  # the base may be where nothing can be compared
+        refuse_obstacle(masks.path, found)  # the base may be where nothing can be compared
         _refuse_base(model, free[0], masks)
     return fitting
-
-
-def _refuse_obstacle(path: Path | str, found: Iterable[Obstacle | None]) -> None:
-    """Raise the first of the obstacles as an ArtifactError, if there is one."""
-    if first := next(filter(None, found), None):
-        raise ArtifactError(path, *first)
-
-
-def _is_base(model: nn.Module, place: Place, masks: MaskSet, weight: Weight) -> bool:
-    """Whether the weights are those that the masks were made for.
-
-    A fingerprint covers all linears of the text model. Where a larger model adds linears of its
-    own, those of the masks alone may be what was covered, or those of the whole model outside its
-    head. The last tells nothing of a place whose linears have other names in the model than in the
-    masks.
-    """
-    own = {name: module for name, module in place.targets.items() if is_linear(module)}
-    whole = model_linears(model)
-    is_named_so = all(whole.get(name) is module for name, module in place.targets.items())
-    for linears in (place.base, own, *([whole] if is_named_so else [])):
-        if first_obstacle(model, linears):
-            continue
-        shapes = {name: tuple(weight_OI(linear).shape) for name, linear in linears.items()}
-        if fingerprint(shapes, _rows(linears, weight)) in masks.fingerprints:
-            return True
-    return False
-
-
-def _rows(linears: Mapping[str, nn.Module], weight: Weight) -> Row:
-    return lambda name, row: weight(linears[name])[row]
 
 
 def _is_applied(place: Place, masks: MaskSet) -> bool:
@@ -231,7 +188,7 @@ def _refuse_base(model: nn.Module, place: Place, masks: MaskSet) -> NoReturn:
         problem = f"was made for the weights without the adapter that is merged into {adapter}"
         fix = "Call model.unmerge_adapter() first, and merge the adapter after."
         raise ArtifactError(masks.path, problem, fix)
-    _refuse_obstacle(masks.path, [first_obstacle(model, place.base)])
+    refuse_obstacle(masks.path, [first_obstacle(model, place.base)])
     dtypes = sorted({str(weight_OI(module).dtype) for module in place.targets.values()})
     held = ", ".join(dtype.removeprefix("torch.") for dtype in dtypes)
     if "torch.float16" in dtypes and len(masks.fingerprints) == 1:

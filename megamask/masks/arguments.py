@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ def as_texts(name: str, value: Any) -> list[str]:
     if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
         return list(value)
     raise ArgumentError(name, value, "a list of texts is needed")
+
+
+def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of some texts. Raises ArgumentError for everything else."""
+    if isinstance(value, str) and value in choices:
+        return value
+    raise ArgumentError(name, value, f"one of {', '.join(map(repr, choices))} is needed")
 
 
 def as_flag(name: str, value: Any) -> bool:

@@ -20,6 +20,7 @@ from megamask.masks.codec import Words
 from megamask.storage import atomic_file
 
 _WIDTH = 8  # bytes of a word
+_NUMBERS = 64  # bytes for the numbers of a tensor in the header, a multiple of 8
 
 
 def write_words(
@@ -27,6 +28,7 @@ def write_words(
     counts: Mapping[str, int],
     tensors: Iterable[tuple[str, Words]],
     metadata: Callable[[Mapping[str, str]], str],
+    at_most: bool = False,
 ) -> None:
     """Write the file atomically, with two tensors in memory at most: a thread takes the digest of
     a tensor, which is half of the work, while it goes to the disk and the next is made.
@@ -37,17 +39,23 @@ def write_words(
         tensors: name and words of every tensor, in any order.
         metadata: the text under the key ``megamask``, from name -> sha256 of the words in
             hexadecimal. Its length must not depend on the digests.
+        at_most: whether ``counts`` are upper bounds. Then a tensor lies behind the one that came
+            before it, and the header ends with more spaces.
     """
-    blank = hashlib.sha256().hexdigest()
-    begin = len(_head(counts, metadata(dict.fromkeys(counts, blank))))
+    blank, sizes = hashlib.sha256().hexdigest(), dict(counts)
     offsets, hashes = _offsets(counts), dict[str, Future[Any]]()
+    begin = len(_head(sizes, offsets, metadata(dict.fromkeys(counts, blank))))
+    begin += at_most * _NUMBERS * len(counts)
+    end = 0
     with (
         atomic_file(path) as temporary,
         temporary.open("wb") as stream,
         ThreadPoolExecutor(1) as hasher,
     ):
         for name, words in tensors:
-            assert words.shape == (counts[name],)
+            assert words.shape == (counts[name],) or (at_most and words.size < counts[name])
+            if at_most:
+                offsets[name], sizes[name], end = end, words.size, end + words.size * _WIDTH
             wait(hashes.values())  # so that the words of two tensors at most are in memory
             content = words.astype("<u8", copy=False).view(np.uint8).data
             hashes[name] = hasher.submit(hashlib.sha256, content)
@@ -55,7 +63,7 @@ def write_words(
             stream.write(content)
         digests = {name: one.result().hexdigest() for name, one in hashes.items()}
         assert digests.keys() == counts.keys()
-        head = _head(counts, metadata(digests))
+        head = _head(sizes, offsets, metadata(digests), begin)
         assert len(head) == begin
         stream.seek(0)
         stream.write(head)
@@ -70,12 +78,14 @@ def _offsets(counts: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _head(counts: Mapping[str, int], metadata: str) -> bytes:
-    """The header with its length, padded with spaces to a multiple of 8 bytes."""
+def _head(
+    counts: Mapping[str, int], offsets: Mapping[str, int], metadata: str, length: int = 0
+) -> bytes:
+    """The header with its length, padded with spaces to a multiple of 8 bytes, or to ``length``."""
     entries: dict[str, object] = {"__metadata__": {"megamask": metadata}}
-    for name, first in _offsets(counts).items():
+    for name, first in offsets.items():
         place = [first, first + counts[name] * _WIDTH]
         entries[name] = {"dtype": "U64", "shape": [counts[name]], "data_offsets": place}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (length - 8 - len(text) if length else -len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -6,7 +6,8 @@ The header (metadata key ``megamask``) holds:
 - fingerprint: the base model of the masks; float16_fingerprints, its copies rounded to fp16;
 - method, data, evaluation: how the masks were made, from what, and how good they are;
 - megamask: the version that wrote the file;
-- tensors: name -> shape (O, I) of the mask and sha256 of its packed words;
+- tensors: name -> shape (O, I) of the mask and sha256 of its packed words; in format version 3
+  also its coding (``codings``) and mask_sha256, the sha256 of the words of version 1;
 - sha256: digest of the rest of the header, because the same words mean other masks under another
   pattern.
 
@@ -15,8 +16,10 @@ Shapes: O out_features, I in_features, G groups per row.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +34,7 @@ from megamask.errors import ArgumentError, ArtifactError, ConfigError
 from megamask.file_kinds import require_file, wrong_file
 from megamask.masks import codec
 from megamask.masks.arguments import (
+    as_choice,
     as_flag,
     as_path,
     as_pattern,
@@ -38,9 +42,19 @@ from megamask.masks.arguments import (
     as_texts,
     checked_masks,
 )
+from megamask.masks.base_weights import GIVE, LACKS, UNCHANGED, Weights, weights_of
+from megamask.masks.codings import (
+    CODINGS,
+    GIVEN_WEIGHTS,
+    WORDS,
+    check_sizes,
+    coding_of,
+    decode,
+)
 from megamask.masks.header import FIX, UPDATED, Facts, misfit, read_header
 from megamask.masks.margins import Margins, load_margins
-from megamask.masks.save import save_words
+from megamask.masks.radix import Index
+from megamask.masks.save import save_coded, save_words
 from megamask.masks.shapes_fit import check_shapes
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import require_writable
@@ -68,6 +82,19 @@ class MaskSet(Mapping[str, Tensor]):
         self.pattern = Pattern.parse(meta["pattern"])
         self.fingerprint: str = meta["fingerprint"]
         self.method: str = meta["method"]
+        self._weights: Weights | None = None
+
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether masks are stored as differences from weights that were not given."""
+        codings = (coding_of(about) for about in self.meta["tensors"].values())
+        return self._weights is None and GIVEN_WEIGHTS in codings
+
+    def with_weights(self, weights: Weights) -> MaskSet:
+        """These masks, with the weights of their base model at hand."""
+        other = copy.copy(self)
+        other._weights = weights
+        return other
 
     @property
     def has_own_weights(self) -> bool:
@@ -114,12 +141,23 @@ class MaskSet(Mapping[str, Tensor]):
             ArtifactError: the packed data is corrupt.
         """
         rows, columns = self.shape(name)
-        groups = columns // self.pattern.m
+        index = self._decoded(name).astype(np.int64)
+        return torch.from_numpy(index).view(rows, columns // self.pattern.m)
+
+    def _decoded(self, name: str) -> Index:
+        """Candidate indices (O * G,), whose checksum was compared."""
+        words, about, weight = self._words(name), self.meta["tensors"][name], None
+        if coding_of(about) == GIVEN_WEIGHTS:
+            if self._weights is None:
+                raise ArtifactError(self.path, LACKS, GIVE)
+            weight = self._weights(name)
         try:
-            index = codec.unpack(self._words(name), rows * groups, self.pattern.num_candidates)
+            return decode(words, about, self.pattern, weight)
         except ValueError as error:
-            raise ArtifactError(self.path, f"mask of {name} is corrupt: {error}", FIX) from None
-        return torch.from_numpy(index.astype(np.int64)).view(rows, groups)
+            if weight is None:
+                raise ArtifactError(self.path, f"mask of {name} is corrupt: {error}", FIX) from None
+            problem = f"mask of {name} does not fit the weights of the model: {error}"
+            raise ArtifactError(self.path, problem, UNCHANGED) from None
 
     def _words(self, name: str) -> codec.Words:
         words: codec.Words = self._handle.get_tensor(name)
@@ -140,7 +178,8 @@ class MaskSet(Mapping[str, Tensor]):
         equal masks, however they were made and wherever they lie.
         """
         tensors = self.meta["tensors"]
-        facts = [[name, list(self.shape(name)), tensors[name]["sha256"]] for name in sorted(self)]
+        digests = {name: one.get("mask_sha256", one["sha256"]) for name, one in tensors.items()}
+        facts = [[name, list(self.shape(name)), digests[name]] for name in sorted(self)]
         return hashlib.sha256(json.dumps([str(self.pattern), facts]).encode()).hexdigest()
 
     def margins(self) -> Margins:
@@ -197,10 +236,7 @@ class MaskSet(Mapping[str, Tensor]):
                 f"was made for another base model (fingerprint {self.fingerprint[:12]}, "
                 f"the model has {fingerprint[:12]})"
             )
-            fix = (
-                "Use the model that the mask was made for, with its weights unpruned and unchanged."
-            )
-            raise ArtifactError(self.path, problem, fix)
+            raise ArtifactError(self.path, problem, UNCHANGED)
 
 
 def save_masks(
@@ -214,6 +250,8 @@ def save_masks(
     evaluation: Any = None,
     updated_weights: bool = False,
     float16_fingerprints: Sequence[str] = (),
+    coding: str = WORDS,
+    model: Any = None,
 ) -> None:
     """Write a mask file atomically.
 
@@ -228,6 +266,10 @@ def save_masks(
         updated_weights: whether the method also changed the kept weights, so that the masks belong
             to the changed weights.
         float16_fingerprints: fingerprints of the base model's copies in fp16.
+        coding: ``words`` (format version 1, which every megamask reads), ``uniform`` or
+            ``given-weights`` (version 3, see ``codings``; the last is by far the smallest, and is
+            read with the base model alone).
+        model: the base model, loaded or as a Hugging Face folder, for ``given-weights``.
 
     Raises:
         ArgumentError: an argument has another type, or a mask is not (O, I) or does not keep
@@ -241,6 +283,10 @@ def save_masks(
     method = as_text("save_masks: method", method)
     copies = as_texts("save_masks: float16_fingerprints", float16_fingerprints)
     as_flag("save_masks: updated_weights", updated_weights)
+    coding = as_choice("save_masks: coding", coding, CODINGS)
+    if coding == GIVEN_WEIGHTS and model is None:
+        allowed = f"the base model is needed for the coding {coding}"
+        raise ArgumentError("save_masks: model", model, allowed)
     packed: dict[str, codec.Words] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, mask_OI in checked_masks("save_masks: masks", masks):
@@ -253,16 +299,31 @@ def save_masks(
         shapes[name] = tuple(mask_OI.shape)
     require_writable(file.parent, "the path")
     facts = Facts(fingerprint, method, data, evaluation, updated_weights, copies)
-    save_words(file, shapes, packed.items(), pattern, facts)
+    if coding == WORDS:
+        return save_words(file, shapes, packed.items(), pattern, facts)
+    weights = None
+    if coding == GIVEN_WEIGHTS:
+        known = (fingerprint, *copies)
+        weights = weights_of("save_masks: model", model, file, shapes, known)
+    index = (
+        (name, codec.unpack(words, math.prod(shapes[name]) // pattern.m, pattern.num_candidates))
+        for name, words in packed.items()
+    )
+    save_coded(file, shapes, index, pattern, facts, weights)
 
 
-def load_masks(path: Path | str) -> MaskSet:
+def load_masks(path: Path | str, model: Any = None) -> MaskSet:
     """Open a mask file and check its header.
 
     A mask is decoded, and its checksum compared, when it is read from the result.
 
+    Args:
+        path: the file.
+        model: the base model, loaded or as a Hugging Face folder. Masks of the coding
+            ``given-weights`` are read with its unpruned weights alone; others do not need it.
+
     Raises:
-        ArgumentError: ``path`` is no path.
+        ArgumentError: ``path`` is no path, or ``model`` no model.
         ArtifactError: the file is missing, torn or no mask file, has another format version or
             candidate order, or its sizes do not fit. The message says what the file is instead.
     """
@@ -275,28 +336,12 @@ def load_masks(path: Path | str) -> MaskSet:
     meta = read_header(path, (handle.metadata() or {}).get("megamask"))
     try:
         masks = MaskSet(path, handle, meta)
-        _check_sizes(masks, handle)
+        check_sizes(meta["tensors"], masks.pattern, handle)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise misfit(path, error, FIX) from error
-    return masks
-
-
-def _check_sizes(masks: MaskSet, handle: Any) -> None:
-    """Check that the file stores exactly the masks of the header, each in so many words.
-
-    Raises:
-        ValueError: the file and the header disagree.
-    """
-    names = set(handle.keys())
-    if names != set(masks):
-        some = sorted(names ^ set(masks))[:3]
-        raise ValueError(f"tensors {some} are in the file or in the header, not in both")
-    for name in masks:
-        rows, columns = masks.shape(name)
-        stored = handle.get_slice(name)
-        words = codec.num_words(rows * (columns // masks.pattern.m), masks.pattern.num_candidates)
-        dtype, shape = stored.get_dtype(), stored.get_shape()
-        if columns % masks.pattern.m or dtype != "U64" or shape != [words]:
-            raise ValueError(
-                f"{name}: {dtype} {shape} cannot hold a {masks.pattern} mask of {rows} x {columns}"
-            )
+    if model is None:
+        return masks
+    shapes = {name: masks.shape(name) for name in masks}
+    return masks.with_weights(
+        weights_of("load_masks: model", model, path, shapes, masks.fingerprints)
+    )

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from megamask.config import Config, RunPaths, run_paths
 from megamask.errors import ArtifactError, ConfigError
+from megamask.masks.base_weights import stored_weights
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.from_snapshot import load_snapshot, newest_snapshot
 from megamask.safe_checkpoint import NOTE
 from megamask.storage import read_json, read_object, real_path
 from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.base_model import base_model
 
 
 def open_masks(text: str, config: Config, arch: Architecture | None = None) -> MaskSet:
@@ -34,7 +36,16 @@ def open_masks(text: str, config: Config, arch: Architecture | None = None) -> M
         return load_snapshot(path, arch or _architecture_of(newest_snapshot(path), config))
     masks = load_masks(path)
     masks.check_whole()
-    return masks
+    return _with_weights(masks, config) if masks.lacks_weights else masks
+
+
+def _with_weights(masks: MaskSet, config: Config) -> MaskSet:
+    """The masks with the weights of the configured model, where there is one."""
+    base = base_model(config)
+    if not base.place.exists():
+        return masks
+    shapes = {name: masks.shape(name) for name in masks}
+    return masks.with_weights(stored_weights(base, masks.path, shapes, masks.fingerprints))
 
 
 def mask_path(text: str, paths: RunPaths) -> Path:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megamask.errors import ArgumentError, ArtifactError
+from megamask.masks.codings import CODED
 from megamask.sparsity.pattern import CANDIDATE_ORDER
 from megamask.storage import lacks
 
 FORMAT_VERSION = 1
 PAIRS_VERSION = 2  # of a file with a pattern of pairs, which readers of version 1 do not know
+CODED_VERSION = 3  # with a coding for each tensor, see ``codings``
 AXIS = "in_features"
 UPDATED = "updated"  # the header of masks that belong to weights of their own
 FIX = "Make the mask file again, or copy it again from where it came."
@@ -64,11 +66,11 @@ def read_header(path: Path, text: str | None) -> dict[str, Any]:
         version = meta["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(path, f"has a broken header ({error!r})", FIX) from None
-    if version not in (FORMAT_VERSION, PAIRS_VERSION):
+    if type(version) is not int or not FORMAT_VERSION <= version <= CODED_VERSION:
         raise ArtifactError(
             path,
             f"has format version {version}, this megamask reads {FORMAT_VERSION} to "
-            f"{PAIRS_VERSION}",
+            f"{CODED_VERSION}",
             "Install a newer megamask.",
         )
     for key, value in (("candidate_order", CANDIDATE_ORDER), ("axis", AXIS)):
@@ -79,7 +81,27 @@ def read_header(path: Path, text: str | None) -> dict[str, Any]:
     if problem := lacks(meta, REQUIRED):
         raise ArtifactError(path, f"{problem}, in its header", FIX)
     check_tensors(path, meta, FIX)
+    _check_codings(path, meta)
     return dict(meta)
+
+
+def _check_codings(path: Path, meta: Mapping[str, Any]) -> None:
+    """Check that version 3, and no other, names the coding and the mask of every tensor.
+
+    Raises:
+        ArtifactError: a coding is missing or unknown.
+    """
+    is_coded = meta["format_version"] == CODED_VERSION
+    for name, about in meta["tensors"].items():
+        if not is_coded and "coding" in about:
+            raise ArtifactError(path, f"has a coding for {name}, in a header without codings", FIX)
+        if is_coded and (problem := lacks(about, {"coding": str, "mask_sha256": str})):
+            raise ArtifactError(path, f"{problem} for {name}, in its header", FIX)
+        if is_coded and about["coding"] not in CODED:
+            problem = (
+                f"has the coding {about['coding']!r} for {name}; known are {' and '.join(CODED)}"
+            )
+            raise ArtifactError(path, problem, "Install a newer megamask.")
 
 
 def check_tensors(path: Path, meta: Mapping[str, Any], fix: str) -> None:

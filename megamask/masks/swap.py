@@ -199,7 +199,8 @@ def _as_keep(name: str, value: Any) -> Keep:
 def _look(name: str, model: nn.Module, masks: Any, keep: Keep, check_fingerprint: bool) -> Look:
     """The masks by their linears, checked and packed."""
     given = as_given(name, masks)
-    targets = place_of(model, given, check_fingerprint, dense=_dense_OI).targets
+    place, given = place_of(model, given, check_fingerprint, dense=_dense_OI)
+    targets = place.targets
     return {
         targets[one]: LinearMask(
             pack_bits(mask_OI).to(_kept_on(targets[one], keep)), _digest_of_dense(targets[one])

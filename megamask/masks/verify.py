@@ -10,6 +10,8 @@ from megamask.config import Config
 from megamask.config.changed import CHANGES, read_changes
 from megamask.errors import printable
 from megamask.masks.arguments import as_path, as_texts
+from megamask.masks.base_weights import stored_weights
+from megamask.masks.codings import coding_of
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
 from megamask.weights.base_model import BaseModel
@@ -47,7 +49,11 @@ def verify(
     folder = None if hf_dir is None else as_path("verify: hf_dir", hf_dir)
     ignored = as_texts("verify: ignore_keys", ignore_keys)
     masks = load_masks(file)
-    check_strictly(masks, None if folder is None else BaseModel(folder, ignore_keys=ignored))
+    base = None if folder is None else BaseModel(folder, ignore_keys=ignored)
+    if base is not None and masks.lacks_weights:
+        shapes = {name: masks.shape(name) for name in masks}
+        masks = masks.with_weights(stored_weights(base, file, shapes, masks.fingerprints))
+    check_strictly(masks, base)
     return masks
 
 
@@ -78,6 +84,7 @@ def summary(masks: MaskSet) -> str:
         "method": masks.method,
         "pattern": f"{masks.pattern} ({masks.pattern.num_candidates} candidates a group)",
         "density": f"{masks.pattern.density:.4g}",
+        "coding": ", ".join(sorted({coding_of(one) for one in masks.meta["tensors"].values()})),
         "linears": f"{len(masks)}",
         "weights": f"{weights:,}",
         "bits per weight": f"{8 * masks.size / weights:.3f}" if weights else "-",

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from megamask.config import Config
-from megamask.masks.file import load_masks
+from megamask.masks.find import open_masks
 from megamask.report.html import Picture
 from megamask.report.kept_norms import KeptNorms, norms_picture, read_kept_norms
 from megamask.report.layer_pictures import layers_picture
@@ -134,7 +134,7 @@ def _plans(config: Config, data: RunData) -> list[_Plan]:
             section="Layers",
             name="layers",
             is_there="learned" in data.masks,
-            draw=lambda: layers_picture(read_layers(load_masks(data.masks["learned"]), data.prior)),
+            draw=lambda: layers_picture(read_layers(open_masks("learned", config), data.prior)),
             title="Density and change by layer",
             caption="Of the learned mask. Every masked linear has density N/M (a linear that is "
             "kept dense has 1); the effect of learning shows in the groups that differ from the "
@@ -148,7 +148,9 @@ def _mask_plans(config: Config, data: RunData) -> list[_Plan]:
     """The pictures that read every mask file of the run; the report says nothing of those that have
     nothing to show.
     """
-    masks = {method: load_masks(data.masks[method]) for method in methods_first(data.masks)}
+    masks = {
+        method: open_masks(str(data.masks[method]), config) for method in methods_first(data.masks)
+    }
     norms = read_kept_norms(config, masks)
     samples = read_samples(masks, data.prior)
     has_curve = any(record["perplexity"] for record in data.evaluations)

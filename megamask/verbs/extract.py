@@ -6,11 +6,13 @@ from __future__ import annotations
 import logging
 
 from megamask.config import Config
+from megamask.masks.codings import GIVEN_WEIGHTS
 from megamask.masks.file import save_masks
 from megamask.masks.find import new_mask_file, open_masks
 from megamask.masks.times import forget_seconds
 from megamask.storage import require_writable
 from megamask.verbs.own_arguments import ExtractArguments
+from megamask.weights.base_model import base_model
 
 log = logging.getLogger(__name__)
 
@@ -18,14 +20,17 @@ log = logging.getLogger(__name__)
 def run(config: Config, arguments: ExtractArguments) -> None:
     """Write the masks of ``arguments.snapshot`` to the mask file ``arguments.file``.
 
+    ``--coding`` chooses how the file stores them: see ``masks/codings.py``.
+
     Raises:
         ConfigError: the file is there already, or has another ending than .safetensors.
-        ArtifactError: a mask or snapshot that is missing or torn.
+        ArtifactError: a mask or snapshot that is missing or torn, or another base model.
     """
     usage = "megamask extract runs/mine/learn/snapshots mask.safetensors"
     out = new_mask_file("FILE", arguments.file, usage)
     masks = open_masks(arguments.snapshot, config)
     require_writable(out.parent, "FILE")
+    model = base_model(config) if arguments.coding == GIVEN_WEIGHTS else None
     forget_seconds(out)
     save_masks(
         out,
@@ -37,5 +42,7 @@ def run(config: Config, arguments: ExtractArguments) -> None:
         data=masks.meta.get("data"),
         evaluation=masks.meta.get("evaluation"),
         float16_fingerprints=masks.fingerprints[1:],
+        coding=arguments.coding,
+        model=model,
     )
     log.info("wrote %s: %s masks of %d linears from %s", out, masks.pattern, len(masks), masks.path)

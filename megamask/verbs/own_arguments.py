@@ -51,6 +51,13 @@ class ExtractArguments:
 
     snapshot: str = argument("SNAPSHOT", "snapshot or mask, named as learn.prior.mask")
     file: str = argument("FILE", "mask file to write, *.safetensors")
+    coding: str = argument(
+        "--coding NAME",
+        "words (as learn writes), uniform (3 % smaller) or given-weights (smallest, and read with "
+        "the base model alone)",
+        "words",
+        choices=("words", "uniform", "given-weights"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,8 +203,8 @@ VERBS: dict[str, Verb] = {
     ),
     "extract": Verb(
         "megamask.verbs.extract",
-        "the hard masks of a snapshot -> mask file",
-        ("run_dir", "model.hf"),
+        "the hard masks of a snapshot, or any mask -> mask file",
+        ("run_dir", "model.hf", "model.megatron"),
         ExtractArguments,
         writes=("file",),
     ),

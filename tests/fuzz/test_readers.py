@@ -21,10 +21,12 @@ from megamask.config.paths import margins_path
 from megamask.data.shards import FORMAT, read_shards
 from megamask.errors import ArtifactError
 from megamask.machine_errors import reading
+from megamask.masks.codings import CODED, coding_of
 from megamask.masks.file import load_masks, save_masks
 from megamask.masks.from_snapshot import load_snapshot
-from megamask.masks.header import header_digest
+from megamask.masks.header import Facts, header_digest
 from megamask.masks.margins import load_margins, save_margins
+from megamask.masks.save import save_coded
 from megamask.model.checkpoint import read_note
 from megamask.report.html import findings, render_report
 from megamask.report.reading import read_run
@@ -94,6 +96,33 @@ def test_mask_files(tmp_path: Path) -> None:
     masks = {name: pattern.best(scores) for name in ("model.layers.0.a", "model.layers.0.b")}
     save_masks(path, masks, pattern, fingerprint="f", method="magnitude")
     survives(lambda: load_masks(path).verify(), container_writer(path))
+
+
+def test_coded_mask_files(tmp_path: Path) -> None:
+    """Format version 3, with a linear of each coding; none of its words decodes to a wrong mask."""
+    path, pattern = tmp_path / "mask.safetensors", Pattern(2, 4)
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    masks = {
+        "model.layers.0.a": pattern.best(weight.abs()),
+        "model.layers.0.b": pattern.best(weight),
+    }
+    index = {
+        name: pattern.index_of(mask).numpy().reshape(-1).astype("u8")
+        for name, mask in masks.items()
+    }
+    shapes = dict.fromkeys(masks, (64, 64))
+    facts = Facts("f" * 64, "magnitude")
+    save_coded(path, shapes, index.items(), pattern, facts, lambda name: weight)
+    codings = {name: coding_of(about) for name, about in load_masks(path).meta["tensors"].items()}
+    assert set(codings.values()) == set(CODED)
+
+    def read() -> None:
+        found = load_masks(path).with_weights(lambda name: weight)
+        for name in found:
+            if name in masks and found.pattern == pattern:
+                found[name]
+
+    survives(read, container_writer(path), count=500)
 
 
 def test_margin_files(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def test_arguments_that_were_settings_are_still_read(caplog: pytest.LogCaptureFi
         ),
         (
             ["extract", "a", "--json", "x"],
-            "option = '--json': --config FILE, --dry-run, --help, or key.sub=value without dashes. "
+            "option = '--json': --config FILE, --dry-run, --help, or key.sub=value without dashes; "
+            "extract also has --coding. "
             "Run megamask extract --help.",
         ),
         (["status", "--json=false"], "--json = 'false': takes no value. Write --json alone"),

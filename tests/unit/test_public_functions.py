@@ -61,10 +61,13 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     megamask.save_masks(path, found, "2:4", **known)
     model.save_pretrained(folder / "hf")
     saved = {"path": folder / "made", "masks": masks(), "pattern": "2:4", **known}
-    whole = {"data": None, "evaluation": None, "updated_weights": False}
+    whole = {"data": None, "evaluation": None, "updated_weights": False, "coding": "uniform"}
     return {
-        "save_masks": (megamask.save_masks, {**saved, **whole, "float16_fingerprints": ()}),
-        "load_masks": (megamask.load_masks, {"path": path}),
+        "save_masks": (
+            megamask.save_masks,
+            {**saved, **whole, "float16_fingerprints": (), "model": None},
+        ),
+        "load_masks": (megamask.load_masks, {"path": path, "model": folder / "hf"}),
         "apply_masks": (
             megamask.apply_masks,
             {"hf_model": model, "masks": path, "check_fingerprint": True},

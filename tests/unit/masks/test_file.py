@@ -174,9 +174,12 @@ UP = "model.layers.0.mlp.up_proj"
     ("header", "message"),
     [
         (
-            lambda meta: meta.update(format_version=3),
-            "format version 3, this megamask reads 1 to 2",
+            lambda meta: meta.update(format_version=4),
+            "format version 4, this megamask reads 1 to 3",
         ),
+        (lambda meta: meta.update(format_version=3), "has no coding"),
+        (lambda meta: meta["tensors"][UP].update(coding="uniform"), "a header without codings"),
+        (lambda meta: meta.update(format_version=True), "format version True"),
         (lambda meta: meta.pop("format_version"), "broken header"),
         (lambda meta: meta.update(candidate_order="sorted"), "candidate_order 'sorted'"),
         (lambda meta: meta.update(axis="out_features"), "axis 'out_features'"),
