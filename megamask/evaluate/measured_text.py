@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def measured_text(inputs: RunInputs) -> MeasuredText:
             "tail": "dropped",
             "bos": description(config, load_tokenizer(config)),
         }
-        return _measured(config, windows, facts, {"split": "held-out documents"})
+        about = {"split": "held-out documents", "text_sha256": _digest(windows)}
+        return _measured(config, windows, facts, about)
     protocol = PROTOCOLS[config.evaluate.protocol]
     text = published_text(config, window, inputs.arch.vocab)
     windows = {protocol.source.name: text.windows}
@@ -62,6 +64,15 @@ def measured_text(inputs: RunInputs) -> MeasuredText:
         "text_sha256": text.sha256,
     }
     return _measured(config, windows, facts, about)
+
+
+def _digest(windows: dict[str, Windows]) -> str:
+    """The SHA-256 of the tokens of all windows, with the names of their domains."""
+    digest = hashlib.sha256()
+    for domain, each in windows.items():
+        digest.update(f"{domain} {tuple(each.tokens_NS.shape)} ".encode())
+        digest.update(each.tokens_NS.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _measured(

@@ -57,7 +57,8 @@ def parts_of(arch: Architecture, modules: Collection[str], by: str) -> list[Part
 
 def _pattern(modules: Sequence[str]) -> str:
     """The pattern of these modules: the only one, or all below their common name. Linears that are
-    fused are told by the start and the end that their names share.
+    fused are told by the letter in which their names differ, or by their first letters and the end
+    that they share.
     """
     if len(modules) == 1:
         return modules[0]
@@ -65,7 +66,15 @@ def _pattern(modules: Sequence[str]) -> str:
     leaves = [module[len(stem) + 1 :] for module in modules]
     if any("." in leaf for leaf in leaves):
         return f"{stem}.*"
-    return f"{stem}.[{''.join(sorted({leaf[0] for leaf in leaves}))}]{_shared_end(leaves)}"
+    different = [at for at, letters in enumerate(zip(*leaves, strict=False)) if len({*letters}) > 1]
+    if len({len(leaf) for leaf in leaves}) == len(different) == 1:  # w1, w3
+        first, (at,) = leaves[0], different
+        return f"{stem}.{first[:at]}[{_letters(leaves, at)}]{first[at + 1 :]}"
+    return f"{stem}.[{_letters(leaves, 0)}]{_shared_end(leaves)}"  # gate_proj, up_proj
+
+
+def _letters(leaves: Sequence[str], at: int) -> str:
+    return "".join(sorted({leaf[at] for leaf in leaves}))
 
 
 def _shared_end(leaves: Sequence[str]) -> str:

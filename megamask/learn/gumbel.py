@@ -162,7 +162,7 @@ class GradientLearner:
             weight_norm_term=term,
             loss=objective - term,
             grad_norm=grad_norm,
-            clip_factor=min(1.0, self.schedule.clip / grad_norm) if self.schedule.clip else 1.0,
+            clip_factor=clip / max(clip, grad_norm) if (clip := self.schedule.clip) else 1.0,
             lr=rate,
             kappa=running.sample.kappa,
             tau=running.sample.tau,

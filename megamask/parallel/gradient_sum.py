@@ -33,6 +33,8 @@ class SummingMultiply:
             NotImplementedError: no such multiply of this dtype on this device.
             TypeError: PyTorch's ``addmm`` has no ``out_dtype``.
         """
+        if not input_TI.numel():  # an expert without tokens
+            return
         if input_TI.dtype == torch.float32:
             sum_OI.addmm_(grad_output_TO.t(), input_TI)
             return

@@ -58,10 +58,11 @@ def pruned_already(
     linears: Mapping[str, MaskedLinear], arch: Architecture, pattern: Pattern, mesh: Mesh
 ) -> str:
     """The first linear that is pruned already, "NAMES is N:M sparse", the same on all ranks; empty
-    where none is. All ranks must call this function.
+    where none is. Weights that are pruned one by one are pruned for a pattern of pairs too. All
+    ranks must call this function.
     """
-    table = linear_rules(arch)
+    table, single = linear_rules(arch), Pattern(pattern.n, pattern.m)
     for name, linear in linears.items():
-        if mesh.any(pattern.already_fits(linear.weight)):
-            return f"{', '.join(table[name].modules)} is {pattern} sparse"
+        if mesh.any(single.already_fits(linear.weight)):
+            return f"{', '.join(table[name].modules)} is {single} sparse"
     return ""

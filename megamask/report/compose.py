@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from megamask.config import Config
+from megamask.errors import ArtifactError
+from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks
 from megamask.report.html import Picture
 from megamask.report.kept_norms import KeptNorms, norms_picture, read_kept_norms
@@ -21,6 +24,8 @@ from megamask.report.reading import RunData
 from megamask.report.results_table import method_label, methods_first
 from megamask.report.samples_pictures import Samples, read_samples, samples_picture
 from megamask.report.step_pictures import loss_picture, mask_picture, update_picture
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ def draw_pictures(config: Config, data: RunData, folder: Path) -> list[Picture]:
 
     A picture of an earlier report is deleted when the run has no data for it any more.
     """
-    pictures = []
-    for plan in [*_plans(config, data), *_mask_plans(config, data)]:
+    masks, pictures = _readable(config, data), []
+    for plan in [*_plans(config, data, masks), *_mask_plans(config, data, masks)]:
         path = folder / f"{plan.name}.png"
         if plan.is_there:
             save(plan.draw(), path)
@@ -73,7 +78,7 @@ def draw_pictures(config: Config, data: RunData, folder: Path) -> list[Picture]:
     return pictures
 
 
-def _plans(config: Config, data: RunData) -> list[_Plan]:
+def _plans(config: Config, data: RunData, masks: Mapping[str, MaskSet]) -> list[_Plan]:
     """The pictures of a report, in order."""
     return [
         _Plan(
@@ -133,8 +138,8 @@ def _plans(config: Config, data: RunData) -> list[_Plan]:
         _Plan(
             section="Layers",
             name="layers",
-            is_there="learned" in data.masks,
-            draw=lambda: layers_picture(read_layers(open_masks("learned", config), data.prior)),
+            is_there="learned" in masks,
+            draw=lambda: layers_picture(read_layers(masks["learned"], data.prior)),
             title="Density and change by layer",
             caption="Of the learned mask. Every masked linear has density N/M (a linear that is "
             "kept dense has 1); the effect of learning shows in the groups that differ from the "
@@ -144,13 +149,10 @@ def _plans(config: Config, data: RunData) -> list[_Plan]:
     ]
 
 
-def _mask_plans(config: Config, data: RunData) -> list[_Plan]:
+def _mask_plans(config: Config, data: RunData, masks: Mapping[str, MaskSet]) -> list[_Plan]:
     """The pictures that read every mask file of the run; the report says nothing of those that have
     nothing to show.
     """
-    masks = {
-        method: open_masks(str(data.masks[method]), config) for method in methods_first(data.masks)
-    }
     norms = read_kept_norms(config, masks)
     samples = read_samples(masks, data.prior)
     has_curve = any(record["perplexity"] for record in data.evaluations)
@@ -194,3 +196,19 @@ def _mask_plans(config: Config, data: RunData) -> list[_Plan]:
             verb="prune",
         ),
     ]
+
+
+def _readable(config: Config, data: RunData) -> dict[str, MaskSet]:
+    """The masks of the run. A mask that is coded by weights which are not there is left out."""
+    found = {}
+    for method in methods_first(data.masks):
+        try:
+            masks = open_masks(str(data.masks[method]), config)
+        except ArtifactError as error:
+            log.warning("the report leaves a mask out: %s", error)
+            continue
+        if masks.lacks_weights:
+            log.warning("the report leaves out %s: it needs its model, model.hf", masks.path)
+            continue
+        found[method] = masks
+    return found

@@ -90,19 +90,28 @@ def share_that_differs(masks: MaskSet, priors: MaskSet, name: str) -> float:
 
 def _density(masks: MaskSet, places: Mapping[str, tuple[str, int]], layers: int) -> list[float]:
     """Share of kept weights by layer; all linears of a kind have the same size. A layer has as many
-    experts as the others that have any.
+    experts of a kind as the layer with the most masks of that kind, and has either experts or one
+    feed-forward part.
     """
+    masked = Counter(places.values())
     number: Counter[str] = Counter()
-    for (kind, _), count in Counter(places.values()).items():
+    for (kind, _), count in masked.items():
         number[kind] = max(number[kind], count)
-    size = {kind: number[kind] * math.prod(masks.shape(name)) for name, (kind, _) in places.items()}
-    masked = set(places.values())
-    total = sum(size.values())
-    kept = [
-        sum(
-            size[kind] * (masks.pattern.density if (kind, layer) in masked else 1.0)
-            for kind in size
-        )
-        for layer in range(layers)
-    ]
-    return [weights / total for weights in kept]
+    size = {kind: math.prod(masks.shape(name)) for name, (kind, _) in places.items()}
+    kept = []
+    for layer in range(layers):
+        here = {(_is_of_experts(kind), _leaf(kind)) for kind in size if masked[kind, layer]}
+        there = [kind for kind in size if (not _is_of_experts(kind), _leaf(kind)) not in here]
+        total = sum(size[kind] * number[kind] for kind in there)
+        removed = sum(size[kind] * masked[kind, layer] for kind in there)
+        kept.append(1 - removed * (1 - masks.pattern.density) / total)
+    return kept
+
+
+def _is_of_experts(kind: str) -> bool:
+    """Whether linears of this kind are parts of experts, shared experts included."""
+    return "." in kind
+
+
+def _leaf(kind: str) -> str:
+    return kind.rpartition(".")[2]

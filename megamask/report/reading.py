@@ -191,6 +191,7 @@ def bits(masks: MaskSet) -> float:
 def _prior(config: Config) -> MaskSet | None:
     name = config.learn.prior.mask
     try:
-        return None if name is None else open_masks(name, config)
+        masks = None if name is None else open_masks(name, config)
     except ArtifactError:  # the prior masks may have been deleted
         return None
+    return None if masks is None or masks.lacks_weights else masks

@@ -49,7 +49,7 @@ def page(study: Study, found: list[dict[str, Any]]) -> list[str]:
     return [
         "# Masks of single domains",
         "",
-        f"Held-out perplexity at {study.config.pattern}. The general mask learned all domains for",
+        f"Held-out perplexity at {found[0]['pattern']}. The general mask learned all domains for",
         f"{steps['general']} steps of {tokens:,} tokens; {starts} learned one domain for",
         f"{steps[STARTS[0]]} steps, from the one-shot mask and from the general mask.",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,30 +71,21 @@ def check(study: Study) -> None:
 
 
 def run_general(study: Study) -> None:
-    """Text of all domains, a one-shot mask and the general mask, as far as they are missing."""
+    """Text of all domains, a one-shot mask and the general mask. The verbs themselves judge what is
+    done already.
+    """
     folder = study.out / GENERAL
     recipe = write_recipe(study, folder, study.domains)
     words = [f"run_dir={folder}", f"learn.steps={study.general_steps}"]
     with locked(folder) as lock:
-        for name, made in (
-            ("tokenize", "shards"),
-            ("prune", f"masks/{study.config.learn.prior.mask}.safetensors"),
-            ("learn", "masks/learned.safetensors"),
-        ):
-            if not (folder / made).exists() or name == "learn":  # learn judges its steps itself
-                verb(name, recipe, words, folder, study.minutes, lock)
+        for name in ("tokenize", "prune", "learn"):
+            verb(name, recipe, words, folder, study.minutes, lock)
 
 
 def run_domain(study: Study, domain: str) -> None:
     """Both masks of a domain, and the perplexity of all masks on its held-out text."""
-    facts = {
-        "domain": domain,
-        "steps": {"general": study.general_steps, **dict.fromkeys(STARTS, study.steps)},
-        "tokens_per_step": study.config.learn.global_batch * study.config.data.seq_length,
-        "settings": list(study.settings),
-    }
-    folder = study.out / domain
-    if (known := results_of(study, domain)) and facts.items() <= known.items():
+    facts, folder = facts_of(study, domain), study.out / domain
+    if results_of(study, domain):
         return
     masks = {
         study.config.learn.prior.mask: _general(study, f"{study.config.learn.prior.mask}"),
@@ -120,10 +112,26 @@ def run_domain(study: Study, domain: str) -> None:
     )
 
 
+def facts_of(study: Study, domain: str) -> dict[str, Any]:
+    """What decides the results of a domain."""
+    config = study.config
+    settings = config.model_dump(mode="json", exclude={"run_dir", "parallel", "launch"})
+    weights = read_json(study.base / "weights" / "megamask.json", AGAIN)
+    return {
+        "domain": domain,
+        "pattern": config.pattern,
+        "steps": {"general": study.general_steps, **dict.fromkeys(STARTS, study.steps)},
+        "tokens_per_step": config.learn.global_batch * config.data.seq_length,
+        "model": weights["fingerprint"],
+        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+    }
+
+
 def results_of(study: Study, domain: str) -> dict[str, Any]:
-    """What was found on a domain; empty before."""
+    """What was found on a domain by this study; empty before, and where the study was another."""
     path = study.out / domain / FACTS
-    return dict(read_json(path, f"Delete it. {AGAIN}")) if path.exists() else {}
+    known = dict(read_json(path, f"Delete it. {AGAIN}")) if path.exists() else {}
+    return known if facts_of(study, domain).items() <= known.items() else {}
 
 
 def write_recipe(study: Study, folder: Path, domains: list[str]) -> Path:

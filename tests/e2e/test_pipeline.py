@@ -123,6 +123,7 @@ def test_results_hold_perplexities_protocol_and_sizes(
         "tokenizer",
         "tokenizer_sha256",
         "split",
+        "text_sha256",
         "windows",
         "tokens",
         "compared_targets",

@@ -8,13 +8,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megamask import load_masks, save_masks
 from megamask.evaluate.sensitivity import kept_dense, parts_of, ranked
+from megamask.model.mask_shards import linear_rules
 from megamask.weights.architecture import read_architecture
 from megamask.weights.mapping import linear_shapes, prunable
 from tests.e2e.program import here, in_process, refusal
+from tests.fork_server import ROOT
 
 pytestmark = pytest.mark.slow
 Settings = Callable[[Path], list[str]]
@@ -66,17 +69,35 @@ def test_layers_one_at_a_time(
     assert again["loss"][names[1]] == found["loss"][names[1]]  # measured
     here("sensitivity", *words, "sensitivity.mask=wanda")
     assert json.loads(file.read_text())["loss"][names[0]]["prose"] < 99.0
+    # Other text of the same number of tokens is measured again.
+    tokens = run_dir / "shards" / "prose" / "heldout.bin"
+    text = np.fromfile(tokens, dtype=np.uint16)
+    np.concatenate([text[64:], text[:64]]).tofile(tokens)
+    here("sensitivity", *words, "sensitivity.mask=wanda")
+    other = json.loads(file.read_text())
+    assert other["dense"]["prose"] != pytest.approx(again["dense"]["prose"], rel=1e-6)
     # a mask with weights of its own
     said = refusal(in_process("sensitivity", *words, "sensitivity.mask=sparsegpt_update"))
     assert "belongs to updated weights" in said
 
 
-def test_the_names_are_patterns_of_what_is_pruned_together(model: Path) -> None:
+SMALL = {"num_hidden_layers": 2, "num_local_experts": 5, "num_experts": 5}
+
+
+@pytest.mark.parametrize("shape", [None, "mixtral-8x7b", "qwen1.5-moe-a2.7b", "nemotron-4-15b"])
+def test_the_names_are_patterns_of_what_is_pruned_together(
+    model: Path, tmp_path: Path, shape: str | None
+) -> None:
+    if shape is not None:
+        known = json.loads((ROOT / f"megamask/weights/known/{shape}.json").read_text())
+        smaller = {key: value for key, value in SMALL.items() if key in known}
+        model = tmp_path
+        (model / "config.json").write_text(json.dumps(known | smaller))
     arch = read_architecture(model)
     modules = list(linear_shapes(arch))
-    for by, count in (("layer", 2), ("linear", 8)):
+    for by in ("layer", "linear"):
         parts = parts_of(arch, modules, by)
-        assert len(parts) == count
+        assert len(parts) == (2 if by == "layer" else len(linear_rules(arch)))
         left = [prunable(arch, ["*"], [part.name]) for part in parts]
         without = [set(modules) - set(one) for one in left]
         assert set.union(*without) == set(modules)

@@ -117,7 +117,7 @@ def config_of(learn: dict[str, Any], sampling: dict[str, Any], dtype: str = "bf1
 def learned(config: Config, monkeypatch: pytest.MonkeyPatch) -> set[Shape]:
     """One step of a tiny model and its hard masks; the shapes of its linears."""
     monkeypatch.setattr(build, "choose_backend", lambda name, *_: name)
-    monkeypatch.setattr(masked_linear, "sampler_for", lambda _, one: Launching(one))
+    monkeypatch.setattr(masked_linear, "sampler_at", lambda site, _: Launching(site.distribution))
     with tiny_masked_model(config) as (mesh, masked_model):
         plan = tiny_plan(config, mesh)
         plan = dataclasses.replace(plan, dataset=Reused(RandomTokens(), None, 0))

@@ -28,6 +28,7 @@ IN_THE_IMAGE = {
     *("torch", "numpy", "safetensors", "transformers", "numba", "psutil", "pyyaml", "packaging"),
     *(
         "tokenizers",
+        "huggingface-hub",
         "sentencepiece",
         "tensorboard",
         "matplotlib",

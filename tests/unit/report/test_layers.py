@@ -52,6 +52,18 @@ def test_density_and_difference_by_layer_and_kind(tmp_path: Path) -> None:
     assert read_layers(load_masks(tmp_path / "a.safetensors"), None).difference_KL is None
 
 
+def test_density_of_experts(tmp_path: Path) -> None:
+    """A layer with a dense feed-forward part, one whose four experts are pruned, one of whose
+    experts one is.
+    """
+    pattern = Pattern(2, 4)
+    names = ["0.mlp", *(f"1.mlp.experts.{n}" for n in range(4)), "2.mlp.experts.3"]
+    masks = {f"model.layers.{name}.down_proj": pattern.best(torch.rand(8, 8)) for name in names}
+    save_masks(tmp_path / "a.safetensors", masks, pattern, fingerprint="f", method="learned")
+    table = read_layers(load_masks(tmp_path / "a.safetensors"), None)
+    assert table.density_L == [0.5, 0.5, 0.875]
+
+
 def test_another_pattern_cannot_be_compared(tmp_path: Path) -> None:
     for name, pattern in (("a", Pattern(2, 4)), ("b", Pattern(4, 8))):
         masks = {"model.layers.0.mlp.up_proj": pattern.best(torch.arange(32.0).view(4, 8))}

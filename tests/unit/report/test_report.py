@@ -4,6 +4,7 @@ back.
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ RESULTS: dict[str, Any] = {
     "seconds": {"learned": 620.0, "convert": 9.0},
 }
 OPTIONAL = {"updates", "samples", "differences"}  # nothing is said where they are missing
+CODED = Path(__file__).parents[1] / "masks/given-weights-v3.safetensors"
 PICTURES = {"methods", "perplexity", "loss", "mask", "layers", *OPTIONAL}
 TASKS: dict[str, Any] = {
     "tasks": {
@@ -333,3 +335,16 @@ def test_names_of_strangers_are_text_on_the_page(tmp_path: Path) -> None:
     page = render_report(config, data, pictures)
     assert "<script" not in page and "<img src=x" not in page
     assert page.count("&lt;script&gt;") > 10
+
+
+def test_a_mask_whose_model_is_gone_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mask that is coded by the weights of its model cannot be read without them."""
+    write_metrics(tmp_path, 12)
+    write_masks(tmp_path)
+    shutil.copyfile(CODED, tmp_path / "masks/learned.safetensors")
+    run(config_of(tmp_path))
+    assert "learned.safetensors" in caplog.text and "model.hf" in caplog.text
+    assert not (tmp_path / "pictures/layers.png").exists()
+    assert (tmp_path / "pictures/loss.png").exists()

@@ -12,7 +12,7 @@ from megamask.config import Config, load_config
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR
 from megamask.storage import read_json, write_json
 from studies.domains import __main__, runs
-from tests.unit.studies.stand_ins import save_mask
+from tests.unit.studies.stand_ins import FINGERPRINT, save_mask
 
 RECIPE = """
 pattern: "2:4"
@@ -40,7 +40,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
         assert run_dir == Path(config.run_dir) and (run_dir / "weights").is_dir()
         if name == "tokenize":
             for domain in config.data.domains:
-                (run_dir / "shards" / domain).mkdir(parents=True)
+                (run_dir / "shards" / domain).mkdir(parents=True, exist_ok=True)
         elif name == "prune":
             save_mask(run_dir / "masks/sparsegpt.safetensors", "2:4", 0, "sparsegpt")
         elif name == "learn":
@@ -61,8 +61,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
 
 @pytest.fixture
 def line(tmp_path: Path) -> list[str]:
-    for name in ("hf", "weights"):
-        (tmp_path / "base" / name).mkdir(parents=True)
+    (tmp_path / "base/hf").mkdir(parents=True)
+    write_json(tmp_path / "base/weights/megamask.json", {"fingerprint": FINGERPRINT})
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return (
         f"--base {tmp_path / 'base'} --out {tmp_path / 'out'} --recipe {tmp_path / 'recipe.yaml'} "
@@ -93,10 +93,14 @@ def test_what_runs_and_what_is_used_again(
     assert learned[3].data.domains["prose"].heldout == 0.2
     ran.clear()
     assert __main__.main(line) == EXIT_OK
-    assert [name for name, _ in ran] == ["learn"]  # which finds its mask
-    ran.clear()
-    assert __main__.main([*line[:-2], "8", *line[-1:]]) == EXIT_OK  # longer
-    assert [name for name, _ in ran] == ["learn", *["learn", "learn", "evaluate"] * 2]
+    assert [name for name, _ in ran] == names[:3]  # which find what they made
+    for other in ([*line[:-2], "8", line[-1]], [*line, "learn.optimizer.lr=1e-3"]):
+        assert (
+            __main__.main([*other, "--report-only"]) == EXIT_USER_ERROR
+        )  # no row of another study
+        ran.clear()
+        assert __main__.main(other) == EXIT_OK
+        assert [name for name, _ in ran] == names
 
 
 @pytest.mark.usefixtures("ran")
@@ -134,7 +138,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     says: str,
 ) -> None:
     if isinstance(change, str):
-        (tmp_path / "base" / change).rmdir()
+        (tmp_path / "base" / change).rename(tmp_path / "elsewhere")
     else:
         recipe = {**yaml.safe_load(RECIPE), **change}
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -285,6 +285,8 @@ def test_refuses_weights_that_are_pruned_already(
         match=r"model\.layers\.1\.self_attn\.o_proj is 2:4 sparse.*Convert the dense model",
     ):
         prune.run(config)
+    with pytest.raises(ArtifactError, match=r"o_proj is 4:8 sparse"):  # weight by weight
+        prune.run(configured(tmp_path / "run", sparse, "pattern=4:8:pair"))
     assert not random_calibration
 
 
