@@ -47,8 +47,8 @@ def measured_text(inputs: RunInputs) -> MeasuredText:
             "tail": "dropped",
             "bos": description(config, load_tokenizer(config)),
         }
-        about = {"split": "held-out documents", "text_sha256": _digest(windows)}
-        return _measured(config, windows, facts, about)
+        split: dict[str, object] = {"split": "held-out documents"}
+        return _measured(config, windows, facts, split | {"text_sha256": _digest(windows)})
     protocol = PROTOCOLS[config.evaluate.protocol]
     text = published_text(config, window, inputs.arch.vocab)
     windows = {protocol.source.name: text.windows}
