@@ -28,6 +28,7 @@ from megamask.weights.source import WeightSource
 # A search looks at so many rows at most, evenly spaced; its time is linear in them. The rows of the
 # residual stream come from all layers.
 ROWS, STREAM_ROWS = 2_048, 16_384
+OUT = "self_attention.linear_proj"
 
 
 @dataclass
@@ -54,31 +55,55 @@ class Found:
         }
 
 
+@dataclass(frozen=True)
+class InputMoments:
+    """Means over the calibration tokens, fp32 on the CPU, equal on all ranks.
+
+    Attributes:
+        mean_square: Megatron name of a linear -> the mean square of its input, (I,).
+        within_head: name of an output projection -> the mean of x x^T within each query head,
+            (heads, head_dim, head_dim); empty where it was not asked for.
+    """
+
+    mean_square: dict[str, torch.Tensor] = field(default_factory=dict)
+    within_head: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
 @torch.no_grad()
-def mean_squares(
+def input_moments(
     model: LanguageModel,
     linears: Mapping[str, MaskedLinear],
     tokens_NS: torch.Tensor,
     micro_batch: int,
     mesh: Mesh,
     sequence_parallel: bool,
-) -> dict[str, torch.Tensor]:
-    """The mean square of every input of the dense model's linears, in one pass over the samples.
+    head_dim: int | None = None,
+) -> InputMoments:
+    """Moments of the inputs of the dense model's linears, in one pass over the samples.
 
-    Returns:
-        Megatron name of a linear -> (I,) fp32 on the CPU, equal on all ranks.
+    Args:
+        head_dim: also measure the moments within heads of so many channels.
 
     Raises:
         ConfigError: the inputs of a linear are not finite.
     """
     states = HiddenStates(model, tokens_NS, micro_batch, mesh)
-    found = {}
+    found = InputMoments()
     for index, layer in enumerate(model.decoder.layers):
         start = f"decoder.layers.{index}."
         own = {name: linear for name, linear in linears.items() if name.startswith(start)}
-        with input_stats(own, False, mesh, sequence_parallel) as stats:
+        heads = {} if head_dim is None else {k: v for k, v in own.items() if k.endswith(OUT)}
+        others = {name: linear for name, linear in own.items() if name not in heads}
+        with (
+            input_stats(others, False, mesh, sequence_parallel) as stats,
+            input_stats(heads, True, mesh, sequence_parallel) as head_stats,
+        ):
             states.advance(layer)
-        found.update({name: sums.mean_square_I.cpu() for name, sums in stats.items()})
+        for name, sums in {**stats, **head_stats}.items():
+            found.mean_square[name] = sums.mean_square_I.cpu()
+        for name, sums in head_stats.items():
+            blocks = sums.hessian_II.unflatten(0, (-1, head_dim)).unflatten(2, (-1, head_dim))
+            found.within_head[name] = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).cpu()
     return found
 
 
@@ -109,7 +134,7 @@ def find_orders(
         reader: the dense model.
         arch: its architecture.
         modules: HF names of the linears that will be pruned; the others have no importance.
-        mean_square: of ``mean_squares``.
+        mean_square: of ``input_moments``.
         pattern: the pattern of the masks.
         device: where the searches run.
     """

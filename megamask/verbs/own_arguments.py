@@ -93,6 +93,9 @@ class ReorderArguments:
     """What the verb reorder writes."""
 
     out: str = argument("OUT", "Hugging Face folder to write")
+    rotate_values: bool = argument(
+        "--rotate-values", "also rotate the value channels of each KV head", False, kind=bool
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from megamask.data.shared_text import check_shards
 from megamask.errors import ArtifactError, ConfigError, MegamaskError
 from megamask.model.build import build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
-from megamask.oneshot.channel_search import Found, find_orders, kind_of, mean_squares, readers
+from megamask.oneshot.channel_search import Found, find_orders, input_moments, kind_of, readers
+from megamask.oneshot.value_rotation import find_rotations
 from megamask.parallel.mesh import start
 from megamask.prepare.dense_model import pruned_already
 from megamask.prepare.layout import Layout, check_positions
@@ -83,6 +84,8 @@ def run(config: Config, arguments: ReorderArguments) -> None:
             "dtype": config.dtype,
             "calibration": calibration_description(config),
         }
+        if arguments.rotate_values:
+            made_from["rotated"] = "values"
         if mesh.from_main(_is_done(out, made_from, ignore_keys)):
             if mesh.is_main:
                 log.info("%s already holds this model in its new order", out)
@@ -95,17 +98,20 @@ def run(config: Config, arguments: ReorderArguments) -> None:
             problem = f"holds a model that is pruned already: {sparse}"
             fix = "Reorder the dense model: another order would break the groups of its mask."
             raise ArtifactError(base.place, problem, fix)
-        mean_square = mean_squares(
+        moments = input_moments(
             model,
             linears,
             calibration_tokens(config),
             config.calibration.micro_batch,
             mesh,
             config.parallel.sequence_parallel,
+            arch.head_dim if arguments.rotate_values else None,
         )
         del model, linears  # the searches and the tensors of the files need the memory
         if mesh.is_main:
-            found = find_orders(reader, arch, modules, mean_square, pattern, mesh.device)
+            found = find_orders(reader, arch, modules, moments.mean_square, pattern, mesh.device)
+            if arguments.rotate_values:
+                find_rotations(reader, arch, modules, moments, pattern, found, mesh.device)
             _write(base, arch, out, reader, found, made_from)
             log.info("wrote %s, %.1f s", out, time.perf_counter() - begin)
         mesh.barrier()

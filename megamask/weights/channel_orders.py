@@ -11,6 +11,8 @@ permuted with them:
   the KV head, and rows of the values.
 
 Each weight keeps its bits. What changes is the order of additions, so outputs agree to rounding.
+The value channels of a KV head may be rotated too, with its rows of the values and the columns that
+read them; these weights are rounded anew.
 The rows of queries and keys stay: they are columns of no linear, and the rotary embedding pairs
 them.
 """
@@ -38,11 +40,14 @@ class ChannelOrders:
         hidden: of the residual stream, (hidden,).
         ffn: layer -> of its intermediate channels, (ffn,).
         value: layer -> of the value channels of each KV head, (kv_heads, head_dim).
+        rotation: layer -> orthogonal matrix R of each KV head, (kv_heads, head_dim, head_dim) fp64:
+            the channels v in their new order become R^T v.
     """
 
     hidden: Tensor | None = None
     ffn: Mapping[int, Tensor] = field(default_factory=dict)
     value: Mapping[int, Tensor] = field(default_factory=dict)
+    rotation: dict[int, Tensor] = field(default_factory=dict)
 
 
 Order = Callable[[Architecture, ChannelOrders, int], Tensor | None]
@@ -60,10 +65,32 @@ def reordered(
     """
     for rule in rules(arch):
         rows, columns = _orders_of(rule, arch, orders)
+        tensors = {}
         for name, rows_O in _hf_rows(rule, rows).items():
             tensor = reader.tensor(name)
             tensor = tensor if rows_O is None else tensor[rows_O]
-            yield name, tensor if columns is None else tensor[:, columns]
+            tensors[name] = tensor if columns is None else tensor[:, columns]
+        yield from _rotated(rule, tensors, orders).items()
+
+
+def _rotated(rule: Rule, tensors: dict[str, Tensor], orders: ChannelOrders) -> dict[str, Tensor]:
+    """The HF tensors of a rule with the value channels of each KV head rotated, in fp64."""
+    place, _, leaf = rule.megatron.rpartition(".")
+    module = place.rpartition(".")[2]
+    if not place.startswith("decoder.layers.") or module not in ("linear_qkv", "linear_proj"):
+        return tensors
+    rotation_KDD = orders.rotation.get(int(place.split(".")[2]))
+    if rotation_KDD is None or (module == "linear_proj" and leaf == "bias"):
+        return tensors
+    heads, channels = rotation_KDD.shape[:2]
+    full = rule.shard(lambda name, rows, cols: block(tensors[name], rows, cols), 0, 1).clone()
+    if module == "linear_proj":
+        columns = full.unflatten(1, (heads, -1, channels)).double()
+        full = torch.einsum("okqd,kde->okqe", columns, rotation_KDD).flatten(1).to(full.dtype)
+    else:
+        values = full.unflatten(0, (heads, -1))[:, -channels:]
+        values.copy_(torch.einsum("kde,kd...->ke...", rotation_KDD, values.double()))
+    return rule.to_hf(full)
 
 
 def _orders_of(

@@ -103,6 +103,23 @@ def test_a_folder_is_made_once_and_again_when_settings_change(
     assert stamp["made_from"]["pattern"] == "1:4" and set(stamp["removed_importance"]) == {"ffn"}
 
 
+def test_rotated_values(
+    reordered: tuple[Path, str], prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
+    """On top of the order, which stays; a folder without rotation is not taken for this."""
+    out = Path(shutil.copytree(reordered[0], tmp_path / "hf"))
+    done("reorder", str(out), "--rotate-values", *settings(prepared))
+    stamp = json.loads((out / "megamask_reorder.json").read_text())
+    assert stamp["made_from"]["rotated"] == "values"
+    before, after = stamp["removed_importance"]["rotated"]
+    assert 0 < after < before
+    with HFReader(out) as new, HFReader(reordered[0]) as old:
+        changed = {
+            name for name in new.names() if not torch.equal(new.tensor(name), old.tensor(name))
+        }
+    assert changed and all("v_proj" in name or "o_proj" in name for name in changed)
+
+
 def test_refusals(
     reordered: tuple[Path, str], model: Path, prepared: Path, settings: Settings, tmp_path: Path
 ) -> None:

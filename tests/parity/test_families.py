@@ -4,6 +4,7 @@ and TP 2 with sequence parallel, the tensors come back bit for bit, and wrong re
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,30 @@ def test_a_reordered_model_computes_the_same(
     found = reordered_output(folders[name], tokens_NS, tmp_path / "out")
     print(f"{name}: logits differ by {found.distance(expected[name]):.1e} of their scale")
     assert found.agrees(expected[name])
+
+
+@pytest.mark.parametrize("name", ["qwen2 tied", "phi3", "gpt_neox parallel", "gpt2"])
+def test_rotated_values_compute_the_same(
+    name: str,
+    folders: dict[str, Path],
+    tokens_NS: torch.Tensor,
+    expected: dict[str, Output],
+    tmp_path: Path,
+) -> None:
+    """On top of another order of channels. A matrix that is not orthogonal shows."""
+    arch, folder = read_architecture(folders[name]), folders[name]
+    draws = torch.Generator().manual_seed(4)
+    shape = (arch.num_layers, arch.kv_heads, arch.head_dim, arch.head_dim)
+    free = torch.randn(shape, generator=draws, dtype=torch.float64)
+    for matrices, is_orthogonal in ((torch.linalg.qr(free).Q, True), (free, False)):
+        orders = replace(random_orders(arch), rotation=dict(enumerate(matrices)))
+        with open_checked(folder) as reader:
+            tensors = reordered(reader, arch, orders)
+            write_hf(tmp_path / "out", tensors, folder, layout=file_layout(arch))
+        found = transformers_output(tmp_path / "out", tokens_NS)
+        print(f"{name}: logits differ by {found.distance(expected[name]):.1e} of their scale")
+        assert found.agrees(expected[name]) == is_orthogonal
+        assert is_orthogonal or found.distance(expected[name]) > 5 * LOGITS
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from megamask.oneshot import channel_search
-from megamask.oneshot.channel_search import Found, find_orders
+from megamask.oneshot.channel_search import Found, InputMoments, find_orders
+from megamask.oneshot.value_rotation import _learned, _loss, find_rotations
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.regroup import lost, regrouped
 from megamask.weights.architecture import Architecture, read_architecture
@@ -141,3 +143,56 @@ def test_the_rows_of_a_search_hold_no_others(model: Path, monkeypatch: pytest.Mo
     (stream,) = [parts for parts in joined if len(parts) == 2 * arch.num_layers]
     assert sum(len(one) for one in stream) <= 64 + len(stream)
     assert all(one.untyped_storage().nbytes() == one.nbytes for one in stream)
+
+
+def test_rotated_values_lose_less(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second search gives the same bits, and the new tensors tell the shares again."""
+    monkeypatch.setattr(channel_search, "regrouped", partial(regrouped, rounds=1))
+    arch = read_architecture(model)
+    heads, channels = arch.heads, arch.head_dim
+    factor = torch.randn(heads, channels, channels, generator=torch.Generator().manual_seed(1))
+    moment = factor @ factor.mT
+    names = [name for name in ones(arch) if name.endswith("linear_proj")]
+    moments = InputMoments(ones(arch), dict.fromkeys(names, moment))
+    results = []
+    with open_checked(model) as reader:
+        for _ in range(2):
+            found = search(reader, arch)
+            of = (reader, arch, list(linear_shapes(arch)), moments, PATTERN, found)
+            find_rotations(*of, torch.device("cpu"))
+            results.append(found)
+        orders = results[0].orders
+        after = dict(reordered(reader, arch, orders))
+        before = dict(reordered(reader, arch, replace(orders, rotation={})))
+    assert set(orders.rotation) == set(range(arch.num_layers))
+    for layer, rotation in orders.rotation.items():
+        assert torch.equal(rotation, results[1].orders.rotation[layer])
+        # an fp32 solution of equations
+        torch.testing.assert_close(
+            rotation @ rotation.mT,
+            torch.eye(channels).double().expand_as(rotation),
+            atol=1e-5,
+            rtol=0,
+        )
+        per = heads // arch.kv_heads
+        order = orders.value[layer].repeat_interleave(per, 0)
+        held = torch.stack([one[at][:, at] for one, at in zip(moment, order, strict=True)])
+        wide = rotation.float().repeat_interleave(per, 0)
+        turned = (wide.mT @ held @ wide).diagonal(dim1=1, dim2=2).flatten()
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        total = float((before[name].square() * held.diagonal(dim1=1, dim2=2).flatten()).sum())
+        old, new = results[0].shares["rotated"][layer]
+        assert lost(after[name].square() * turned, PATTERN) / total == pytest.approx(new, rel=1e-4)
+        assert new < 0.9 * old
+
+
+def test_values_in_which_two_of_four_weights_are_zero_are_found_again() -> None:
+    """A sparse projection that a rotation hides loses less than the start, by far."""
+    draws = torch.Generator().manual_seed(2)
+    sparse = torch.randn(1, 1, 64, 8, generator=draws) * torch.tensor([1.0, 1, 0, 0] * 2)
+    hidden = torch.linalg.qr(torch.randn(8, 8, generator=draws)).Q
+    loss = _loss(sparse @ hidden, torch.eye(8)[None, None], None, None, PATTERN)
+    stay, rotation = torch.eye(8)[None], _learned(loss, 1, 8, torch.device("cpu"))
+    print(float(loss(stay)[0]), float(loss(rotation)[0]))
+    assert float(loss(hidden.mT[None])[0]) < 1e-10
+    assert float(loss(rotation)[0]) < float(loss(stay)[0]) / 2
