@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megamask.errors import ConfigError
+from megamask.errors import ArtifactError, ConfigError, printable
 from megamask.process.children import die_with
 from megamask.process.signals import SIGNALS
 
@@ -44,6 +44,25 @@ class HasTexts(Protocol):
     @property
     def texts(self) -> list[str]:
         """The texts of the documents."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error of a process, in words: few exceptions can be sent through a pipe.
+
+    Attributes:
+        text: its type and message.
+    """
+
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Failure:
+        try:
+            said = str(error)
+        except Exception:  # an error that cannot say what it is
+            said = ""
+        return cls(f"{type(error).__name__}: {said}" if said else type(error).__name__)
 
 
 Encoder = Callable[[Sequence[str]], Tokens]
@@ -73,7 +92,9 @@ def encoder(
     return encode
 
 
-def encoded(encode: Encoder, batches: Iterable[B], processes: int) -> Iterator[tuple[B, Tokens]]:
+def encoded(
+    encode: Encoder, batches: Iterable[B], processes: int, domain: str
+) -> Iterator[tuple[B, Tokens]]:
     """Every batch with its tokens, in the order of the batches.
 
     A single batch, and every batch where ``processes`` is 1, is encoded by this process.
@@ -82,8 +103,10 @@ def encoded(encode: Encoder, batches: Iterable[B], processes: int) -> Iterator[t
         encode: texts to tokens; this process must not have started threads for it.
         batches: the batches, which this process reads while others encode.
         processes: number of processes to start.
+        domain: name of the domain that the batches come from, for messages.
 
     Raises:
+        ArtifactError: the texts of a batch cannot be encoded.
         ConfigError: a process was killed.
     """
     # The processes are the parallelism; tokenizers would start threads in each of them.
@@ -92,17 +115,17 @@ def encoded(encode: Encoder, batches: Iterable[B], processes: int) -> Iterator[t
     first = list(islice(source, 2))
     if processes == 1 or len(first) < 2:
         for batch in chain(first, source):
-            yield batch, encode(batch.texts)
+            yield batch, _checked(_encode(encode, batch.texts), domain)
         return
-    with _Workers[B](encode, processes) as workers:
+    with _Workers[B](encode, processes, domain) as workers:
         yield from workers.run(chain(first, source))
 
 
 class _Workers(Generic[B]):
     """The processes. The object is a context manager."""
 
-    def __init__(self, encode: Encoder, processes: int) -> None:
-        self._encode, self._count = encode, processes
+    def __init__(self, encode: Encoder, processes: int, domain: str) -> None:
+        self._encode, self._count, self._domain = encode, processes, domain
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 
@@ -149,11 +172,7 @@ class _Workers(Generic[B]):
                 given += 1
 
     def _result(self, pipe: Connection) -> Tokens:
-        result = self._talk(pipe, pipe.recv)
-        if isinstance(result, BaseException):
-            raise result
-        assert isinstance(result, Tokens)
-        return result
+        return _checked(self._talk(pipe, pipe.recv), self._domain)
 
     def _talk(self, pipe: Connection, act: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -168,6 +187,30 @@ class _Workers(Generic[B]):
             raise ConfigError("data.processes", self._count, allowed, fix) from error
 
 
+def _encode(
+    encode: Encoder, texts: Sequence[str], caught: type[BaseException] = Exception
+) -> Tokens | _Failure:
+    """The tokens of texts, or why there are none."""
+    try:
+        return encode(texts)
+    except caught as error:
+        return _Failure.of(error)
+
+
+def _checked(result: Any, domain: str) -> Tokens:
+    """The tokens.
+
+    Raises:
+        ArtifactError: there are none.
+    """
+    if isinstance(result, _Failure):
+        fix = "Check the tokenizer (data.tokenizer) and the texts of the domain."
+        problem = f"cannot be tokenized ({printable(result.text)})"
+        raise ArtifactError(f"data.domains.{domain}", problem, fix)
+    assert isinstance(result, Tokens)
+    return result
+
+
 def _serve(pipe: Connection, others: list[Connection], encode: Encoder, parent: int) -> None:
     """Encode what comes through a pipe, until its other end is closed. The parent alone reacts to
     signals.
@@ -180,8 +223,4 @@ def _serve(pipe: Connection, others: list[Connection], encode: Encoder, parent: 
     with suppress(EOFError, OSError):
         while True:
             texts = pipe.recv()
-            try:
-                result: Tokens | BaseException = encode(texts)
-            except BaseException as error:
-                result = error
-            pipe.send(result)
+            pipe.send(_encode(encode, texts, BaseException))

@@ -141,7 +141,7 @@ def _write_text(
             say(f"{name}: goes on after {reached.files:,} files, {reached.size / 1e6:,.1f} MB")
         started = time.monotonic()
         batches = _batches(name, corpus, reached)
-        for batch, tokens in encoded(encode, batches, _processes(config)):
+        for batch, tokens in encoded(encode, batches, _processes(config), name):
             _add(files, batch, tokens)
             largest = max(count["largest_id"] for count in files.progress.counts.values())
             tokenizer.check_ids(largest, tokenizer.name)

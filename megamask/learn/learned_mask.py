@@ -9,6 +9,7 @@ from typing import Any
 
 from megamask.config import Config
 from megamask.config.changed import Changed, write_changes
+from megamask.config.published import SETTINGS_SHA256, settings_digest
 from megamask.data.blend import blend_weights
 from megamask.errors import MegamaskError
 from megamask.learn.masked_model import MaskedModel
@@ -69,7 +70,8 @@ def learned_from(
     changes: list[Changed],
 ) -> dict[str, Any]:
     """What the header of a mask file says about a run of ``steps`` steps, in which ``changes`` of
-    the settings were made; ``text_sha256`` has the digest of each domain's training tokens.
+    the settings were made; ``text_sha256`` has the digest of each domain's training tokens. By the
+    digest of the settings ``push`` knows whether ``learn/config.yaml`` is of this very mask.
     """
     return {
         "blend": blend_weights(config),
@@ -78,6 +80,7 @@ def learned_from(
         "tokens": steps * config.learn.global_batch * config.data.seq_length,
         "prior": prior_method,
         "method": config.learn.method,
+        SETTINGS_SHA256: settings_digest(config.model_dump(mode="json")),
         **write_changes(changes),
     }
 

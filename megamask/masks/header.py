@@ -89,12 +89,15 @@ def _check_codings(path: Path, meta: Mapping[str, Any]) -> None:
     """Check that version 3, and no other, names the coding and the mask of every tensor.
 
     Raises:
-        ArtifactError: a coding is missing or unknown.
+        ArtifactError: a coding is missing or unknown, or is there in another version. A
+            ``mask_sha256`` that nothing compares would pass one mask off as another.
     """
     is_coded = meta["format_version"] == CODED_VERSION
     for name, about in meta["tensors"].items():
-        if not is_coded and "coding" in about:
-            raise ArtifactError(path, f"has a coding for {name}, in a header without codings", FIX)
+        for key in ("coding", "mask_sha256"):
+            if not is_coded and key in about:
+                problem = f"has a {key} for {name}, in a header without codings"
+                raise ArtifactError(path, problem, FIX)
         if is_coded and (problem := lacks(about, {"coding": str, "mask_sha256": str})):
             raise ArtifactError(path, f"{problem} for {name}, in its header", FIX)
         if is_coded and about["coding"] not in CODED:

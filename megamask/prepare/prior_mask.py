@@ -68,6 +68,8 @@ def load_prior(
 
 
 def description(prior: MaskSet, paths: RunPaths) -> str:
-    """How the prior was made, and where it lies unless it is a mask of this run."""
+    """How the prior was made, and the name of its file unless it is a mask of this run. Masks that
+    are published hold this text, so it names no folder.
+    """
     is_own = prior.path == paths.mask(prior.method)
-    return prior.method if is_own else f"{prior.method}, {prior.path}"
+    return prior.method if is_own else f"{prior.method}, {prior.path.name}"

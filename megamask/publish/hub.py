@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,19 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 WRITE = "Check the name of the repository, the network and the rights of the token, and push again."
+
+
+@dataclass(frozen=True)
+class Stale:
+    """The files of an older push that a push deletes where it does not write them again.
+
+    Attributes:
+        stamp: the file that every push leaves. Without it nothing in a repository is of a push.
+        patterns: of the names, as ``fnmatch`` reads them.
+    """
+
+    stamp: str
+    patterns: Sequence[str]
 
 
 def check_repo(repo: str) -> None:
@@ -62,9 +77,9 @@ def logged_in() -> HfApi:
     raise ConfigError("HF_TOKEN", None, allowed, fix)
 
 
-def upload(api: HfApi, repo: str, folder: Path, message: str, private: bool) -> str:
+def upload(api: HfApi, repo: str, folder: Path, message: str, private: bool, stale: Stale) -> str:
     """Make the repository if it is not there, and upload a folder in one commit; the address of the
-    commit. Files of the repository that the folder lacks stay.
+    commit. Files of the repository that the folder lacks stay, unless they are of an older push.
 
     Args:
         api: from ``logged_in``.
@@ -72,6 +87,7 @@ def upload(api: HfApi, repo: str, folder: Path, message: str, private: bool) -> 
         folder: the files.
         message: of the commit.
         private: whether a new repository is private.
+        stale: the files that the same commit deletes where the folder lacks them.
 
     Raises:
         ArtifactError: the Hub refuses or does not answer, or the repository is there and public.
@@ -86,7 +102,13 @@ def upload(api: HfApi, repo: str, folder: Path, message: str, private: bool) -> 
         fix = "Make it private on the Hub, choose another name, or leave out --private."
         raise ArtifactError(f"{api.endpoint}/{repo}", problem, fix)
     try:
-        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        was_pushed = stale.stamp in api.list_repo_files(repo)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=message,
+            delete_patterns=list(stale.patterns) if was_pushed else None,
+        )
     except Exception as error:  # see logged_in
         raise _unwritten(api, repo, error) from error
     return str(done.commit_url)

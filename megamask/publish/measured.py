@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config import RunPaths
+from megamask.config.published import without_places
 from megamask.config.tree import PUBLISHED
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet
@@ -99,18 +100,8 @@ def _own_rows(
         for key in BY_ROW
         if isinstance(results.get(key), dict)
     }
+    if "mask_bytes" in found:  # of the file that is pushed, which may have another coding
+        found["mask_bytes"] = dict.fromkeys(mine, masks.size)
     found |= {key: results[key] for key in ("protocol", "groups") if key in results}
     without_folders: dict[str, Any] = without_places(found)
     return without_folders
-
-
-def without_places(value: Any) -> Any:
-    """A JSON value whose absolute paths are cut to their last name: folders of a machine are not
-    published.
-    """
-    if isinstance(value, dict):
-        return {key: without_places(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_places(inner) for inner in value]
-    is_place = isinstance(value, str) and value.startswith(("/", "~"))
-    return Path(value).name if is_place else value

@@ -7,24 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megamask import __version__
 from megamask.config import RunPaths
-from megamask.config.yaml_text import write_yaml
+from megamask.config.paths import results_file
+from megamask.config.published import SETTINGS_SHA256, settings_digest, without_places
+from megamask.config.tree import PUBLISHED
+from megamask.config.yaml_text import read_yaml, write_yaml
 from megamask.errors import ArtifactError
 from megamask.export.folded import fold
 from megamask.export.masked_folder import check_export
 from megamask.file_kinds import read_text
-from megamask.masks.file import MaskSet
+from megamask.masks.file import MaskSet, load_masks
 from megamask.publish.base_facts import BaseFacts
 from megamask.publish.card import MASK_FILE, SUMS, CardFacts, card
-from megamask.publish.measured import measured, without_places
+from megamask.publish.measured import TASKS, measured
 from megamask.report.reading import mask_provenance
 from megamask.storage import atomic_dir, file_sha256, read_object, real_path, write_json
 from megamask.weights.base_model import BaseModel
 from megamask.weights.file_layout import file_layout
-from megamask.weights.hf_files import write_hf
+from megamask.weights.hf_files import INDEX, SINGLE, write_hf
 from megamask.weights.licences import copy_licences
 from megamask.weights.own_folder import own_files
 from megamask.weights.source import WeightSource
@@ -32,6 +33,12 @@ from megamask.weights.source import WeightSource
 STAMP = "megamask_push.json"
 CARD, RECIPE, VERSIONS = "README.md", "recipe.yaml", "versions.json"
 SEEDS = ("seed", "calibration.seed")
+# What a push may write about a mask or as one; licences and the model's own texts stay.
+WRITTEN = (
+    *map(results_file, ("heldout", *PUBLISHED)),
+    *(TASKS, RECIPE, VERSIONS, MASK_FILE, SINGLE, INDEX),
+    f"model-{5 * '[0-9]'}-of-{5 * '[0-9]'}.safetensors",
+)
 MACHINE = ("platform", "cpu")  # of versions.json, which say nothing of the mask
 
 
@@ -94,7 +101,7 @@ def build(out: Path, one: Publication, source: WeightSource) -> None:
         if one.is_model:
             check_export(folder, one.masks, one.base.ignore_keys)
         else:
-            shutil.copyfile(one.masks.path, folder / MASK_FILE)
+            _copy_mask(one.masks, folder / MASK_FILE)
         _add_texts(folder, one)
 
     if one.is_model:
@@ -111,13 +118,29 @@ def uploaded_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def _copy_mask(masks: MaskSet, file: Path) -> None:
+    """Copy a mask file, and check that the copy is the mask that was compared with the model.
+
+    Raises:
+        ArtifactError: the file was replaced in the meantime, or the copy is torn.
+    """
+    shutil.copyfile(masks.path, file)
+    copied = load_masks(file)
+    copied.check_whole()
+    if copied.meta != masks.meta or copied.content_sha256 != masks.content_sha256:
+        raise ArtifactError(masks.path, "was replaced while it was copied", "Push again.")
+
+
 def _add_texts(folder: Path, one: Publication) -> None:
     """Add licences, results, recipe, versions, card and checksums."""
     licences = copy_licences(one.base.hf_dir, folder)
     for name, content in one.results.items():
         write_json(folder / name, content)
-    provenance = mask_provenance(one.masks.path)
-    if one.recipe:
+    about = mask_provenance(one.masks.path if one.is_model else folder / MASK_FILE)
+    provenance: dict[str, str] = without_places(about)
+    if not one.recipe:
+        provenance["settings"] = "not known to be those of this mask, so no recipe is here"
+    else:
         (folder / RECIPE).write_text(write_yaml(one.recipe), encoding="utf-8")
         provenance |= {f"setting {key}": str(_setting(one.recipe, key)) for key in SEEDS}
         versions = one.paths.learn / VERSIONS
@@ -140,7 +163,8 @@ def _add_texts(folder: Path, one: Publication) -> None:
 
 def _recipe(paths: RunPaths, masks: MaskSet) -> dict[str, Any]:
     """The settings of the learning run of a mask, without folders of this machine; {} where the
-    mask is not the learned mask of this run.
+    mask is not the learned mask of this run. ``config.yaml`` is written when a run starts and the
+    mask when it ends, so the digest in the mask's header tells whether they are of one run.
 
     Raises:
         ArtifactError: the settings cannot be read.
@@ -150,28 +174,15 @@ def _recipe(paths: RunPaths, masks: MaskSet) -> dict[str, Any]:
     if not learned or not path.exists() or not isinstance(data, dict):
         return {}
     try:
-        found = yaml.safe_load(read_text(path, "Run the verb learn again."))
-    except (yaml.YAMLError, RecursionError) as error:
+        found = read_yaml(read_text(path, "Run the verb learn again."))
+    except ValueError as error:
         problem = f"cannot be read as YAML ({type(error).__name__})"
         raise ArtifactError(path, problem, "Run the verb learn again.") from error
-    if not isinstance(found, dict) or not _is_of(found, data):
+    if not isinstance(found, dict) or settings_digest(found) != data.get(SETTINGS_SHA256):
         return {}
     shown: dict[str, Any] = without_places(found)
     shown.pop("launch", None)  # accounts and partitions of a cluster
     return shown
-
-
-def _is_of(settings: dict[str, Any], data: dict[str, Any]) -> bool:
-    """Whether a mask whose header holds ``data`` can come from a run with these settings."""
-    facts = (_setting(settings, "learn.method"), _setting(settings, "data.seq_length"))
-    if facts != (data.get("method"), data.get("seq_length")):
-        return False
-    sizes = [_setting(settings, key) for key in ("learn.steps", "learn.global_batch")]
-    tokens, length = data.get("tokens"), facts[1]
-    if not all(isinstance(one, int) and one > 0 for one in (*sizes, tokens, length)):
-        return True  # a size that the settings leave open
-    steps, batch = sizes
-    return bool(tokens % (batch * length) == 0 and tokens <= steps * batch * length)
 
 
 def _setting(settings: Any, key: str) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 
 from megamask.config import Config
+from megamask.config.published import without_places
 from megamask.masks.codings import GIVEN_WEIGHTS
 from megamask.masks.file import save_masks
 from megamask.masks.find import new_mask_file, open_masks
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 def run(config: Config, arguments: ExtractArguments) -> None:
     """Write the masks of ``arguments.snapshot`` to the mask file ``arguments.file``.
 
-    ``--coding`` chooses how the file stores them: see ``masks/codings.py``.
+    ``--coding`` chooses how the file stores them: see ``masks/codings.py``. Absolute paths in the
+    header are cut to their last name.
 
     Raises:
         ConfigError: the file is there already, or has another ending than .safetensors.
@@ -39,8 +41,8 @@ def run(config: Config, arguments: ExtractArguments) -> None:
         fingerprint=masks.fingerprint,
         method=masks.method,
         updated_weights=masks.has_own_weights,
-        data=masks.meta.get("data"),
-        evaluation=masks.meta.get("evaluation"),
+        data=without_places(masks.meta.get("data")),
+        evaluation=without_places(masks.meta.get("evaluation")),
         float16_fingerprints=masks.fingerprints[1:],
         coding=arguments.coding,
         model=model,

@@ -8,13 +8,22 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from megamask.config import Config, run_paths
+from megamask.config.nested import flatten
+from megamask.config.published import without_places
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import own_weights
 from megamask.masks.verify import check_strictly, configured_masks
 from megamask.publish.base_facts import base_facts
-from megamask.publish.hub import check_repo, logged_in, upload
-from megamask.publish.upload_folder import CARD, STAMP, Publication, build, uploaded_files
+from megamask.publish.hub import Stale, check_repo, logged_in, upload
+from megamask.publish.upload_folder import (
+    CARD,
+    STAMP,
+    WRITTEN,
+    Publication,
+    build,
+    uploaded_files,
+)
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import file_sha256, require_writable
 from megamask.terminal import tell
@@ -54,7 +63,8 @@ def run(config: Config, arguments: PushArguments) -> None:
         tell(f"nothing was uploaded: {out} holds what would go to {arguments.repo}")
         return
     message = f"{masks.method} {masks.pattern} {arguments.what} {masks.content_sha256[:12]}"
-    tell(f"uploaded: {upload(api, arguments.repo, out, message, arguments.private)}")
+    stale = Stale(STAMP, WRITTEN)
+    tell(f"uploaded: {upload(api, arguments.repo, out, message, arguments.private, stale)}")
 
 
 def _masks(config: Config, is_model: bool) -> MaskSet:
@@ -62,7 +72,8 @@ def _masks(config: Config, is_model: bool) -> MaskSet:
 
     Raises:
         ConfigError: ``export.mask`` names no mask file.
-        ArtifactError: the mask belongs to updated weights, and is to go without them.
+        ArtifactError: the mask belongs to updated weights, and is to go without them, or the
+            header of a file that is to go holds a path of this machine.
     """
     masks = configured_masks(config)
     if masks is None or not masks.path.is_file():
@@ -71,7 +82,21 @@ def _masks(config: Config, is_model: bool) -> MaskSet:
     if masks.has_own_weights and not is_model:
         problem = "belongs to weights that were updated with it, and means nothing without them"
         raise ArtifactError(masks.path, problem, "Push the model: --what model.")
+    if not is_model and (told := _place_in(masks)):
+        problem = f"holds a path of this machine in its header: {told}"
+        fix = (
+            f"Write it without: megamask extract {masks.path} NEW.safetensors; then push with "
+            "export.mask=NEW.safetensors."
+        )
+        raise ArtifactError(masks.path, problem, fix)
     return masks
+
+
+def _place_in(masks: MaskSet) -> str:
+    """The first entry of a header that holds an absolute path; "" where there is none."""
+    said = flatten({key: value for key, value in masks.meta.items() if key != "tensors"})
+    found = (f"{key} = {value}" for key, value in said.items() if without_places(value) != value)
+    return next(found, "")
 
 
 def _tell(folder: Path) -> None:

@@ -5,7 +5,6 @@ one process that was left alone.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -21,13 +20,13 @@ import pytest
 from benchmarks import tokenizing
 from megamask.config import Config, run_paths
 from megamask.data import split, write_shards
-from megamask.data.encoders import Tokens, encoded, encoder
+from megamask.data.encoders import Tokens, encoded
 from megamask.data.token_files import PROGRESS, TokenFiles
 from megamask.data.tokenizer import load_tokenizer
-from megamask.errors import ConfigError
 from megamask.verbs import tokenize
 from tests.fork_server import ROOT, Child, child_environment, fork_server
 from tests.unit.data.conftest import make_document, write_jsonl
+from tests.unit.data.test_encoders import PLAIN, Texts
 
 FILES = 4
 
@@ -261,62 +260,13 @@ def test_what_no_domain_goes_on_with_is_deleted(
     assert not left.exists()
 
 
-class Texts:
-    """A batch of texts."""
-
-    def __init__(self, *texts: str) -> None:
-        self.texts = list(texts)
-
-
-def letters(texts: Any) -> list[list[int]]:
-    return [[ord(letter) for letter in text] for text in texts]
-
-
-PLAIN = encoder(letters, np.dtype(np.uint16), [1], [2])
-
-
-def test_batches_come_in_their_order_whatever_takes_long() -> None:
-    def encode(texts: Any) -> Tokens:
-        time.sleep(0.03 if texts[0].startswith("a") else 0)
-        return PLAIN(texts)
-
-    batches = [Texts("ab" if number % 3 == 0 else "c", str(number), "") for number in range(20)]
-    found = list(encoded(encode, batches, 3))
-    assert [batch for batch, _ in found] == batches
-    for batch, tokens in found:
-        expected = [[1, *map(ord, text), 2] for text in batch.texts]
-        assert tokens.lengths.tolist() == [len(ids) for ids in expected]
-        assert tokens.ids.tolist() == sum(expected, [])
-
-
-def test_an_error_of_a_process_is_raised_here() -> None:
-    def encode(texts: Any) -> Tokens:
-        if texts == ["bad"]:
-            raise ValueError("bad text")
-        return PLAIN(texts)
-
-    with pytest.raises(ValueError, match="bad text"):
-        list(encoded(encode, [Texts("a"), Texts("b"), Texts("bad"), Texts("c")], 2))
-
-
-def test_a_process_that_is_killed_is_told_with_a_fix() -> None:
-    def encode(texts: Any) -> Tokens:
-        if texts == ["bad"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return PLAIN(texts)
-
-    with pytest.raises(ConfigError, match=r"data\.processes.*SIGKILL"):
-        list(encoded(encode, [Texts("a"), Texts("bad"), Texts("c"), Texts("d")], 2))
-    assert not multiprocessing.active_children()
-
-
 def endless_run(folder: str) -> int:
     def encode(texts: Any) -> Tokens:
         (Path(folder) / str(os.getpid())).touch()
         time.sleep(60)
         return PLAIN(texts)
 
-    list(encoded(encode, [Texts("a"), Texts("b"), Texts("c")], 2))
+    list(encoded(encode, [Texts("a"), Texts("b"), Texts("c")], 2, "web"))
     return 0
 
 

@@ -199,6 +199,20 @@ def test_headers_that_do_not_fit_are_refused(path: Path, header: Change, message
         load_masks(path)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("key", ["coding", "mask_sha256"])
+def test_what_only_coded_files_say_is_refused_elsewhere(path: Path, key: str, version: int) -> None:
+    """The digest of the masks would come from a forged ``mask_sha256``, which nothing compares."""
+
+    def forge(meta: dict[str, Any]) -> None:
+        meta["format_version"] = version
+        meta["tensors"][UP][key] = "0" * 64
+
+    rewrite(path, forge)
+    with pytest.raises(ArtifactError, match=f"has a {key} for .*, in a header without codings"):
+        load_masks(path)
+
+
 def test_a_changed_pattern_is_found_even_where_the_sizes_agree(path: Path) -> None:
     rewrite(path, lambda meta: meta.update(pattern="3:4"), sign=False)  # 1 word either way
     with pytest.raises(ArtifactError, match="corrupt header"):

@@ -100,6 +100,10 @@ class Calls(BaseHTTPRequestHandler):
             return self.send(404, {"error": "Repository not found"})
         if path == f"/api/models/{repo}":
             return self.send(200, {"id": repo, "private": hub.private[repo]})
+        if path == f"/api/models/{repo}/tree/main":
+            rows = [{"type": "file", "path": one, "size": len(content), "oid": "0"}
+                    for one, content in hub.repos[repo].items()]  # fmt: skip
+            return self.send(200, rows)
         if path.endswith("/preupload/main"):
             files = json.loads(body)["files"]
             modes = [
@@ -139,6 +143,8 @@ class Calls(BaseHTTPRequestHandler):
                 hub.messages.append(value["summary"])
             elif line["key"] == "file":
                 hub.repos[repo][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del hub.repos[repo][value["path"]]
             else:
                 assert line["key"] == "lfsFile", line
                 hub.repos[repo][value["path"]] = hub.blobs[value["oid"]]

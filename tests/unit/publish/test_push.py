@@ -4,93 +4,21 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import megamask
 from megamask.__main__ import main
 from megamask.evaluate.rows import mask_digests
-from megamask.masks.file import load_masks, save_masks
-from megamask.sparsity.pattern import Pattern
+from megamask.masks.file import load_masks
 from megamask.weights.base_model import BaseModel
-from megamask.weights.fingerprint import model_linears
 from tests.unit.export.test_masked_folder import save_model
-from tests.unit.publish.fake_hub import TOKEN, FakeHub, running_hub
-
-P24 = Pattern(2, 4)
-CARD = "---\nlicense: apache-2.0\ntags: [x]\n---\n# The base model\n"
-Push = Callable[..., int]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    # The library talks to Xet's own servers where it can; this server is of the older protocol.
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with running_hub() as found:
-        monkeypatch.setenv("HF_ENDPOINT", found.url)
-        yield found
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    """A run with a base model, its learned mask, results and a learning run's notes."""
-    run = tmp_path / "run"
-    (run / "hf").mkdir(parents=True)
-    model = save_model(run / "hf")
-    (run / "hf" / "LICENSE").write_text("Apache")
-    (run / "hf" / "NOTICE").write_text("by its makers")
-    (run / "hf" / "README.md").write_text(CARD)
-    masks = {name: P24.best(one.weight.abs()) for name, one in model_linears(model).items()}
-    save_masks(
-        run / "masks" / "learned.safetensors",
-        masks,
-        P24,
-        fingerprint=BaseModel(run / "hf").fingerprints().exact,
-        method="learned",
-        data={"method": "subset", "seq_length": 16, "tokens": 96},
-    )
-    (run / "learn").mkdir()
-    settings = {
-        "run_dir": "/home/me/secret/run",
-        "seed": 1234,
-        "calibration": {"seed": 77},
-        "launch": {"account": "secret-project"},
-        "learn": {"method": "subset", "steps": 3, "global_batch": 2},
-        "data": {"seq_length": 16, "domains": {"web": {"path": "/home/me/secret/web.txt"}}},
-    }
-    (run / "learn" / "config.yaml").write_text(yaml.safe_dump(settings))
-    (run / "learn" / "versions.json").write_text('{"torch": "2.13.0", "platform": "secret-host"}')
-    write_results(run / "results.json")
-    return run
-
-
-def write_results(path: Path, **more: Any) -> None:
-    mask = load_masks(path.parent / "masks" / "learned.safetensors")
-    rows = {"dense": 7.0, "wanda": 99.0, "learned": 9.25}
-    content = {
-        "perplexity": {row: {"code": value} for row, value in rows.items()},
-        "kl": {"wanda": {"code": 9.0}, "learned": {"code": 0.5}},
-        "protocol": {"name": "heldout", "window": 512, "text": "/home/me/secret/text.txt"},
-        "seconds": {"learn": 5.0},
-        "density": {"dense": 1.0, "wanda": 0.5, "learned": 0.5},
-        "mask_bytes": {"learned": mask.size},
-        "masks": mask_digests({"learned": mask}),
-    }
-    path.write_text(json.dumps(content | more))
-
-
-def push(run: Path, *words: str) -> int:
-    return main(["push", "owner/name", f"run_dir={run}", *words])
+from tests.unit.publish.conftest import push, write_results
+from tests.unit.publish.fake_hub import TOKEN, FakeHub
 
 
 def checked_sums(folder: Path, files: dict[str, bytes]) -> None:
@@ -248,18 +176,6 @@ def test_what_is_no_mask_of_this_model_is_refused(
     save_model(run_dir / "hf", seed=9)
     assert push(run_dir, "--dry-run") == 2
     assert "another" in capsys.readouterr().err and not (run_dir / "push").exists()
-
-
-def test_settings_of_another_run_are_no_recipe(hub: FakeHub, run_dir: Path) -> None:
-    path = run_dir / "learn" / "config.yaml"
-    settings = yaml.safe_load(path.read_text())
-    for key, value in {"steps": 2, "global_batch": 5, "method": "categorical"}.items():
-        other = settings | {"learn": settings["learn"] | {key: value}}
-        path.write_text(yaml.safe_dump(other))
-        assert push(run_dir, "--dry-run") == 0
-        assert not (run_dir / "push" / "recipe.yaml").exists()
-        assert not (run_dir / "push" / "versions.json").exists()
-        assert "setting seed" not in (run_dir / "push" / "README.md").read_text()
 
 
 def test_an_unmeasured_mask_says_so(hub: FakeHub, run_dir: Path) -> None:
