@@ -16,13 +16,9 @@ from torch import Tensor, nn
 
 from megamask.weights.expert_parts import is_router, modules_of
 from megamask.weights.fingerprint import is_linear, weight_OI
+from megamask.weights.wrapped_names import ADAPTED, unwrapped
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-# Attributes under which wrappers hold a module within a model: torch.compile, FSDP, activation
-# checkpointing. PEFT keeps the frozen linear beside its adapters, as ``base_layer``.
-WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-ADAPTED = "base_layer"
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,8 @@ def plain_names(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if hasattr(module, ADAPTED):
             adapted.append(raw)
-        dropped = (*WRAPPED, ADAPTED)
         # The inner module of a wrapper comes later and replaces the wrapper.
-        found[".".join(part for part in raw.split(".") if part not in dropped)] = module
+        found[unwrapped(raw)] = module
     return found
 
 

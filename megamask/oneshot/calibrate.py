@@ -6,7 +6,6 @@ H hidden, T tokens, I in_features.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -17,8 +16,6 @@ from megamask.model.language_model import LanguageModel, positions
 from megamask.oneshot.stats import InputStats
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
-
-log = logging.getLogger(__name__)
 
 
 class HiddenStates:
@@ -96,8 +93,8 @@ def input_stats(
     Yields name -> statistics, which are complete after the block. They cover the whole input, all
     in_features and all tokens, and are equal on all ranks: the ranks of a replica divide its tokens
     among them, and the sums of all ranks are added at the end. The tokens of an expert are those
-    that were routed to it; an expert without any gets the statistics of inputs that are all alike,
-    with a warning. All ranks must enter and leave the block.
+    that were routed to it; an expert without any gets the statistics of inputs that are all alike
+    (``is_stand_in``). All ranks must enter and leave the block.
     """
     stats = {
         name: InputStats(whole_in_features(linear, mesh), hessian, mesh.device)
@@ -111,16 +108,9 @@ def input_stats(
         yield stats
     for sums in stats.values():
         _add_over_ranks(sums, mesh)
-    unseen = [name for name in stats if linears[name].is_expert and stats[name].tokens == 0]
-    for name in unseen:
-        stats[name].assume_alike()
-    if unseen and mesh.is_main:
-        experts = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in unseen))
-        log.warning(
-            "%s: no calibration token reached this expert, so its weights alone decide; "
-            "more calibration.samples would help",
-            experts,
-        )
+    for name, sums in stats.items():
+        if linears[name].is_expert and sums.tokens == 0:
+            sums.assume_alike()
 
 
 def whole_in_features(linear: MaskedLinear, mesh: Mesh) -> int:

@@ -20,7 +20,9 @@ class GBLM(Criterion):
 
     G_ij is the gradient of the dense model's loss at the weight, and its norm runs over the
     samples. The norm of an input runs over all tokens, over the root of the number of samples, as
-    in the paper's code: a sum of two terms depends on their units.
+    in the paper's code: a sum of two terms depends on their units. An expert whose inputs are
+    unknown goes by its weights alone, even if it has gradients of the dense model, because a norm
+    that stands in has no unit in common with them.
     """
 
     reads = ("alpha",)
@@ -40,5 +42,6 @@ class GBLM(Criterion):
         inputs, gradients = stats.of_inputs, stats.of_gradients
         input_norm_I = (inputs.mean_square_I * (inputs.tokens / gradients.samples)).sqrt()
         size_OI = weight_OI.detach().float().abs()
-        score_OI = size_OI * (input_norm_I + settings.alpha * gradients.norm_OI)
+        alpha = 0.0 if inputs.is_stand_in else settings.alpha
+        score_OI = size_OI * (input_norm_I + alpha * gradients.norm_OI)
         return Pruned(pattern.best(score_OI), score_OI)

@@ -20,7 +20,7 @@ from megamask.model.language_model import LanguageModel
 from megamask.model.mask_shards import linear_rules, local_shard
 from megamask.oneshot.calibrate import HiddenStates, input_stats
 from megamask.oneshot.criterion import Criterion
-from megamask.oneshot.stats import GradientStats, Statistics
+from megamask.oneshot.stats import GradientStats, InputStats, Statistics
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.margins import to_codes
@@ -176,6 +176,7 @@ def _prune_on_samples(
                 states.advance(layer)
             elif own:
                 states.feed(layer, own.values())
+        warn_of_unseen(job, stats)
         # Prune the linears, then run the pruned layer for the inputs of the next layer.
         for name, linear in own.items():
             measured = _at_hand(job, criteria, gradients, name)
@@ -188,6 +189,19 @@ def _prune_on_samples(
             states.advance(layer)
         if mesh.is_main and (number % -(-len(layers) // LOG_LINES) == 0 or is_last):
             log.info("  layer %d/%d  %.1f s", number, len(layers), time.perf_counter() - begin)
+
+
+def warn_of_unseen(job: PruningJob, stats: Mapping[str, InputStats]) -> None:
+    """Name the experts that no token reached, as ``model.exclude`` takes them."""
+    unseen = [name for name, sums in stats.items() if sums.is_stand_in]
+    if not unseen or not job.mesh.is_main:
+        return
+    modules = (linear_rules(job.arch)[name].modules[0] for name in unseen)
+    log.warning(
+        "%s: no calibration token reached this expert, so its weights alone decide; "
+        "more calibration.samples would help",
+        ", ".join(dict.fromkeys(f"{module.rpartition('.')[0]}.*" for module in modules)),
+    )
 
 
 def _at_hand(

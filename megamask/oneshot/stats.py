@@ -30,6 +30,7 @@ class InputStats:
     def __init__(self, in_features: int, hessian: bool, device: torch.device | str = "cpu") -> None:
         self.in_features = in_features
         self.tokens = 0
+        self.is_stand_in = False  # whether nothing is known of the inputs
         self.sum_square_I = torch.zeros(in_features, device=device)
         self.sum_outer_II = (
             torch.zeros(in_features, in_features, device=device) if hessian else None
@@ -62,6 +63,7 @@ class InputStats:
         """Stand for uncorrelated inputs of mean square 1, where nothing is known of the inputs. A
         criterion then goes by the weights alone, Wanda and SparseGPT by their magnitude.
         """
+        self.is_stand_in = True
         self.tokens = 1
         self.sum_square_I.fill_(1)
         if self.sum_outer_II is not None:

@@ -17,7 +17,7 @@ from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size
 from megamask.parallel.masked_linear import BLOCK
 from megamask.plan.capped_attention import in_attention, within_backward
 from megamask.plan.hardware import Device
-from megamask.plan.saved_tensors import recomputed_activations, saved_activations, stream
+from megamask.plan.saved_tensors import most_recomputed, saved_activations, stream
 from megamask.plan.workload import Workload
 
 PAIR_BYTES = 14.0  # of a weight while a mask of pairs is drawn: at most three and a half tensors
@@ -283,7 +283,7 @@ def _in_layer(work: Workload, device: Device) -> dict[str, float]:
     # When attention's turn comes, the feed-forward part's tensors are gone.
     scores = within_backward(work) - (5 if arch.gated else 2) * wide
     busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - freed, scores)
-    activations = saved_activations(work) + recomputed_activations(work)
+    activations = saved_activations(work) + most_recomputed(work)
     return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest + gathered(work)}
 
 

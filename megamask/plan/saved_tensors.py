@@ -14,8 +14,8 @@ from megamask.plan.capped_attention import kept_scores
 from megamask.plan.workload import Workload
 
 
-def layer_activations(work: Workload) -> float:
-    """Bytes that one layer saves for its backward pass.
+def layer_activations(work: Workload, layer: int) -> float:
+    """Bytes that a layer saves for its backward pass.
 
     Per token: two norms' fp32 inputs (4 H each), or four's, inputs of the four linears (H, Q, H,
     F), fused q/k/v before and q, k after the rotation, attention's log-sums (4 a head, none under a
@@ -24,10 +24,14 @@ def layer_activations(work: Workload) -> float:
     """
     arch, tp = work.arch, work.tp
     hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
-    q, k, f = arch.heads * arch.head_dim / tp, arch.kv_heads * arch.head_dim / tp, work.ffn / tp
+    q, k, f = (
+        arch.heads * arch.head_dim / tp,
+        arch.kv_heads * arch.head_dim / tp,
+        work.ffn_of(layer) / tp,
+    )
     numbers = (
         hidden
-        + work.mlp_inputs * arch.hidden
+        + work.mlp_inputs(layer) * arch.hidden
         + (q + f)
         + (q + 2 * k)
         + (q + k)
@@ -61,17 +65,23 @@ def window_activations(work: Workload, layer: int) -> float:
     return length**2 * (1 if is_capped else work.width) + work.width * work.tokens * repeated
 
 
-def recomputed_activations(work: Workload) -> float:
-    """Bytes of one layer that ``parallel.recompute`` makes again: all of them, or the feed-forward
-    part's without its input (5 F a token, or 2 F without a gate).
+def recomputed_activations(work: Workload, layer: int) -> float:
+    """Bytes of a layer that ``parallel.recompute`` makes again: all of them, or the feed-forward
+    part's without its input (5 F a token, or 2 F without a gate, and the copies and outputs of
+    experts).
     """
     if work.config.parallel.recompute == "mlp":
         parts = 5 if work.arch.gated else 2
-        return work.tokens * work.width * parts * work.ffn / work.tp
+        copies = work.mlp_inputs(layer) * work.arch.hidden - stream(work) / work.tokens / work.width
+        return work.tokens * work.width * (parts * work.ffn_of(layer) / work.tp + copies)
     if not work.config.parallel.recompute:
         return 0.0
-    masked = max(window_activations(work, layer) for layer in range(work.arch.num_layers))
-    return layer_activations(work) + masked
+    return layer_activations(work, layer) + window_activations(work, layer)
+
+
+def most_recomputed(work: Workload) -> float:
+    """Bytes of ``recomputed_activations`` of the layer that has the most."""
+    return max(recomputed_activations(work, layer) for layer in range(work.arch.num_layers))
 
 
 def stream(work: Workload) -> float:
@@ -89,9 +99,13 @@ def saved_activations(work: Workload) -> float:
 
     The norm of the first layer saves nothing, because the embedding is frozen.
     """
-    layers = work.arch.num_layers
+    layers = range(work.arch.num_layers)
     fp32_stream = stream(work) * 4 / work.width
     if work.config.parallel.recompute is True:
-        return layers * stream(work) + fp32_stream
-    masked = sum(window_activations(work, layer) for layer in range(layers))
-    return layers * (layer_activations(work) - recomputed_activations(work)) + masked
+        return len(layers) * stream(work) + fp32_stream
+    return sum(
+        layer_activations(work, layer)
+        - recomputed_activations(work, layer)
+        + window_activations(work, layer)
+        for layer in layers
+    )

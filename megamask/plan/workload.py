@@ -191,20 +191,23 @@ class Workload:
         """The width of the feed-forward parts that a token passes in a layer: of the widest layer,
         where layers differ, and of all experts of a token together.
         """
-        return max(self._ffn_of(layer) for layer in range(self.arch.num_layers))
+        return max(self.ffn_of(layer) for layer in range(self.arch.num_layers))
 
-    @cached_property
-    def mlp_inputs(self) -> float:
-        """Hidden states of a token that a rank saves around the feed-forward part: the input of its
-        first linear. Experts keep all tokens for the router, a copy for each expert of a token, and
-        as many outputs for their factors, whole on each rank.
+    def mlp_inputs(self, layer: int) -> float:
+        """Hidden states of a token that a rank saves around the feed-forward part of a layer: the
+        input of its first linear. Experts keep a copy for each expert of a token, and as many
+        outputs for their factors, whole on each rank; the expert of every token keeps its input and
+        output. The router is frozen, and keeps nothing.
         """
-        experts = self.arch.experts
+        experts = self.arch.experts_of(layer)
         if experts is None:
             return 1 / (self.tp if self.config.parallel.sequence_parallel else 1)
-        return 1 + 2 * experts.top_k + (experts.shared_ffn is not None)
+        return 2 * (experts.top_k + (experts.shared_ffn is not None))
 
-    def _ffn_of(self, layer: int) -> int:
+    def ffn_of(self, layer: int) -> int:
+        """The width of the feed-forward parts that a token passes in a layer, of all its experts
+        together.
+        """
         experts = self.arch.experts_of(layer)
         if experts is None:
             return self.arch.ffn

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from megamask.weights.wrapped_names import unwrapped
+
 
 class Spelling(NamedTuple):
     """The names of a class in the files.
@@ -84,8 +86,9 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if spelling is None or not _is_fused(module):
             continue
         stem = name
-        if spelling.place and name.endswith(spelling.place):
-            stem = name.removesuffix(spelling.place) + spelling.in_files
+        plain = unwrapped(name)  # a wrapper may stand within the place
+        if spelling.place and plain.endswith(spelling.place):
+            stem = plain.removesuffix(spelling.place) + spelling.in_files
         if module not in _PARTS:
             _PARTS[module] = _parts(module, spelling)
         yield from ((f"{stem}.{leaf}", part) for leaf, part in _PARTS[module].items())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import megamask
 from megamask.errors import ArtifactError
@@ -19,6 +20,7 @@ from megamask.weights.base_model import BaseModel
 from megamask.weights.fingerprint import fingerprint_model
 from megamask.weights.hf_files import open_checked
 from megamask.weights.mapping import linear_shapes
+from megamask.weights.wrapped_names import unwrapped
 from tests.parity.variants import VARIANTS, make
 
 P24 = Pattern(2, 4)
@@ -67,6 +69,26 @@ def test_masks_apply_and_change_places(run: Path) -> None:
         expected = tensor if mask is None else tensor.masked_fill(~mask, 0.0)
         assert torch.equal(files[name], expected), name
     assert any(not torch.equal(shown[name], dense[name]) for name in dense)
+
+
+@pytest.mark.parametrize("place", ["mlp", "mlp.experts", "layer"])
+def test_wrappers_within_a_model_change_no_name(run: Path, place: str) -> None:
+    plain, wrapped = load(run / "hf"), load(run / "hf")
+    for layer in range(len(wrapped.model.layers)):
+        whole = wrapped.model.layers[layer]
+        if place == "layer":
+            wrapped.model.layers[layer] = torch.compile(whole)
+            continue
+        if place == "mlp.experts" and not hasattr(whole.mlp, "experts"):
+            continue  # a dense layer
+        owner, _, leaf = place.rpartition(".")
+        held = whole.get_submodule(owner)
+        setattr(held, leaf, checkpoint_wrapper(getattr(held, leaf)))
+    megamask.apply_masks(plain, run / "m.safetensors")
+    with megamask.swap(wrapped, run / "m.safetensors"):
+        shown = {unwrapped(name): one for name, one in wrapped.state_dict().items()}
+        assert shown.keys() == plain.state_dict().keys()
+        assert all(torch.equal(one, shown[name]) for name, one in plain.state_dict().items())
 
 
 def test_another_model_is_refused(run: Path) -> None:

@@ -7,6 +7,7 @@ Shapes: T tokens, K experts of a token, I in_features.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +18,8 @@ from megamask.model.build import attach_logits, build_model, masked_linears
 from megamask.model.experts import MixtureOfExperts
 from megamask.model.language_model import LanguageModel
 from megamask.oneshot.calibrate import HiddenStates, input_stats
+from megamask.oneshot.gblm import GBLM
+from megamask.oneshot.layerwise import PruningJob, warn_of_unseen
 from megamask.oneshot.magnitude import Magnitude
 from megamask.oneshot.sparsegpt import SparseGPT
 from megamask.oneshot.stats import GradientStats, InputStats, Statistics
@@ -24,11 +27,13 @@ from megamask.oneshot.wanda import Wanda
 from megamask.parallel.mask_context import RunningSample
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh, start
+from megamask.plan.workload import Workload
 from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.subset.subset import SUBSET
 from megamask.weights.family import Architecture, Experts, Layer
+from megamask.weights.mapping import prunable
 
 P24 = Pattern(2, 4)
 ARCH = Architecture(
@@ -52,8 +57,10 @@ def config(recompute: bool | str = False) -> Any:
     return build_config({"device": "cpu", "dtype": "fp32", "parallel": parallel})
 
 
-def random_model(mesh: Mesh, recompute: bool | str = False) -> LanguageModel:
-    model = build_model(config(recompute), ARCH, mesh)
+def random_model(
+    mesh: Mesh, recompute: bool | str = False, arch: Architecture = ARCH
+) -> LanguageModel:
+    model = build_model(config(recompute), arch, mesh)
     noise = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3, generator=noise)
@@ -131,6 +138,7 @@ def statistics(tokens_BS: torch.Tensor) -> tuple[dict[str, InputStats], torch.Te
         }
         with input_stats(own, True, mesh, False) as stats:
             states.feed(model.decoder.layers[0], own.values())
+        warn_of_unseen(PruningJob(config(), mesh, ARCH, P24, model, own), stats)
         return stats, seen[0], mixture.choose(seen[0])[1]
 
 
@@ -155,9 +163,10 @@ def test_an_expert_without_tokens_is_named_and_goes_by_its_weights(
     assert len(unseen) == 4
     (warning,) = [one for one in caplog.messages if "no calibration token" in one]
     for expert in range(6):
-        assert (f"layers.0.mlp.experts.{expert}," in f"{warning},".replace(":", ",")) is (
-            expert in unseen
-        )
+        pattern = f"model.layers.0.mlp.experts.{expert}.*"
+        assert (pattern in warning.split(":")[0].split(", ")) is (expert in unseen)
+        left = prunable(ARCH, ["*"], [pattern])  # a pattern that fits no linear is refused
+        assert not any(f".experts.{expert}." in name for name in left)
     settings = config().prune
     weight_OI = torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
     plain = Magnitude().prune(weight_OI, Statistics(), P24, settings).mask_OI
@@ -166,6 +175,45 @@ def test_an_expert_without_tokens_is_named_and_goes_by_its_weights(
     for criterion in (Wanda(), SparseGPT(update=False)):
         assert torch.equal(criterion.prune(weight_OI, of_unseen, P24, settings).mask_OI, plain)
     assert not torch.equal(Wanda().prune(weight_OI, of_seen, P24, settings).mask_OI, plain)
+    # The dense model may send tokens, and so gradients, where the pruned model sends none.
+    squares_OI = 1e6 * torch.rand(8, 32, generator=torch.Generator().manual_seed(3))
+    of_unseen, of_seen = (
+        replace(one, gradients=GradientStats(squares_OI, 4)) for one in (of_unseen, of_seen)
+    )
+    assert torch.equal(GBLM().prune(weight_OI, of_unseen, P24, settings).mask_OI, plain)
+    assert not torch.equal(GBLM().prune(weight_OI, of_seen, P24, settings).mask_OI, plain)
+
+
+@pytest.mark.parametrize("shared_ffn", [None, 24])
+def test_the_plan_counts_what_experts_save(shared_ffn: int | None) -> None:
+    """Beside its count are the masked weights, and fewer than 32 numbers a token for the router's
+    choice (E probabilities, K numbers in int64, factors); H is 128, so one H more or less shows.
+    """
+    arch = replace(ARCH, hidden=128, experts=Experts(6, 2, 16, True, shared_ffn=shared_ffn))
+    tokens, saved = 256, dict[int, torch.UntypedStorage]()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with start(config()) as mesh:
+        model = random_model(mesh, arch=arch)
+        linears = masked_linears(model)
+        switch = attach_logits(linears, P24, "torch", mesh.device, SUBSET)
+        sample = Sample(NoiseKey(1, 2, 3), 100.0, 1.0)
+        switch.running = RunningSample(sample, is_first=True)
+        hidden_SBH = torch.randn(tokens, 1, 128, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            experts_of(model)(hidden_SBH)
+        for parameter in model.parameters():
+            saved.pop(parameter.untyped_storage().data_ptr(), None)
+        weights = sum(
+            linear.weight.numel() for name, linear in linears.items() if ".layers.0.mlp." in name
+        )
+    measured = sum(storage.nbytes() for storage in saved.values()) / 4 - weights
+    work = Workload(config(), arch)
+    planned = tokens * (work.mlp_inputs(0) * 128 + 5 * work.ffn_of(0))
+    assert planned <= measured < planned + 32 * tokens
 
 
 def test_a_linear_exchanges_nothing_only_without_a_bias() -> None:

@@ -92,7 +92,7 @@ def test_capped_scores_and_logits_by_hand() -> None:
     # layer, whose five tensors are gone.
     step, wide = memory_of(capped, GPUS["h100"]).step, 4096 * 11008 * 2
     assert step[LAYER] == 2 * hidden / 2 + scores / 2 * (2 + 4 + 4 + 4 - 8) - 5 * wide
-    assert step[ACTIVATIONS] > layer_activations(capped) > scores / 2 * 8
+    assert step[ACTIVATIONS] > layer_activations(capped, 0) > scores / 2 * 8
     # The slope of the logits: a second chunk of 512 x 128,256 in bf16, beside the fp32 block.
     words = plan(model="llama3-8b")
     capped = replace(words, arch=replace(words.arch, logit_cap=30.0))

@@ -25,7 +25,11 @@ from megamask.plan.memory import (
     OTHER_WEIGHTS,
     memory_of,
 )
-from megamask.plan.saved_tensors import layer_activations, recomputed_activations
+from megamask.plan.saved_tensors import (
+    layer_activations,
+    recomputed_activations,
+    saved_activations,
+)
 from megamask.plan.time import (
     ATTENTION,
     DP_LINKS,
@@ -144,8 +148,8 @@ def test_a_feed_forward_part_without_a_gate_is_planned_as_such() -> None:
     q, k, f, h = 6144 / 8, 1024 / 8, 24576 / 8, 6144
     numbers = 2 * h + (q + f) + (q + 2 * k) + (q + k) + f
     per_token = 2 * numbers + 8 * h + 4 * 48 / 8
-    assert layer_activations(work) == work.tokens * per_token + 4 * 4096 * 128 * 2
-    assert recomputed_activations(work) == work.tokens * 2 * 2 * f
+    assert layer_activations(work, 0) == work.tokens * per_token + 4 * 4096 * 128 * 2
+    assert recomputed_activations(work, 0) == work.tokens * 2 * 2 * f
     gated = replace(work, arch=replace(work.arch, gated=True))
     assert memory_of(gated, GPUS["h100"]).total > memory_of(work, GPUS["h100"]).total
     assert time_of(gated, GPUS["h100"]).seconds > time_of(work, GPUS["h100"]).seconds
@@ -162,10 +166,36 @@ def test_a_token_is_computed_by_some_of_the_experts() -> None:
         assert work.all_masked_weights > 3 * flops_per_token(work)[MATMULS] / 6
     mixtral = plan("parallel.tp=4", "parallel.recompute=mlp", model="mixtral-8x7b")
     q, k, f, h = 4096 / 4, 1024 / 4, 2 * 14336 / 4, 4096
-    numbers = h + (1 + 2 * 2) * h + (q + f) + (q + 2 * k) + (q + k) + 4 * f
+    numbers = h + 2 * 2 * h + (q + f) + (q + 2 * k) + (q + k) + 4 * f
     per_token = 2 * numbers + 4 * 2 * 2 * h / 2 + 4 * 32 / 4
-    assert layer_activations(mixtral) == mixtral.tokens * per_token + 4 * 4096 * 128 * 2
+    assert layer_activations(mixtral, 0) == mixtral.tokens * per_token + 4 * 4096 * 128 * 2
     assert time_of(mixtral, GPUS["h100"]).seconds > 0
+
+
+@pytest.mark.parametrize("split", ["false", "true"])
+def test_recomputed_experts_keep_the_input_of_a_layer_alone(split: str) -> None:
+    """Qwen1.5-MoE with every second layer dense, TP 2: what is saved beside a layer without a
+    feed-forward part is the input of that part, H or a rank's share of it, in both kinds of layers.
+    """
+    settings = ["parallel.tp=2", f"parallel.sequence_parallel={split}"]
+    whole, work = (
+        plan(*settings, f"parallel.recompute={kind}", model="qwen1.5-moe-a2.7b")
+        for kind in ("false", "mlp")
+    )
+    layers = tuple(
+        replace(work.arch.layer(index), experts=index % 2 == 1)
+        for index in range(work.arch.num_layers)
+    )
+    whole, work = (replace(one, arch=replace(one.arch, layers=layers)) for one in (whole, work))
+    dense, sparse = (layer_activations(work, index) for index in (0, 1))
+    assert sparse > dense > 0
+    kept = [layer_activations(work, n) - recomputed_activations(work, n) for n in (0, 1)]
+    assert kept[0] == pytest.approx(kept[1], rel=1e-12)  # sums of floats, about 1e8 bytes
+    half = work.arch.num_layers / 2
+    assert saved_activations(whole) == pytest.approx(half * (dense + sparse), rel=1e-12)
+    assert saved_activations(work) == pytest.approx(2 * half * kept[0], rel=1e-12)
+    copies = 2 * work.arch.hidden * (2 * 4 + 2)  # of 4 experts and the one of every token
+    assert recomputed_activations(work, 1) > work.tokens * (copies - 2 * work.arch.hidden)
 
 
 def test_every_shape_is_read() -> None:
@@ -297,10 +327,10 @@ def test_activations_by_hand() -> None:
     """
     numbers = 2 * 4096 + 4096 + 11008 + 3 * 4096 + 2 * 4096 + 4 * 11008
     rotary = 4 * 4096 * 128 * 2
-    assert layer_activations(plan()) == 4096 * (2 * numbers + 8 * 4096 + 4 * 32) + rotary
-    shared = layer_activations(plan("parallel.tp=8", "parallel.sequence_parallel=true")) - rotary
+    assert layer_activations(plan(), 0) == 4096 * (2 * numbers + 8 * 4096 + 4 * 32) + rotary
+    shared = layer_activations(plan("parallel.tp=8", "parallel.sequence_parallel=true"), 0) - rotary
     assert shared == pytest.approx(
-        (layer_activations(plan()) - rotary) / 8
+        (layer_activations(plan(), 0) - rotary) / 8
     )  # nothing is held twice
 
 
@@ -330,7 +360,7 @@ def test_recomputation_of_the_mlp_by_hand() -> None:
     work, gpu = plan("parallel.recompute=mlp"), GPUS["h100"]
     wide, mlp = 4096 * 2 * 5 * 11008, 3 * 4096 * 11008
     memory = memory_of(work, gpu)
-    assert memory.step[ACTIVATIONS] == 32 * (layer_activations(work) - wide) + wide
+    assert memory.step[ACTIVATIONS] == 32 * (layer_activations(work, 0) - wide) + wide
     assert (
         memory.step[state.KEPT] == pytest.approx(2 * 32 * 4 * 4096 * 4096)
         and memory.step[ONE_LAYER] == 2 * mlp
