@@ -231,8 +231,9 @@ def test_ranks_that_hang_say_where(run_dir: Path, settings: Settings) -> None:
     assert waiting in stacks[0].read_text() and waiting not in stacks[1].read_text()
     said = "no progress towards the end of the first step (parallel.first_step_minutes) within 0.05"
     assert any(said in one.stderr for one in ranks)
+    # Where the hanging rank ends first, the other loses it, and says so before its own time is up.
     found = Heartbeat.read(run_dir / "learn")
-    assert found is not None and (found.state, found.step) == ("learning", 0)
+    assert found is not None and found.step == 0 and found.state in ("learning", "failed")
 
 
 def test_ranks_with_other_settings_are_refused(run_dir: Path, settings: Settings) -> None:
