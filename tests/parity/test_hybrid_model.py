@@ -73,7 +73,10 @@ def seen(
             if hasattr(one, "local_shape")
         },
         logits,
-        {name: one.weight.grad.clone() for name, one in linears.items()},  # type: ignore[union-attr]
+        {
+            name: one.weight.grad.clone()  # type: ignore[union-attr]
+            for name, one in linears.items()
+        },
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,9 @@ P24 = Pattern(2, 4)
 
 
 def saved(
-    file: Path, masks: dict[str, Tensor], pattern: Pattern = P24, model: str = "m", **facts: object
+    file: Path, masks: dict[str, Tensor], pattern: Pattern = P24, model: str = "m", **facts: Any
 ) -> MaskSet:
-    method = file.stem
-    save_masks(file, masks, pattern, fingerprint=model, method=method, **facts)  # type: ignore[arg-type]
+    save_masks(file, masks, pattern, fingerprint=model, method=file.stem, **facts)
     return load_masks(file)
 
 
