@@ -39,6 +39,8 @@ SETTINGS = (
     *(f"data.seq_length={LENGTH}", "prune.methods=[wanda]"),
     *(f"calibration.seq_length={LENGTH}", "calibration.samples=8"),
     *("learn.preset=best", "learn.prior.mask=wanda", f"learn.steps={STEPS}"),
+    # the defaults, in the place of the recipe's rate of a toy
+    *("learn.optimizer.lr=null", "learn.optimizer.min_lr=null", "learn.sampling.noise=0"),
     *("learn.micro_batch=1", "learn.global_batch=1", f"learn.snapshot.every={STEPS}"),
     *("learn.monitor.evaluate_every=0", "evaluate.micro_batch=1", "evaluate.compare_tokens=0"),
     *(f"evaluate.window={WINDOW}", f"evaluate.max_tokens={TOKENS}"),
@@ -146,8 +148,7 @@ def test_both_paths_measure_the_same_perplexity(run: Run) -> None:
         )
         assert found == pytest.approx(learned, rel=5e-5)  # four digits
         assert plain == pytest.approx(dense, rel=5e-5)
-        # The protocol tells the models apart. So few tokens teach nothing: the mask may be worse.
-        assert dense < 0.9 * min(learned, prior) and learned != pytest.approx(prior, rel=1e-3)
+        assert dense < 0.9 * learned and learned < prior
 
 
 def test_the_licence_goes_where_the_weights_go(run: Run, tmp_path: Path) -> None:
