@@ -21,6 +21,7 @@ from megamask.report.mask_matrix import differing_shares, matrix_picture
 from megamask.report.perplexity_pictures import methods_picture, perplexity_picture
 from megamask.report.plot_style import save
 from megamask.report.reading import RunData
+from megamask.report.result_kinds import KINDS
 from megamask.report.results_table import method_label, methods_first
 from megamask.report.samples_pictures import Samples, read_samples, samples_picture
 from megamask.report.step_pictures import loss_picture, mask_picture, update_picture
@@ -58,7 +59,10 @@ def draw_pictures(config: Config, data: RunData, folder: Path) -> list[Picture]:
     A picture of an earlier report is deleted when the run has no data for it any more.
     """
     masks, pictures = _readable(config, data), []
-    for plan in [*_plans(config, data, masks), *_mask_plans(config, data, masks)]:
+    plans = [*_plans(config, data, masks), *_mask_plans(config, data, masks), *_table_plans(data)]
+    for name in {name for kind in KINDS for name in kind.pictures} - {one.name for one in plans}:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    for plan in plans:
         path = folder / f"{plan.name}.png"
         if plan.is_there:
             save(plan.draw(), path)
@@ -195,6 +199,23 @@ def _mask_plans(config: Config, data: RunData, masks: Mapping[str, MaskSet]) -> 
             "layers. Masks with updated weights are left out.",
             verb="prune",
         ),
+    ]
+
+
+def _table_plans(data: RunData) -> list[_Plan]:
+    """The pictures of the other kinds of results, each below its table."""
+    return [
+        _Plan(
+            section=table.title,
+            name=picture.name,
+            is_there=True,
+            draw=picture.draw,
+            title=picture.title,
+            caption=picture.caption,
+            verb="",
+        )
+        for table in data.tables
+        for picture in table.pictures
     ]
 
 

@@ -58,13 +58,14 @@ def render_report(config: Config, data: RunData, pictures: Sequence[Picture]) ->
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         PAGE
     )
+    sections = _sections(pictures)
     return page.render(
         title=f"megamask: {real_path(Path(config.run_dir)).name}",
         subtitle=_subtitle(config, data),
         findings=findings(data.results),
         tables=[_table(title, results) for title, results in named.items()],
-        others=data.tables,
-        sections=_sections(pictures),
+        others=[(table, sections.pop(table.title, [])) for table in data.tables],
+        sections=list(sections.items()),
         masks=[_mask_entry(method, path) for method, path in data.masks.items()],
         versions=data.versions,
         seeds=data.seeds,
@@ -116,7 +117,8 @@ def _subtitle(config: Config, data: RunData) -> str:
     return " · ".join(parts)
 
 
-def _sections(pictures: Sequence[Picture]) -> list[tuple[str, list[dict[str, str]]]]:
+def _sections(pictures: Sequence[Picture]) -> dict[str, list[dict[str, str]]]:
+    """Heading -> the texts of its pictures, and the PNG files in base64."""
     by_section: dict[str, list[dict[str, str]]] = {}
     for picture in pictures:
         data = base64.b64encode(picture.path.read_bytes()).decode() if picture.path else ""
@@ -127,7 +129,7 @@ def _sections(pictures: Sequence[Picture]) -> list[tuple[str, list[dict[str, str
             "data": data,
         }
         by_section.setdefault(picture.section, []).append(entry)
-    return list(by_section.items())
+    return by_section
 
 
 def _table(title: str, results: dict[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,23 @@
 """The kinds of results that a report shows beside perplexities, each a file of the run folder.
 
-A new kind is a file with a ``ResultKind`` in it, and a line in ``KINDS``.
+A new kind is a file with a ``ResultKind`` in it, and a line in ``KINDS``, whose order is the order
+of the report. It imports matplotlib in the function that draws a picture, and not before.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from megamask.report.domains_table import DOMAINS
 from megamask.report.result_table import ResultKind, ResultTable
+from megamask.report.sensitivity_table import SENSITIVITY
 from megamask.report.tasks_table import TASKS
 
-KINDS: tuple[ResultKind, ...] = (TASKS,)
+KINDS: tuple[ResultKind, ...] = (
+    TASKS,
+    DOMAINS,
+    SENSITIVITY,
+)
 
 
 def read_result_tables(run_dir: Path) -> list[ResultTable]:

@@ -5,23 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class TablePicture:
+    """A picture below a table.
+
+    Attributes:
+        name: of the PNG file in ``pictures/``, without its ending.
+        title, caption: the texts of the picture.
+        draw: draws it.
+    """
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[], Figure]
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table of a report, as text.
+    """A table of a report, as text, with its pictures.
 
     Attributes:
         title: heading of the table.
         header: names of the columns; the first column holds the name of the row.
         rows: (method or other key, cells) of every row. The row ``learned`` is emphasized.
         notes: sentences below the table: units, and the protocol of the numbers.
+        pictures: the pictures below the notes, named in ``ResultKind.pictures``.
     """
 
     title: str
     header: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str]]]
     notes: Sequence[str] = ()
+    pictures: Sequence[TablePicture] = ()
 
 
 @dataclass(frozen=True)
@@ -31,7 +53,10 @@ class ResultKind:
     Attributes:
         file: its name.
         read: reads and checks the file; raises ``ArtifactError`` with the verb that writes it.
+        pictures: names of the pictures that its table may have: a report deletes the PNG file of
+            each picture that the table does not have any more.
     """
 
     file: str
     read: Callable[[Path], ResultTable]
+    pictures: tuple[str, ...] = ()

@@ -34,6 +34,12 @@ PAGE = """<!DOCTYPE html>
 </style>
 </head>
 <body>
+{% macro shown(pictures) %}{% for picture in pictures %}
+{% if picture.data %}<figure><img alt="{{ picture.title }}"
+src="data:image/png;base64,{{ picture.data }}">
+<figcaption>{{ picture.caption }}</figcaption></figure>
+{% else %}<p class="missing">{{ picture.title }}: not there yet. {{ picture.missing }}</p>
+{% endif %}{% endfor %}{% endmacro %}
 <main>
 <h1>{{ title }}</h1>
 <p class="quiet">{{ subtitle }}</p>
@@ -58,7 +64,7 @@ the same text.
 {% else %}<p class="missing">Not there yet: the verb evaluate writes it.</p>{% endif %}
 {% endfor %}
 
-{% for table in others %}<h2>{{ table.title }}</h2>
+{% for table, pictures in others %}<h2>{{ table.title }}</h2>
 <div class="scroll"><table class="numbers">
 <thead><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
@@ -67,15 +73,10 @@ the same text.
 {% endfor %}</tbody>
 </table></div>
 {% for note in table.notes %}<p class="quiet">{{ note }}</p>
-{% endfor %}{% endfor %}
+{% endfor %}{{ shown(pictures) }}{% endfor %}
 
 {% for section, pictures in sections %}<h2>{{ section }}</h2>
-{% for picture in pictures %}
-{% if picture.data %}<figure><img alt="{{ picture.title }}"
-src="data:image/png;base64,{{ picture.data }}">
-<figcaption>{{ picture.caption }}</figcaption></figure>
-{% else %}<p class="missing">{{ picture.title }}: not there yet. {{ picture.missing }}</p>
-{% endif %}{% endfor %}{% endfor %}
+{{ shown(pictures) }}{% endfor %}
 
 <h2>Mask files</h2>
 {% for mask in masks %}<details{% if mask.method == "learned" %} open{% endif %}>

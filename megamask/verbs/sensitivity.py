@@ -120,7 +120,8 @@ def _measure(
 def _write(config: Config, folder: Path, done: dict[str, Any]) -> None:
     """Write the budget's choice, the table and the picture, and print the table."""
     from megamask.report import plot_style
-    from megamask.report.sensitivity_report import sensitivity_picture, sensitivity_table
+    from megamask.report.sensitivity_picture import sensitivity_picture
+    from megamask.report.sensitivity_table import sensitivity_table
 
     dense, rows, share = done["dense"], done["loss"], config.sensitivity.keep_dense
     results = {

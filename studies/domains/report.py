@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megamask.errors import ArtifactError
-from megamask.report.results_table import format_protocol, method_label
+from megamask.report.domains_table import DOMAINS_FILE, domains_cells
+from megamask.report.results_table import format_protocol
 from megamask.storage import atomic_file, write_json
 from megamask.tables import table
 from studies.child import AGAIN
@@ -28,24 +29,15 @@ def write_report(study: Study, folder: Path) -> Path:
     path = folder / f"{NAME}.md"
     with atomic_file(path) as temporary:
         temporary.write_text("\n".join(page(study, found)) + "\n")
-    write_json(folder / f"{NAME}.json", found)
+    write_json(folder / DOMAINS_FILE, found)
     return path
 
 
 def page(study: Study, found: list[dict[str, Any]]) -> list[str]:
     """The lines of the page."""
-    methods = list(found[0]["perplexity"])
-    rows = [
-        [
-            known["domain"],
-            *(f"{known['perplexity'][method]:,.2f}" for method in methods),
-            best_of(known["perplexity"]),
-        ]
-        for known in found
-    ]
     steps, tokens = found[0]["steps"], found[0]["tokens_per_step"]
     starts = " and ".join(f"`{start}`" for start in STARTS)
-    protocol = format_protocol(found[0]["protocol"])
+    protocols = [f"- {one['domain']}: {format_protocol(one['protocol'])}" for one in found]
     return [
         "# Masks of single domains",
         "",
@@ -53,17 +45,13 @@ def page(study: Study, found: list[dict[str, Any]]) -> list[str]:
         f"{steps['general']} steps of {tokens:,} tokens; {starts} learned one domain for",
         f"{steps[STARTS[0]]} steps, from the one-shot mask and from the general mask.",
         "",
-        *table(["domain", *(method_label(one) for one in methods), "at or below dense"], rows),
+        *table(*domains_cells(found)),
         "",
-        f"Protocol: {protocol}.",
+        "Protocols:",
+        "",
+        *protocols,
         "",
         "Not done: " + ", ".join(sorted(set(study.domains) - {one["domain"] for one in found}))
         if len(found) < len(study.domains)
         else "All domains of the recipe are in the table.",
     ]
-
-
-def best_of(perplexity: dict[str, float]) -> str:
-    """The masks whose perplexity is at most that of the dense model."""
-    below = [name for name, value in perplexity.items() if value <= perplexity["dense"]]
-    return ", ".join(name for name in below if name != "dense") or "none"

@@ -1,0 +1,128 @@
+"""The table of the sensitivity of layers or linears (MaskLLM, Figure 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from megamask.errors import ArtifactError
+from megamask.report.result_table import ResultKind, ResultTable, TablePicture
+from megamask.report.results_table import format_protocol
+from megamask.storage import is_number, read_object
+from megamask.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIX = "Run the verb sensitivity again."
+MEASURED: dict[str, Any] = {  # after every part
+    "made_from": {"pattern": str, "method": str, "parts": list, "protocol": dict},
+    "dense": dict,
+    "loss": dict,
+}
+FINISHED = {"ranked": list, "kept_dense": list, "keep_dense": (int, float)}
+
+
+def sensitivity_table(results: Mapping[str, Any]) -> str:
+    """The table as aligned Markdown, the most sensitive part first.
+
+    Args:
+        results: the content of ``sensitivity.json``.
+    """
+    notes = (f"\n{note}" for note in _notes(results))
+    return "\n".join([*table(_header(results), list(_cells(results).values())), *notes])
+
+
+def read_sensitivity(path: Path) -> ResultTable:
+    """The table and the picture of a ``sensitivity.json``. The table of a run that has not measured
+    all parts yet has the parts in the order of the model.
+
+    Raises:
+        ArtifactError: the file holds something else than the verb sensitivity writes.
+    """
+    results = read_object(path, FIX, MEASURED)
+    parts, dense, loss = results["made_from"]["parts"], results["dense"], results["loss"]
+    for place, row in {
+        "dense": dense,
+        **{f"loss.{part}": one for part, one in loss.items()},
+    }.items():
+        if not isinstance(row, dict) or not row or row.keys() != dense.keys():
+            raise ArtifactError(path, f"holds other domains at {place}", FIX)
+        for domain, value in row.items():
+            if not is_number(value):
+                raise ArtifactError(path, f"holds no number at {place}.{domain}", FIX)
+    more = {} if results.keys().isdisjoint(FINISHED) else read_object(path, FIX, FINISHED)
+    for key in ("ranked", "kept_dense"):
+        if not all(isinstance(part, str) and part in loss for part in more.get(key, ())):
+            raise ArtifactError(path, f"names parts at {key} that were not measured", FIX)
+    increase = _increases(dense, loss)
+    found = {**results, "increase": increase}
+    notes = _notes(found)
+    if not more:
+        notes.append(
+            f"Not finished: {len(loss)} of {len(parts)} parts. The verb sensitivity goes on."
+        )
+
+    def draw() -> Figure:
+        # Matplotlib is only imported where a picture is drawn.
+        from megamask.report.sensitivity_picture import sensitivity_picture
+
+        return sensitivity_picture(list(loss), increase, more.get("kept_dense", ()))
+
+    picture = TablePicture(
+        "sensitivity",
+        "Loss increase of each part alone",
+        "In the order of the model; parts that the budget keeps dense are orange.",
+        draw,
+    )
+    cells = list(_cells(found).items())
+    shown = [picture] if loss else []
+    return ResultTable("Sensitivity", _header(found), cells, notes, shown)
+
+
+SENSITIVITY = ResultKind("sensitivity.json", read_sensitivity, ("sensitivity",))
+
+
+def _increases(dense: Mapping[str, float], loss: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {
+        part: {domain: value - dense[domain] for domain, value in row.items()}
+        for part, row in loss.items()
+    }
+
+
+def _header(results: Mapping[str, Any]) -> list[str]:
+    return ["pruned alone", *results["dense"], "mean", "kept"]
+
+
+def _cells(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Part -> its row."""
+    rows, kept = results["increase"], set(results.get("kept_dense", ()))
+    return {
+        part: [
+            part,
+            *(f"{rows[part][domain]:+.4f}" for domain in results["dense"]),
+            f"{fmean(rows[part].values()):+.4f}",
+            "dense" if part in kept else "",
+        ]
+        for part in results.get("ranked", rows)
+    }
+
+
+def _notes(results: Mapping[str, Any]) -> list[str]:
+    """Units, the choice of the budget where all parts are measured, and the protocol."""
+    made, dense = results["made_from"], results["dense"]
+    notes = [
+        "Increase of the loss in nats a token when this part alone has the "
+        f"{made['pattern']} mask of {made['method']}; dense: "
+        + ", ".join(f"{domain} {value:.4f}" for domain, value in dense.items())
+        + "."
+    ]
+    if "ranked" in results:
+        words = ", ".join(f'"{part}"' for part in results["kept_dense"])
+        notes.append(
+            f"Kept dense under sensitivity.keep_dense={results['keep_dense']:g}: "
+            f"'model.exclude=[{words}]'"
+        )
+    return [*notes, f"Protocol: {format_protocol(made['protocol'])}"]
