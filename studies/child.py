@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from megamask.errors import EXIT_INTERRUPTED
 
@@ -23,6 +25,13 @@ class ArmError(Exception):
 
 class ElsewhereError(ArmError):
     """Another process works on this arm."""
+
+
+def heed_sigterm() -> None:
+    """Let SIGTERM end a study as Ctrl-C does, so that its verb is told to save and leave, and does
+    not go on alone.
+    """
+    signal.signal(signal.SIGTERM, _as_keyboard_interrupt)
 
 
 def link(target: Path, place: Path) -> None:
@@ -90,6 +99,10 @@ def verb(
         text = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
         last = text[-1] if text else ""
         raise ArmError(f"{name} ended with code {code}: {last} (all of it: {output})")
+
+
+def _as_keyboard_interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, MegamaskError
 from megamask.storage import require_writable
-from studies.child import REPO, ArmError
+from studies.child import REPO, ArmError, heed_sigterm
 from studies.domains.report import write_report
 from studies.domains.runs import Study, check, run_domain, run_general
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         check(study)
         if not options.report_only:
+            heed_sigterm()
             print("all domains ...", flush=True)
             run_general(study)
             for domain in study.domains:

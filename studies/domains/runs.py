@@ -16,6 +16,10 @@ from studies.child import AGAIN, link, locked, verb
 GENERAL = "all"  # the folder of the run of all domains
 STARTS = ("scratch", "transfer")  # from the one-shot mask, and from the general mask
 FACTS = "domain.json"
+# The general mask follows the dense model's layers: more from the same text. The masks of a domain
+# do not, for they may become better than the dense model.
+GENERAL_WORDS = ("learn.distillation.hidden=1",)
+DOMAIN_WORDS = ("learn.distillation.hidden=0",)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def run_general(study: Study) -> None:
     """
     folder = study.out / GENERAL
     recipe = write_recipe(study, folder, study.domains)
-    words = [f"run_dir={folder}", f"learn.steps={study.general_steps}"]
+    words = [f"run_dir={folder}", f"learn.steps={study.general_steps}", *GENERAL_WORDS]
     with locked(folder) as lock:
         for name in ("tokenize", "prune", "learn"):
             verb(name, recipe, words, folder, study.minutes, lock)
@@ -96,7 +100,7 @@ def run_domain(study: Study, domain: str) -> None:
         recipe = write_recipe(study, run_dir, [domain])
         prior = [f"learn.prior.mask={study.out / GENERAL / 'learn' / 'snapshots'}"]
         with locked(run_dir) as lock:
-            words = [f"run_dir={run_dir}", f"learn.steps={study.steps}"]
+            words = [f"run_dir={run_dir}", f"learn.steps={study.steps}", *DOMAIN_WORDS]
             words += prior if start == "transfer" else []
             verb("learn", recipe, words, run_dir, study.minutes, lock)
         masks[start] = run_dir / "masks" / "learned.safetensors"
@@ -123,6 +127,7 @@ def facts_of(study: Study, domain: str) -> dict[str, Any]:
         "steps": {"general": study.general_steps, **dict.fromkeys(STARTS, study.steps)},
         "tokens_per_step": config.learn.global_batch * config.data.seq_length,
         "model": weights["fingerprint"],
+        "stages": [*GENERAL_WORDS, *DOMAIN_WORDS],
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     }
 

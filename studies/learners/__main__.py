@@ -24,16 +24,14 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from megamask.config import load_config
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
 from megamask.storage import require_writable
-from studies.child import REPO, ArmError
+from studies.child import REPO, ArmError, heed_sigterm
 from studies.learners.arms import ARMS, Arm
 from studies.learners.bench import Bench, Budget
 from studies.learners.report import write_report
@@ -194,7 +192,7 @@ def run_all(bench: Bench, arms: list[Arm], options: argparse.Namespace) -> int:
     """
     for arm in arms:
         bench.config(arm)
-    signal.signal(signal.SIGTERM, _as_keyboard_interrupt)
+    heed_sigterm()
     failed = []
     for arm in arms:
         for seed in options.seeds if arm.learns else options.seeds[:1]:
@@ -221,10 +219,6 @@ def state(bench: Bench, arm: Arm) -> str:
         return f"{arm.name:<24} cannot run: {error}"
     done = ("done" if not arm.learns else f"done: {' '.join(seeds)}") if seeds else ""
     return f"{arm.name:<24} {arm.pattern:<5} {arm.group:<18} {arm.label:<38} {done}".rstrip()
-
-
-def _as_keyboard_interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

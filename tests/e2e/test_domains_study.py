@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megamask import load_masks
-from megamask.errors import EXIT_OK
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK
 from megamask.storage import read_json
-from tests.e2e.program import RECIPE
+from studies.child import locked
+from tests.e2e.program import RECIPE, TIMEOUT
 from tests.fork_server import ROOT
 
 # The rules of a study are tested in tests/unit/studies.
@@ -33,8 +36,17 @@ def test_each_domain_gets_two_masks(
         *("--recipe", str(RECIPE), "--steps", "2", "prune.methods=[sparsegpt]"),
         *settings(prepared)[1:],
     ]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-    assert done.returncode == EXIT_OK
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    with subprocess.Popen(command, cwd=ROOT, env=quiet) as script:
+        try:
+            wait_for(script, out / "all" / "tokenize.txt")
+            script.send_signal(signal.SIGTERM)
+            assert script.wait(TIMEOUT) == EXIT_INTERRUPTED
+        finally:
+            script.kill()
+    with locked(out / "all"):  # the verb has left too
+        pass
+    assert subprocess.run(command, cwd=ROOT, env=quiet).returncode == EXIT_OK
     masks = {
         name: load_masks(out / name / "masks" / "learned.safetensors")
         for name in ("all", *(f"{one}/{start}" for one in ("prose", "code") for start in STARTS))
@@ -45,3 +57,12 @@ def test_each_domain_gets_two_masks(
     for values in found.values():
         assert list(values) == ["dense", "sparsegpt", "general", "scratch", "transfer"]
         assert len(set(values.values())) == 5 and min(values.values()) > 1
+
+
+def wait_for(script: subprocess.Popen[bytes], path: Path) -> None:
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end and script.poll() is None:
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the script made no {path.name}")
