@@ -16,6 +16,7 @@ _LAZY = {
     "swap": "megamask.masks.swap",
     "Masks": "megamask.masks.swap",
     "verify": "megamask.masks.verify",
+    "accelerate": "megamask.runtime.accelerate",
 }
 __all__ = ["__version__", *_LAZY]
 

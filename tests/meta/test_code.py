@@ -22,6 +22,7 @@ USED_ELSEWHERE = {
     "_refuse_unusable_text": "pydantic",
     "_postprocess": "Megatron's model",
     "swap": "users of the package",
+    "accelerate": "users of the package",
     "fingerprint_model": "users who compare models in memory (docs/python.md)",
     "unique_identifiers": "Megatron's blended dataset",
     "full_logits": "tests of parity",

@@ -32,7 +32,7 @@ FOUNDATIONS = [
 LEVELS = [
     *([room] for room in FOUNDATIONS),
     ["data", "parallel", "weights", "masks", "launch"],
-    ["model"],
+    ["model", "runtime"],
     ["optim"],
     ["prepare"],
     ["oneshot", "learn", "evaluate", "export", "report"],

@@ -80,6 +80,10 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             megamask.Masks,
             {"hf_model": other, "masks": {"a": path}, "keep": "cpu", "check_fingerprint": True},
         ),
+        "accelerate": (
+            megamask.accelerate,
+            {"hf_model": other, "table": None, "tokens": {1: 2}, "measure": True, "quiet": True},
+        ),
         "verify": (megamask.verify, {"path": path, "hf_dir": folder / "hf", "ignore_keys": ()}),
     }
 
