@@ -32,7 +32,8 @@ from megamask.config import load_config
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
 from megamask.storage import require_writable
 from studies.child import REPO, ArmError, heed_sigterm
-from studies.learners.arms import ARMS, Arm
+from studies.learners.arm import Arm
+from studies.learners.arms import ARMS
 from studies.learners.bench import Bench, Budget
 from studies.learners.report import write_report
 from studies.learners.runs import run_arm, time_arm

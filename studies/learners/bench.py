@@ -21,11 +21,12 @@ from typing import Any
 
 from megamask.config import Config, load_config
 from megamask.errors import ArtifactError
+from megamask.optim.schedule import learning_rates
 from megamask.report.reading import Record
 from megamask.storage import read_json, write_json
 from studies import child
 from studies.child import AGAIN
-from studies.learners.arms import Arm, Settings
+from studies.learners.arm import Arm, Settings
 
 # Held-out windows a domain while learning; the final masks are evaluated on more.
 CURVE_WINDOWS = 12
@@ -128,16 +129,25 @@ class Bench:
         """The overrides of the recipe that make it this arm; later words win."""
         common = {
             **(arm.common or {}),
-            **(self.budget.rates() if arm.common else {}),
+            **(self.budget.rates() if arm.common and not arm.is_derived else {}),
             **self.budget.settings(arm.share_of_steps),
         }
-        own = {**arm.settings, **(self.budget.rates(arm.rate) if arm.rate != 1 else {})}
+        own = {**arm.settings}
+        if arm.rate != 1 and not arm.is_derived:
+            own |= self.budget.rates(arm.rate)
+        if arm.batch != 1:
+            own["global_batch"] = arm.batch * self.budget.global_batch
         words = [
             f"pattern={arm.pattern}",
             *map(_word, common.items()),
             *self.extra,
             *map(_word, own.items()),
         ]
+        if arm.is_derived and arm.rate != 1:
+            derived = learning_rates(load_config(self.recipe, words).learn)
+            names = ("optimizer.lr", "optimizer.min_lr")
+            rates = (float(f"{arm.rate * rate:.3g}") for rate in derived)
+            words += map(_word, zip(names, rates, strict=True))
         return [*words, f"seed={seed}", f"run_dir={run_dir}"]
 
     def config(self, arm: Arm, run_dir: Path = Path("runs/arm"), seed: int = 0) -> Config:

@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 
 from megamask.report.plot_style import STYLE, label_right
 from megamask.report.reading import Record
-from studies.learners.arms import Arm
+from studies.learners.arm import Arm
 
 COLORS = {"categorical": "#d55e00", "subset": "#0072b2", "maskpro": "#009e73"}
 DASHES = {"2:4": "-", "4:8": "--", "8:16": ":", "1:4": "-."}

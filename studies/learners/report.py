@@ -17,10 +17,11 @@ from megamask.report.reading import Record
 from megamask.report.results_table import format_protocol, method_label
 from megamask.storage import atomic_file
 from megamask.tables import table
-from studies.learners.arms import ARMS, BASE, GROUPS, ONESHOT, Arm, by_name
+from studies.learners.arm import Arm
+from studies.learners.arms import ARMS, BASE, GROUPS, ONESHOT, by_name
 from studies.learners.bench import CURVE_WINDOWS, Bench
 from studies.learners.picture import Curve, draw
-from studies.learners.runs import measured_times
+from studies.learners.runs import UPDATES, measured_times
 
 ByDomain = dict[str, float]
 NAME = "learners"
@@ -144,14 +145,15 @@ def header(bench: Bench, rows: Sequence[Row]) -> str:
     if facts:
         # Budget and machine.
         last = max(facts, key=lambda fact: fact["date"])
-        seq = facts[0]["tokens"] // facts[0]["steps"] // budget.global_batch
-        command.append(f"--tokens-per-step {budget.global_batch * seq}")
+        seq = bench.config(by_name()[BASE]).data.seq_length
+        tokens = budget.global_batch * seq
+        command.append(f"--tokens-per-step {tokens}")
         days = sorted({fact["date"][:10] for fact in facts})
         software = last["versions"]
         device = software["gpu"] if software["gpu"] != "absent" else software["cpu"]
         lines += [
             f"SmolLM2-135M, {budget.steps:,} steps of {budget.global_batch} x {seq} tokens "
-            f"({last['tokens']:,} tokens), micro-batch {budget.micro_batch}. "
+            f"({budget.steps * tokens:,} tokens), micro-batch {budget.micro_batch}. "
             f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}; "
             f"{device}, {last['memory_gib']} GiB; "
             f"torch {software['torch']}, megatron-core {software['megatron-core']}.",
@@ -188,7 +190,7 @@ def group_table(
 ) -> str:
     """A Markdown table; a column without any value is left out."""
     domains = list(rows[0].perplexity[0])
-    last = ["max-prob", "gradient norm", "the paper's"]
+    last = ["max-prob", "gradient norm", *UPDATES.values(), "the paper's"]
     if is_comparison:
         last = ["tokens", "s a step", "peak GiB"]
     columns = ["method" if is_comparison else "setting", *domains]
@@ -246,9 +248,11 @@ def costs(row: Row) -> list[str]:
 
 
 def state(row: Row) -> list[str]:
-    """The last cells of an ablation: max-prob, mean gradient norm, perplexity of the paper."""
-    values = [row.mean("max_prob"), row.mean("grad_norm"), row.paper]
-    return ["" if value is None else f"{value:.3g}" for value in values[:2]] + [
+    """The last cells of an ablation: max-prob, mean gradient norm, means of what the updates were
+    made of, perplexity of the paper.
+    """
+    values = [row.mean(key) for key in ("max_prob", "grad_norm", *UPDATES)]
+    return ["" if value is None else f"{value:.3g}" for value in values] + [
         "" if row.paper is None else f"{row.paper:.6g}"
     ]
 

@@ -16,8 +16,17 @@ from megamask.masks.file import load_masks
 from megamask.report.reading import Record, read_metrics
 from megamask.storage import read_json, write_json
 from studies.child import AGAIN, link, locked
-from studies.learners.arms import ONESHOT, Arm
+from studies.learners.arm import Arm
+from studies.learners.arms import ONESHOT
 from studies.learners.bench import Bench
+
+# What a row says of the updates, and its column.
+UPDATES = {
+    "signal_share": "signal",
+    "below_epsilon": "below epsilon",
+    "relative_step": "move / rate",
+    "clip_factor": "clip factor",
+}
 
 
 def run_arm(bench: Bench, arm: Arm, seed: int) -> None:
@@ -152,12 +161,21 @@ def learned(run_dir: Path, arm: Arm) -> Record:
         "grad_norm": statistics.fmean(record["grad_norm"] for record in train)
         if "grad_norm" in train[-1]
         else None,
+        **measured_updates(train),
         "load_average": round(load, 2),
         "contended": load > (os.cpu_count() or 1) + 0.5,
         "versions": versions(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "cores": os.cpu_count(),
     }
+
+
+def measured_updates(train: Sequence[Record]) -> Record:
+    """Means of what AdamW's updates were made of, over the steps that have been measured; empty
+    where none was. See ``megamask.optim.update_measure``.
+    """
+    known = {key: [record[key] for record in train if key in record] for key in UPDATES}
+    return {key: statistics.fmean(values) for key, values in known.items() if values}
 
 
 def changed(run_dir: Path, arm: Arm) -> float | None:

@@ -34,12 +34,15 @@ def save_mask(path: Path, pattern: str, seed: int, method: str) -> None:
 
 
 def learn(run_dir: Path, steps: int, seed: int, pattern: str) -> None:
-    records, seconds = [], 0.0
+    records: list[dict[str, Any]] = []
+    seconds = 0.0
     for step in range(steps + 1):
         known = {"step": step, "tokens": step * BATCH * SEQ}
         if step:
             seconds += 3.0
-            records.append({"kind": "train", **known, "seconds": seconds, "memory_gib": 1.5})
+            train = {"kind": "train", **known, "seconds": seconds}
+            measured = {"signal_share": step / 100} if step % 2 == 0 else {}
+            records.append({**train, "memory_gib": 1.5, "clip_factor": 0.5, **measured})
         if step in (0, steps // 2, steps):
             seconds += 10.0  # an evaluation comes after its step, and is no part of the next
             records.append(

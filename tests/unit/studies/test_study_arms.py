@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from megamask.config.learn_tree import LearnSection
+from megamask.optim.schedule import learning_rates
 from studies.learners import __main__
-from studies.learners.arms import ARMS, BASE, Arm, by_name
+from studies.learners.arm import Arm
+from studies.learners.arms import ARMS, BASE, by_name
 from tests.unit.studies.stand_ins import BATCH, SEQ, STEPS, Words
 
 
@@ -16,7 +19,7 @@ def test_every_arm_is_a_valid_setting(arm: Arm, words: Words) -> None:
     assert (
         config.pattern == arm.pattern
         and config.data.seq_length == SEQ
-        and config.learn.global_batch == BATCH
+        and config.learn.global_batch == BATCH * arm.batch
     )
     assert not arm.learns or config.learn.prior.mask == arm.prior
     assert config.learn.steps == max(1, round(STEPS * arm.share_of_steps))
@@ -60,3 +63,18 @@ def test_the_rate_fits_the_steps_and_no_other_setting(
     ):
         section = bench.config(by_name()[arm]).learn.optimizer
         assert (section.lr, section.min_lr) == pytest.approx((share * rate, share * rate / 10)), arm
+
+
+@pytest.mark.parametrize("steps", [15, 60, 240])
+def test_arms_of_batch_and_rate_have_the_derived_rate(words: Words, steps: int) -> None:
+    bench = __main__.open_bench(__main__.read_options(words(steps=steps)))
+    derived = learning_rates(LearnSection(steps=steps, prior={"mask": "sparsegpt"}))
+    for arm in (arm for arm in ARMS if arm.group == "scale"):
+        learn = bench.config(arm).learn
+        expected = [arm.rate * rate for rate in derived]
+        # The words of a command have three digits.
+        assert learning_rates(learn) == pytest.approx(expected, rel=5e-3), arm.name
+        assert learn.global_batch == arm.batch * BATCH
+    one = bench.config(by_name()["scale-1-one"]).learn
+    assert "optimizer" not in one.model_dump(exclude_unset=True)
+    assert len({bench.digest(arm) for arm in ARMS if arm.group == "scale"}) == 12

@@ -33,7 +33,9 @@ def test_the_report(words: Words, verbs: list[str], tmp_path: Path) -> None:
     docs.mkdir()
     (docs / "learners-findings.md").write_text("## Findings\n\nWritten by hand.\n")
     assert (
-        __main__.main(words("--arms", BASE, "oneshot-2of4", "tau-2", "--seeds", "7", "8"))
+        __main__.main(
+            words("--arms", BASE, "oneshot-2of4", "tau-2", "scale-4-*", "--seeds", "7", "8")
+        )
         == EXIT_OK
     )
     verbs.clear()
@@ -61,6 +63,16 @@ def test_the_report(words: Words, verbs: list[str], tmp_path: Path) -> None:
         )
         == 1
     )
+    # Steps 2, 4 and 6 of 6 have been measured, a hundredth of their number each.
+    lines = text.splitlines()
+    scaled = next(number for number, line in enumerate(lines) if line.startswith("| 4 x the batch"))
+    columns, cells = (
+        [cell.strip() for cell in lines[at].split("|")] for at in (scaled - 2, scaled)
+    )
+    found = dict(zip(columns, cells, strict=True))
+    assert (found["signal"], found["clip factor"]) == ("0.04", "0.5")
+    assert "below epsilon" not in found and "move / rate" not in found
+    assert f"{STEPS} steps of {BATCH} x {SEQ} tokens ({STEPS * BATCH * SEQ} tokens)" in text
     assert (
         "| SparseGPT mask " in text
         and "Not run: `prior-wanda`, `prior-magnitude`, `prior-none`." in text
