@@ -14,29 +14,19 @@ model. The extra states of modules are there and empty, because a load asks for 
 from __future__ import annotations
 
 import argparse
-import io
 import logging
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 from megamask.errors import ArtifactError
 from megamask.export.folded import check_zeros, fold, tell_written, write_stamp
 from megamask.masks.file import MaskSet
-from megamask.safe_checkpoint import COMMON, INDEX
-from megamask.storage import atomic_dir, write_json
+from megamask.storage import atomic_dir
 from megamask.weights.base_model import BaseModel
-from megamask.weights.dist_checkpoint.checkpoint_folder import (
-    BACKEND,
-    FORMAT,
-    RELEASE,
-    TRACKER,
-    find_checkpoint,
-)
+from megamask.weights.dist_checkpoint.checkpoint_folder import RELEASE, TRACKER, find_checkpoint
+from megamask.weights.dist_checkpoint.checkpoint_writer import CheckpointWriter, write_index
 from megamask.weights.dist_checkpoint.megatron_args import (
     beyond_gpt_model,
     flags_beside,
@@ -51,7 +41,6 @@ from megamask.weights.source import FINITE, WeightSource, not_finite
 
 log = logging.getLogger(__name__)
 MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
-FILE_BYTES = 5 * 10**9
 VERSION = 3.0  # of Megatron-LM's checkpoints since queries, keys and values have their order
 # Modules of a layer that have an extra state in Megatron-Core or in Transformer Engine.
 STATES = (
@@ -82,12 +71,11 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         release = folder / RELEASE
         release.mkdir()
         rows = -(-arch.vocab // MULTIPLE) * MULTIPLE
-        writer = CheckpointWriter(release)
-        for key, offsets, size, tensor in _pieces(arch, rows, source, masks):
-            writer.add(key, offsets, size, tensor)
-        for key in _states(arch):
-            writer.add_state(key)
-        writer.finish()
+        with CheckpointWriter(release) as writer:
+            for key, offsets, size, tensor in _pieces(arch, rows, source, masks):
+                writer.add(key, offsets, size, tensor)
+            for key in _states(arch):
+                writer.add_state(key)
         args = argparse.Namespace(**megatron_args(arch, rows))
         common = {
             "checkpoint_version": VERSION,
@@ -95,10 +83,7 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
             "args": args,
             "content_metadata": {"singleton_local_shards": False},
         }
-        torch.save(common, release / COMMON)
-        backends = {"sharded_backend": BACKEND, "common_backend": "torch"}
-        versions = {"sharded_backend_version": 1, "common_backend_version": 1}
-        write_json(release / FORMAT, backends | versions)
+        write_index(release, writer.written, common)
         copy_side_files(base.hf_dir, folder, base.config)
         (folder / TRACKER).write_text(RELEASE)
         fix = "Export again; report it if it stays."
@@ -158,88 +143,3 @@ def _states(arch: Architecture) -> Iterator[str]:
         for layer in range(arch.num_layers):
             yield f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.num_layers}"
     yield "decoder.final_layernorm._extra_state/shard_0_1"
-
-
-class CheckpointWriter:
-    """Writes the files and the index of a checkpoint, a piece at a time.
-
-    Args:
-        folder: an empty folder.
-        file_bytes: after so many bytes the next file begins.
-    """
-
-    def __init__(self, folder: Path, file_bytes: int = FILE_BYTES) -> None:
-        from torch.distributed.checkpoint.metadata import Metadata
-
-        self._folder, self._file_bytes = folder, file_bytes
-        self._index = Metadata({}, storage_data={})
-        self._file: BinaryIO | None = None
-        self._count = 0
-        state = io.BytesIO()
-        torch.save([None], state)
-        self._state = state.getvalue()
-
-    def add(self, key: str, offsets: tuple[int, ...], size: tuple[int, ...], piece: Tensor) -> None:
-        """Write a piece of a tensor.
-
-        Args:
-            key: name of the tensor.
-            offsets: place of the first number of the piece.
-            size: shape of the whole tensor.
-            piece: its numbers.
-        """
-        from torch.distributed.checkpoint.metadata import (
-            ChunkStorageMetadata,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
-
-        new = TensorStorageMetadata(TensorProperties(piece.dtype), torch.Size(size), [])
-        entry = self._index.state_dict_metadata.setdefault(key, new)
-        assert isinstance(entry, TensorStorageMetadata)
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), piece.shape))
-        file = self._open()
-        start = file.tell()
-        alone = piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes
-        # PyTorch would save the whole storage of a view.
-        torch.save(piece if alone else piece.clone(memory_format=torch.contiguous_format), file)
-        self._note(key, torch.Size(offsets), start)
-
-    def add_state(self, key: str) -> None:
-        """Write an empty extra state."""
-        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
-        self._index.state_dict_metadata[key] = BytesStorageMetadata()
-        file = self._open()
-        start = file.tell()
-        file.write(self._state)
-        self._note(key, None, start)
-
-    def finish(self) -> None:
-        """Write the index."""
-        self._open().close()
-        with (self._folder / INDEX).open("wb") as file:
-            pickle.dump(self._index, file)
-
-    def _open(self) -> BinaryIO:
-        """The file that takes the next piece."""
-        if self._file is not None and self._file.tell() >= self._file_bytes:
-            self._file.close()
-            self._file, self._count = None, self._count + 1
-        if self._file is None:
-            self._file = (self._folder / self._name()).open("wb")
-        return self._file
-
-    def _name(self) -> str:
-        return f"__0_{self._count}.distcp"
-
-    def _note(self, key: str, offsets: torch.Size | None, start: int) -> None:
-        """Note where the piece lies that was written last."""
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-        from torch.distributed.checkpoint.metadata import MetadataIndex
-
-        assert self._file is not None
-        length = self._file.tell() - start
-        self._index.storage_data[MetadataIndex(key, offsets)] = _StorageInfo(
-            self._name(), start, length
-        )

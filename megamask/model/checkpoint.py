@@ -63,6 +63,30 @@ def save_sharded(
     Raises:
         ArtifactError: the disk is full, or ``path`` cannot be written.
     """
+
+    def write(temporary: Path) -> None:
+        with deaf_helpers(), results_go_through(queue.Queue):
+            request_save(state, temporary).execute_sync()
+        mesh.barrier()
+        if mesh.is_main:
+            settle_index(temporary)
+
+    write_folder(path, mesh, note, files, write)
+
+
+def write_folder(
+    path: Path,
+    mesh: Mesh,
+    note: dict[str, Any],
+    files: Sequence[Path],
+    write: Callable[[Path], None],
+) -> None:
+    """Have all ranks write a checkpoint under a temporary name; add a JSON note and copies of
+    ``files``, and rename the folder to ``path``. All ranks must call this function.
+
+    Raises:
+        ArtifactError: the disk is full, or ``path`` cannot be written.
+    """
     target, temporary = storage.places(path)
     temporary = Path(mesh.from_main(str(temporary)))
     with telling(path, temporary):
@@ -70,11 +94,8 @@ def save_sharded(
             if mesh.is_main:
                 temporary.mkdir(parents=True)
             mesh.barrier()
-            with deaf_helpers(), results_go_through(queue.Queue):
-                request_save(state, temporary).execute_sync()
-            mesh.barrier()
+            write(temporary)
             if mesh.is_main:
-                settle_index(temporary)
                 storage.write_json(temporary / NOTE, note)
                 for file in files:
                     shutil.copy(file, temporary)

@@ -126,6 +126,14 @@ class Mesh:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def gather_to_main(self, value: Value) -> list[Value]:
+        """The values of all ranks in their order, on rank 0; an empty list on the others."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values if self.is_main else []
+
     def require_same(self, what: str, value: Any) -> None:
         """Check that all ranks have the ``value`` of rank 0, before collective work that follows
         from the value.

@@ -10,8 +10,9 @@ import time
 from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.errors import MegamaskError
-from megamask.model.build import build_model, padded_vocab
-from megamask.model.checkpoint import fill_from_hf, read_note, save_sharded, sharded_state
+from megamask.model.build import padded_vocab
+from megamask.model.checkpoint import read_note
+from megamask.model.streamed_weights import save_streamed
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import Layout
 from megamask.weights.base_model import base_model
@@ -51,20 +52,12 @@ def run(config: Config) -> None:
                 log.info("%s already holds this model", paths.weights)
             return
         begin = time.perf_counter()
-        model = build_model(config, arch, mesh, dtype=arch.dtype)
-        fill_from_hf(model, arch, mesh, reader)
         with base.config_file() as config_file:
-            save_sharded(sharded_state(model), paths.weights, mesh, note, files=[config_file])
+            weights = save_streamed(reader, arch, paths.weights, mesh, note, files=[config_file])
         if mesh.is_main:
-            parameters = sum(parameter.numel() for parameter in model.parameters()) * mesh.tp / 1e6
             seconds = time.perf_counter() - begin
-            log.info(
-                "wrote %s: about %.0f M parameters in %s, %.1f s",
-                paths.weights,
-                parameters,
-                arch.dtype,
-                seconds,
-            )
+            what = "wrote %s: %.0f M parameters in %s, %.1f s"
+            log.info(what, paths.weights, weights / 1e6, arch.dtype, seconds)
 
 
 def _is_done(config: Config, note: dict[str, object]) -> bool:

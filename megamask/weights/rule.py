@@ -10,8 +10,10 @@ along in_features: weights (O, I), biases (O,), masks (O, I), candidate indices 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -24,6 +26,21 @@ Read = Callable[[str, slice, "slice | None"], Tensor]
 
 ``cols`` is a slice of the last axis, or None for the whole axis.
 """
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a Megatron tensor that are rows of an HF tensor.
+
+    Attributes:
+        hf: name of the HF tensor; None for rows of zeros, which pad the vocabulary.
+        rows: of the HF tensor.
+        cols: of its last axis; None for the whole axis.
+    """
+
+    hf: str | None
+    rows: slice
+    cols: slice | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,48 @@ class Rule:
             return self._shard_group(read, tp_rank, tp)
         return self._fuse(self._read_parts(read, tp_rank, tp), self._blocks(tp))
 
+    def pieces(self, tp_rank: int, tp: int, some: slice = slice(None)) -> list[Piece]:
+        """What the rows of ``shard`` are, or some of them, from the first to the last."""
+        columns: list[slice | None] = [None]
+
+        def numbered(name: str, rows: slice, cols: slice | None) -> Tensor:
+            """The numbers of rows, from 1: a row of zeros is then a row that pads."""
+            columns[0] = cols
+            first = offsets[name] + 1
+            return torch.arange(first + rows.start, first + rows.stop)
+
+        starts = [0, *accumulate(shape[0] for shape in self.shapes)]
+        offsets = dict(zip(self.hf, starts, strict=False))
+        found = []
+        for _, row, count in runs(self.shard(numbered, tp_rank, tp)[some]):
+            if row == 0:
+                found.append(Piece(None, slice(0, count), None))
+                continue
+            while count:  # rows of two HF tensors may follow one another
+                index = bisect_right(starts, row - 1) - 1
+                inner = row - 1 - starts[index]
+                inside = min(count, self.shapes[index][0] - inner)
+                found.append(Piece(self.hf[index], slice(inner, inner + inside), columns[0]))
+                row, count = row + inside, count - inside
+        return found
+
+    def chunks(self, tp_rank: int, tp: int) -> list[tuple[slice, tuple[int, ...]]]:
+        """Where a shard lies in the Megatron tensor of all ranks: the rows of the shard that follow
+        one another there, and the place of their first number.
+        """
+        rows, *rest = self.shape(tp)
+        if self.kind == "row":
+            return [(slice(0, rows), (*(0,) * len(rest), tp_rank * rest[-1]))]
+        zeros = (0,) * len(rest)
+        if self.kind != "gated":
+            return [(slice(0, rows), (0 if self.kind == "replicate" else tp_rank * rows, *zeros))]
+        found, first, whole = [], 0, 0  # each rank holds a share of every part
+        for count in self._part_rows():
+            share = _share(count, tp)
+            found.append((slice(first, first + share), (whole + tp_rank * share, *zeros)))
+            first, whole = first + share, whole + count
+        return found
+
     def join(self, shards: Sequence[Tensor]) -> Tensor:
         """The full (TP = 1) Megatron tensor from the shards of all ranks, in rank order."""
         if self.kind == "replicate":
@@ -169,6 +228,20 @@ class Rule:
         rows = read(self.hf[0], slice(start, min(start + count, total)), None)
         missing = count - rows.shape[0]
         return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
+def runs(numbers_R: Tensor) -> Iterator[tuple[int, int, int]]:
+    """The runs of numbers that grow by one, or are zero: place, first number and length of each.
+
+    Args:
+        numbers_R: int64.
+    """
+    steps = numbers_R[1:] - numbers_R[:-1]
+    goes_on = (steps == 1) & (numbers_R[:-1] > 0) | (numbers_R[1:] == 0) & (numbers_R[:-1] == 0)
+    starts = [0, *((~goes_on).nonzero().flatten() + 1).tolist(), len(numbers_R)]
+    for start, end in pairwise(starts):
+        if end > start:
+            yield start, int(numbers_R[start]), end - start
 
 
 def block(tensor: Tensor, rows: slice, cols: slice | None) -> Tensor:

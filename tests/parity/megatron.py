@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megamask.config import Config, load_config
 from megamask.model.build import build_model
-from megamask.model.checkpoint import fill_from_hf, load_weights
+from megamask.model.checkpoint import fill_from_hf, load_weights, sharded_state
 from megamask.model.language_model import LanguageModel
 from megamask.model.perplexity import perplexity
+from megamask.model.streamed_weights import save_streamed
 from megamask.parallel.mesh import Mesh, start
+from megamask.safe_checkpoint import read_index
 from megamask.verbs.convert import run as convert
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
+from megamask.weights.dist_checkpoint.stored_tensors import StoredTensors
 from megamask.weights.hf_files import HFReader, open_checked
 
 # fp32 rounding through a few dozen layers gives 1e-6 to 2e-5 of the logits' root mean square, and
@@ -140,3 +146,26 @@ def output(model: LanguageModel, arch: Architecture, mesh: Mesh, tokens_NS: torc
     model.eval()
     logits = torch.cat([model.full_logits(rows, arch.vocab) for rows in tokens_NS.split(2)])
     return Output(logits, perplexity(model, mesh, tokens_NS, 2))
+
+
+def check_streamed(model: LanguageModel, arch: Architecture, mesh: Mesh, folder: Path) -> None:
+    """What ``save_streamed`` writes of ``folder`` is what Megatron would save of the filled model:
+    keys, shapes, dtypes, and the place and the numbers of every shard.
+    """
+    with open_checked(folder) as reader:
+        save_streamed(reader, arch, folder / "streamed", mesh, {})
+    state = sharded_state(model)
+    apply_factories(state)
+    shards = [one for one in nested_values(state) if isinstance(one, ShardedTensor)]
+    with StoredTensors(folder / "streamed", "") as stored:
+        index = read_index(folder / "streamed").state_dict_metadata
+        assert index.keys() == {shard.key for shard in shards}
+        for shard in shards:
+            about = index[shard.key]
+            assert isinstance(about, TensorStorageMetadata)
+            assert (tuple(about.size), stored.dtype(shard.key)) == (shard.global_shape, shard.dtype)
+            places = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in about.chunks]
+            assert places.count((shard.global_offset, shard.local_shape)) == 1, shard.key
+            offsets = zip(shard.global_offset, shard.local_shape, strict=True)
+            found = stored.read(shard.key, [range(at, at + size) for at, size in offsets])
+            assert torch.equal(found, shard.data), shard.key

@@ -22,6 +22,7 @@ from tests.parallel.ranks import meet_again, run_ranks
 from tests.parity.megatron import (
     LOGITS,
     Output,
+    check_streamed,
     hf_tensors,
     output,
     output_of_weights,
@@ -62,8 +63,8 @@ def outputs(
     rank: int, folders: dict[str, Path], tokens_NS: torch.Tensor, tp: int, splits: tuple[bool, ...]
 ) -> list[dict[str, Output]]:
     """Outputs of every model, without and with sequence parallel as ``splits`` says. The first
-    models are also turned back into HF tensors, which must be those of the files, and at TP 2 some
-    are saved.
+    models are also turned back into HF tensors, which must be those of the files; what convert
+    writes of them must be what Megatron would save; and at TP 2 some are saved.
     """
     found = []
     for split in splits:
@@ -83,6 +84,7 @@ def outputs(
                         shards = mesh.gather_over_tp(parameters[rule.megatron])
                         back.update(rule.to_hf(rule.join(shards)))
                     assert same(back, stored), name
+                    check_streamed(model, arch, mesh, folder)
                     if tp > 1 and name in SAVED:
                         note = {"fingerprint": "", "dtype": "float32", "padded_vocab": VOCAB + 1}
                         files = [folder / "config.json"]

@@ -18,7 +18,7 @@ from megamask.weights.mapping import (
     prunable,
     rules,
 )
-from megamask.weights.rule import Read, Rule
+from megamask.weights.rule import Piece, Read, Rule
 
 TINY = Architecture(
     "llama",
@@ -34,6 +34,7 @@ TINY = Architecture(
 )
 BIASED = replace(TINY, attention_bias=True, attention_out_bias=True, mlp_bias=True, tied=True)
 WIDE_HEADS = replace(TINY, head_dim=6)  # heads * head_dim != hidden
+ONE_TENSOR = replace(TINY, family="phi3", kv_heads=2)  # q, k, v in one HF tensor; ranks share KV
 
 
 def random_checkpoint(arch: Architecture, seed: int = 0) -> dict[str, Tensor]:
@@ -53,12 +54,27 @@ def to_megatron(rule: Rule, tensors: dict[str, Tensor]) -> Tensor:
     return rule.shard(reader(tensors), 0, 1)
 
 
+def of_pieces(pieces: list[Piece], tensors: dict[str, Tensor], shard: Tensor) -> Tensor:
+    """The rows that the pieces name, one after another."""
+    read = reader(tensors)
+    return torch.cat(
+        [
+            shard.new_zeros(piece.rows.stop, *shard.shape[1:])
+            if piece.hf is None
+            else read(piece.hf, piece.rows, piece.cols)
+            for piece in pieces
+        ]
+    )
+
+
 def padded(arch: Architecture, tp: int) -> int:
     return -(-arch.vocab // tp) * tp
 
 
 @pytest.mark.parametrize(
-    "arch", [TINY, BIASED, WIDE_HEADS], ids=["untied", "tied, biases", "head_dim"]
+    "arch",
+    [TINY, BIASED, WIDE_HEADS, ONE_TENSOR],
+    ids=["untied", "tied, biases", "head_dim", "fused"],
 )
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_round_trip_is_bitwise(arch: Architecture, tp: int) -> None:
@@ -68,6 +84,16 @@ def test_round_trip_is_bitwise(arch: Architecture, tp: int) -> None:
         assert {tuple(shard.shape) for shard in shards} == {rule.shape(tp)}
         full = rule.join(shards)
         assert torch.equal(full, to_megatron(rule, source)) and full.shape == rule.shape(1)
+        for rank, shard in enumerate(shards):
+            assert torch.equal(of_pieces(rule.pieces(rank, tp), source, shard), shard), rule
+            covered = 0
+            for rows, offsets in rule.chunks(rank, tp):
+                part = shard[rows]
+                assert torch.equal(of_pieces(rule.pieces(rank, tp, rows), source, shard), part)
+                ends = zip(offsets, part.shape, strict=True)
+                assert torch.equal(full[tuple(slice(at, at + n) for at, n in ends)], part), rule
+                covered += len(part)
+            assert covered == len(shard)
         back.update(rule.to_hf(full))
     assert back.keys() == source.keys()
     assert all(torch.equal(back[name], source[name]) for name in source)

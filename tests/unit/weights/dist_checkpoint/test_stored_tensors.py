@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megamask.errors import ArtifactError
-from megamask.export.megatron_folder import CheckpointWriter
 from megamask.safe_checkpoint import INDEX
+from megamask.weights.dist_checkpoint.checkpoint_writer import CheckpointWriter, write_index
 from megamask.weights.dist_checkpoint.stored_tensors import StoredTensors
 from tests.fuzz.mutations import bytes_writer, survives
 
@@ -52,13 +52,13 @@ def test_any_block(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def test_pieces_of_every_cut(tmp_path: Path) -> None:
     """Pieces of rows, of columns and of layers in several files make the tensor again."""
     whole = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
-    writer = CheckpointWriter(tmp_path, file_bytes=1000)
-    for layer in range(3):
-        for row in range(0, 6, (layer + 1)):
-            for column in (0, 4):
-                piece = whole[layer : layer + 1, row : row + layer + 1, column : column + 4]
-                writer.add("x", (layer, row, column), (3, 6, 8), piece)
-    writer.finish()
+    with CheckpointWriter(tmp_path, file_bytes=1000) as writer:
+        for layer in range(3):
+            for row in range(0, 6, (layer + 1)):
+                for column in (0, 4):
+                    piece = whole[layer : layer + 1, row : row + layer + 1, column : column + 4]
+                    writer.add("x", (layer, row, column), (3, 6, 8), piece)
+    write_index(tmp_path, writer.written, {})
     assert len(list(tmp_path.glob("*.distcp"))) > 2
     with StoredTensors(tmp_path, "") as stored:
         assert torch.equal(whole_of(stored, "x"), whole)
@@ -67,9 +67,9 @@ def test_pieces_of_every_cut(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_lacks_a_piece(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path)
-    writer.add("x", (0, 0), (4, 2), torch.ones(2, 2))
-    writer.finish()
+    with CheckpointWriter(tmp_path) as writer:
+        writer.add("x", (0, 0), (4, 2), torch.ones(2, 2))
+    write_index(tmp_path, writer.written, {})
     with StoredTensors(tmp_path, "Fix.") as stored:
         assert torch.equal(stored.read("x", [range(2), range(2)]), torch.ones(2, 2))
         with pytest.raises(ArtifactError, match=r"x is not stored as a whole\)\. Fix\."):
@@ -94,10 +94,11 @@ def test_no_byte_breaks_the_reader(
     tmp_path: Path,
     tensors: dict[str, torch.Tensor],
 ) -> None:
-    writer = CheckpointWriter(tmp_path)  # PyTorch's own puts a random number into the index
-    for key, tensor in tensors.items():
-        writer.add(key, (0,) * tensor.dim(), tuple(tensor.shape), tensor)
-    writer.finish()
+    # PyTorch's own writer puts a random number into the index.
+    with CheckpointWriter(tmp_path) as writer:
+        for key, tensor in tensors.items():
+            writer.add(key, (0,) * tensor.dim(), tuple(tensor.shape), tensor)
+    write_index(tmp_path, writer.written, {})
 
     def read() -> None:
         with StoredTensors(tmp_path, "") as stored:
