@@ -58,9 +58,9 @@ def documents(name: str, corpus: CorpusSection, after: Reached = START) -> Itera
     for raw in raws if corpus.join is None else _joined(raws, corpus.join, left):
         document, broken = _encodable(raw)
         replaced += broken
-        if not document.text.strip():
+        if not document.text or document.text.isspace():
             continue
-        size = len(document.text.encode())
+        size = document.size
         if size > left:
             cut = document.text.encode()[:left].decode(errors="ignore")
             document = replace(document, text=cut)
@@ -97,8 +97,9 @@ def _encodable(document: Document) -> tuple[Document, bool]:
     whether there was one. JSON may hold such halves: text that was cut within an emoji.
     """
     try:
-        document.text.encode()
-        document.key.encode()
+        for part in (document.text, document.key):
+            if not part.isascii():
+                part.encode()
     except UnicodeEncodeError:
         text, key = (
             part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Document:
     text: str
     key: str
     file: int = 0
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of UTF-8 of the text."""
+        return len(self.text) if self.text.isascii() else len(self.text.encode())
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,16 @@ class TokenIndex:
         return tokens[first : first + int(self.lengths[number])]
 
 
+def token_type(vocab_size: int) -> np.dtype[Any]:
+    """The type of a token: that of Megatron's ``DType.optimal_dtype``, whose module is not asked,
+    because its import takes two seconds.
+
+    Args:
+        vocab_size: a number that is larger than every id.
+    """
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
 def bin_file(prefix: Path) -> Path:
     """The file of the tokens of a dataset."""
     return prefix.with_name(prefix.name + ".bin")

@@ -22,12 +22,13 @@ from megamask.data.encoders import Tokens, encoded, encoder
 from megamask.data.shards import FORMAT, SPLITS, Shards, describe_file, read_shards
 from megamask.data.split import SplitState, split_documents
 from megamask.data.token_files import TokenFiles, is_useful, take_up
+from megamask.data.token_index import token_type
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ArtifactError
 from megamask.process.cores import usable_cores
 from megamask.storage import continued_dir, write_json
 
-BATCH_CHARACTERS = 2**20  # text of a batch, which one process tokenizes
+BATCH_CHARACTERS = 2**18  # text of a batch, which one process tokenizes
 NOTE_EVERY = 2**24  # bytes of text after which the end of a file is noted: some seconds of work
 
 
@@ -131,7 +132,7 @@ def _write_text(
         shown = ", ".join(str(file) for file in left_out[:3])
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         say(f"{name}: not read, for these are no {corpus.kind} files of the corpus: {shown}{more}")
-    dtype = _token_type(tokenizer.vocab_size)
+    dtype = token_type(tokenizer.vocab_size)
     encode = encoder(
         tokenizer.encode_batch, dtype, before_document(config, tokenizer), _end(config, tokenizer)
     )
@@ -174,13 +175,6 @@ TEXT = Writer(source_stamp, _check_text, _write_text)
 WRITERS = {"megatron": Writer(in_place.stamp, in_place.check, _write_in_place)}
 
 
-def _token_type(vocab_size: int) -> np.dtype[Any]:
-    from megatron.core.datasets.indexed_dataset import DType
-
-    dtype: np.dtype[Any] = np.dtype(DType.optimal_dtype(vocab_size))
-    return dtype
-
-
 @dataclass(frozen=True)
 class Batch:
     """Documents that are tokenized at once.
@@ -213,7 +207,7 @@ def _batches(name: str, corpus: CorpusSection, after: Reached) -> Iterator[Batch
             batch, characters, noted = [], 0, size
         file = max(file, document.file)
         batch.append((side, document))
-        size += len(document.text.encode())
+        size += document.size
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield Batch(batch)
@@ -228,7 +222,7 @@ def _add(files: TokenFiles, batch: Batch, tokens: Tokens) -> None:
     for split in SPLITS:
         chosen = (sides == split) & (tokens.lengths > 0)
         text_bytes = sum(
-            len(document.text.encode())
+            document.size
             for (_, document), is_chosen in zip(batch.documents, chosen, strict=True)
             if is_chosen
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -41,6 +42,32 @@ def test_batches_come_in_their_order_whatever_takes_long() -> None:
         expected = [[1, *map(ord, text), 2] for text in batch.texts]
         assert tokens.lengths.tolist() == [len(ids) for ids in expected]
         assert tokens.ids.tolist() == sum(expected, [])
+
+
+@pytest.mark.timeout(60)
+def test_large_batches_are_exchanged_while_all_processes_work() -> None:
+    """Texts and tokens of a batch are larger than the buffer of a pipe, so a parent that waits
+    until a batch is taken, and a process that waits until its tokens are taken, would wait for
+    ever.
+    """
+    batches = [Texts(chr(65 + number) * 2**20) for number in range(8)]
+    for batch, tokens in encoded(PLAIN, batches, 2, "web"):
+        assert tokens.lengths.tolist() == [2**20 + 2]
+        assert (tokens.ids[1:-1] == ord(batch.texts[0][0])).all()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_process_encodes_in_its_first_thread(processes: int) -> None:
+    """The first thread allocates in the heap of the loaded tokenizer, which takes longer."""
+
+    def encode(texts: Any) -> Tokens:
+        is_first = threading.current_thread() is threading.main_thread()
+        return Tokens(np.array([is_first, os.getpid()], np.int32), np.array([2], np.int32))
+
+    batches = [Texts("a"), Texts("b"), Texts("c")]
+    found = [tokens.ids.tolist() for _, tokens in encoded(encode, batches, processes, "web")]
+    assert [is_first for is_first, _ in found] == [0, 0, 0]
+    assert (os.getpid() in {process for _, process in found}) == (processes == 1)
 
 
 class UnsentError(Exception):

@@ -13,7 +13,7 @@ import pytest
 from megamask.config import Config, run_paths
 from megamask.data.blend import train_dataset
 from megamask.data.heldout import heldout_windows
-from megamask.data.token_index import HEADER
+from megamask.data.token_index import HEADER, token_type
 from megamask.errors import ArtifactError
 from megamask.verbs import tokenize
 
@@ -102,3 +102,10 @@ def test_an_id_that_another_domain_alone_has(two_domains: Callable[..., Config])
     samples = train_dataset(config, 10, 32, seed=3)
     with pytest.raises(ArtifactError, match=r"/b/train\.bin.*the largest that was written is 100"):
         [samples[number] for number in range(10)]
+
+
+def test_the_type_of_a_token_is_that_of_megatron() -> None:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    for size in (1, 2**8, 65499, 65500, 2**16, 2**18):
+        assert token_type(size) == np.dtype(DType.optimal_dtype(size))

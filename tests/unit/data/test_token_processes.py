@@ -293,5 +293,13 @@ def test_the_benchmark_measures_both_sides(tmp_path: Path, tokenizer_folder: Pat
     assert tokenizing.main([*words, "--rounds", "1", "--processes", "2", "--json", str(file)]) == 0
     figures = json.loads(file.read_text())["figures"]
     assert 0.05 <= figures["megabytes"] < 1 and figures["documents"] >= 2
-    for ratio in ("ratio", "cpu_ratio"):
-        assert figures[ratio]["median"] > 0
+    for ratio in ("rate", "steady rate", "CPU seconds"):
+        assert figures[ratio]["low"] <= figures[ratio]["median"] <= figures[ratio]["high"]
+    assert all(len(seconds) == 1 for seconds in figures["seconds"].values())
+
+
+def test_the_start_is_told_from_the_steady_rate() -> None:
+    """Two seconds of start, and four for the whole text, of which a quarter is in one file."""
+    seconds = {tokenizing.VERB: [6.0], tokenizing.FILE: [3.0], tokenizing.RAW: [4.0]}
+    assert tokenizing.without_start(seconds, 0.25) == [4.0]
+    assert tokenizing.started(seconds, 0.25) == 2.0
