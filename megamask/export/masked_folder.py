@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
+
+from megamask.errors import ArtifactError
 from megamask.export.folded import check_zeros, fold, tell_written, write_stamp
 from megamask.masks.file import MaskSet
 from megamask.weights.base_model import BaseModel
-from megamask.weights.file_layout import file_layout
 from megamask.weights.hf_files import open_checked, write_hf
+from megamask.weights.other_tensors import bytes_of
 from megamask.weights.source import WeightSource
 
 
@@ -32,10 +35,11 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
 
     def finish(folder: Path) -> None:
         check_export(folder, masks, base.ignore_keys)
+        check_others(folder, base, source)
         write_stamp(folder, masks)
 
     tensors = ((name, fold(name, source.tensor(name), masks)) for name in source.names())
-    layout = file_layout(base.architecture())
+    layout = base.layout()
     write_hf(out, tensors, base.hf_dir, finish=finish, layout=layout, config=base.config)
     tell_written(out, masks)
 
@@ -50,3 +54,20 @@ def check_export(folder: Path, masks: MaskSet | None, ignore_keys: Collection[st
     """
     with open_checked(folder, ignore_keys) as reader:
         check_zeros(reader, masks)
+
+
+def check_others(folder: Path, base: BaseModel, source: WeightSource) -> None:
+    """Read a written folder back and check that the tensors beside its text part are those of the
+    model, bit for bit.
+
+    Raises:
+        ArtifactError: the first tensor that is missing or differs.
+    """
+    layout = base.layout()
+    with open_checked(folder, base.ignore_keys) as reader:
+        for name in filter(layout.is_other, source.names()):
+            written, given = reader.tensor(name), source.tensor(name)
+            alike = written.dtype == given.dtype and written.shape == given.shape
+            if not alike or not torch.equal(bytes_of(written), bytes_of(given)):
+                problem = f"does not hold {name} as the model has it"
+                raise ArtifactError(folder, problem, "Export again; report it if it stays.")

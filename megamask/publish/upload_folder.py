@@ -15,7 +15,7 @@ from megamask.config.tree import PUBLISHED
 from megamask.config.yaml_text import read_yaml, write_yaml
 from megamask.errors import ArtifactError
 from megamask.export.folded import fold
-from megamask.export.masked_folder import check_export
+from megamask.export.masked_folder import check_export, check_others
 from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
 from megamask.publish.base_facts import BaseFacts
@@ -24,7 +24,6 @@ from megamask.publish.measured import TASKS, measured
 from megamask.report.reading import mask_provenance
 from megamask.storage import atomic_dir, file_sha256, read_object, real_path, write_json
 from megamask.weights.base_model import BaseModel
-from megamask.weights.file_layout import file_layout
 from megamask.weights.hf_files import INDEX, SINGLE, write_hf
 from megamask.weights.licences import copy_licences
 from megamask.weights.own_folder import own_files
@@ -100,14 +99,14 @@ def build(out: Path, one: Publication, source: WeightSource) -> None:
     def finish(folder: Path) -> None:
         if one.is_model:
             check_export(folder, one.masks, one.base.ignore_keys)
+            check_others(folder, one.base, source)
         else:
             _copy_mask(one.masks, folder / MASK_FILE)
         _add_texts(folder, one)
 
     if one.is_model:
         tensors = ((name, fold(name, source.tensor(name), one.masks)) for name in source.names())
-        layout = file_layout(one.base.architecture())
-        write_hf(out, tensors, one.base.hf_dir, finish=finish, layout=layout)
+        write_hf(out, tensors, one.base.hf_dir, finish=finish, layout=one.base.layout())
         return
     with atomic_dir(out) as folder:
         finish(folder)

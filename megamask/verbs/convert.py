@@ -11,7 +11,7 @@ from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.errors import MegamaskError
 from megamask.model.build import padded_vocab
-from megamask.model.checkpoint import read_note
+from megamask.model.checkpoint import OTHER_TENSORS, read_note
 from megamask.model.streamed_weights import save_streamed
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import Layout
@@ -47,6 +47,9 @@ def run(config: Config) -> None:
             "padded_vocab": padded_vocab(arch, mesh.tp),
             "source": str(base.place),
         }
+        others = base.other_tensors() if mesh.is_main else None
+        if others is not None:
+            note[OTHER_TENSORS] = others
         if mesh.from_main(_is_done(config, note)):
             if mesh.is_main:
                 log.info("%s already holds this model", paths.weights)
@@ -65,4 +68,5 @@ def _is_done(config: Config, note: dict[str, object]) -> bool:
         found = read_note(run_paths(config).weights)
     except MegamaskError:
         return False
-    return all(found.get(key) == note[key] for key in ("fingerprint", "dtype", "padded_vocab"))
+    keys = ("fingerprint", "dtype", "padded_vocab", OTHER_TENSORS)
+    return all(found.get(key) == note.get(key) for key in keys)

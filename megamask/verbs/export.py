@@ -10,12 +10,13 @@ from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.export.folded import STAMP
 from megamask.export.formats import FORMATS
+from megamask.export.unmeasured_parts import check_other_tensors
 from megamask.masks.find import own_weights
 from megamask.masks.verify import check_strictly, configured_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import real_path, require_writable
 from megamask.weights.base_model import BaseModel, base_model
-from megamask.weights.dist_checkpoint.megatron_args import refuse_experts
+from megamask.weights.dist_checkpoint.megatron_args import refuse_parts
 from megamask.weights.own_folder import require_own
 from megamask.weights.source import WeightSource
 
@@ -40,8 +41,9 @@ def run(config: Config) -> None:
     require_own(paths.export, STAMP, "export.out")
     require_writable(paths.export.parent, "export.out")
     if config.export.format == "megatron":
-        refuse_experts(base.architecture(), "export.format", "megatron", "Set export.format=hf.")
+        refuse_parts(base.architecture(), "export.format", "megatron", "Set export.format=hf.")
     with base.open() as source:
+        check_other_tensors(base, paths.weights)
         masks = configured_masks(config)
         if masks is not None:
             check_strictly(masks, base)

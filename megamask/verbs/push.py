@@ -11,6 +11,7 @@ from megamask.config import Config, run_paths
 from megamask.config.nested import flatten
 from megamask.config.published import without_places
 from megamask.errors import ArtifactError, ConfigError
+from megamask.export.unmeasured_parts import check_other_tensors
 from megamask.masks.file import MaskSet
 from megamask.masks.find import own_weights
 from megamask.masks.verify import check_strictly, configured_masks
@@ -51,6 +52,7 @@ def run(config: Config, arguments: PushArguments) -> None:
         masks = _masks(config, is_model)
         check_strictly(masks, base)
         masks.check(pattern=Pattern.parse(config.pattern))
+        check_other_tensors(base, paths.weights)
         about = base_facts(base.hf_dir, arguments.base_name)
         one = Publication.of(arguments.repo, paths, base, about, masks, is_model)
         require_own(out, STAMP, "run_dir")

@@ -63,8 +63,10 @@ def run(config: Config, arguments: ReorderArguments) -> None:
             raise ConfigError("OUT", str(out), allowed, fix)
     Layout.launched(config).check_lengths(config, ("calibration.seq_length",))
     arch = base.architecture()
-    if arch.experts is not None:
-        allowed = f"a model without experts ({arch.family} has them): their orders are not built"
+    layout = file_layout(arch)
+    if arch.experts is not None or layout.others:
+        parts = "experts" if arch.experts is not None else "other parts than text"
+        allowed = f"a model without {parts} ({arch.family} has them): their orders are not built"
         raise ConfigError(
             "model.hf", str(base.hf_dir), allowed, "Use the model in its present order."
         )
@@ -158,7 +160,7 @@ def _write(
         storage.write_json(folder / STAMP, {**stamp, **own_files(folder)})
 
     tensors = reordered(reader, arch, found.orders)
-    layout = file_layout(arch)
+    layout = base.layout()
     write_hf(out, tensors, base.hf_dir, finish=finish, layout=layout, config=base.config)
     for kind, (before, after) in shares.items():
         tell(f"{kind:<7} a {made_from['pattern']} mask removes {before:.2%} -> {after:.2%}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from megamask.errors import ArtifactError, ConfigError
 from megamask.storage import read_json
+from megamask.weights.composite_config import text_section
 from megamask.weights.config_keys import ConfigKeys
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.family import Architecture
@@ -59,4 +60,8 @@ def parsed_architecture(
             f"one of {known}",
             "Point model.hf at a model of such a family.",
         )
-    return ConfigKeys(config, path, name, family, ignore_keys).architecture()
+    if family.composite is None:
+        return ConfigKeys(config, path, name, family, ignore_keys).architecture()
+    text = text_section(config, path, name, family, ignore_keys)
+    place = f"{family.composite.section}."
+    return ConfigKeys(text, path, name, family, ignore_keys, place).architecture()

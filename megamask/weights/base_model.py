@@ -19,11 +19,13 @@ from megamask.storage import write_json
 from megamask.weights.architecture import parsed_architecture, read_architecture
 from megamask.weights.dist_checkpoint.checkpoint_folder import KEY, find_checkpoint
 from megamask.weights.dist_checkpoint.derived_config import derived_config
-from megamask.weights.dist_checkpoint.megatron_args import disagreements, refuse_experts
+from megamask.weights.dist_checkpoint.megatron_args import disagreements, refuse_parts
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.family import Architecture
+from megamask.weights.file_layout import FileLayout, file_layout
 from megamask.weights.fingerprint import Fingerprints, fingerprints_of
-from megamask.weights.hf_files import open_checked
+from megamask.weights.hf_files import HFReader, open_checked
+from megamask.weights.other_tensors import WithOthers, digest_of
 from megamask.weights.source import WeightSource
 
 CONFIG = "config.json"
@@ -99,7 +101,7 @@ class BaseModel:
         if self.config is not None:
             fix = f"Point model.hf at a folder with the config.json of the model, or correct {KEY}."
         hf = "Convert the checkpoint to a Hugging Face folder with Megatron's tools, and unset it."
-        refuse_experts(self.architecture(), KEY, str(self.megatron), hf)
+        refuse_parts(self.architecture(), KEY, str(self.megatron), hf)
         folder = find_checkpoint(self.megatron)
         for name, there, here in disagreements(folder, self.architecture()):
             if f"megatron.{name}" not in self.ignore_keys:
@@ -112,8 +114,30 @@ class BaseModel:
             log.info(what, folder, found.padding)
         return found
 
+    def layout(self) -> FileLayout:
+        """How the files of the model hold its tensors. Raises as ``open``."""
+        arch = self.architecture()
+        if self.megatron is not None:
+            return file_layout(arch)
+        with HFReader(self.hf_dir, file_layout(arch)) as reader:
+            return reader.layout
+
+    def other_tensors(self) -> str | None:
+        """The digest of all tensors beside the text part; None where there are none. The
+        fingerprints are of the text part alone. Raises as ``open``.
+        """
+        if not file_layout(self.architecture()).others:
+            return None
+        with self.open() as source:
+            return digest_of(source, self._others(source))
+
+    def _others(self, source: WeightSource) -> list[str]:
+        layout = file_layout(self.architecture())
+        return [name for name in source.names() if layout.is_other(name)]
+
     def of_weights(self, folder: Path, fix: str) -> WeightSource:
         """Open Megatron weights of this model: those that a verb wrote, or those of a checkpoint.
+        The tensors beside a text part are those of the model.
 
         Args:
             folder: the folder with the index.
@@ -122,7 +146,11 @@ class BaseModel:
         Raises:
             ArtifactError: they are torn or of another model.
         """
-        return MegatronReader(folder, self.architecture(), fix)
+        text = MegatronReader(folder, self.architecture(), fix)
+        if not file_layout(self.architecture()).others:
+            return text
+        whole = self.open()
+        return WithOthers(text, whole, self._others(whole))
 
     def fingerprints(self) -> Fingerprints:
         """The fingerprints of the weights.

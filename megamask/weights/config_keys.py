@@ -12,37 +12,8 @@ import torch
 
 from megamask.errors import ConfigError
 from megamask.weights.family import Activation, Architecture, Experts, Family, Layer, Rope
+from megamask.weights.known_keys import HARMLESS, NEUTRAL
 
-# Keys that cannot change the arithmetic of a forward pass in evaluation mode, in any family.
-HARMLESS = frozenset({
-    "architectures", "model_type", "transformers_version", "_name_or_path", "_commit_hash",
-    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
-    "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout",
-    "attention_probs_dropout_prob", "hidden_dropout_prob", "embedding_dropout", "residual_dropout",
-    "classifier_dropout", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_proj_to_labels", "summary_first_dropout", "initializer_range", "use_cache",
-    "cache_implementation", "torchscript", "is_llama_config", "is_decoder", "pad_token_id",
-    "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class",
-    "prefix", "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate",
-    "output_scores", "chunk_size_feed_forward", "id2label", "label2id", "num_labels",
-    "problem_type", "task_specific_params", "finetuning_task", "max_sequence_length", "max_length",
-    "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
-    "length_penalty", "num_beams", "transformers.js_config", "unsloth_fixed", "unsloth_version",
-    "license", "gradient_checkpointing", "keys_to_ignore_at_inference",
-    "pretraining_tp",  # in how many products Llama once cut a matrix; no class here reads it
-})  # fmt: skip
-# Keys that can change the arithmetic, with the values that leave it unchanged, in any family.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "rope_interleaved": (False,),
-    "quantization_config": (),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (),
-    "tie_encoder_decoder": (False,),
-    "pruned_heads": ({},),
-    "use_bfloat16": (False,),
-    "auto_map": ({},),
-}
 # The sizes that every architecture needs.
 SIZES = {
     "num_layers": "num_hidden_layers",
@@ -84,6 +55,8 @@ class ConfigKeys:
         name: the family, for messages.
         family: its defaults, and the keys that change nothing.
         ignored: keys that the user lets through (``model.ignore_keys``).
+        place: what stands before every key in messages and in ``ignored``: ``text_config.``, where
+            ``config`` is that object of the file.
     """
 
     def __init__(
@@ -93,8 +66,10 @@ class ConfigKeys:
         name: str,
         family: Family,
         ignored: Collection[str] = (),
+        place: str = "",
     ) -> None:
         self._config, self._path, self._name, self._family = config, path, name, family
+        self._place = place
         self._read: set[str] = set()
         self._ignored = frozenset(ignored)
 
@@ -135,7 +110,7 @@ class ConfigKeys:
             dtype=self._dtype(),
         )
         arch = self._family.read(self, plain)
-        self._refuse_unread()
+        self.refuse_unread()
         return arch
 
     def value(self, key: str, default: Any = None) -> Any:
@@ -307,7 +282,7 @@ class ConfigKeys:
             "Point model.hf at a plain checkpoint of a supported family, "
             f"or correct {self._path} if the key has no effect there."
         )
-        return ConfigError(f"config.json: {key}", value, problem, fix)
+        return ConfigError(f"config.json: {self._place}{key}", value, problem, fix)
 
     def _twice(self, rope: dict[str, Any], inner_key: str, outer_key: str, place: str) -> Any:
         """A value that may stand inside and outside of an object, and must then be the same."""
@@ -327,21 +302,27 @@ class ConfigKeys:
             raise self.error(key, name, f"one of {', '.join(DTYPES)}")
         return DTYPES[name]
 
-    def _refuse_unread(self) -> None:
+    def refuse_unread(self) -> None:
+        """Refuse the keys that nobody has read and that may change the arithmetic.
+
+        Raises:
+            ConfigError: the first such key.
+        """
         own = self._family.neutral
         neutral = {key: NEUTRAL.get(key, ()) + own.get(key, ()) for key in {*NEUTRAL, *own}}
         known = self._read | HARMLESS | self._family.harmless
         for key, value in self._config.items():
             if value is None or key in known:
                 continue
-            if key not in neutral and key in self._ignored:
+            shown = f"{self._place}{key}"
+            if key not in neutral and shown in self._ignored:
                 continue
             if key not in neutral:
                 raise ConfigError(
-                    f"config.json: {key}",
+                    f"config.json: {shown}",
                     value,
                     "megamask does not know this key, so it cannot tell what it changes",
-                    f"If it changes nothing, set model.ignore_keys=[{key}]; "
+                    f"If it changes nothing, set model.ignore_keys=[{shown}]; "
                     "otherwise this model is not supported.",
                 )
             if value not in neutral[key]:

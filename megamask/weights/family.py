@@ -224,6 +224,27 @@ class Names:
 
 
 @dataclass(frozen=True)
+class Composite:
+    """What a model holds beside its text part, which is a model of a family: an image tower, say.
+    The text part gets masks; the other tensors pass through.
+
+    Attributes:
+        text: ``model_type`` of the text part.
+        section: key of config.json that holds the config of the text part.
+        keys: keys of config.json that say nothing of the text part.
+        others: beginnings of the names of the other tensors; every such beginning has tensors.
+        spellings: other spellings of the names, as of another version of transformers: beginning of
+            names of ours -> beginning in such files.
+    """
+
+    text: str
+    keys: frozenset[str]
+    others: tuple[str, ...]
+    spellings: tuple[Mapping[str, str], ...] = ()
+    section: str = "text_config"
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family: its names, and how its config.json is read.
 
@@ -238,6 +259,8 @@ class Family:
         aliases: common key -> its name in this family.
         ffn_factor: width of the feed-forward part over the hidden width, where the file has no
             width; None needs the file's.
+        composite: what surrounds the text part, of which all the other attributes are; None where
+            the model is the text part alone.
     """
 
     read: Callable[[ConfigKeys, Architecture], Architecture]
@@ -247,3 +270,4 @@ class Family:
     harmless: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
     ffn_factor: int | None = None
+    composite: Composite | None = None

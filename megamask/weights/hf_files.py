@@ -57,13 +57,12 @@ class HFReader:
     """
 
     def __init__(self, hf_dir: Path, layout: FileLayout = PLAIN) -> None:
-        self.folder, self.layout = hf_dir, layout
+        self.folder = hf_dir
         self._handles: dict[Path, Any] = {}
-        stored, prefix = self._index(), layout.prefix
-        if any(name.startswith(prefix) for name in stored):
-            prefix = ""  # the names are whole
-        self._prefix = prefix
-        self._file_of = {f"{prefix}{name}": path for name, path in stored.items()}
+        stored = self._index()
+        self.layout = layout.of_files(stored)
+        self._name_in_file = {self.layout.ours(name): name for name in stored}
+        self._file_of = {ours: stored[name] for ours, name in self._name_in_file.items()}
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -85,14 +84,15 @@ class HFReader:
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
-        whole: Tensor = self._handle(name).get_tensor(name.removeprefix(self._prefix))
+        whole: Tensor = self._handle(name).get_tensor(self._name_in_file[name])
         return whole.t() if name in self.layout.transposed else whole
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Check that the folder holds exactly the tensors ``expected`` (name -> shape).
 
         Two kinds of extra tensors are allowed: buffers of old checkpoints, which follow from the
-        config, and a head that is a copy of the tied embedding.
+        config, and a head that is a copy of the tied embedding. The tensors beside a text part are
+        not expected by name, but each of their parts must be there.
 
         Raises:
             ArtifactError: tensors are missing, unknown or wrongly shaped; the message names them.
@@ -100,10 +100,13 @@ class HFReader:
         extra = [
             name
             for name in self._file_of
-            if name not in expected and not name.endswith(self.layout.buffers)
+            if name not in expected
+            and not name.endswith(self.layout.buffers)
+            and not self.layout.is_other(name)
         ]
+        parts = [f"{part}*" for part in self.layout.others if not self._has(part)]
         problems = {
-            "misses": [name for name in expected if name not in self._file_of],
+            "misses": [name for name in expected if name not in self._file_of] + parts,
             "has unknown": [name for name in extra if not self._is_copy_of_embedding(name)],
             "has wrongly shaped": [
                 f"{name} {self.shape(name)}, expected {shape}"
@@ -188,12 +191,15 @@ class HFReader:
         return self._open(self._file_of[name])
 
     def _slice(self, name: str) -> Any:
-        return self._handle(name).get_slice(name.removeprefix(self._prefix))
+        return self._handle(name).get_slice(self._name_in_file[name])
+
+    def _has(self, part: str) -> bool:
+        return any(name.startswith(part) for name in self._file_of)
 
     def _is_copy_of_embedding(self, name: str) -> bool:
         embedding = self.layout.embedding
         return (
-            name.removeprefix(self._prefix) == self.layout.head
+            self.layout.head in (name, self._name_in_file[name])
             and embedding in self._file_of
             and torch.equal(self.tensor(name), self.tensor(embedding))
         )

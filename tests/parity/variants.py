@@ -77,6 +77,17 @@ GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+WITH_IMAGES = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 2,
+    },
+    "mm_tokens_per_image": 4,
+}
 VARIANTS: dict[str, Variant] = {
     "mistral": Variant(
         "mistral",
@@ -229,6 +240,22 @@ VARIANTS: dict[str, Variant] = {
             "exact GELU": set_(activation="gelu"),
         },
     ),
+    # the text part of a model with an image tower
+    "gemma3 with images": Variant(
+        "gemma3",
+        {
+            **WITH_IMAGES,
+            "text_config": {
+                **GQA,
+                "head_dim": 16,
+                "num_hidden_layers": 2,
+                "sliding_window": WINDOW,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "rope_parameters": GEMMA3_ROPES,
+            },
+        },
+        {"window + 1": WIDER, "no 1 +": norm(plus_one=False)},
+    ),
     "olmo2": Variant(
         "olmo2",
         {},
@@ -292,7 +319,10 @@ def config_of(variant: Variant) -> Any:
     }
     if variant.model_type == "gpt2":
         plain = {"vocab_size": VOCAB}
-    return AutoConfig.for_model(variant.model_type, **{**plain, **variant.keys})
+    keys = {**plain, **variant.keys}
+    if text := variant.keys.get("text_config"):
+        keys = {**variant.keys, "text_config": {**plain, **text}}
+    return AutoConfig.for_model(variant.model_type, **keys)
 
 
 def make(folder: Path, variant: Variant, seed: int) -> Path:
@@ -301,7 +331,7 @@ def make(folder: Path, variant: Variant, seed: int) -> Path:
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_of(variant))
-    one_plus = variant.model_type in ("gemma2", "gemma3_text", "nemotron")
+    one_plus = variant.model_type in ("gemma2", "gemma3_text", "gemma3", "nemotron")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = ("norm" in name or "ln_" in name) and name.endswith("weight")

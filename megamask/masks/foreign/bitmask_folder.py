@@ -119,7 +119,7 @@ class BitmaskReader(HFReader):
 
     def _part(self, weight: str, part: str) -> Tensor:
         name = f"{self._begins[weight]}.{part}"
-        found: Tensor = self._open(self._parts[name]).get_tensor(name)
+        found: Tensor = self._open(self._parts[name]).get_tensor(self._name_in_file[name])
         return found
 
 

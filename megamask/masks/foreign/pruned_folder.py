@@ -60,7 +60,8 @@ def masks_of(
                 mask_OI = _with_zeros(reader.folder, name, kept_OI, base_OI, base.pattern)
             yield name, mask_OI
     linears = {f"{name}.weight" for name in base.shapes}
-    for name in expected_tensors(base.arch).keys() - linears:
+    others = filter(base.layout.is_other, base.weights.names())
+    for name in {*expected_tensors(base.arch), *others} - linears:
         tensor = reader.tensor(name)
         if not torch.equal(tensor, base.weights.tensor(name).to(tensor.dtype)):
             problem = f"has another {name} than the base model: the weights were updated"

@@ -20,6 +20,7 @@ from megamask.config.yaml_text import read_yaml
 from megamask.errors import ConfigError
 from megamask.safe_checkpoint import told_args
 from megamask.weights.dist_checkpoint.checkpoint_folder import RUN_CONFIG
+from megamask.weights.families.registry import FAMILIES
 from megamask.weights.family import Architecture
 
 RUN_CONFIG_BYTES = 2**24  # a longer file is not read
@@ -50,12 +51,16 @@ ROTARY = ("rotary_", "rope_scaling", "use_rope_scaling", "seq_len_interpolation_
 WHOLE = ("rotary_base", "rotary_seq_len_interpolation_factor")  # flags that take whole numbers
 
 
-def refuse_experts(arch: Architecture, key: str, value: str, fix: str) -> None:
-    """Refuse a mixture of experts, whose experts Megatron-LM's checkpoints stack on an axis.
+def refuse_parts(arch: Architecture, key: str, value: str, fix: str) -> None:
+    """Refuse a mixture of experts, whose experts Megatron-LM's checkpoints stack on an axis, and a
+    model with other parts than text, which they would leave out.
 
     Raises:
-        ConfigError: the model has experts.
+        ConfigError: the model has experts, or other parts.
     """
+    if FAMILIES[arch.family].composite is not None:
+        allowed = f"not for a model with other parts than text ({arch.family}): they are not built"
+        raise ConfigError(key, value, allowed, fix)
     if arch.experts is not None:
         allowed = f"not for a mixture of experts ({arch.family}): their axis is not built"
         raise ConfigError(key, value, allowed, fix)

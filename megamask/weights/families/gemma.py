@@ -1,4 +1,4 @@
-"""Gemma 2 and Gemma 3 (text): norms with 1 + weight before and after each part, and windows."""
+"""Gemma 2 and Gemma 3: norms with 1 + weight before and after each part, and windows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megamask.weights.config_keys import ConfigKeys
+from megamask.weights.families.composites import with_images
 from megamask.weights.family import Architecture, Family, Layer, Names, Norm
 
 NAMES = Names(
@@ -98,3 +99,11 @@ GEMMA3 = Family(
     neutral=NEUTRAL,
     harmless=HARMLESS,
 )
+GEMMA3_WITH_IMAGES = with_images(
+    GEMMA3,
+    "gemma3_text",
+    frozenset({
+        "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
+        "image_token_index",
+    }),
+)  # fmt: skip

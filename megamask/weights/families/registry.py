@@ -7,7 +7,7 @@ arithmetic of all families is in ``megamask.model.spec``, which knows architectu
 
 from __future__ import annotations
 
-from megamask.weights.families.gemma import GEMMA2, GEMMA3
+from megamask.weights.families.gemma import GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
 from megamask.weights.families.gpt2 import GPT2
 from megamask.weights.families.gpt_neox import GPT_NEOX
 from megamask.weights.families.granite import GRANITE
@@ -38,6 +38,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": GPT_NEOX,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "gemma3": GEMMA3_WITH_IMAGES,
     "olmo2": OLMO2,
     "gpt2": GPT2,
     "mixtral": MIXTRAL,

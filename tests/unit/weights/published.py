@@ -150,6 +150,35 @@ GEMMA3 = {
     "sliding_window": 512,
     "sliding_window_pattern": 6,
 }
+GEMMA3_4B: dict[
+    str, Any
+] = {  # with images; most facts of the text part are the defaults of the class
+    "model_type": "gemma3",
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "mm_tokens_per_image": 256,
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+}
 MINITRON = {
     "model_type": "nemotron",
     **sizes(3072, 9216, 32, 24, 8, 256000),
@@ -374,6 +403,7 @@ PUBLISHED = {
     "pythia": PYTHIA,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
+    "gemma3 with images": GEMMA3_4B,
     "minitron": MINITRON,
     "smollm3": SMOLLM3,
     "granite 3": GRANITE3,

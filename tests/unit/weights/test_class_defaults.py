@@ -46,8 +46,11 @@ def default_of(model_type: str, key: str) -> Any:
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_defaults_are_those_of_transformers(name: str) -> None:
-    defaults = FAMILIES[name].defaults
-    assert defaults == {key: default_of(name, key) for key in defaults}
+    defaults, composite = FAMILIES[name].defaults, FAMILIES[name].composite
+    text = composite.text if composite else name
+    assert defaults == {key: default_of(text, key) for key in defaults}
+    if composite:  # the head is tied as the whole config says
+        assert defaults["tie_word_embeddings"] == default_of(name, "tie_word_embeddings")
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -59,12 +62,17 @@ def test_a_silent_file_means_what_transformers_would_write(tmp_path: Path, name:
     if LENGTH not in FAMILIES[name].defaults:
         sizes[LENGTH] = 512
     assert set(SIZES.values()) <= set(sizes)
-    said = {aliases.get(key, key): value for key, value in sizes.items()}
+    said: dict[str, Any] = {aliases.get(key, key): value for key, value in sizes.items()}
+    if composite := FAMILIES[name].composite:
+        said = {composite.section: said}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **said}))
     silent = read_architecture(tmp_path)
     AutoConfig.for_model(name, **said, dtype="float32").save_pretrained(tmp_path)
     written = read_architecture(tmp_path)
-    assert len(json.loads((tmp_path / "config.json").read_text())) > len(said) + 8
+    whole = json.loads((tmp_path / "config.json").read_text())
+    if composite:
+        whole, said = whole[composite.section], said[composite.section]
+    assert len(whole) > len(said) + 8
     assert silent == written
     assert replace(silent, tied=not silent.tied) != written
 

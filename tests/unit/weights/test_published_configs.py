@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megamask.errors import ConfigError
 from megamask.weights.architecture import Architecture, read_architecture
@@ -17,6 +19,7 @@ from tests.unit.weights.published import (
     COMMON,
     GEMMA2,
     GEMMA3,
+    GEMMA3_4B,
     GPT2,
     MINITRON,
     MISTRAL,
@@ -54,6 +57,51 @@ def test_published_files_are_read_and_an_unknown_key_is_not(tmp_path: Path, name
 
 def test_every_family_has_a_published_file() -> None:
     assert {config["model_type"] for config in PUBLISHED.values()} == set(FAMILIES)
+
+
+def test_the_text_part_of_a_model_with_images_is_read_as_a_model_of_its_own(
+    tmp_path: Path,
+) -> None:
+    arch, text = read(tmp_path, GEMMA3_4B), GEMMA3_4B["text_config"]
+    plain = {**text, "tie_word_embeddings": True}
+    assert arch == replace(read(tmp_path, plain), family="gemma3")
+    assert (arch.vocab, arch.heads, arch.head_dim, arch.dtype) == (262208, 8, 256, torch.bfloat16)
+    assert arch.ropes[0] == Rope(1e6, {"type": "linear", "factor": 8.0})
+    assert sum(layer.window is None for layer in arch.layers) == 5
+    # a dtype of the text part gives way to that of the file, which transformers loads in
+    assert read(tmp_path, GEMMA3_4B, text_config={**text, "torch_dtype": "float32"}) == arch
+    untied = {**text, "tie_word_embeddings": False}
+    assert not read(tmp_path, GEMMA3_4B, text_config=untied, tie_word_embeddings=False).tied
+
+
+@pytest.mark.parametrize(
+    ("outside", "inside", "words"),
+    [
+        ({}, {"shortcut_gain": 0.5}, r"text_config\.shortcut_gain.*\[text_config\.shortcut_gain\]"),
+        ({}, {"hidden_size": None}, r"text_config\.hidden_size"),
+        ({}, {"use_bidirectional_attention": True}, r"text_config\.use_bidirectional_attention"),
+        ({}, {"model_type": "llama"}, r"text_config\.model_type.*only gemma3_text"),
+        ({}, {"tie_word_embeddings": False}, r"text_config\.tie_word_embeddings.*disagrees"),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, "disagrees"),
+        ({"text_config": None}, {}, "text_config.*an object is needed"),
+        ({"text_config": [1]}, {}, "text_config.*an object is needed"),
+        ({"use_bfloat16": True}, {}, "use_bfloat16"),
+    ],
+)
+def test_what_the_text_part_of_a_model_with_images_must_not_say(
+    tmp_path: Path, outside: dict[str, Any], inside: dict[str, Any], words: str
+) -> None:
+    text = {**GEMMA3_4B["text_config"], **inside}
+    with pytest.raises(ConfigError, match=words):
+        read(tmp_path, GEMMA3_4B, **{"text_config": text, **outside})
+
+
+def test_an_unknown_key_of_a_text_part_is_let_through_by_its_whole_name(tmp_path: Path) -> None:
+    text = {**GEMMA3_4B["text_config"], "shortcut_gain": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps({**GEMMA3_4B, "text_config": text}))
+    assert read_architecture(tmp_path, ["text_config.shortcut_gain"]).num_layers == 34
+    with pytest.raises(ConfigError, match="shortcut_gain"):
+        read_architecture(tmp_path, ["shortcut_gain"])
 
 
 def test_what_the_published_files_say(tmp_path: Path) -> None:
