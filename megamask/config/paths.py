@@ -19,6 +19,7 @@ class RunPaths:
     masks: Path  # one-shot masks: {method}.safetensors
     learn: Path  # learning run: config, log, metrics, snapshots
     export: Path  # folder of an export, in its format
+    recovered: Path  # Hugging Face folder of a recovered model; unless set, a folder of them
     results: Path  # perplexities under evaluate.protocol: results.json for held-out documents
 
     def mask(self, method: str) -> Path:
@@ -61,5 +62,6 @@ def run_paths(config: Config) -> RunPaths:
         masks=run_dir / "masks",
         learn=run_dir / "learn",
         export=Path(config.export.out) if config.export.out else run_dir / "export",
+        recovered=Path(config.recover.out) if config.recover.out else run_dir / "recovered",
         results=run_dir / results_file(protocol),
     )

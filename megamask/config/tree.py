@@ -1,6 +1,5 @@
 """Every setting, its default and its range. Sections are frozen: nothing changes a setting after
-it was read. The settings of a learning run are in learn_tree.py, those of a
-job in launch_tree.py, and those of an export in export_tree.py.
+it was read. Some sections have files of their own, such as learn_tree.py.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from megamask.config.export_tree import ExportSection
 from megamask.config.launch_tree import LaunchSection
 from megamask.config.learn_tree import LearnSection
 from megamask.config.presets import layered
+from megamask.config.recover_tree import RecoverSection
 from megamask.config.section import (
     Batch,
     Ranks,
@@ -327,6 +327,7 @@ class Config(Section):
     tasks: TasksSection = TasksSection()
     export: ExportSection = ExportSection()
     sensitivity: SensitivitySection = SensitivitySection()
+    recover: RecoverSection = RecoverSection()
     launch: LaunchSection = LaunchSection()
 
     @model_validator(mode="before")

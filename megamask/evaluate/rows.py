@@ -22,6 +22,7 @@ from megamask.evaluate.comparison import DenseOutputs, Sums, run_dense, run_mask
 from megamask.evaluate.loaded_model import LoadedModel
 from megamask.evaluate.measured_text import MeasuredText
 from megamask.masks.file import MaskSet
+from megamask.masks.identity import identity
 from megamask.masks.times import seconds_of
 from megamask.model.perplexity import exp_of_mean, target_sums
 from megamask.parallel.mesh import Mesh
@@ -178,10 +179,7 @@ def facts_beside(
 
 
 def mask_digests(masks: Mapping[str, MaskSet]) -> dict[str, dict[str, str]]:
-    """Row -> digest of the content of its mask, and fingerprint of the base model: a row belongs to
-    this mask, and to no other mask of the same name.
+    """Row -> what tells its mask and weights from all others: a row belongs to these, and to no
+    other mask of the same name, nor to other weights under the same mask.
     """
-    return {
-        name: {"sha256": each.content_sha256, "fingerprint": each.fingerprint}
-        for name, each in masks.items()
-    }
+    return {name: identity(each) for name, each in masks.items()}

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import get_args
 
 from megamask.config import Config, RunPaths, run_paths
+from megamask.config.recover_tree import RecoveryName
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.base_weights import stored_weights
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.from_snapshot import load_snapshot, newest_snapshot
+from megamask.masks.identity import recovery_of
 from megamask.safe_checkpoint import NOTE
 from megamask.storage import read_json, read_object, real_path
 from megamask.weights.architecture import Architecture, read_architecture
@@ -46,6 +49,16 @@ def _with_weights(masks: MaskSet, config: Config) -> MaskSet:
         return masks
     shapes = {name: masks.shape(name) for name in masks}
     return masks.with_weights(stored_weights(base, masks.path, shapes, masks.fingerprints))
+
+
+def recovered_names(paths: RunPaths) -> list[str]:
+    """The names of the masks of this run that belong to recovered weights, in order."""
+    files = [
+        file
+        for method in get_args(RecoveryName)
+        for file in paths.masks.glob(f"*-{method}.safetensors")
+    ]
+    return sorted(file.stem for file in files if recovery_of(load_masks(file).meta))
 
 
 def mask_path(text: str, paths: RunPaths) -> Path:

@@ -14,6 +14,7 @@ from megamask.masks.base_weights import stored_weights
 from megamask.masks.codings import coding_of
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
+from megamask.masks.identity import recovered_label
 from megamask.weights.base_model import BaseModel
 from megamask.weights.mapping import linear_shapes
 
@@ -73,6 +74,13 @@ def check_strictly(masks: MaskSet, base: BaseModel | None = None) -> None:
     masks.verify()
 
 
+def _kept_weights(masks: MaskSet) -> str | None:
+    """What weights the masks belong to; None for those of the base model."""
+    if label := recovered_label(masks.meta):
+        return f"{label}, not those of the base model"
+    return f"updated by {masks.method}" if masks.has_own_weights else None
+
+
 def summary(masks: MaskSet) -> str:
     """Lines of names and values: method, pattern, density, linears, size, base model and more."""
     data = masks.meta.get("data")
@@ -82,6 +90,7 @@ def summary(masks: MaskSet) -> str:
     weights = sum(math.prod(masks.shape(name)) for name in masks)
     facts = {
         "method": masks.method,
+        "kept weights": _kept_weights(masks),
         "pattern": f"{masks.pattern} ({masks.pattern.num_candidates} candidates a group)",
         "density": f"{masks.pattern.density:.4g}",
         "coding": ", ".join(sorted({coding_of(one) for one in masks.meta["tensors"].values()})),

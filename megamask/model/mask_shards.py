@@ -33,6 +33,19 @@ def local_shard(of_modules: Mapping[str, torch.Tensor], rule: Rule, mesh: Mesh) 
     )
 
 
+def mask_shard(masks: Mapping[str, torch.Tensor], rule: Rule, mesh: Mesh) -> torch.Tensor | None:
+    """This rank's shard (O, I) of a Megatron linear's mask; an HF part that ``masks`` does not name
+    keeps everything. None where no part is named.
+    """
+    if not any(module in masks for module in rule.modules):
+        return None
+    of_parts = {
+        module: masks[module] if module in masks else torch.ones(shape, dtype=torch.bool)
+        for module, shape in zip(rule.modules, rule.shapes, strict=True)
+    }
+    return local_shard(of_parts, rule, mesh)
+
+
 def hf_shapes(names: Iterable[str], arch: Architecture) -> dict[str, tuple[int, ...]]:
     """HF module name -> (O, I) of the parts of Megatron linears, in the order of the linears."""
     table = linear_rules(arch)
@@ -77,11 +90,4 @@ def fold_masks(
     """
     table = linear_rules(arch)
     for name, linear in linears.items():
-        mask_OI, rule = None, table[name]
-        if masks is not None and any(module in masks for module in rule.modules):
-            of_parts = {
-                module: masks[module] if module in masks else torch.ones(shape, dtype=torch.bool)
-                for module, shape in zip(rule.modules, rule.shapes, strict=True)
-            }
-            mask_OI = local_shard(of_parts, rule, mesh)
-        linear.fold(mask_OI)
+        linear.fold(None if masks is None else mask_shard(masks, table[name], mesh))

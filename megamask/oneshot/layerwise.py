@@ -291,7 +291,7 @@ def _prune_rows(
 ) -> PrunedShard:
     """Prune these rows of a linear; a damping that had to be raised is told in the log."""
     settings = job.config.prune
-    with _naming(job.hf_names(name)):
+    with naming(job.hf_names(name)):
         pruned = criterion.prune(weight_OI, stats, job.pattern, settings)
     if pruned.damp is not None and pruned.damp != settings.damp and job.mesh.is_main:
         log.warning(
@@ -316,7 +316,7 @@ def _use(linear: MaskedLinear, pruned: PrunedShard) -> None:
 
 
 @contextmanager
-def _naming(linear: str) -> Iterator[None]:
+def naming(linear: str) -> Iterator[None]:
     """Add the name of the linear to the errors of a criterion, which does not know the name."""
     try:
         yield

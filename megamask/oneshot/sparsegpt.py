@@ -16,6 +16,8 @@ Shapes: O out_features, I in_features, B columns of a block, M columns of a grou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from megamask.config.tree import PruneSection
@@ -127,7 +129,9 @@ def check_block(block: int, pattern: Pattern) -> None:
         raise ConfigError("prune.block", block, f"a multiple of M, here {pattern.m}", fix)
 
 
-def inverse_factor(hessian_II: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
+def inverse_factor(
+    hessian_II: torch.Tensor, damp: float, key: str = "prune.damp"
+) -> tuple[torch.Tensor, float]:
     """Upper triangular U with U^T U = inverse of the damped Hessian, (I, I), and the damping used.
 
     Row j of U is row j of the inverse Hessian of the columns j, j + 1, ..., divided by the root of
@@ -138,34 +142,56 @@ def inverse_factor(hessian_II: torch.Tensor, damp: float) -> tuple[torch.Tensor,
     entries; such a column does not interact with the others.
 
     Raises:
-        ConfigError: the Hessian is not positive definite with ``damp``, nor when the damping is
-            raised by DAMP_STEP again and again up to DAMP_LIMIT.
+        ConfigError: of ``key``; the Hessian is not positive definite with ``damp``, nor when the
+            damping is raised by DAMP_STEP again and again up to DAMP_LIMIT.
+    """
+    return damped(hessian_II, damp, _factor_or_none, key)
+
+
+def damped(
+    hessian_II: torch.Tensor,
+    damp: float,
+    attempt: Callable[[torch.Tensor], torch.Tensor | None],
+    key: str = "prune.damp",
+) -> tuple[torch.Tensor, float]:
+    """The result of ``attempt`` on the damped Hessian, and the damping used. A zero on the diagonal
+    counts as the mean of the other diagonal entries.
+
+    Args:
+        hessian_II: the Hessian, which does not change.
+        damp: share of the mean diagonal that is added to the diagonal.
+        attempt: gives None where the damped Hessian is not positive definite.
+        key: the setting that chose ``damp``, for the message.
+
+    Raises:
+        ConfigError: the attempt fails up to DAMP_LIMIT.
     """
     diagonal_I = hessian_II.diagonal()
     live_I = diagonal_I[diagonal_I > 0]
     mean = live_I.mean() if len(live_I) else diagonal_I.new_ones(())
     filled_I = torch.where(diagonal_I == 0, mean, diagonal_I)
     used = damp
-    while (factor_II := _factor_or_none(hessian_II, filled_I + used * mean)) is None:
+    while True:
+        damped_II = hessian_II.clone()
+        damped_II.diagonal().copy_(filled_I + used * mean)
+        if (found := attempt(damped_II)) is not None:
+            return found, used
         if used >= DAMP_LIMIT:
             allowed = (
                 "the damped Hessian must be positive definite, "
                 f"and is not with damping up to {used:g}"
             )
-            fix = "Raise calibration.samples, or raise prune.damp."
-            raise ConfigError("prune.damp", damp, allowed, fix)
+            fix = f"Raise calibration.samples, or raise {key}."
+            raise ConfigError(key, damp, allowed, fix)
         used = min(used * DAMP_STEP, DAMP_LIMIT)
-    return factor_II, used
 
 
-def _factor_or_none(hessian_II: torch.Tensor, diagonal_I: torch.Tensor) -> torch.Tensor | None:
-    """The factor U for the Hessian with another diagonal; None if it is not positive definite."""
-    damped_II = hessian_II.clone()
-    damped_II.diagonal().copy_(diagonal_I)
+def _factor_or_none(damped_II: torch.Tensor) -> torch.Tensor | None:
+    """The factor U of a damped Hessian; None if it is not positive definite."""
     reversed_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
     if failed:
         return None
-    eye_II = torch.eye(len(diagonal_I), dtype=hessian_II.dtype, device=hessian_II.device)
+    eye_II = torch.eye(len(damped_II), dtype=damped_II.dtype, device=damped_II.device)
     factor_II: torch.Tensor = torch.linalg.solve_triangular(
         reversed_II.flip(0, 1), eye_II, upper=True
     )
@@ -191,7 +217,7 @@ def _prune_block(
         score_MO = score_BO[here]
         _score(work_BO[here], factor_MM, pattern.unit, score_MO)
         keep_BO[here] = pattern.best(score_MO.t().contiguous()).t()
-        _remove_columns(work_BO[here], keep_BO[here], factor_MM, errors_BO[here])
+        remove_columns(work_BO[here], keep_BO[here], factor_MM, errors_BO[here])
         work_BO[rest].addmm_(factor_BB[here, rest].t(), errors_BO[here], alpha=-1)
     return errors_BO
 
@@ -219,7 +245,7 @@ def _score(
         score_MO[here] = torch.linalg.vector_norm(errors, dim=0) / unit
 
 
-def _remove_columns(
+def remove_columns(
     work_MO: torch.Tensor, keep_MO: torch.Tensor, factor_MM: torch.Tensor, errors_MO: torch.Tensor
 ) -> None:
     """Remove the weights of a group column by column, in place.

@@ -11,6 +11,7 @@ import yaml
 from megamask import __version__
 from megamask.errors import printable
 from megamask.masks.file import MaskSet
+from megamask.masks.identity import RECOVERED, recovered_label, recovery_of
 from megamask.publish.base_facts import BaseFacts
 from megamask.publish.measured import DENSE, table_of
 from megamask.tables import table
@@ -48,6 +49,12 @@ def card(facts: CardFacts) -> str:
     kind = f"{masks.pattern} sparsity mask ({masks.method})"
     if facts.is_model:
         first = f"{base} with a {kind}: pruned weights are exact zeros in dense tensors."
+        if masks.has_own_weights:
+            how = recovered_label(masks.meta) or f"updated by {masks.method}"
+            first += (
+                f" **The kept weights are {how}: they are not those of {base}, and no number here "
+                "is a result of the frozen weights under a mask.**"
+            )
     else:
         first = f"A {kind} of {base}. This repository holds no weight of the model."
     parts = [
@@ -77,6 +84,8 @@ def _front_matter(facts: CardFacts) -> str:
         said["base_model"] = facts.base.name
     said["library_name"] = "transformers" if facts.is_model else "megamask"
     said["tags"] = ["megamask", "sparsity", "pruning", str(facts.masks.pattern)]
+    if recovery_of(facts.masks.meta):
+        said["tags"].append(RECOVERED)
     return str(yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
 
 

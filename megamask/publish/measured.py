@@ -13,6 +13,7 @@ from megamask.config.published import without_places
 from megamask.config.tree import PUBLISHED
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet
+from megamask.masks.identity import identity, row_name
 from megamask.report.reading import read_results
 from megamask.report.results_table import format_table
 from megamask.report.tasks_table import tasks_table
@@ -81,9 +82,10 @@ def _own_rows(
 ) -> dict[str, Any]:
     rows, made = results.get(table, {}), results.get("masks")
     digests = made if isinstance(made, dict) else {}
-    wanted = {"sha256": masks.content_sha256, "fingerprint": masks.fingerprint}
+    wanted = identity(masks)
     mine = [row for row in rows if digests.get(row) == wanted]
-    other = [row for row in (masks.path.stem, masks.method) if row in rows]
+    names = (masks.path.stem, masks.method, row_name(masks.method, masks.meta))
+    other = [row for row in names if row in rows]
     if not mine and other:
         is_said = other[0] in digests
         problem = f"has a row {other[0]} that "

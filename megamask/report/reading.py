@@ -18,6 +18,7 @@ from megamask.errors import ArtifactError
 from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
+from megamask.masks.identity import row_name
 from megamask.report.result_kinds import read_result_tables
 from megamask.report.result_table import ResultTable
 from megamask.storage import is_number, lacks, read_object
@@ -64,7 +65,7 @@ def read_run(config: Config) -> RunData:
     """
     paths = run_paths(config)
     records = read_metrics(paths.learn / "metrics.jsonl")
-    masks = {path.stem: path for path in sorted(paths.masks.glob("*.safetensors"))}
+    masks = {_row(path): path for path in sorted(paths.masks.glob("*.safetensors"))}
     results = read_results(paths.results_under("heldout"))
     each = {protocol: read_results(paths.results_under(protocol)) for protocol in PUBLISHED}
     published = {protocol: found for protocol, found in each.items() if found}
@@ -93,6 +94,14 @@ def read_run(config: Config) -> RunData:
         else {},
         seeds={"seed": config.seed, "calibration.seed": config.calibration.seed},
     )
+
+
+def _row(path: Path) -> str:
+    """The name of a mask file in tables and pictures; a recovered model is called so."""
+    try:
+        return row_name(path.stem, load_masks(path).meta)
+    except ArtifactError:  # whoever reads the file tells what is wrong
+        return path.stem
 
 
 def read_metrics(path: Path) -> list[Record]:

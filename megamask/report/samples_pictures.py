@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megamask.masks.file import MaskSet
+from megamask.masks.identity import recovery_of
 from megamask.report.plot_style import (
     INK,
     label_right,
@@ -52,7 +53,11 @@ def read_samples(masks: Mapping[str, MaskSet], prior: MaskSet | None) -> Samples
     length = _data(learned).get("seq_length")
     if not is_number(length, above=0):
         return None
-    known = {method: _calibration(one) for method, one in masks.items() if method != "learned"}
+    known = {
+        method: _calibration(one)
+        for method, one in masks.items()
+        if method != "learned" and not recovery_of(one.meta)
+    }
     before = _calibration(prior)
     return Samples({method: count for method, count in known.items() if count}, before, int(length))
 

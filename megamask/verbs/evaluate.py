@@ -12,7 +12,8 @@ from megamask.errors import ConfigError
 from megamask.evaluate.measured_text import measured_text
 from megamask.evaluate.rows import DENSE, Rows, by_quantity, facts_beside, log
 from megamask.masks.file import MaskSet
-from megamask.masks.find import open_masks, own_weights
+from megamask.masks.find import open_masks, own_weights, recovered_names
+from megamask.masks.identity import row_name
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import check_positions, evaluated_length
 from megamask.prepare.learned_text import warn_of_learned_text
@@ -57,7 +58,8 @@ def run(config: Config) -> None:
 
 
 def find_masks(inputs: RunInputs) -> dict[str, MaskSet]:
-    """The masks to evaluate, by row name, each checked against the model.
+    """The masks to evaluate, by row name, each checked against the model. The row of a recovered
+    model says that it is one.
 
     Raises:
         ArtifactError: a mask that is missing, torn, or for another model.
@@ -71,12 +73,13 @@ def find_masks(inputs: RunInputs) -> dict[str, MaskSet]:
             "a name for the row other than that of the model without a mask",
             "Name it otherwise.",
         )
-    known = [*config.prune.methods, "learned"]
+    known = [*config.prune.methods, "learned", *recovered_names(paths)]
     named = config.evaluate.masks or {
         method: str(paths.mask(method)) for method in known if paths.mask(method).exists()
     }
     fingerprint, shapes = inputs.fingerprint, linear_shapes(inputs.arch)
-    masks = {name: open_masks(text, config, inputs.arch) for name, text in named.items()}
+    opened = {name: open_masks(text, config, inputs.arch) for name, text in named.items()}
+    masks = {row_name(name, found.meta): found for name, found in opened.items()}
     for found in masks.values():
         found.check(shapes=shapes, fingerprint=fingerprint)
         own_weights(found, paths)

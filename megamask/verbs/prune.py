@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +21,9 @@ from megamask.masks.header import Facts
 from megamask.masks.margins import load_margins, save_margins
 from megamask.masks.save import save_codes
 from megamask.masks.times import write_seconds
-from megamask.model.build import build_model, masked_linears, padded_vocab
-from megamask.model.checkpoint import (
-    float16_fingerprints,
-    load_weights,
-    save_sharded,
-    sharded_state,
-)
+from megamask.model.checkpoint import float16_fingerprints
 from megamask.model.mask_shards import gather_codes, hf_shapes
+from megamask.model.updated_weights import save_updated
 from megamask.oneshot.criteria import find_criterion
 from megamask.oneshot.criterion import Criterion
 from megamask.oneshot.gradient_sweep import sweep
@@ -200,12 +194,12 @@ def write(
     """
     paths, mesh, begin = run_paths(job.config), job.mesh, time.perf_counter()
     if find_criterion(method, job.config.prune).updates_weight:
-        write_updated(
-            job,
-            pruned,
-            paths.updated_weights(method),
-            {**base, "method": method, "recipe": made_from},
-        )
+        updated = ((name, one.weight_OI) for name, one in pruned.items())
+        weights_OI = {name: weight_OI for name, weight_OI in updated if weight_OI is not None}
+        path, note = paths.updated_weights(method), {**base, "method": method, "recipe": made_from}
+        save_updated(job.config, job.arch, mesh, weights_OI, path, note)
+        if mesh.is_main:
+            log.info("wrote %s", path)
     shapes, arch = hf_shapes(pruned, job.arch), job.arch
     bits_of = {name: partial(_bits, job, one) for name, one in pruned.items()}
     bits = gather_codes(bits_of, arch, mesh)
@@ -275,24 +269,3 @@ def write_masks(
         facts,
     )
     log.info("wrote %s, %.1f s", path, seconds)
-
-
-def write_updated(
-    job: PruningJob, pruned: Mapping[str, PrunedShard], path: Path, note: dict[str, Any]
-) -> None:
-    """Save the dense weights with the updated weights of ``pruned`` in their places.
-
-    The dtype is that of the dense weights on disk. A second model in this dtype holds the weights
-    until they are written, so that a weight that is not pruned keeps every bit.
-    """
-    mesh, dense = job.mesh, run_paths(job.config).weights
-    model = build_model(job.config, job.arch, mesh, dtype=getattr(torch, note["dtype"]))
-    load_weights(model, dense)
-    linears = masked_linears(model)
-    for name, one in pruned.items():
-        assert one.weight_OI is not None
-        linears[name].weight.data.copy_(one.weight_OI)
-    note = {**note, "padded_vocab": padded_vocab(job.arch, mesh.tp)}
-    save_sharded(sharded_state(model), path, mesh, note, files=[dense / "config.json"])
-    if mesh.is_main:
-        log.info("wrote %s", path)

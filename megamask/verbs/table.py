@@ -77,6 +77,7 @@ class Verb:
 EVERYWHERE = ("run_dir", "device", "deterministic", "dtype", "parallel")
 LEARNING = ("seed", "pattern", "model", "data", "learn", "evaluate.window", "evaluate.max_tokens")
 TASKS = ("evaluate.masks", "evaluate.micro_batch", "tasks")
+RECOVERY = ("evaluate.window", "evaluate.max_tokens", "evaluate.micro_batch", "recover")
 VERBS: dict[str, Verb] = {
     "gguf": Verb(
         "megamask.verbs.gguf",
@@ -172,6 +173,14 @@ VERBS: dict[str, Verb] = {
         shortcuts={"--to": "export.format"},
         writes=("export",),
         reads=("hf",),
+    ),
+    "recover": Verb(
+        "megamask.verbs.recover",
+        "new values of the weights that a mask keeps -> a model of its own, labelled recovered",
+        (*EVERYWHERE, "model", "data", "calibration", *RECOVERY),
+        writes=("masks", "recovered"),
+        reads=("weights", "shards", "hf"),
+        is_parallel=True,
     ),
     "push": Verb(
         "megamask.verbs.push",

@@ -28,6 +28,7 @@ AT_NIGHT = {
     "reorder": (65_536, "reordered"),
     "evaluate": (512, "results.json"),
     "sensitivity": (512, "sensitivity.json"),
+    "recover": (65_536, "recovering-magnitude-reconstruct/layer-0001-0.safetensors"),
     "extract": (4_096, "out.safetensors"),
     "import": (4_096, "out.safetensors"),
     "push": (4_096, "push"),

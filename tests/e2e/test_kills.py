@@ -46,6 +46,7 @@ def words_of(verb: str, settings: list[str], run_dir: Path, tmp_path: Path) -> l
         "reorder": [str(run_dir / "reordered")],
         "push": ["owner/name", "--dry-run"],
         "sensitivity": ["sensitivity.mask=magnitude"],
+        "recover": ["recover.mask=magnitude"],
     }  # fmt: skip
     if verb == "pipeline":
         return ["pipeline", "record", "learn", "1.5", "0", "--config", str(RECIPE), *settings]
@@ -71,6 +72,7 @@ MADE: dict[str, list[str]] = {
     "plan": [],
     "reorder": ["shards/cache"],
     "sensitivity": [],
+    "recover": ["shards/cache"],
     "gguf": [],
     "pipeline": [],
 }

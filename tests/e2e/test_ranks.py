@@ -42,6 +42,7 @@ WORDS = {
     "reorder": ("{run}/reordered",),
     "tasks": ("tasks.include={run}/none",),
     "sensitivity": ("sensitivity.mask=wanda",),
+    "recover": ("recover.mask=wanda",),
 }
 REFUSED = {"gguf": "model.gguf", "import": "none.npz", "tasks": "tasks."}
 # In the order of a run; verbs that are not named here follow.

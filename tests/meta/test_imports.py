@@ -36,7 +36,7 @@ LEVELS = [
     ["optim"],
     ["prepare"],
     ["oneshot", "learn", "evaluate", "export", "report"],
-    ["plan", "publish"],
+    ["plan", "publish", "recovery"],
     ["verbs", "pipeline"],
     ["__main__"],
 ]

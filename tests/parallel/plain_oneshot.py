@@ -151,3 +151,18 @@ def polish_by_trial(
                     least_O = torch.where(better_O, error_O, least_O)
             mask_OI = best_OI
     return mask_OI
+
+
+def least_squares(
+    weight_OI: torch.Tensor, mask_OI: torch.Tensor, x_TI: torch.Tensor, damp: float = DAMP
+) -> torch.Tensor:
+    """The kept weights whose outputs on X are nearest to those of the dense weights, damped, fp64:
+    row by row, X stacked on the root of the damping, without a Hessian.
+    """
+    x_TI = x_TI.double() / len(x_TI) ** 0.5
+    root = (damp * x_TI.square().sum(0).mean()).sqrt()
+    rows_TI = torch.cat([x_TI, root * torch.eye(x_TI.shape[1], dtype=x_TI.dtype)])
+    found_OI = torch.zeros_like(weight_OI, dtype=torch.float64)
+    for row_I, kept_I, new_I in zip(weight_OI.double(), mask_OI, found_OI, strict=True):
+        new_I[kept_I] = torch.linalg.lstsq(rows_TI[:, kept_I], rows_TI @ row_I).solution
+    return found_OI

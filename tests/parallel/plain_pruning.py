@@ -21,6 +21,7 @@ from tests.parallel.plain_oneshot import (
     admm_textbook,
     gblm_score,
     keep_largest,
+    least_squares,
     margins_under,
     polish_by_trial,
     pruner_zero_score,
@@ -86,6 +87,29 @@ def inputs_of(
     for hook in hooks:
         hook.remove()
     return inputs
+
+
+@torch.no_grad()
+def recovered(
+    hf: Path,
+    tokens_NS: torch.Tensor,
+    masks: Mapping[str, torch.Tensor],
+    dense_prefix: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The weights of every linear of ``masks`` by least squares, layer by layer."""
+    model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    found: dict[str, torch.Tensor] = {}
+    for index in range(len(model.model.layers)):
+        names = [name for name in masks if name.startswith(f"model.layers.{index}.")]
+        linears = {name: model.get_submodule(name) for name in names}
+        inputs = inputs_of(linears, model, tokens_NS)
+        for name in names:
+            weight = linears[name].weight
+            assert isinstance(weight, torch.Tensor)
+            found[name] = least_squares(weight.detach(), masks[name], inputs[name]).float()
+            if not dense_prefix:
+                weight.copy_(found[name])
+    return found
 
 
 @torch.no_grad()

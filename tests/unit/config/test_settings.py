@@ -35,6 +35,7 @@ DECIDING = """
     data.bos
     export.format export.mask export.weights export.out
     sensitivity.mask sensitivity.by sensitivity.keep_dense
+    recover.method recover.mask recover.solver recover.damp
 """
 EACH_STEP = """
     learn.steps learn.sampling.mode learn.sampling.draws learn.sampling.kappa learn.sampling.tau
@@ -60,7 +61,7 @@ FREE = """
     learn.snapshot.every learn.snapshot.keep learn.snapshot.background learn.monitor.evaluate_every
     learn.monitor.evaluate_windows learn.monitor.measure_every learn.monitor.sinks
     learn.monitor.wandb_project
-    evaluate.micro_batch
+    evaluate.micro_batch recover.out
     launch.launcher launch.nodes launch.processes_per_node launch.cpus_per_process launch.time
     launch.warning launch.account launch.partition launch.qos launch.sbatch launch.setup
     launch.container launch.mounts launch.retries

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from megamask.__main__ import main
-from megamask.config import load_config
+from megamask.config import load_config, run_paths
 from megamask.config.published import settings_digest, without_places
 from megamask.config.yaml_text import read_yaml
+from megamask.evaluate.rows import mask_digests
 from megamask.learn.metrics.provenance import write_provenance
+from megamask.masks.file import load_masks, save_masks
+from megamask.publish.measured import measured
 from tests.unit.publish.conftest import push, write_mask, write_results
 from tests.unit.publish.fake_hub import TOKEN, FakeHub
 
@@ -52,6 +56,45 @@ def test_the_digest_of_settings_is_that_of_the_written_ones(tmp_path: Path) -> N
     assert digest("run_dir=/b", text % "/b", "learn.optimizer.lr=null") == same
     for other in ("seed=7", "learn.optimizer.lr=1e-5", "pattern=4:8", "learn.prior.mask=wanda"):
         assert digest(text % "/a", other) != same
+
+
+def test_a_recovered_row_is_no_result_of_the_frozen_mask(hub: FakeHub, run_dir: Path) -> None:
+    """The same mask with other weights has the digest of the mask."""
+    frozen = load_masks(run_dir / "masks" / "learned.safetensors")
+    about = {"method": "reconstruct", "mask": "learned", "weights": "w" * 64}
+    made = {"data": {"recovered": about}, "updated_weights": True}
+    files: dict[str, Any] = {
+        "learned-reconstruct": made,
+        "sparsegpt_update": {"updated_weights": True},
+    }
+    for name, more in files.items():
+        save_masks(
+            run_dir / "masks" / f"{name}.safetensors",
+            frozen,
+            frozen.pattern,
+            fingerprint=frozen.fingerprint,
+            method=name,
+            **more,
+        )
+    masks = {name: load_masks(run_dir / "masks" / f"{name}.safetensors") for name in files}
+    masks["learned"] = frozen
+    digests = mask_digests(masks)
+    assert len({one["sha256"] for one in digests.values()}) == 1
+    rows = {"dense": 7.0, "learned": 9.25, "learned-reconstruct": 5.55, "sparsegpt_update": 6.66}
+    perplexity = {row: {"code": value} for row, value in rows.items()}
+    write_results(run_dir / "results.json", perplexity=perplexity, masks=digests)
+    assert push(run_dir, "--dry-run") == 0
+    card = (run_dir / "push" / "README.md").read_text()
+    assert "9.25" in card and "5.55" not in card and "6.66" not in card and "recovered" not in card
+    # Digests without the weights would let both rows through.
+    plain = {
+        row: {key: one[key] for key in ("sha256", "fingerprint")} for row, one in digests.items()
+    }
+    write_results(run_dir / "results.json", perplexity=perplexity, masks=plain)
+    assert push(run_dir, "--dry-run") == 0
+    assert "5.55" in (run_dir / "push" / "README.md").read_text()
+    found = measured(run_paths(load_config(None, [f"run_dir={run_dir}"])), frozen)
+    assert set(found["results.json"]["perplexity"]) == set(rows)
 
 
 def test_no_path_of_the_machine_is_published(

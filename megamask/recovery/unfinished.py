@@ -1,0 +1,91 @@
+"""The finished parts of a recovery, kept on disk until the whole is done, so that a killed run goes
+on with the next part.
+
+A part holds tensors of this rank's shards, so a run of another layout starts anew. The replicas of
+a shard have equal tensors, and the first of them writes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megamask import storage
+from megamask.errors import ArtifactError
+from megamask.parallel.mesh import Mesh
+
+MADE_FROM = "made_from.json"
+NOTE = "note"  # of a part's metadata
+
+
+class Unfinished:
+    """A folder of parts.
+
+    Args:
+        folder: the folder; parts in it that were made from anything else are deleted.
+        made_from: everything that decides the parts, as JSON values.
+        mesh: process groups of this rank; all ranks must make the object.
+    """
+
+    def __init__(self, folder: Path, made_from: Mapping[str, Any], mesh: Mesh) -> None:
+        self.folder, self.mesh = folder, mesh
+        wanted = {"made_from": made_from, "tp": mesh.tp}
+        if mesh.is_main and not self._is_made_from(wanted):
+            shutil.rmtree(folder, ignore_errors=True)
+            storage.require_writable(folder)
+            storage.write_json(folder / MADE_FROM, wanted)
+        mesh.barrier()
+
+    def _is_made_from(self, wanted: Mapping[str, Any]) -> bool:
+        try:
+            found = storage.read_json(self.folder / MADE_FROM, "")
+        except ArtifactError:
+            return False
+        return bool(found == json.loads(json.dumps(wanted)))
+
+    def _path(self, part: str) -> Path:
+        return self.folder / f"{part}-{self.mesh.tp_rank}.safetensors"
+
+    def load(self, part: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The tensors, in host memory, and the note of a part; None on all ranks where a rank lacks
+        its shard.
+        """
+        found = None
+        try:
+            with safe_open(self._path(part), framework="pt") as file:
+                note = json.loads((file.metadata() or {})[NOTE])
+                names: list[str] = file.keys()
+                found = {name: file.get_tensor(name) for name in names}, note
+        except (OSError, SafetensorError, KeyError, ValueError):
+            pass  # not there, or torn: the part is made again
+        return None if self.mesh.any(found is None) else found
+
+    def save(self, part: str, tensors: Mapping[str, torch.Tensor], note: Any) -> None:
+        """Write a part, whole or not at all. All ranks must call this method.
+
+        Raises:
+            ArtifactError: the disk is full, or the folder cannot be written.
+        """
+        if self.mesh.dp_rank == 0:
+            whole = {name: one.contiguous() for name, one in tensors.items()}
+            with storage.atomic_file(self._path(part)) as temporary:
+                save_file(whole, temporary, {NOTE: json.dumps(note)})
+        self.mesh.barrier()
+
+    def forget(self, part: str) -> None:
+        """Delete a part."""
+        if self.mesh.dp_rank == 0:
+            self._path(part).unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Delete the folder: the whole is done. All ranks must call this method."""
+        self.mesh.barrier()
+        if self.mesh.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)

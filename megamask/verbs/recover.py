@@ -1,0 +1,306 @@
+"""The verb recover: new values of the weights that a mask keeps, as a model of its own: a mask
+file with its weights, and a Hugging Face folder. All say that the model is recovered.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamask import storage
+from megamask.config import Config
+from megamask.data.heldout import evaluated_domains, evaluation_windows
+from megamask.errors import ConfigError, MegamaskError
+from megamask.evaluate.sensitivity import whole_masks
+from megamask.export.folded import STAMP
+from megamask.export.masked_folder import export
+from megamask.masks.file import MaskSet, load_masks, save_masks
+from megamask.masks.find import mask_path, open_masks, own_weights
+from megamask.masks.identity import RECOVERED, recovered_label
+from megamask.masks.times import write_seconds
+from megamask.masks.verify import check_strictly
+from megamask.model.build import build_model, masked_linears
+from megamask.model.checkpoint import load_weights
+from megamask.model.mask_shards import linear_rules, mask_shard
+from megamask.model.perplexity import perplexity
+from megamask.model.updated_weights import save_updated
+from megamask.parallel.mesh import Mesh, start
+from megamask.prepare.layout import check_positions
+from megamask.prepare.learned_text import warn_of_learned_text
+from megamask.prepare.run_inputs import RunInputs
+from megamask.recovery.recoveries import RECOVERIES
+from megamask.recovery.recovery import Recovered, Recovery, RecoveryJob
+from megamask.recovery.unfinished import Unfinished
+from megamask.terminal import tell
+from megamask.weights.base_model import BaseModel, base_model
+from megamask.weights.fingerprint import fingerprints_of
+from megamask.weights.mapping import linear_shapes
+from megamask.weights.own_folder import require_own
+
+log = logging.getLogger(__name__)
+TEXT = ("text_sha256", "calibration")  # what a header's data tells of the text that was read
+MADE = ("weights",)  # of a header's facts of a recovery: what came out, not what was asked for
+
+
+def run(config: Config) -> None:
+    """Recover the weights that ``recover.mask`` keeps, and write ``masks/MASK-METHOD.safetensors``,
+    ``weights-MASK-METHOD`` and the folder ``recover.out``, unless they were made from the same
+    inputs and settings.
+
+    Raises:
+        ConfigError, ArtifactError: a setting, a layout, the mask, the model or the text does not
+            fit, or an output cannot be written; found before the first layer where possible.
+    """
+    inputs, recovery = RunInputs(config), RECOVERIES[config.recover.method]
+    recovery.check_early(inputs)
+    paths, base = inputs.paths, base_model(config)
+    inputs.layout.check_lengths(config, recovery.lengths())
+    masks = whole_masks(open_masks(config.recover.mask, config, inputs.arch), "recover.mask")
+    masks.check(shapes=linear_shapes(inputs.arch), fingerprint=inputs.fingerprint)
+    inputs.layout.check_model(inputs.arch)
+    inputs.layout.check_rows(inputs.arch, list(masks), masks.pattern)
+    check_positions(config, inputs.arch, recovery.lengths())
+    inputs.check_text()
+    check_strictly(masks, base)
+    one = Task.of(inputs, base, masks, recovery)
+    _check_out(base, one.out)
+    storage.require_writable(paths.masks)
+    windows = _heldout(config)
+    if windows:
+        warn_of_learned_text(config, {config.recover.mask: masks})
+    with start(config) as mesh:
+        if not mesh.from_main(one.is_done()):
+            _recover(one, mesh, windows)
+        mesh.barrier()
+        if mesh.is_main and not one.is_exported():
+            one.export()
+        mesh.barrier()
+        if mesh.is_main:
+            _tell(one)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recovery and where its results go.
+
+    Attributes:
+        inputs: the inputs of the run.
+        base: the base model.
+        masks: the mask that stays.
+        recovery: the method.
+        name: of the result: its mask file, its weights and its folder.
+        out: the Hugging Face folder.
+        made_from: everything that decides the result, as JSON values.
+    """
+
+    inputs: RunInputs
+    base: BaseModel
+    masks: MaskSet
+    recovery: Recovery
+    name: str
+    out: Path
+    made_from: dict[str, Any]
+
+    @classmethod
+    def of(cls, inputs: RunInputs, base: BaseModel, masks: MaskSet, recovery: Recovery) -> Task:
+        """With the names that follow from mask and method.
+
+        Raises:
+            MegamaskError: text that is missing.
+        """
+        config, section, paths = inputs.config, inputs.config.recover, inputs.paths
+        source = storage.real_path(mask_path(section.mask, paths)).stem
+        name = f"{source}-{section.method}"
+        facts = {
+            "method": section.method,
+            "mask": source,
+            "mask_method": masks.method,
+            "mask_sha256": masks.content_sha256,
+            "settings": {key: getattr(section, key) for key in recovery.reads},
+            "dtype": config.dtype,
+        }
+        out = paths.recovered if section.out else paths.recovered / name
+        of_mask = masks.meta.get("data")
+        known = of_mask if isinstance(of_mask, dict) else {}
+        read = {key: known[key] for key in TEXT if key in known}
+        made_from = {**read, **recovery.text(config), RECOVERED: facts}
+        plain: dict[str, Any] = json.loads(json.dumps(made_from))
+        return cls(inputs, base, masks, recovery, name, out, plain)
+
+    @property
+    def mask_file(self) -> Path:
+        """The mask file, which is written after the weights that it belongs to."""
+        return self.inputs.paths.mask(self.name)
+
+    @property
+    def weights(self) -> Path:
+        """The Megatron weights."""
+        return self.inputs.paths.updated_weights(self.name)
+
+    def written(self) -> MaskSet:
+        """The written mask file. Raises ArtifactError where there is none."""
+        return load_masks(self.mask_file)
+
+    def is_done(self) -> bool:
+        """Whether mask and weights were made from the same inputs and settings."""
+        try:
+            found = self.written()
+            found.verify()
+            own_weights(found, self.inputs.paths)
+            data = dict(found.meta["data"])
+            facts = {key: value for key, value in data[RECOVERED].items() if key not in MADE}
+        except (MegamaskError, KeyError, TypeError, AttributeError, ValueError):
+            return False
+        same = {**data, RECOVERED: facts} == self.made_from
+        same = same and found.fingerprint == self.masks.fingerprint
+        if same:
+            log.info("%s: reused", self.mask_file)
+        return same
+
+    def is_exported(self) -> bool:
+        """Whether the folder holds this very result, whole."""
+        try:
+            stamp = storage.read_object(self.out / STAMP, "", {"mask": dict, "files": list})
+            whole = all((self.out / str(name)).is_file() for name in stamp["files"])
+            header = {key: one for key, one in self.written().meta.items() if key != "tensors"}
+        except (MegamaskError, OSError):
+            return False
+        return whole and bool(stamp["mask"] == header)
+
+    def export(self) -> None:
+        """Write the folder. Raises ArtifactError where it cannot be written."""
+        with self.base.of_weights(self.weights, "Run the verb recover again.") as source:
+            export(self.base, self.out, source, self.written())
+
+
+def _check_out(base: BaseModel, out: Path) -> None:
+    """Refuse a folder that holds anything but an earlier result.
+
+    Raises:
+        ConfigError, ArtifactError: it is the model's, holds other files, or cannot be written.
+    """
+    for folder, key in ((base.hf_dir, "model.hf"), (base.megatron, "model.megatron")):
+        if folder is not None and storage.real_path(out) == storage.real_path(folder):
+            allowed, fix = f"a folder other than {key}", "The base model must stay as it is."
+            raise ConfigError("recover.out", str(out), allowed, fix)
+    require_own(out, STAMP, "recover.out")
+    storage.require_writable(out.parent, "recover.out")
+
+
+def _heldout(config: Config) -> dict[str, torch.Tensor]:
+    """The held-out windows that the verb evaluate takes; {} where no domain holds out text."""
+    if not any(corpus.heldout for corpus in config.data.domains.values()):
+        return {}
+    evaluated_domains(config)
+    return evaluation_windows(config, config.evaluate.max_tokens)
+
+
+@torch.no_grad()
+def _recover(one: Task, mesh: Mesh, windows: Mapping[str, torch.Tensor]) -> None:
+    """Recover, measure and write mask and weights."""
+    inputs, begin = one.inputs, time.perf_counter()
+    config, arch, note = inputs.config, inputs.arch, inputs.note
+    model = build_model(config, arch, mesh)
+    load_weights(model, inputs.paths.weights)
+    model.eval()
+    table, shards, linears = linear_rules(arch), {}, {}
+    for name, linear in masked_linears(model).items():
+        if (mask_OI := mask_shard(one.masks, table[name], mesh)) is not None:
+            shards[name], linears[name] = mask_OI.cpu(), linear
+    unfinished = Unfinished(
+        inputs.paths.run_dir / f"recovering-{one.name}",
+        {**one.made_from, "fingerprint": one.masks.fingerprint},
+        mesh,
+    )
+    job = RecoveryJob(
+        config,
+        mesh,
+        arch,
+        one.masks.pattern,
+        model,
+        linears,
+        shards,
+        getattr(torch, note["dtype"]),
+        unfinished,
+    )
+    if mesh.is_main:
+        log.info("%s: %s on %d linears", one.name, one.masks.pattern, len(linears))
+
+    def measure(weights: str) -> dict[str, float]:
+        model.eval()
+        batch = config.evaluate.micro_batch
+        found = {name: perplexity(model, mesh, rows, batch) for name, rows in windows.items()}
+        if mesh.is_main and found:
+            log.info("%-18s %s", weights, _shown(found))
+        return found
+
+    for name, linear in linears.items():
+        linear.fold(shards[name])
+    evaluation: dict[str, Any] = {"window": config.evaluate.window, "frozen": measure("frozen")}
+    for linear in linears.values():
+        linear.fold(None)
+    found = one.recovery.recover(job)
+    for name, linear in linears.items():
+        linear.folded_weight = found.weights_OI[name].to(linear.weight)
+    evaluation |= {"perplexity": measure("recovered"), **found.measured}
+    _write(one, mesh, found, shards, evaluation, time.perf_counter() - begin)
+    unfinished.finish()
+
+
+def _write(
+    one: Task,
+    mesh: Mesh,
+    found: Recovered,
+    shards: Mapping[str, torch.Tensor],
+    evaluation: Mapping[str, Any],
+    seconds: float,
+) -> None:
+    """Write the weights, then the mask file. An older mask file goes first: it does not belong to
+    the new weights.
+    """
+    inputs, masks = one.inputs, one.masks
+    if mesh.is_main:
+        one.mask_file.unlink(missing_ok=True)
+    mesh.barrier()
+    note = {**inputs.note, "method": one.name, "recipe": one.made_from}
+    save_updated(
+        inputs.config, inputs.arch, mesh, found.weights_OI, one.weights, note, masks_OI=shards
+    )
+    if not mesh.is_main:
+        return
+    with one.base.of_weights(one.weights, "Run the verb recover again.") as source:
+        weights = fingerprints_of(source, inputs.arch).exact
+    data = {**one.made_from, RECOVERED: {**one.made_from[RECOVERED], "weights": weights}}
+    write_seconds(one.mask_file, seconds)
+    save_masks(
+        one.mask_file,
+        masks,
+        masks.pattern,
+        fingerprint=masks.fingerprint,
+        method=one.name,
+        data=data,
+        evaluation=evaluation,
+        updated_weights=True,
+        float16_fingerprints=masks.fingerprints[1:],
+    )
+    log.info("wrote %s and %s, %.1f s", one.mask_file, one.weights, seconds)
+
+
+def _shown(by_domain: Mapping[str, float]) -> str:
+    return "  ".join(f"{domain} {value:.2f}" for domain, value in by_domain.items())
+
+
+def _tell(one: Task) -> None:
+    """Print what the model is, and the perplexities that its mask file holds."""
+    header = one.written().meta
+    tell(f"{one.name}: {recovered_label(header)}, no result of the frozen weights")
+    for kind, title in (("frozen", "frozen weights"), ("perplexity", "recovered")):
+        if by_domain := header["evaluation"].get(kind):
+            tell(f"{title:<16} {_shown(by_domain)}")

@@ -1,0 +1,146 @@
+"""The verb recover: a model of its own beside the mask, its labels, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megamask import apply_masks
+from megamask.config.load import load_config
+from megamask.data.heldout import evaluation_windows
+from megamask.errors import ArtifactError
+from megamask.masks.file import load_masks
+from megamask.weights.hf_files import HFReader
+from tests.e2e.program import RECIPE, contents, here, in_process, refusal
+
+pytestmark = pytest.mark.slow
+Settings = Callable[[Path], list[str]]
+NAME, LABEL = "wanda-reconstruct", "recovered (wanda + reconstruct)"
+WORDS = ("dtype=fp32", "evaluate.max_tokens=512", "model.exclude=[]")
+
+
+@pytest.fixture(scope="module")
+def run_dir(prepared: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a recovered model."""
+    run_dir = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("recovered") / "run"))
+    said = here("recover", *settings(run_dir), *WORDS, "recover.mask=wanda").stdout
+    assert f"{NAME}: {LABEL}, no result of the frozen weights" in said
+    return run_dir
+
+
+def test_zeros_stay_and_the_rest_keeps_its_bits(run_dir: Path, model: Path) -> None:
+    masks = load_masks(run_dir / "masks" / f"{NAME}.safetensors")
+    frozen = load_masks(run_dir / "masks" / "wanda.safetensors")
+    assert masks.content_sha256 == frozen.content_sha256 and masks.has_own_weights
+    changed = set()
+    with HFReader(run_dir / "recovered" / NAME) as new, HFReader(model) as old:
+        assert set(new.names()) == set(old.names())
+        for name in old.names():
+            module, found, dense = name.removesuffix(".weight"), new.tensor(name), old.tensor(name)
+            assert found.dtype == dense.dtype
+            if module not in masks:
+                assert torch.equal(found, dense), name
+                continue
+            pruned = found[~masks[module]]
+            assert not pruned.any() and not torch.signbit(pruned).any()
+            changed |= {module} if not torch.equal(found, dense * masks[module]) else set()
+    assert changed == set(masks)
+    errors = masks.meta["evaluation"]["output_error"]
+    assert all(new < old for new, old in zip(errors["recovered"], errors["masked"], strict=True))
+    stamp = json.loads((run_dir / "recovered" / NAME / "megamask_export.json").read_text())
+    about = stamp["mask"]["data"]["recovered"]
+    assert about["method"] == "reconstruct" and about["mask_sha256"] == frozen.content_sha256
+    assert stamp["mask"]["fingerprint"] == frozen.fingerprint != about["weights"]
+    assert about["settings"] == {"solver": "exact", "damp": 0.01}
+    assert not list(run_dir.glob("recovering-*"))
+
+
+def test_both_paths_measure_what_the_verb_reported(run_dir: Path, settings: Settings) -> None:
+    told = load_masks(run_dir / "masks" / f"{NAME}.safetensors").meta["evaluation"]
+    rows = "evaluate.masks={wanda: wanda, mine: wanda-reconstruct}"
+    here("evaluate", *settings(run_dir), *WORDS, rows)
+    results = json.loads((run_dir / "results.json").read_text())
+    found = results["perplexity"]
+    # A row that the user names says that it is recovered too.
+    assert list(found) == ["dense", "wanda", f"mine, {LABEL}"]
+    # fp64 sums of the same losses: of the windows that are compared by another way
+    assert found["wanda"] == pytest.approx(told["frozen"], rel=1e-6)
+    assert found[f"mine, {LABEL}"] == pytest.approx(told["perplexity"], rel=1e-6)
+    assert told["perplexity"] != pytest.approx(told["frozen"], rel=1e-3)
+    assert {"sha256", "fingerprint", "weights"} == set(results["masks"][f"mine, {LABEL}"])
+    windows = evaluation_windows(load_config(RECIPE, [*settings(run_dir), *WORDS]), 512)
+    loaded = AutoModelForCausalLM.from_pretrained(run_dir / "recovered" / NAME, dtype=torch.float32)
+    with torch.no_grad():
+        for domain, tokens_NS in windows.items():
+            loss = loaded(tokens_NS, labels=tokens_NS).loss
+            expected = pytest.approx(told["perplexity"][domain], rel=1e-4)  # fp32 logits
+            assert float(loss.exp()) == expected
+    here("evaluate", *settings(run_dir), *WORDS, "prune.methods=[wanda]")
+    found = json.loads((run_dir / "results.json").read_text())["perplexity"]
+    assert list(found) == ["dense", "wanda", LABEL]
+
+
+def test_report_and_inspect_call_it_recovered(run_dir: Path, settings: Settings) -> None:
+    here("report", *settings(run_dir))
+    page = (run_dir / "report.html").read_text()
+    assert f"<strong>{LABEL}</strong>" in page and f"<strong>{NAME}</strong>" not in page
+    said = here("inspect", *settings(run_dir), NAME).stdout
+    assert f"{LABEL}, not those of the base model" in said
+    assert "kept weights" not in here("inspect", *settings(run_dir), "wanda").stdout
+    loaded = AutoModelForCausalLM.from_pretrained(run_dir / "recovered" / NAME)
+    with pytest.raises(ArtifactError, match="belongs to weights that wanda-reconstruct updated"):
+        apply_masks(loaded, run_dir / "masks" / f"{NAME}.safetensors")
+
+
+def test_push_says_that_the_model_is_recovered(
+    run_dir: Path, settings: Settings, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    words = [*settings(copy), "--dry-run", "--what", "model", f"export.mask={NAME}"]
+    here("push", "owner/name", *words)
+    card = (copy / "push" / "README.md").read_text()
+    assert f"The kept weights are {LABEL}: they are not those of" in card and "- recovered" in card
+    with HFReader(copy / "push") as pushed, HFReader(run_dir / "recovered" / NAME) as made:
+        assert all(torch.equal(pushed.tensor(one), made.tensor(one)) for one in made.names())
+    here("push", "owner/name", *words, "export.mask=wanda")
+    assert "recovered" not in (copy / "push" / "README.md").read_text()
+
+
+def test_a_result_is_made_once(run_dir: Path, settings: Settings, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    words = [*settings(copy), *WORDS, "recover.mask=wanda"]
+    before = contents(copy)
+    assert "reused" in here("recover", *words).stderr and contents(copy) == before
+    shutil.rmtree(copy / "recovered")
+    here("recover", *words)
+    assert contents(copy / "recovered") == contents(run_dir / "recovered")
+    out = f"recover.out={tmp_path / 'out'}"
+    here("recover", *words, "recover.solver=sequential", out)
+    header = load_masks(copy / "masks" / f"{NAME}.safetensors").meta
+    assert header["data"]["recovered"]["settings"]["solver"] == "sequential"
+    assert json.loads((tmp_path / "out" / "megamask_export.json").read_text())["mask"] == {
+        key: value for key, value in header.items() if key != "tensors"
+    }
+
+
+def test_refusals(run_dir: Path, model: Path, settings: Settings) -> None:
+    def refused(*words: str) -> str:
+        return refusal(in_process("recover", *settings(run_dir), *WORDS, *words))
+
+    before = contents(run_dir)
+    assert "belongs to updated weights" in refused(f"recover.mask={NAME}")
+    assert "learned.safetensors: is missing" in refused()
+    said = refused("recover.mask=wanda", f"recover.out={model}")
+    assert "recover.out" in said and "a folder other than model.hf" in said
+    said = refused("recover.mask=wanda", f"recover.out={run_dir / 'shards'}")
+    assert "holds files that this verb did not make" in said
+    assert "calibration.seq_length" in refused(
+        "recover.mask=wanda", "calibration.seq_length=100000"
+    )
+    assert contents(run_dir) == before
