@@ -21,6 +21,7 @@ from megamask.errors import ConfigError, MegamaskError
 from megamask.evaluate.sensitivity import whole_masks
 from megamask.export.folded import STAMP
 from megamask.export.masked_folder import export
+from megamask.export.unmeasured_parts import check_other_tensors
 from megamask.masks.file import MaskSet, load_masks, save_masks
 from megamask.masks.find import mask_path, open_masks, own_weights
 from megamask.masks.identity import RECOVERED, recovered_label
@@ -69,6 +70,7 @@ def run(config: Config) -> None:
     check_positions(config, inputs.arch, recovery.lengths())
     inputs.check_text()
     check_strictly(masks, base)
+    check_other_tensors(base, paths.weights)
     one = Task.of(inputs, base, masks, recovery)
     _check_out(base, one.out)
     storage.require_writable(paths.masks)
