@@ -79,11 +79,6 @@ class Unfinished:
                 save_file(whole, temporary, {NOTE: json.dumps(note)})
         self.mesh.barrier()
 
-    def forget(self, part: str) -> None:
-        """Delete a part."""
-        if self.mesh.dp_rank == 0:
-            self._path(part).unlink(missing_ok=True)
-
     def finish(self) -> None:
         """Delete the folder: the whole is done. All ranks must call this method."""
         self.mesh.barrier()
