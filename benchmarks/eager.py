@@ -54,7 +54,8 @@ class EagerSide:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        pattern, device = lab.masked_model.pattern, lab.mesh.device
+        pattern, device = lab.masked_model.plan.only, lab.mesh.device
+        assert pattern is not None
         self.table_CM = pattern.candidates(torch.bfloat16, device)
         self.logits = {
             name: torch.randn(

@@ -24,11 +24,12 @@ from megamask.learn.masked_model import MaskedModel
 from megamask.model.build import attach_logits, build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
 from megamask.model.language_model import LanguageModel
+from megamask.model.mask_shards import patterns_by_linear
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.distributions import DISTRIBUTIONS
-from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import open_checked
+from megamask.weights.layer_plan import layer_plan
 from megamask.weights.shapes import SHAPES, read_shape
 
 LOGIT_STD = 0.01  # standard deviation of the initial logits, from the paper of MaskLLM
@@ -121,7 +122,7 @@ def random_masked_model(
     config: Config, mesh: Mesh, options: argparse.Namespace, with_logits: bool = True
 ) -> MaskedModel:
     """The model; with ``with_logits``, with mask logits from N(0, 0.01)."""
-    arch, pattern = architecture(options), Pattern.parse(config.pattern)
+    arch = architecture(options)
     model = build_model(config, arch, mesh)
     if options.hf:
         with open_checked(options.hf) as reader:
@@ -133,13 +134,13 @@ def random_masked_model(
     if with_logits:
         switch = attach_logits(
             linears,
-            pattern,
+            patterns_by_linear(layer_plan(arch, config), arch),
             config.learn.sampling.backend,
             mesh.device,
             DISTRIBUTIONS[DISTRIBUTION_OF[config.learn.method]],
             config.learn.state.logits,
         )
-    masked_model = MaskedModel(arch, pattern, "", model, linears, switch, None)
+    masked_model = MaskedModel(arch, "", model, linears, switch, None)
     for logits in masked_model.mask_logits:
         torch.nn.init.normal_(logits, std=LOGIT_STD)
     return masked_model

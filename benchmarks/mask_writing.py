@@ -20,6 +20,7 @@ from megamask.masks.header import Facts
 from megamask.masks.save import save_codes
 from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 
 FILE, PACK, BOOL, COPY = "mask file", "packing alone", "from a bool mask", "copy of the codes"
 
@@ -74,8 +75,8 @@ def measure(kind: str, options: Any, folder: Path) -> dict[str, Any]:
             folder / "mask.safetensors",
             shapes,
             ((one, codes) for one in shapes),
-            index_of,
-            pattern,
+            distribution.index_of,
+            PatternPlan.uniform([*shapes], pattern),
             Facts("f" * 64, "learned"),
         )
 

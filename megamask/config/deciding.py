@@ -29,6 +29,7 @@ TOKENIZE = ("data.tokenizer", "data.domains", "data.eod", "data.bos")
 PRUNE = (
     "dtype",
     "pattern",
+    "pattern_overrides",
     "model.include",
     "model.exclude",
     "data.blend",
@@ -40,6 +41,7 @@ LEARN = (
     "seed",
     "dtype",
     "pattern",
+    "pattern_overrides",
     "model",
     "data.tokenizer",
     "data.blend",

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from megamask.config.presets import NAMED
 from megamask.config.section import (
@@ -23,22 +22,11 @@ from megamask.config.section import (
     by_content,
     each_step,
     free,
+    one_error,
 )  # fmt: skip
 from megamask.errors import ConfigError
 
 WHOLE_STEP = 2**62  # micro-batches; more than a step has
-
-
-def _one_error(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """The checked value of a union of types; pydantic reports an error for each of its types, and
-    takes true for 1.
-    """
-    try:
-        if not isinstance(value, bool):
-            return check(value)
-    except ValidationError:
-        pass
-    raise PydanticCustomError("int_type", "a name or a whole number")
 
 
 class SamplingSection(Section):
@@ -49,7 +37,7 @@ class SamplingSection(Section):
     mode: Literal["soft", "hard"] = each_step(
         "soft", description="relaxed masks, or hard masks with the gradient of the relaxed masks"
     )
-    draws: Annotated[Literal["micro_batch", "step"] | Batch, WrapValidator(_one_error)] = each_step(
+    draws: Annotated[Literal["micro_batch", "step"] | Batch, one_error("int_type")] = each_step(
         "micro_batch",
         description="a new mask for every micro-batch, one for the whole step, or one for so many "
         "consecutive micro-batches of the global batch, counted over all replicas",

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic_core import PydanticUndefined
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from megamask.file_kinds import USABLE, can_be_a_path
 
@@ -23,6 +31,22 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 Coefficient = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e6)]
 Rate = Annotated[float, Field(ge=1e-12, le=1e6)]
+
+
+def one_error(kind: Literal["int_type", "float_type"]) -> WrapValidator:
+    """A check of a union of types with one error, of pydantic's ``kind``, to which the loader adds
+    the range: pydantic reports an error for each of the types, and takes true for 1.
+    """
+
+    def checked(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            if not isinstance(value, bool):
+                return check(value)
+        except ValidationError:
+            pass
+        raise PydanticCustomError(kind, "a value of another type is needed")
+
+    return WrapValidator(checked)
 
 
 AnySection = TypeVar("AnySection", bound="Section")

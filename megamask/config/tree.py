@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from megamask.config.export_tree import ExportSection
 from megamask.config.launch_tree import LaunchSection
 from megamask.config.learn_tree import LearnSection
+from megamask.config.model_tree import ModelSection
 from megamask.config.presets import layered
 from megamask.config.recover_tree import RecoverSection
 from megamask.config.section import (
@@ -38,33 +39,6 @@ def _not_tiny(weight: float) -> float:
 
 
 Weight = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_not_tiny)]
-
-
-class ModelSection(Section):
-    """Which model, and which of its linears get a mask. Patterns are shell-style, over Hugging
-    Face module names.
-    """
-
-    hf: str | None = by_content(
-        None,
-        description="Hugging Face folder: config.json, weights (.safetensors or "
-        "pytorch_model.bin), tokenizer; null = {run_dir}/hf",
-    )
-    gguf: str | None = by_content(
-        None, description="GGUF file that the verb gguf unpacks into model.hf"
-    )
-    megatron: str | None = by_content(
-        None,
-        description="checkpoint of Megatron-LM or Megatron-Bridge (torch_dist) whose weights are "
-        "read in the place of those in model.hf, which then needs the tokenizer only, and "
-        "config.json where the checkpoint does not tell the whole architecture",
-    )
-    include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
-    exclude: list[str] = Field(default_factory=list, description="linears to keep dense")
-    ignore_keys: list[str] = free(
-        [],
-        description="keys of config.json that megamask does not know and that change nothing",
-    )
 
 
 class ParallelSection(Section):
@@ -316,6 +290,11 @@ class Config(Section):
         "2:4",
         description="keep N of every M consecutive inputs; N:M:pair keeps adjacent pairs, such as "
         "4:8:pair",
+    )
+    pattern_overrides: dict[str, str] = Field(
+        default_factory=dict,
+        description="shell-style pattern over Hugging Face module names -> N:M of these linears, "
+        "in the place of pattern; no linear may match two entries",
     )
     model: ModelSection = ModelSection()
     parallel: ParallelSection = ParallelSection()

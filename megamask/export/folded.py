@@ -58,7 +58,7 @@ def check_zeros(source: WeightSource, masks: MaskSet | None) -> None:
         weight_OI = source.tensor(f"{name}.weight")
         pruned = weight_OI[~mask_OI]
         not_zero = bool(pruned.any()) or bool(torch.signbit(pruned).any())
-        if not_zero or not masks.pattern.already_fits(weight_OI):
+        if not_zero or not masks.patterns[name].already_fits(weight_OI):
             problem = f"{name} does not hold +0.0 wherever its mask prunes"
             raise ArtifactError(source.folder, problem, "Export again; report it if it stays.")
 
@@ -75,7 +75,7 @@ def tell_written(out: Path, masks: MaskSet | None, what: str = "") -> None:
     """Print what a folder holds, and its size."""
     content = "dense"
     if masks is not None:
-        content = f"{masks.method} {masks.pattern} on {len(masks)} linears"
+        content = f"{masks.method} {masks.patterns} on {len(masks)} linears"
         if masks.path.is_file():
             content += f", mask file {masks.size:,} bytes"
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

@@ -81,7 +81,10 @@ def _export(
     if masks.has_own_weights:
         problem = "belongs to weights that were updated with it, which a mask archive does not hold"
         raise ArtifactError(masks.path, problem, "Set export.format=hf or megatron.")
-    known = Base(base.architecture(), source, masks.pattern)
+    if masks.patterns.only is None:
+        problem = f"holds masks of several patterns, {masks.patterns}; {kind.what} is of one"
+        raise ArtifactError(masks.path, problem, "Set export.format=hf or megatron.")
+    known = Base(base.architecture(), source, masks.patterns)
     with atomic_dir(out) as folder:
         _write(folder / file, arrays(masks, known))
         _check(folder / file, kind, masks, known)

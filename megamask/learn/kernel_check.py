@@ -10,6 +10,7 @@ Shapes: O out_features, I in_features, L logits a group, G groups per row.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -35,9 +36,10 @@ ALLOWED = 0.03
 EXACT = ("hard codes", "hard mask")
 
 
-def with_proven_kernels(config: Config, pattern: Pattern, mesh: Mesh) -> Config:
+def with_proven_kernels(config: Config, patterns: Sequence[Pattern], mesh: Mesh) -> Config:
     """The settings of a run whose kernels work here: the given ones, or plain PyTorch in the place
     of kernels that ``learn.sampling.backend=auto`` chose and that fail or are missing on a rank.
+    Every pattern of the run is tried.
 
     All ranks must call this, and all ranks get the same settings.
 
@@ -48,9 +50,9 @@ def with_proven_kernels(config: Config, pattern: Pattern, mesh: Mesh) -> Config:
     distribution, asked = find_method(config.learn.method).distribution, config.learn.sampling
     backend = choose_backend(asked.backend, mesh.device, distribution)
     problem = ""
-    if backend != "torch":
+    for pattern in patterns if backend != "torch" else ():
         site = Site(pattern, Placement.whole(ROWS, GROUPS), distribution)
-        problem = sampling_problem(config, site, mesh.device, backend)
+        problem = problem or sampling_problem(config, site, mesh.device, backend)
         problem = problem or update_problem(config, site, mesh.device, backend)
     # A rank whose packages are missing votes too: ranks that sample otherwise round otherwise.
     if not mesh.any(bool(problem) or backend == "torch"):

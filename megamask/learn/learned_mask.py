@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def save_learned_mask(
         data: what the mask was learned from.
         evaluation: how good it is.
     """
-    linears, arch, pattern = masked_model.linears, masked_model.arch, masked_model.pattern
+    linears, arch = masked_model.linears, masked_model.arch
     codes_of = {name: linear.hard_codes for name, linear in linears.items()}
     distributions = {linear.site.distribution for linear in linears.values()}
     codes = gather_codes(codes_of, arch, mesh)
@@ -53,8 +52,8 @@ def save_learned_mask(
             path,
             hf_shapes(linears, arch),
             codes,
-            partial(distribution.index_of, pattern=pattern),
-            pattern,
+            distribution.index_of,
+            masked_model.plan,
             facts,
         )
     for _ in codes:

@@ -12,7 +12,7 @@ from megamask.learn.methods import find_method
 from megamask.model.build import attach_logits
 from megamask.model.checkpoint import float16_fingerprints
 from megamask.model.language_model import LanguageModel
-from megamask.model.mask_shards import linear_rules, local_shard
+from megamask.model.mask_shards import linear_rules, local_shard, patterns_by_linear
 from megamask.parallel.mask_context import MaskSwitch
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
@@ -20,7 +20,7 @@ from megamask.prepare.dense_model import load_dense
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.initial_logits import initial_noise
 from megamask.sparsity.margins import graded
-from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import Architecture
 from megamask.weights.rule import Rule
 
@@ -33,13 +33,24 @@ class MaskedModel:
     """The frozen model and the masks that are learned on it."""
 
     arch: Architecture
-    pattern: Pattern
     fingerprint: str
     model: LanguageModel
     linears: dict[str, MaskedLinear]
     switch: MaskSwitch
     prior_method: str | None
     float16_fingerprints: tuple[str, ...] = ()
+
+    @property
+    def plan(self) -> PatternPlan:
+        """The patterns of the masks, by HF name."""
+        table = linear_rules(self.arch)
+        return PatternPlan(
+            {
+                module: linear.site.pattern
+                for name, linear in self.linears.items()
+                for module in table[name].modules
+            }
+        )
 
     @property
     def mask_logits(self) -> list[torch.nn.Parameter]:
@@ -60,7 +71,7 @@ def build_masked_model(inputs: LearnInputs, mesh: Mesh) -> MaskedModel:
     linears = dense.linears
     switch = attach_logits(
         linears,
-        inputs.pattern,
+        patterns_by_linear(inputs.plan, arch),
         config.learn.sampling.backend,
         mesh.device,
         find_method(config.learn.method).distribution,
@@ -70,7 +81,6 @@ def build_masked_model(inputs: LearnInputs, mesh: Mesh) -> MaskedModel:
         _initialise(linear, config, mesh, _prior_of(inputs, linear_rules(arch)[name], mesh))
     return MaskedModel(
         arch,
-        inputs.pattern,
         inputs.fingerprint,
         dense.model,
         linears,

@@ -55,10 +55,12 @@ def check_early(inputs: LearnInputs) -> None:
     config = inputs.config
     inputs.layout.check_samples(config)
     method = find_method(config.learn.method)
-    method.distribution.logits_per_group(inputs.pattern)
+    for pattern in inputs.patterns:
+        method.distribution.logits_per_group(pattern)
     blend_weights(config)
     evaluated_domains(config)
-    method.check(config, inputs.pattern)
+    for pattern in inputs.patterns:
+        method.check(config, pattern)
     require_places(inputs.paths)
     inputs.check()
     if unused := unused_settings(config.learn):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megamask.errors import ArgumentError, ConfigError
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 
 LONGEST = 255  # bytes of a file name
 
@@ -84,6 +85,20 @@ def as_pattern(name: str, value: Any) -> Pattern:
         except ConfigError as error:
             raise ArgumentError(name, value, error.allowed, error.fix) from None
     raise ArgumentError(name, value, 'a pattern is needed, as "2:4" or Pattern(2, 4)')
+
+
+def as_plan(name: str, value: Any, masks: Any) -> PatternPlan:
+    """The pattern of each of ``masks``, from one for all or a mapping from their names.
+
+    Raises:
+        ArgumentError: a pattern is none (``as_pattern``), or that of a mask is missing.
+    """
+    names = [*masks] if isinstance(masks, Mapping) else []
+    if not isinstance(value, Mapping):
+        return PatternPlan.uniform(names, as_pattern(name, value))
+    if missing := [one for one in names if one not in value]:
+        raise ArgumentError(name, value, f"a pattern for each mask is needed, also {missing[0]!r}")
+    return PatternPlan({one: as_pattern(f"{name}[{one!r}]", value[one]) for one in names})
 
 
 def checked_masks(name: str, masks: Any) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,5 @@
 """How the masks of a file are stored. Versions 1 and 2 have words of digits (``codec``). Version 3
-names a coding for every linear:
+names a coding for every linear, and version 4, of several patterns, may:
 
 - ``uniform``: fields of digits, which waste less than 0.3 % (``radix``);
 - ``given-weights``: differences from the magnitudes of the base model's weights (``ranked``). A
@@ -76,12 +76,14 @@ def decode(
     return index
 
 
-def check_sizes(tensors: Mapping[str, Mapping[str, Any]], pattern: Pattern, handle: Any) -> None:
+def check_sizes(
+    tensors: Mapping[str, Mapping[str, Any]], plan: Mapping[str, Pattern], handle: Any
+) -> None:
     """Check that a file stores exactly the masks of its header, each in as many words as it may.
 
     Args:
         tensors: the entries of the linears in the header.
-        pattern: of the masks.
+        plan: the pattern of each mask.
         handle: the open safetensors file.
 
     Raises:
@@ -92,7 +94,7 @@ def check_sizes(tensors: Mapping[str, Mapping[str, Any]], pattern: Pattern, hand
         some = sorted(names ^ set(tensors))[:3]
         raise ValueError(f"tensors {some} are in the file or in the header, not in both")
     for name, about in tensors.items():
-        rows, columns = about["shape"]
+        (rows, columns), pattern = about["shape"], plan[name]
         stored = handle.get_slice(name)
         groups, dtype, shape = rows * (columns // pattern.m), stored.get_dtype(), stored.get_shape()
         is_list = dtype == "U64" and len(shape) == 1 and columns % pattern.m == 0

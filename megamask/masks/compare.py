@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from dataclasses import astuple, dataclass
 
 from megamask.errors import ArtifactError
@@ -17,7 +19,8 @@ class Difference:
         weights: number of weights.
         weights_differ: number of weights that only one of the two masks keeps.
         kept_by_both: number of weights that both masks keep.
-        groups: number of groups of m weights; 0 when the patterns of the masks differ.
+        groups: number of groups of m weights; of linears of the same pattern in
+            both masks.
         groups_differ: number of groups in which the masks keep different weights.
     """
 
@@ -53,10 +56,32 @@ def unrelated(a: Pattern, b: Pattern) -> dict[str, float | None]:
     }
 
 
+def chance(a: MaskSet, b: MaskSet) -> dict[str, float | None]:
+    """``unrelated`` for the patterns of the linears in both sets: the mean over their weights, and
+    over the groups of the linears whose pattern is the same in both.
+    """
+    sizes: dict[tuple[Pattern, Pattern], int] = defaultdict(int)
+    for name in (one for one in a if one in b):
+        sizes[a.patterns[name], b.patterns[name]] += math.prod(a.shape(name))
+    found = {pair: unrelated(*pair) for pair in sizes}
+    means: dict[str, float | None] = {}
+    for key in ("groups_differ", "weights_differ", "kept_by_both"):
+        known = {
+            pair: share for pair, shares in found.items() if (share := shares[key]) is not None
+        }
+        if len(set(known.values())) <= 1:
+            means[key] = next(iter(known.values()), None)
+            continue
+        count = {pair: sizes[pair] / (pair[0].m if key == "groups_differ" else 1) for pair in known}
+        total = sum(share * count[pair] for pair, share in known.items())
+        means[key] = total / sum(count.values())
+    return means
+
+
 def differences(a: MaskSet, b: MaskSet) -> dict[str, Difference]:
     """HF module name -> difference, for every linear that has a mask in both sets.
 
-    Groups are compared only where both sets have the same pattern.
+    Groups are compared only in linears that have the same pattern in both sets.
 
     Raises:
         ArtifactError: the base models or the shapes differ, or no linear has two masks.
@@ -77,7 +102,7 @@ def _difference(a: MaskSet, b: MaskSet, name: str) -> Difference:
     ours, theirs = a[name], b[name]
     differ = ours ^ theirs
     counts = differ.numel(), int(differ.sum()), int((ours & theirs).sum())
-    if a.pattern != b.pattern:
+    if a.patterns[name] != b.patterns[name]:
         return Difference(*counts)
-    groups = differ.view(len(differ), -1, a.pattern.m).any(-1)
+    groups = differ.view(len(differ), -1, a.patterns[name].m).any(-1)
     return Difference(*counts, groups.numel(), int(groups.sum()))

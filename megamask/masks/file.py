@@ -1,15 +1,6 @@
 """The mask file: a safetensors container with one packed tensor per HF linear and a JSON header.
 
-The header (metadata key ``megamask``) holds:
-
-- format_version, pattern, candidate_order, axis: how the packed words are read;
-- fingerprint: the base model of the masks; float16_fingerprints, its copies rounded to fp16;
-- method, data, evaluation: how the masks were made, from what, and how good they are;
-- megamask: the version that wrote the file;
-- tensors: name -> shape (O, I) of the mask and sha256 of its packed words; in format version 3
-  also its coding (``codings``) and mask_sha256, the sha256 of the words of version 1;
-- sha256: digest of the rest of the header, because the same words mean other masks under another
-  pattern.
+``masks/header.py`` lists the keys of the header.
 
 Shapes: O out_features, I in_features, G groups per row.
 """
@@ -37,7 +28,7 @@ from megamask.masks.arguments import (
     as_choice,
     as_flag,
     as_path,
-    as_pattern,
+    as_plan,
     as_text,
     as_texts,
     checked_masks,
@@ -51,12 +42,13 @@ from megamask.masks.codings import (
     coding_of,
     decode,
 )
-from megamask.masks.header import FIX, UPDATED, Facts, misfit, read_header
+from megamask.masks.header import FIX, UPDATED, Facts, misfit, plan_of, read_header
 from megamask.masks.margins import Margins, load_margins
 from megamask.masks.radix import Index
 from megamask.masks.save import save_coded, save_words
-from megamask.masks.shapes_fit import check_shapes
+from megamask.masks.shapes_fit import check_patterns, check_shapes
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.storage import require_writable
 
 UPDATING_METHODS = ("sparsegpt_update",)  # files of version 0.1.0 do not say so themselves
@@ -71,18 +63,32 @@ class MaskSet(Mapping[str, Tensor]):
 
     Attributes:
         path: the file.
-        pattern: the N:M pattern of all masks.
+        patterns: the N:M pattern of each mask.
         fingerprint: fingerprint of the base model.
         method: name of the method that made the masks.
         meta: the whole header.
     """
 
-    def __init__(self, path: Path, handle: Any, meta: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, handle: Any, meta: dict[str, Any], patterns: PatternPlan
+    ) -> None:
         self.path, self.meta, self._handle = path, meta, handle
-        self.pattern = Pattern.parse(meta["pattern"])
+        self.patterns = patterns
         self.fingerprint: str = meta["fingerprint"]
         self.method: str = meta["method"]
         self._weights: Weights | None = None
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of all masks.
+
+        Raises:
+            ArtifactError: there are several.
+        """
+        if (only := self.patterns.only) is None:
+            problem = f"holds masks of several patterns, {self.patterns}, and one is needed"
+            raise ArtifactError(self.path, problem, "Use a mask of one pattern.")
+        return only
 
     @property
     def lacks_weights(self) -> bool:
@@ -108,7 +114,7 @@ class MaskSet(Mapping[str, Tensor]):
         return (self.fingerprint, *map(str, known if isinstance(known, list) else ()))
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.pattern.mask_of(self.index(name))
+        return self.patterns[name].mask_of(self.index(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta["tensors"])
@@ -122,16 +128,8 @@ class MaskSet(Mapping[str, Tensor]):
         return rows, columns
 
     def density_of(self, shapes: Mapping[str, Sequence[int]]) -> float:
-        """The share of weights kept over all linears that may be pruned; linears without a mask
-        are dense.
-
-        Args:
-            shapes: (O, I) of these linears.
-        """
-        weights = sum(rows * columns for rows, columns in shapes.values())
-        masked = sum(rows * columns for rows, columns in map(self.shape, self))
-        kept = masked * self.pattern.n // self.pattern.m  # whole groups
-        return (weights - masked + kept) / weights
+        """``PatternPlan.density_of``, with the shapes (O, I) of all linears that may be pruned."""
+        return self.patterns.density_of(shapes)
 
     def index(self, name: str) -> Tensor:
         """Candidate index of every group, (O, G) int64.
@@ -142,7 +140,7 @@ class MaskSet(Mapping[str, Tensor]):
         """
         rows, columns = self.shape(name)
         index = self._decoded(name).astype(np.int64)
-        return torch.from_numpy(index).view(rows, columns // self.pattern.m)
+        return torch.from_numpy(index).view(rows, columns // self.patterns[name].m)
 
     def _decoded(self, name: str) -> Index:
         """Candidate indices (O * G,), whose checksum was compared."""
@@ -152,7 +150,7 @@ class MaskSet(Mapping[str, Tensor]):
                 raise ArtifactError(self.path, LACKS, GIVE)
             weight = self._weights(name)
         try:
-            return decode(words, about, self.pattern, weight)
+            return decode(words, about, self.patterns[name], weight)
         except ValueError as error:
             if weight is None:
                 raise ArtifactError(self.path, f"mask of {name} is corrupt: {error}", FIX) from None
@@ -180,7 +178,8 @@ class MaskSet(Mapping[str, Tensor]):
         tensors = self.meta["tensors"]
         digests = {name: one.get("mask_sha256", one["sha256"]) for name, one in tensors.items()}
         facts = [[name, list(self.shape(name)), digests[name]] for name in sorted(self)]
-        return hashlib.sha256(json.dumps([str(self.pattern), facts]).encode()).hexdigest()
+        said = [self.patterns.facts(), facts]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def margins(self) -> Margins:
         """The margins of the masks.
@@ -211,14 +210,15 @@ class MaskSet(Mapping[str, Tensor]):
     def check(
         self,
         *,
-        pattern: Pattern | None = None,
+        plan: PatternPlan | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         fingerprint: str | None = None,
     ) -> None:
         """Check that the masks fit a run or a model. An argument that is None is not checked.
 
         Args:
-            pattern: the pattern that the masks must have.
+            plan: the patterns that the masks must have; linears that are dense in one of the two
+                plans are not compared.
             shapes: HF module name -> (O, I) of the model's linears. A linear without a mask is
                 dense.
             fingerprint: fingerprint of the model.
@@ -226,9 +226,8 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             ArtifactError: the first fact that does not fit.
         """
-        if pattern is not None and pattern != self.pattern:
-            fix = f"Set pattern={self.pattern}, or use a mask made for {pattern}."
-            raise ArtifactError(self.path, f"holds {self.pattern} masks, wanted {pattern}", fix)
+        if plan is not None:
+            check_patterns(self.path, self.patterns, plan)
         if shapes is not None:
             check_shapes(self.path, {name: self.shape(name) for name in self}, shapes)
         if fingerprint is not None and fingerprint not in self.fingerprints:
@@ -242,7 +241,7 @@ class MaskSet(Mapping[str, Tensor]):
 def save_masks(
     path: Path | str,
     masks: Mapping[str, Tensor],
-    pattern: Pattern | str,
+    pattern: Pattern | str | Mapping[str, Pattern | str],
     *,
     fingerprint: str,
     method: str,
@@ -258,7 +257,8 @@ def save_masks(
     Args:
         path: the file.
         masks: HF module name -> bool or 0/1 mask (O, I), 1 = keep, any device.
-        pattern: the pattern of every mask, as text (``"2:4"``) or parsed.
+        pattern: the pattern of every mask, as text (``"2:4"``) or parsed; or a mapping from the
+            names of the masks to their patterns, which makes format version 4.
         fingerprint: fingerprint of the base model.
         method: name of the method that made the masks.
         data: settings and text that the masks were made from, as JSON values.
@@ -276,7 +276,7 @@ def save_masks(
             exactly n of every m. The error is a ValueError and a TypeError too.
         ArtifactError: the path is a folder, or cannot be written.
     """
-    file, pattern = as_path("save_masks: path", path), as_pattern("save_masks: pattern", pattern)
+    file, plan = as_path("save_masks: path", path), as_plan("save_masks: pattern", pattern, masks)
     if os.path.isdir(file):
         raise ArtifactError(file, "is a folder", "Name the file to write.")
     fingerprint = as_text("save_masks: fingerprint", fingerprint)
@@ -290,26 +290,28 @@ def save_masks(
     packed: dict[str, codec.Words] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, mask_OI in checked_masks("save_masks: masks", masks):
+        own = plan[name]
         try:
-            bits = pattern.bits_of(mask_OI).cpu()
-            packed[name] = codec.pack(bits, pattern.num_candidates, pattern.index_of_bits)
+            bits = own.bits_of(mask_OI).cpu()
+            packed[name] = codec.pack(bits, own.num_candidates, own.index_of_bits)
         except ValueError:
-            allowed = f"{pattern} keeps exactly {pattern.in_words} of a row"
+            allowed = f"{own} keeps exactly {own.in_words} of a row"
             raise ArgumentError(f"save_masks: masks[{name!r}]", mask_OI, allowed) from None
         shapes[name] = tuple(mask_OI.shape)
     require_writable(file.parent, "the path")
     facts = Facts(fingerprint, method, data, evaluation, updated_weights, copies)
     if coding == WORDS:
-        return save_words(file, shapes, packed.items(), pattern, facts)
+        return save_words(file, shapes, packed.items(), plan, facts)
     weights = None
     if coding == GIVEN_WEIGHTS:
         known = (fingerprint, *copies)
         weights = weights_of("save_masks: model", model, file, shapes, known)
     index = (
-        (name, codec.unpack(words, math.prod(shapes[name]) // pattern.m, pattern.num_candidates))
+        (name, codec.unpack(words, math.prod(shapes[name]) // own.m, own.num_candidates))
         for name, words in packed.items()
+        for own in [plan[name]]
     )
-    save_coded(file, shapes, index, pattern, facts, weights)
+    save_coded(file, shapes, index, plan, facts, weights)
 
 
 def load_masks(path: Path | str, model: Any = None) -> MaskSet:
@@ -335,8 +337,8 @@ def load_masks(path: Path | str, model: Any = None) -> MaskSet:
         raise wrong_file(path, MASK_FILE, FIX, error) from error
     meta = read_header(path, (handle.metadata() or {}).get("megamask"))
     try:
-        masks = MaskSet(path, handle, meta)
-        check_sizes(meta["tensors"], masks.pattern, handle)
+        masks = MaskSet(path, handle, meta, plan_of(meta))
+        check_sizes(meta["tensors"], masks.patterns, handle)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise misfit(path, error, FIX) from error
     if model is None:

@@ -32,13 +32,14 @@ from megamask.safe_checkpoint import NOTE, read_index, unreadable
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.distributions import DISTRIBUTIONS
 from megamask.sparsity.margins import margins_of, to_codes, to_levels
-from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.storage import lacks, read_object, real_path
 from megamask.weights.architecture import Architecture
-from megamask.weights.mapping import rules
+from megamask.weights.layer_plan import patterns_of
+from megamask.weights.mapping import linear_shapes, rules
 from megamask.weights.rule import Rule
 
-BLEND = "data.blend."
+BLEND, OVERRIDDEN = "data.blend.", "pattern_overrides."
 SAMPLES, SAMPLE_BYTES = 16, 2**16  # that the digest of a snapshot reads of each file
 LOGITS = ".mask_logits"  # end of the name of a tensor of mask logits
 
@@ -54,11 +55,12 @@ class SnapshotMasks(MaskSet):
         self,
         path: Path,
         meta: dict[str, Any],
+        plan: PatternPlan,
         distribution: Distribution,
         index: Metadata,
         table: Mapping[str, Rule],
     ) -> None:
-        super().__init__(path, None, meta)
+        super().__init__(path, None, meta, plan)
         self._distribution, self._index = distribution, index
         self._rules = {name: rule for rule in table.values() for name in rule.modules}
         self._latest: tuple[Rule | None, dict[str, Tensor]] = (None, {})
@@ -66,7 +68,8 @@ class SnapshotMasks(MaskSet):
     def __getitem__(self, name: str) -> Tensor:
         rule = self._rules[name]
         if self._latest[0] is not rule:
-            parts = rule.to_hf(self._hard_codes(_key(rule)))
+            logits_OLG, pattern = self._logits(_key(rule)), self.patterns[name]
+            parts = rule.to_hf(self._distribution.hard_mask(logits_OLG, pattern))
             self._latest = rule, {hf.rpartition(".")[0]: part for hf, part in parts.items()}
         return self._latest[1][name]
 
@@ -77,13 +80,14 @@ class SnapshotMasks(MaskSet):
     def margins_of(self, name: str) -> Tensor:
         """The margins of a linear, (O, I) fp32, in medians."""
         rule = self._rules[name]
-        scores_OI = self._distribution.scores(self._logits(_key(rule)), self.pattern)
+        pattern = self.patterns[name]
+        scores_OI = self._distribution.scores(self._logits(_key(rule)), pattern)
         part_OI = rule.to_hf(scores_OI)[f"{name}.weight"]
-        return margins_of(to_levels(to_codes(part_OI, self[name], self.pattern)))
+        return margins_of(to_levels(to_codes(part_OI, self[name], pattern)))
 
     def index(self, name: str) -> Tensor:
         """Candidate index of every group, (O, G) int64."""
-        return self.pattern.index_of(self[name])
+        return self.patterns[name].index_of(self[name])
 
     @property
     def content_sha256(self) -> str:
@@ -107,10 +111,6 @@ class SnapshotMasks(MaskSet):
     def size(self) -> int:
         """Bytes on disk, optimizer state included."""
         return sum(file.stat().st_size for file in self.path.iterdir())
-
-    def _hard_codes(self, key: str) -> Tensor:
-        """Hard mask (O, I) of a Megatron linear, the same as ``MaskedLinear.hard_mask`` returns."""
-        return self._distribution.hard_mask(self._logits(key), self.pattern)
 
     def _logits(self, key: str) -> Tensor:
         """Mask logits (O, L, G) of a Megatron linear."""
@@ -187,7 +187,13 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
     try:
         settings = upgrade_note(note["settings"])
         fingerprint, step = note["fingerprint"], note["progress"]["step"]
-        pattern = Pattern.parse(settings["pattern"])
+        pattern = str(settings["pattern"])
+        overrides = {
+            key.removeprefix(OVERRIDDEN): str(text)
+            for key, text in settings.items()
+            if key.startswith(OVERRIDDEN)
+        }
+        plan = patterns_of(arch, pattern, overrides, linear_shapes(arch))
         distribution = DISTRIBUTIONS[
             note.get("distribution") or DISTRIBUTION_OF[settings["learn.method"]]
         ]
@@ -200,7 +206,7 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
         for rule in rules(arch)
         if rule.is_linear and _key(rule) in index.state_dict_metadata
     }
-    _check_shapes(path, index, table, pattern, distribution.logits_per_group(pattern))
+    _check_shapes(path, index, table, plan, distribution)
     shapes = {
         name: {"shape": list(shape)}
         for rule in table.values()
@@ -219,15 +225,16 @@ def load_snapshot(folder: Path, arch: Architecture) -> SnapshotMasks:
         **({"text_sha256": note["content"]["text"]} if says_text else {}),
         **write_changes(read_changes(note)),
     }
+    own = PatternPlan({name: plan[name] for name in shapes})
     meta = {
-        "pattern": str(pattern),
+        "pattern": str(own),
         "fingerprint": fingerprint,
         "float16_fingerprints": note.get("float16_fingerprints"),
         "method": "learned",
         "data": data,
         "tensors": shapes,
     }
-    return SnapshotMasks(path, meta, distribution, index, table)
+    return SnapshotMasks(path, meta, own, distribution, index, table)
 
 
 def _key(rule: Rule) -> str:
@@ -235,9 +242,13 @@ def _key(rule: Rule) -> str:
 
 
 def _check_shapes(
-    path: Path, index: Metadata, table: Mapping[str, Rule], pattern: Pattern, width: int
+    path: Path,
+    index: Metadata,
+    table: Mapping[str, Rule],
+    plan: PatternPlan,
+    distribution: Distribution,
 ) -> None:
-    """Check the shape of all mask logits, ``width`` logits a group, against the model's linears."""
+    """Check the shape of all mask logits against the model's linears and their patterns."""
     fix = "Use a snapshot that was learned on this model."
     saved = {
         key: entry
@@ -249,7 +260,8 @@ def _check_shapes(
     for key, entry in saved.items():
         if key not in table:
             raise ArtifactError(path, f"holds {key}, which the model does not have", fix)
-        rows, columns = table[key].shape()
+        (rows, columns), pattern = table[key].shape(), plan[table[key].modules[0]]
+        width = distribution.logits_per_group(pattern)
         shape = list(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         if columns % pattern.m or shape != [rows, width, columns // pattern.m]:
             problem = (

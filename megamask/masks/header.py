@@ -1,5 +1,17 @@
-"""The JSON header of a mask file: its format, its checks and its checksum. ``masks/file.py`` lists
-the keys.
+"""The JSON header of a mask file: its format, its checks and its checksum.
+
+The header (metadata key ``megamask``) holds:
+
+- format_version, pattern, candidate_order, axis: how the packed words are read; in format version
+  4, of masks of several patterns, pattern is the text of all;
+- fingerprint: the base model of the masks; float16_fingerprints, its copies rounded to fp16;
+- method, data, evaluation: how the masks were made, from what, and how good they are;
+- megamask: the version that wrote the file;
+- tensors: name -> shape (O, I) of the mask and sha256 of its packed words; in format version 3
+  also its coding (``codings``) and mask_sha256, the sha256 of the words of version 1; in version 4
+  its pattern, and where it is coded also these two;
+- sha256: digest of the rest of the header, because the same words mean other masks under another
+  pattern.
 """
 
 from __future__ import annotations
@@ -13,12 +25,14 @@ from typing import Any
 
 from megamask.errors import ArgumentError, ArtifactError
 from megamask.masks.codings import CODED
-from megamask.sparsity.pattern import CANDIDATE_ORDER
+from megamask.sparsity.pattern import CANDIDATE_ORDER, Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.storage import lacks
 
 FORMAT_VERSION = 1
 PAIRS_VERSION = 2  # of a file with a pattern of pairs, which readers of version 1 do not know
 CODED_VERSION = 3  # with a coding for each tensor, see ``codings``
+MIXED_VERSION = 4  # with a pattern for each tensor, and a coding where it is not ``words``
 AXIS = "in_features"
 UPDATED = "updated"  # the header of masks that belong to weights of their own
 FIX = "Make the mask file again, or copy it again from where it came."
@@ -66,11 +80,11 @@ def read_header(path: Path, text: str | None) -> dict[str, Any]:
         version = meta["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(path, f"has a broken header ({error!r})", FIX) from None
-    if type(version) is not int or not FORMAT_VERSION <= version <= CODED_VERSION:
+    if type(version) is not int or not FORMAT_VERSION <= version <= MIXED_VERSION:
         raise ArtifactError(
             path,
             f"has format version {version}, this megamask reads {FORMAT_VERSION} to "
-            f"{CODED_VERSION}",
+            f"{MIXED_VERSION}",
             "Install a newer megamask.",
         )
     for key, value in (("candidate_order", CANDIDATE_ORDER), ("axis", AXIS)):
@@ -82,19 +96,39 @@ def read_header(path: Path, text: str | None) -> dict[str, Any]:
         raise ArtifactError(path, f"{problem}, in its header", FIX)
     check_tensors(path, meta, FIX)
     _check_codings(path, meta)
+    _check_patterns(path, meta)
     return dict(meta)
 
 
+def _check_patterns(path: Path, meta: Mapping[str, Any]) -> None:
+    """Check that version 4, and no other, names the pattern of every tensor.
+
+    Raises:
+        ArtifactError: a pattern is missing, or is there in another version, whose readers would
+            take the pattern of the header.
+    """
+    is_mixed = meta["format_version"] == MIXED_VERSION
+    for name, about in meta["tensors"].items():
+        if is_mixed and (problem := lacks(about, {"pattern": str})):
+            raise ArtifactError(path, f"{problem} for {name}, in its header", FIX)
+        if not is_mixed and "pattern" in about:
+            problem = f"has a pattern for {name}, in a header of one pattern"
+            raise ArtifactError(path, problem, FIX)
+
+
 def _check_codings(path: Path, meta: Mapping[str, Any]) -> None:
-    """Check that version 3, and no other, names the coding and the mask of every tensor.
+    """Check that version 3 names the coding and the mask of every tensor, version 4 both or
+    neither, and no other version either of them.
 
     Raises:
         ArtifactError: a coding is missing or unknown, or is there in another version. A
             ``mask_sha256`` that nothing compares would pass one mask off as another.
     """
-    is_coded = meta["format_version"] == CODED_VERSION
+    keys, version = ("coding", "mask_sha256"), meta["format_version"]
     for name, about in meta["tensors"].items():
-        for key in ("coding", "mask_sha256"):
+        is_coded = version == CODED_VERSION
+        is_coded |= version == MIXED_VERSION and any(key in about for key in keys)
+        for key in keys:
             if not is_coded and key in about:
                 problem = f"has a {key} for {name}, in a header without codings"
                 raise ArtifactError(path, problem, FIX)
@@ -126,6 +160,22 @@ def check_tensors(path: Path, meta: Mapping[str, Any], fix: str) -> None:
 def misfit(path: Path, error: BaseException, fix: str) -> ArtifactError:
     """The error of a file whose header names other data than the file holds."""
     return ArtifactError(path, f"has a header that does not fit its data ({error})", fix)
+
+
+def plan_of(meta: Mapping[str, Any]) -> PatternPlan:
+    """The patterns of the masks of a header.
+
+    Raises:
+        ConfigError: a text is no pattern.
+        ValueError: the patterns of the tensors are not those that the header has as a whole.
+    """
+    tensors = meta["tensors"]
+    if meta.get("format_version") != MIXED_VERSION:
+        return PatternPlan.uniform([*tensors], Pattern.parse(meta["pattern"]))
+    plan = PatternPlan({name: Pattern.parse(about["pattern"]) for name, about in tensors.items()})
+    if str(plan) != meta["pattern"]:
+        raise ValueError(f"its masks are {plan}, its header says {meta['pattern']}")
+    return plan
 
 
 def header_digest(header: Mapping[str, Any]) -> str:

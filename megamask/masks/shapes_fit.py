@@ -1,4 +1,6 @@
-"""Whether masks find linears of their names and shapes, and the message when they do not."""
+"""Whether masks find linears of their names, shapes and patterns, and the message when they do
+not.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megamask.errors import ArtifactError
+from megamask.sparsity.pattern_plan import PatternPlan
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -40,3 +43,26 @@ def check_shapes(
         if tuple(model[name]) != tuple(shape):
             shapes = f"{tuple(shape)}, the model's linear {tuple(model[name])}"
             raise ArtifactError(path, f"mask of {name} has shape {shapes}", fix)
+
+
+def check_patterns(path: Path | str, masks: PatternPlan, wanted: PatternPlan) -> None:
+    """Check that every mask has the pattern that is wanted of its linear; a linear that is dense in
+    one of the two plans is not compared.
+
+    Args:
+        path: the mask file, for messages.
+        masks: the patterns of its masks.
+        wanted: the patterns that they must have.
+
+    Raises:
+        ArtifactError: the first mask of another pattern.
+    """
+    for name, pattern in masks.items():
+        if name not in wanted or wanted[name] == pattern:
+            continue
+        if masks.only is not None and wanted.only is not None:
+            fix = f"Set pattern={pattern}, or use a mask made for {wanted}."
+            raise ArtifactError(path, f"holds {pattern} masks, wanted {wanted}", fix)
+        fix = "Set pattern and pattern_overrides as the mask was made with, or use another mask."
+        problem = f"holds a {pattern} mask of {name}, wanted {wanted[name]}"
+        raise ArtifactError(path, problem, fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
 from megamask.masks.identity import recovered_label
 from megamask.weights.base_model import BaseModel
+from megamask.weights.family import Architecture
+from megamask.weights.layer_plan import patterns_of
 from megamask.weights.mapping import linear_shapes
 
 
@@ -81,6 +84,37 @@ def _kept_weights(masks: MaskSet) -> str | None:
     return f"updated by {masks.method}" if masks.has_own_weights else None
 
 
+def check_configured(masks: MaskSet, arch: Architecture, config: Config) -> None:
+    """Check that the masks have the patterns of the settings.
+
+    Args:
+        masks: the masks.
+        arch: their model.
+        config: has ``pattern`` and ``pattern_overrides``.
+
+    Raises:
+        ConfigError: the settings do not fit the model.
+        ArtifactError: a mask has another pattern.
+    """
+    masks.check(plan=patterns_of(arch, config.pattern, config.pattern_overrides, masks))
+
+
+def pattern_facts(masks: MaskSet) -> dict[str, str]:
+    """The pattern and the density; of several patterns, also how much of the masks has which."""
+    if (only := masks.patterns.only) is not None:
+        candidates = f"{only} ({only.num_candidates} candidates a group)"
+        return {"pattern": candidates, "density": f"{only.density:.4g}"}
+    shapes = {name: masks.shape(name) for name in masks}
+    sizes, counts = masks.patterns.weights_of(shapes), Counter(masks.patterns.values())
+    rows = {
+        f"of {pattern}": f"{counts[pattern]} linears, {size / sum(sizes.values()):.1%} of the "
+        f"weights, {pattern.num_candidates} candidates a group"
+        for pattern, size in sizes.items()
+    }
+    density = f"{masks.patterns.density_of(shapes):.4g}"
+    return {"pattern": str(masks.patterns), **rows, "density": density}
+
+
 def summary(masks: MaskSet) -> str:
     """Lines of names and values: method, pattern, density, linears, size, base model and more."""
     data = masks.meta.get("data")
@@ -91,8 +125,7 @@ def summary(masks: MaskSet) -> str:
     facts = {
         "method": masks.method,
         "kept weights": _kept_weights(masks),
-        "pattern": f"{masks.pattern} ({masks.pattern.num_candidates} candidates a group)",
-        "density": f"{masks.pattern.density:.4g}",
+        **pattern_facts(masks),
         "coding": ", ".join(sorted({coding_of(one) for one in masks.meta["tensors"].values()})),
         "linears": f"{len(masks)}",
         "weights": f"{weights:,}",

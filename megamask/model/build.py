@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.noise import parameter_ids
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
-from megamask.weights.mapping import Rule, check_tp, prunable, rules
+from megamask.weights.layer_plan import layer_plan
+from megamask.weights.mapping import Rule, check_tp, rules
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RECOMPUTE: dict[bool | str, dict[str, Any]] = {  # parallel.recompute in Megatron's words
@@ -148,8 +150,8 @@ def masked_linears(model: torch.nn.Module) -> dict[str, MaskedLinear]:
 def prunable_linears(
     model: torch.nn.Module, config: Config, arch: Architecture
 ) -> dict[str, MaskedLinear]:
-    """The linears that ``model.include`` and ``model.exclude`` leave to prune, by Megatron name."""
-    chosen = set(prunable(arch, config.model.include, config.model.exclude))
+    """The linears that the settings leave to prune, by Megatron name."""
+    chosen = set(layer_plan(arch, config))
     names = {
         rule.megatron.removesuffix(".weight")
         for rule in rules(arch)
@@ -160,13 +162,21 @@ def prunable_linears(
 
 def attach_logits(
     linears: dict[str, MaskedLinear],
-    pattern: Pattern,
+    patterns: Mapping[str, Pattern],
     backend: str,
     device: torch.device,
     distribution: Distribution,
     dtype: str = "fp32",
 ) -> MaskSwitch:
     """Give every linear zero mask logits, ``fp32`` or ``bf16``, and one common switch.
+
+    Args:
+        linears: by Megatron name.
+        patterns: Megatron name -> pattern.
+        backend: the setting ``learn.sampling.backend``.
+        device: of the run.
+        distribution: of the masks.
+        dtype: of the logits.
 
     Raises:
         ConfigError: M does not divide a local row; the pattern is too large for the distribution;
@@ -178,7 +188,8 @@ def attach_logits(
         parameter_ids(linears),
     )
     sites = {
-        name: linear.make_site(pattern, name, distribution) for name, linear in linears.items()
+        name: linear.make_site(patterns[name], name, distribution)
+        for name, linear in linears.items()
     }
     for name, linear in linears.items():
         linear.attach_logits(sites[name], ids[name], switch, chosen, DTYPES[dtype])

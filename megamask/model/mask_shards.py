@@ -11,6 +11,7 @@ import torch
 
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
+from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule, block
@@ -19,6 +20,17 @@ from megamask.weights.rule import Rule, block
 def linear_rules(arch: Architecture) -> dict[str, Rule]:
     """Megatron name -> rule, for the prunable linears."""
     return {rule.megatron.removesuffix(".weight"): rule for rule in rules(arch) if rule.is_linear}
+
+
+def patterns_by_linear(plan: Mapping[str, Pattern], arch: Architecture) -> dict[str, Pattern]:
+    """Megatron name -> pattern, for the linears of a plan by HF name. The parts of a fused linear
+    have one pattern.
+    """
+    found = {
+        name: [plan[module] for module in rule.modules if module in plan]
+        for name, rule in linear_rules(arch).items()
+    }
+    return {name: own[0] for name, own in found.items() if own}
 
 
 def local_shard(of_modules: Mapping[str, torch.Tensor], rule: Rule, mesh: Mesh) -> torch.Tensor:

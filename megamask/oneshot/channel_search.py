@@ -112,6 +112,12 @@ def readers(arch: Architecture, modules: Collection[str]) -> list[Rule]:
     return [rule for rule in rules(arch) if rule.is_linear and set(rule.modules) & set(modules)]
 
 
+def stream_patterns(arch: Architecture, plan: Mapping[str, Pattern]) -> set[Pattern]:
+    """The patterns of the linears of a plan that read the residual stream."""
+    stream = (rule for rule in readers(arch, plan) if kind_of(rule) == "hidden")
+    return {plan[name] for rule in stream for name in rule.modules if name in plan}
+
+
 def kind_of(rule: Rule) -> str:
     """The kind of channels that a linear reads: hidden, ffn or value."""
     if rule.kind != "row":
@@ -123,9 +129,8 @@ def kind_of(rule: Rule) -> str:
 def find_orders(
     reader: WeightSource,
     arch: Architecture,
-    modules: Collection[str],
+    plan: Mapping[str, Pattern],
     mean_square: Mapping[str, torch.Tensor],
-    pattern: Pattern,
     device: torch.device,
 ) -> Found:
     """Search an order for every kind of channels whose number M divides.
@@ -133,14 +138,14 @@ def find_orders(
     Args:
         reader: the dense model.
         arch: its architecture.
-        modules: HF names of the linears that will be pruned; the others have no importance.
+        plan: HF name -> pattern of the linears that will be pruned; the others have no importance.
+            Those that read the residual stream have one pattern.
         mean_square: of ``input_moments``.
-        pattern: the pattern of the masks.
         device: where the searches run.
     """
     hidden, ffn, value = [], {}, {}
     found = Found(ChannelOrders())
-    chosen = readers(arch, modules)
+    chosen = readers(arch, plan)
     stream = [rule for rule in chosen if kind_of(rule) == "hidden"]
     step = -(-sum(sum(shape[0] for shape in rule.shapes) for rule in stream) // STREAM_ROWS)
     for rule in chosen:
@@ -150,7 +155,7 @@ def find_orders(
             rows_OI = importance_OI[::step]
             hidden.append(rows_OI.clone() if step > 1 else rows_OI)  # a view would keep all rows
             continue
-        layer = int(name.split(".")[2])
+        layer, pattern = int(name.split(".")[2]), plan[rule.modules[0]]
         importance_RC = importance_OI[:: max(-(-len(importance_OI) // ROWS), 1)]
         if kind_of(rule) == "ffn" and arch.ffn % pattern.m == 0:
             ffn[layer] = _search(found, "ffn", importance_RC, pattern)
@@ -164,8 +169,9 @@ def find_orders(
                 ]
             )
     order = None
-    if hidden and arch.hidden % pattern.m == 0:
-        order = _search(found, "hidden", torch.cat(hidden), pattern)
+    for common in stream_patterns(arch, plan):  # at most one
+        if arch.hidden % common.m == 0:
+            order = _search(found, "hidden", torch.cat(hidden), common)
     found.orders = ChannelOrders(order, ffn, value)
     return found
 

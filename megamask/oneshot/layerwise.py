@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from megamask.config import Config
 from megamask.errors import ConfigError
 from megamask.model.language_model import LanguageModel
-from megamask.model.mask_shards import linear_rules, local_shard
+from megamask.model.mask_shards import linear_rules, local_shard, patterns_by_linear
 from megamask.oneshot.calibrate import HiddenStates, input_stats
 from megamask.oneshot.criterion import Criterion
 from megamask.oneshot.stats import GradientStats, InputStats, Statistics
@@ -25,6 +26,7 @@ from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.margins import to_codes
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import Architecture
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class PruningJob:
         config: the settings.
         mesh: process groups and device of this rank.
         arch: the architecture of the model.
-        pattern: the N:M pattern of the masks.
+        plan: the patterns of the masks, by HF name.
         model: the dense model.
         linears: the linears to prune, by Megatron name.
     """
@@ -64,9 +66,14 @@ class PruningJob:
     config: Config
     mesh: Mesh
     arch: Architecture
-    pattern: Pattern
+    plan: PatternPlan
     model: LanguageModel
     linears: dict[str, MaskedLinear]
+
+    @cached_property
+    def patterns(self) -> dict[str, Pattern]:
+        """Megatron name -> pattern of the linears to prune."""
+        return patterns_by_linear(self.plan, self.arch)
 
     def layers(self) -> Iterator[tuple[torch.nn.Module, dict[str, MaskedLinear]]]:
         """Yield (decoder layer, its linears to prune), up to the last layer that has any."""
@@ -292,7 +299,7 @@ def _prune_rows(
     """Prune these rows of a linear; a damping that had to be raised is told in the log."""
     settings = job.config.prune
     with naming(job.hf_names(name)):
-        pruned = criterion.prune(weight_OI, stats, job.pattern, settings)
+        pruned = criterion.prune(weight_OI, stats, job.patterns[name], settings)
     if pruned.damp is not None and pruned.damp != settings.damp and job.mesh.is_main:
         log.warning(
             "%s: prune.damp=%g is too little, used %g; more calibration tokens would help",
@@ -300,7 +307,7 @@ def _prune_rows(
             settings.damp,
             pruned.damp,
         )
-    codes_OI = to_codes(pruned.score_OI, pruned.mask_OI, job.pattern).cpu()
+    codes_OI = to_codes(pruned.score_OI, pruned.mask_OI, job.patterns[name]).cpu()
     updated_OI = pruned.weight_OI
     if updated_OI is not None and settings.inputs == "dense":  # no layer computes with it
         updated_OI = updated_OI.cpu()

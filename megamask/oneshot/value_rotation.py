@@ -10,13 +10,14 @@ Shapes: K KV heads, Q query heads of a KV head, D channels of a head, R rows, I 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megamask.oneshot.channel_search import ROWS, Found, InputMoments, kind_of, readers
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import rules
 from megamask.weights.rule import block
@@ -37,9 +38,8 @@ def rotation_of(entries_KDD: Tensor) -> Tensor:
 def find_rotations(
     reader: WeightSource,
     arch: Architecture,
-    modules: Collection[str],
+    plan: PatternPlan,
     moments: InputMoments,
-    pattern: Pattern,
     found: Found,
     device: torch.device,
 ) -> None:
@@ -49,14 +49,14 @@ def find_rotations(
     Args:
         reader: the dense model.
         arch: its architecture.
-        modules: HF names of the linears that will be pruned.
+        plan: the linears that will be pruned, all with one pattern.
         moments: of ``input_moments``, with those within heads.
-        pattern: the pattern of the masks; its M divides the channels of a head.
         found: the orders.
         device: where the rotations are learned.
     """
-    by_name = {rule.megatron: rule for rule in rules(arch)}
-    for rule in readers(arch, modules):
+    by_name, pattern = {rule.megatron: rule for rule in rules(arch)}, plan.only
+    assert pattern is not None  # the verb refuses several
+    for rule in readers(arch, plan):
         if kind_of(rule) != "value" or arch.head_dim % pattern.m:
             continue
         place = rule.megatron.removesuffix("linear_proj.weight")
@@ -71,7 +71,7 @@ def find_rotations(
         index_KQDD = order_KD[:, None, None].expand(moment_KQDD.shape)
         moment_KQDD = moment_KQDD.gather(3, index_KQDD).gather(2, index_KQDD.mT)
         value_KDI = square_I = None
-        if set(values.modules) & set(modules) and arch.hidden % pattern.m == 0:
+        if set(values.modules) & set(plan) and arch.hidden % pattern.m == 0:
             fused = values.shard(lambda name, r, c: block(reader.tensor(name), r, c), 0, 1)
             value_KDI = fused.unflatten(0, (arch.kv_heads, -1))[:, -arch.head_dim :].float()
             square_I = moments.mean_square[place + "linear_qkv"]

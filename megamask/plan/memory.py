@@ -19,6 +19,7 @@ from megamask.plan.capped_attention import in_attention, within_backward
 from megamask.plan.hardware import Device
 from megamask.plan.saved_tensors import most_recomputed, saved_activations, stream
 from megamask.plan.workload import Workload
+from megamask.sparsity.pattern import Pattern
 
 PAIR_BYTES = 14.0  # of a weight while a mask of pairs is drawn: at most three and a half tensors
 STEP = "a learning step"
@@ -128,7 +129,7 @@ def _state_and_step(work: Workload, device: Device) -> tuple[dict[str, float], d
     step = {
         **kept,
         **max(moments, key=lambda moment: sum(moment.values())),
-        NEW_HARD_CODES: weights / work.pattern.m * work.code_bytes,
+        NEW_HARD_CODES: weights * work.mean(work.code_bytes_of),
     }
     return state, step
 
@@ -181,11 +182,13 @@ def _evaluation(work: Workload, device: Device) -> dict[str, float]:
     there = work.evaluating
     largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
     block = min(largest, BLOCK)  # weights whose mask exists at a time
-    codes = largest / work.pattern.m * work.code_bytes
-    table = work.distribution.fold_bytes(work.pattern)
-    if work.config.learn.sampling.backend == "torch":
-        logits = largest * work.logits_per_group / work.pattern.m
-        codes += work.distribution.reference_bytes(work.pattern) * logits
+    is_plain = work.config.learn.sampling.backend == "torch"
+
+    def drawing(pattern: Pattern) -> float:
+        return work.code_bytes_of(pattern) + (_reference(work, pattern) if is_plain else 0.0)
+
+    codes = work.most(drawing)
+    table = max((work.distribution.fold_bytes(one) for one in work.plan.distinct), default=0)
     masked = float(largest * work.width)
     wide = there.tokens * work.ffn / work.tp * work.width
     hidden = {EVALUATED: 2 * stream(there) + gathered(there)}
@@ -214,29 +217,34 @@ def _resume(work: Workload, device: Device) -> dict[str, float]:
 
 def _copied(work: Workload, device: Device) -> float:
     """Bytes of the device that hold moments in the form of a snapshot."""
-    per_weight = work.method.copied_bytes(work.state_of)
+    per_weight = work.mean(lambda one: work.method.copied_bytes(work.state_of(one)))
     return work.masked_weights * per_weight if device.is_cpu else 0.0
 
 
 def _converted(work: Workload) -> float:
     """Bytes of one linear's moments in fp32, three times, where a snapshot holds another form."""
-    if not work.method.copied_bytes(work.state_of):
-        return 0.0
-    largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
-    return 12.0 * largest * work.logits_per_group / work.pattern.m
+
+    def converted(pattern: Pattern) -> float:
+        is_copied = work.method.copied_bytes(work.state_of(pattern)) > 0
+        return 12.0 * work.logits_of(pattern) if is_copied else 0.0
+
+    return work.most(converted)
 
 
 def _gated_bytes(work: Workload) -> float:
     """Bytes in a snapshot of the logits and moments of [gate; up]."""
-    gated = sum(linear.weights for linear in work.linears if linear.is_masked and linear.is_gated)
-    return gated * work.method.saved_bytes(work.state_of)
+    gated = ((linear.weights, linear.pattern) for linear in work.linears if linear.is_gated)
+    return sum(
+        size * work.method.saved_bytes(work.state_of(pattern))
+        for size, pattern in gated
+        if pattern is not None
+    )
 
 
 def _mask_file(work: Workload) -> dict[str, float]:
     """Hard codes of the largest linear, of this rank and, on the first rank, of all shards."""
-    largest = max((linear.whole for linear in work.linears if linear.is_masked), default=0)
     shards = 2 if work.tp > 1 else 1
-    return {ONE_MASK: shards * largest / work.pattern.m * work.code_bytes}
+    return {ONE_MASK: shards * work.most(work.code_bytes_of, lambda one: one.whole)}
 
 
 def _in_layer(work: Workload, device: Device) -> dict[str, float]:
@@ -276,8 +284,7 @@ def _in_layer(work: Workload, device: Device) -> dict[str, float]:
         work.tokens * arch.hidden * work.width
     )  # gradient of a column-parallel linear's input, whole on each rank
     if config.learn.sampling.backend == "torch" and not is_shared:
-        per_logit = work.distribution.reference_bytes(work.pattern)
-        weight_grad += per_logit * largest * work.logits_per_group / work.pattern.m
+        weight_grad += largest * max(_reference(work, one) for one in work.plan.distinct)
     weight_grad += _of_units(work, largest)
     freed = (3 if arch.gated else 1) * wide
     # When attention's turn comes, the feed-forward part's tensors are gone.
@@ -291,7 +298,12 @@ def _of_units(work: Workload, weights: int) -> float:
     """Bytes of the fp32 tensors with which a mask of pairs is drawn on a linear, or its gradient
     is made (``sparsity/unit_sampler.py``).
     """
-    return PAIR_BYTES * weights if work.pattern.unit > 1 else 0.0
+    return PAIR_BYTES * weights if any(one.unit > 1 for one in work.plan.distinct) else 0.0
+
+
+def _reference(work: Workload, pattern: Pattern) -> float:
+    """Bytes a weight that plain PyTorch makes while it draws a mask of a pattern."""
+    return work.distribution.reference_bytes(pattern) * work.logits_of(pattern)
 
 
 def gathered(work: Workload) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +21,7 @@ from megamask.plan.saving import saving_of
 from megamask.plan.time import Time, flops_per_token
 from megamask.plan.workload import Workload
 from megamask.tables import table
+from megamask.weights.mapping import linear_shapes
 
 
 def headline(work: Workload, name: str) -> str:
@@ -36,11 +39,30 @@ def headline(work: Workload, name: str) -> str:
     tokens = f"{learn.global_batch} x {config.data.seq_length:,} tokens"
     micro_batches = f"{work.accumulations} micro-batches of {learn.micro_batch}"
     return (
-        f"{name}, {work.pattern}: {work.all_masked_weights / 1e9:,.3f} B prunable weights, "
+        f"{name}, {work.plan}: {work.all_masked_weights / 1e9:,.3f} B prunable weights, "
         f"{flops / 1e9:,.2f} GFLOP a token\n"
         f"TP {work.tp} x DP {work.dp}; {learn.steps:,} steps of {tokens}; "
         f"on each replica {micro_batches}; {', '.join(options)}"
     )
+
+
+def layer_table(work: Workload) -> list[str]:
+    """A table of what has which pattern and what stays dense; nothing where all linears have one
+    pattern.
+    """
+    shapes = linear_shapes(work.arch)
+    sizes, counts = work.plan.weights_of(shapes), Counter(work.plan.values())
+    dense = {name: shape for name, shape in shapes.items() if name not in work.plan}
+    if len(sizes) == 1 and not dense:
+        return []
+    rows: list[tuple[str, int, int]] = [(str(one), counts[one], sizes[one]) for one in sizes]
+    if dense:
+        rows.append(("dense", len(dense), sum(map(math.prod, dense.values()))))
+    whole = sum(size for *_, size in rows)
+    cells = [[name, f"{count:,}", f"{size / whole:.1%}"] for name, count, size in rows]
+    density = work.plan.density_of(shapes)
+    cells.append(["**density**", f"{len(shapes):,}", f"{density:.1%}"])
+    return table(["pattern", "linears", "weights of linears"], cells)
 
 
 def memory_table(memory: Memory) -> list[str]:
@@ -145,6 +167,10 @@ def as_json(
     return {
         "predicted": "not measured",
         "prunable_weights": work.all_masked_weights,
+        "layer_plan": {
+            "patterns": {name: str(pattern) for name, pattern in work.plan.items()},
+            "density": work.plan.density_of(linear_shapes(work.arch)),
+        },
         "flops_per_token": flops_per_token(work),
         "bytes_per_weight": work.state,
         "tokens_per_step": work.tokens_a_step,
@@ -152,7 +178,9 @@ def as_json(
         "devices": rows,
         "target": target.title,
         "advice": None if fits else advice(work, target),
-        "settings": work.config.model_dump(include={"pattern", "dtype", "parallel", "learn"}),
+        "settings": work.config.model_dump(
+            include={"pattern", "pattern_overrides", "dtype", "parallel", "learn"}
+        ),
     }
 
 

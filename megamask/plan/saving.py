@@ -44,7 +44,8 @@ def saving_of(work: Workload) -> Saving:
     the first replica, as many as fit, and beside them ranks that write moments alone.
     """
     rank, tp = work.saved_bytes, work.tp
-    moments = rank - work.masked_weights * work.method.logit_bytes(work.state_of)
+    logits = work.mean(lambda one: work.method.logit_bytes(work.state_of(one)))
+    moments = rank - work.masked_weights * logits
     divided = work.config.learn.optimizer.distributed and not work.forward_passes
     writers = tp * (work.dp if divided else 1)
     local = min(writers, GPUS_A_NODE)

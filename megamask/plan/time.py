@@ -195,7 +195,7 @@ def _sampling(work: Workload, device: Device) -> dict[str, float]:
     slower = EAGER if config.learn.sampling.backend == "torch" else 1.0
     rate, numbers = (
         device.bandwidth * device.copy / slower,
-        slower * weights / work.pattern.m * work.logits_per_group,
+        slower * weights * work.mean(work.logits_of),
     )
     if config.learn.sampling.noise == 0:
         numbers *= QUIET

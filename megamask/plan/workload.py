@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megamask.config import Config
 from megamask.config.presets import MEMORIES
-from megamask.learn.method import WIDTH, Method, StateOf
+from megamask.learn.method import PARTS, WIDTH, Method, StateOf
 from megamask.learn.methods import find_method, state_bytes
+from megamask.model.mask_shards import patterns_by_linear
 from megamask.parallel.partition import largest_share
 from megamask.prepare.layout import Layout, check_positions
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import Architecture
-from megamask.weights.mapping import prunable, rules
+from megamask.weights.layer_plan import asked_patterns, layer_plan
+from megamask.weights.mapping import rules
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Linear:
         layer: the number of its decoder layer, from 0.
         weights: weights of this rank's shard.
         whole: weights of the whole linear.
-        is_masked: whether it gets a mask.
+        pattern: of its mask; None for a dense linear.
         is_recomputed: whether ``parallel.recompute`` computes it twice.
         is_gated: whether it holds [gate; up], whose halves a checkpoint saves apart.
         share: the share of the tokens that it computes; below 1 for an expert, on average.
@@ -36,10 +39,15 @@ class Linear:
     layer: int
     weights: int
     whole: int
-    is_masked: bool
+    pattern: Pattern | None
     is_recomputed: bool
     is_gated: bool
     share: float = 1.0
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether it gets a mask."""
+        return self.pattern is not None
 
 
 @dataclass(frozen=True)
@@ -64,41 +72,58 @@ class Workload:
                 window longer than the model's positions, or a layout that breaks a rule of
                 :class:`megamask.prepare.layout.Layout`.
         """
-        self.distribution.logits_per_group(self.pattern)
+        for pattern in asked_patterns(self.config):
+            self.distribution.logits_per_group(pattern)
         layout = Layout.planned(self.config, self.dp)
         layout.check_samples(self.config)
         check_positions(self.config, self.arch, ("data.seq_length", "evaluate.window"))
-        layout.check_linears(self.config, self.arch, self.modules, self.pattern)
+        layout.check_linears(self.config, self.arch, self.plan)
         return self
 
     @cached_property
-    def modules(self) -> list[str]:
-        """HF names of the linears that get a mask.
+    def plan(self) -> PatternPlan:
+        """The linears that get a mask, and their patterns.
 
         Raises:
-            ConfigError: ``model.include`` and ``model.exclude`` do not fit the model.
+            ConfigError: see ``layer_plan``.
         """
-        return prunable(self.arch, self.config.model.include, self.config.model.exclude)
-
-    @cached_property
-    def pattern(self) -> Pattern:
-        """N:M."""
-        return Pattern.parse(self.config.pattern)
+        return layer_plan(self.arch, self.config)
 
     @property
     def distribution(self) -> Distribution:
         """Of the masks that are learned."""
         return self.method.distribution
 
-    @property
-    def logits_per_group(self) -> int:
-        """C or M."""
-        return self.distribution.logits_per_group(self.pattern)
+    def logits_of(self, pattern: Pattern) -> float:
+        """Mask logits of a weight under a pattern."""
+        return self.distribution.logits_per_group(pattern) / pattern.m
 
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of the hard code of one group."""
-        return self.distribution.code_dtype(self.pattern).itemsize
+    def code_bytes_of(self, pattern: Pattern) -> float:
+        """Bytes of hard codes of a weight under a pattern."""
+        return self.distribution.code_dtype(pattern).itemsize / pattern.m
+
+    def mean(self, of: Callable[[Pattern], float]) -> float:
+        """The mean of a number that depends on the pattern, over the masked weights of a rank."""
+        sizes = self.masked_by_pattern
+        if len(sizes) == 1:
+            return of(next(iter(sizes)))
+        total = sum(size * of(pattern) for pattern, size in sizes.items())
+        return total / max(self.masked_weights, 1)
+
+    def most(
+        self,
+        of: Callable[[Pattern], float],
+        size: Callable[[Linear], int] = lambda one: one.weights,
+    ) -> float:
+        """The most that one masked linear takes of a number a weight that depends on the pattern.
+
+        Args:
+            of: the number.
+            size: weights of a linear; those of a rank by default.
+        """
+        masked = ((one, one.pattern) for one in self.linears)
+        found = (size(one) * of(pattern) for one, pattern in masked if pattern is not None)
+        return max(found, default=0.0)
 
     @property
     def method(self) -> Method:
@@ -148,14 +173,14 @@ class Workload:
     def linears(self) -> list[Linear]:
         """All linears of one rank, masked or not, in model order."""
         recompute = self.config.parallel.recompute
-        chosen, experts = set(self.modules), self.arch.experts
+        experts, pattern_of = self.arch.experts, patterns_by_linear(self.plan, self.arch)
         routed = 1.0 if experts is None else experts.top_k / experts.count
         return [
             Linear(
                 int(rule.megatron.split(".")[2]),
                 math.prod(rule.shape(self.tp)),
                 math.prod(rule.shape(1)),
-                not chosen.isdisjoint(rule.modules),
+                pattern_of.get(rule.megatron.removesuffix(".weight")),
                 recompute is True or (recompute == "mlp" and ".mlp." in rule.megatron),
                 rule.kind == "gated",
                 routed if ".experts." in rule.megatron else 1.0,
@@ -173,6 +198,15 @@ class Workload:
     def masked_sizes(self) -> list[int]:
         """Weights of each linear of one rank that gets a mask."""
         return [linear.weights for linear in self.linears if linear.is_masked]
+
+    @cached_property
+    def masked_by_pattern(self) -> dict[Pattern, int]:
+        """Pattern -> weights of one rank with masks of it."""
+        sizes: dict[Pattern, int] = {}
+        for linear in self.linears:
+            if linear.pattern is not None:
+                sizes[linear.pattern] = sizes.get(linear.pattern, 0) + linear.weights
+        return sizes
 
     @cached_property
     def all_masked_weights(self) -> int:
@@ -237,14 +271,20 @@ class Workload:
 
     @property
     def state(self) -> dict[str, float]:
-        """Bytes per masked weight, by part: ``state_bytes`` of this run."""
-        return state_bytes(self.state_of)
+        """Bytes per masked weight by part: ``state_bytes`` of this run, the mean where linears have
+        several patterns.
+        """
+        parts = {one: state_bytes(self.state_of(one)) for one in self.masked_by_pattern}
 
-    @cached_property
-    def state_of(self) -> StateOf:
-        """The run, as methods count its state."""
+        def mean_of(part: str) -> float:
+            return self.mean(lambda one: parts[one][part])
+
+        return {part: mean_of(part) for part in PARTS}
+
+    def state_of(self, pattern: Pattern) -> StateOf:
+        """The run with masks of one pattern, as methods count its state."""
         return StateOf(
-            self.pattern,
+            pattern,
             self.config.learn,
             self.accumulations,
             self.config.dtype,
@@ -273,7 +313,8 @@ class Workload:
     @property
     def saved_bytes(self) -> float:
         """Bytes that the busiest rank writes into a snapshot."""
-        return self.masked_weights * self.method.saved_bytes(self.state_of)
+        mean = self.mean(lambda one: self.method.saved_bytes(self.state_of(one)))
+        return self.masked_weights * mean
 
     def with_settings(self, settings: Mapping[str, object], dp: int | None = None) -> Workload:
         """The same run with other settings.

@@ -9,11 +9,12 @@ from megamask.errors import ArtifactError
 from megamask.model.build import build_model, prunable_linears
 from megamask.model.checkpoint import load_weights
 from megamask.model.language_model import LanguageModel
-from megamask.model.mask_shards import linear_rules
+from megamask.model.mask_shards import linear_rules, patterns_by_linear
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import RunInputs
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import Architecture
 
 
@@ -44,7 +45,7 @@ def load_dense(inputs: RunInputs, mesh: Mesh) -> DenseModel:
     model = build_model(inputs.config, inputs.arch, mesh)
     linears = prunable_linears(model, inputs.config, inputs.arch)
     load_weights(model, weights)
-    if found := pruned_already(linears, inputs.arch, inputs.pattern, mesh):
+    if found := pruned_already(linears, inputs.arch, inputs.plan, mesh):
         raise ArtifactError(
             weights,
             f"hold a model that is pruned already: {found}",
@@ -55,14 +56,15 @@ def load_dense(inputs: RunInputs, mesh: Mesh) -> DenseModel:
 
 
 def pruned_already(
-    linears: Mapping[str, MaskedLinear], arch: Architecture, pattern: Pattern, mesh: Mesh
+    linears: Mapping[str, MaskedLinear], arch: Architecture, plan: PatternPlan, mesh: Mesh
 ) -> str:
     """The first linear that is pruned already, "NAMES is N:M sparse", the same on all ranks; empty
     where none is. Weights that are pruned one by one are pruned for a pattern of pairs too. All
     ranks must call this function.
     """
-    table, single = linear_rules(arch), Pattern(pattern.n, pattern.m)
+    table, patterns = linear_rules(arch), patterns_by_linear(plan, arch)
     for name, linear in linears.items():
+        single = Pattern(patterns[name].n, patterns[name].m)
         if mesh.any(single.already_fits(linear.weight)):
             return f"{', '.join(table[name].modules)} is {single} sparse"
     return ""

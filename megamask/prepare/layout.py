@@ -4,7 +4,7 @@ the room that owns its numbers.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from megamask.config import Config
@@ -76,23 +76,21 @@ class Layout:
         """
         check_tp(arch, self.tp)
 
-    def check_rows(self, arch: Architecture, modules: Collection[str], pattern: Pattern) -> None:
+    def check_rows(self, arch: Architecture, plan: Mapping[str, Pattern]) -> None:
         """Check that M divides every row, as it lies on a rank, of the linears that are pruned.
 
         Args:
             arch: the model.
-            modules: HF names of the linears to prune; linears that stay dense may have any rows.
-            pattern: N:M.
+            plan: HF name -> N:M of the linears to prune; linears that stay dense may have any rows.
 
         Raises:
             ConfigError: naming the first linear whose rows do not split into groups.
         """
-        chosen = set(modules)
         for rule in rules(arch):
-            pruned = [name for name in rule.modules if name in chosen]
+            pruned = [name for name in rule.modules if name in plan]
             if rule.is_linear and pruned:
-                split = self.tp if rule.kind == "row" else 1
-                pattern.groups(rule.shape(self.tp)[-1], f"in_features of {pruned[0]}", split)
+                split, first = self.tp if rule.kind == "row" else 1, pruned[0]
+                plan[first].groups(rule.shape(self.tp)[-1], f"in_features of {first}", split)
 
     def check_lengths(self, config: Config, keys: Collection[str]) -> None:
         """Check that the ranks can divide every sequence that the verb runs.
@@ -146,7 +144,7 @@ class Layout:
         self.check_lengths(config, ("data.seq_length", "evaluate.window"))
 
     def check_linears(
-        self, config: Config, arch: Architecture, modules: Collection[str], pattern: Pattern
+        self, config: Config, arch: Architecture, plan: Mapping[str, Pattern]
     ) -> None:
         """Check what a learning run asks of the model: heads, rows and owners.
 
@@ -154,8 +152,8 @@ class Layout:
             ConfigError: see ``check_model``, ``check_rows`` and ``check_owners``.
         """
         self.check_model(arch)
-        self.check_rows(arch, modules, pattern)
-        self.check_owners(config, arch, modules)
+        self.check_rows(arch, plan)
+        self.check_owners(config, arch, plan)
 
 
 def check_positions(config: Config, arch: Architecture, keys: Collection[str]) -> None:

@@ -4,13 +4,11 @@ to prune.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from megamask.config import Config, RunPaths, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import mask_path, open_masks
-from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.storage import real_path
 from megamask.weights.architecture import Architecture
 from megamask.weights.mapping import linear_shapes
@@ -22,8 +20,7 @@ def load_prior(
     config: Config,
     arch: Architecture,
     fingerprint: str,
-    pattern: Pattern,
-    modules: Sequence[str],
+    plan: PatternPlan,
 ) -> MaskSet | None:
     """The masks that ``learn.prior.mask`` names; None when it is null.
 
@@ -31,8 +28,7 @@ def load_prior(
         config: names the prior and the run.
         arch: the model.
         fingerprint: of the model's weights.
-        pattern: N:M of the run.
-        modules: HF names of the linears to prune, each of which needs a mask.
+        plan: the linears to prune, each of which needs a mask of its pattern.
 
     Raises:
         ArtifactError: missing, torn, or made for another pattern, model or set of linears.
@@ -53,8 +49,8 @@ def load_prior(
             "Set another run_dir, or write it to a mask file first: megamask extract.",
         )
     masks = open_masks(name, config, arch)
-    masks.check(pattern=pattern, shapes=linear_shapes(arch), fingerprint=fingerprint)
-    missing = [module for module in modules if module not in masks]
+    masks.check(plan=plan, shapes=linear_shapes(arch), fingerprint=fingerprint)
+    missing = [module for module in plan if module not in masks]
     if missing:
         problem = f"has no mask for {missing[0]}" + (
             f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -18,8 +18,9 @@ from megamask.prepare.layout import Layout, check_positions
 from megamask.prepare.learned_text import warn_of_learned_text
 from megamask.prepare.prior_mask import description, load_prior
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import Architecture, read_architecture
-from megamask.weights.mapping import prunable
+from megamask.weights.layer_plan import asked_patterns, layer_plan
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class RunInputs:
         return Layout.launched(self.config)
 
     @cached_property
-    def pattern(self) -> Pattern:
-        """N:M.
+    def patterns(self) -> list[Pattern]:
+        """The patterns of the settings, each once; known before any file is read.
 
         Raises:
-            ConfigError: see ``Pattern.parse``.
+            ConfigError: see ``asked_patterns``.
         """
-        return Pattern.parse(self.config.pattern)
+        return asked_patterns(self.config)
 
     @cached_property
     def note(self) -> dict[str, Any]:
@@ -83,13 +84,18 @@ class RunInputs:
         return read_architecture(self.paths.weights, self.config.model.ignore_keys)
 
     @cached_property
-    def modules(self) -> list[str]:
-        """HF names of the linears to prune, in model order.
+    def plan(self) -> PatternPlan:
+        """The linears to prune, in model order, and their patterns.
 
         Raises:
-            ConfigError: ``model.include`` and ``model.exclude`` do not fit the model.
+            ConfigError: see ``layer_plan``.
         """
-        return prunable(self.arch, self.config.model.include, self.config.model.exclude)
+        return layer_plan(self.arch, self.config)
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """HF names of the linears to prune, in model order. Raises as ``plan``."""
+        return [*self.plan]
 
     def check_text(self) -> None:
         """Check that the model knows every token of the shards, that the shards were made from the
@@ -114,7 +120,7 @@ class LearnInputs(RunInputs):
         Raises:
             ArtifactError, ConfigError: see :func:`megamask.prepare.prior_mask.load_prior`.
         """
-        return load_prior(self.config, self.arch, self.fingerprint, self.pattern, self.modules)
+        return load_prior(self.config, self.arch, self.fingerprint, self.plan)
 
     @cached_property
     def margins(self) -> Margins | None:
@@ -149,7 +155,7 @@ class LearnInputs(RunInputs):
         _ = self.note
         check_positions(self.config, self.arch, ("data.seq_length", "evaluate.window"))
         _check_top_k(self.config, self.arch)
-        self.layout.check_linears(self.config, self.arch, self.modules, self.pattern)
+        self.layout.check_linears(self.config, self.arch, self.plan)
         _ = self.content
         self.check_text()
         if self.prior is not None:

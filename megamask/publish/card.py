@@ -46,7 +46,7 @@ def card(facts: CardFacts) -> str:
     """The text of the card."""
     masks, base = facts.masks, facts.base.shown
     what = "masked model" if facts.is_model else "mask"
-    kind = f"{masks.pattern} sparsity mask ({masks.method})"
+    kind = f"{masks.patterns} sparsity mask ({masks.method})"
     if facts.is_model:
         first = f"{base} with a {kind}: pruned weights are exact zeros in dense tensors."
         if masks.has_own_weights:
@@ -83,7 +83,8 @@ def _front_matter(facts: CardFacts) -> str:
     if facts.base.name:
         said["base_model"] = facts.base.name
     said["library_name"] = "transformers" if facts.is_model else "megamask"
-    said["tags"] = ["megamask", "sparsity", "pruning", str(facts.masks.pattern)]
+    said["tags"] = ["megamask", "sparsity", "pruning"]
+    said["tags"] += map(str, facts.masks.patterns.distinct)
     if recovery_of(facts.masks.meta):
         said["tags"].append(RECOVERED)
     return str(yaml.safe_dump(said, sort_keys=False, allow_unicode=True))

@@ -145,9 +145,9 @@ def _plans(config: Config, data: RunData, masks: Mapping[str, MaskSet]) -> list[
             is_there="learned" in masks,
             draw=lambda: layers_picture(read_layers(masks["learned"], data.prior)),
             title="Density and change by layer",
-            caption="Of the learned mask. Every masked linear has density N/M (a linear that is "
-            "kept dense has 1); the effect of learning shows in the groups that differ from the "
-            f"prior mask ({config.learn.prior.mask or 'there was none'}).",
+            caption="Of the learned mask. Every masked linear has the density N/M of its pattern "
+            "(a linear that is kept dense has 1); the effect of learning shows in the groups that "
+            f"differ from the prior mask ({config.learn.prior.mask or 'there was none'}).",
             verb="learn",
         ),
     ]

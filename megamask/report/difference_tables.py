@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.errors import ConfigError
-from megamask.masks.compare import Difference, unrelated
+from megamask.masks.compare import Difference, chance
 from megamask.masks.file import MaskSet
 from megamask.report.layers import places_of
 from megamask.tables import table
@@ -67,19 +67,19 @@ def _kind_table(differences: Differences) -> list[str]:
 
 def notes(a: MaskSet, b: MaskSet) -> list[str]:
     """Sentences that say how to read the shares, and which linears are not compared."""
-    chance = ", ".join(
-        f"{COLUMNS[key]} {share:.1%}"
-        for key, share in unrelated(a.pattern, b.pattern).items()
-        if share is not None
+    said = ", ".join(
+        f"{COLUMNS[key]} {share:.1%}" for key, share in chance(a, b).items() if share is not None
     )
     unit = COLUMNS[main_share(a, b)].split()[0]
     sentences = [
         f"Shares of all groups and all weights; below the kinds, of {unit} that differ. "
-        f"Unrelated masks: {chance}."
+        f"Unrelated masks: {said}."
     ]
-    if a.pattern != b.pattern:
+    if apart := [name for name in a if name in b and a.patterns[name] != b.patterns[name]]:
+        where = "" if {*apart} == {*a} & {*b} else f" in {len(apart)} linears"
         sentences.append(
-            f"{a.pattern} and {b.pattern} have no groups in common: weights alone are compared."
+            f"{a.patterns} and {b.patterns} have no groups in common{where}: weights alone are "
+            "compared."
         )
     for name, masks, others in (("A", a, b), ("B", b, a)):
         only = [linear for linear in masks if linear not in others]
@@ -93,7 +93,8 @@ def notes(a: MaskSet, b: MaskSet) -> list[str]:
 
 def main_share(a: MaskSet, b: MaskSet) -> str:
     """The key of the share that a table cell or a picture shows when it has room for only one."""
-    return "groups_differ" if a.pattern == b.pattern else "weights_differ"
+    is_same = all(a.patterns[name] == b.patterns[name] for name in a if name in b)
+    return "groups_differ" if is_same else "weights_differ"
 
 
 def figures(a: MaskSet, b: MaskSet, differences: Differences) -> dict[str, Any]:
@@ -109,13 +110,13 @@ def figures(a: MaskSet, b: MaskSet, differences: Differences) -> dict[str, Any]:
         return {
             "path": str(masks.path),
             "method": masks.method,
-            "pattern": str(masks.pattern),
+            "pattern": str(masks.patterns),
         }
 
     return {
         "a": source(a),
         "b": source(b),
-        "unrelated": unrelated(a.pattern, b.pattern),
+        "unrelated": chance(a, b),
         "all": plain(total(differences.values())),
         "layers": sums(by_layer(differences)),
         "kinds": sums(by_kind(differences)),
@@ -149,7 +150,7 @@ def draw(a: MaskSet, b: MaskSet, differences: Differences, path: Path) -> None:
     layers = max(layer for _, layer in shares) + 1
     cells = [[shares.get((kind, layer)) for layer in range(layers)] for kind in kinds]
     numbers = [[math.nan if share is None else share for share in row] for row in cells]
-    title = f"{COLUMNS[main].capitalize()}: {a.method} {a.pattern} and {b.method} {b.pattern}"
+    title = f"{COLUMNS[main].capitalize()}: {a.method} {a.patterns} and {b.method} {b.patterns}"
     save(difference_picture(kinds, numbers, title), path)
 
 
@@ -181,7 +182,7 @@ def _kind(name: str, places: Mapping[str, tuple[str, int]]) -> str:
 
 
 def _title(masks: MaskSet) -> str:
-    return f"{masks.path}: {masks.method}, {masks.pattern}, {len(masks)} linears"
+    return f"{masks.path}: {masks.method}, {masks.patterns}, {len(masks)} linears"
 
 
 def _shares(counts: Difference) -> list[str]:

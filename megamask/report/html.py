@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from megamask.config import Config
+from megamask.masks.file import load_masks
 from megamask.report.reading import RunData, mask_provenance
 from megamask.report.results_table import (
     domains_of,
@@ -24,6 +25,7 @@ from megamask.report.results_table import (
 )
 from megamask.report.template import PAGE
 from megamask.storage import real_path
+from megamask.weights.layer_plan import asked_patterns
 
 # The masks to compare the learned mask with: they also leave the kept weights unchanged.
 ONE_SHOT_MASKS = ("magnitude", "wanda", "sparsegpt")
@@ -105,7 +107,7 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 def _subtitle(config: Config, data: RunData) -> str:
     parts = [
-        f"pattern {config.pattern}",
+        f"pattern {_patterns(config, data)}",
         f"base model {config.model.hf or config.model.gguf or 'of the run directory'}",
     ]
     if data.train:
@@ -115,6 +117,15 @@ def _subtitle(config: Config, data: RunData) -> str:
             f"learned for {last['step']:,} steps, {last['tokens']:,} tokens, {minutes:,.1f} minutes"
         )
     return " · ".join(parts)
+
+
+def _patterns(config: Config, data: RunData) -> str:
+    """The patterns of the learned mask or, without it, of the first; those of the settings where
+    the run has no mask.
+    """
+    for method in sorted(data.masks, key=lambda one: one != "learned"):
+        return str(load_masks(data.masks[method]).patterns)
+    return ", ".join(map(str, asked_patterns(config)))
 
 
 def _sections(pictures: Sequence[Picture]) -> dict[str, list[dict[str, str]]]:

@@ -75,12 +75,12 @@ def _read(base: BaseModel, masks: Mapping[str, MaskSet]) -> KeptNorms | None:
             size_OI = source.tensor(f"{name}.weight").float().abs()
             best = {
                 pattern: float(size_OI[pattern.best(size_OI)].sum(dtype=torch.float64))
-                for pattern in {one.pattern for one in own.values() if name in one}
+                for pattern in {one.patterns[name] for one in own.values() if name in one}
             }
             for method, one in own.items():
                 if name in one:
                     kept[method][layer] += float(size_OI[one[name]].sum(dtype=torch.float64))
-                    largest[method][layer] += best[one.pattern]
+                    largest[method][layer] += best[one.patterns[name]]
     return KeptNorms(
         {
             method: [

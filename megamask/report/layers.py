@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -81,7 +81,7 @@ def share_that_differs(masks: MaskSet, priors: MaskSet, name: str) -> float:
     """
     if (
         name not in priors
-        or masks.pattern != priors.pattern
+        or masks.patterns[name] != priors.patterns[name]
         or masks.shape(name) != priors.shape(name)
     ):
         return math.nan
@@ -98,13 +98,15 @@ def _density(masks: MaskSet, places: Mapping[str, tuple[str, int]], layers: int)
     for (kind, _), count in masked.items():
         number[kind] = max(number[kind], count)
     size = {kind: math.prod(masks.shape(name)) for name, (kind, _) in places.items()}
+    removed: dict[tuple[str, int], float] = defaultdict(float)
+    for name, place in places.items():
+        removed[place] += math.prod(masks.shape(name)) * (1 - masks.patterns[name].density)
     kept = []
     for layer in range(layers):
         here = {(_is_of_experts(kind), _leaf(kind)) for kind in size if masked[kind, layer]}
         there = [kind for kind in size if (not _is_of_experts(kind), _leaf(kind)) not in here]
         total = sum(size[kind] * number[kind] for kind in there)
-        removed = sum(size[kind] * masked[kind, layer] for kind in there)
-        kept.append(1 - removed * (1 - masks.pattern.density) / total)
+        kept.append(1 - sum(removed[kind, layer] for kind in there) / total)
     return kept
 
 

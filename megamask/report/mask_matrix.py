@@ -16,8 +16,8 @@ from megamask.report.plot_style import STYLE
 
 def differing_shares(masks: Sequence[MaskSet]) -> list[list[float]]:
     """Share of groups that hold another choice in mask i than in mask j, over the linears that both
-    have. It is nan where the base models or the patterns differ, or no linear is common. Each mask
-    of a linear is decoded once.
+    have with one pattern. It is nan where the base models differ, or there is no such linear. Each
+    mask of a linear is decoded once.
 
     Raises:
         ArtifactError: a mask is corrupt.
@@ -39,7 +39,7 @@ def differing_shares(masks: Sequence[MaskSet]) -> list[list[float]]:
 
 def _is_comparable(a: MaskSet, b: MaskSet, name: str) -> bool:
     is_of_one_model = a.fingerprint == b.fingerprint and a.shape(name) == b.shape(name)
-    return is_of_one_model and a.pattern == b.pattern
+    return is_of_one_model and a.patterns[name] == b.patterns[name]
 
 
 def matrix_picture(names: Sequence[str], shares: Sequence[Sequence[float]]) -> Figure:

@@ -19,6 +19,7 @@ from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
 from megamask.masks.identity import row_name
+from megamask.masks.verify import pattern_facts
 from megamask.report.result_kinds import read_result_tables
 from megamask.report.result_table import ResultTable
 from megamask.storage import is_number, lacks, read_object
@@ -189,6 +190,8 @@ def mask_provenance(path: Path) -> dict[str, str]:
     }
     weights = sum(math.prod(masks.shape(name)) for name in masks)
     counts = {"linears": f"{len(masks):,}", "weights": f"{weights:,}"}
+    if masks.patterns.only is None:
+        counts |= pattern_facts(masks)
     return flat | counts | ({"bits per weight": f"{bits(masks):.3f}"} if weights else {})
 
 

@@ -174,8 +174,8 @@ class Pattern:
                 str(self),
                 f"M must divide {what}, here {in_features}"
                 + (f" after splitting over parallel.tp={tp}" if tp > 1 else ""),
-                "Choose another pattern, a smaller parallel.tp, or keep that layer dense with "
-                "model.exclude.",
+                "Choose another pattern, for this layer alone with pattern_overrides, a smaller "
+                "parallel.tp, or keep that layer dense with model.exclude.",
             )
         return in_features // self.m
 

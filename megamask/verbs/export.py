@@ -12,8 +12,7 @@ from megamask.export.folded import STAMP
 from megamask.export.formats import FORMATS
 from megamask.export.unmeasured_parts import check_other_tensors
 from megamask.masks.find import own_weights
-from megamask.masks.verify import check_strictly, configured_masks
-from megamask.sparsity.pattern import Pattern
+from megamask.masks.verify import check_configured, check_strictly, configured_masks
 from megamask.storage import real_path, require_writable
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.dist_checkpoint.megatron_args import refuse_parts
@@ -47,7 +46,7 @@ def run(config: Config) -> None:
         masks = configured_masks(config)
         if masks is not None:
             check_strictly(masks, base)
-            masks.check(pattern=Pattern.parse(config.pattern))
+            check_configured(masks, base.architecture(), config)
         weights = Path(config.export.weights) if config.export.weights else None
         if weights is None and masks is not None:
             weights = own_weights(masks, paths)

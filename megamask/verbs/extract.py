@@ -37,7 +37,7 @@ def run(config: Config, arguments: ExtractArguments) -> None:
     save_masks(
         out,
         masks,
-        masks.pattern,
+        masks.patterns,
         fingerprint=masks.fingerprint,
         method=masks.method,
         updated_weights=masks.has_own_weights,
@@ -47,4 +47,6 @@ def run(config: Config, arguments: ExtractArguments) -> None:
         coding=arguments.coding,
         model=model,
     )
-    log.info("wrote %s: %s masks of %d linears from %s", out, masks.pattern, len(masks), masks.path)
+    log.info(
+        "wrote %s: %s masks of %d linears from %s", out, masks.patterns, len(masks), masks.path
+    )

@@ -7,7 +7,6 @@ from pathlib import Path
 from megamask.config import Config
 from megamask.masks.find import new_mask_file
 from megamask.masks.foreign.importing import import_masks
-from megamask.sparsity.pattern import Pattern
 from megamask.storage import require_writable
 from megamask.verbs.own_arguments import ImportArguments
 from megamask.weights.base_model import base_model
@@ -23,4 +22,5 @@ def run(config: Config, arguments: ImportArguments) -> None:
     usage = "megamask import mask_compressed.npz mask.safetensors --base models/base"
     out = new_mask_file("OUT", arguments.out, usage)
     require_writable(out.parent, "OUT")
-    import_masks(Path(arguments.source), out, base_model(config), Pattern.parse(config.pattern))
+    base, overrides = base_model(config), config.pattern_overrides
+    import_masks(Path(arguments.source), out, base, config.pattern, overrides)

@@ -43,7 +43,7 @@ def run(config: Config, stop: StopRequest | None = None) -> int:
     with catching as request, start(config, request) as mesh:
         if mesh.any(bool(request)):
             raise Interrupted(request.received or signal.SIGTERM.name)
-        proven = with_proven_kernels(config, inputs.pattern, mesh)
+        proven = with_proven_kernels(config, inputs.plan.distinct, mesh)
         if proven != config:
             inputs = LearnInputs(proven)
         _check_free(inputs, mesh)  # plain PyTorch needs more memory than kernels

@@ -13,7 +13,14 @@ from megamask.plan.calibration import calibrated
 from megamask.plan.fit import check_fits
 from megamask.plan.hardware import GPUS, Device, device_named
 from megamask.plan.memory import memory_of
-from megamask.plan.plan_tables import as_json, footer, headline, memory_table, time_table
+from megamask.plan.plan_tables import (
+    as_json,
+    footer,
+    headline,
+    layer_table,
+    memory_table,
+    time_table,
+)
 from megamask.plan.saving import saving_lines
 from megamask.plan.search import search, search_json, search_lines
 from megamask.plan.time import time_of
@@ -51,8 +58,8 @@ def run(config: Config, arguments: PlanArguments) -> None:
     target = _target(arguments, gpus)
     tables = [memory_table(memories[0]), time_table(work, devices, memories, times)]
     title = headline(work, arguments.model or config.model.hf or config.run_dir)
-    texts = [[title], *tables, saving_lines(work), footer(devices)]
-    tell("\n\n".join("\n".join(lines) for lines in texts))
+    texts = [[title], layer_table(work), *tables, saving_lines(work), footer(devices)]
+    tell("\n\n".join("\n".join(lines) for lines in texts if lines))
     if arguments.json:
         storage.write_json(Path(arguments.json), as_json(work, devices, memories, times, target))
     check_fits(work.config, arch, target, work.dp)

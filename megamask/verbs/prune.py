@@ -59,7 +59,7 @@ def run(config: Config) -> None:
     if not todo and inputs.layout.tp * inputs.layout.dp == 1:
         return
     inputs.layout.check_model(inputs.arch)
-    inputs.layout.check_rows(inputs.arch, inputs.modules, inputs.pattern)
+    inputs.layout.check_rows(inputs.arch, inputs.plan)
     criteria = {method: find_criterion(method, config.prune) for method in methods}
     if any(criteria[method].needs_text for method in todo):
         check_positions(config, inputs.arch, ("calibration.seq_length",))
@@ -69,9 +69,8 @@ def run(config: Config) -> None:
         if not todo:
             return
         dense = load_dense(inputs, mesh)
-        job = PruningJob(
-            config, mesh, inputs.arch, inputs.pattern, dense.model.eval(), dense.linears
-        )
+        model = dense.model.eval()
+        job = PruningJob(config, mesh, inputs.arch, inputs.plan, model, dense.linears)
         criteria = {method: criteria[method] for method in todo}
         needs_text = any(one.needs_text for one in criteria.values())
         tokens_NS = calibration_tokens(config) if needs_text else None
@@ -89,13 +88,14 @@ def check_early(inputs: RunInputs) -> None:
     Raises:
         MegamaskError: no method, or a layout, pattern, block or output folder that cannot work.
     """
-    config, layout, pattern = inputs.config, inputs.layout, inputs.pattern
+    config, layout = inputs.config, inputs.layout
     if not config.prune.methods:
         fix = "Name a method, or leave the verb out."
         raise ConfigError("prune.methods", [], "at least one method", fix)
     criteria = [find_criterion(method, config.prune) for method in config.prune.methods]
     for one in criteria:
-        one.check(pattern, config.prune)
+        for pattern in inputs.patterns:
+            one.check(pattern, config.prune)
     if any(one.needs_text for one in criteria):
         layout.check_lengths(config, ("calibration.seq_length",))
     storage.require_writable(inputs.paths.masks)
@@ -115,7 +115,7 @@ def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
     config, criterion = inputs.config, find_criterion(method, inputs.config.prune)
     settings: dict[str, Any] = {
         "fingerprint": inputs.fingerprint,
-        "pattern": str(inputs.pattern),
+        "pattern": inputs.plan.facts(),
         "linears": inputs.modules,
     }
     if criterion.needs_text:
@@ -140,7 +140,7 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
         found = {
             **{key: value for key, value in masks.meta["data"].items() if key not in MEASURED},
             "fingerprint": masks.fingerprint,
-            "pattern": str(masks.pattern),
+            "pattern": masks.patterns.facts(),
             "linears": list(masks),
         }
         same = found == wanted
@@ -172,7 +172,7 @@ def prune(
     """Run the methods of one pass, and write their files."""
     mesh, begin = job.mesh, time.perf_counter()
     if mesh.is_main:
-        log.info("%s: %s of %d linears", ", ".join(criteria), job.pattern, len(job.linears))
+        log.info("%s: %s of %d linears", ", ".join(criteria), job.plan, len(job.linears))
     pruned = prune_layerwise(job, criteria, measured.tokens_NS, measured.gradients)
     seconds = time.perf_counter() - begin
     for method in criteria:
@@ -201,7 +201,7 @@ def write(
         if mesh.is_main:
             log.info("wrote %s", path)
     shapes, arch = hf_shapes(pruned, job.arch), job.arch
-    bits_of = {name: partial(_bits, job, one) for name, one in pruned.items()}
+    bits_of = {name: partial(_bits, job, name, one) for name, one in pruned.items()}
     bits = gather_codes(bits_of, arch, mesh)
     if mesh.is_main:
         write_masks(
@@ -225,9 +225,9 @@ def write(
     mesh.barrier()
 
 
-def _bits(job: PruningJob, one: PrunedShard) -> torch.Tensor:
+def _bits(job: PruningJob, name: str, one: PrunedShard) -> torch.Tensor:
     """The mask of a shard as ``Pattern.bits_of`` writes it, (O, G)."""
-    return job.pattern.bits_of(one.mask_OI.to(job.mesh.device))
+    return job.patterns[name].bits_of(one.mask_OI.to(job.mesh.device))
 
 
 def _take_part(gathered: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -264,8 +264,8 @@ def write_masks(
         path,
         {name: shapes[name] for name in made_from["linears"]},
         bits,
-        job.pattern.index_of_bits,
-        job.pattern,
+        lambda numbers, pattern: pattern.index_of_bits(numbers),
+        job.plan,
         facts,
     )
     log.info("wrote %s, %.1f s", path, seconds)

@@ -14,7 +14,7 @@ from megamask.errors import ArtifactError, ConfigError
 from megamask.export.unmeasured_parts import check_other_tensors
 from megamask.masks.file import MaskSet
 from megamask.masks.find import own_weights
-from megamask.masks.verify import check_strictly, configured_masks
+from megamask.masks.verify import check_configured, check_strictly, configured_masks
 from megamask.publish.base_facts import base_facts
 from megamask.publish.hub import Stale, check_repo, logged_in, upload
 from megamask.publish.upload_folder import (
@@ -25,7 +25,6 @@ from megamask.publish.upload_folder import (
     build,
     uploaded_files,
 )
-from megamask.sparsity.pattern import Pattern
 from megamask.storage import file_sha256, require_writable
 from megamask.terminal import tell
 from megamask.verbs.export import open_own
@@ -51,7 +50,7 @@ def run(config: Config, arguments: PushArguments) -> None:
     with base.open() as source:
         masks = _masks(config, is_model)
         check_strictly(masks, base)
-        masks.check(pattern=Pattern.parse(config.pattern))
+        check_configured(masks, base.architecture(), config)
         check_other_tensors(base, paths.weights)
         about = base_facts(base.hf_dir, arguments.base_name)
         one = Publication.of(arguments.repo, paths, base, about, masks, is_model)
@@ -64,7 +63,7 @@ def run(config: Config, arguments: PushArguments) -> None:
     if api is None:
         tell(f"nothing was uploaded: {out} holds what would go to {arguments.repo}")
         return
-    message = f"{masks.method} {masks.pattern} {arguments.what} {masks.content_sha256[:12]}"
+    message = f"{masks.method} {masks.patterns} {arguments.what} {masks.content_sha256[:12]}"
     stale = Stale(STAMP, WRITTEN)
     tell(f"uploaded: {upload(api, arguments.repo, out, message, arguments.private, stale)}")
 

@@ -66,7 +66,7 @@ def run(config: Config) -> None:
     masks = whole_masks(open_masks(config.recover.mask, config, inputs.arch), "recover.mask")
     masks.check(shapes=linear_shapes(inputs.arch), fingerprint=inputs.fingerprint)
     inputs.layout.check_model(inputs.arch)
-    inputs.layout.check_rows(inputs.arch, list(masks), masks.pattern)
+    inputs.layout.check_rows(inputs.arch, masks.patterns)
     check_positions(config, inputs.arch, recovery.lengths())
     inputs.check_text()
     check_strictly(masks, base)
@@ -225,7 +225,7 @@ def _recover(one: Task, mesh: Mesh, windows: Mapping[str, torch.Tensor]) -> None
         config,
         mesh,
         arch,
-        one.masks.pattern,
+        one.masks.patterns,
         model,
         linears,
         shards,
@@ -233,7 +233,7 @@ def _recover(one: Task, mesh: Mesh, windows: Mapping[str, torch.Tensor]) -> None
         unfinished,
     )
     if mesh.is_main:
-        log.info("%s: %s on %d linears", one.name, one.masks.pattern, len(linears))
+        log.info("%s: %s on %d linears", one.name, one.masks.patterns, len(linears))
 
     def measure(weights: str) -> dict[str, float]:
         model.eval()
@@ -284,7 +284,7 @@ def _write(
     save_masks(
         one.mask_file,
         masks,
-        masks.pattern,
+        masks.patterns,
         fingerprint=masks.fingerprint,
         method=one.name,
         data=data,

@@ -18,12 +18,19 @@ from megamask.data.shared_text import check_shards
 from megamask.errors import ArtifactError, ConfigError, MegamaskError
 from megamask.model.build import build_model, prunable_linears
 from megamask.model.checkpoint import fill_from_hf
-from megamask.oneshot.channel_search import Found, find_orders, input_moments, kind_of, readers
+from megamask.oneshot.channel_search import (
+    Found,
+    find_orders,
+    input_moments,
+    kind_of,
+    readers,
+    stream_patterns,
+)
 from megamask.oneshot.value_rotation import find_rotations
 from megamask.parallel.mesh import start
 from megamask.prepare.dense_model import pruned_already
 from megamask.prepare.layout import Layout, check_positions
-from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.terminal import tell
 from megamask.verbs.own_arguments import ReorderArguments
 from megamask.weights.architecture import Architecture
@@ -32,7 +39,7 @@ from megamask.weights.channel_orders import reordered
 from megamask.weights.file_layout import file_layout
 from megamask.weights.fingerprint import fingerprints_of
 from megamask.weights.hf_files import open_checked, write_hf
-from megamask.weights.mapping import prunable
+from megamask.weights.layer_plan import asked_patterns, layer_plan
 from megamask.weights.own_folder import own_files, require_own
 from megamask.weights.source import WeightSource
 
@@ -50,12 +57,12 @@ def run(config: Config, arguments: ReorderArguments) -> None:
         ArtifactError: model or shards are missing or torn, the model is pruned already, or the
             folder holds other files or cannot be written.
     """
-    out, pattern = Path(arguments.out), Pattern.parse(config.pattern)
-    ignore_keys = config.model.ignore_keys
-    if pattern.unit > 1:
-        allowed = "N:M of single weights: there is no search of an order for pairs"
-        fix = f"Set pattern={pattern.n}:{pattern.m}, or go on without a new order."
-        raise ConfigError("pattern", str(pattern), allowed, fix)
+    out, ignore_keys = Path(arguments.out), config.model.ignore_keys
+    for pattern in asked_patterns(config):
+        if pattern.unit > 1:
+            allowed = "N:M of single weights: there is no search of an order for pairs"
+            fix = f"Set pattern={pattern.n}:{pattern.m}, or go on without a new order."
+            raise ConfigError("pattern", str(pattern), allowed, fix)
     base = base_model(config)
     for folder, key in ((base.hf_dir, "model.hf"), (base.megatron, "model.megatron")):
         if folder is not None and storage.real_path(out) == storage.real_path(folder):
@@ -71,8 +78,8 @@ def run(config: Config, arguments: ReorderArguments) -> None:
             "model.hf", str(base.hf_dir), allowed, "Use the model in its present order."
         )
     Layout.launched(config).check_model(arch)
-    modules = prunable(arch, config.model.include, config.model.exclude)
-    _check_pattern(arch, modules, pattern)
+    plan = layer_plan(arch, config)
+    _check_patterns(arch, plan, arguments.rotate_values)
     check_positions(config, arch, ("calibration.seq_length",))
     check_vocabulary(config, arch.vocab)
     check_shards(config)
@@ -81,8 +88,8 @@ def run(config: Config, arguments: ReorderArguments) -> None:
     with base.open() as reader, start(config) as mesh:
         made_from = {
             "fingerprint": fingerprints_of(reader, arch).exact,
-            "pattern": str(pattern),
-            "linears": modules,
+            "pattern": plan.facts(),
+            "linears": [*plan],
             "dtype": config.dtype,
             "calibration": calibration_description(config),
         }
@@ -96,7 +103,7 @@ def run(config: Config, arguments: ReorderArguments) -> None:
         model = build_model(config, arch, mesh).eval()
         fill_from_hf(model, arch, mesh, reader)
         linears = prunable_linears(model, config, arch)
-        if sparse := pruned_already(linears, arch, pattern, mesh):
+        if sparse := pruned_already(linears, arch, plan, mesh):
             problem = f"holds a model that is pruned already: {sparse}"
             fix = "Reorder the dense model: another order would break the groups of its mask."
             raise ArtifactError(base.place, problem, fix)
@@ -111,24 +118,36 @@ def run(config: Config, arguments: ReorderArguments) -> None:
         )
         del model, linears  # the searches and the tensors of the files need the memory
         if mesh.is_main:
-            found = find_orders(reader, arch, modules, moments.mean_square, pattern, mesh.device)
+            found = find_orders(reader, arch, plan, moments.mean_square, mesh.device)
             if arguments.rotate_values:
-                find_rotations(reader, arch, modules, moments, pattern, found, mesh.device)
-            _write(base, arch, out, reader, found, made_from)
+                find_rotations(reader, arch, plan, moments, found, mesh.device)
+            _write(base, arch, out, reader, found, made_from, str(plan))
             log.info("wrote %s, %.1f s", out, time.perf_counter() - begin)
         mesh.barrier()
 
 
-def _check_pattern(arch: Architecture, modules: Collection[str], pattern: Pattern) -> None:
-    """Check that some channels that the linears to prune read split into groups."""
+def _check_patterns(arch: Architecture, plan: PatternPlan, rotates: bool) -> None:
+    """Check that some channels that the linears to prune read split into groups, and that linears
+    which share an order of channels have one pattern.
+    """
+    if len(stream_patterns(arch, plan)) > 1 or (rotates and plan.only is None):
+        who = (
+            "all linears (--rotate-values)" if rotates else "linears that read the residual stream"
+        )
+        allowed, fix = (
+            f"one pattern for {who}",
+            "Narrow pattern_overrides, or do without a new order.",
+        )
+        raise ConfigError("pattern_overrides", str(plan), allowed, fix)
     widths = {"hidden": arch.hidden, "ffn": arch.ffn, "value": arch.head_dim}
     names = {"hidden": "hidden_size", "ffn": "intermediate_size", "value": "head_dim"}
-    kinds = {kind_of(rule) for rule in readers(arch, modules)}
-    if all(widths[kind] % pattern.m for kind in kinds):
+    chosen = readers(arch, plan)
+    kinds = {kind_of(rule) for rule in chosen}
+    if all(widths[kind_of(rule)] % plan[rule.modules[0]].m for rule in chosen):
         listed = ", ".join(f"{names[kind]} = {widths[kind]}" for kind in names if kind in kinds)
         allowed = f"M must divide a number of channels that the linears to prune read: {listed}"
         fix = "Choose another pattern, or other linears (model.include, model.exclude)."
-        raise ConfigError("pattern", str(pattern), allowed, fix)
+        raise ConfigError("pattern", str(plan), allowed, fix)
 
 
 def _is_done(out: Path, made_from: Mapping[str, Any], ignore_keys: Collection[str]) -> bool:
@@ -149,6 +168,7 @@ def _write(
     reader: WeightSource,
     found: Found,
     made_from: Mapping[str, Any],
+    patterns: str,
 ) -> None:
     """Write the folder, check that it can be read, and say what a mask loses before and after."""
     shares = found.summary()
@@ -163,4 +183,4 @@ def _write(
     layout = base.layout()
     write_hf(out, tensors, base.hf_dir, finish=finish, layout=layout, config=base.config)
     for kind, (before, after) in shares.items():
-        tell(f"{kind:<7} a {made_from['pattern']} mask removes {before:.2%} -> {after:.2%}")
+        tell(f"{kind:<7} a {patterns} mask removes {before:.2%} -> {after:.2%}")

@@ -62,7 +62,7 @@ def run(config: Config) -> None:
                 "fingerprint": inputs.fingerprint,
                 "masks": masks.content_sha256,
                 "method": masks.method,
-                "pattern": str(masks.pattern),
+                "pattern": masks.patterns.facts(),
                 "by": section.by,
                 "parts": [part.name for part in parts],
                 "protocol": text.facts,

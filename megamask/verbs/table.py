@@ -74,8 +74,9 @@ class Verb:
         }
 
 
+PATTERNS = ("pattern", "pattern_overrides")
 EVERYWHERE = ("run_dir", "device", "deterministic", "dtype", "parallel")
-LEARNING = ("seed", "pattern", "model", "data", "learn", "evaluate.window", "evaluate.max_tokens")
+LEARNING = ("seed", *PATTERNS, "model", "data", "learn", "evaluate.window", "evaluate.max_tokens")
 TASKS = ("evaluate.masks", "evaluate.micro_batch", "tasks")
 RECOVERY = ("evaluate.window", "evaluate.max_tokens", "evaluate.micro_batch", "recover")
 VERBS: dict[str, Verb] = {
@@ -102,7 +103,7 @@ VERBS: dict[str, Verb] = {
     "reorder": Verb(
         "megamask.verbs.reorder",
         "model -> a Hugging Face folder with its channels in an order that prunes better",
-        (*EVERYWHERE, "pattern", "model", "data", "calibration"),
+        (*EVERYWHERE, *PATTERNS, "model", "data", "calibration"),
         ReorderArguments,
         writes=("out",),
         reads=("hf", "shards"),
@@ -111,7 +112,7 @@ VERBS: dict[str, Verb] = {
     "prune": Verb(
         "megamask.verbs.prune",
         "one-shot masks: magnitude, Wanda, SparseGPT",
-        (*EVERYWHERE, "pattern", "model", "data", "calibration", "prune"),
+        (*EVERYWHERE, *PATTERNS, "model", "data", "calibration", "prune"),
         writes=("masks",),
         reads=("weights", "shards"),
         is_parallel=True,
@@ -119,7 +120,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "megamask.verbs.plan",
         "memory, time and GPU-hours of a learning run, before anything is launched",
-        ("run_dir", "dtype", "pattern", "model", "parallel", "data.seq_length", "learn"),
+        ("run_dir", "dtype", *PATTERNS, "model", "parallel", "data.seq_length", "learn"),
         PlanArguments,
         {
             "--pattern": "pattern",
@@ -169,7 +170,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb(
         "megamask.verbs.export",
         "model + mask file -> masked Hugging Face folder or Megatron checkpoint, or a mask archive",
-        ("run_dir", "pattern", "model.hf", "model.megatron", "export"),
+        ("run_dir", *PATTERNS, "model.hf", "model.megatron", "export"),
         shortcuts={"--to": "export.format"},
         writes=("export",),
         reads=("hf",),
@@ -185,7 +186,7 @@ VERBS: dict[str, Verb] = {
     "push": Verb(
         "megamask.verbs.push",
         "mask or masked model -> the Hugging Face Hub, with a card of what was measured",
-        ("run_dir", "pattern", "model.hf", "model.megatron", "export.mask"),
+        ("run_dir", *PATTERNS, "model.hf", "model.megatron", "export.mask"),
         PushArguments,
         writes=("push",),
         reads=("hf",),
@@ -220,7 +221,7 @@ VERBS: dict[str, Verb] = {
     "import": Verb(
         "megamask.verbs.import_masks",
         "masks of another tool + their base model -> mask file",
-        ("run_dir", "pattern", "model.hf", "model.megatron"),
+        ("run_dir", *PATTERNS, "model.hf", "model.megatron"),
         ImportArguments,
         {"--base": "model.hf", "--pattern": "pattern"},
         writes=("out",),

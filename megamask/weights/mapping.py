@@ -25,6 +25,7 @@ __all__ = [
     "expected_tensors",
     "linear_shapes",
     "prunable",
+    "require_match",
     "rules",
 ]
 
@@ -118,13 +119,7 @@ def _prunable(
     names = list(linear_shapes(arch))
     for key, patterns in (("model.include", include), ("model.exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0]
-                fix = (
-                    f"The nearest name is {near}. "
-                    "Embeddings, norms and the head are never pruned and need no pattern."
-                )
-                raise ConfigError(key, pattern, "a pattern that matches at least one linear", fix)
+            require_match(key, pattern, names)
     chosen = {name for name in names if _matches(name, include) and not _matches(name, exclude)}
     if not chosen:
         raise ConfigError(
@@ -135,6 +130,21 @@ def _prunable(
         )
     _refuse_split_fusions(arch, chosen)
     return tuple(name for name in names if name in chosen)
+
+
+def require_match(key: str, pattern: str, names: Sequence[str]) -> None:
+    """Check that a shell-style pattern of the setting ``key`` matches one of ``names``.
+
+    Raises:
+        ConfigError: it matches none; the message has the nearest name.
+    """
+    if not any(fnmatchcase(name, pattern) for name in names):
+        near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0]
+        fix = (
+            f"The nearest name is {near}. "
+            "Embeddings, norms and the head are never pruned and need no pattern."
+        )
+        raise ConfigError(key, pattern, "a pattern that matches at least one linear", fix)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -19,7 +19,7 @@ from megamask import apply_masks, load_masks
 from megamask.errors import ArtifactError
 from megamask.evaluate.rows import Row, Rows
 from megamask.sparsity.pattern import Pattern
-from tests.e2e.program import Finished, contents, in_process, in_ranks, megamask, refusal
+from tests.e2e.program import Finished, contents, here, in_process, in_ranks, megamask, refusal
 from tests.masks import is_valid
 
 pytestmark = pytest.mark.slow
@@ -333,7 +333,26 @@ def test_two_tensor_parallel_ranks(
     alone, run_dir = pipeline[0], tmp_path / "run"
     shutil.copytree(prepared / "shards", run_dir / "shards")
     verbs = ("convert", "prune", "learn", "evaluate")
-    in_ranks(2, *([verb, *settings(run_dir), "parallel.tp=2"] for verb in verbs))
+    # three patterns in one model, from weights that one rank wrote
+    folders = [
+        Path(shutil.copytree(prepared, tmp_path / name)) for name in ("mixed", "mixed-alone")
+    ]
+    entries = '{"*.down_proj": "6:8", "model.layers.0.self_attn.*": "4:8:pair"}'
+    mixed = [f"pattern_overrides={entries}", "prune.methods=[sparsegpt]", "learn.steps=2"]
+    in_ranks(
+        2,
+        *([verb, *settings(run_dir), "parallel.tp=2"] for verb in verbs),
+        *([verb, *settings(folders[0]), *mixed, "parallel.tp=2"] for verb in ("prune", "learn")),
+    )
+    for verb in ("prune", "learn"):
+        here(verb, *settings(folders[1]), *mixed)
+    for method in ("sparsegpt", "learned"):
+        ours, theirs = (load_masks(one / "masks" / f"{method}.safetensors") for one in folders)
+        assert ours.patterns == theirs.patterns and len(ours.patterns.distinct) == 3
+        pairs = [(ours.index(name), theirs.index(name)) for name in ours]
+        differ = sum(int((one != other).sum()) for one, other in pairs)
+        # near ties, as below
+        assert differ <= 0.005 * sum(one.numel() for one, _ in pairs), method
     for method in (*METHODS, "learned"):
         ours, theirs = (
             load_masks(folder / "masks" / f"{method}.safetensors") for folder in (run_dir, alone)

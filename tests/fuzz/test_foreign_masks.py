@@ -47,7 +47,7 @@ def test_maskllm_archives(tmp_path: Path) -> None:
             archive.writestr(f"{names[0]}.weight.mask.npy", changed)
 
     with open_checked(tmp_path / "hf") as weights:
-        base = Base(arch, weights, Pattern(2, 4))
+        base = Base(arch, weights, dict.fromkeys(linear_shapes(arch), Pattern(2, 4)))
         survives(lambda: list(maskllm_npz.read(path, base)), write, count=800)
 
 
@@ -69,7 +69,7 @@ def test_other_files(tmp_path: Path, count: int) -> None:
     folder.mkdir()
     torch.save(mask, folder / f"{name}.pt")
     with open_checked(tmp_path / "hf") as weights:
-        base = Base(arch, weights, Pattern(2, 4))
+        base = Base(arch, weights, dict.fromkeys(linear_shapes(arch), Pattern(2, 4)))
         for kind, file in (
             (patch_npz.KIND, tmp_path / "patch.npz"),
             (maskllm_pt.KIND, tmp_path / "mask.pt"),

@@ -33,6 +33,7 @@ from megamask.report.reading import read_run
 from megamask.report.results_table import format_table
 from megamask.safe_checkpoint import INDEX, NOTE, check_common
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import read_architecture
 from megamask.weights.from_gguf import unpack
 from megamask.weights.gguf_layout import read_layout
@@ -112,7 +113,14 @@ def test_coded_mask_files(tmp_path: Path) -> None:
     }
     shapes = dict.fromkeys(masks, (64, 64))
     facts = Facts("f" * 64, "magnitude")
-    save_coded(path, shapes, index.items(), pattern, facts, lambda name: weight)
+    save_coded(
+        path,
+        shapes,
+        index.items(),
+        PatternPlan.uniform([*shapes], pattern),
+        facts,
+        lambda name: weight,
+    )
     codings = {name: coding_of(about) for name, about in load_masks(path).meta["tensors"].items()}
     assert set(codings.values()) == set(CODED)
 

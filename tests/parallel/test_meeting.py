@@ -85,7 +85,7 @@ def backends_where_numba_fails(mesh: Mesh) -> list[str]:
         raise RuntimeError("no compiler")
 
     def chosen() -> str:
-        return with_proven_kernels(settings(tp=3), Pattern(2, 4), mesh).learn.sampling.backend
+        return with_proven_kernels(settings(tp=3), [Pattern(2, 4)], mesh).learn.sampling.backend
 
     found = [chosen()]
     if mesh.rank == 1:

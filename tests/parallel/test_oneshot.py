@@ -26,8 +26,10 @@ from megamask.oneshot.layerwise import PrunedShard, PruningJob, passes, prune_la
 from megamask.parallel.mesh import start
 from megamask.sparsity.margins import margins_of, to_levels
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import read_architecture
 from megamask.weights.hf_files import open_checked
+from megamask.weights.mapping import linear_shapes
 from tests.parallel.plain_oneshot import DAMP, GROUP, KEEP
 from tests.parallel.plain_pruning import (
     DENSE_LINEAR,
@@ -112,9 +114,8 @@ def prune_in_rank(
         model = build_model(config, arch, mesh).eval()
         with open_checked(Path(hf)) as reader:
             fill_from_hf(model, arch, mesh, reader)
-        job = PruningJob(
-            config, mesh, arch, Pattern(KEEP, GROUP), model, prunable_linears(model, config, arch)
-        )
+        plan = PatternPlan.uniform([*linear_shapes(arch)], Pattern(KEEP, GROUP))
+        job = PruningJob(config, mesh, arch, plan, model, prunable_linears(model, config, arch))
 
         def whole(pruned: dict[str, PrunedShard]) -> tuple[dict[str, torch.Tensor], ...]:
             assert all(linear.folded_weight is None for linear in job.linears.values())

@@ -22,6 +22,7 @@ from megamask.recovery.reconstruct import reconstruct
 from megamask.recovery.recovery import Recovered, RecoveryJob
 from megamask.recovery.unfinished import Unfinished
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.hf_files import open_checked
 from tests.parallel.plain_pruning import recovered
@@ -80,7 +81,8 @@ def recover_in_rank(
         masks_OI = {name: one for name, one in shards.items() if one is not None}
         linears = {name: masked_linears(model)[name] for name in masks_OI}
         folder = Path(mesh.from_main(tempfile.mkdtemp()))
-        about = (mesh, arch, Pattern(2, 4), model, linears, masks_OI, torch.float32)
+        plan = PatternPlan.uniform([*masks], Pattern(2, 4))
+        about = (mesh, arch, plan, model, linears, masks_OI, torch.float32)
         for solver in ("sequential", "exact"):
             unfinished = Unfinished(folder, {"solver": solver}, mesh)
             assert unfinished.load("layer-0001") is None  # what another solver made is gone

@@ -103,7 +103,6 @@ class MaskPro:
     def __init__(self, config: Config, mesh: Mesh, masked_model: MaskedModel) -> None:
         self.config, self.mesh, self.masked_model = config, mesh, masked_model
         self.section = config.learn.maskpro
-        self.score = choose_score(self.section.score, masked_model.pattern)
         self.tracker = Tracker(self.section.tracker_decay)
         self.initial = {
             linear.parameter_id: linear.mask_statistics(1.0)[0]
@@ -138,7 +137,8 @@ class MaskPro:
             assert linear.mask_logits is not None
             key = NoiseKey(self.config.seed, step).of(linear.parameter_id)
             add_scores = add_scores_of(linear.backend)
-            add_scores(linear.mask_logits, linear.site.of_units, key, coefficients, self.score)
+            kind = choose_score(self.section.score, linear.site.pattern)
+            add_scores(linear.mask_logits, linear.site.of_units, key, coefficients, kind)
         loss, size = fmean(losses_K), math.sqrt(fmean(one * one for one in advantages_K))
         return PolicyResult(
             lm_loss=loss,

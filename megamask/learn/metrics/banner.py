@@ -17,7 +17,7 @@ def banner(config: Config, masked_model: MaskedModel, mesh: Mesh) -> list[str]:
     backend = next(iter(linears)).backend
     engine = "Transformer Engine" if has_transformer_engine(mesh.device) else "PyTorch"
     lines = [
-        f"{masked_model.pattern} masks for {len(linears)} linears, {weights:.0f} M weights; "
+        f"{masked_model.plan} masks for {len(linears)} linears, {weights:.0f} M weights; "
         f"prior {masked_model.prior_method}; {mesh.device}, TP {mesh.tp} x DP {mesh.dp}; "
         f"sampling by {backend}, norm and attention by {engine}"
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +28,13 @@ class Base:
     Attributes:
         arch: its architecture.
         weights: its tensors.
-        pattern: the pattern that every mask must have.
+        plan: the pattern that the mask of each linear must have.
         ignore_keys: see ``read_architecture``.
     """
 
     arch: Architecture
     weights: WeightSource
-    pattern: Pattern
+    plan: Mapping[str, Pattern]
     ignore_keys: tuple[str, ...] = ()
 
     @cached_property

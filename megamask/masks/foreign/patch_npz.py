@@ -61,7 +61,7 @@ def _check_tiles(path: Path, name: str, mask_OI: Tensor, base: Base) -> None:
     Raises:
         ArtifactError: the mask mixes them.
     """
-    pattern = base.pattern
+    pattern = base.plan[name]
     if mask_OI.shape[1] % pattern.m:
         return
     kept_OG = mask_OI.unflatten(1, (-1, pattern.m)).sum(-1)

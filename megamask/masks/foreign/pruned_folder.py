@@ -57,7 +57,7 @@ def masks_of(
             kept_OI = pruned_OI != 0 if mask_OI is None else mask_OI
             _check_kept(reader.folder, name, kept_OI & (pruned_OI != base_OI), base_OI.dtype)
             if mask_OI is None:
-                mask_OI = _with_zeros(reader.folder, name, kept_OI, base_OI, base.pattern)
+                mask_OI = _with_zeros(reader.folder, name, kept_OI, base_OI, base.plan[name])
             yield name, mask_OI
     linears = {f"{name}.weight" for name in base.shapes}
     others = filter(base.layout.is_other, base.weights.names())

@@ -20,7 +20,7 @@ from megamask.verbs.table import VERBS
 REPO = Path(__file__).resolve().parents[3]
 # A setting more is a decision: write it here under its role, which its Field says.
 DECIDING = """
-    seed dtype pattern model.include model.exclude
+    seed dtype pattern pattern_overrides model.include model.exclude
     data.domains data.blend data.seq_length data.eod
     calibration.samples calibration.seq_length calibration.seed
     prune.methods prune.inputs prune.damp prune.block prune.gradual

@@ -161,7 +161,7 @@ def test_other_tensors_than_the_models_are_noticed(
             with pytest.raises(ArtifactError, match=name):
                 check_others(other.hf_dir, base, source)
             with pytest.raises(ArtifactError, match=rf"another {name}|misses tensors: {name}"):
-                import_masks(other.hf_dir, tmp_path / "mask.safetensors", base, P24)
+                import_masks(other.hf_dir, tmp_path / "mask.safetensors", base, "2:4", {})
 
 
 def test_a_folder_of_the_text_part_alone_misses_the_rest(
@@ -181,7 +181,11 @@ def test_masks_come_back_from_an_exported_folder(folders: dict[str, Path], tmp_p
     masks = mask_of(folders["in memory"], path)
     export(settings(tmp_path, folders["in memory"]))
     import_masks(
-        tmp_path / "export", tmp_path / "back.safetensors", BaseModel(folders["published"]), P24
+        tmp_path / "export",
+        tmp_path / "back.safetensors",
+        BaseModel(folders["published"]),
+        "2:4",
+        {},
     )
     back = load_masks(tmp_path / "back.safetensors")
     assert back.content_sha256 == masks.content_sha256 and back.fingerprint == masks.fingerprint

@@ -112,7 +112,7 @@ def test_a_round_trip(kind: str, llama: Run, capsys: pytest.CaptureFixture[str])
     assert "written and verified" in capsys.readouterr().out
     written = folder / "out" / FILES[kind]
     back = folder / "back.safetensors"
-    import_masks(written, back, BaseModel(folder / "hf"), Pattern(2, 4))
+    import_masks(written, back, BaseModel(folder / "hf"), "2:4", {})
     own = load_masks(folder / "masks" / "learned.safetensors")
     assert load_masks(back).content_sha256 == own.content_sha256
     assert (folder / "out" / "LICENSE").read_text() == "of the base model"

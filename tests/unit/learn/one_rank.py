@@ -55,13 +55,13 @@ def tiny_masked_model(config: Config, layers: int = 2) -> Iterator[tuple[Mesh, M
             linears = prunable_linears(model, config, arch)
             switch = attach_logits(
                 linears,
-                pattern,
+                dict.fromkeys(linears, pattern),
                 learn.sampling.backend,
                 mesh.device,
                 find_method(learn.method).distribution,
                 learn.state.logits,
             )
-            masked_model = MaskedModel(arch, pattern, "", model, linears, switch, None)
+            masked_model = MaskedModel(arch, "", model, linears, switch, None)
             for logits in masked_model.mask_logits:
                 logits.data.normal_(std=0.01, generator=noise)
             yield mesh, masked_model

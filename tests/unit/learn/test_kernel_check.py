@@ -64,15 +64,15 @@ def mesh() -> Iterator[Mesh]:
 )
 def test_kernels_that_work_are_kept(words: list[str], backend: str, mesh: Mesh) -> None:
     config = settings(*words, f"learn.sampling.backend={backend}")
-    assert with_proven_kernels(config, Pattern.parse(config.pattern), mesh) == config
+    assert with_proven_kernels(config, [Pattern.parse(config.pattern)], mesh) == config
 
 
 def test_the_check_is_cheap(mesh: Mesh) -> None:
     """Kernels that are compiled take 0.02 to 0.1 CPU seconds, and 0.1 to 0.4 the first time."""
     config = settings("learn.memory=leanest")
-    with_proven_kernels(config, Pattern(2, 4), mesh)
+    with_proven_kernels(config, [Pattern(2, 4)], mesh)
     begin = time.process_time()
-    with_proven_kernels(config, Pattern(2, 4), mesh)
+    with_proven_kernels(config, [Pattern(2, 4)], mesh)
     assert time.process_time() - begin < 1
 
 
@@ -143,14 +143,14 @@ def test_a_wrong_kernel_falls_back_and_is_said(
     monkeypatch.setattr(NumbaSampler, method, wrong)
     config = settings("learn.sampling.backend=auto")
     with caplog.at_level(logging.WARNING):
-        found = with_proven_kernels(config, Pattern(2, 4), mesh)
+        found = with_proven_kernels(config, [Pattern(2, 4)], mesh)
     assert found.learn.sampling.backend == "torch"
     assert found == settings("learn.sampling.backend=torch")
     assert len(caplog.messages) == 1 and "forty lines" not in caplog.text
     assert "plain PyTorch, several times slower: the numba kernels fail here" in caplog.text
     assert said in caplog.text
     with pytest.raises(ConfigError, match="learn.sampling.backend = 'numba': .*Use auto, or torch"):
-        with_proven_kernels(settings("learn.sampling.backend=numba"), Pattern(2, 4), mesh)
+        with_proven_kernels(settings("learn.sampling.backend=numba"), [Pattern(2, 4)], mesh)
 
 
 @pytest.mark.parametrize(("noise", "wrong"), [(0.0, 1.0), (0.5, 0.6), (1.0, 0.0)])
@@ -171,7 +171,7 @@ def test_the_noise_of_the_run_is_checked(
 def test_plain_pytorch_needs_no_check(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NumbaSampler, "forward", raising)
     config = settings("learn.sampling.backend=torch")
-    assert with_proven_kernels(config, Pattern(2, 4), mesh) == config
+    assert with_proven_kernels(config, [Pattern(2, 4)], mesh) == config
 
 
 def test_a_wrong_update_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from megamask.masks.file import load_masks, save_masks
 from megamask.masks.header import header_digest
 from megamask.masks.verify import summary
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 
 P24, P48 = Pattern(2, 4), Pattern(4, 8, 2)
 Change = Callable[[dict[str, Any]], object]
@@ -174,10 +175,12 @@ UP = "model.layers.0.mlp.up_proj"
     ("header", "message"),
     [
         (
-            lambda meta: meta.update(format_version=4),
-            "format version 4, this megamask reads 1 to 3",
+            lambda meta: meta.update(format_version=5),
+            "format version 5, this megamask reads 1 to 4",
         ),
         (lambda meta: meta.update(format_version=3), "has no coding"),
+        (lambda meta: meta.update(format_version=4), "has no pattern"),
+        (lambda meta: meta["tensors"][UP].update(pattern="2:4"), "a header of one pattern"),
         (lambda meta: meta["tensors"][UP].update(coding="uniform"), "a header without codings"),
         (lambda meta: meta.update(format_version=True), "format version True"),
         (lambda meta: meta.pop("format_version"), "broken header"),
@@ -256,9 +259,16 @@ def test_digits_out_of_range_are_found_even_with_a_matching_checksum(path: Path)
 
 def test_check_names_what_does_not_fit(path: Path) -> None:
     masks = load_masks(path)
-    masks.check(pattern=P24, shapes={**SHAPES, "another": (1, 4)}, fingerprint="f" * 64)
+    masks.check(
+        plan=PatternPlan.uniform([*SHAPES], P24),
+        shapes={**SHAPES, "another": (1, 4)},
+        fingerprint="f" * 64,
+    )
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"pattern": Pattern(1, 4)}, "holds 2:4 masks, wanted 1:4.*Set pattern=2:4"),
+        (
+            {"plan": PatternPlan.uniform([*SHAPES], Pattern(1, 4))},
+            "holds 2:4 masks, wanted 1:4.*Set pattern=2:4",
+        ),
         ({"shapes": {UP: (6, 16)}}, "down_proj, which is no linear"),
         ({"shapes": {**SHAPES, UP: (6, 32)}}, r"\(6, 16\), the model's linear \(6, 32\)"),
         ({"fingerprint": "0" * 64}, "another base model"),

@@ -31,6 +31,7 @@ from megamask.plan.workload import Workload
 from megamask.sparsity.draw import Sample
 from megamask.sparsity.noise import NoiseKey
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.sparsity.subset.subset import SUBSET
 from megamask.weights.family import Architecture, Experts, Layer
 from megamask.weights.mapping import prunable
@@ -107,7 +108,7 @@ def test_the_gradient_of_a_sample_replaces_the_buffer_of_an_expert_without_token
     with start(config()) as mesh:
         model = random_model(mesh)
         linears = masked_linears(model)
-        switch = attach_logits(linears, P24, "torch", mesh.device, SUBSET)
+        switch = attach_logits(linears, dict.fromkeys(linears, P24), "torch", mesh.device, SUBSET)
         for linear in linears.values():
             logits: Any = linear.mask_logits
             logits.main_grad = torch.full_like(logits, 7.0)
@@ -138,7 +139,7 @@ def statistics(tokens_BS: torch.Tensor) -> tuple[dict[str, InputStats], torch.Te
         }
         with input_stats(own, True, mesh, False) as stats:
             states.feed(model.decoder.layers[0], own.values())
-        warn_of_unseen(PruningJob(config(), mesh, ARCH, P24, model, own), stats)
+        warn_of_unseen(PruningJob(config(), mesh, ARCH, PatternPlan({}), model, own), stats)
         return stats, seen[0], mixture.choose(seen[0])[1]
 
 
@@ -199,7 +200,7 @@ def test_the_plan_counts_what_experts_save(shared_ffn: int | None) -> None:
     with start(config()) as mesh:
         model = random_model(mesh, arch=arch)
         linears = masked_linears(model)
-        switch = attach_logits(linears, P24, "torch", mesh.device, SUBSET)
+        switch = attach_logits(linears, dict.fromkeys(linears, P24), "torch", mesh.device, SUBSET)
         sample = Sample(NoiseKey(1, 2, 3), 100.0, 1.0)
         switch.running = RunningSample(sample, is_first=True)
         hidden_SBH = torch.randn(tokens, 1, 128, requires_grad=True)

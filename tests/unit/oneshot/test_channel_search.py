@@ -15,6 +15,7 @@ from megamask.oneshot import channel_search
 from megamask.oneshot.channel_search import Found, InputMoments, find_orders
 from megamask.oneshot.value_rotation import _learned, _loss, find_rotations
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.sparsity.regroup import lost, regrouped
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.channel_orders import reordered
@@ -56,7 +57,8 @@ def search(
 ) -> Found:
     modules = list(linear_shapes(arch)) if modules is None else modules
     mean_square = ones(arch) if mean_square is None else mean_square
-    return find_orders(reader, arch, modules, mean_square, pattern, torch.device("cpu"))
+    plan = PatternPlan.uniform(modules, pattern)
+    return find_orders(reader, arch, plan, mean_square, torch.device("cpu"))
 
 
 def test_the_shares_are_those_of_the_new_tensors(model: Path) -> None:
@@ -158,7 +160,8 @@ def test_rotated_values_lose_less(model: Path, monkeypatch: pytest.MonkeyPatch) 
     with open_checked(model) as reader:
         for _ in range(2):
             found = search(reader, arch)
-            of = (reader, arch, list(linear_shapes(arch)), moments, PATTERN, found)
+            plan = PatternPlan.uniform(list(linear_shapes(arch)), PATTERN)
+            of = (reader, arch, plan, moments, found)
             find_rotations(*of, torch.device("cpu"))
             results.append(found)
         orders = results[0].orders

@@ -15,7 +15,9 @@ from megamask.oneshot.criterion import Criterion, Pruned
 from megamask.oneshot.layerwise import PruningJob, prune_layerwise
 from megamask.oneshot.stats import GradientStats, Statistics
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import read_architecture
+from megamask.weights.mapping import linear_shapes
 
 TINY = Path(__file__).parents[3] / "configs" / "models" / "tiny-llama.json"
 NAME, PATTERN = "decoder.layers.0.mlp.linear_fc2", Pattern(2, 4)
@@ -45,7 +47,8 @@ def job(tmp_path: Path, inputs: str) -> PruningJob:
     mesh = SimpleNamespace(device=torch.device("meta"), tp=1, is_main=True)
     config = load_config(None, [f"run_dir={tmp_path}", f"prune.inputs={inputs}"])
     arch, model = read_architecture(tmp_path), cast(Any, None)
-    return PruningJob(config, cast(Any, mesh), arch, PATTERN, model, {NAME: cast(Any, linear)})
+    plan = PatternPlan.uniform([*linear_shapes(arch)], PATTERN)
+    return PruningJob(config, cast(Any, mesh), arch, plan, model, {NAME: cast(Any, linear)})
 
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])

@@ -29,7 +29,7 @@ def parallel(**settings: object) -> Config:
 
 def check_rows(pattern: str, tp: int, exclude: Sequence[str] = ()) -> None:
     modules = prunable(TINY, ["*"], exclude)
-    Layout(tp).check_rows(TINY, modules, Pattern.parse(pattern))
+    Layout(tp).check_rows(TINY, dict.fromkeys(modules, Pattern.parse(pattern)))
 
 
 def test_the_launched_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_the_launched_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_that_m_does_not_divide(pattern: str, tp: int, where: str) -> None:
     said = (
         rf"pattern = '{pattern}': M must divide in_features of model\.layers\.0\.{where} "
-        "Choose another pattern, a smaller parallel.tp"
+        "Choose another pattern, for this layer alone with pattern_overrides, a smaller parallel.tp"
     )
     with pytest.raises(ConfigError, match=said):
         check_rows(pattern, tp)
@@ -80,7 +80,9 @@ def test_a_dense_linear_may_have_any_rows_in_every_verb() -> None:
 
         def learn(config: Config = config, exclude: Sequence[str] = exclude) -> None:
             modules = prunable(arch, config.model.include, exclude)
-            Layout.launched(config).check_linears(config, arch, modules, Pattern(3, 9))
+            Layout.launched(config).check_linears(
+                config, arch, dict.fromkeys(modules, Pattern(3, 9))
+            )
 
         def plan(config: Config = config) -> None:
             Workload(config, arch).check()

@@ -81,14 +81,15 @@ def test_a_learning_run_reads_each_input_once(
     assert opened.count(str(weights / "config.json")) == 1
     assert opened.count(str(weights / "megamask.json")) == 1
     assert priors == ["magnitude.safetensors"]
-    parsed.pop("megamask.masks.file")  # a mask file states its own pattern
-    # The plan of a snapshot's seconds stands on settings alone.
-    assert parsed == {"megamask.prepare.run_inputs": 1, "megamask.plan.workload": 1}
+    parsed.pop("megamask.masks.header")  # a mask file states its own pattern
+    # The checks before any file is read, the inputs, the model, and the plan of a snapshot's
+    # seconds, which stands on settings alone.
+    assert parsed == {"megamask.weights.layer_plan": 4}
 
 
 def test_nothing_is_read_before_it_is_asked_for(prepared: Config, opened: list[str]) -> None:
     inputs = LearnInputs(prepared)
-    assert inputs.pattern == Pattern(2, 4) and inputs.layout.dp == 1
+    assert inputs.patterns == [Pattern(2, 4)] and inputs.layout.dp == 1
     assert opened == []
     assert inputs.prior is not None and inputs.prior_method == "magnitude"
     assert inputs.prior is inputs.prior and inputs.modules is inputs.modules
@@ -118,4 +119,4 @@ def test_tokens_that_the_model_does_not_know(prepared: Config, tmp_path: Path) -
 
 def test_a_pattern_that_is_none(prepared: Config) -> None:
     with pytest.raises(ConfigError, match="pattern = '4:2'"):
-        _ = RunInputs(prepared.model_copy(update={"pattern": "4:2"})).pattern
+        _ = RunInputs(prepared.model_copy(update={"pattern": "4:2"})).patterns

@@ -23,6 +23,7 @@ from megamask.masks.times import seconds_of
 from megamask.prepare.run_inputs import RunInputs
 from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.pattern import Pattern
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.storage import read_json
 from megamask.verbs import convert, prune
 from tests.parity.megatron import hf_tensors
@@ -107,7 +108,7 @@ def test_writes_masks_and_updated_weights(run_dir: Path, hf: Path) -> None:
         masks = load_masks(paths.mask(method))
         masks.verify()
         masks.check(
-            pattern=Pattern(2, 4),
+            plan=PatternPlan.uniform([*masks], Pattern(2, 4)),
             shapes={name.removesuffix(".weight"): tuple(one.shape) for name, one in dense.items()},
         )
         assert len(masks) == 14 and masks.method == method

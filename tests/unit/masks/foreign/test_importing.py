@@ -165,7 +165,7 @@ def test_masks_come_back(given: Given, tmp_path: Path, kind: str) -> None:
     hf, masks = given
     method, write = WRITERS[kind]
     out = tmp_path / "mask.safetensors"
-    import_masks(write(tmp_path, hf, masks), out, BaseModel(hf), P24)
+    import_masks(write(tmp_path, hf, masks), out, BaseModel(hf), str(P24), {})
     found = verify(out, hf)
     assert found.content_sha256 == content(tmp_path, hf, masks)
     assert all(torch.equal(found[name], mask) for name, mask in masks.items())
@@ -179,7 +179,7 @@ def test_linears_without_a_mask_are_named(
     hf, masks = given
     first = dict([next(iter(masks.items()))])
     source = WRITERS[kind][1](tmp_path, hf, first)
-    import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), P24)
+    import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), str(P24), {})
     assert set(load_masks(tmp_path / "mask.safetensors")) == set(first)
     dense = f"{len(masks) - 1} linears have no mask and stay dense: {list(masks)[1]}, "
     assert dense in caplog.text
@@ -189,7 +189,7 @@ def test_a_dense_linear_of_patch_has_no_mask(given: Given, tmp_path: Path) -> No
     hf, masks = given
     first, *others = masks
     source = write_patch(tmp_path / "mask.npz", masks | {first: torch.ones_like(masks[first])})
-    import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), P24)
+    import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), str(P24), {})
     assert list(load_masks(tmp_path / "mask.safetensors")) == others
 
 
@@ -203,7 +203,7 @@ def test_kept_zeros_of_a_bitmask_are_told(given: Given, tmp_path: Path) -> None:
 
     hf = write_pruned(tmp_path / "base", given[0], zero)
     out = tmp_path / "mask.safetensors"
-    import_masks(write_bitmask(tmp_path / "bits", hf, masks), out, BaseModel(hf), P24)
+    import_masks(write_bitmask(tmp_path / "bits", hf, masks), out, BaseModel(hf), str(P24), {})
     assert torch.equal(load_masks(out)[name], masks[name])
 
 
@@ -222,7 +222,7 @@ def test_zeros_of_the_base_model(given: Given, tmp_path: Path) -> None:
 
     def imported(hf: Path) -> Tensor:
         source = write_pruned(tmp_path / f"{hf.name}-pruned", hf, pruning({name: mask}))
-        import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), P24)
+        import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), str(P24), {})
         return load_masks(tmp_path / "mask.safetensors")[name]
 
     assert torch.equal(imported(base_of([0, 6])), mask)  # one is kept, the other is pruned
@@ -250,9 +250,9 @@ def test_pairs_come_back_and_broken_pairs_do_not(given: Given, tmp_path: Path) -
         source = write_pruned(tmp_path / f"pruned-{kept}", hf, pruning({name: mask}))
         if problem:
             with pytest.raises(ArtifactError, match=problem):
-                import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), pairs)
+                import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), str(pairs), {})
             continue
-        import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), pairs)
+        import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), str(pairs), {})
         assert torch.equal(load_masks(tmp_path / "mask.safetensors")[name], mask)
 
 
@@ -290,7 +290,7 @@ def test_archives_that_do_not_fit_are_refused(given: Given, tmp_path: Path) -> N
     }
     for said, write in cases.items():
         with pytest.raises(ArtifactError, match=said):
-            import_masks(write(), tmp_path / "mask.safetensors", BaseModel(hf), P24)
+            import_masks(write(), tmp_path / "mask.safetensors", BaseModel(hf), str(P24), {})
     assert not (tmp_path / "mask.safetensors").exists()
 
 
@@ -318,11 +318,13 @@ def test_folders_that_do_not_fit_are_refused(given: Given, tmp_path: Path) -> No
     for number, (said, change) in enumerate(cases.items()):
         source = write_pruned(tmp_path / str(number), hf, change)
         with pytest.raises(ArtifactError, match=said):
-            import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), P24)
+            import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), str(P24), {})
     save_model(tmp_path / "another", seed=5)
     source = write_pruned(tmp_path / "pruned", hf, pruning(masks))
     with pytest.raises(ArtifactError, match="neither zero nor the base model's"):
-        import_masks(source, tmp_path / "mask.safetensors", BaseModel(tmp_path / "another"), P24)
+        import_masks(
+            source, tmp_path / "mask.safetensors", BaseModel(tmp_path / "another"), str(P24), {}
+        )
     assert not (tmp_path / "mask.safetensors").exists()
 
 
@@ -371,7 +373,7 @@ def test_tensors_of_other_tools_that_do_not_fit_are_refused(
     out = tmp_path / "mask.safetensors"
     for said, write in cases.items():
         with pytest.raises(ArtifactError, match=said):
-            import_masks(write(), out, BaseModel(hf), P24)
+            import_masks(write(), out, BaseModel(hf), str(P24), {})
     assert not out.exists() and "stranger" not in capsys.readouterr().out
 
 
@@ -397,7 +399,7 @@ def test_archives_of_patch_that_do_not_fit_are_refused(given: Given, tmp_path: P
         given_masks = other.pop("masks", {name: mask})
         with pytest.raises(ArtifactError, match=said):
             source = write_patch(path, given_masks, **other)
-            import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), P24)
+            import_masks(source, tmp_path / "mask.safetensors", BaseModel(hf), str(P24), {})
     assert not (tmp_path / "mask.safetensors").exists()
 
 
@@ -425,7 +427,7 @@ def test_compressed_folders_that_do_not_fit_are_refused(given: Given, tmp_path: 
     for number, (said, change) in enumerate(cases.items()):
         source = write_bitmask(tmp_path / str(number), hf, masks, change)
         with pytest.raises(ArtifactError, match=said):
-            import_masks(source, out, BaseModel(hf), P24)
+            import_masks(source, out, BaseModel(hf), str(P24), {})
     source = write_bitmask(tmp_path / "whole", hf, masks)
     configs: dict[str, dict[str, Any]] = {
         "in the format 'sparse-bitmask'": {"format": "sparse-bitmask"},
@@ -433,9 +435,11 @@ def test_compressed_folders_that_do_not_fit_are_refused(given: Given, tmp_path: 
     }
     for said, config in configs.items():
         with pytest.raises(ArtifactError, match=said):
-            import_masks(set_config(source, **config), out, BaseModel(hf), P24)
+            import_masks(set_config(source, **config), out, BaseModel(hf), str(P24), {})
     with pytest.raises(ArtifactError, match="does not keep 4 of every 8"):
         broken = {name: mask.clone()}
         broken[name][0, :8] = torch.tensor([1, 1, 1, 0, 1, 1, 1, 0]).bool()
-        import_masks(write_npz(tmp_path / "m.npz", broken), out, BaseModel(hf), Pattern(4, 8))
+        import_masks(
+            write_npz(tmp_path / "m.npz", broken), out, BaseModel(hf), str(Pattern(4, 8)), {}
+        )
     assert not out.exists()

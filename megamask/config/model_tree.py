@@ -1,0 +1,34 @@
+"""The settings of the model, and of which of its linears stay dense."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from megamask.config.section import Section, by_content, free
+
+
+class ModelSection(Section):
+    """Which model, and which of its linears get a mask. Patterns are shell-style, over Hugging
+    Face module names.
+    """
+
+    hf: str | None = by_content(
+        None,
+        description="Hugging Face folder: config.json, weights (.safetensors or "
+        "pytorch_model.bin), tokenizer; null = {run_dir}/hf",
+    )
+    gguf: str | None = by_content(
+        None, description="GGUF file that the verb gguf unpacks into model.hf"
+    )
+    megatron: str | None = by_content(
+        None,
+        description="checkpoint of Megatron-LM or Megatron-Bridge (torch_dist) whose weights are "
+        "read in the place of those in model.hf, which then needs the tokenizer only, and "
+        "config.json where the checkpoint does not tell the whole architecture",
+    )
+    include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
+    exclude: list[str] = Field(default_factory=list, description="linears to keep dense")
+    ignore_keys: list[str] = free(
+        [],
+        description="keys of config.json that megamask does not know and that change nothing",
+    )
