@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from megamask.process.signals import held
 
 # key -> type of its value, several types, or the required keys of an object
 Required: TypeAlias = Mapping[str, Any]
+_HALF_LETTER = re.compile(r"\\u[dD][89a-fA-F]")  # what JSON may write and no text may hold
 PARTIAL = ".partial"  # end of the name of a folder that a later run goes on with
 
 
@@ -201,6 +203,15 @@ def is_number(value: Any, above: float = -1e300) -> TypeGuard[float]:
     return is_real and above < value < 1e300
 
 
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8. JSON can escape half a letter, which cannot."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def finite(value: Any) -> Any:
     """``value`` with null for each number that is not finite: JSON has no word for those."""
     if isinstance(value, Mapping):
@@ -223,7 +234,11 @@ def read_json(path: Path, fix: str) -> Any:
     try:
         require_file(path, JSON, fix)
         with reading(path, fix):
-            return json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if _HALF_LETTER.search(text) and not is_text(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("it holds half a letter (a lone surrogate)")
+        return value
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise wrong_file(path, JSON, fix, error) from error
 

@@ -63,7 +63,7 @@ def deciding_settings(config: Config, sections: Sequence[str]) -> dict[str, Any]
     """
     flat = flatten(config.model_dump(mode="json"))
     return {
-        key: _below_run(value, config.run_dir)
+        key: below_run(value, config.run_dir)
         for key, value in flat.items()
         if _is_below(key, sections) and not _is_below(key, free_settings())
     }
@@ -116,7 +116,7 @@ def _is_below(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def _below_run(value: Any, run_dir: str) -> Any:
+def below_run(value: Any, run_dir: str) -> Any:
     """A path below the run folder relative to it; every other value as it is."""
     spelled = _spelled(value, run_dir)
     return spelled if isinstance(spelled, str) and spelled.startswith(RUN) else value

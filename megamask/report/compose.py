@@ -65,7 +65,7 @@ def draw_pictures(config: Config, data: RunData, folder: Path) -> list[Picture]:
     for plan in plans:
         path = folder / f"{plan.name}.png"
         if plan.is_there:
-            save(plan.draw(), path)
+            save(plan.draw, path)
         else:
             path.unlink(missing_ok=True)
             if plan.is_optional:

@@ -6,13 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamask.errors import ConfigError
 from megamask.masks.compare import Difference, chance
 from megamask.masks.file import MaskSet
 from megamask.report.layers import places_of
 from megamask.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NOWHERE = "–"  # stands for the layer of a linear that lies in no layer
 ALL = "**all**"
@@ -131,17 +134,30 @@ def draw(a: MaskSet, b: MaskSet, differences: Differences, path: Path) -> None:
         ConfigError: no linear lies in a numbered layer.
     """
     # Matplotlib is only imported where a picture is wanted.
-    from megamask.report.layer_pictures import difference_picture
     from megamask.report.plot_style import save
 
-    main, places = main_share(a, b), places_of(differences)
-    if not places:
+    if not places_of(differences):
         raise ConfigError(
             "--picture",
             str(path),
             "linears that lie in numbered layers",
             "Use --json for these masks.",
         )
+    names = (f"{a.method} {a.patterns}", f"{b.method} {b.patterns}")
+    save(lambda: layer_map(a, b, differences, names), path)
+
+
+def layer_map(a: MaskSet, b: MaskSet, differences: Differences, names: tuple[str, str]) -> Figure:
+    """The picture of the share that differs; some linear lies in a numbered layer.
+
+    Args:
+        a, b: the masks.
+        differences: their differences.
+        names: of the masks, for the title.
+    """
+    from megamask.report.layer_pictures import difference_picture
+
+    main, places = main_share(a, b), places_of(differences)
     grouped: dict[tuple[str, int], list[Difference]] = {}
     for name, place in places.items():
         grouped.setdefault(place, []).append(differences[name])
@@ -150,8 +166,9 @@ def draw(a: MaskSet, b: MaskSet, differences: Differences, path: Path) -> None:
     layers = max(layer for _, layer in shares) + 1
     cells = [[shares.get((kind, layer)) for layer in range(layers)] for kind in kinds]
     numbers = [[math.nan if share is None else share for share in row] for row in cells]
-    title = f"{COLUMNS[main].capitalize()}: {a.method} {a.patterns} and {b.method} {b.patterns}"
-    save(difference_picture(kinds, numbers, title), path)
+    return difference_picture(
+        kinds, numbers, f"{COLUMNS[main].capitalize()}: {' and '.join(names)}"
+    )
 
 
 def by_layer(differences: Differences) -> dict[str, dict[str, Difference]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from megamask.report.reading import Record
 from megamask.storage import atomic_file
+
+if TYPE_CHECKING:
+    from megamask.report.reading import Record
 
 FloatArray = NDArray[np.float64]
 
@@ -40,6 +42,7 @@ STYLE: Any = {
     "grid.linewidth": 0.7,
     "figure.dpi": 144,
     "savefig.facecolor": "white",
+    "text.parse_math": False,  # a $ in the name of a domain, mask or run is a $
 }
 METHOD_COLORS = {
     "dense": "#000000",
@@ -59,10 +62,10 @@ OTHER_COLOR = "#b58900"  # a method that has no colour of its own
 PANEL = (4.1, 3.3)  # width and height in inches
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file atomically."""
+def save(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw a figure in the common style, and write it as a PNG file atomically."""
     with atomic_file(path) as temporary, matplotlib.rc_context(STYLE):
-        figure.savefig(temporary, format="png")
+        draw().savefig(temporary, format="png")
 
 
 def panels(

@@ -14,7 +14,7 @@ import yaml
 from megamask.config import Config, run_paths
 from megamask.config.nested import flatten
 from megamask.config.tree import PUBLISHED
-from megamask.errors import ArtifactError
+from megamask.errors import ArtifactError, printable
 from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
@@ -22,7 +22,7 @@ from megamask.masks.identity import row_name
 from megamask.masks.verify import pattern_facts
 from megamask.report.result_kinds import read_result_tables
 from megamask.report.result_table import ResultTable
-from megamask.storage import is_number, lacks, read_object
+from megamask.storage import is_number, is_text, lacks, read_object
 
 Record = dict[str, Any]
 FIX = "Delete it, or run the verb learn again."
@@ -57,6 +57,10 @@ class RunData:
     versions: dict[str, str] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
 
+    def by_protocol(self) -> dict[str, dict[str, Any]]:
+        """Protocol -> perplexities under it, of those that are there."""
+        return ({"heldout": self.results} if self.results else {}) | self.published
+
 
 def read_run(config: Config) -> RunData:
     """Read the data in ``config.run_dir``.
@@ -66,7 +70,8 @@ def read_run(config: Config) -> RunData:
     """
     paths = run_paths(config)
     records = read_metrics(paths.learn / "metrics.jsonl")
-    masks = {_row(path): path for path in sorted(paths.masks.glob("*.safetensors"))}
+    files = sorted(paths.masks.glob("*.safetensors"))
+    masks = {printable(_row(path), kept=""): path for path in files}
     results = read_results(paths.results_under("heldout"))
     each = {protocol: read_results(paths.results_under(protocol)) for protocol in PUBLISHED}
     published = {protocol: found for protocol, found in each.items() if found}
@@ -128,7 +133,11 @@ def _numbers_of(record: Record) -> Record:
     kept: Record = {key: value for key, value in record.items() if is_number(value)}
     by_domain = record.get("perplexity")
     if isinstance(by_domain, dict):
-        there = {name: value for name, value in by_domain.items() if is_number(value, above=0)}
+        there = {
+            name: value
+            for name, value in by_domain.items()
+            if is_number(value, above=0) and is_text(name)
+        }
         kept["perplexity"] = there
     return {**kept, "kind": record["kind"]}
 

@@ -37,6 +37,7 @@ class ResultTable:
         rows: (method or other key, cells) of every row. The row ``learned`` is emphasized.
         notes: sentences below the table: units, and the protocol of the numbers.
         pictures: the pictures below the notes, named in ``ResultKind.pictures``.
+        is_text: whether the cells are words and not numbers.
     """
 
     title: str
@@ -44,6 +45,7 @@ class ResultTable:
     rows: Sequence[tuple[str, Sequence[str]]]
     notes: Sequence[str] = ()
     pictures: Sequence[TablePicture] = ()
+    is_text: bool = False
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,10 @@ def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for method in methods:
         row = [method_label(method)]
         for domain in domains:
-            row += [_perplexity(_value(results, method, domain)), _ratio(results, method, domain)]
+            row += [
+                format_perplexity(_value(results, method, domain)),
+                _ratio(results, method, domain),
+            ]
             for _, key, show in distances:
                 value = results[key].get(method, {}).get(domain)
                 row.append("–" if value is None else show(value))
@@ -161,7 +164,8 @@ def _value(results: dict[str, Any], method: str, domain: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _perplexity(value: float | None) -> str:
+def format_perplexity(value: float | None) -> str:
+    """A perplexity in a table: two decimals below 1,000."""
     if value is None:
         return "–"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"

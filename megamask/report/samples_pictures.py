@@ -54,11 +54,11 @@ def read_samples(masks: Mapping[str, MaskSet], prior: MaskSet | None) -> Samples
     if not is_number(length, above=0):
         return None
     known = {
-        method: _calibration(one)
+        method: calibration_samples(one)
         for method, one in masks.items()
         if method != "learned" and not recovery_of(one.meta)
     }
-    before = _calibration(prior)
+    before = calibration_samples(prior)
     return Samples({method: count for method, count in known.items() if count}, before, int(length))
 
 
@@ -97,7 +97,8 @@ def _data(masks: MaskSet | None) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _calibration(masks: MaskSet | None) -> int:
+def calibration_samples(masks: MaskSet | None) -> int:
+    """The calibration samples that a mask was made from; 0 where they are not known."""
     about = _data(masks).get("calibration")
     count = about.get("samples") if isinstance(about, dict) else None
     return int(count) if is_number(count, above=0) else 0

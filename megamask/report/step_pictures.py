@@ -11,6 +11,13 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from megamask.report.plot_style import FloatArray, numbers, panels, tokens_seen
 from megamask.report.reading import Record
 
+LOSS_TITLE = "LM loss (nats per token)"
+MASK_TITLES = {
+    "max_prob": "Max-prob: mean probability of the\nlikeliest candidate",
+    "flip_rate": "Flip rate: groups whose hard mask\nchanged in the step",
+    "prior_difference": "Difference from the prior:\ngroups with another hard mask",
+}
+
 
 def loss_picture(train: Sequence[Record]) -> Figure:
     """Losses, weight-norm term and gradient norm against tokens seen.
@@ -18,7 +25,7 @@ def loss_picture(train: Sequence[Record]) -> Figure:
     A faint line shows every step, a strong line the running median.
     """
     titles = {
-        "lm_loss": "LM loss (nats per token)",
+        "lm_loss": LOSS_TITLE,
         "weight_norm_term": "Weight-norm term",
         "grad_norm": "Gradient norm of the logits",
     }
@@ -44,13 +51,8 @@ def update_picture(train: Sequence[Record]) -> Figure:
 
 def mask_picture(train: Sequence[Record]) -> Figure:
     """Max-prob, flip rate and difference from the prior mask against tokens seen."""
-    titles = {
-        "max_prob": "Max-prob: mean probability of the\nlikeliest candidate",
-        "flip_rate": "Flip rate: groups whose hard mask\nchanged in the step",
-        "prior_difference": "Difference from the prior:\ngroups with another hard mask",
-    }
-    figure = _metric_panels(train, titles)
-    for axes, name in zip(figure.axes, titles, strict=True):
+    figure = _metric_panels(train, MASK_TITLES)
+    for axes, name in zip(figure.axes, MASK_TITLES, strict=True):
         axes.yaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{value:g}")
             if name == "max_prob"

@@ -13,6 +13,7 @@ from megamask.storage import is_number, read_object
 from megamask.tables import table
 
 FIX = "Run the verb tasks again."
+TITLE = "Tasks"
 NOTE = "Accuracies in percent; norm: log-likelihoods divided by the bytes of the answer."
 
 
@@ -61,6 +62,19 @@ def read_tasks(path: Path) -> ResultTable:
     """The table of a ``tasks.json``.
 
     Raises:
+        ArtifactError: see ``read_tasks_results``.
+    """
+    results = read_tasks_results(path)
+    header, cells = tasks_cells(results)
+    protocol = format_protocol(results.get("protocol", {}))
+    notes = [NOTE, f"Protocol: {protocol}." if protocol else "The protocol was not recorded."]
+    return ResultTable(TITLE, header, list(zip(results["tasks"], cells, strict=True)), notes)
+
+
+def read_tasks_results(path: Path) -> dict[str, Any]:
+    """The content of a ``tasks.json``.
+
+    Raises:
         ArtifactError: the file holds something else than the verb tasks writes.
     """
     results = read_object(path, FIX, {"tasks": dict})
@@ -75,10 +89,7 @@ def read_tasks(path: Path) -> ResultTable:
                 if value is not None and not is_number(value):
                     problem = f"holds no number at tasks.{name}.{task}.{metric}"
                     raise ArtifactError(path, problem, FIX)
-    header, cells = tasks_cells(results)
-    protocol = format_protocol(results.get("protocol", {}))
-    notes = [NOTE, f"Protocol: {protocol}." if protocol else "The protocol was not recorded."]
-    return ResultTable("Tasks", header, list(zip(results["tasks"], cells, strict=True)), notes)
+    return results
 
 
 TASKS = ResultKind("tasks.json", read_tasks)

@@ -1,6 +1,8 @@
-"""The HTML page of the report, a jinja2 template. It refers to no file outside itself."""
+"""The HTML pages of the report and of a comparison, jinja2 templates. They refer to no file outside
+themselves.
+"""
 
-PAGE = """<!DOCTYPE html>
+_HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -34,6 +36,17 @@ PAGE = """<!DOCTYPE html>
 </style>
 </head>
 <body>
+{% macro numbers(table) %}{% if table.rows %}
+<div class="scroll"><table{% if not table.is_text %} class="numbers"{% endif %}>
+<thead><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for method, cells in table.rows %}<tr{% if method == "learned" %} class="learned"{% endif %}>
+{%- for cell in cells %}<td{% if table.is_text %} class="value"{% endif %}>{{ cell }}</td>
+{%- endfor %}</tr>
+{% endfor %}</tbody>
+</table></div>{% endif %}
+{% for note in table.notes %}<p class="quiet">{{ note }}</p>
+{% endfor %}{% endmacro %}
 {% macro shown(pictures) %}{% for picture in pictures %}
 {% if picture.data %}<figure><img alt="{{ picture.title }}"
 src="data:image/png;base64,{{ picture.data }}">
@@ -42,7 +55,11 @@ src="data:image/png;base64,{{ picture.data }}">
 {% endif %}{% endfor %}{% endmacro %}
 <main>
 <h1>{{ title }}</h1>
-<p class="quiet">{{ subtitle }}</p>
+"""
+
+PAGE = (
+    _HEAD
+    + """<p class="quiet">{{ subtitle }}</p>
 {% for sentence in findings %}<p class="lead">{{ sentence }}</p>
 {% endfor %}
 
@@ -65,15 +82,7 @@ the same text.
 {% endfor %}
 
 {% for table, pictures in others %}<h2>{{ table.title }}</h2>
-<div class="scroll"><table class="numbers">
-<thead><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for method, cells in table.rows %}<tr{% if method == "learned" %} class="learned"{% endif %}>
-{%- for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-</table></div>
-{% for note in table.notes %}<p class="quiet">{{ note }}</p>
-{% endfor %}{{ shown(pictures) }}{% endfor %}
+{{ numbers(table) }}{{ shown(pictures) }}{% endfor %}
 
 {% for section, pictures in sections %}<h2>{{ section }}</h2>
 {{ shown(pictures) }}{% endfor %}
@@ -101,3 +110,17 @@ the same text.
 </body>
 </html>
 """
+)
+
+COMPARISON = (
+    _HEAD
+    + """<p class="quiet">{{ subtitle }}</p>
+{% for sentence in said %}<p class="missing">{{ sentence }}</p>
+{% endfor %}
+{% for table, pictures in sections %}<h2>{{ table.title }}</h2>
+{{ numbers(table) }}{{ shown(pictures) }}{% endfor %}
+</main>
+</body>
+</html>
+"""
+)

@@ -12,17 +12,21 @@ def argument(
     default: Any = MISSING,
     choices: tuple[str, ...] = (),
     kind: type[Any] = str,
+    many: bool = False,
 ) -> Any:
     """A field of an arguments dataclass.
 
     Args:
-        words: ``--flag VALUE``, or the name of a positional argument in capitals.
+        words: ``--flag VALUE``, or the name of a positional argument in capitals, with ``...``
+            behind it where it may come several times.
         help: what it is.
         default: its value where it is not given; without one it is required.
         choices: the values that are allowed; empty = all.
         kind: ``str``, ``int`` for a number above 0, or ``bool`` for a flag without a value.
+        many: whether the value is a tuple of all that was given; only for the last positional
+            argument.
     """
-    facts = {"words": words, "help": help, "choices": choices, "kind": kind}
+    facts = {"words": words, "help": help, "choices": choices, "kind": kind, "many": many}
     return field(default=default, metadata=facts)
 
 

@@ -34,7 +34,7 @@ def run_verb(
     Raises:
         MegamaskError: see the verb; or another process writes an artefact of the verb.
     """
-    verb = VERBS[name]
+    verb, config = VERBS[name], in_run(config, arguments)
     given = {"stop": stop} if verb.saves_on_signal else {}
 
     def run() -> int:
@@ -46,6 +46,12 @@ def run_verb(
     reads = [path for path in artefacts(verb.reads, config, arguments) if _is_inside(path, config)]
     with locked(f"megamask {name}", writes, reads):
         return run()
+
+
+def in_run(config: Config, arguments: list[Any]) -> Config:
+    """The settings of the run that the argument ``run`` of a verb names, if it names one."""
+    run = getattr(arguments[0], "run", None) if arguments else None
+    return config.model_copy(update={"run_dir": run}) if run else config
 
 
 def artefacts(names: Iterable[str], config: Config, arguments: list[Any]) -> list[Path]:

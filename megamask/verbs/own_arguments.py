@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megamask.verbs.argument_field import argument
 
@@ -96,6 +97,34 @@ class ReorderArguments:
     rotate_values: bool = argument(
         "--rotate-values", "also rotate the value channels of each KV head", False, kind=bool
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Which runs the verb report shows."""
+
+    runs: tuple[str, ...] = argument(
+        "RUN ...",
+        "run folder; the setting run_dir by default. Several are compared on one page",
+        (),
+        many=True,
+    )
+    out: str | None = argument(
+        "--out FILE.html", "page of the comparison; comparison.html by default", None
+    )
+
+    @property
+    def comparison(self) -> Path | None:
+        """The page of a comparison; None where the report of one run is asked for."""
+        is_one = len(self.runs) < 2 and self.out is None
+        return None if is_one else Path(self.out or "comparison.html")
+
+    @property
+    def run(self) -> str | None:
+        """The folder that the page is written to, where it is not the setting ``run_dir``."""
+        if self.comparison is not None:
+            return str(self.comparison.parent)
+        return self.runs[0] if self.runs else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ def _write(config: Config, folder: Path, done: dict[str, Any]) -> None:
     text = sensitivity_table(results)
     with storage.atomic_file(folder / f"{NAME}.md") as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
-    picture = sensitivity_picture(list(rows), results["increase"], results["kept_dense"])
-    plot_style.save(picture, folder / f"{NAME}.png")
+    increase, kept = results["increase"], results["kept_dense"]
+    plot_style.save(lambda: sensitivity_picture(list(rows), increase, kept), folder / f"{NAME}.png")
     log.info("wrote %s", folder / f"{NAME}.json")
     tell(text)

@@ -28,18 +28,18 @@ def run(config: Config, arguments: StatusArguments) -> None:
     Raises:
         ArtifactError: there is no run folder, or no run is seen and Slurm's queue does not answer.
     """
-    paths = paths_of(config, arguments.run)
+    paths = paths_of(config)
     facts = status(paths)
     tell(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines_of(facts)))
 
 
-def paths_of(config: Config, run: str | None) -> RunPaths:
-    """The paths of the run in the folder ``run``, else of the settings.
+def paths_of(config: Config) -> RunPaths:
+    """The paths of the run.
 
     Raises:
         ArtifactError: there is no such folder.
     """
-    paths = run_paths(config.model_copy(update={"run_dir": run}) if run else config)
+    paths = run_paths(config)
     if not paths.run_dir.is_dir():
         raise ArtifactError(paths.run_dir, "is no run folder", "Name one: megamask status RUN.")
     return paths
@@ -88,6 +88,20 @@ def status(paths: RunPaths) -> Facts:
         "log": str(launch / "job.log") if launch else None,
         "last_words": last_words(launch / "job.log") if launch and not holder else None,
     }
+
+
+def learning_state(paths: RunPaths) -> str:
+    """The state of a learning run in words, without a question to Slurm's queue: ``finished``, or
+    how far it came. Empty where nothing was learned.
+    """
+    heartbeat, holder = Heartbeat.read(paths.learn), writer_of(paths.learn)
+    if heartbeat is None and holder is None:
+        return ""
+    age = _age(paths.learn / NAME) if heartbeat else None
+    state = _state(heartbeat, holder is not None, age, None, None)
+    if heartbeat is None or state == "finished":
+        return state
+    return f"{state} at step {heartbeat.step:,} of {heartbeat.steps:,}"
 
 
 def _queued(job: str, is_alive: bool) -> slurm.QueuedJob | None:

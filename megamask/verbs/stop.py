@@ -25,7 +25,7 @@ def run(config: Config, arguments: StopArguments) -> None:
     Raises:
         ArtifactError: nothing runs or waits on the run folder, or Slurm refused.
     """
-    paths = paths_of(config, arguments.run)
+    paths = paths_of(config)
     holder = writer_of(paths.learn)
     said = [line for launch in launches(paths.run_dir) for line in _end_job(launch, bool(holder))]
     if holder is not None:

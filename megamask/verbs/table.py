@@ -18,6 +18,7 @@ from megamask.verbs.own_arguments import (
     PushArguments,
     RecipesArguments,
     ReorderArguments,
+    ReportArguments,
     SettingsArguments,
     StatusArguments,
     StopArguments,
@@ -193,9 +194,10 @@ VERBS: dict[str, Verb] = {
     ),
     "report": Verb(
         "megamask.verbs.report",
-        "pictures and report.html of a run",
+        "pictures and report.html of a run, or one page that compares several runs",
         ("run_dir", "seed", "model", "calibration.seed", "learn.prior.mask"),
-        writes=("report.html",),
+        ReportArguments,
+        writes=("report.html", "comparison"),
     ),
     "inspect": Verb(
         "megamask.verbs.inspect",

@@ -22,7 +22,8 @@ class Request:
         verb: its name.
         recipe: the file after ``--config``.
         overrides: ``key.sub=value`` words.
-        arguments: of the verb itself, by the name of their field, as text.
+        arguments: of the verb itself, by the name of their field, as text; a list of texts for an
+            argument that may come several times.
         dry_run: whether to print the resolved settings and stop.
     """
 
@@ -77,7 +78,10 @@ def parse(words: Sequence[str]) -> Request:
                 takes = " ".join(words_of(one) for one in verb.positional)
                 allowed = f"{name} takes {takes}, and key.sub=value"
                 raise ConfigError("argument", word, allowed, "Leave it out.")
-            request.arguments[positional.pop(0).name] = word
+            if positional[0].metadata["many"]:
+                request.arguments.setdefault(positional[0].name, []).append(word)
+            else:
+                request.arguments[positional.pop(0).name] = word
         else:
             request.overrides.append(_full(word, verb))
     return request
@@ -104,6 +108,12 @@ def _checked(one: Field[Any], value: Any) -> Any:
     flag = words_of(one).partition(" ")[0]
     if value is None or isinstance(value, bool):
         return value
+    if one.metadata["many"]:
+        return tuple(_checked_text(one, flag, each) for each in value)
+    return _checked_text(one, flag, value)
+
+
+def _checked_text(one: Field[Any], flag: str, value: Any) -> Any:
     if not can_be_a_path(str(value)):
         raise ConfigError(flag, value, USABLE, "Correct it.")
     if one.metadata["kind"] is int:

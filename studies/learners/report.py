@@ -100,7 +100,7 @@ def write_report(bench: Bench, folder: Path) -> Path:
         if row.facts and row.name in comparison_arms()
     ]
     if curves:
-        save(draw(curves, levels(rows)), picture)
+        save(lambda: draw(curves, levels(rows)), picture)
         parts.append(f"![Quality against tokens and against time, and memory]({picture.name})")
     compared = [key for key in GROUPS if key.startswith("comparison")]
     ablated = [key for key in GROUPS if key not in compared]

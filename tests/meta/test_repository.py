@@ -65,7 +65,7 @@ def test_a_file_is_short_enough_to_read(path: Path) -> None:
 def test_a_verb_exists(verb: str) -> None:
     found = importlib.util.find_spec(VERBS[verb].module)
     assert found is not None and found.origin is not None, VERBS[verb].module
-    taken = ", arguments: [A-Za-z]+Arguments" if VERBS[verb].fields else ""
+    taken = ", arguments: [A-Za-z]+Arguments( = [A-Z_]+)?" if VERBS[verb].fields else ""
     taken += r", stop: StopRequest \| None = None" if VERBS[verb].saves_on_signal else ""
     assert re.search(
         rf"^def run\(config: Config{taken}\)", Path(found.origin).read_text(), re.MULTILINE

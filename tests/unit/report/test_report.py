@@ -257,6 +257,32 @@ def test_broken_results_name_the_file(tmp_path: Path) -> None:
         run(config_of(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["a$\\frac$b", "$", "\x01", "\u540d"])
+def test_any_name_can_be_drawn(tmp_path: Path, name: str) -> None:
+    """Matplotlib reads a text between two $ as a formula, and fails on what is none."""
+    (tmp_path / "results.json").write_text(
+        json.dumps({"perplexity": {"dense": {name: 2.0}, name: {name: 3.0}}})
+    )
+    run(config_of(tmp_path))
+    assert (tmp_path / "pictures/methods.png").exists()
+
+
+def test_half_a_letter_is_no_text(tmp_path: Path) -> None:
+    """JSON can escape half a letter, which no file, page or picture can hold."""
+    (tmp_path / "results.json").write_text('{"perplexity": {"dense": {"\\ud800": 2.0}}}')
+    with pytest.raises(ArtifactError, match=r"results\.json.*half a letter"):
+        run(config_of(tmp_path))
+    (tmp_path / "results.json").write_text('{"perplexity": {"dense": {"\\ud83d\\ude00": 2.0}}}')
+    record = {"kind": "evaluation", "step": 1, "tokens": 1, "seconds": 1}
+    (tmp_path / "learn").mkdir()
+    (tmp_path / "learn/metrics.jsonl").write_text(
+        json.dumps({**record, "perplexity": {"\ud800": 2.0, "code": 3.0}})
+    )
+    assert read_metrics(tmp_path / "learn/metrics.jsonl")[0]["perplexity"] == {"code": 3.0}
+    run(config_of(tmp_path))
+    assert "\U0001f600" in page_of(tmp_path).text
+
+
 def test_what_the_run_says_cannot_become_markup(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(
         json.dumps({"perplexity": {"<script>x</script>": {"<b>": 3.0}}})

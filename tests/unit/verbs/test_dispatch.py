@@ -12,7 +12,7 @@ from megamask.__main__ import main
 from megamask.config.load import load_config
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR
 from megamask.process.lock import locked
-from megamask.verbs.dispatch import artefacts
+from megamask.verbs.dispatch import artefacts, in_run
 from megamask.verbs.table import VERBS
 from megamask.verbs.words import build_arguments, parse
 
@@ -37,6 +37,19 @@ def paths_of(name: str, run_dir: Path, kind: str) -> list[Path]:
     arguments = [build_arguments(name, request.arguments)] if VERBS[name].fields else []
     names = VERBS[name].writes if kind == "writes" else VERBS[name].reads
     return artefacts(names, load_config(None, request.overrides), arguments)
+
+
+def test_a_page_is_held_where_it_is_written(tmp_path: Path) -> None:
+    """The report of a run in the folder of that run, the page of a comparison in its own."""
+    for given, page in (([], "report.html"), (["a"], "a/report.html"), (["a", "b"], "c.html")):
+        out = ["--out", f"{tmp_path}/c.html"] if len(given) > 1 else []
+        places = [f"{tmp_path}/{name}" for name in given]
+        request = parse(["report", f"run_dir={tmp_path}", *places, *out])
+        arguments = [build_arguments("report", request.arguments)]
+        config = in_run(load_config(None, request.overrides), arguments)
+        assert tmp_path / page in artefacts(VERBS["report"].writes, config, arguments)
+    comparison = build_arguments("report", {"runs": ["x", "y"]}).comparison
+    assert comparison == Path("comparison.html")  # in the current folder
 
 
 def test_verbs_that_write_nothing_are_few() -> None:
