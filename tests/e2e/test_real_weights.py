@@ -22,8 +22,9 @@ import torch
 from megamask.weights.hf_files import open_checked
 from tests.e2e.program import here
 from tests.parallel.ranks import run_ranks
-from tests.parity.megatron import hf_tensors, output_of_weights, transformers_output
+from tests.parity.megatron import Output, hf_tensors, output_of_weights, transformers_output
 from tests.parity.real_models import REAL_MODELS, find_model, licences_beside
+from tests.unit.weights.test_from_gguf import write_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(3600)]
 WINDOW, TOKENS = 256, 1024  # of an evaluation; tokens of each domain
@@ -64,6 +65,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     source = find_model(request.param, request.config.cache)
     kept = os.environ.get("MEGAMASK_REAL_RUNS")
     folder = Path(kept, request.param) if kept else tmp_path_factory.mktemp(request.param)
+    return every_verb(request.param, source, folder)
+
+
+def every_verb(name: str, source: Path, folder: Path) -> Run:
+    """Take a GGUF file or a Hugging Face folder through every verb that is not done yet."""
     hf = source if source.is_dir() else folder / "hf"
     words = [f"run_dir={folder}", f"model.hf={hf}", *SETTINGS]
     first = [] if hf == source else ["gguf"]
@@ -73,12 +79,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             more = [f"model.gguf={source}"] if verb == "gguf" else []
             print(f"{verb}: {here(verb, *words, *more).seconds:.0f} s")
             done.touch()
-    return Run(request.param, source, hf, folder)
+    return Run(name, source, hf, folder)
 
 
-@pytest.fixture(scope="module")
-def tokens_NS(run: Run) -> torch.Tensor:
-    """English prose about Python, with the BOS that the model's tokenizer puts before it."""
+def tokens_of(run: Run) -> torch.Tensor:
+    """(1, S): English prose about Python, with the BOS that the tokenizer puts before it."""
     from transformers import AutoTokenizer
 
     text = pydoc_data.topics.topics["assignment"]
@@ -86,19 +91,30 @@ def tokens_NS(run: Run) -> torch.Tensor:
     return torch.tensor(tokens[:LENGTH])[None]
 
 
-def test_logits_are_those_of_transformers(run: Run, tokens_NS: torch.Tensor) -> None:
+def check_logits(run: Run) -> Output:
+    """What transformers says of the model, which is what megamask says, and not of the export."""
+    tokens_NS = tokens_of(run)
     expected = transformers_output(run.hf, tokens_NS)
     (found,) = run_ranks(output_of_weights, 1, run.folder / "weights", tokens_NS, 1)
     print(
         f"logits differ by {found.distance(expected):.1e} of their scale, "
         f"perplexity {found.perplexity:.6g}, {expected.perplexity:.6g}"
     )
-    assert 3 < expected.perplexity < 100  # the model reads English; a model of noise has thousands
     assert found.agrees(expected)
     assert not found.agrees(transformers_output(run.folder / "export", tokens_NS))
+    return expected
+
+
+def test_logits_are_those_of_transformers(run: Run) -> None:
+    # the model reads English; a model of noise has thousands
+    assert 3 < check_logits(run).perplexity < 100
 
 
 def test_the_weights_come_back_bit_for_bit(run: Run) -> None:
+    check_weights(run)
+
+
+def check_weights(run: Run) -> None:
     back = hf_tensors(run.folder / "weights")
     with open_checked(run.hf) as source:
         assert set(back) == set(source.names())
@@ -136,7 +152,11 @@ def perplexity(hf: Path, run: Run, domain: str) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def test_both_paths_measure_the_same_perplexity(run: Run) -> None:
+def check_perplexities(run: Run) -> list[tuple[float, float, float]]:
+    """Perplexity of the dense model, the learned mask and its prior in each domain; the first two
+    are compared with transformers.
+    """
+    rows = []
     measured = json.loads((run.folder / "results.json").read_text())["perplexity"]
     for domain in DOMAINS:
         dense, learned, prior = (measured[row][domain] for row in ("dense", "learned", "wanda"))
@@ -148,10 +168,20 @@ def test_both_paths_measure_the_same_perplexity(run: Run) -> None:
         )
         assert found == pytest.approx(learned, rel=5e-5)  # four digits
         assert plain == pytest.approx(dense, rel=5e-5)
+        rows.append((dense, learned, prior))
+    return rows
+
+
+def test_both_paths_measure_the_same_perplexity(run: Run) -> None:
+    for dense, learned, prior in check_perplexities(run):
         assert dense < 0.9 * learned and learned < prior
 
 
 def test_the_licence_goes_where_the_weights_go(run: Run, tmp_path: Path) -> None:
+    check_licences(run, tmp_path)
+
+
+def check_licences(run: Run, tmp_path: Path) -> None:
     model, beside = REAL_MODELS[run.name], run.source if run.source.is_dir() else run.source.parent
     licences = licences_beside(beside)
     if not os.environ.get(model.variable):  # out of the packages
@@ -163,3 +193,31 @@ def test_the_licence_goes_where_the_weights_go(run: Run, tmp_path: Path) -> None
         for one in licences:
             assert (folder / one).read_bytes() == (beside / one).read_bytes(), (folder, one)
     shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("is_folder", [False, True], ids=["gguf", "folder"])
+def test_a_qwen_that_a_variable_names_goes_the_same_way(
+    is_folder: bool,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A random model of one layer in the place of real weights, which no package has."""
+    file = tmp_path / "given" / "qwen.gguf"
+    file.parent.mkdir()
+    write_gguf(file, arch="qwen2", context=2 * WINDOW)
+    (file.parent / "LICENSE").write_text("Apache License 2.0")
+    named = file
+    if is_folder:
+        named = tmp_path / "hf"
+        here("gguf", f"model.gguf={file}", f"model.hf={named}")
+    monkeypatch.setenv("MEGAMASK_QWEN", str(named))
+    source = find_model("qwen", request.config.cache)
+    assert source == named
+    run = every_verb("qwen", source, tmp_path / "run")
+    assert (run.hf == source) == is_folder
+    check_logits(run)
+    check_weights(run)
+    check_perplexities(run)
+    check_licences(run, tmp_path)
+    assert (run.folder / "export" / "LICENSE").read_text() == "Apache License 2.0"

@@ -37,12 +37,13 @@ def write_gguf(
     keys: dict[str, Any] | None = None,
     more: dict[str, np.ndarray] | None = None,
     heads: tuple[int, int] = (4, 2),
+    context: int = 64,
 ) -> dict[str, np.ndarray]:
     """A one-layer model with a byte-level vocabulary, and header keys and tensors on top."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(1)
-    writer.add_context_length(64)
+    writer.add_context_length(context)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(FFN)
     writer.add_head_count(heads[0])
