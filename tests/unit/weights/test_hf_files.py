@@ -266,6 +266,10 @@ def test_files_with_transposed_weights_and_short_names_come_back_as_they_were(
             block = reader.read(name, slice(3, 7), slice(4, 8))
             assert torch.equal(block, written[name].t()[3:7, 4:8])
             tensors = [(one, reader.tensor(one)) for one in written]
+        write_hf(tmp_path / "out", tensors, folder, layout=reader.layout)  # its own names
+        assert load_file(tmp_path / "out" / "model.safetensors").keys() == (
+            written.keys() if folder.name == "new" else old.keys()
+        )
         write_hf(tmp_path / "out", tensors, folder, layout=layout)
         found = load_file(tmp_path / "out" / "model.safetensors")
         assert found.keys() == written.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.family import Experts, Layer, Norm, Rope
 from megamask.weights.mapping import check_tp
+from tests.fork_server import ROOT
 from tests.unit.weights.published import (
     COMMON,
     GEMMA2,
@@ -102,6 +104,13 @@ def test_an_unknown_key_of_a_text_part_is_let_through_by_its_whole_name(tmp_path
     assert read_architecture(tmp_path, ["text_config.shortcut_gain"]).num_layers == 34
     with pytest.raises(ConfigError, match="shortcut_gain"):
         read_architecture(tmp_path, ["shortcut_gain"])
+
+
+def test_the_documents_list_every_family() -> None:
+    text = (ROOT / "docs" / "models.md").read_text()
+    first_column = re.findall(r"^\|([^|]*)\|", text, re.MULTILINE)
+    listed = {name for cell in first_column for name in re.findall(r"`(\w+)`", cell)}
+    assert listed - {"model_type"} == set(FAMILIES)
 
 
 def test_what_the_published_files_say(tmp_path: Path) -> None:
