@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megamask.config.section import Rate, Section, free
+from megamask.config.section import Batch, Positive, Rate, Section, Share, Steps, free
 
-RecoveryName = Literal["reconstruct"]
+RecoveryName = Literal["reconstruct", "blockwise", "finetune", "lora"]
 
 
 class RecoverSection(Section):
@@ -19,7 +19,9 @@ class RecoverSection(Section):
     method: RecoveryName = Field(
         "reconstruct",
         description="reconstruct: least squares of each linear on the calibration samples, layer "
-        "by layer",
+        "by layer; blockwise: the kept weights of each decoder layer, trained to give the outputs "
+        "of the dense layer; finetune: all kept weights, trained on the text; lora: a low-rank "
+        "change of them, trained and merged under the mask",
     )
     mask: str = Field("learned", description="mask that stays, named as learn.prior.mask")
     out: str | None = free(
@@ -33,4 +35,26 @@ class RecoverSection(Section):
     )
     damp: Rate = Field(
         0.01, description="reconstruct: share of the mean diagonal added to the Hessian"
+    )
+    steps: Steps = Field(
+        60, description="blockwise: steps of Adam for each layer; finetune, lora: steps"
+    )
+    global_batch: Batch = Field(16, description="finetune, lora: samples of a step")
+    micro_batch: Batch = free(4, description="finetune, lora: samples of one pass of a replica")
+    rate: Rate | None = Field(
+        None,
+        description="blockwise, finetune, lora: highest rate, reached after a tenth of the steps "
+        "and falling to a tenth of it; null = 1e-4, for lora 1e-3",
+    )
+    distillation: Share = Field(
+        0.0,
+        description="finetune, lora: weight of the dense model in the loss, as "
+        "learn.distillation.share",
+    )
+    rank: Annotated[int, Field(ge=1, le=4096)] = Field(
+        16, description="lora: rank of the change of a linear, those that Megatron fuses together"
+    )
+    alpha: Positive = Field(32.0, description="lora: the change is alpha / rank times B A")
+    snapshot_every: Steps = free(
+        50, description="finetune, lora: steps between snapshots, from which a killed run goes on"
     )

@@ -59,8 +59,8 @@ class BatchPlan:
             )
 
 
-def check_batch(global_batch: int, micro_batch: int, replicas: int) -> None:
-    """Check that a global batch can be dealt out evenly.
+def check_batch(global_batch: int, micro_batch: int, replicas: int, section: str = "learn") -> None:
+    """Check that a global batch of the settings ``section`` can be dealt out evenly.
 
     Raises:
         ConfigError: the batch cannot be dealt out; the message names the nearest that can.
@@ -71,12 +71,12 @@ def check_batch(global_batch: int, micro_batch: int, replicas: int) -> None:
     below = global_batch // unit * unit
     nearest = f"{below} or {below + unit}" if below else f"{unit}"
     allowed = (
-        "a multiple of learn.micro_batch x data-parallel replicas = "
+        f"a multiple of {section}.micro_batch x data-parallel replicas = "
         f"{micro_batch} x {replicas} = {unit}"
     )
     raise ConfigError(
-        "learn.global_batch",
+        f"{section}.global_batch",
         global_batch,
         allowed,
-        f"Set learn.global_batch to {nearest}, or change learn.micro_batch.",
+        f"Set {section}.global_batch to {nearest}, or change {section}.micro_batch.",
     )

@@ -63,6 +63,20 @@ class HiddenStates:
         for index, hidden_SBH in enumerate(self._batches_SBH):
             self._batches_SBH[index] = self._output(layer, hidden_SBH)
 
+    @property
+    def batches(self) -> list[torch.Tensor]:
+        """The hidden states of now, (S, B, H) for each micro-batch of this replica."""
+        return list(self._batches_SBH)
+
+    def output(self, layer: torch.nn.Module, number: int) -> torch.Tensor:
+        """The output of ``layer`` for micro-batch ``number``, differentiable by its weights; the
+        hidden states do not change.
+        """
+        hidden_SBH = self._batches_SBH[number]
+        if torch.is_grad_enabled():  # a recomputed part asks its input for a gradient
+            hidden_SBH = hidden_SBH.detach().requires_grad_()
+        return self._output(layer, hidden_SBH)
+
     def _output(self, layer: torch.nn.Module, hidden_SBH: torch.Tensor) -> torch.Tensor:
         output_SBH: torch.Tensor = layer(
             hidden_SBH, attention_mask=None, rotary_pos_emb=self._rotary

@@ -6,10 +6,15 @@ To add a method, write a file with a subclass of ``Recovery``, add a line here, 
 
 from __future__ import annotations
 
+from megamask.recovery.blockwise import Blockwise
 from megamask.recovery.reconstruct import Reconstruct
 from megamask.recovery.recovery import Recovery
+from megamask.recovery.training import Finetune, Lora
 
 # recover.method -> the method
 RECOVERIES: dict[str, Recovery] = {
     "reconstruct": Reconstruct(),
+    "blockwise": Blockwise(),
+    "finetune": Finetune(),
+    "lora": Lora(),
 }

@@ -53,7 +53,7 @@ class Unfinished:
     def _path(self, part: str) -> Path:
         return self.folder / f"{part}-{self.mesh.tp_rank}.safetensors"
 
-    def load(self, part: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    def load(self, part: str) -> tuple[dict[str, torch.Tensor], Any] | None:
         """The tensors, in host memory, and the note of a part; None on all ranks where a rank lacks
         its shard.
         """

@@ -179,7 +179,7 @@ VERBS: dict[str, Verb] = {
     "recover": Verb(
         "megamask.verbs.recover",
         "new values of the weights that a mask keeps -> a model of its own, labelled recovered",
-        (*EVERYWHERE, "model", "data", "calibration", *RECOVERY),
+        (*EVERYWHERE, "seed", "model", "data", "calibration", *RECOVERY),
         writes=("masks", "recovered"),
         reads=("weights", "shards", "hf"),
         is_parallel=True,

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from megamask import apply_masks
 from megamask.config.load import load_config
 from megamask.data.heldout import evaluation_windows
-from megamask.errors import ArtifactError
+from megamask.errors import ArtifactError, LearningError
 from megamask.masks.file import load_masks
+from megamask.recovery import training
 from megamask.weights.hf_files import HFReader
 from tests.e2e.program import RECIPE, contents, here, in_process, refusal
 
@@ -144,3 +145,74 @@ def test_refusals(run_dir: Path, model: Path, settings: Settings) -> None:
         "recover.mask=wanda", "calibration.seq_length=100000"
     )
     assert contents(run_dir) == before
+
+
+TRAIN = (
+    "recover.steps=8",
+    "recover.global_batch=4",
+    "recover.micro_batch=2",
+    "recover.rate=3e-3",
+    "recover.rank=4",
+)
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora"])
+def test_training_lowers_the_perplexity_and_resumes(
+    method: str,
+    prepared: Path,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, first, second = f"wanda-{method}", tmp_path / "first", tmp_path / "second"
+    words = [*WORDS, *TRAIN, "recover.mask=wanda", f"recover.method={method}"]
+    words += ["recover.distillation=0.5"] if method == "lora" else []
+    for run_dir in (first, second):
+        shutil.copytree(prepared, run_dir)
+    here("recover", *settings(first), *words)
+    masks = load_masks(first / "masks" / f"{name}.safetensors")
+    told = masks.meta["evaluation"]
+    for domain, frozen in told["frozen"].items():
+        assert told["perplexity"][domain] < 0.9 * frozen
+    assert told["loss"][1] < told["loss"][0]
+    with HFReader(first / "recovered" / name) as reader:
+        for module, mask_OI in masks.items():
+            pruned = reader.tensor(f"{module}.weight")[~mask_OI]
+            assert not pruned.any() and not torch.signbit(pruned).any()
+
+    # Training stops after a snapshot; the second start ends with the same bits.
+    def stopped(*args: object) -> float:
+        if args[5] == 5:
+            raise LearningError("stopped by the test.")
+        return step(*args)
+
+    step = training._step
+    monkeypatch.setattr(training, "_step", stopped)
+    more = [*words, "recover.snapshot_every=3"]
+    assert "stopped by the test" in refusal(in_process("recover", *settings(second), *more))
+    monkeypatch.undo()
+    assert (second / f"recovering-{name}").is_dir() and not (second / "recovered" / name).exists()
+    assert "goes on after step 3" in here("recover", *settings(second), *more).stderr
+    assert contents(second / "recovered") == contents(first / "recovered")
+    assert not list(second.glob("recovering-*"))
+    if method == "lora":  # the merged folder computes as training did, with the dense teacher too
+        here("evaluate", *settings(first), *WORDS, f"evaluate.masks={{lora: {name}}}")
+        rows = json.loads((first / "results.json").read_text())["perplexity"]
+        assert rows["lora, recovered (wanda + lora)"] == pytest.approx(told["perplexity"], rel=1e-6)
+
+
+def test_blockwise_lowers_the_error_of_every_layer(
+    prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(prepared, tmp_path / "run"))
+    words = [*settings(run_dir), *WORDS, "recover.mask=wanda", "recover.method=blockwise"]
+    here("recover", *words, "recover.steps=12", "recover.rate=3e-3")
+    path = run_dir / "masks" / "wanda-blockwise.safetensors"
+    errors = load_masks(path).meta["evaluation"]["output_error"]
+    pairs = list(zip(errors["masked"], errors["recovered"], strict=True))
+    assert len(pairs) == 2 and all(new < 0.8 * old for old, new in pairs)
+    # A rate that throws the weights away leaves the layers as they are, and says so.
+    said = here("recover", *words, "recover.steps=2", "recover.rate=100").stderr
+    assert said.count("its error did not fall") == 2
+    found = load_masks(path).meta["evaluation"]
+    assert found["perplexity"] == found["frozen"]

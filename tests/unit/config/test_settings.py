@@ -35,7 +35,8 @@ DECIDING = """
     data.bos
     export.format export.mask export.weights export.out
     sensitivity.mask sensitivity.by sensitivity.keep_dense
-    recover.method recover.mask recover.solver recover.damp
+    recover.method recover.mask recover.solver recover.damp recover.steps recover.global_batch
+    recover.rate recover.distillation recover.rank recover.alpha
 """
 EACH_STEP = """
     learn.steps learn.sampling.mode learn.sampling.draws learn.sampling.kappa learn.sampling.tau
@@ -61,7 +62,7 @@ FREE = """
     learn.snapshot.every learn.snapshot.keep learn.snapshot.background learn.monitor.evaluate_every
     learn.monitor.evaluate_windows learn.monitor.measure_every learn.monitor.sinks
     learn.monitor.wandb_project
-    evaluate.micro_batch recover.out
+    evaluate.micro_batch recover.out recover.micro_batch recover.snapshot_every
     launch.launcher launch.nodes launch.processes_per_node launch.cpus_per_process launch.time
     launch.warning launch.account launch.partition launch.qos launch.sbatch launch.setup
     launch.container launch.mounts launch.retries

@@ -1,0 +1,167 @@
+"""Recovery layer by layer by gradient descent: the kept weights of a decoder layer are trained so
+that its outputs come near to the outputs of the dense layer.
+
+Two streams of hidden states run through the model on the calibration samples: the dense model's,
+and those of the recovered layers so far. A layer takes the recovered states and learns to give the
+dense ones, so it also makes up for what the layers before it lost. Against least squares of each
+linear (``reconstruct.py``) it sees the whole layer, with attention and activation.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+
+from megamask.config import Config
+from megamask.data.heldout import calibration_description, calibration_tokens
+from megamask.errors import ConfigError, LearningError
+from megamask.oneshot.calibrate import HiddenStates
+from megamask.oneshot.layerwise import LOG_LINES
+from megamask.parallel.masked_linear import MaskedLinear
+from megamask.prepare.run_inputs import RunInputs
+from megamask.recovery.recovery import Recovered, Recovery, RecoveryJob, kept_weights
+from megamask.recovery.trained_weights import KeptWeights
+from megamask.recovery.training import share_of_rate
+
+log = logging.getLogger(__name__)
+ERRORS = ("masked", "recovered")  # of a layer's outputs, over their mean square
+RATE = 1e-4  # where recover.rate is null
+
+
+class Blockwise(Recovery):
+    """Adam on the kept weights of one decoder layer after the other."""
+
+    reads = ("steps", "rate")
+
+    def check_early(self, inputs: RunInputs) -> None:
+        """Refuse several ranks: their gradients would have to be added.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        layout = inputs.layout
+        if layout.tp * layout.dp > 1:
+            allowed = "one process: blockwise recovery is built for one device"
+            fix = "Start it without torchrun, or set recover.method=reconstruct."
+            raise ConfigError("recover.method", "blockwise", allowed, fix)
+
+    def lengths(self) -> tuple[str, ...]:
+        """Those of the calibration samples."""
+        return ("calibration.seq_length",)
+
+    def text(self, config: Config) -> dict[str, Any]:
+        """The calibration samples, of which ``calibration.micro_batch`` make a step."""
+        description = calibration_description(config)
+        return {"calibration": {**description, "micro_batch": config.calibration.micro_batch}}
+
+    def recover(self, job: RecoveryJob) -> Recovered:
+        """``measured`` has the error of each decoder layer with masks, in units of the mean square
+        of what the dense layer adds to its inputs: with the dense weights under the mask, and
+        recovered. A layer whose error would rise keeps its weights.
+        """
+        tokens_NS = calibration_tokens(job.config)
+        batch, found = job.config.calibration.micro_batch, Recovered()
+        errors: dict[str, list[float]] = {kind: [] for kind in ERRORS}
+        with torch.no_grad():
+            dense = HiddenStates(job.model, tokens_NS, batch, job.mesh)
+            states = HiddenStates(job.model, tokens_NS, batch, job.mesh)
+        layers, begin = list(job.layers()), time.perf_counter()
+        for number, (layer, own) in enumerate(layers, start=1):
+            before = dense.batches
+            with torch.no_grad():
+                dense.advance(layer)
+            if own:
+                part = f"layer-{number:04d}"
+                kept = job.unfinished.load(part)
+                if kept is None:
+                    kept = _layer(job, states, dense.batches, before, layer, own)
+                    job.unfinished.save(part, *kept)
+                weights_OI, measured = kept
+                for name, weight_OI in weights_OI.items():
+                    own[name].folded_weight = weight_OI.to(own[name].weight)
+                found.weights_OI |= weights_OI
+                for kind in ERRORS:
+                    errors[kind].append(measured[kind])
+            with torch.no_grad():
+                states.advance(layer)
+            if number % -(-len(layers) // LOG_LINES) == 0 or number == len(layers):
+                took = time.perf_counter() - begin
+                log.info("  layer %d/%d  %.1f s", number, len(layers), took)
+        found.measured["output_error"] = errors
+        return found
+
+
+def _layer(
+    job: RecoveryJob,
+    states: HiddenStates,
+    goals: list[torch.Tensor],
+    before: list[torch.Tensor],
+    layer: torch.nn.Module,
+    own: dict[str, MaskedLinear],
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The weights of the linears of a layer, by Megatron name, and its errors.
+
+    Args:
+        job: the model and the masks.
+        states: the inputs of the layer when the layers before it are recovered.
+        goals: the outputs of the dense layer on the dense inputs, a tensor for each micro-batch.
+        before: the dense inputs.
+        layer: the layer.
+        own: its linears that have a mask.
+    """
+    section = job.config.recover
+    trained = {name: KeptWeights(linear, job.masks_OI[name]) for name, linear in own.items()}
+    parameters = [one for weight in trained.values() for one in weight.parameters]
+    optimizer = torch.optim.Adam(parameters, lr=1.0, foreach=False)
+    added = [
+        (goal - start).float().square().mean() for goal, start in zip(goals, before, strict=True)
+    ]
+    scale = torch.stack(added).mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def use() -> None:
+        for name, linear in own.items():
+            linear.step_weight = trained[name].weight().to(linear.weight.dtype)
+
+    def error(number: int) -> torch.Tensor:
+        output_SBH = states.output(layer, number)
+        return (output_SBH.float() - goals[number].float()).square().mean() / scale
+
+    @torch.no_grad()
+    def whole_error() -> float:
+        use()
+        mean = torch.stack([error(number) for number in range(len(goals))]).mean()
+        return float(f"{float(mean):.4g}")
+
+    try:
+        masked = whole_error()
+        with torch.enable_grad():
+            for step in range(section.steps):
+                use()
+                optimizer.zero_grad(set_to_none=True)
+                loss = error(step % len(goals))
+                if not math.isfinite(float(loss)):
+                    said = f"the error of a layer is {float(loss)} after step {step}, not finite. "
+                    raise LearningError(f"{said}Lower recover.rate; start again to go on.")
+                loss.backward()
+                for group in optimizer.param_groups:
+                    group["lr"] = (section.rate or RATE) * share_of_rate(step, section.steps)
+                optimizer.step()
+        recovered = whole_error()
+        if not recovered <= masked:  # Adam promises nothing
+            log.warning(
+                "layer %s: its error did not fall, so its kept weights stay", next(iter(own))
+            )
+            trained = {name: KeptWeights(one, job.masks_OI[name]) for name, one in own.items()}
+            recovered = masked
+    finally:
+        for linear in own.values():
+            linear.step_weight = None
+    weights_OI = {
+        name: kept_weights(one.weight(), job.masks_OI[name], job.dtype).cpu().contiguous()
+        for name, one in trained.items()
+    }
+    return weights_OI, dict(zip(ERRORS, (masked, recovered), strict=True))

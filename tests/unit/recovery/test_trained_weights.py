@@ -1,0 +1,64 @@
+"""Weights that are trained under a mask: what they are, and where their gradients go."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megamask.recovery.trained_weights import KeptWeights, LowRank, TrainedWeight
+from megamask.sparsity.pattern import Pattern
+
+
+def linear(shard_axis: int = 0, size: int = 1, rank: int = 0) -> Any:
+    """A linear of 6 x 8, or its shard."""
+    whole_OI = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    group = SimpleNamespace(size=lambda: size, rank=lambda: rank)
+    shard_OI = whole_OI.chunk(size, dim=shard_axis)[rank].contiguous()
+    return SimpleNamespace(weight=shard_OI, shard_axis=shard_axis, tp_group=group)
+
+
+def made(kind: str, one: Any) -> tuple[TrainedWeight, torch.Tensor]:
+    mask_OI = Pattern(2, 4).best(one.weight.abs())
+    if kind == "kept":
+        return KeptWeights(one, mask_OI), mask_OI
+    return LowRank(one, mask_OI, rank=2, scale=3.0, seed=5), mask_OI
+
+
+@pytest.mark.parametrize("kind", ["kept", "low rank"])
+def test_training_starts_at_the_masked_weight_and_keeps_every_zero(kind: str) -> None:
+    trained, mask_OI = made(kind, one := linear())
+    assert torch.equal(trained.weight(), torch.where(mask_OI, one.weight, 0))
+    optimizer = torch.optim.Adam(trained.parameters, lr=0.1)
+    target_OI = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (trained.weight() - target_OI)[mask_OI].square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        outside = trained.weight()[~mask_OI]
+        assert not outside.any() and not torch.signbit(outside).any()
+    assert losses[-1] < 0.5 * losses[0]
+    if isinstance(trained, KeptWeights):
+        assert not trained.kept_OI[~mask_OI].any()
+    else:
+        assert isinstance(trained, LowRank)
+        a_RI, b_OR = trained.parameters
+        expected_OI = mask_OI * (one.weight + 3.0 * (b_OR @ a_RI))
+        assert torch.equal(trained.weight(), expected_OI)
+        # The merge that LoRA has without a mask brings the removed weights back.
+        assert (one.weight * mask_OI + 3.0 * b_OR @ a_RI)[~mask_OI].abs().max() > 0.01
+
+
+def test_the_shards_of_a_low_rank_change_are_those_of_the_whole() -> None:
+    whole, _ = made("low rank", linear())
+    for axis in (0, 1):
+        parts = [made("low rank", linear(axis, size=2, rank=rank))[0] for rank in (0, 1)]
+        factors = [part.parameters[0] for part in parts]
+        joined = torch.cat(factors, dim=1) if axis == 1 else factors[1]
+        assert torch.equal(joined, whole.parameters[0])
+        assert parts[0].is_shared == ([True, False] if axis == 0 else [False, True])
