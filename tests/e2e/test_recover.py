@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_training_lowers_the_perplexity_and_resumes(
             assert not pruned.any() and not torch.signbit(pruned).any()
 
     # Training stops after a snapshot; the second start ends with the same bits.
-    def stopped(*args: object) -> float:
+    def stopped(*args: Any) -> float:
         if args[5] == 5:
             raise LearningError("stopped by the test.")
         return step(*args)
