@@ -21,6 +21,7 @@ from megamask.config.tree import TasksSection
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ConfigError
 from megamask.evaluate.loglikelihood import Scorer
+from megamask.evaluate.task_text import digest_of
 
 NAMES, INCLUDE = "tasks.names", "tasks.include"
 SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
@@ -121,7 +122,9 @@ class LoadedTasks:
         }
 
     def facts(self) -> dict[str, Any]:
-        """Version, examples in the prompt and documents of each task."""
+        """Version, examples in the prompt, documents of each task and the digest of their text: a
+        task file and its data may change under the same name.
+        """
         tasks = self.found["tasks"].items()
         sizes = {name: len(task.eval_docs) for name, task in tasks}
         return {
@@ -131,6 +134,7 @@ class LoadedTasks:
                 name: size if self.limit is None else min(size, self.limit)
                 for name, size in sizes.items()
             },
+            "documents_sha256": {name: digest_of(task, self.limit) for name, task in tasks},
         }
 
 

@@ -102,7 +102,7 @@ def format_protocol(protocol: dict[str, Any]) -> str:
     Of a SHA-256 the first 12 digits are shown.
     """
     shown = {
-        key: str(value)[:12] if key.endswith("sha256") else _plain(value)
+        key: _plain(_short(value)) if key.endswith("sha256") else _plain(value)
         for key, value in protocol.items()
     }
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
@@ -175,6 +175,13 @@ def _ratio(results: dict[str, Any], method: str, domain: str) -> str:
     value = _value(results, method, domain)
     dense = _value(results, "dense", domain) if "dense" in results["perplexity"] else None
     return "–" if value is None or not dense else f"{value / dense:,.2f}"
+
+
+def _short(digest: Any) -> Any:
+    """The first 12 digits of a digest, or of each digest of a mapping."""
+    if isinstance(digest, dict):
+        return {key: _short(one) for key, one in digest.items()}
+    return str(digest)[:12]
 
 
 def _plain(value: Any) -> str:

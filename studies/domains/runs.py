@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config import Config, load_config
+from megamask.data.shards import SPLITS, read_shards
 from megamask.errors import ConfigError
 from megamask.storage import atomic_file, read_json, write_json
 from studies.child import AGAIN, link, locked, verb
@@ -129,6 +130,19 @@ def facts_of(study: Study, domain: str) -> dict[str, Any]:
         "model": weights["fingerprint"],
         "stages": [*GENERAL_WORDS, *DOMAIN_WORDS],
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "text": text_of(study),
+    }
+
+
+def text_of(study: Study) -> dict[str, list[str]]:
+    """Domain -> digests of its training and held-out tokens, of the shards that are there: files
+    may change under the names that the settings have.
+    """
+    folder = study.out / GENERAL / "shards"
+    return {
+        domain: [read_shards(folder / domain).content_sha256(split) for split in SPLITS]
+        for domain in study.domains
+        if (folder / domain / "meta.json").exists()
     }
 
 

@@ -1,4 +1,9 @@
-from megamask.report.results_table import format_bytes, format_table, methods_in_order
+from megamask.report.results_table import (
+    format_bytes,
+    format_protocol,
+    format_table,
+    methods_in_order,
+)
 
 EXPECTED = """\
 | method         | code perplexity | x dense | density | mask file |  time |
@@ -61,3 +66,9 @@ def test_the_distance_from_the_dense_model_stands_beside_each_perplexity() -> No
     del results["kl"]
     lines = format_table(results).splitlines()
     assert "KL" not in lines[0] and lines[-1].startswith("Beside dense: top-1")
+
+
+def test_digests_are_shown_by_their_first_digits() -> None:
+    digest = "0123456789abcdef"
+    shown = format_protocol({"text_sha256": digest, "documents_sha256": {"piqa": digest}})
+    assert shown == "text sha256 0123456789ab, documents sha256 piqa 0123456789ab"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,3 +151,26 @@ def test_what_cannot_work_is_refused_before_anything_runs(
 def test_a_report_without_results(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main([*line, "--report-only"]) == EXIT_USER_ERROR
     assert "no results of a domain" in capsys.readouterr().err
+
+
+def test_other_text_under_the_same_names_is_measured_anew(
+    ran: list[tuple[str, Config]],
+    line: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stand_in(folder: Path) -> Any:
+        text = (folder / "meta.json").read_text()
+        return SimpleNamespace(content_sha256=lambda split: f"{text} {split}")
+
+    monkeypatch.setattr(runs, "read_shards", stand_in)
+    shards, counts = tmp_path / "out/all/shards", []
+    for text in ("a", "a", "b", "b"):
+        for domain in ("code", "prose"):
+            (shards / domain).mkdir(parents=True, exist_ok=True)
+            (shards / domain / "meta.json").write_text(text if domain == "code" else "same")
+        ran.clear()
+        assert __main__.main(line) == EXIT_OK
+        counts.append([name for name, _ in ran].count("evaluate"))
+    # the general mask learned the text of all domains
+    assert counts == [2, 0, 2, 0]
