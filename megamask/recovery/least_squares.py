@@ -46,7 +46,7 @@ def solve(
     Args:
         solver: an entry of ``SOLVERS``.
         weight_OI: dense weights, any float dtype; the work is done in fp32.
-        mask_OI: bool, True = keep; the rows with a removed weight keep equally many.
+        mask_OI: bool, True = keep; rows may keep different numbers of weights.
         hessian_II: mean of x x^T over the tokens, fp32.
         damp: share of the mean diagonal that is added to the diagonal; raised tenfold, up to the
             mean diagonal, while a factorisation fails.
@@ -78,8 +78,7 @@ def _exact_or_none(
     """The least squares of every row; None where a matrix is not positive definite."""
     target_OI = weight_OI @ damped_II
     found_OI = torch.zeros_like(weight_OI)
-    kept = int(mask_OI[0].sum())
-    for rows in _chunks(len(weight_OI), kept):
+    for rows, kept in _chunks(mask_OI.sum(dim=1)):
         columns_RK = mask_OI[rows].nonzero()[:, 1].view(-1, kept)
         matrix_RKK = damped_II[columns_RK[:, :, None], columns_RK[:, None, :]]
         factor_RKK, failed_R = torch.linalg.cholesky_ex(matrix_RKK)
@@ -91,10 +90,13 @@ def _exact_or_none(
     return found_OI
 
 
-def _chunks(rows: int, kept: int) -> Iterator[slice]:
-    """Slices of rows whose matrices together take ``CHUNK_BYTES``, or single rows."""
-    step = max(1, CHUNK_BYTES // (4 * max(kept, 1) ** 2))
-    return (slice(first, first + step) for first in range(0, rows, step))
+def _chunks(kept_O: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
+    """Numbers of rows that keep equally many columns, and this number of columns. The matrices of
+    the rows together take ``CHUNK_BYTES``, or it is a single row.
+    """
+    for kept in kept_O.unique().tolist():
+        step = max(1, CHUNK_BYTES // (4 * max(kept, 1) ** 2))
+        yield from ((rows, kept) for rows in (kept_O == kept).nonzero().flatten().split(step))
 
 
 def sequential(

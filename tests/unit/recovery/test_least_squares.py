@@ -37,6 +37,7 @@ def test_exact_is_least_squares(pattern: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(least_squares, "CHUNK_BYTES", 4 * 12**2 * 7)  # chunks of a few rows
     weight_OI, mask_OI, x_TI = problem(Pattern.parse(pattern))
     mask_OI[5] = True  # a row of a fused linear without a mask
+    mask_OI[6:9] = Pattern(3, 4).best(weight_OI[6:9].abs())  # and rows with another pattern
     found_OI, used = solve(SOLVERS["exact"], weight_OI, mask_OI, hessian(x_TI), DAMP)
     expected_OI = least_squares_of(weight_OI, mask_OI, x_TI)
     expected_OI[5] = weight_OI[5].double()
