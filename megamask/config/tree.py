@@ -27,6 +27,8 @@ from megamask.config.section import (
     free,
 )  # fmt: skip
 from megamask.config.sensitivity_tree import SensitivitySection
+from megamask.config.speed_tree import SpeedSection
+from megamask.config.tasks_tree import TasksSection
 from megamask.errors import ConfigError
 
 MAX_SAMPLES = 10**8
@@ -240,33 +242,6 @@ class EvaluateSection(Section):
         return PUBLISHED.get(self.protocol, self.window)
 
 
-class TasksSection(Section):
-    """Tasks of lm-evaluation-harness, with the masks and the batch of ``evaluate``."""
-
-    names: list[str] = Field(
-        [*("hellaswag", "race", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa")],
-        min_length=1,
-        description="tasks, groups or tags; the default is MaskLLM's seven",
-    )
-    include: str | None = Field(
-        None, description="folder with task files (*.yaml) beside those of the harness"
-    )
-    limit: int | None = Field(
-        None, ge=1, le=10**9, description="the first documents of each task; null = all"
-    )
-    shots: int | None = Field(
-        None,
-        ge=0,
-        le=1000,
-        description="examples in each prompt; null = what the task says, or none",
-    )
-    folder: str | None = Field(
-        None,
-        description="Hugging Face folder, such as an exported one: it and model.hf run in "
-        "transformers, in the place of the converted model and its masks",
-    )
-
-
 class Config(Section):
     """The whole tree. A recipe file and command-line overrides fill it, and every verb reads the
     sections that it needs. The named settings of ``learn.preset``, ``learn.memory`` and
@@ -307,6 +282,7 @@ class Config(Section):
     export: ExportSection = ExportSection()
     sensitivity: SensitivitySection = SensitivitySection()
     recover: RecoverSection = RecoverSection()
+    speed: SpeedSection = SpeedSection()
     launch: LaunchSection = LaunchSection()
 
     @model_validator(mode="before")

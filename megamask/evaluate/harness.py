@@ -17,7 +17,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from megamask.config.tree import TasksSection
+from megamask.config.tasks_tree import TasksSection
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ConfigError
 from megamask.evaluate.loglikelihood import Scorer

@@ -14,6 +14,7 @@ import torch
 from megamask.errors import ArtifactError
 from megamask.export.folded import check_zeros, fold, tell_written, write_stamp
 from megamask.masks.file import MaskSet
+from megamask.storage import read_object, write_json
 from megamask.weights.base_model import BaseModel
 from megamask.weights.hf_files import open_checked, write_hf
 from megamask.weights.other_tensors import bytes_of
@@ -36,12 +37,22 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
     def finish(folder: Path) -> None:
         check_export(folder, masks, base.ignore_keys)
         check_others(folder, base, source)
+        _say_nothing_of_sparsity(folder / "config.json")
         write_stamp(folder, masks)
 
     tensors = ((name, fold(name, source.tensor(name), masks)) for name in source.names())
     layout = base.layout()
     write_hf(out, tensors, base.hf_dir, finish=finish, layout=layout, config=base.config)
     tell_written(out, masks)
+
+
+def _say_nothing_of_sparsity(path: Path) -> None:
+    """Drop ``sparsity_config`` of the base, which ``model.ignore_keys`` let pass: vLLM refuses it
+    (vllm-project/vllm#51188).
+    """
+    config = read_object(path, "Repair the base model.", {})
+    if config.pop("sparsity_config", None) is not None:
+        write_json(path, config)
 
 
 def check_export(folder: Path, masks: MaskSet | None, ignore_keys: Collection[str] = ()) -> None:

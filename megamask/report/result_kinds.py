@@ -11,12 +11,14 @@ from pathlib import Path
 from megamask.report.domains_table import DOMAINS
 from megamask.report.result_table import ResultKind, ResultTable
 from megamask.report.sensitivity_table import SENSITIVITY
+from megamask.report.speed_results import SPEED
 from megamask.report.tasks_table import TASKS
 
 KINDS: tuple[ResultKind, ...] = (
     TASKS,
     DOMAINS,
     SENSITIVITY,
+    SPEED,
 )
 
 

@@ -21,6 +21,7 @@ from megamask.runtime.device_facts import lacking
 from megamask.runtime.measure_speed import CudaDevice, Device, measure_shape, told
 from megamask.runtime.sparse_kernels import (
     KERNELS,
+    NONE_24,
     Shape,
     bytes_of,
     is_exact,
@@ -194,16 +195,40 @@ def why_not_taken(linear: nn.Module, device: Device) -> str:
     return whys[0] if all(whys) else ""
 
 
-def choices_table(done: Sequence[LinearSpeed]) -> str:
-    """What became of the linears as a Markdown table. Linears that differ in the numbers of their
-    names alone, with one shape and one reason, share a row.
+@dataclass(frozen=True)
+class AlikeLinears:
+    """Linears with one shape and one reason, whose names differ in their numbers alone.
+
+    Attributes:
+        names: the names, with stars for the numbers.
+        count: how many they are.
+        shape, kernel, why: see ``LinearSpeed``.
     """
-    rows = Counter(
-        (re.sub(r"\d+", "*", one.name), one.shape, one.kernel or "dense", one.why) for one in done
-    )
+
+    names: str
+    count: int
+    shape: Shape
+    kernel: str | None
+    why: str
+
+
+def grouped(done: Sequence[LinearSpeed]) -> list[AlikeLinears]:
+    """The linears by name, shape and reason, in the order of the model."""
+    found = Counter((re.sub(r"\d+", "*", one.name), one.shape, one.kernel, one.why) for one in done)
+    return [AlikeLinears(key[0], count, *key[1:]) for key, count in found.items()]
+
+
+def choices_table(done: Sequence[LinearSpeed]) -> str:
+    """What became of the linears as a Markdown table."""
     lines = [
-        [name, str(count), f"{shape[0]} x {shape[1]}", kernel, why]
-        for (name, shape, kernel, why), count in rows.items()
+        [
+            one.names,
+            str(one.count),
+            f"{one.shape[0]} x {one.shape[1]}",
+            one.kernel or "dense",
+            one.why,
+        ]
+        for one in grouped(done)
     ]
     sparse = [one for one in done if one.kernel]
     before, now = (sum(getattr(one, key) for one in done) for key in ("dense_bytes", "bytes"))
@@ -266,9 +291,8 @@ def _refuse(model: nn.Module, reasons: Mapping[str, str], of_two_four: Sequence[
     """
     kind = type(model).__name__
     if not of_two_four and (not reasons or NOT_24 in reasons.values()):
-        problem = "has no linear whose weights are 2:4: at most two of each four inputs not zero"
         fix = "Load a folder that megamask export wrote with a 2:4 mask, or apply_masks first."
-        raise ArtifactError(kind, problem, fix)
+        raise ArtifactError(kind, NONE_24, fix)
     ((why, count),) = Counter(of_two_four or reasons.values()).most_common(1)
     problem = f"has no linear that a 2:4 kernel takes; {count} of {len(reasons)}: {why}"
     fix = "Load the whole model in bf16 or fp16 on one GPU, with a 2:4 mask applied."

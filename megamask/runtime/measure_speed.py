@@ -59,6 +59,9 @@ class Device(Protocol):
     def now(self) -> float:
         """Seconds on a clock, after the device has finished its work."""
 
+    def peak_bytes(self) -> int:
+        """The most bytes of tensors at once since the call before; the count begins anew."""
+
 
 class CudaDevice:
     """The CUDA device of this process, with PyTorch's kernels."""
@@ -81,6 +84,12 @@ class CudaDevice:
         """Seconds, after the device has finished."""
         torch.cuda.synchronize(self.place)
         return time.perf_counter()
+
+    def peak_bytes(self) -> int:
+        """Of PyTorch's allocator."""
+        found = torch.cuda.max_memory_allocated(self.place)
+        torch.cuda.reset_peak_memory_stats(self.place)
+        return found
 
 
 @torch.no_grad()  # as transformers generates
@@ -109,6 +118,8 @@ def measure_shape(
             converted[kernel] = [device.convert(kernel, weight) for weight in copies]
             if not is_exact(converted[kernel][0], copies[0]):
                 raise RuntimeError("the converted weight holds other numbers")
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:  # what PyTorch raises of a kernel
             converted.pop(kernel, None)
             refused[kernel] = told(error)
@@ -127,12 +138,19 @@ def measure_shape(
 
 
 def in_turn(
-    now: Callable[[], float], sides: Mapping[str, Work], rounds: int
+    now: Callable[[], float], sides: Mapping[str, Work], rounds: int, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each side in each round, the sides in turn."""
+    """Seconds of a call of each side in each round, the sides in turn.
+
+    Args:
+        now: the clock.
+        sides: name -> the work.
+        rounds: how often each is timed, over as many calls as take ``SPAN``.
+        warm_up: calls of each side before, beside the call that tells how long it takes.
+    """
     calls = {}
     for side, work in sides.items():
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             work()
         begin = now()
         work()
@@ -180,6 +198,8 @@ def _wrong(x_TI: Tensor, converted: Tensor, weight_OI: Tensor) -> str:
     """What is wrong with the product of a kernel; empty if it is right."""
     try:
         found = F.linear(x_TI, converted)[:CHECKED].float()
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError) as error:
         return told(error)
     expected = x_TI[:CHECKED].float() @ weight_OI.float().t()

@@ -28,6 +28,7 @@ P24 = Pattern(2, 4)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = 1024  # of a converted weight that are read back at once
 Shape = tuple[int, ...]
+NONE_24 = "has no linear whose weights are 2:4: at most two of each four inputs not zero"
 
 
 @dataclass(frozen=True)

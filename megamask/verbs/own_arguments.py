@@ -128,6 +128,18 @@ class ReportArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedArguments:
+    """What the verb speed measures, unless it is an exported folder."""
+
+    model: str | None = argument(
+        "--model NAME",
+        "a shape such as llama2-7b, a Hugging Face folder or a config.json: measure its linears "
+        "with random 2:4 weights, and generate nothing",
+        None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectArguments:
     """What the verb inspect reads."""
 

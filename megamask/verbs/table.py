@@ -20,6 +20,7 @@ from megamask.verbs.own_arguments import (
     ReorderArguments,
     ReportArguments,
     SettingsArguments,
+    SpeedArguments,
     StatusArguments,
     StopArguments,
     SubmitArguments,
@@ -191,6 +192,14 @@ VERBS: dict[str, Verb] = {
         PushArguments,
         writes=("push",),
         reads=("hf",),
+    ),
+    "speed": Verb(
+        "megamask.verbs.speed",
+        "times of dense and 2:4 products on this GPU, and the rate of generation with both",
+        ("run_dir", "device", "model.ignore_keys", "export.out", "speed"),
+        SpeedArguments,
+        writes=("speed.json", "speed.md", "speed.png"),
+        reads=("export",),
     ),
     "report": Verb(
         "megamask.verbs.report",

@@ -81,6 +81,8 @@ NOT_KILLED = {
     "folder without its last file is no launch",
     "tasks": "needs lm-eval, which the pinned environment leaves out; writes tasks.json and "
     "tasks.md at its end, each whole",
+    "speed": "needs a GPU; a run that goes on is tested in one process, "
+    "tests/unit/runtime/test_speed_run.py",
     "stop": "writes the file STOP, whose presence is its content",
 }
 IN_NORMAL_TIER = ("convert", "tokenize", "prune", "export", "extract", "report")

@@ -44,7 +44,12 @@ WORDS = {
     "sensitivity": ("sensitivity.mask=wanda",),
     "recover": ("recover.mask=wanda",),
 }
-REFUSED = {"gguf": "model.gguf", "import": "none.npz", "tasks": "tasks."}
+REFUSED = {
+    "gguf": "model.gguf",
+    "import": "none.npz",
+    "tasks": "tasks.",
+    "speed": "device = ",
+}
 # In the order of a run; verbs that are not named here follow.
 ORDER = ("convert", "tokenize", "prune", "learn", "export", "evaluate", "report")
 # Verbs that hand a job to another program, or ask for a run that goes on.

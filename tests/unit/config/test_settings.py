@@ -37,6 +37,7 @@ DECIDING = """
     sensitivity.mask sensitivity.by sensitivity.keep_dense
     recover.method recover.mask recover.solver recover.damp recover.steps recover.global_batch
     recover.rate recover.distillation recover.rank recover.alpha
+    speed.folder speed.dtype speed.tokens speed.prompt speed.generate speed.batch speed.rounds
 """
 EACH_STEP = """
     learn.steps learn.sampling.mode learn.sampling.draws learn.sampling.kappa learn.sampling.tau

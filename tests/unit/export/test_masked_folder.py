@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import megamask
 from megamask.config import Config, build_config
-from megamask.errors import ArtifactError, ConfigError
+from megamask.errors import ArtifactError, ConfigError, MegamaskError
 from megamask.export import folded
 from megamask.export.folded import STAMP
 from megamask.export.masked_folder import check_export
@@ -86,6 +86,24 @@ def test_export_equals_apply_masks(made: Made, capsys: pytest.CaptureFixture[str
     assert "verified" in capsys.readouterr().out
     assert json.loads((folder / "export" / STAMP).read_text())["mask"]["method"] == "learned"
     run(config(folder))  # its own folder may be written again
+
+
+def test_no_export_says_anything_of_sparsity(made: Made) -> None:
+    """vLLM refuses a folder whose config has a ``sparsity_config``, even of dense tensors."""
+    folder, _ = made
+    for to in ("hf", "maskllm", "patch"):
+        run(config(folder, format=to, out=str(folder / f"as-{to}")))
+        for path in (folder / f"as-{to}").rglob("*"):
+            if path.is_file():
+                content = path.read_bytes()
+                assert b"sparsity_config" not in content and b"quantization_config" not in content
+    base = folder / "hf" / "config.json"
+    base.write_text(json.dumps({**json.loads(base.read_text()), "sparsity_config": {}}))
+    with pytest.raises(MegamaskError, match="sparsity_config"):
+        run(config(folder))
+    ignored = config(folder).model_copy(update={"model": {"ignore_keys": ["sparsity_config"]}})
+    run(ignored)
+    assert "sparsity_config" not in (folder / "export" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("is_old", [False, True])
