@@ -80,6 +80,12 @@ def _facts(here: Situation) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu.machine_facts"]
 
 
+def _speed(here: Situation) -> list[str] | None:
+    """The verb speed, whose results lie where those of the part are looked for."""
+    program = [sys.executable, "-m", "megamask", "speed", "--model", "llama2-7b"]
+    return None if here.is_toy else [*program, f"run_dir={here.work}"]
+
+
 def _kernels(here: Situation) -> list[str]:
     workers = [] if here.is_toy else ["-n", str(min(12, os.cpu_count() or 1))]
     chosen = [KERNEL_TESTS[0]] if here.is_toy else list(KERNEL_TESTS)
@@ -184,6 +190,7 @@ def _step_kernels(here: Situation) -> list[str]:
 
 PARTS = (
     Part("facts", "card, clocks, versions, whether names resolve", 5, 40, _facts, False),
+    Part("speed", "2:4 inference at 7B shapes, 1 to 16,384 tokens", 30, 70, _speed, False),
     Part("kernels", "do the compiled kernels pass their own tests", 80, 150, _kernels, False),
     Part("parity", "is this device's path the reference's", 60, 120, _parity),
     Part("sampling", "share of copy bandwidth; eager sampling", 25, 60, _sampling),

@@ -20,7 +20,9 @@ from benchmarks.gpu import real_model
 from benchmarks.gpu.lease import Lease, run_limited
 from benchmarks.gpu.lease_parts import BY_NAME, PARTS, Part, Situation
 from benchmarks.lab import read_config
+from megamask.config.load import load_config
 from megamask.errors import EXIT_USER_ERROR, ConfigError
+from megamask.verbs.words import build_arguments, parse
 
 REPO = Path(__file__).resolve().parents[3]
 # Packages that a CUDA image of PyTorch brings, so that they do not travel.
@@ -137,6 +139,11 @@ def read(module: str, *words: str) -> None:
     """Read the words as the module does; its own parser ends the process at a wrong word."""
     if module == "pytest":
         assert all((REPO / word).is_file() for word in words if word.endswith(".py"))
+        return
+    if module == "megamask":
+        request = parse(words)
+        load_config(None, request.overrides)
+        build_arguments(request.verb, request.arguments)
         return
     program = importlib.import_module(module)
     if not words:
