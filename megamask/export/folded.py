@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -13,37 +15,62 @@ from megamask.masks.apply import masked
 from megamask.masks.file import MaskSet
 from megamask.storage import write_json
 from megamask.terminal import tell
+from megamask.weights.file_stream import Streamed, row_blocks
 from megamask.weights.own_folder import own_files
-from megamask.weights.source import WeightSource
+from megamask.weights.source import WeightSource, all_finite
 
 STAMP = "megamask_export.json"  # this file in the written folder describes its masks
 
 
-def fold(name: str, tensor: Tensor, masks: MaskSet | None) -> Tensor:
-    """A tensor of the model as the export holds it.
+class FoldedSource:
+    """The tensors of a model as an export holds them, block by block.
 
     Args:
-        name: its Hugging Face name.
-        tensor: its dense numbers.
+        source: the dense tensors.
         masks: the masks; None leaves every tensor dense.
-
-    Raises:
-        ArtifactError: the tensor is not finite, or keeps weights that a mask with weights of its
-            own prunes.
     """
-    if masks is None:
-        return tensor
-    if not bool(torch.isfinite(tensor).all()):
-        fix = "Repair the model: megamask convert names each such tensor."
-        raise ArtifactError(masks.path, f"{name} of the model is not finite", fix)
-    module, _, leaf = name.rpartition(".")
-    if leaf != "weight" or module not in masks:
-        return tensor
-    mask_OI = masks[module]
-    if masks.has_own_weights and bool(tensor[~mask_OI].any()):
-        problem = f"{module} keeps weights that the mask prunes: they do not belong together"
-        raise ArtifactError(masks.path, problem, f"Run prune again for {masks.method}.")
-    return masked(tensor, mask_OI)
+
+    def __init__(self, source: WeightSource, masks: MaskSet | None) -> None:
+        self.folder, self.names = source.folder, source.names
+        self._source, self._masks = source, masks
+        # A tensor of Megatron takes rows of up to three HF tensors in turn.
+        self._mask_of = lru_cache(maxsize=3)(self._decoded)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._source.shape(name)
+
+    def read(self, name: str, rows: slice, cols: slice | None = None) -> Tensor:
+        """A block of a tensor.
+
+        Raises:
+            ArtifactError: the block is not finite, or keeps weights that a mask with weights of its
+                own prunes.
+        """
+        block, masks = self._source.read(name, rows, cols), self._masks
+        if masks is None:
+            return block
+        block = block.contiguous()
+        if not all_finite(block):
+            fix = "Repair the model: megamask convert names each such tensor."
+            raise ArtifactError(masks.path, f"{name} of the model is not finite", fix)
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or module not in masks or not block.numel():
+            return block
+        mask_OI = self._mask_of(module)[rows]
+        mask_OI = mask_OI if cols is None else mask_OI[:, cols]
+        if masks.has_own_weights and bool((masked(block, ~mask_OI) != 0).any()):
+            problem = f"{module} keeps weights that the mask prunes: they do not belong together"
+            raise ArtifactError(masks.path, problem, f"Run prune again for {masks.method}.")
+        return masked(block, mask_OI)
+
+    def tensors(self) -> Iterator[tuple[str, Streamed]]:
+        """Name and tensor of every tensor, to be written."""
+        return ((name, Streamed.from_source(self, name)) for name in self.names())
+
+    def _decoded(self, module: str) -> Tensor:
+        assert self._masks is not None
+        return self._masks[module]
 
 
 def check_zeros(source: WeightSource, masks: MaskSet | None) -> None:
@@ -55,12 +82,16 @@ def check_zeros(source: WeightSource, masks: MaskSet | None) -> None:
     if masks is None:
         return
     for name, mask_OI in masks.items():
-        weight_OI = source.tensor(f"{name}.weight")
-        pruned = weight_OI[~mask_OI]
-        not_zero = bool(pruned.any()) or bool(torch.signbit(pruned).any())
-        if not_zero or not masks.patterns[name].already_fits(weight_OI):
-            problem = f"{name} does not hold +0.0 wherever its mask prunes"
-            raise ArtifactError(source.folder, problem, "Export again; report it if it stays.")
+        key = f"{name}.weight"
+        shape = source.shape(key)
+        for rows in row_blocks(shape, source.read(key, slice(0, 0)).dtype):
+            weight_OI = source.read(key, rows).contiguous()
+            pruned = masked(weight_OI, ~mask_OI[rows])
+            not_zero = bool(pruned.any()) or bool(torch.signbit(pruned).any())
+            if not_zero or not masks.patterns[name].already_fits(weight_OI):
+                problem = f"{name} does not hold +0.0 wherever its mask prunes"
+                fix = "Export again; report it if it stays."
+                raise ArtifactError(source.folder, problem, fix)
 
 
 def write_stamp(folder: Path, masks: MaskSet | None) -> None:

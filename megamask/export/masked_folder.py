@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megamask.errors import ArtifactError
-from megamask.export.folded import check_zeros, fold, tell_written, write_stamp
+from megamask.export.folded import FoldedSource, check_zeros, tell_written, write_stamp
 from megamask.masks.file import MaskSet
 from megamask.storage import read_object, write_json
 from megamask.weights.base_model import BaseModel
@@ -40,7 +40,7 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         _say_nothing_of_sparsity(folder / "config.json")
         write_stamp(folder, masks)
 
-    tensors = ((name, fold(name, source.tensor(name), masks)) for name in source.names())
+    tensors = FoldedSource(source, masks).tensors()
     layout = base.layout()
     write_hf(out, tensors, base.hf_dir, finish=finish, layout=layout, config=base.config)
     tell_written(out, masks)

@@ -16,12 +16,10 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
-from megamask.errors import ArtifactError
-from megamask.export.folded import check_zeros, fold, tell_written, write_stamp
+from megamask.export.folded import FoldedSource, check_zeros, tell_written, write_stamp
 from megamask.masks.file import MaskSet
 from megamask.storage import atomic_dir
 from megamask.weights.base_model import BaseModel
@@ -36,8 +34,9 @@ from megamask.weights.dist_checkpoint.megatron_names import fused_name, stacked_
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.family import Architecture
 from megamask.weights.hf_files import copy_side_files
-from megamask.weights.mapping import block, rules
-from megamask.weights.source import FINITE, WeightSource, not_finite
+from megamask.weights.mapping import Rule, rules
+from megamask.weights.rule_stream import finite_check, streamed_shard
+from megamask.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
 MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
@@ -72,8 +71,9 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         release.mkdir()
         rows = -(-arch.vocab // MULTIPLE) * MULTIPLE
         with CheckpointWriter(release) as writer:
-            for key, offsets, size, tensor in _pieces(arch, rows, source, masks):
-                writer.add(key, offsets, size, tensor)
+            folded = FoldedSource(source, masks)
+            for rule in rules(arch, rows):
+                _add(writer, rule, folded, arch)
             for key in _states(arch):
                 writer.add_state(key)
         args = argparse.Namespace(**megatron_args(arch, rows))
@@ -97,43 +97,22 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
     tell_written(out, masks, f" as a Megatron checkpoint, to load with {flags}")
 
 
-Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]  # key, offsets, whole size, tensor
-
-
-def _pieces(
-    arch: Architecture, rows: int, source: WeightSource, masks: MaskSet | None
-) -> Iterator[Piece]:
-    """The tensors of the checkpoint in the order of the model, a layer of a stacked tensor at a
-    time. A single tensor of the source is in memory beside the piece.
-    """
-    last: dict[str, Tensor] = {}
-
-    def read(name: str, lines: slice, columns: slice | None) -> Tensor:
-        if name not in last:
-            last.clear()
-            last[name] = _stored(name, fold(name, source.tensor(name), masks), arch, source)
-        return block(last[name], lines, columns)
-
-    for rule in rules(arch, rows):
-        whole = rule.shard(read, 0, 1).contiguous()
-        key, layer = stacked_name(fused_name(rule.megatron))
-        if layer is None:
-            yield key, (0,) * whole.dim(), tuple(whole.shape), whole
-        else:
-            offsets, size = (layer, *(0,) * whole.dim()), (arch.num_layers, *whole.shape)
-            yield key, offsets, size, whole[None]
-
-
-def _stored(name: str, tensor: Tensor, arch: Architecture, source: WeightSource) -> Tensor:
-    """A tensor in the dtype of config.json, as the verb convert writes it.
+def _add(writer: CheckpointWriter, rule: Rule, folded: FoldedSource, arch: Architecture) -> None:
+    """Write a tensor in the dtype of config.json, as the verb convert does, or its layer of a
+    stacked tensor.
 
     Raises:
         ArtifactError: the dtype does not hold its numbers.
     """
-    stored = tensor.to(arch.dtype)
-    if stored.dtype != tensor.dtype and (problem := not_finite(name, tensor, stored)):
-        raise ArtifactError(source.folder, problem, FINITE)
-    return stored
+    numbers, check = streamed_shard(folded, rule, arch.dtype), None
+    if any(folded.read(name, slice(0, 0)).dtype != arch.dtype for name in rule.hf):
+        check = finite_check(folded, rule, arch.dtype)
+    key, layer = stacked_name(fused_name(rule.megatron))
+    offsets, size = (0,) * len(numbers.shape), numbers.shape
+    if layer is not None:
+        offsets, size = (layer, *offsets), (arch.num_layers, *size)
+        numbers = replace(numbers, shape=(1, *numbers.shape))
+    writer.add(key, offsets, size, numbers, check)
 
 
 def _states(arch: Architecture) -> Iterator[str]:

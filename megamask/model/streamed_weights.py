@@ -7,25 +7,22 @@ shard in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megamask.errors import ArtifactError, DismissedError
+from megamask.errors import DismissedError
 from megamask.model.build import model_rules
 from megamask.model.checkpoint import write_folder
 from megamask.parallel.mesh import Mesh
 from megamask.weights.architecture import Architecture
 from megamask.weights.dist_checkpoint.checkpoint_writer import CheckpointWriter, write_index
-from megamask.weights.file_stream import Streamed, row_blocks
 from megamask.weights.mapping import Rule
-from megamask.weights.rule import Piece
-from megamask.weights.source import FINITE, WeightSource, all_finite, not_finite
+from megamask.weights.rule_stream import finite_check, streamed_shard
+from megamask.weights.source import WeightSource
 
 
 def save_streamed(
@@ -72,38 +69,9 @@ def _add(
     """Write the shard of this rank of a Megatron tensor.
 
     Raises:
-        ArtifactError: it holds numbers that are not finite.
+        ArtifactError: the HF tensors hold numbers that are not finite in ``dtype``.
     """
-
-    def check(stored: Tensor) -> None:
-        if not all_finite(stored):
-            shard = rule.shard(reader.read, mesh.tp_rank, mesh.tp)
-            problem = not_finite(", ".join(rule.hf), shard, shard.to(dtype))
-            raise ArtifactError(reader.folder, problem, FINITE)
-
-    row = rule.shape(mesh.tp)[1:]
+    check = finite_check(reader, rule, dtype)
     for rows, offsets in rule.chunks(mesh.tp_rank, mesh.tp):
-        pieces = rule.pieces(mesh.tp_rank, mesh.tp, rows)
-        shape = (rows.stop - rows.start, *row)
-        numbers = Streamed(shape, dtype, partial(_blocks, reader, pieces, row, dtype))
+        numbers = streamed_shard(reader, rule, dtype, mesh.tp_rank, mesh.tp, rows)
         writer.add(rule.megatron, offsets, rule.shape(), numbers, check)
-
-
-def _blocks(
-    reader: WeightSource, pieces: list[Piece], row: tuple[int, ...], dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """The rows of the pieces, read some at a time.
-
-    Args:
-        reader: the model.
-        pieces: what to read.
-        row: shape of a row.
-        dtype: of zeros.
-    """
-    for piece in pieces:
-        count = piece.rows.stop - piece.rows.start
-        for rows in row_blocks((count, *row), dtype, piece.rows.start):
-            if piece.hf is None:
-                yield torch.zeros(rows.stop - rows.start, *row, dtype=dtype)
-            else:
-                yield reader.read(piece.hf, rows, piece.cols)

@@ -14,7 +14,7 @@ from megamask.config.published import SETTINGS_SHA256, settings_digest, without_
 from megamask.config.tree import PUBLISHED
 from megamask.config.yaml_text import read_yaml, write_yaml
 from megamask.errors import ArtifactError
-from megamask.export.folded import fold
+from megamask.export.folded import FoldedSource
 from megamask.export.masked_folder import check_export, check_others
 from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
@@ -105,7 +105,7 @@ def build(out: Path, one: Publication, source: WeightSource) -> None:
         _add_texts(folder, one)
 
     if one.is_model:
-        tensors = ((name, fold(name, source.tensor(name), one.masks)) for name in source.names())
+        tensors = FoldedSource(source, one.masks).tensors()
         write_hf(out, tensors, one.base.hf_dir, finish=finish, layout=one.base.layout())
         return
     with atomic_dir(out) as folder:

@@ -35,7 +35,7 @@ from megamask.terminal import tell
 from megamask.verbs.own_arguments import ReorderArguments
 from megamask.weights.architecture import Architecture
 from megamask.weights.base_model import BaseModel, base_model
-from megamask.weights.channel_orders import reordered
+from megamask.weights.channel_orders import reordered_streamed
 from megamask.weights.file_layout import file_layout
 from megamask.weights.fingerprint import fingerprints_of
 from megamask.weights.hf_files import open_checked, write_hf
@@ -179,7 +179,7 @@ def _write(
         stamp = {"megamask": __version__, "made_from": made_from, "removed_importance": shares}
         storage.write_json(folder / STAMP, {**stamp, **own_files(folder)})
 
-    tensors = reordered(reader, arch, found.orders)
+    tensors = reordered_streamed(reader, arch, found.orders)
     layout = base.layout()
     write_hf(out, tensors, base.hf_dir, finish=finish, layout=layout, config=base.config)
     for kind, (before, after) in shares.items():

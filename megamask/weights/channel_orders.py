@@ -21,11 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from megamask.weights.family import Architecture
+from megamask.weights.file_stream import Streamed
 from megamask.weights.mapping import rules
 from megamask.weights.rule import Rule, block
 from megamask.weights.source import WeightSource
@@ -64,13 +66,40 @@ def reordered(
         orders: the orders.
     """
     for rule in rules(arch):
-        rows, columns = _orders_of(rule, arch, orders)
-        tensors = {}
-        for name, rows_O in _hf_rows(rule, rows).items():
-            tensor = reader.tensor(name)
-            tensor = tensor if rows_O is None else tensor[rows_O]
-            tensors[name] = tensor if columns is None else tensor[:, columns]
-        yield from _rotated(rule, tensors, orders).items()
+        yield from _of_rule(reader, arch, orders, rule).items()
+
+
+def reordered_streamed(
+    reader: WeightSource, arch: Architecture, orders: ChannelOrders
+) -> Iterator[tuple[str, Streamed]]:
+    """As ``reordered``, of tensors that are made when they are written: those of two rules at most
+    are in memory.
+    """
+
+    @lru_cache(maxsize=2)  # by name, q, k and v of a layer stand before and behind its o
+    def made(rule: Rule) -> dict[str, Tensor]:
+        return _of_rule(reader, arch, orders, rule)
+
+    def blocks(rule: Rule, name: str) -> tuple[Tensor]:
+        return (made(rule)[name],)
+
+    for rule in rules(arch):
+        for name, shape in zip(rule.hf, rule.shapes, strict=True):
+            dtype = reader.read(name, slice(0, 0)).dtype
+            yield name, Streamed(shape, dtype, partial(blocks, rule, name))
+
+
+def _of_rule(
+    reader: WeightSource, arch: Architecture, orders: ChannelOrders, rule: Rule
+) -> dict[str, Tensor]:
+    """The HF tensors of a Megatron tensor in the new order."""
+    rows, columns = _orders_of(rule, arch, orders)
+    tensors = {}
+    for name, rows_O in _hf_rows(rule, rows).items():
+        tensor = reader.tensor(name)
+        tensor = tensor if rows_O is None else tensor[rows_O]
+        tensors[name] = tensor if columns is None else tensor[:, columns]
+    return _rotated(rule, tensors, orders)
 
 
 def _rotated(rule: Rule, tensors: dict[str, Tensor], orders: ChannelOrders) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.family import Architecture, Names
+from megamask.weights.file_stream import Streamed
 from megamask.weights.mapping import linear_shapes
 
 BUFFERS = ("rotary_emb.inv_freq",)  # endings of tensors in old files that follow from the config
@@ -74,11 +75,12 @@ def file_layout(arch: Architecture) -> FileLayout:
 
 
 def turned(
-    tensors: Iterable[tuple[str, Tensor]], layout: FileLayout
-) -> Iterator[tuple[str, Tensor]]:
+    tensors: Iterable[tuple[str, Tensor | Streamed]], layout: FileLayout
+) -> Iterator[tuple[str, Streamed]]:
     """Tensors as the files hold them, from tensors as the model has them."""
     for name, tensor in tensors:
-        yield layout.in_files(name), tensor.t() if name in layout.transposed else tensor
+        numbers = Streamed.of(tensor)
+        yield layout.in_files(name), numbers.t() if name in layout.transposed else numbers
 
 
 def _renamed(name: str, beginnings: Mapping[str, str]) -> str:

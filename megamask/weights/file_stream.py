@@ -15,11 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megamask.weights.source import Blocks
+
 BLOCK = 2**20  # bytes of a buffer; what was copied there is still in the cache when it is looked at
 BUFFERS = 4
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,7 @@ class Streamed:
     Attributes:
         shape: of the tensor.
         dtype: of the numbers in the file; blocks of another dtype are converted.
-        blocks: makes the blocks, in the order of the rows. All but the first axis of a block are
-            those of the tensor.
+        blocks: makes the blocks, whose numbers one after another are those of the tensor.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +51,17 @@ class Streamed:
         if isinstance(tensor, Streamed):
             return tensor
         return cls(tuple(tensor.shape), tensor.dtype, lambda: (tensor.detach(),))
+
+    @classmethod
+    def from_source(cls, source: Blocks, name: str) -> Streamed:
+        """A tensor of a model, read block by block."""
+        shape, dtype = source.shape(name), source.read(name, slice(0, 0)).dtype
+        parts = [*row_blocks(shape, dtype)] if shape else [slice(0, 1)]
+        return cls(shape, dtype, lambda: (source.read(name, rows) for rows in parts))
+
+    def t(self) -> Streamed:
+        """The transposed matrix, which is in memory as a whole while it is written."""
+        return Streamed(self.shape[::-1], self.dtype, lambda: (torch.cat(list(self.blocks())).t(),))
 
 
 def row_blocks(shape: tuple[int, ...], dtype: torch.dtype, first: int = 0) -> Iterator[slice]:
@@ -110,7 +124,7 @@ class FileStream:
             if self._used % dtype.itemsize or self._used + size > BLOCK:
                 self._hand_over()
             stored = self._buffer[self._used : self._used + size].view(dtype)
-            stored.view(part.shape).copy_(part)
+            _copy(part.detach(), stored.view(part.shape))
             self._used += size
             if seen is not None:
                 seen(stored)
@@ -155,6 +169,17 @@ class FileStream:
             except BaseException as error:
                 self._error = error
             self._free.put(buffer)
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """Copy numbers. PyTorch shares a copy among threads, which wait for one another where the cores
+    have other work, such as the thread that writes; so equal dtypes are copied by numpy.
+    """
+    if source.dtype == target.dtype and source.device.type == "cpu":
+        bits = _BITS[source.dtype.itemsize]
+        np.copyto(target.view(bits).numpy(), source.view(bits).numpy())
+    else:
+        target.copy_(source)
 
 
 def _cut(tensor: Tensor, most: int) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from megamask.storage import atomic_dir, file_sha256, read_object, require_writa
 from megamask.terminal import tell
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.families.registry import FAMILIES
+from megamask.weights.file_stream import Streamed
 from megamask.weights.gguf_header import ROPE_FACTORS, Header
 from megamask.weights.gguf_layout import read_layout
 from megamask.weights.gguf_tokenizer import HeaderTokenizer
-from megamask.weights.hf_files import share, write_tensors
+from megamask.weights.hf_files import write_tensors
 from megamask.weights.licences import copy_licences
 from megamask.weights.mapping import expected_tensors
 from megamask.weights.own_folder import own_files, require_own
+from megamask.weights.source import all_finite
 
 STAMP = "megamask_gguf.json"  # this file in the new folder names the GGUF file
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -78,7 +81,6 @@ def unpack(source: Path, out: Path) -> None:
         write_tensors(folder, _tensors(arch, header, places, source))
         tokenizer.write(folder)
         copy_licences(source.parent, folder)
-        share(folder)
         write_json(folder / STAMP, {**stamp, **own_files(folder)})
         weights = sum(int(np.prod(shape)) for shape in expected_tensors(arch).values())
     tell(f"{out}: {weights:,} weights in bf16 from {source.name}")
@@ -154,19 +156,32 @@ def _gguf_name(arch: Architecture, hf: str) -> str:
 
 def _tensors(
     arch: Architecture, header: Header, places: dict[str, ReaderTensor], source: Path
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors as the model has them, in bf16."""
+) -> Iterator[tuple[str, Streamed]]:
+    """The tensors as the model has them, in bf16, each decoded when it is written."""
+    shapes = expected_tensors(arch)
     for hf, tensor in places.items():
-        values = _values(tensor)
-        if not bool(torch.isfinite(values).all()):
-            raise _damaged(source, f"{hf} holds numbers that are not finite")
-        if header.family.permuted and ".attn_q." in tensor.name:
-            values = _unpermuted(values, arch.heads)
-        if header.family.permuted and ".attn_k." in tensor.name:
-            values = _unpermuted(values, arch.kv_heads)
-        if header.family.one_plus and tensor.name.endswith("norm.weight"):
-            values = values - 1
-        yield hf, values.to(torch.bfloat16)
+        decode = partial(_decoded, arch, header, hf, tensor, source)
+        yield hf, Streamed(shapes[hf], torch.bfloat16, decode)
+
+
+def _decoded(
+    arch: Architecture, header: Header, hf: str, tensor: ReaderTensor, source: Path
+) -> tuple[torch.Tensor]:
+    """A tensor as the model has it.
+
+    Raises:
+        ArtifactError: it holds numbers that are not finite.
+    """
+    values = _values(tensor)
+    if not all_finite(values):
+        raise _damaged(source, f"{hf} holds numbers that are not finite")
+    if header.family.permuted and ".attn_q." in tensor.name:
+        values = _unpermuted(values, arch.heads)
+    if header.family.permuted and ".attn_k." in tensor.name:
+        values = _unpermuted(values, arch.kv_heads)
+    if header.family.one_plus and tensor.name.endswith("norm.weight"):
+        values = values - 1
+    return (values,)
 
 
 def _values(tensor: ReaderTensor) -> torch.Tensor:

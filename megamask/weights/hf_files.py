@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megamask.errors import ArtifactError
@@ -22,7 +21,9 @@ from megamask.weights import torch_bin
 from megamask.weights.architecture import read_architecture
 from megamask.weights.dist_checkpoint import checkpoint_folder
 from megamask.weights.file_layout import FileLayout, file_layout, turned
+from megamask.weights.file_stream import Streamed
 from megamask.weights.mapping import expected_tensors
+from megamask.weights.safetensors_writer import write_safetensors
 from megamask.weights.source import some_of
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,12 @@ class HFReader:
         return stored[::-1] if name in self.layout.transposed else stored
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> Tensor:
-        """A block of a tensor, ``cols`` along the second axis: a ``Read`` for the mapping table."""
+        """A block of a tensor, ``cols`` along the second axis: a ``Read`` for the mapping table. A
+        number alone has no rows and is returned as it is.
+        """
         stored = self._slice(name)
+        if not stored.get_shape():
+            return self.tensor(name)
         if name in self.layout.transposed:
             turned: Tensor = stored[slice(None) if cols is None else cols, rows]
             return turned.t()
@@ -223,7 +228,7 @@ def open_checked(hf_dir: Path, ignore_keys: Collection[str] = ()) -> HFReader:
 
 def write_hf(
     out_dir: Path,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Streamed]],
     source_dir: Path,
     max_shard_bytes: int = 5 * 10**9,
     finish: Callable[[Path], None] | None = None,
@@ -236,7 +241,8 @@ def write_hf(
 
     Args:
         out_dir: the folder; replaced when everything is written, and unchanged after an error.
-        tensors: pairs of name and tensor on any device; the tensors of one file are in memory.
+        tensors: pairs of name and tensor on any device. A streamed tensor is never in memory as a
+            whole.
         source_dir: the folder of the side files.
         max_shard_bytes: size limit of a weight file, in bytes.
         finish: called with the written folder before it is renamed to ``out_dir``, to check it or
@@ -247,7 +253,6 @@ def write_hf(
     with atomic_dir(out_dir) as folder:
         write_tensors(folder, turned(tensors, layout), max_shard_bytes)
         copy_side_files(source_dir, folder, config)
-        share(folder)
         if finish is not None:
             finish(folder)
 
@@ -296,42 +301,24 @@ def _belongs(file: Path, folder: Path) -> bool:
     return target.is_file() and target.parent in homes
 
 
-def share(folder: Path) -> None:
-    """Give weight files the mode of an ordinary new file.
-
-    safetensors writes files that only the owner can read.
-    """
-    for file in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", file)
-
-
 def write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 5 * 10**9
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor | Streamed]],
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write the weight files of a folder; the arguments are those of ``write_hf``."""
-    _name_shards(folder, _write_shards(folder, tensors, max_shard_bytes))
-
-
-def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
-) -> list[dict[str, int]]:
-    """Write numbered files, and return the bytes of each tensor for each file."""
-    shards: list[dict[str, int]] = []
-    held: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        if held:
-            save_file(held, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-            shards.append({name: tensor.nbytes for name, tensor in held.items()})
-            held.clear()
-
+    shards: list[dict[str, Streamed]] = []
+    size = max_shard_bytes
     for name, tensor in tensors:
-        if held and sum(waiting.nbytes for waiting in held.values()) + tensor.nbytes > limit:
-            flush()
-        # Every tensor is copied: safetensors refuses views of a fused tensor that share storage.
-        held[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    flush()
-    return shards
+        numbers = Streamed.of(tensor)
+        if not shards or (size and size + numbers.nbytes > max_shard_bytes):
+            shards.append({})
+            size = 0
+        shards[-1][name] = numbers
+        size += numbers.nbytes
+    for number, shard in enumerate(shards):
+        write_safetensors(folder / f"{number}.part", shard)
+    _name_shards(folder, [{name: one.nbytes for name, one in shard.items()} for shard in shards])
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:

@@ -23,23 +23,27 @@ IN_CACHE = 2**17  # numbers that are looked at twice while they are in the cache
 FINITE = "Repair the model, or set torch_dtype in its config.json to a dtype that holds them."
 
 
-class WeightSource(Protocol):
-    """The tensors of a model, read block by block, weights of linears as (O, I). A source is a
-    context manager.
-    """
+class Blocks(Protocol):
+    """The tensors of a model, read block by block, weights of linears as (O, I)."""
 
     @property
     def folder(self) -> Path:
         """The folder of the files, for messages."""
 
-    def names(self) -> list[str]:
-        """All HF names."""
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
 
     def read(self, name: str, rows: slice, cols: slice | None = None) -> Tensor:
-        """A block of a tensor, ``cols`` along the last axis: a ``Read`` for the mapping table."""
+        """A block of a tensor, ``cols`` along the last axis: a ``Read`` for the mapping table. A
+        block without rows has the dtype of the tensor too.
+        """
+
+
+class WeightSource(Blocks, Protocol):
+    """All tensors of a model, in files. A source is a context manager."""
+
+    def names(self) -> list[str]:
+        """All HF names."""
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""

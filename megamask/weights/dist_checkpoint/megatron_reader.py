@@ -19,7 +19,7 @@ from megamask.weights.dist_checkpoint.megatron_names import (
 from megamask.weights.dist_checkpoint.stored_tensors import StoredTensors
 from megamask.weights.family import Architecture
 from megamask.weights.mapping import rules
-from megamask.weights.rule import Rule
+from megamask.weights.rule import Rule, runs
 from megamask.weights.source import some_of
 
 # Megatron-LM pads the vocabulary to a multiple of 128 x TP (--make-vocab-size-divisible-by).
@@ -45,7 +45,7 @@ class MegatronReader:
         self._stored = StoredTensors(folder, fix)
         self._rules = rules(arch)
         self._rule_of = {name: rule for rule in self._rules for name in rule.hf}
-        self._block: tuple[object, Tensor] | None = None
+        self._runs: dict[str, list[tuple[int, int, int]]] = {}
         self._places = self._find(arch)
 
     @property
@@ -75,19 +75,23 @@ class MegatronReader:
             ArtifactError: the tensor is torn.
         """
         rule = self._rule_of[name]
-        # The row of the Megatron tensor that holds each row of the HF tensor.
-        lines = rule.to_hf(torch.arange(rule.shape()[0]))[name][rows]
-        if not len(lines):
-            return torch.empty(0, *self.shape(name)[1:])
-        first, last = int(lines.min()), int(lines.max()) + 1
-        if rule.kind == "qkv" and len(lines) > 1:
-            # Queries, keys and values of a group follow one another, and are asked for in turn.
-            width = rule.shape()[0] // rule.kv_groups
-            first, last = first // width * width, -(-last // width) * width
-        block = self._read(rule, range(first, last), cols)
-        if torch.equal(lines, torch.arange(first, last)):  # in one piece and in its order
-            return block
-        return block[lines - first]
+        first, last, _ = rows.indices(self.shape(name)[0])
+        parts = []
+        for start, line, count in self._runs_of(name):
+            inner = range(max(first, start), min(last, start + count))
+            if inner:
+                there = range(line + inner.start - start, line + inner.stop - start)
+                parts.append((inner.start - first, self._read(rule, there, cols)))
+        if len(parts) == 1:
+            return parts[0][1]
+        key = self._places[rule.megatron].keys[0]
+        shape = [max(last - first, 0), *self.shape(name)[1:]]
+        if cols is not None:
+            shape[-1] = len(range(*cols.indices(shape[-1])))
+        found = torch.empty(shape, dtype=self._stored.dtype(key))
+        for at, part in parts:
+            found[at : at + len(part)] = part
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """A whole HF tensor."""
@@ -102,28 +106,36 @@ class MegatronReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._block = None
         self._stored.__exit__(kind, error, trace)
 
+    def _runs_of(self, name: str) -> list[tuple[int, int, int]]:
+        """Rows of an HF tensor that follow one another in the Megatron tensor too: the first row in
+        either, and their number.
+        """
+        if name not in self._runs:
+            rule = self._rule_of[name]
+            lines = rule.to_hf(torch.arange(1, rule.shape()[0] + 1))
+            self._runs |= {
+                hf: [(start, line - 1, count) for start, line, count in runs(lines[hf])]
+                for hf in rule.hf
+            }
+        return self._runs[name]
+
     def _read(self, rule: Rule, rows: range, cols: slice | None) -> Tensor:
-        """A block of a Megatron tensor; the last block is kept."""
-        asked = (rule.megatron, rows, None if cols is None else (cols.start, cols.stop))
-        if self._block is None or self._block[0] != asked:
-            rest = [range(size) for size in rule.shape()[1:]]
-            if cols is not None:
-                rest[-1] = range(*cols.indices(rest[-1].stop))
-            place, parts, begin = self._places[rule.megatron], [], 0
-            layer = [] if place.layer is None else [range(place.layer, place.layer + 1)]
-            self._block = None  # before the next block takes memory
-            for key in place.keys:
-                count = rule.shape()[0] // len(place.keys)
-                inner = range(max(rows.start - begin, 0), min(rows.stop - begin, count))
-                if inner:
-                    part = self._stored.read(key, [*layer, inner, *rest])
-                    parts.append(part[0] if layer else part)
-                begin += count
-            self._block = (asked, parts[0] if len(parts) == 1 else torch.cat(parts))
-        return self._block[1]
+        """A block of a Megatron tensor."""
+        rest = [range(size) for size in rule.shape()[1:]]
+        if cols is not None:
+            rest[-1] = range(*cols.indices(rest[-1].stop))
+        place, parts, begin = self._places[rule.megatron], [], 0
+        layer = [] if place.layer is None else [range(place.layer, place.layer + 1)]
+        for key in place.keys:
+            count = rule.shape()[0] // len(place.keys)
+            inner = range(max(rows.start - begin, 0), min(rows.stop - begin, count))
+            if inner:
+                part = self._stored.read(key, [*layer, inner, *rest])
+                parts.append(part[0] if layer else part)
+            begin += count
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _find(self, arch: Architecture) -> dict[str, Place]:
         """The place of every tensor.
