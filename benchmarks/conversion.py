@@ -10,26 +10,34 @@ import filecmp
 import multiprocessing
 import os
 import re
+import resource
 import shutil
+import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import Timings, parser, report, table
-from megamask.config import build_config
+from megamask.config import Config, build_config
+from megamask.masks.file import save_masks
+from megamask.sparsity.pattern import Pattern
 from megamask.storage import write_json
 from megamask.verbs import convert, export
 from megamask.weights.architecture import read_architecture
+from megamask.weights.base_model import BaseModel
+from megamask.weights.file_stream import Streamed
 from megamask.weights.hf_files import write_tensors
-from megamask.weights.mapping import expected_tensors
+from megamask.weights.mapping import expected_tensors, linear_shapes
 
 COPY, CONVERT, EXPORT = "plain copy", "convert", "export"
+MASKED, MEGATRON = "export with a mask", "export as Megatron"
 VOCAB = 32_000
 _ANONYMOUS = re.compile(r"Rss(?:Anon|Shmem):\s+(\d+) kB")
 
@@ -39,20 +47,30 @@ def main(argv: list[str] | None = None) -> int:
     known = parser(__doc__ or "")
     known.add_argument("--megabytes", type=float, default=2000, help="of weights (default: 2000)")
     known.add_argument("--hidden", type=int, default=2048, help="width (default: 2048)")
+    known.add_argument("--masked", action="store_true", help="also export with a 2:4 mask")
     known.add_argument("--folder", help="where the files lie meanwhile (default: a temporary one)")
     options = known.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         figures = measure(options, Path(folder))
+    layers = 2 * figures["layer_bytes"] / 1e6
     sides = [
-        [side, figures["gb_s"][side], figures["ratio"][side]["median"], figures["peak_mb"][side]]
-        for side in (COPY, CONVERT, EXPORT)
+        [
+            side,
+            figures["gb_s"][side],
+            figures["ratio"][side]["median"],
+            figures["cpu_s"][side],
+            figures["peak_mb"][side],
+            figures["peak_mb"][side] / layers,
+        ]
+        for side in figures["gb_s"]
     ]
     layer, embedding = figures["layer_bytes"] / 1e6, figures["embedding_bytes"] / 1e6
     title = (
         f"{figures['bytes'] / 1e6:,.0f} MB in bf16, {figures['layers']} layers of {layer:.1f} MB"
     )
     title += f", embedding {embedding:.1f} MB"
-    table(title, ["side", "GB/s", "time / copy", "MB of memory beside the imports"], sides)
+    memory = ["MB of memory beside the imports", "of two layers"]
+    table(title, ["side", "GB/s", "time / copy", "CPU s", *memory], sides)
     report("conversion", options, figures, torch.device("cpu"))
     return 0
 
@@ -62,27 +80,35 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     hf, run_dir = folder / "hf", folder / "run"
     keys, facts = shape(int(options.megabytes * 1e6), options.hidden)
     in_process(lambda: make_model(hf, keys))  # this process starts no threads before it forks
-    config = build_config(
-        {
-            "run_dir": str(run_dir),
-            "device": "cpu",
-            "model": {"hf": str(hf)},
-            "export": {"mask": "dense", "weights": str(run_dir / "weights")},
-        }
-    )
+    mask = folder / "mask.safetensors"
+    if options.masked:
+        in_process(lambda: make_mask(hf, mask))
+
+    def config(**of_export: str) -> Config:
+        settings = {"weights": str(run_dir / "weights"), "mask": "dense", **of_export}
+        model = {"hf": str(hf)}
+        return build_config(
+            {"run_dir": str(run_dir), "device": "cpu", "model": model, "export": settings}
+        )
+
     sides: dict[str, Callable[[], None]] = {
         COPY: lambda: copy(hf / "model.safetensors", folder / "copy"),
-        CONVERT: lambda: convert.run(config),
-        EXPORT: lambda: export.run(config),
+        CONVERT: lambda: convert.run(config()),
+        EXPORT: lambda: export.run(config()),
+        MEGATRON: lambda: export.run(config(format="megatron", out=str(run_dir / "megatron"))),
     }
+    if options.masked:
+        sides[MASKED] = lambda: export.run(config(mask=str(mask), out=str(run_dir / "masked")))
+    cpu_seconds: dict[str, list[float]] = {side: [] for side in sides}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     peaks = dict.fromkeys(sides, 0.0)
     for _ in range(options.rounds):
         for output in (folder / "copy", run_dir):
             shutil.rmtree(output, ignore_errors=True)
         for side, work in sides.items():
-            took, peak = in_process(work)
+            took, peak, used = in_process(work)
             seconds[side].append(took)
+            cpu_seconds[side].append(used)
             peaks[side] = max(peaks[side], peak)
         ours, theirs = (folder / "model.safetensors" for folder in (run_dir / "export", hf))
         assert filecmp.cmp(ours, theirs, shallow=False), "the model did not come back bit for bit"
@@ -91,6 +117,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         **facts,
         "gb_s": {side: facts["bytes"] / 1e9 / timings.median(side) for side in sides},
         "ratio": {side: timings.ratio(side, COPY) for side in sides},
+        "cpu_s": {side: statistics.median(used) for side, used in cpu_seconds.items()},
         "peak_mb": peaks,
     }
 
@@ -130,13 +157,28 @@ def make_model(hf: Path, keys: dict[str, Any]) -> None:
     source = torch.Generator().manual_seed(0)
     pool = torch.randn(2**22, generator=source).to(torch.bfloat16)
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for number, (name, shape) in enumerate(expected.items()):
-            count = torch.Size(shape).numel()
-            turned = pool.roll(number)  # no two tensors are equal
-            yield name, turned.repeat(-(-count // len(pool)))[:count].view(shape)
+    def blocks(number: int, count: int) -> Iterator[torch.Tensor]:
+        turned = pool.roll(number)  # no two tensors are equal
+        for start in range(0, count, len(pool)):
+            yield turned[: min(count - start, len(pool))]
 
-    write_tensors(hf, tensors(), max_shard_bytes=10**12)
+    tensors = [
+        (name, Streamed(shape, pool.dtype, partial(blocks, number, torch.Size(shape).numel())))
+        for number, (name, shape) in enumerate(expected.items())
+    ]
+    write_tensors(hf, tensors, max_shard_bytes=10**12)
+
+
+def make_mask(hf: Path, path: Path) -> None:
+    """Write a 2:4 mask by magnitude."""
+    base, pattern = BaseModel(hf), Pattern(2, 4)
+    with base.open() as source:
+        masks = {
+            name: pattern.best(source.tensor(f"{name}.weight").abs())
+            for name in linear_shapes(base.architecture())
+        }
+    exact = base.fingerprints().exact
+    save_masks(path, masks, pattern, fingerprint=exact, method="magnitude")
 
 
 def copy(source: Path, folder: Path) -> None:
@@ -149,9 +191,9 @@ def copy(source: Path, folder: Path) -> None:
         os.fsync(writer.fileno())
 
 
-def in_process(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of ``work`` in a forked process, and MB of memory at its peak, without pages that are
-    files and without what the process had before.
+def in_process(work: Callable[[], None]) -> tuple[float, float, float]:
+    """Seconds of ``work`` in a forked process; MB of memory at its peak, without pages that are
+    files and without what the process had before; and CPU seconds, of its children too.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
@@ -160,7 +202,10 @@ def in_process(work: Callable[[], None]) -> tuple[float, float]:
         theirs.recv()
         begin = time.perf_counter()
         work()
-        theirs.send(time.perf_counter() - begin)
+        took = time.perf_counter() - begin
+        users = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        used = [resource.getrusage(one) for one in users]
+        theirs.send((took, sum(one.ru_utime + one.ru_stime for one in used)))
 
     process = context.Process(target=run)
     process.start()
@@ -177,12 +222,12 @@ def in_process(work: Callable[[], None]) -> tuple[float, float]:
     watcher.start()
     try:
         ours.send(None)
-        seconds: float = ours.recv()
+        seconds, used = ours.recv()
     finally:
         done.set()
         watcher.join()
         process.join()
-    return seconds, (peak - before) / 1e6
+    return seconds, (peak - before) / 1e6, used
 
 
 def memory(process: int | None) -> float:

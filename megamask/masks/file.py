@@ -116,6 +116,9 @@ class MaskSet(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.patterns[name].mask_of(self.index(name))
 
+    def __contains__(self, name: object) -> bool:  # that of a Mapping decodes the mask
+        return name in self.meta["tensors"]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta["tensors"])
 
