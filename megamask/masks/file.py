@@ -163,9 +163,8 @@ class MaskSet(Mapping[str, Tensor]):
     def _words(self, name: str) -> codec.Words:
         words: codec.Words = self._handle.get_tensor(name)
         if hashlib.sha256(words.tobytes()).hexdigest() != self.meta["tensors"][name]["sha256"]:
-            raise ArtifactError(
-                self.path, f"mask of {name} is corrupt: the checksum does not match", FIX
-            )
+            problem = f"mask of {name} is corrupt: the checksum does not match"
+            raise ArtifactError(self.path, problem, FIX)
         return words
 
     @property
@@ -347,6 +346,5 @@ def load_masks(path: Path | str, model: Any = None) -> MaskSet:
     if model is None:
         return masks
     shapes = {name: masks.shape(name) for name in masks}
-    return masks.with_weights(
-        weights_of("load_masks: model", model, path, shapes, masks.fingerprints)
-    )
+    weights = weights_of("load_masks: model", model, path, shapes, masks.fingerprints)
+    return masks.with_weights(weights)
