@@ -26,6 +26,7 @@ USED_ELSEWHERE = {
     "fingerprint_model": "users who compare models in memory (docs/python.md)",
     "unique_identifiers": "Megatron's blended dataset",
     "full_logits": "tests of parity",
+    "reordered": "tests that look at the tensors",
     "get_emb": "Megatron's rotary embedding",
     "find_class": "pickle",
     "persistent_load": "pickle",
