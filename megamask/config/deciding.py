@@ -32,6 +32,7 @@ PRUNE = (
     "pattern_overrides",
     "model.include",
     "model.exclude",
+    "model.exclude_sensitive",
     "data.blend",
     "data.seq_length",
     "calibration",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from megamask.config.section import Section, by_content, free
+from megamask.config.section import Below1, Section, by_content, free, one_error
 
 
 class ModelSection(Section):
@@ -28,6 +30,17 @@ class ModelSection(Section):
     )
     include: list[str] = Field(default_factory=lambda: ["*"], description="linears to prune")
     exclude: list[str] = Field(default_factory=list, description="linears to keep dense")
+    exclude_sensitive: Annotated[Below1 | list[str], one_error("float_type")] = Field(
+        0.0,
+        description="what stays dense beside model.exclude: a share of the parts that the verb "
+        "sensitivity measured, the most sensitive; or, as notes, masks and config.yaml keep what "
+        "the share came to, a list of linears",
+    )
+    sensitivity: str | None = free(
+        None,
+        description="what the verb sensitivity wrote, for a share in model.exclude_sensitive; "
+        "null = {run_dir}/sensitivity.json",
+    )
     ignore_keys: list[str] = free(
         [],
         description="keys of config.json that megamask does not know and that change nothing",

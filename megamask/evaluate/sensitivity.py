@@ -102,12 +102,14 @@ class PartLosses:
         """The losses of the dense model."""
         return self._losses("dense")
 
-    def pruned(self, part: Part) -> Losses:
-        """The losses with the masks of ``part`` alone. At the end the model is dense again."""
-        own = {name: self.loaded.linears[name] for name in part.linears}
+    def pruned(self, parts: Collection[Part], row: str) -> Losses:
+        """The losses with the masks of ``parts`` alone; ``row`` names them in messages. At the end
+        the model is dense again.
+        """
+        own = {name: self.loaded.linears[name] for part in parts for name in part.linears}
         fold_masks(own, self.masks, self.loaded.arch, self.loaded.mesh)
         try:
-            return self._losses(part.name)
+            return self._losses(row)
         finally:
             fold_masks(own, None, self.loaded.arch, self.loaded.mesh)
 

@@ -72,6 +72,7 @@ def learned_from(
     the settings were made; ``text_sha256`` has the digest of each domain's training tokens. By the
     digest of the settings ``push`` knows whether ``learn/config.yaml`` is of this very mask.
     """
+    budget = config.model.exclude_sensitive
     return {
         "blend": blend_weights(config),
         "text_sha256": dict(text_sha256),
@@ -79,6 +80,7 @@ def learned_from(
         "tokens": steps * config.learn.global_batch * config.data.seq_length,
         "prior": prior_method,
         "method": config.learn.method,
+        **({"exclude_sensitive": budget} if budget else {}),
         SETTINGS_SHA256: settings_digest(config.model_dump(mode="json")),
         **write_changes(changes),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 FIX = "Run the verb sensitivity again."
 MEASURED: dict[str, Any] = {  # after every part
-    "made_from": {"pattern": str, "method": str, "parts": list, "protocol": dict},
+    "made_from": {"pattern": (str, dict), "method": str, "parts": list, "protocol": dict},
     "dense": dict,
     "loss": dict,
 }
@@ -32,7 +33,24 @@ def sensitivity_table(results: Mapping[str, Any]) -> str:
         results: the content of ``sensitivity.json``.
     """
     notes = (f"\n{note}" for note in _notes(results))
-    return "\n".join([*table(_header(results), list(_cells(results).values())), *notes])
+    kept = ["", *rows_table(results)] if results.get("rows") else []
+    return "\n".join([*table(_header(results), list(_cells(results).values())), *kept, *notes])
+
+
+def rows_table(results: Mapping[str, Any]) -> list[str]:
+    """The masked model with the most sensitive parts kept dense, as aligned Markdown (MaskLLM,
+    Table 15): perplexity of each domain, the dense model first.
+    """
+
+    def cells(title: str, density: float, losses: Mapping[str, float]) -> list[str]:
+        values = (f"{math.exp(losses[domain]):,.2f}" for domain in results["dense"])
+        return [title, f"{density:.1%}", *values]
+
+    lines = [cells("all (no mask)", 1.0, results["dense"])] + [
+        cells(f"{count} most sensitive", row["density"], row["loss"])
+        for count, row in results["rows"].items()
+    ]
+    return table(["parts kept dense", "density", *results["dense"]], lines)
 
 
 def read_sensitivity(path: Path) -> ResultTable:
@@ -113,9 +131,12 @@ def _cells(results: Mapping[str, Any]) -> dict[str, list[str]]:
 def _notes(results: Mapping[str, Any]) -> list[str]:
     """Units, the choice of the budget where all parts are measured, and the protocol."""
     made, dense = results["made_from"], results["dense"]
+    pattern = made["pattern"]
+    if isinstance(pattern, dict):
+        pattern = " or ".join(dict.fromkeys(map(str, pattern.values())))
     notes = [
         "Increase of the loss in nats a token when this part alone has the "
-        f"{made['pattern']} mask of {made['method']}; dense: "
+        f"{pattern} mask of {made['method']}; dense: "
         + ", ".join(f"{domain} {value:.4f}" for domain, value in dense.items())
         + "."
     ]

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import torch
 
 from megamask.config import Config
+from megamask.evaluate.dense_budget import with_dense_budget
 from megamask.learn.kernel_check import with_proven_kernels
 from megamask.learn.loop import Run
 from megamask.learn.preflight import check_early
@@ -37,6 +38,7 @@ def run(config: Config, stop: StopRequest | None = None) -> int:
         Interrupted: a signal came before there was anything to save.
         MegamaskError: anything the user can mend, before the first step where possible.
     """
+    config = with_dense_budget(config)
     inputs = LearnInputs(config)
     check_early(inputs)
     catching = stop_on_signal() if stop is None else nullcontext(stop)

@@ -9,6 +9,7 @@ from pathlib import Path
 from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError, ConfigError
+from megamask.evaluate.dense_budget import with_dense_budget
 from megamask.plan.calibration import calibrated
 from megamask.plan.fit import check_fits
 from megamask.plan.hardware import GPUS, Device, device_named
@@ -44,6 +45,7 @@ def run(config: Config, arguments: PlanArguments) -> None:
     """
     gpus = known_gpus(arguments)
     arch = find_architecture(config, arguments.model)
+    config = with_dense_budget(config, arch)
     if arguments.model:
         config = with_paper_batch(config, arch)
     if arguments.search:

@@ -16,6 +16,7 @@ from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.errors import ConfigError, MegamaskError
+from megamask.evaluate.dense_budget import with_dense_budget
 from megamask.masks.file import load_masks
 from megamask.masks.header import Facts
 from megamask.masks.margins import load_margins, save_margins
@@ -51,8 +52,9 @@ def run(config: Config) -> None:
         MegamaskError: a setting or an artefact that does not fit, before the first layer where
             possible.
     """
+    check_early(RunInputs(config))
+    config = with_dense_budget(config)
     inputs = RunInputs(config)
-    check_early(inputs)
     methods: list[str] = [*config.prune.methods]
     recipes = {method: recipe(inputs, method) for method in methods}
     todo = {method: one for method, one in recipes.items() if not is_done(config, method, one)}
@@ -122,6 +124,8 @@ def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
         settings |= {"dtype": config.dtype, "calibration": calibration_description(config)}
     if criterion.needs_stats and config.prune.inputs != "pruned":
         settings["inputs"] = config.prune.inputs  # files of before do not name their inputs
+    if budget := config.model.exclude_sensitive:
+        settings["exclude_sensitive"] = budget
     settings |= {name: getattr(config.prune, name) for name in criterion.reads}
     plain: dict[str, Any] = json.loads(json.dumps(settings))  # what a file gives back
     return plain

@@ -13,7 +13,8 @@ from typing import Any
 from megamask import storage
 from megamask.config import Config
 from megamask.data.heldout import evaluated_domains
-from megamask.errors import MegamaskError
+from megamask.errors import ConfigError, MegamaskError
+from megamask.evaluate.dense_budget import refuse_to_replace
 from megamask.evaluate.loaded_model import LoadedModel
 from megamask.evaluate.measured_text import measured_text
 from megamask.evaluate.sensitivity import (
@@ -26,9 +27,11 @@ from megamask.evaluate.sensitivity import (
     whole_masks,
 )
 from megamask.masks.find import open_masks
+from megamask.model.mask_shards import linear_rules
 from megamask.parallel.mesh import Mesh, start
 from megamask.prepare.layout import check_positions, evaluated_length
 from megamask.prepare.run_inputs import RunInputs
+from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.terminal import tell
 from megamask.weights.mapping import linear_shapes
 
@@ -69,20 +72,27 @@ def run(config: Config) -> None:
             }
         )
     )
+    refuse_to_replace(config, made_from)
+    if too_many := [count for count in section.rows if count > len(parts)]:
+        allowed = f"numbers of parts, of which there are {len(parts)}"
+        raise ConfigError("sensitivity.rows", too_many[0], allowed, "Remove it.")
     with start(config) as mesh:
         mesh.require_same("parts to prune", made_from)
         file = paths.run_dir / f"{NAME}.json"
         done = mesh.from_main(_done(file, made_from))
-        if len(done["loss"]) < len(parts):
+        is_left = len(done["loss"]) < len(parts) or {*map(str, section.rows)} - {*done["rows"]}
+        if is_left:
             loaded = LoadedModel(config, paths, inputs.arch, mesh)
-            _measure(PartLosses(config, loaded, masks, text.windows), mesh, parts, done, file)
+            losses = PartLosses(config, loaded, masks, text.windows)
+            _measure(losses, mesh, parts, done, file)
+            _measure_rows(losses, mesh, parts, section.rows, done)
         if mesh.is_main:
             _write(config, paths.run_dir, done)
 
 
 def _done(file: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     """What a run before measured under the same conditions, or nothing."""
-    nothing: dict[str, Any] = {"made_from": made_from, "dense": None, "loss": {}}
+    nothing: dict[str, Any] = {"made_from": made_from, "dense": None, "loss": {}, "rows": {}}
     try:
         found = storage.read_object(file, "", {"made_from": dict, "dense": dict, "loss": dict})
     except MegamaskError:
@@ -92,7 +102,31 @@ def _done(file: Path, made_from: dict[str, Any]) -> dict[str, Any]:
         log.info("%s was made from other inputs or settings: made again", file)
         return nothing
     log.info("%s: %d of %d parts are reused", file, len(found["loss"]), len(names))
-    return {key: found[key] for key in nothing}
+    return {**nothing, **{key: found[key] for key in nothing if key in found}}
+
+
+def _measure_rows(
+    losses: PartLosses, mesh: Mesh, parts: list[Part], counts: list[int], done: dict[str, Any]
+) -> None:
+    """Measure the masked model with so many of the most sensitive parts kept dense, into ``done``:
+    count -> its parts, the density and the losses.
+    """
+    order, arch = ranked(done["dense"], done["loss"]), losses.loaded.arch
+    known, done["rows"] = done["rows"], {}
+    for count in counts:
+        dense = order[:count]
+        pruned = [part for part in parts if part.name not in dense]
+        row = known.get(str(count)) or {"loss": losses.pruned(pruned, f"{count} parts dense")}
+        rules = linear_rules(arch)
+        names = [name for part in pruned for one in part.linears for name in rules[one].modules]
+        left = PatternPlan(
+            {name: losses.masks.patterns[name] for name in names if name in losses.masks}
+        )
+        density = left.density_of(linear_shapes(arch))
+        done["rows"][str(count)] = {**row, "kept_dense": dense, "density": density}
+        if mesh.is_main:
+            shown = "  ".join(f"{name} {loss:.4f}" for name, loss in row["loss"].items())
+            log.info("  %d parts dense  %s", count, shown)
 
 
 def _measure(
@@ -102,7 +136,7 @@ def _measure(
     begin, before = time.perf_counter(), len(done["loss"])
     done["dense"] = done["dense"] or losses.dense()
     for number, part in enumerate(parts[before:], start=before + 1):
-        found = losses.pruned(part)
+        found = losses.pruned([part], part.name)
         done["loss"][part.name] = found
         if not mesh.is_main:
             continue

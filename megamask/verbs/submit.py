@@ -123,12 +123,14 @@ def check(job: Job, launcher: str) -> None:
         raise ConfigError(key, job.processes_per_node, allowed, "Correct one of them.")
     if job.verb != "learn":
         return
-    from megamask.learn.preflight import check_early  # torch
+    from megamask.evaluate.dense_budget import with_dense_budget  # torch
+    from megamask.learn.preflight import check_early
     from megamask.plan.fit import check_fits
     from megamask.plan.hardware import GPUS
     from megamask.plan.plan_tables import headline
     from megamask.plan.workload import Workload
 
+    config = with_dense_budget(config)
     inputs = PlannedInputs(config, job.world // config.parallel.tp)
     check_early(inputs)
     work = Workload(config, inputs.arch, inputs.dp).check()

@@ -1,6 +1,6 @@
-"""The one rule of which linear gets a mask of which pattern: ``model.include`` and
-``model.exclude`` say which linears stay dense, ``pattern`` and ``pattern_overrides`` which pattern
-the others have.
+"""The one rule of which linear gets a mask of which pattern: ``model.include``,
+``model.exclude`` and ``model.exclude_sensitive`` say which linears stay dense, ``pattern`` and
+``pattern_overrides`` which pattern the others have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.family import Architecture
 from megamask.weights.mapping import linear_shapes, prunable, require_match, rules
 
-OVERRIDES = "pattern_overrides"
+OVERRIDES, SENSITIVE = "pattern_overrides", "model.exclude_sensitive"
 
 
 def asked_patterns(config: Config) -> list[Pattern]:
@@ -33,16 +33,24 @@ def layer_plan(arch: Architecture, config: Config) -> PatternPlan:
 
     Raises:
         ConfigError: the settings of dense linears do not fit the model (``mapping.prunable``), or
-            those of the patterns (``patterns_of``); or an entry of ``pattern_overrides`` is for
-            dense linears alone.
+            those of the patterns (``patterns_of``); an entry of ``pattern_overrides`` is for dense
+            linears alone; or ``model.exclude_sensitive`` is a share, which the verbs look up before
+            (``evaluate.dense_budget``).
     """
     model = config.model
-    modules = prunable(arch, model.include, model.exclude)
+    sensitive = model.exclude_sensitive
+    if not isinstance(sensitive, list):
+        if sensitive:
+            allowed = "a list of linears here, where no share is looked up"
+            fix = "Give the list that megamask sensitivity prints, or set it to 0."
+            raise ConfigError(SENSITIVE, sensitive, allowed, fix)
+        sensitive = []
+    modules = prunable(arch, model.include, model.exclude, sensitive)
     plan = patterns_of(arch, config.pattern, config.pattern_overrides, modules)
     for key, text in config.pattern_overrides.items():
         if not any(fnmatchcase(name, key) for name in modules):
             allowed = "linears of which at least one is pruned: all that match it are kept dense"
-            fix = "Remove the entry, or change model.include or model.exclude."
+            fix = f"Remove the entry, or change model.include, model.exclude or {SENSITIVE}."
             raise ConfigError(f"{OVERRIDES}.{key}", text, allowed, fix)
     return plan
 

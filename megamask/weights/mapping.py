@@ -97,34 +97,49 @@ def _unsplit(arch: Architecture, tp: int) -> list[str]:
     return bad
 
 
-def prunable(arch: Architecture, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+def prunable(
+    arch: Architecture,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    exclude_sensitive: Sequence[str] = (),
+) -> list[str]:
     """HF module names of the linears that get a mask, in model order.
 
     Args:
         arch: the model.
         include: shell-style patterns of the linears to prune.
         exclude: patterns of linears that stay dense although ``include`` matches them.
+        exclude_sensitive: more of them, which ``model.exclude_sensitive`` came to.
 
     Raises:
         ConfigError: a pattern matches no linear, no linear is left to prune, or only a part of a
             fused linear is kept dense.
     """
-    return list(_prunable(arch, tuple(include), tuple(exclude)))
+    given = tuple(include), tuple(exclude), tuple(exclude_sensitive)
+    return list(_prunable(arch, *given))
 
 
 @lru_cache(maxsize=8)
 def _prunable(
-    arch: Architecture, include: tuple[str, ...], exclude: tuple[str, ...]
+    arch: Architecture,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    exclude_sensitive: tuple[str, ...],
 ) -> tuple[str, ...]:
     names = list(linear_shapes(arch))
-    for key, patterns in (("model.include", include), ("model.exclude", exclude)):
+    for key, patterns in (
+        ("model.include", include),
+        ("model.exclude", exclude),
+        ("model.exclude_sensitive", exclude_sensitive),
+    ):
         for pattern in patterns:
             require_match(key, pattern, names)
-    chosen = {name for name in names if _matches(name, include) and not _matches(name, exclude)}
+    dense = (*exclude, *exclude_sensitive)
+    chosen = {name for name in names if _matches(name, include) and not _matches(name, dense)}
     if not chosen:
         raise ConfigError(
             "model.exclude",
-            list(exclude),
+            list(dense),
             "must leave at least one linear to prune",
             "Remove a pattern.",
         )

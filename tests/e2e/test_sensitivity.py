@@ -16,7 +16,7 @@ from megamask.evaluate.sensitivity import kept_dense, parts_of, ranked
 from megamask.model.mask_shards import linear_rules
 from megamask.weights.architecture import read_architecture
 from megamask.weights.mapping import linear_shapes, prunable
-from tests.e2e.program import here, in_process, refusal
+from tests.e2e.program import contents, here, in_process, refusal
 from tests.fork_server import ROOT
 
 pytestmark = pytest.mark.slow
@@ -79,6 +79,95 @@ def test_layers_one_at_a_time(
     # a mask with weights of its own
     said = refusal(in_process("sensitivity", *words, "sensitivity.mask=sparsegpt_update"))
     assert "belongs to updated weights" in said
+
+
+def test_a_budget_keeps_the_most_sensitive_dense(
+    prepared: Path, settings: Settings, tmp_path: Path
+) -> None:
+    """sensitivity -> prune, learn and plan at half of the layers; rows of Table 15; what belongs to
+    another model, pattern or text is refused.
+    """
+    run_dir = Path(shutil.copytree(prepared, tmp_path / "run"))
+    words, file = settings(run_dir), run_dir / "sensitivity.json"
+    budget = "model.exclude_sensitive=0.5"
+    assert "Run megamask prune and megamask sensitivity" in refusal(
+        in_process("prune", *words, budget)
+    )
+    ask = [*words, "sensitivity.mask=magnitude", "sensitivity.rows=[0, 1, 2]"]
+    said = here("sensitivity", *ask).stdout
+    found = json.loads(file.read_text())
+    dense, rows = found["dense"], found["rows"]
+    first, other = found["ranked"]
+    assert [rows[count]["kept_dense"] for count in "012"] == [[], [first], [first, other]]
+    assert [rows[count]["density"] for count in "012"] == [0.5, 0.75, 1.0]
+    # With one of two layers dense, the other is pruned alone; sums of the same order.
+    assert rows["1"]["loss"] == found["loss"][other] and rows["2"]["loss"] == dense
+    assert rows["0"]["loss"] != rows["1"]["loss"]
+    assert "| 1 most sensitive |" in said and f"{math.exp(rows['0']['loss']['prose']):,.2f}" in said
+    here("sensitivity", *ask)  # nothing is measured again
+    assert json.loads(file.read_text()) == found
+    message = refusal(in_process("sensitivity", *ask, "sensitivity.rows=[3]"))
+    assert "sensitivity.rows = 3" in message and "there are 2" in message
+
+    # plan shows the choice, prune and learn follow it and record it
+    shown = here("plan", *words, budget).stdout
+    assert "| dense" in shown and "75.0%" in shown
+    pruning = [*words, "prune.methods=[magnitude, sparsegpt]"]
+    here("prune", *pruning, budget)
+    learning = [*words, "learn.steps=2", "data.seq_length=16"]
+    here("learn", *learning, budget)
+    learned = run_dir / "masks" / "learned.safetensors"
+    for method in ("magnitude", "sparsegpt", "learned"):
+        masks = load_masks(run_dir / "masks" / f"{method}.safetensors")
+        assert len(masks) == 7 and all(name.startswith(other[:-1]) for name in masks)
+        assert masks.meta["data"]["exclude_sensitive"] == [first]
+    here("report", *words)
+    assert "exclude_sensitive" in (run_dir / "report.html").read_text()
+    # The same by the list in config.yaml, without the file; the finished run is the same one.
+    whole = contents(run_dir / "masks")
+    moved = tmp_path / "sensitivity.json"
+    shutil.move(file, moved)
+    given = f'model.exclude_sensitive=["{first}"]'
+    assert first in (run_dir / "learn" / "config.yaml").read_text()
+    here("prune", *pruning, given)
+    here("learn", *learning, given)
+    assert contents(run_dir / "masks") == whole and learned.exists()
+    shutil.move(moved, file)
+    message = refusal(in_process("sensitivity", *ask))  # of fewer parts
+    assert "measured 2 parts; the mask has 1" in message
+
+    before = contents(run_dir)
+    tokens = run_dir / "shards" / "prose" / "heldout.bin"
+    for verb, more, why in (
+        ("prune", ["pattern=4:8"], "was measured with 2:4 for"),
+        ("learn", ["pattern=4:8"], "was measured with 2:4 for"),
+        ("learn", ['pattern_overrides={"*.down_proj": "6:8"}'], "would be 6:8"),
+        ("plan", ["pattern=4:8"], "was measured with 2:4 for"),
+        ("prune", ["evaluate.max_tokens=64"], "was measured on other text: text_sha256"),
+        ("prune", ["model.exclude_sensitive=0.1"], "rounds to none"),
+        ("prune", ["model.exclude_sensitive=1"], "number from 0 to below 1"),
+        ("prune", [f"model.exclude=[{other}]"], "must leave at least one linear"),
+        ("reorder", [str(tmp_path / "out")], "where no share is looked up"),
+    ):
+        asked = more if more[0].startswith("model.exclude_sens") else [*more, budget]
+        assert why in refusal(in_process(verb, *words, *asked)), (verb, more)
+    assert contents(run_dir) == before
+    for change, why in (
+        ({"made_from": {**found["made_from"], "fingerprint": "0" * 64}}, "on another model"),
+        ({"loss": {first: found["loss"][first]}}, "is not finished: it has 1 of 2 parts"),
+        ({"dense": {"prose": "none"}}, "holds no losses by domain"),
+        (
+            {"made_from": {**found["made_from"], "parts": [other]}, "loss": {other: dense}},
+            "no part",
+        ),
+    ):
+        file.write_text(json.dumps({**found, **change}))
+        for verb in ("prune", "plan"):
+            assert why in refusal(in_process(verb, *words, budget)), (verb, change)
+    file.write_text(json.dumps(found))
+    text = np.fromfile(tokens, dtype=np.uint16)
+    np.concatenate([text[64:], text[:64]]).tofile(tokens)
+    assert "other text: text_sha256" in refusal(in_process("prune", *words, budget))
 
 
 SMALL = {"num_hidden_layers": 2, "num_local_experts": 5, "num_experts": 5}

@@ -20,7 +20,7 @@ from megamask.verbs.table import VERBS
 REPO = Path(__file__).resolve().parents[3]
 # A setting more is a decision: write it here under its role, which its Field says.
 DECIDING = """
-    seed dtype pattern pattern_overrides model.include model.exclude
+    seed dtype pattern pattern_overrides model.include model.exclude model.exclude_sensitive
     data.domains data.blend data.seq_length data.eod
     calibration.samples calibration.seq_length calibration.seed
     prune.methods prune.inputs prune.damp prune.block prune.gradual
@@ -34,7 +34,7 @@ DECIDING = """
     tasks.names tasks.include tasks.limit tasks.shots tasks.folder
     data.bos
     export.format export.mask export.weights export.out
-    sensitivity.mask sensitivity.by sensitivity.keep_dense
+    sensitivity.mask sensitivity.by sensitivity.rows sensitivity.keep_dense
     recover.method recover.mask recover.solver recover.damp recover.steps recover.global_batch
     recover.rate recover.distillation recover.rank recover.alpha
     speed.folder speed.dtype speed.tokens speed.prompt speed.generate speed.batch speed.rounds
@@ -57,7 +57,7 @@ FREE = """
     parallel.fused parallel.start_minutes parallel.first_step_minutes parallel.timeout_minutes
     parallel.threads
     calibration.micro_batch data.processes
-    model.ignore_keys
+    model.ignore_keys model.sensitivity
     learn.preset learn.memory learn.micro_batch learn.resume learn.sampling.backend
     learn.state.masked_weight learn.state.track_flips learn.optimizer.distributed
     learn.snapshot.every learn.snapshot.keep learn.snapshot.background learn.monitor.evaluate_every
