@@ -15,6 +15,7 @@ Shapes: O out_features, I in_features, G groups per row, C candidates.
 from __future__ import annotations
 
 from functools import cache
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,10 @@ def encode(index: Index, keys_OI: Keys, pattern: Pattern) -> Words:
     table = _tables(pattern)
     symbols = np.empty(len(index), np.uint8)
     typed = np.ascontiguousarray(index, dtype=np.uint8)
-    kernels.to_ranks(typed, order, table.positions, table.index_of_bits, symbols)
+    if order.ndim == 1:
+        kernels.look_up(table.ranks_of_four, order, typed, symbols)
+    else:
+        kernels.to_ranks(typed, order, table.positions, table.index_of_bits, symbols)
     first, size = np.empty(len(index), np.uint16), np.empty(len(index), np.uint16)
     out = np.zeros(len(index) + 2 * kernels.STATES + PER_WORD, np.uint16)
     start = kernels.encode(symbols, context, *_state(pattern), first, size, out[:-PER_WORD])
@@ -83,13 +87,18 @@ def decode(words: Words, keys_OI: Keys, pattern: Pattern) -> Index:
     if read < 0 or len(words) != -(-read // PER_WORD) or halves[read:].any():
         raise ValueError("its words do not fit the weights of the base model")
     index = np.empty(len(context), np.uint8)
-    kernels.to_positions(symbols, order, table.ranks, table.index_of_bits, index)
+    if order.ndim == 1:
+        kernels.look_up(table.positions_of_four, order, symbols, index)
+    else:
+        kernels.to_positions(symbols, order, table.ranks, table.index_of_bits, index)
     return index
 
 
 class _Tables:
     """Candidates of a pattern: ``ranks`` (C, n) uint8, the kept places; ``positions`` (C, m) bool;
-    ``index_of_bits``, the candidate of a number with a bit for each kept place.
+    ``index_of_bits``, the candidate of a number with a bit for each kept place. For m = 4 also
+    ``positions_of_four`` and ``ranks_of_four`` (256, C) uint8: for each order of a group, packed in
+    a byte, the candidate of positions that is a candidate of ranks, and the inverse.
     """
 
     def __init__(self, pattern: Pattern) -> None:
@@ -98,6 +107,18 @@ class _Tables:
         self.index_of_bits = np.zeros(2**pattern.m, dtype=np.uint8)
         places = (1 << self.ranks.astype(np.int64)).sum(1)
         self.index_of_bits[places] = np.arange(pattern.num_candidates, dtype=np.uint8)
+        if pattern.m == 4:
+            self.positions_of_four, self.ranks_of_four = self._of_four()
+
+    def _of_four(self) -> tuple[Any, Any]:
+        symbols = np.arange(len(self.ranks), dtype=np.uint8)
+        positions, ranks = np.zeros((2, 256, len(symbols)), dtype=np.uint8)
+        for order in permutations(range(4)):
+            packed = sum(position << 2 * rank for rank, position in enumerate(order))
+            bits = (1 << np.array(order)[self.ranks]).sum(1)
+            positions[packed] = self.index_of_bits[bits]
+            ranks[packed, positions[packed]] = symbols
+        return positions, ranks
 
 
 @cache
@@ -105,28 +126,18 @@ def _tables(pattern: Pattern) -> _Tables:
     return _Tables(pattern)
 
 
-@cache
-def _classes() -> Any:
-    """Parts of the number of a context, (4, 1024) uint16; see the kernel."""
-    at, sides, levels = np.arange(1024), len(SIDE) + 1, len(LEVEL) + 1
-    side = np.searchsorted(SIDE, at, side="right")
-    middle = np.searchsorted(MIDDLE, at, side="right")
-    level = np.searchsorted(LEVEL, at - 512, side="right")
-    parts = (middle * sides * sides * levels, side * sides * levels, side * levels, level)
-    return np.stack(parts).astype(np.uint16)
-
-
 def _contexts(keys_OI: Keys, pattern: Pattern) -> tuple[Any, Any]:
-    """Context (O * G,) and order (O * G, m) of all groups."""
+    """Context (O * G,) and order of all groups: (O * G, m), or packed (O * G,) for m = 4."""
     from megamask.masks import ranked_numba as kernels
 
     groups, keys = keys_OI.size // pattern.m, np.ascontiguousarray(keys_OI).reshape(-1)
-    context, order = np.empty(groups, np.uint16), np.empty((groups, pattern.m), np.uint8)
+    context, bounds = np.empty(groups, np.uint16), (MIDDLE, SIDE, LEVEL)
     if pattern.m == 4:
-        four = order.view("<u4").reshape(-1)
-        kernels.contexts_of_four(keys, pattern.n, _classes(), context, four)
+        order = np.empty(groups, np.uint8)
+        kernels.contexts_of_four(keys, pattern.n, bounds, context, order)
     else:
-        kernels.contexts(keys, pattern.n, pattern.m, _classes(), context, order)
+        order = np.empty((groups, pattern.m), np.uint8)
+        kernels.contexts(keys, pattern.n, pattern.m, bounds, context, order)
     return context, order
 
 
@@ -134,10 +145,12 @@ def _state(pattern: Pattern) -> tuple[Any, Any, Any, int]:
     """Counts, parents and frequencies of no group yet, and contexts with a parent in common."""
     children = (len(SIDE) + 1) ** 2 * (len(LEVEL) + 1)
     parents = len(MIDDLE) + 1
+    from megamask.masks.ranked_numba import FEW
+
     symbols = pattern.num_candidates
     return (
         np.zeros((parents * children, symbols), np.int32),
         np.zeros((parents, symbols), np.int64),
-        np.zeros((parents * children, symbols + 1), np.uint16),
+        np.zeros((parents * children, max(symbols, FEW) + 1), np.uint16),
         children,
     )

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 import megamask
 from megamask.config import load_config
 from megamask.errors import ArgumentError, ArtifactError, MegamaskError
-from megamask.masks import codings, radix, ranked
+from megamask.masks import codings, radix, ranked, ranked_numba
 from megamask.masks.container import write_words
 from megamask.masks.file import load_masks
 from megamask.masks.header import header_digest
@@ -130,13 +130,15 @@ def test_given_weights_is_exact_and_smaller(pattern: Pattern) -> None:
     )
 
 
-@pytest.mark.parametrize("pattern", [P24, Pattern(1, 4), Pattern(3, 4), Pattern(4, 8)], ids=str)
+@pytest.mark.parametrize("pattern", WITH_MODEL, ids=str)
 def test_order_and_contexts_are_those_of_plain_sorting(pattern: Pattern) -> None:
     """Independent reference: numpy's stable sort, so that equal magnitudes keep their order."""
-    keys = ranked.keys_of(noisy(pattern, 8, 16)[1])
+    keys = ranked.keys_of(noisy(pattern, 8, 21)[1])  # no multiple of the groups of a block
     context, order = ranked._contexts(keys, pattern)
     groups = keys.reshape(-1, pattern.m).astype(np.int64)
     expected = np.argsort(-groups, axis=1, kind="stable")
+    if pattern.m == 4:  # four positions of two bits each
+        order = order[:, None] >> np.array([0, 2, 4, 6]) & 3
     assert np.array_equal(order, expected)
     padded = np.take_along_axis(groups, expected, 1)
     padded = np.concatenate([padded[:, :1], padded, padded[:, -1:]], 1)
@@ -146,6 +148,26 @@ def test_order_and_contexts_are_those_of_plain_sorting(pattern: Pattern) -> None
     middle = np.searchsorted(ranked.MIDDLE, gaps[:, n], side="right")
     level = np.searchsorted(ranked.LEVEL, padded[:, n] - groups.sum() // groups.size, side="right")
     assert np.array_equal(context, ((middle * 4 + side[0]) * 4 + side[1]) * 6 + level)
+
+
+@pytest.mark.parametrize("symbols", [2, 6, 70])
+def test_frequencies_are_those_of_plain_integers(symbols: int) -> None:
+    """Independent reference: Python's integers, for counts up to the largest that int32 holds."""
+    children = 96
+    parents, starts = np.zeros((2, symbols), np.int64), np.zeros((192, symbols + 1), np.uint16)
+    choose = np.random.default_rng(symbols)
+    counts = (2.0 ** choose.uniform(-1, 31, (192, symbols))).astype(np.int32)
+    counts[0], counts[1, 1:] = 2**31 - 1, 0
+    ranked_numba._refresh.py_func(counts, parents, starts, children)
+    for row, given in enumerate(counts.tolist()):
+        family = counts[row // children * children :][:children].astype(object)
+        parent = (family.sum(0) + 1).tolist()
+        parent[0] += symbols - 1
+        prior = [one * 24 * 256 // sum(parent) + 1 for one in parent]
+        share = [one * 256 + add for one, add in zip(given, prior, strict=True)]
+        sizes = [1 + one * (2**14 - symbols) // sum(share) for one in share]
+        expected = [sum(sizes[:at]) for at in range(symbols)] + [2**14]
+        assert starts[row].tolist() == expected
 
 
 def test_given_weights_words_never_decode_to_what_they_do_not_encode() -> None:
