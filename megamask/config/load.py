@@ -165,8 +165,10 @@ def _suggest(location: tuple[int | str, ...]) -> str:
     near = difflib.get_close_matches(parts[-1], names, n=1)
     if near:
         return f"Did you mean {'.'.join(filter(None, [prefix, near[0]]))}?"
-    by_leaf = {leaf.key.rsplit(".", 1)[-1]: leaf.key for leaf in describe.leaves()}
+    by_leaf: dict[str, list[str]] = {}
+    for leaf in describe.leaves():
+        by_leaf.setdefault(leaf.key.rsplit(".", 1)[-1], []).append(leaf.key)
     near = difflib.get_close_matches(parts[-1], list(by_leaf), n=1)
     if near:
-        return f"Did you mean {by_leaf[near[0]]}?"
+        return f"Did you mean {' or '.join(by_leaf[near[0]])}?"
     return f"{prefix or 'The top level'} has: {', '.join(names)}."

@@ -127,7 +127,7 @@ def test_overrides_are_yaml_values() -> None:
     [
         ("learn.stepz=3", "learn.stepz", "Did you mean learn.steps?"),
         ("patern=2:4", "patern", "Did you mean pattern?"),
-        ("steps=3", "steps", "Did you mean learn.steps?"),
+        ("steps=3", "steps", "Did you mean learn.steps or recover.steps?"),
         (
             "learn.optimizer.learning_rates=3",
             "learn.optimizer.learning_rates",

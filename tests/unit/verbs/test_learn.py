@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from megamask.config.load import load_config
 from megamask.parallel.mesh import Mesh
@@ -30,7 +31,8 @@ def test_free_memory_is_that_of_the_backend_that_runs(
         raise Interrupted("SIGTERM")  # nothing is loaded
 
     monkeypatch.setattr(NumbaSampler, "forward", raising)
-    monkeypatch.setattr(learn, "check_early", lambda inputs: None)  # there are no files
+    monkeypatch.setattr(learn, "check_early", lambda inputs: None)  # there are no weights
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "weights")
     monkeypatch.setattr(learn, "_check_free", look)
     config = load_config(None, ["device=cpu", "parallel.threads=1", f"run_dir={tmp_path}"])
     threads = torch.get_num_threads()
