@@ -35,8 +35,16 @@ def heed_sigterm() -> None:
 
 
 def link(target: Path, place: Path) -> None:
-    """Make a symbolic link at ``place``, unless something is there; a broken link is replaced."""
+    """Make a symbolic link at ``place``, unless something is there; a broken link is replaced.
+
+    Raises:
+        ArmError: a link to another target is there: what was made beside it belongs to that target.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_symlink() and place.exists() and place.resolve() != target.resolve():
+        raise ArmError(
+            f"{place} is of {place.resolve()}, not of {target.resolve()}. Set another --out."
+        )
     if not place.exists():
         place.unlink(missing_ok=True)
         place.symlink_to(target.resolve())

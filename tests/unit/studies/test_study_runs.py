@@ -214,3 +214,14 @@ def test_a_broken_link_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "place").symlink_to(tmp_path / "gone")
     link(tmp_path / "new", tmp_path / "place")
     assert (tmp_path / "place").resolve() == (tmp_path / "new").resolve()
+
+
+def test_a_link_to_something_else_is_refused(tmp_path: Path) -> None:
+    """Results would be told of one model and be those of another."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    link(tmp_path / "one", tmp_path / "place")
+    link(tmp_path / "one", tmp_path / "place")
+    with pytest.raises(ArmError, match="is of .*one, not of .*other"):
+        link(tmp_path / "other", tmp_path / "place")
+    assert (tmp_path / "place").resolve() == (tmp_path / "one").resolve()
