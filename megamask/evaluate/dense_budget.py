@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,13 @@ FIX = (
     "Run megamask prune and megamask sensitivity with model.exclude_sensitive=0 and the same "
     "settings, or name its file: model.sensitivity."
 )
-MADE_FROM = {"fingerprint": str, "pattern": (str, dict), "parts": list, "protocol": dict}
+MADE_FROM = {
+    "fingerprint": str,
+    "pattern": (str, dict),
+    "linears": list,
+    "parts": list,
+    "protocol": dict,
+}
 TEXT = ("name", "window", "bos", "tokenizer_sha256", "text_sha256")  # of a protocol: what was read
 
 
@@ -59,7 +64,7 @@ def with_dense_budget(config: Config, planned: Architecture | None = None) -> Co
         _check_model(path, made_from["fingerprint"], inputs.fingerprint)
     arch = inputs.arch if planned is None else planned
     plan = layer_plan(arch, _with(config, []))
-    _check_plan(path, made_from["pattern"], losses, plan)
+    _check_plan(path, made_from["pattern"], made_from["linears"], plan)
     if planned is None:
         _check_text(path, made_from["protocol"], measured_text(inputs).facts)
     try:
@@ -76,11 +81,12 @@ def with_dense_budget(config: Config, planned: Architecture | None = None) -> Co
 
 
 def refuse_to_replace(config: Config, made_from: Mapping[str, Any]) -> None:
-    """Refuse to measure fewer parts of a model than the file in the run folder did: the masks were
-    made under a budget that stands on this file.
+    """Refuse to measure a mask that lacks linears of which the file in the run folder tells the
+    sensitivity: the mask may have been made under a budget that stands on this file. The linears
+    are compared and not the parts, whose names also depend on ``sensitivity.by``.
 
     Raises:
-        ArtifactError: the file is finished, of this model, and has these parts and more.
+        ArtifactError: the file is finished, of this model, and has linears that the mask lacks.
     """
     path = run_paths(config).run_dir / FILE
     try:
@@ -88,11 +94,14 @@ def refuse_to_replace(config: Config, made_from: Mapping[str, Any]) -> None:
     except ArtifactError:
         return
     before = found["made_from"]
-    if before["fingerprint"] == made_from["fingerprint"] and {*made_from["parts"]} < {
-        *before["parts"]
-    } == {*found["loss"]}:
-        problem = f"measured {len(before['parts'])} parts; the mask has {len(made_from['parts'])}"
-        fix = "Name a mask of all parts (sensitivity.mask), another run_dir, or delete the file."
+    is_finished = before["parts"] == list(found["loss"])
+    lost = sorted({*map(str, before["linears"])} - {*made_from["linears"]})
+    if is_finished and lost and before["fingerprint"] == made_from["fingerprint"]:
+        problem = (
+            f"measured {len(before['linears'])} linears, of which the mask lacks {len(lost)}, such "
+            f"as {lost[0]}"
+        )
+        fix = "Name a mask of all linears (sensitivity.mask), another run_dir, or delete the file."
         raise ArtifactError(path, problem, fix)
 
 
@@ -108,14 +117,15 @@ def _check_model(path: Path, measured: str, fingerprint: str) -> None:
 
 
 def _check_plan(
-    path: Path, measured: str | Mapping[str, str], parts: Collection[str], plan: PatternPlan
+    path: Path, measured: str | Mapping[str, str], linears: Collection[str], plan: PatternPlan
 ) -> None:
     """Check that the masks that were measured had the patterns of the run, and that every linear
-    that would be pruned was measured.
+    that would be pruned was measured. The name of a part is a pattern that may also match linears
+    without a mask, so the linears themselves decide.
     """
     for name, pattern in plan.items():
-        if not any(fnmatchcase(name, part) for part in parts):
-            raise ArtifactError(path, f"has no part with {name}, which would be pruned", FIX)
+        if name not in linears:
+            raise ArtifactError(path, f"did not measure {name}, which would be pruned", FIX)
         before = measured if isinstance(measured, str) else measured.get(name)
         if before != str(pattern):
             problem = f"was measured with {before} for {name}, which would be {pattern}"

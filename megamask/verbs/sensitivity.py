@@ -41,7 +41,8 @@ NAME = "sensitivity"
 
 def run(config: Config) -> None:
     """Measure every part, and write ``sensitivity.json``, ``.md`` and ``.png`` to the run folder.
-    The JSON file is written after each part, and a run that was killed goes on with the next.
+    The JSON file is written after each part and each row, and a run that was killed goes on with
+    the next.
 
     Raises:
         MegamaskError: weights, shards or the mask are missing or do not fit; found before anything
@@ -67,6 +68,7 @@ def run(config: Config) -> None:
                 "method": masks.method,
                 "pattern": masks.patterns.facts(),
                 "by": section.by,
+                "linears": sorted(masks),
                 "parts": [part.name for part in parts],
                 "protocol": text.facts,
             }
@@ -85,7 +87,7 @@ def run(config: Config) -> None:
             loaded = LoadedModel(config, paths, inputs.arch, mesh)
             losses = PartLosses(config, loaded, masks, text.windows)
             _measure(losses, mesh, parts, done, file)
-            _measure_rows(losses, mesh, parts, section.rows, done)
+            _measure_rows(losses, mesh, parts, done, file)
         if mesh.is_main:
             _write(config, paths.run_dir, done)
 
@@ -94,7 +96,7 @@ def _done(file: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     """What a run before measured under the same conditions, or nothing."""
     nothing: dict[str, Any] = {"made_from": made_from, "dense": None, "loss": {}, "rows": {}}
     try:
-        found = storage.read_object(file, "", {"made_from": dict, "dense": dict, "loss": dict})
+        found = storage.read_object(file, "", {key: dict for key in nothing})
     except MegamaskError:
         return nothing
     names = made_from["parts"]
@@ -102,31 +104,39 @@ def _done(file: Path, made_from: dict[str, Any]) -> dict[str, Any]:
         log.info("%s was made from other inputs or settings: made again", file)
         return nothing
     log.info("%s: %d of %d parts are reused", file, len(found["loss"]), len(names))
-    return {**nothing, **{key: found[key] for key in nothing if key in found}}
+    return {key: found[key] for key in nothing}
 
 
 def _measure_rows(
-    losses: PartLosses, mesh: Mesh, parts: list[Part], counts: list[int], done: dict[str, Any]
+    losses: PartLosses, mesh: Mesh, parts: list[Part], done: dict[str, Any], file: Path
 ) -> None:
-    """Measure the masked model with so many of the most sensitive parts kept dense, into ``done``:
-    count -> its parts, the density and the losses.
+    """Measure the masked model with so many of the most sensitive parts kept dense, into ``done``,
+    which the file gets after each row: count -> its parts, the density and the losses. Rows that
+    the file has stay, whether they are asked for or not.
     """
     order, arch = ranked(done["dense"], done["loss"]), losses.loaded.arch
-    known, done["rows"] = done["rows"], {}
-    for count in counts:
+    for count in losses.config.sensitivity.rows:
+        if str(count) in done["rows"]:
+            continue
         dense = order[:count]
         pruned = [part for part in parts if part.name not in dense]
-        row = known.get(str(count)) or {"loss": losses.pruned(pruned, f"{count} parts dense")}
+        found = losses.pruned(pruned, f"{count} parts dense")
         rules = linear_rules(arch)
         names = [name for part in pruned for one in part.linears for name in rules[one].modules]
         left = PatternPlan(
             {name: losses.masks.patterns[name] for name in names if name in losses.masks}
         )
         density = left.density_of(linear_shapes(arch))
-        done["rows"][str(count)] = {**row, "kept_dense": dense, "density": density}
+        row = {"loss": found, "kept_dense": dense, "density": density}
+        done["rows"] = dict(sorted({**done["rows"], str(count): row}.items(), key=_count))
         if mesh.is_main:
-            shown = "  ".join(f"{name} {loss:.4f}" for name, loss in row["loss"].items())
+            storage.write_json(file, _results(losses.config, done))
+            shown = "  ".join(f"{name} {loss:.4f}" for name, loss in found.items())
             log.info("  %d parts dense  %s", count, shown)
+
+
+def _count(row: tuple[str, Any]) -> int:
+    return int(row[0])
 
 
 def _measure(
@@ -151,25 +161,32 @@ def _measure(
         log.info(text, number, len(parts), part.name, shown, seconds, left)
 
 
-def _write(config: Config, folder: Path, done: dict[str, Any]) -> None:
-    """Write the budget's choice, the table and the picture, and print the table."""
-    from megamask.report import plot_style
-    from megamask.report.sensitivity_picture import sensitivity_picture
-    from megamask.report.sensitivity_table import sensitivity_table
-
+def _results(config: Config, done: dict[str, Any]) -> dict[str, Any]:
+    """The content of the file when all parts are measured: ``done`` and the budget's choice."""
     dense, rows, share = done["dense"], done["loss"], config.sensitivity.keep_dense
-    results = {
+    return {
         **done,
         "increase": increases(dense, rows),
         "ranked": ranked(dense, rows),
         "keep_dense": share,
         "kept_dense": kept_dense(dense, rows, share),
     }
+
+
+def _write(config: Config, folder: Path, done: dict[str, Any]) -> None:
+    """Write the budget's choice, the table and the picture, and print the table."""
+    from megamask.report import plot_style
+    from megamask.report.sensitivity_picture import sensitivity_picture
+    from megamask.report.sensitivity_table import sensitivity_table
+
+    results = _results(config, done)
     storage.write_json(folder / f"{NAME}.json", results)
     text = sensitivity_table(results)
     with storage.atomic_file(folder / f"{NAME}.md") as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
     increase, kept = results["increase"], results["kept_dense"]
-    plot_style.save(lambda: sensitivity_picture(list(rows), increase, kept), folder / f"{NAME}.png")
+    plot_style.save(
+        lambda: sensitivity_picture(list(increase), increase, kept), folder / f"{NAME}.png"
+    )
     log.info("wrote %s", folder / f"{NAME}.json")
     tell(text)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megamask import load_masks, save_masks
-from megamask.evaluate.sensitivity import kept_dense, parts_of, ranked
+from megamask.evaluate.sensitivity import Part, PartLosses, kept_dense, parts_of, ranked
 from megamask.model.mask_shards import linear_rules
 from megamask.weights.architecture import read_architecture
 from megamask.weights.mapping import linear_shapes, prunable
@@ -133,10 +133,10 @@ def test_a_budget_keeps_the_most_sensitive_dense(
     here("learn", *learning, given)
     assert contents(run_dir / "masks") == whole and learned.exists()
     shutil.move(moved, file)
-    message = refusal(in_process("sensitivity", *ask))  # of fewer parts
-    assert "measured 2 parts; the mask has 1" in message
-
     before = contents(run_dir)
+    for by in ("layer", "linear"):  # parts with other names, and of fewer linears
+        message = refusal(in_process("sensitivity", *ask, f"sensitivity.by={by}"))
+        assert "measured 14 linears, of which the mask lacks 7" in message
     tokens = run_dir / "shards" / "prose" / "heldout.bin"
     for verb, more, why in (
         ("prune", ["pattern=4:8"], "was measured with 2:4 for"),
@@ -156,10 +156,7 @@ def test_a_budget_keeps_the_most_sensitive_dense(
         ({"made_from": {**found["made_from"], "fingerprint": "0" * 64}}, "on another model"),
         ({"loss": {first: found["loss"][first]}}, "is not finished: it has 1 of 2 parts"),
         ({"dense": {"prose": "none"}}, "holds no losses by domain"),
-        (
-            {"made_from": {**found["made_from"], "parts": [other]}, "loss": {other: dense}},
-            "no part",
-        ),
+        ({"made_from": {**found["made_from"], "linears": []}}, "did not measure model.layers.0."),
     ):
         file.write_text(json.dumps({**found, **change}))
         for verb in ("prune", "plan"):
@@ -168,6 +165,52 @@ def test_a_budget_keeps_the_most_sensitive_dense(
     text = np.fromfile(tokens, dtype=np.uint16)
     np.concatenate([text[64:], text[:64]]).tofile(tokens)
     assert "other text: text_sha256" in refusal(in_process("prune", *words, budget))
+
+
+def test_a_killed_run_keeps_its_rows_and_dense_linears_count_as_not_measured(
+    prepared: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask that lacks o_proj is measured by layer: the name of a part, model.layers.0.*, matches
+    o_proj, whose sensitivity nobody knows.
+    """
+    run_dir = Path(shutil.copytree(prepared, tmp_path / "run"))
+    words, file = settings(run_dir), run_dir / "sensitivity.json"
+    whole, part = (
+        load_masks(run_dir / "masks" / "magnitude.safetensors"),
+        tmp_path / "p.safetensors",
+    )
+    left = {name: mask for name, mask in whole.items() if not name.endswith("o_proj")}
+    save_masks(part, left, "2:4", fingerprint=whole.fingerprint, method="magnitude")
+    ask = [*words, f"sensitivity.mask={part}", "sensitivity.rows=[2, 0, 1]"]
+    measured: list[str] = []
+    pruned = PartLosses.pruned
+
+    def counted(losses: PartLosses, parts: Collection[Part], row: str) -> dict[str, float]:
+        if len(measured) == 4:  # two parts and the rows 2 and 0 are done
+            raise KeyboardInterrupt
+        measured.append(row)
+        return pruned(losses, parts, row)
+
+    monkeypatch.setattr(PartLosses, "pruned", counted)
+    assert in_process("sensitivity", *ask).code
+    killed = json.loads(file.read_text())
+    assert list(killed["rows"]) == ["0", "2"] and len(killed["ranked"]) == 2
+    measured.clear()
+    here("sensitivity", *ask)
+    assert measured == ["1 parts dense"]
+    found = json.loads(file.read_text())
+    assert list(found["rows"]) == ["0", "1", "2"]
+    assert {**found, "rows": {**found["rows"], "1": None}} == {
+        **killed,
+        "rows": {"0": killed["rows"]["0"], "1": None, "2": killed["rows"]["2"]},
+    }
+    assert found["made_from"]["linears"] == sorted(left) and len(left) == 12
+
+    budget = "model.exclude_sensitive=0.5"
+    for verb in ("prune", "learn", "plan"):
+        message = refusal(in_process(verb, *words, budget))
+        assert "did not measure model.layers.0.self_attn.o_proj" in message, verb
+    here("plan", *words, budget, 'model.exclude=["*.o_proj"]')
 
 
 SMALL = {"num_hidden_layers": 2, "num_local_experts": 5, "num_experts": 5}
