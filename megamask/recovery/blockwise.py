@@ -145,7 +145,8 @@ def _layer(
                 loss = error(step % len(goals))
                 if not math.isfinite(float(loss)):
                     said = f"the error of a layer is {float(loss)} after step {step}, not finite. "
-                    raise LearningError(f"{said}Lower recover.rate; start again to go on.")
+                    fix = "Lower recover.rate: recovery starts anew then, at the first layer."
+                    raise LearningError(said + fix)
                 loss.backward()
                 for group in optimizer.param_groups:
                     group["lr"] = (section.rate or RATE) * share_of_rate(step, section.steps)

@@ -24,7 +24,7 @@ class RecoveryJob(PruningJob):
 
     Attributes:
         masks_OI: Megatron name -> this rank's shard of the mask, in host memory. A part of a fused
-            linear without a mask keeps everything.
+            linear without a mask keeps everything, and its weights stay.
         dtype: of the weights on disk, which the recovered weights get.
         unfinished: the work of a run that was killed.
     """

@@ -1,5 +1,7 @@
 """Weights under a mask as functions of what is trained: the kept weights themselves, or a low-rank
-change of them. Whatever the parameters are, the weight is +0.0 outside the mask.
+change of them. Whatever the parameters are, the weight is +0.0 outside the mask, and a row without
+a removed weight is the frozen row: it is of a part of a fused linear that has no mask, and the
+recovered model keeps it (``model/updated_weights.py``).
 
 Shapes: O local out_features, I local in_features, R rank of the change.
 """
@@ -25,6 +27,19 @@ class TrainedWeight(ABC):
 
     parameters: list[torch.Tensor]
     is_shared: list[bool]
+
+    def __init__(self, linear: MaskedLinear, mask_OI: torch.Tensor) -> None:
+        self.weight_OI = linear.weight.detach()
+        self.mask_OI = mask_OI.to(self.weight_OI.device)
+        frozen_O1 = self.mask_OI.all(dim=1, keepdim=True)
+        self.frozen_O1 = frozen_O1 if bool(frozen_O1.any()) else None
+
+    def under_mask(self, new_OI: torch.Tensor) -> torch.Tensor:
+        """``new_OI`` where the mask keeps, +0.0 elsewhere, and the frozen rows."""
+        kept_OI = torch.where(self.mask_OI, new_OI, 0)
+        if self.frozen_O1 is None:
+            return kept_OI
+        return torch.where(self.frozen_O1, self.weight_OI.float(), kept_OI)
 
     @abstractmethod
     def weight(self) -> torch.Tensor:
@@ -54,14 +69,13 @@ class KeptWeights(TrainedWeight):
     """
 
     def __init__(self, linear: MaskedLinear, mask_OI: torch.Tensor) -> None:
-        weight_OI = linear.weight.detach().float()
-        self.mask_OI = mask_OI.to(weight_OI.device)
-        self.kept_OI = torch.where(self.mask_OI, weight_OI, 0).requires_grad_()
+        super().__init__(linear, mask_OI)
+        self.kept_OI = torch.where(self.mask_OI, self.weight_OI.float(), 0).requires_grad_()
         self.parameters, self.is_shared = [self.kept_OI], [False]
 
     def weight(self) -> torch.Tensor:
         """The kept weights."""
-        return torch.where(self.mask_OI, self.kept_OI, 0)
+        return self.under_mask(self.kept_OI)
 
 
 class LowRank(TrainedWeight):
@@ -81,8 +95,8 @@ class LowRank(TrainedWeight):
     def __init__(
         self, linear: MaskedLinear, mask_OI: torch.Tensor, rank: int, scale: float, seed: int
     ) -> None:
-        self.weight_OI, self.scale = linear.weight.detach(), scale
-        self.mask_OI = mask_OI.to(self.weight_OI.device)
+        super().__init__(linear, mask_OI)
+        self.scale = scale
         size, place = linear.tp_group.size(), linear.tp_group.rank()
         columns = self.weight_OI.shape[1]
         is_row_parallel = linear.shard_axis == 1
@@ -99,4 +113,4 @@ class LowRank(TrainedWeight):
     def weight(self) -> torch.Tensor:
         """The merged weight."""
         change_OI = self.scale * (self.b_OR @ self.a_RI)
-        return torch.where(self.mask_OI, self.weight_OI.float() + change_OI, 0)
+        return self.under_mask(self.weight_OI.float() + change_OI)

@@ -20,7 +20,7 @@ import torch
 from megamask.config import Config
 from megamask.config.learn_tree import DistillationSection
 from megamask.data.batches import BatchPlan, check_batch
-from megamask.data.blend import train_dataset
+from megamask.data.blend import blend_weights, train_dataset
 from megamask.errors import LearningError
 from megamask.model.objective import loss_of
 from megamask.parallel.mask_context import MaskSwitch
@@ -75,9 +75,15 @@ class Training(Recovery):
         return ("data.seq_length",)
 
     def text(self, config: Config) -> dict[str, Any]:
-        """The training text, the length of a sample and the seed of their order."""
-        text = Content.of(config, None, None).text
-        return {"text_sha256": text, "seq_length": config.data.seq_length, "seed": config.seed}
+        """The training text, how its domains are blended, the length of a sample and the seed of
+        their order.
+        """
+        return {
+            "text_sha256": Content.of(config, None, None).text,
+            "blend": blend_weights(config),
+            "seq_length": config.data.seq_length,
+            "seed": config.seed,
+        }
 
     def recover(self, job: RecoveryJob) -> Recovered:
         """``measured`` has the loss of the first and of the last step on the text."""
@@ -190,7 +196,7 @@ def _step(
     if not math.isfinite(mean) or not math.isfinite(norm):
         raise LearningError(
             f"step {step + 1}: the loss is {mean} and the gradient norm {norm}, not finite. "
-            "Lower recover.rate; start again to go on from the last snapshot."
+            "Lower recover.rate: training starts anew then, because snapshots are of one rate."
         )
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -224,7 +230,7 @@ def _save(
             state["exp_avg"],
             state["exp_avg_sq"],
         )
-    job.unfinished.save(STATE, tensors, losses)
+    job.unfinished.save_step(STATE, len(losses), tensors, losses)
 
 
 @torch.no_grad()
@@ -232,7 +238,7 @@ def _resume(
     job: RecoveryJob, parameters: list[torch.Tensor], optimizer: torch.optim.Adam
 ) -> list[float]:
     """Go on from the last snapshot; returns the losses of the steps that are done."""
-    kept = job.unfinished.load(STATE)
+    kept = job.unfinished.load_newest(STATE)
     if kept is None:
         return []
     tensors, losses = kept

@@ -1,13 +1,17 @@
 """The finished parts of a recovery, kept on disk until the whole is done, so that a killed run goes
 on with the next part.
 
-A part holds tensors of this rank's shards, so a run of another layout starts anew. The replicas of
-a shard have equal tensors, and the first of them writes.
+A part holds tensors of this rank's shards, so a run of another tensor parallel size starts anew.
+The replicas of a shard have equal tensors, and the first of them writes. The file of a snapshot has
+the number of its step in its name: a kill while the ranks write leaves some of them a step behind,
+and the run goes on from the newest step that all ranks have.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +25,7 @@ from megamask import storage
 from megamask.errors import ArtifactError
 from megamask.parallel.mesh import Mesh
 
+log = logging.getLogger(__name__)
 MADE_FROM = "made_from.json"
 NOTE = "note"  # of a part's metadata
 
@@ -38,6 +43,9 @@ class Unfinished:
         self.folder, self.mesh = folder, mesh
         wanted = {"made_from": made_from, "tp": mesh.tp}
         if mesh.is_main and not self._is_made_from(wanted):
+            if folder.exists():
+                said = "%s: of other inputs, settings or tensor parallel size: starts anew"
+                log.info(said, folder)
             shutil.rmtree(folder, ignore_errors=True)
             storage.require_writable(folder)
             storage.write_json(folder / MADE_FROM, wanted)
@@ -78,6 +86,35 @@ class Unfinished:
             with storage.atomic_file(self._path(part)) as temporary:
                 save_file(whole, temporary, {NOTE: json.dumps(note)})
         self.mesh.barrier()
+
+    def save_step(
+        self, part: str, step: int, tensors: Mapping[str, torch.Tensor], note: Any
+    ) -> None:
+        """Write the snapshot of a part after ``step`` steps, then delete those of fewer steps. All
+        ranks must call this method.
+
+        Raises:
+            ArtifactError: the disk is full, or the folder cannot be written.
+        """
+        whole = self._of_step(part, step)
+        self.save(whole, tensors, note)  # with a barrier: now all ranks have this step
+        if self.mesh.dp_rank == 0:
+            for path in self.folder.glob(f"{part}-*-{self.mesh.tp_rank}.safetensors"):
+                if path != self._path(whole):
+                    path.unlink(missing_ok=True)
+
+    def load_newest(self, part: str) -> tuple[dict[str, torch.Tensor], Any] | None:
+        """The newest snapshot of a part that all ranks have, as ``load`` gives it; None where there
+        is none. All ranks must call this method.
+        """
+        names = [path.name for path in self.folder.glob(f"{part}-*.safetensors")]
+        found = (re.fullmatch(rf"{part}-(\d+)-\d+\.safetensors", name) for name in names)
+        steps = self.mesh.from_main(sorted({int(one[1]) for one in found if one}, reverse=True))
+        snapshots = (self.load(self._of_step(part, step)) for step in steps)
+        return next((one for one in snapshots if one is not None), None)
+
+    def _of_step(self, part: str, step: int) -> str:
+        return f"{part}-{step:08d}"
 
     def finish(self) -> None:
         """Delete the folder: the whole is done. All ranks must call this method."""

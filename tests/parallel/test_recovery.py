@@ -5,11 +5,14 @@ model.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megamask.config import Config
@@ -18,6 +21,7 @@ from megamask.model.build import build_model, masked_linears
 from megamask.model.checkpoint import fill_from_hf
 from megamask.model.mask_shards import linear_rules, mask_shard
 from megamask.parallel.mesh import Mesh, start
+from megamask.recovery import unfinished as unfinished_parts
 from megamask.recovery.reconstruct import reconstruct
 from megamask.recovery.recovery import Recovered, RecoveryJob
 from megamask.recovery.training import Finetune, Lora, train
@@ -70,6 +74,7 @@ def recover_in_rank(
                 "recover": {
                     "solver": solver,
                     "steps": 3,
+                    "snapshot_every": 1,
                     "global_batch": 4,
                     "micro_batch": 1,
                     "rate": 1e-3,
@@ -114,8 +119,53 @@ def recover_in_rank(
             job = RecoveryJob(settings("exact"), *about, unfinished)
             trained = train(method, job, samples(tokens_NS))
             results[type(method).__name__] = whole(trained, arch, mesh), trained.measured["loss"]
+            if isinstance(method, Finetune):
+                again = trained_after_a_kill(method, job, samples(tokens_NS))
+                for name, weight_OI in again.weights_OI.items():
+                    assert torch.equal(weight_OI, trained.weights_OI[name])
         unfinished.finish()
     return results
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+def trained_after_a_kill(method: Finetune, job: RecoveryJob, rows: Any) -> Recovered:
+    """Train with a snapshot after every step, be killed while the second is written, by the first
+    TP rank already and by the second not yet, and train again.
+    """
+    job = replace(job, unfinished=Unfinished(job.unfinished.folder, {"killed": True}, job.mesh))
+    written, waited = [0], [0]
+
+    def write(*arguments: Any) -> None:
+        written[0] += 1
+        if written[0] == 2 and job.mesh.tp_rank == 1:
+            raise KilledError
+        save_file(*arguments)
+
+    def wait(mesh: Mesh) -> None:
+        waited[0] += 1
+        if waited[0] == 2:
+            raise KilledError
+        barrier(mesh)
+
+    barrier = Mesh.barrier
+    with (
+        patch.object(unfinished_parts, "save_file", write),
+        patch.object(Mesh, "barrier", wait),
+        pytest.raises(KilledError),
+    ):
+        train(method, job, rows)
+    barrier(job.mesh)
+    found = sorted(path.name for path in job.unfinished.folder.glob("training-*"))
+    newest = ["training-00000002-0.safetensors"]
+    older = [f"training-00000001-{rank}.safetensors" for rank in range(job.mesh.tp)]
+    assert found == older + newest
+    barrier(job.mesh)
+    kept = job.unfinished.load_newest("training")
+    assert kept is not None and len(kept[1]) == (1 if job.mesh.tp == 2 else 2)
+    return train(method, job, rows)
 
 
 def samples(tokens_NS: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -181,6 +231,7 @@ def test_every_layout_trains_the_same_weights(
             assert moved > 1e-4 and (weights[name] - alone[name]).abs().mean() < 0.01 * moved, name
             outside = weights[name][~mask_OI]
             assert not outside.any() and not torch.signbit(outside).any()
+        assert torch.equal(weights[FUSED], model.get_submodule(FUSED).weight)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -54,6 +54,31 @@ def test_training_starts_at_the_masked_weight_and_keeps_every_zero(kind: str) ->
         assert (one.weight * mask_OI + 3.0 * b_OR @ a_RI)[~mask_OI].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("kind", ["kept", "low rank"])
+def test_rows_without_a_removed_weight_stay_frozen(kind: str) -> None:
+    """Such rows are of a part of a fused linear that has no mask: the written weights keep them, so
+    the measured weights must.
+    """
+    one = linear()
+    mask_OI = Pattern(2, 4).best(one.weight.abs())
+    mask_OI[2:4] = True
+    trained: TrainedWeight = (
+        KeptWeights(one, mask_OI)
+        if kind == "kept"
+        else LowRank(one, mask_OI, rank=2, scale=3.0, seed=5)
+    )
+    optimizer = torch.optim.Adam(trained.parameters, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        trained.weight().square().sum().backward()
+        optimizer.step()
+    weight_OI = trained.weight()
+    assert torch.equal(weight_OI[2:4], one.weight[2:4])
+    assert (weight_OI != one.weight * mask_OI).any(dim=1).tolist() == [True] * 2 + [False] * 2 + [
+        True
+    ] * 2
+
+
 def test_the_shards_of_a_low_rank_change_are_those_of_the_whole() -> None:
     whole, _ = made("low rank", linear())
     for axis in (0, 1):
