@@ -13,6 +13,7 @@ from megamask import __version__
 from megamask.errors import ArtifactError
 from megamask.masks.apply import masked
 from megamask.masks.file import MaskSet
+from megamask.masks.identity import way_to_remake
 from megamask.storage import write_json
 from megamask.terminal import tell
 from megamask.weights.file_stream import Streamed, row_blocks
@@ -61,7 +62,7 @@ class FoldedSource:
         mask_OI = mask_OI if cols is None else mask_OI[:, cols]
         if masks.has_own_weights and bool((masked(block, ~mask_OI) != 0).any()):
             problem = f"{module} keeps weights that the mask prunes: they do not belong together"
-            raise ArtifactError(masks.path, problem, f"Run prune again for {masks.method}.")
+            raise ArtifactError(masks.path, problem, way_to_remake(masks))
         return masked(block, mask_OI)
 
     def tensors(self) -> Iterator[tuple[str, Streamed]]:

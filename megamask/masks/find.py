@@ -14,7 +14,7 @@ from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.base_weights import stored_weights
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.from_snapshot import load_snapshot, newest_snapshot
-from megamask.masks.identity import recovery_of
+from megamask.masks.identity import belong_together, recovery_of, way_to_remake
 from megamask.safe_checkpoint import NOTE
 from megamask.storage import read_json, read_object, real_path
 from megamask.weights.architecture import Architecture, read_architecture
@@ -143,8 +143,8 @@ def _architecture_of(snapshot: Path, config: Config) -> Architecture:
 def own_weights(masks: MaskSet, paths: RunPaths) -> Path | None:
     """The folder of Megatron weights that a mask was made with, where these are not the model's.
 
-    A method that updates the kept weights, such as ``sparsegpt_update``, writes a mask and weights
-    that belong together: measured and handed out are both or neither.
+    A method that updates or recovers the kept weights, such as ``sparsegpt_update``, writes a mask
+    and weights that belong together: measured and handed out are both or neither.
 
     Args:
         masks: masks of the run or of a mask file. A file RUN/masks/METHOD.safetensors belongs to
@@ -159,12 +159,39 @@ def own_weights(masks: MaskSet, paths: RunPaths) -> Path | None:
     folder = masks.path.parent.parent / f"weights-{masks.method}"
     if masks.path.parent.name != "masks" or not folder.is_dir():
         folder = paths.updated_weights(masks.method)
-    fix = f"Delete the mask {masks.method} and run the verb prune again, in the run of that mask."
+    fix = way_to_remake(masks)
     if not folder.is_dir():
         problem = f"is missing: the mask {masks.path} belongs to these updated weights"
         raise ArtifactError(folder, problem, fix)
     note = read_object(folder / NOTE, fix, {"fingerprint": str, "method": str})
-    about = (note["fingerprint"], note["method"])
-    if about != (masks.fingerprint, masks.method):
-        raise ArtifactError(folder, f"does not belong to the mask {masks.path}", fix)
+    if not belong_together(masks, note):
+        problem = f"does not belong to the mask {masks.path}: the weights have another recipe"
+        raise ArtifactError(folder, problem, fix)
     return folder
+
+
+def check_given_weights(folder: Path, masks: MaskSet | None) -> None:
+    """Check that weights which the user names may stand under masks: weights that a method updated
+    or recovered go with the mask of that very result, and a mask with weights of its own goes with
+    no others. So nothing is handed out under the name of another result.
+
+    Args:
+        folder: Megatron weights; those of a checkpoint have no note.
+        masks: the masks; None for the dense model.
+
+    Raises:
+        ArtifactError: weights and masks are of two results, or the note is torn.
+    """
+    place = folder / NOTE
+    note = read_object(place, f"Make {folder} again.", {}) if place.is_file() else {}
+    method = note.get("method")
+    if masks is not None and masks.has_own_weights:
+        if not belong_together(masks, note):
+            problem = f"does not belong to the mask {masks.path}, which has weights of its own"
+            fix = "Leave export.weights null: the weights that belong to a mask are found."
+            raise ArtifactError(folder, problem, fix)
+    elif method is not None:
+        under = "the dense model" if masks is None else f"the mask {masks.path}"
+        problem = f"has weights that {method} updated; they do not belong to {under}"
+        fix = f"Set export.mask={method} and leave export.weights null."
+        raise ArtifactError(folder, problem, fix)

@@ -1,5 +1,8 @@
 """Which masks, and which weights under them, a row of results or a folder stands for.
 
+What masks and weights were made from is written into the header of the mask file and into the note
+beside the weights, so that neither is taken for the result of other settings or other text.
+
 A mask whose weights were updated with it, or recovered under it, has the digest of the same mask on
 the frozen weights. So rows, cards and reports tell them apart by the functions here.
 """
@@ -9,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megamask.config.published import without_places
 from megamask.masks.file import MaskSet
 
+MEASURED = ("seconds", "raised_damp")  # of a header's data: what came out, not what was asked for
+OUTSIDE_DATA = ("fingerprint", "pattern", "linears")  # of a recipe: elsewhere in a header
 RECOVERED = "recovered"  # of a header's data: how the kept weights were recovered
 
 
@@ -19,6 +25,43 @@ def recovery_of(header: Mapping[str, Any] | None) -> dict[str, Any]:
     data = (header or {}).get("data")
     about = data.get(RECOVERED) if isinstance(data, Mapping) else None
     return dict(about) if isinstance(about, Mapping) else {}
+
+
+def recipe_of(header: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the masks of a header, or its recovered weights, were made from: its ``data`` without
+    what was measured and without the digest of recovered weights.
+    """
+    data = (header or {}).get("data")
+    known = dict(data) if isinstance(data, Mapping) else {}
+    if about := recovery_of(header):
+        known[RECOVERED] = {key: value for key, value in about.items() if key != "weights"}
+    return {key: value for key, value in known.items() if key not in MEASURED}
+
+
+def belong_together(masks: MaskSet, note: Mapping[str, Any]) -> bool:
+    """Whether masks and the weights with this note are one result: one base model, one method and
+    one recipe. Another recipe of the same method gives other weights, under the same masks too.
+
+    Args:
+        masks: masks with weights of their own. Folders of absolute paths have no part in the
+            comparison, because ``extract`` cuts them.
+        note: beside the weights.
+    """
+    recipe = note.get("recipe")
+    if not isinstance(recipe, Mapping):
+        return False
+    made_from = {key: value for key, value in recipe.items() if key not in OUTSIDE_DATA}
+    about = (note.get("fingerprint"), note.get("method"), without_places(made_from))
+    return about == (masks.fingerprint, masks.method, without_places(recipe_of(masks.meta)))
+
+
+def way_to_remake(masks: MaskSet) -> str:
+    """What the user can do where the weights that belong to masks are missing or are others."""
+    verb = "recover" if recovery_of(masks.meta) else "prune"
+    return (
+        f"Run the verb {verb} again with the settings that {masks.path} was made with, or delete "
+        f"the mask {masks.method} and run {verb} in the run of that mask."
+    )
 
 
 def recovered_label(header: Mapping[str, Any] | None) -> str:

@@ -11,8 +11,11 @@ from megamask.data.heldout import evaluated_domains
 from megamask.data.shards import Shards, read_shards
 from megamask.data.split import TRAIN
 from megamask.masks.file import MaskSet
+from megamask.masks.identity import recovery_of
 
 log = logging.getLogger(__name__)
+TEXT = ("text_sha256", "calibration")  # what a header's data tells of the text that was read
+MASK_TEXT = "mask_text"  # of a header's facts of a recovery: the text that its mask was made from
 
 
 def warn_of_learned_text(config: Config, masks: Mapping[str, MaskSet]) -> None:
@@ -37,11 +40,17 @@ def warn_of_learned_text(config: Config, masks: Mapping[str, MaskSet]) -> None:
 
 
 def _was_made_from(meta: Mapping[str, Any], domain: str, shards: Shards) -> bool:
-    """Whether the header of a mask file names the training text of the shards, or none."""
-    learned = _inner(meta, "data", "text_sha256", domain)
-    calibrated = _inner(meta, "data", "calibration", "shards_sha256", domain)
-    is_learned = learned in (None, shards.content_sha256(TRAIN))
-    return is_learned and calibrated in (None, shards.digests(TRAIN))
+    """Whether the header of a mask file names the training text of the shards, or none. A recovery
+    names its own text and that of its mask.
+    """
+    for read in (meta.get("data"), recovery_of(meta).get(MASK_TEXT)):
+        learned = _inner(read, "text_sha256", domain)
+        calibrated = _inner(read, "calibration", "shards_sha256", domain)
+        if learned not in (None, shards.content_sha256(TRAIN)):
+            return False
+        if calibrated not in (None, shards.digests(TRAIN)):
+            return False
+    return True
 
 
 def _inner(value: Any, *keys: str) -> Any:

@@ -73,10 +73,10 @@ def find_masks(inputs: RunInputs) -> dict[str, MaskSet]:
             "a name for the row other than that of the model without a mask",
             "Name it otherwise.",
         )
-    known = [*config.prune.methods, "learned", *recovered_names(paths)]
-    named = config.evaluate.masks or {
-        method: str(paths.mask(method)) for method in known if paths.mask(method).exists()
-    }
+    named = config.evaluate.masks
+    if not named:  # a torn file of a recovered model that nobody asks for stops nothing
+        known = [*config.prune.methods, "learned", *recovered_names(paths)]
+        named = {method: str(paths.mask(method)) for method in known if paths.mask(method).exists()}
     fingerprint, shapes = inputs.fingerprint, linear_shapes(inputs.arch)
     opened = {name: open_masks(text, config, inputs.arch) for name, text in named.items()}
     masks = {row_name(name, found.meta): found for name, found in opened.items()}

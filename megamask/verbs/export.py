@@ -11,7 +11,7 @@ from megamask.errors import ArtifactError, ConfigError
 from megamask.export.folded import STAMP
 from megamask.export.formats import FORMATS
 from megamask.export.unmeasured_parts import check_other_tensors
-from megamask.masks.find import own_weights
+from megamask.masks.find import check_given_weights, own_weights
 from megamask.masks.verify import check_configured, check_strictly, configured_masks
 from megamask.storage import real_path, require_writable
 from megamask.weights.base_model import BaseModel, base_model
@@ -25,8 +25,9 @@ def run(config: Config) -> None:
     export.weights) and export.mask, and verify the written files.
 
     Raises:
-        ConfigError, ArtifactError: the mask is of another pattern or model, a folder is incomplete
-            or cannot be written, or the format holds masks alone and others are asked for.
+        ConfigError, ArtifactError: the mask is of another pattern or model, weights and mask are of
+            two results, a folder is incomplete or cannot be written, or the format holds masks
+            alone and others are asked for.
     """
     paths, base = run_paths(config), base_model(config)
     chosen = FORMATS[config.export.format]
@@ -48,7 +49,9 @@ def run(config: Config) -> None:
             check_strictly(masks, base)
             check_configured(masks, base.architecture(), config)
         weights = Path(config.export.weights) if config.export.weights else None
-        if weights is None and masks is not None:
+        if weights is not None:
+            check_given_weights(weights, masks)
+        elif masks is not None:
             weights = own_weights(masks, paths)
         if weights is None or not chosen.holds_weights:
             chosen.write(base, paths.export, source, masks)
@@ -77,6 +80,6 @@ def open_own(weights: Path, base: BaseModel) -> WeightSource:
         ArtifactError: they are missing, torn, or of another model.
     """
     if not weights.is_dir():
-        fix = "Point export.weights at Megatron weights that convert or prune made."
+        fix = "Point export.weights at Megatron weights that convert made, or leave it null."
         raise ArtifactError(weights, "is missing", fix)
     return base.of_weights(weights, "Run the verb convert again.")

@@ -19,6 +19,7 @@ from megamask.errors import ConfigError, MegamaskError
 from megamask.evaluate.dense_budget import with_dense_budget
 from megamask.masks.file import load_masks
 from megamask.masks.header import Facts
+from megamask.masks.identity import OUTSIDE_DATA, recipe_of
 from megamask.masks.margins import load_margins, save_margins
 from megamask.masks.save import save_codes
 from megamask.masks.times import write_seconds
@@ -38,7 +39,6 @@ from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.margins import to_levels
 
 log = logging.getLogger(__name__)
-MEASURED = ("seconds", "raised_damp")  # of a header's data: what came out, not what was asked for
 
 
 def run(config: Config) -> None:
@@ -142,7 +142,7 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
         masks = load_masks(path)
         masks.verify()
         found = {
-            **{key: value for key, value in masks.meta["data"].items() if key not in MEASURED},
+            **recipe_of(masks.meta),
             "fingerprint": masks.fingerprint,
             "pattern": masks.patterns.facts(),
             "linears": list(masks),
@@ -251,8 +251,7 @@ def write_masks(
     copies: tuple[str, ...],
 ) -> None:
     """Write the time and the mask file, whose header keeps the rest of the recipe as ``data``."""
-    own = ("fingerprint", "pattern", "linears")
-    data = {key: value for key, value in made_from.items() if key not in own}
+    data = {key: value for key, value in made_from.items() if key not in OUTSIDE_DATA}
     if raised_damp:
         data["raised_damp"] = raised_damp
     facts = Facts(

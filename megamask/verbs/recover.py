@@ -24,7 +24,7 @@ from megamask.export.masked_folder import export
 from megamask.export.unmeasured_parts import check_other_tensors
 from megamask.masks.file import MaskSet, load_masks, save_masks
 from megamask.masks.find import mask_path, open_masks, own_weights
-from megamask.masks.identity import RECOVERED, recovered_label
+from megamask.masks.identity import RECOVERED, recipe_of, recovered_label
 from megamask.masks.times import write_seconds
 from megamask.masks.verify import check_strictly
 from megamask.model.build import build_model, masked_linears
@@ -34,7 +34,7 @@ from megamask.model.perplexity import perplexity
 from megamask.model.updated_weights import save_updated
 from megamask.parallel.mesh import Mesh, start
 from megamask.prepare.layout import check_positions
-from megamask.prepare.learned_text import warn_of_learned_text
+from megamask.prepare.learned_text import MASK_TEXT, TEXT, warn_of_learned_text
 from megamask.prepare.run_inputs import RunInputs
 from megamask.recovery.recoveries import RECOVERIES
 from megamask.recovery.recovery import Recovered, Recovery, RecoveryJob
@@ -46,8 +46,6 @@ from megamask.weights.mapping import linear_shapes
 from megamask.weights.own_folder import require_own
 
 log = logging.getLogger(__name__)
-TEXT = ("text_sha256", "calibration")  # what a header's data tells of the text that was read
-MADE = ("weights",)  # of a header's facts of a recovery: what came out, not what was asked for
 
 
 def run(config: Config) -> None:
@@ -62,12 +60,13 @@ def run(config: Config) -> None:
     inputs, recovery = RunInputs(config), RECOVERIES[config.recover.method]
     recovery.check_early(inputs)
     paths, base = inputs.paths, base_model(config)
-    inputs.layout.check_lengths(config, recovery.lengths())
+    lengths = _lengths(config, recovery)
+    inputs.layout.check_lengths(config, lengths)
     masks = whole_masks(open_masks(config.recover.mask, config, inputs.arch), "recover.mask")
     masks.check(shapes=linear_shapes(inputs.arch), fingerprint=inputs.fingerprint)
     inputs.layout.check_model(inputs.arch)
     inputs.layout.check_rows(inputs.arch, masks.patterns)
-    check_positions(config, inputs.arch, recovery.lengths())
+    check_positions(config, inputs.arch, lengths)
     inputs.check_text()
     check_strictly(masks, base)
     check_other_tensors(base, paths.weights)
@@ -128,11 +127,11 @@ class Task:
             "settings": {key: getattr(section, key) for key in recovery.reads},
             "dtype": config.dtype,
         }
+        of_mask = recipe_of(masks.meta)
+        if read := {key: of_mask[key] for key in TEXT if key in of_mask}:
+            facts[MASK_TEXT] = read
         out = paths.recovered if section.out else paths.recovered / name
-        of_mask = masks.meta.get("data")
-        known = of_mask if isinstance(of_mask, dict) else {}
-        read = {key: known[key] for key in TEXT if key in known}
-        made_from = {**read, **recovery.text(config), RECOVERED: facts}
+        made_from = {**recovery.text(config), RECOVERED: facts}
         plain: dict[str, Any] = json.loads(json.dumps(made_from))
         return cls(inputs, base, masks, recovery, name, out, plain)
 
@@ -156,11 +155,9 @@ class Task:
             found = self.written()
             found.verify()
             own_weights(found, self.inputs.paths)
-            data = dict(found.meta["data"])
-            facts = {key: value for key, value in data[RECOVERED].items() if key not in MADE}
         except (MegamaskError, KeyError, TypeError, AttributeError, ValueError):
             return False
-        same = {**data, RECOVERED: facts} == self.made_from
+        same = recipe_of(found.meta) == self.made_from
         same = same and found.fingerprint == self.masks.fingerprint
         if same:
             log.info("%s: reused", self.mask_file)
@@ -196,9 +193,20 @@ def _check_out(base: BaseModel, out: Path) -> None:
     storage.require_writable(out.parent, "recover.out")
 
 
+def _lengths(config: Config, recovery: Recovery) -> tuple[str, ...]:
+    """The settings with the lengths of all sequences that run through the model: those of the
+    method, and the windows on which its result is measured.
+    """
+    return (*recovery.lengths(), *(("evaluate.window",) if _holds_out(config) else ()))
+
+
+def _holds_out(config: Config) -> bool:
+    return any(corpus.heldout for corpus in config.data.domains.values())
+
+
 def _heldout(config: Config) -> dict[str, torch.Tensor]:
     """The held-out windows that the verb evaluate takes; {} where no domain holds out text."""
-    if not any(corpus.heldout for corpus in config.data.domains.values()):
+    if not _holds_out(config):
         return {}
     evaluated_domains(config)
     return evaluation_windows(config, config.evaluate.max_tokens)
@@ -300,9 +308,14 @@ def _shown(by_domain: Mapping[str, float]) -> str:
 
 
 def _tell(one: Task) -> None:
-    """Print what the model is, and the perplexities that its mask file holds."""
+    """Print what the model is, and the perplexities that its mask file holds, with the window that
+    they were measured on: a result that is reused keeps those of its own run.
+    """
     header = one.written().meta
     tell(f"{one.name}: {recovered_label(header)}, no result of the frozen weights")
+    if header["evaluation"].get("perplexity"):
+        window = header["evaluation"]["window"]
+        tell(f"perplexity, measured when it was made, in held-out windows of {window} tokens:")
     for kind, title in (("frozen", "frozen weights"), ("perplexity", "recovered")):
         if by_domain := header["evaluation"].get(kind):
             tell(f"{title:<16} {_shown(by_domain)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megamask import apply_masks
+from megamask.config import run_paths
 from megamask.config.load import load_config
 from megamask.data.heldout import evaluation_windows
-from megamask.errors import ArtifactError, LearningError
+from megamask.errors import ArtifactError
 from megamask.masks.file import load_masks
+from megamask.masks.find import check_given_weights, own_weights
+from megamask.prepare.run_inputs import RunInputs
 from megamask.recovery import training
+from megamask.safe_checkpoint import NOTE
+from megamask.verbs.evaluate import find_masks
 from megamask.weights.hf_files import HFReader
 from tests.e2e.program import RECIPE, contents, here, in_process, refusal
 
@@ -118,7 +124,14 @@ def test_a_result_is_made_once(run_dir: Path, settings: Settings, tmp_path: Path
     copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
     words = [*settings(copy), *WORDS, "recover.mask=wanda"]
     before = contents(copy)
-    assert "reused" in here("recover", *words).stderr and contents(copy) == before
+    done = here("recover", *words, "evaluate.window=16")
+    assert "reused" in done.stderr and contents(copy) == before
+    window = load_masks(copy / "masks" / f"{NAME}.safetensors").meta["evaluation"]["window"]
+    assert window != 16 and f"in held-out windows of {window} tokens" in done.stdout
+    (copy / "masks" / "other-lora.safetensors").write_bytes(b"torn")
+    asked = load_config(RECIPE, [*settings(copy), *WORDS, "evaluate.masks={wanda: wanda}"])
+    assert list(find_masks(RunInputs(asked))) == ["wanda"]
+    (copy / "masks" / "other-lora.safetensors").unlink()
     shutil.rmtree(copy / "recovered")
     here("recover", *words)
     assert contents(copy / "recovered") == contents(run_dir / "recovered")
@@ -129,6 +142,52 @@ def test_a_result_is_made_once(run_dir: Path, settings: Settings, tmp_path: Path
     assert json.loads((tmp_path / "out" / "megamask_export.json").read_text())["mask"] == {
         key: value for key, value in header.items() if key != "tensors"
     }
+
+
+def test_another_blend_of_the_text_is_another_result(
+    run_dir: Path, settings: Settings, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    words = [*settings(copy), *WORDS, *TRAIN, "recover.mask=wanda", "recover.method=finetune"]
+    data = []
+    for blend in ("{prose: 0.7, code: 0.3}", "{prose: 0.3, code: 0.7}"):
+        done = here("recover", *words, "recover.steps=1", f"data.blend={blend}")
+        assert "reused" not in done.stderr
+        data.append(load_masks(copy / "masks" / "wanda-finetune.safetensors").meta["data"])
+    assert data[0]["blend"] != data[1]["blend"]
+    assert data[0]["recovered"]["weights"] != data[1]["recovered"]["weights"]
+    mask = load_masks(copy / "masks" / "wanda.safetensors").meta["data"]
+    assert data[0]["recovered"]["mask_text"] == {"calibration": mask["calibration"]}
+
+
+def test_weights_go_with_the_mask_of_their_own_recipe_alone(
+    run_dir: Path, settings: Settings, tmp_path: Path
+) -> None:
+    copy, old = Path(shutil.copytree(run_dir, tmp_path / "run")), tmp_path / "old.safetensors"
+    weights, paths = copy / f"weights-{NAME}", run_paths(load_config(RECIPE, settings(copy)))
+
+    def refused(verb: str, *words: str) -> str:
+        return refusal(in_process(verb, *settings(copy), *WORDS, *words))
+
+    for mask in ("dense", "wanda"):  # neither is a name for recovered weights
+        said = refused("export", f"export.mask={mask}", f"export.weights={weights}")
+        assert f"has weights that {NAME} updated" in said
+    said = refused("export", f"export.mask={NAME}", f"export.weights={copy / 'weights'}")
+    assert "which has weights of its own" in said and not (copy / "export").exists()
+    here("extract", *settings(copy), NAME, str(old))
+    check_given_weights(weights, load_masks(old))
+    assert own_weights(load_masks(old), paths) == weights
+    note = json.loads((weights / NOTE).read_text())
+    note["recipe"]["recovered"]["settings"]["solver"] = "sequential"  # as another run writes it
+    (weights / NOTE).write_text(json.dumps(note))
+    for verb, *words in (
+        ("evaluate", f"evaluate.masks={{old: {old}}}"),
+        ("export", f"export.mask={old}"),
+        ("export", f"export.mask={old}", f"export.weights={weights}"),
+        ("push", "owner/name", "--dry-run", "--what", "model", f"export.mask={old}"),
+    ):
+        said = refused(verb, *words)
+        assert "does not belong to the mask" in said and "prune" not in said
 
 
 def test_refusals(run_dir: Path, model: Path, settings: Settings) -> None:
@@ -145,6 +204,8 @@ def test_refusals(run_dir: Path, model: Path, settings: Settings) -> None:
     assert "calibration.seq_length" in refused(
         "recover.mask=wanda", "calibration.seq_length=100000"
     )
+    said = refused("recover.mask=wanda", "evaluate.window=100000")
+    assert "evaluate.window" in said and "the positions of the model" in said
     assert contents(run_dir) == before
 
 
@@ -181,16 +242,18 @@ def test_training_lowers_the_perplexity_and_resumes(
             pruned = reader.tensor(f"{module}.weight")[~mask_OI]
             assert not pruned.any() and not torch.signbit(pruned).any()
 
-    # Training stops after a snapshot; the second start ends with the same bits.
+    # Training stops after a snapshot, at weights that are not finite; the second start ends with
+    # the same bits.
     def stopped(*args: Any) -> float:
         if args[5] == 5:
-            raise LearningError("stopped by the test.")
+            next(iter(args[1].values())).parameters[0].data.fill_(math.nan)
         return step(*args)
 
     step = training._step
     monkeypatch.setattr(training, "_step", stopped)
     more = [*words, "recover.snapshot_every=3"]
-    assert "stopped by the test" in refusal(in_process("recover", *settings(second), *more))
+    said = refusal(in_process("recover", *settings(second), *more))
+    assert "step 6: the loss is nan" in said and "training starts anew" in said
     monkeypatch.undo()
     assert (second / f"recovering-{name}").is_dir() and not (second / "recovered" / name).exists()
     assert "goes on after step 3" in here("recover", *settings(second), *more).stderr

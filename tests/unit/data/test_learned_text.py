@@ -38,6 +38,10 @@ def test_masks_of_other_text_are_named(
     masks = {
         "learned": made_from(tmp_path, "learned", {"text_sha256": text}),
         "wanda": made_from(tmp_path, "wanda", {"calibration": calibration_description(config)}),
+        # the text of the recovery itself is not noted here: that of its mask decides
+        "recovered": made_from(
+            tmp_path, "recovered", {"recovered": {"mask_text": {"text_sha256": text}}}
+        ),
         "of before": made_from(tmp_path, "old", {"blend": {"a": 1.0}}),
         "foreign": made_from(tmp_path, "foreign", ["text_sha256"]),
     }
@@ -51,4 +55,6 @@ def test_masks_of_other_text_are_named(
         tokenize.run(again)
         warn_of_learned_text(again, masks)
         told = [message.partition(" of b than ")[0] for message in caplog.messages]
-        assert told == [f"{name} was made from other text" for name in ("learned", "wanda")]
+        assert told == [
+            f"{name} was made from other text" for name in ("learned", "wanda", "recovered")
+        ]
