@@ -14,7 +14,7 @@ from megamask.errors import ArtifactError
 from megamask.masks.apply import masked
 from megamask.masks.file import MaskSet
 from megamask.masks.identity import way_to_remake
-from megamask.storage import write_json
+from megamask.storage import read_object, write_json
 from megamask.terminal import tell
 from megamask.weights.file_stream import Streamed, row_blocks
 from megamask.weights.own_folder import own_files
@@ -93,6 +93,16 @@ def check_zeros(source: WeightSource, masks: MaskSet | None) -> None:
                 problem = f"{name} does not hold +0.0 wherever its mask prunes"
                 fix = "Export again; report it if it stays."
                 raise ArtifactError(source.folder, problem, fix)
+
+
+def say_nothing_of_sparsity(folder: Path) -> None:
+    """Drop ``sparsity_config`` of the base, which ``model.ignore_keys`` let pass, from config.json:
+    vLLM refuses it (vllm-project/vllm#51188).
+    """
+    path = folder / "config.json"
+    config = read_object(path, "Repair the base model.", {})
+    if config.pop("sparsity_config", None) is not None:
+        write_json(path, config)
 
 
 def write_stamp(folder: Path, masks: MaskSet | None) -> None:

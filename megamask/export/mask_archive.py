@@ -27,7 +27,6 @@ from megamask.masks.foreign.kind import Base, Kind
 from megamask.masks.foreign.packed_npz import NPY
 from megamask.storage import atomic_dir
 from megamask.weights.base_model import BaseModel
-from megamask.weights.licences import copy_licences
 from megamask.weights.source import WeightSource
 
 Arrays = Iterator[tuple[str, npt.NDArray[Any]]]
@@ -88,7 +87,7 @@ def _export(
     with atomic_dir(out) as folder:
         _write(folder / file, arrays(masks, known))
         _check(folder / file, kind, masks, known)
-        copy_licences(base.hf_dir, folder)
+        base.copy_licences(folder)
         write_stamp(folder, masks)
     tell_written(out, masks, f" as {kind.what}")
 
@@ -130,7 +129,7 @@ def _packed(masks: MaskSet, name: str, known: Base) -> npt.NDArray[np.uint8]:
 def _meta(masks: MaskSet, base: BaseModel) -> dict[str, Any]:
     """What ``__meta__`` says."""
     return {
-        "base_model": base.hf_dir.name,
+        "base_model": base.home.name,
         "method": masks.method,
         "pattern": str(masks.pattern),
         "sparsity": f"{1 - masks.pattern.density:.4g}",

@@ -6,15 +6,20 @@ dense model loads the masked model too.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 
 from megamask.errors import ArtifactError
-from megamask.export.folded import FoldedSource, check_zeros, tell_written, write_stamp
+from megamask.export.folded import (
+    FoldedSource,
+    check_zeros,
+    say_nothing_of_sparsity,
+    tell_written,
+    write_stamp,
+)
 from megamask.masks.file import MaskSet
-from megamask.storage import read_object, write_json
 from megamask.weights.base_model import BaseModel
 from megamask.weights.hf_files import open_checked, write_hf
 from megamask.weights.other_tensors import bytes_of
@@ -34,25 +39,40 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         ArtifactError: the written folder fails its check; ``out`` does not change.
     """
 
-    def finish(folder: Path) -> None:
-        check_export(folder, masks, base.ignore_keys)
-        check_others(folder, base, source)
-        _say_nothing_of_sparsity(folder / "config.json")
-        write_stamp(folder, masks)
-
-    tensors = FoldedSource(source, masks).tensors()
-    layout = base.layout()
-    write_hf(out, tensors, base.hf_dir, finish=finish, layout=layout, config=base.config)
+    write_masked(base, out, source, masks, lambda folder: write_stamp(folder, masks))
     tell_written(out, masks)
 
 
-def _say_nothing_of_sparsity(path: Path) -> None:
-    """Drop ``sparsity_config`` of the base, which ``model.ignore_keys`` let pass: vLLM refuses it
-    (vllm-project/vllm#51188).
+def write_masked(
+    base: BaseModel,
+    out: Path,
+    source: WeightSource,
+    masks: MaskSet | None,
+    finish: Callable[[Path], None],
+) -> None:
+    """Write a masked folder and check it: every verb that hands out the model writes it here.
+
+    Args:
+        base: the model, whose folder the side files are copied from.
+        out: the folder to write.
+        source: the dense tensors.
+        masks: the masks; None writes the dense tensors.
+        finish: adds files to the checked folder, before it is renamed to ``out``.
+
+    Raises:
+        ArtifactError: the written folder fails its check; ``out`` does not change.
     """
-    config = read_object(path, "Repair the base model.", {})
-    if config.pop("sparsity_config", None) is not None:
-        write_json(path, config)
+
+    def check(folder: Path) -> None:
+        check_export(folder, masks, base.ignore_keys)
+        check_others(folder, base, source)
+        say_nothing_of_sparsity(folder)
+        base.copy_licences(folder)
+        finish(folder)
+
+    tensors = FoldedSource(source, masks).tensors()
+    layout = base.layout()
+    write_hf(out, tensors, base.hf_dir, finish=check, layout=layout, config=base.config)
 
 
 def check_export(folder: Path, masks: MaskSet | None, ignore_keys: Collection[str] = ()) -> None:

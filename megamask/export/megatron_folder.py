@@ -19,7 +19,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megamask.export.folded import FoldedSource, check_zeros, tell_written, write_stamp
+from megamask.export.folded import (
+    FoldedSource,
+    check_zeros,
+    say_nothing_of_sparsity,
+    tell_written,
+    write_stamp,
+)
 from megamask.masks.file import MaskSet
 from megamask.storage import atomic_dir
 from megamask.weights.base_model import BaseModel
@@ -85,6 +91,8 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         }
         write_index(release, writer.written, common)
         copy_side_files(base.hf_dir, folder, base.config)
+        base.copy_licences(folder)
+        say_nothing_of_sparsity(folder)
         (folder / TRACKER).write_text(RELEASE)
         fix = "Export again; report it if it stays."
         with MegatronReader(find_checkpoint(folder), arch, fix) as written:

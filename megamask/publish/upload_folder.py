@@ -14,8 +14,7 @@ from megamask.config.published import SETTINGS_SHA256, settings_digest, without_
 from megamask.config.tree import PUBLISHED
 from megamask.config.yaml_text import read_yaml, write_yaml
 from megamask.errors import ArtifactError
-from megamask.export.folded import FoldedSource
-from megamask.export.masked_folder import check_export, check_others
+from megamask.export.masked_folder import write_masked
 from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
 from megamask.publish.base_facts import BaseFacts
@@ -24,8 +23,7 @@ from megamask.publish.measured import TASKS, measured
 from megamask.report.reading import mask_provenance
 from megamask.storage import atomic_dir, file_sha256, read_object, real_path, write_json
 from megamask.weights.base_model import BaseModel
-from megamask.weights.hf_files import INDEX, SINGLE, write_hf
-from megamask.weights.licences import copy_licences
+from megamask.weights.hf_files import INDEX, SINGLE
 from megamask.weights.own_folder import own_files
 from megamask.weights.source import WeightSource
 
@@ -96,20 +94,12 @@ def build(out: Path, one: Publication, source: WeightSource) -> None:
         ArtifactError: a tensor does not fit, or the written model fails its check.
     """
 
-    def finish(folder: Path) -> None:
-        if one.is_model:
-            check_export(folder, one.masks, one.base.ignore_keys)
-            check_others(folder, one.base, source)
-        else:
-            _copy_mask(one.masks, folder / MASK_FILE)
-        _add_texts(folder, one)
-
     if one.is_model:
-        tensors = FoldedSource(source, one.masks).tensors()
-        write_hf(out, tensors, one.base.hf_dir, finish=finish, layout=one.base.layout())
+        write_masked(one.base, out, source, one.masks, lambda folder: _add_texts(folder, one))
         return
     with atomic_dir(out) as folder:
-        finish(folder)
+        _copy_mask(one.masks, folder / MASK_FILE)
+        _add_texts(folder, one)
 
 
 def uploaded_files(folder: Path) -> list[Path]:
@@ -132,7 +122,7 @@ def _copy_mask(masks: MaskSet, file: Path) -> None:
 
 def _add_texts(folder: Path, one: Publication) -> None:
     """Add licences, results, recipe, versions, card and checksums."""
-    licences = copy_licences(one.base.hf_dir, folder)
+    licences = one.base.copy_licences(folder)
     for name, content in one.results.items():
         write_json(folder / name, content)
     about = mask_provenance(one.masks.path if one.is_model else folder / MASK_FILE)

@@ -52,7 +52,7 @@ def run(config: Config, arguments: PushArguments) -> None:
         check_strictly(masks, base)
         check_configured(masks, base.architecture(), config)
         check_other_tensors(base, paths.weights)
-        about = base_facts(base.hf_dir, arguments.base_name)
+        about = base_facts(base.home, arguments.base_name)
         one = Publication.of(arguments.repo, paths, base, about, masks, is_model)
         require_own(out, STAMP, "run_dir")
         require_writable(out.parent)

@@ -25,6 +25,7 @@ from megamask.weights.family import Architecture
 from megamask.weights.file_layout import FileLayout, file_layout
 from megamask.weights.fingerprint import Fingerprints, fingerprints_of
 from megamask.weights.hf_files import HFReader, open_checked
+from megamask.weights.licences import copy_licences
 from megamask.weights.other_tensors import WithOthers, digest_of
 from megamask.weights.source import WeightSource
 
@@ -51,6 +52,20 @@ class BaseModel:
     def place(self) -> Path:
         """The folder of the weights."""
         return self.megatron or self.hf_dir
+
+    @property
+    def home(self) -> Path:
+        """The folder that tells what the model is: ``hf_dir``, or where it is missing the folder of
+        the weights.
+        """
+        return self.hf_dir if self.hf_dir.is_dir() else self.place
+
+    def copy_licences(self, target: Path) -> list[str]:
+        """Copy the licence files beside the weights and those of ``hf_dir``, which win, into folder
+        ``target``; returns their names.
+        """
+        found = dict.fromkeys((self.place, self.hf_dir))
+        return sorted({name for folder in found for name in copy_licences(folder, target)})
 
     def architecture(self) -> Architecture:
         """The architecture of config.json.

@@ -18,10 +18,12 @@ def is_licence(name: str) -> bool:
 
 
 def copy_licences(source: Path, target: Path) -> list[str]:
-    """Copy the licence files of folder ``source`` into folder ``target``; returns their names."""
+    """Copy the licence files of folder ``source`` into folder ``target``; returns their names. A
+    folder that does not exist has none.
+    """
     found = [
         path
-        for path in sorted(source.iterdir())
+        for path in (sorted(source.iterdir()) if source.is_dir() else [])
         if is_licence(path.name) and path.is_file() and path.stat().st_size <= LIMIT
     ]
     for path in found:

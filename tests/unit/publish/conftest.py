@@ -62,8 +62,8 @@ def run_dir(tmp_path: Path) -> Path:
     return run
 
 
-def write_mask(run: Path, data: dict[str, Any], **more: Any) -> None:
-    base = BaseModel(run / "hf")
+def write_mask(run: Path, data: dict[str, Any], base: BaseModel | None = None, **more: Any) -> None:
+    base = base or BaseModel(run / "hf")
     with base.open() as weights:
         masks = {
             name: P24.best(weights.tensor(f"{name}.weight").abs())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megamask.evaluate.rows import mask_digests
 from megamask.masks.file import load_masks
 from megamask.weights.base_model import BaseModel
 from tests.unit.export.test_masked_folder import save_model
-from tests.unit.publish.conftest import push, write_results
+from tests.unit.publish.conftest import push, write_mask, write_results
 from tests.unit.publish.fake_hub import TOKEN, FakeHub
 
 
@@ -183,3 +184,63 @@ def test_an_unmeasured_mask_says_so(hub: FakeHub, run_dir: Path) -> None:
     assert push(run_dir, "--dry-run") == 0
     card = (run_dir / "push" / "README.md").read_text()
     assert "Nothing was measured on this mask." in card and "perplexity |" not in card
+
+
+def pushed_and_exported(run: Path, *words: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The files of both verbs, without their stamps."""
+    assert push(run, "--what", "model", "--dry-run", *words) == 0
+    assert main(["export", f"run_dir={run}", *words]) == 0
+    folders = (run / "push", run / "export")
+    pushed, exported = ({path.name: path.read_bytes() for path in one.iterdir()} for one in folders)
+    del pushed["megamask_push.json"], exported["megamask_export.json"]
+    return pushed, exported
+
+
+def test_a_pushed_model_is_the_exported_model(run_dir: Path) -> None:
+    """Whatever the base model is, every file of the model has the bytes that export writes."""
+    base = run_dir / "hf" / "config.json"
+    config = json.loads(base.read_text())
+    base.write_text(json.dumps({**config, "sparsity_config": {}}))
+    words = ["model.ignore_keys=[sparsity_config]"]
+    pushed, exported = pushed_and_exported(run_dir, *words)
+    own = {"README.md"}  # a card of the mask in the place of the base model's
+    assert {name: pushed[name] for name in exported.keys() - own} == {
+        name: content for name, content in exported.items() if name not in own
+    }
+    assert "sparsity_config" not in json.loads(pushed["config.json"])
+    # the folder that Megatron loads says nothing of it either
+    there = run_dir / "megatron"
+    to_megatron = ["export.format=megatron", f"export.out={there}", "export.mask=dense"]
+    assert main(["export", f"run_dir={run_dir}", *words, *to_megatron]) == 0
+    assert "sparsity_config" not in json.loads((there / "config.json").read_text())
+
+
+def test_a_checkpoint_alone_goes_out_with_config_and_licence(run_dir: Path) -> None:
+    """A Megatron checkpoint is the whole base model: no Hugging Face folder, no config.json."""
+    there = run_dir / "my-checkpoint"
+    to_megatron = ["export.format=megatron", f"export.out={there}", "export.mask=dense"]
+    assert main(["export", f"run_dir={run_dir}", *to_megatron]) == 0
+    licences = {name: (there / name).read_bytes() for name in ("LICENSE", "NOTICE")}
+    for path in there.iterdir():  # as Megatron-LM saves it, and licences that a user put there
+        if path.is_file() and path.name not in (*licences, "latest_checkpointed_iteration.txt"):
+            path.unlink()
+    shutil.rmtree(run_dir / "hf")
+    write_mask(run_dir, {}, base=BaseModel(run_dir / "hf", there))
+    (run_dir / "results.json").unlink()  # of the model before
+    words = [f"model.megatron={there}"]
+    pushed, exported = pushed_and_exported(run_dir, *words)
+    assert {name: pushed[name] for name in exported} == exported
+    assert exported.keys() == {"config.json", "model.safetensors", *licences}
+    assert json.loads(pushed["config.json"])["hidden_size"] == 32
+    assert push(run_dir, "--dry-run", *words) == 0
+    archive = ["export.format=patch", f"export.out={run_dir / 'archive'}"]
+    assert main(["export", f"run_dir={run_dir}", *words, *archive]) == 0
+    for folder in ("push", "archive"):
+        assert {name: (run_dir / folder / name).read_bytes() for name in licences} == licences
+    card = (run_dir / "push" / "README.md").read_text()
+    assert "mask (learned) of my-checkpoint." in card
+    assert "`LICENSE`, `NOTICE`" in card
+    for name in licences:
+        (there / name).unlink()
+    assert push(run_dir, "--dry-run", *words) == 0
+    assert "held no licence file" in (run_dir / "push" / "README.md").read_text()
