@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from megamask import __version__
 from megamask.errors import ArtifactError
 from megamask.masks.apply import masked
 from megamask.masks.file import MaskSet
-from megamask.masks.identity import way_to_remake
+from megamask.masks.identity import identity, way_to_remake
 from megamask.storage import read_object, write_json
 from megamask.terminal import tell
 from megamask.weights.file_stream import Streamed, row_blocks
@@ -21,6 +22,7 @@ from megamask.weights.own_folder import own_files
 from megamask.weights.source import WeightSource, all_finite
 
 STAMP = "megamask_export.json"  # this file in the written folder describes its masks
+IDENTITY = "identity"  # key of the stamp
 
 
 class FoldedSource:
@@ -106,11 +108,28 @@ def say_nothing_of_sparsity(folder: Path) -> None:
 
 
 def write_stamp(folder: Path, masks: MaskSet | None) -> None:
-    """Write the stamp of a finished folder."""
-    header = None
+    """Write the stamp of a finished folder: the header of its masks, and what tells them and their
+    weights from all others.
+    """
+    about: dict[str, Any] = {"mask": None}
     if masks is not None:
         header = {key: value for key, value in masks.meta.items() if key != "tensors"}
-    write_json(folder / STAMP, {"megamask": __version__, "mask": header, **own_files(folder)})
+        about = {"mask": header, IDENTITY: identity(masks)}
+    write_json(folder / STAMP, {"megamask": __version__, **about, **own_files(folder)})
+
+
+def read_stamp(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The header of the masks of an exported folder, and their ``identity``; None where the folder
+    or its stamp has none.
+
+    Raises:
+        ArtifactError: the stamp cannot be read.
+    """
+    if not (folder / STAMP).is_file():
+        return None, None
+    found = read_object(folder / STAMP, "Export the folder again.", {})
+    header, known = (found.get(key) for key in ("mask", IDENTITY))
+    return header if isinstance(header, dict) else None, known if isinstance(known, dict) else None
 
 
 def tell_written(out: Path, masks: MaskSet | None, what: str = "") -> None:

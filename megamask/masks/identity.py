@@ -96,3 +96,21 @@ def identity(masks: MaskSet) -> dict[str, str]:
     if masks.has_own_weights:
         found["weights"] = str(recovery_of(masks.meta).get("weights", masks.method))
     return found
+
+
+def why_no_row_of(masks: MaskSet, results: Mapping[str, Any], row: str) -> str:
+    """Why a row of a file of results is no row of these masks on their weights; "" where it is one.
+
+    Args:
+        masks: the masks.
+        results: the file, with ``masks``: row -> what ``identity`` gave when the row was measured.
+        row: the name of the row.
+    """
+    made = results.get("masks")
+    about = made.get(row) if isinstance(made, Mapping) else None
+    wanted = identity(masks)
+    if about == wanted:
+        return ""
+    if not isinstance(about, Mapping) or not wanted.keys() <= about.keys():
+        return "does not say its mask"
+    return "was measured on another mask"

@@ -13,7 +13,7 @@ from megamask.config.published import without_places
 from megamask.config.tree import PUBLISHED
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet
-from megamask.masks.identity import identity, row_name
+from megamask.masks.identity import row_name, why_no_row_of
 from megamask.report.reading import read_results
 from megamask.report.results_table import format_table
 from megamask.report.tasks_table import tasks_table
@@ -80,16 +80,12 @@ def table_of(name: str, content: dict[str, Any]) -> str:
 def _own_rows(
     path: Path, results: dict[str, Any], table: str, verb: str, masks: MaskSet
 ) -> dict[str, Any]:
-    rows, made = results.get(table, {}), results.get("masks")
-    digests = made if isinstance(made, dict) else {}
-    wanted = identity(masks)
-    mine = [row for row in rows if digests.get(row) == wanted]
+    rows = results.get(table, {})
+    mine = [row for row in rows if not why_no_row_of(masks, results, row)]
     names = (masks.path.stem, masks.method, row_name(masks.method, masks.meta))
     other = [row for row in names if row in rows]
     if not mine and other:
-        is_said = other[0] in digests
-        problem = f"has a row {other[0]} that "
-        problem += "was measured on another mask" if is_said else "does not say its mask"
+        problem = f"has a row {other[0]} that {why_no_row_of(masks, results, other[0])}"
         fix = f"Run the verb {verb} again on {masks.path}, or delete the file."
         raise ArtifactError(path, problem, fix)
     if not mine:

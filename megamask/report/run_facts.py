@@ -20,7 +20,7 @@ from megamask.data.split import HELDOUT, TRAIN
 from megamask.errors import ArtifactError, MegamaskError, printable
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks
-from megamask.masks.identity import identity
+from megamask.masks.identity import why_no_row_of
 from megamask.report.domains_table import read_domains
 from megamask.report.reading import RunData, read_run
 from megamask.report.result_table import ResultTable
@@ -180,9 +180,10 @@ def _read_folder(
     _say_other_settings(name, masks.get(LEARNED), place, said)
 
     def own(what: str, table: str, results: Mapping[str, Any]) -> dict[str, Any]:
-        strange = strange_rows(results, masks)
-        if strange:
-            said.append(f"{name}: {', '.join(strange)} of {what} is of another mask: left out.")
+        strange = strange_rows(results, table, masks)
+        for why in dict.fromkeys(strange.values()):
+            rows = ", ".join(row for row, other in strange.items() if other == why)
+            said.append(f"{name}: {rows} of {what} {why}: left out.")
         kept = {row: value for row, value in results.get(table, {}).items() if row not in strange}
         return {**results, table: kept} if kept else {}
 
@@ -290,17 +291,18 @@ def _say_other_settings(name: str, learned: MaskSet | None, place: Path, said: l
         said.append(f"{name}: its learned mask is of other settings than learn/config.yaml.")
 
 
-def strange_rows(results: Mapping[str, Any], masks: Mapping[str, MaskSet]) -> list[str]:
-    """The rows of a file of results that were measured on another mask than the run has now."""
-    made = results.get("masks")
-    digests = made if isinstance(made, dict) else {}
-    return [
-        row
-        for row, about in digests.items()
+def strange_rows(
+    results: Mapping[str, Any], table: str, masks: Mapping[str, MaskSet]
+) -> dict[str, str]:
+    """The rows of a table that have the name of a mask of the run, and were not measured on it, or
+    do not say on which mask -> why.
+    """
+    found = {
+        row: why_no_row_of(masks[row], results, row)
+        for row in results.get(table, {})
         if row in masks
-        and isinstance(about, dict)
-        and any(about.get(key, wanted) != wanted for key, wanted in identity(masks[row]).items())
-    ]
+    }
+    return {row: why for row, why in found.items() if why}
 
 
 def _named(table: ResultTable, name: str) -> ResultTable:

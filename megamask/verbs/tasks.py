@@ -22,7 +22,7 @@ from megamask.errors import ConfigError
 from megamask.evaluate.loaded_model import LoadedModel
 from megamask.evaluate.loglikelihood import Score, Scorer, megatron_score, transformers_score
 from megamask.evaluate.rows import DENSE, mask_digests
-from megamask.export.folded import STAMP
+from megamask.export.folded import read_stamp
 from megamask.masks.identity import row_name
 from megamask.model.build import DTYPES
 from megamask.parallel.mesh import Mesh, choose_device, start
@@ -153,14 +153,6 @@ def _of_masks(inputs: RunInputs) -> dict[str, Any]:
     return {**session.results(found, "Megatron-Core"), "masks": mask_digests(masks)}
 
 
-def _header_of(folder: Path) -> dict[str, Any] | None:
-    """The header of the mask of an exported folder; None for other folders."""
-    if not (folder / STAMP).is_file():
-        return None
-    header = storage.read_object(folder / STAMP, "Export the folder again.", {}).get("mask")
-    return header if isinstance(header, dict) else None
-
-
 def _of_folder(inputs: RunInputs) -> dict[str, Any]:
     """The rows of the dense folder and of ``tasks.folder``, both in transformers."""
     from transformers import AutoModelForCausalLM
@@ -170,7 +162,8 @@ def _of_folder(inputs: RunInputs) -> dict[str, Any]:
         allowed = "one process: transformers runs the folder on one device"
         raise ConfigError("tasks.folder", str(folder), allowed, "Start it without torchrun.")
     name = storage.real_path(folder).name  # ``.`` and ``..`` have a name too
-    name = row_name(name, _header_of(folder))
+    header, made_of = read_stamp(folder)
+    name = row_name(name, header)
     if name == DENSE:
         allowed = f"a folder with another name: {DENSE} is the row of model.hf"
         raise ConfigError("tasks.folder", str(folder), allowed, "Rename the folder.")
@@ -185,4 +178,5 @@ def _of_folder(inputs: RunInputs) -> dict[str, Any]:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[config.dtype])
         score = transformers_score(model.eval().to(device))
         found[row] = session.row(row, path, score, device)
-    return session.results(found, "transformers")
+    masks = {} if made_of is None else {name: made_of}
+    return {**session.results(found, "transformers"), "masks": masks}

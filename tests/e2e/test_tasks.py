@@ -144,6 +144,7 @@ def test_a_local_task_on_both_paths(
     again = json.loads((run_dir / "tasks.json").read_text())
     assert list(again["tasks"]) == ["dense", "export"]
     assert again["protocol"]["program"] == "transformers"
+    assert again["masks"] == {"export": results["masks"]["magnitude"]}
     for ours, theirs in (("dense", "dense"), ("magnitude", "export")):
         assert again["tasks"][theirs]["little_piqa"] == results["tasks"][ours]["little_piqa"]
         one, other = (

@@ -18,9 +18,10 @@ import megamask
 from megamask.config import Config, build_config
 from megamask.errors import ArtifactError, ConfigError, MegamaskError
 from megamask.export import folded
-from megamask.export.folded import STAMP
+from megamask.export.folded import STAMP, read_stamp
 from megamask.export.masked_folder import check_export
 from megamask.masks.file import load_masks, save_masks
+from megamask.masks.identity import identity
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.export import run
 from megamask.weights.base_model import BaseModel
@@ -84,7 +85,10 @@ def test_export_equals_apply_masks(made: Made, capsys: pytest.CaptureFixture[str
         == load_file(folder / "hf" / "model.safetensors").keys()
     )
     assert "verified" in capsys.readouterr().out
-    assert json.loads((folder / "export" / STAMP).read_text())["mask"]["method"] == "learned"
+    header, made_of = read_stamp(folder / "export")
+    assert header is not None and header["method"] == "learned"
+    assert made_of == identity(load_masks(folder / "masks" / "learned.safetensors"))
+    assert read_stamp(folder / "hf") == (None, None)
     run(config(folder))  # its own folder may be written again
 
 

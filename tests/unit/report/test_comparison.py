@@ -82,6 +82,12 @@ def write_results(folder: Path, learned: float | None, protocol: dict[str, Any])
     (folder / "results.json").write_text(json.dumps(results))
 
 
+def write_tasks(folder: Path, **more: Any) -> None:
+    """Results of tasks on the mask that ``results.json`` was measured on."""
+    masks = json.loads((folder / "results.json").read_text())["masks"]
+    (folder / "tasks.json").write_text(json.dumps({**TASKS, "masks": masks, **more}))
+
+
 def read(*folders: Path | str, state: str = "finished") -> Comparison:
     return read_runs([str(one) for one in folders], lambda paths: state)
 
@@ -201,17 +207,53 @@ def test_numbers_of_another_mask_are_left_out(tmp_path: Path) -> None:
     found = read(a, b)
     (table,) = perplexity_tables(found.runs)
     assert cells(table)["a"][1] == "–" and cells(table)["b"][1] == "1"
-    assert any("a: learned of results.json is of another mask" in one for one in found.said)
-    assert any("a: learned of tasks.json is of another mask" in one for one in found.said)
+    for file in ("results.json", "tasks.json"):
+        assert f"a: learned of {file} was measured on another mask: left out." in found.said
     assert "a: its learned mask is of other settings than learn/config.yaml." in found.said
     assert not [one for one in found.said if one.startswith("b:")]
+
+
+def test_numbers_that_do_not_say_their_mask_are_left_out(three: list[Path]) -> None:
+    """An older version, and a folder that no export made, note no digests. The mask beside them may
+    have been learned since, or have other weights.
+    """
+    folder = three[0]
+    results = json.loads((folder / "results.json").read_text())
+    whole = results["masks"]["learned"]
+
+    def said(masks: Any) -> list[str]:
+        kept = {key: value for key, value in results.items() if key != "masks"}
+        more = {} if masks is None else {"masks": masks}
+        (folder / "results.json").write_text(json.dumps({**kept, **more}))
+        (folder / "tasks.json").write_text(json.dumps({**TASKS, **more}))
+        found = read(*three)
+        (row,) = [cells(one)["a"] for one in perplexity_tables(found.runs) if "a" in cells(one)]
+        rows = [name for one in tasks_tables(found.runs) for name in cells(one)]
+        is_left_out = bool(found.said)
+        assert (row[5] == "–") == is_left_out
+        assert row[4] == "40.00 Wanda"  # no mask of the run has this name
+        assert rows == ["a: dense"] if is_left_out else rows == ["a: dense", "a: learned mask"]
+        return found.said
+
+    files = ("results.json", "tasks.json")
+    silent = [f"a: learned of {file} does not say its mask: left out." for file in files]
+    other = [f"a: learned of {file} was measured on another mask: left out." for file in files]
+    assert said({"learned": whole}) == []
+    nothing: list[Any] = [None, {}, [], {"learned": None}, {"wanda": whole}, {"learned": {}}]
+    for masks in nothing:
+        assert said(masks) == silent, masks
+    for key in whole:
+        assert said({"learned": {one: whole[one] for one in whole if one != key}}) == silent
+        assert said({"learned": {**whole, key: "another"}}) == other
+    # the same mask over weights that were recovered, or updated with it
+    assert said({"learned": {**whole, "weights": "w" * 64}}) == other
 
 
 def test_tasks_of_one_protocol_share_a_table(three: list[Path]) -> None:
     protocol = {"harness": "0.4.13", "documents_sha256": {"piqa": "1" * 64}}
     for folder, digest in zip(three, "112", strict=True):
         made = {**protocol, "documents_sha256": {"piqa": digest * 64}}
-        (folder / "tasks.json").write_text(json.dumps({**TASKS, "protocol": made}))
+        write_tasks(folder, protocol=made)
     first, second = tasks_tables(read(*three).runs)
     assert list(cells(first)) == ["a: dense", "a: learned mask", "b: dense", "b: learned mask"]
     assert list(cells(second)) == ["c: dense", "c: learned mask"]
@@ -244,7 +286,7 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path, capsys: pytest.CaptureFix
     bad = {"perplexity": {"dense": {BAD: 3.0}, BAD: {BAD: 4.0}}, "protocol": {BAD: BAD}}
     (b / "results-c4.json").write_text(json.dumps(bad))
     for folder in (a, b):
-        (folder / "tasks.json").write_text(json.dumps(TASKS))
+        write_tasks(folder)
         (folder / "learn/versions.json").write_text(json.dumps({BAD: folder.name}))
     study = tmp_path / "study"
     study.mkdir()
