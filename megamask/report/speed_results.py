@@ -105,9 +105,14 @@ def _generation(path: Path, found: Mapping[str, Any]) -> list[str]:
         f"tokens and {generate:,} tokens of each answer:",
         _rates(path, "dense", generation["dense"]),
     ]
-    if "2:4" not in generation:
+    if "choices" not in generation:
         return [*lines, f"No linear can use a 2:4 kernel: the model {generation.get('why')}."]
-    required = {"2:4": dict, "same_token": (int, float), "choices": list}
+    if problem := lacks(generation, {"choices": list}, "generation"):
+        raise ArtifactError(path, problem, FIX)
+    choices, is_used = _choices(path, generation["choices"])
+    if not is_used:  # a rate beside it, of an older version, is the dense model's again
+        return [*lines, "No linear gains by a 2:4 kernel, so there is no second rate.", *choices]
+    required = {"2:4": dict, "same_token": (int, float)}
     if problem := lacks(generation, required, "generation"):
         raise ArtifactError(path, problem, FIX)
     if not _is_rate(generation["same_token"]):
@@ -116,7 +121,7 @@ def _generation(path: Path, found: Mapping[str, Any]) -> list[str]:
         *lines,
         _rates(path, "2:4", generation["2:4"]),
         f"The most likely token is the same at {generation['same_token']:.2%} of a prompt.",
-        *_choices(path, generation["choices"]),
+        *choices,
     ]
 
 
@@ -140,13 +145,14 @@ def _is_rate(value: Any) -> bool:
     return is_number(value) and 0 <= value < LARGEST
 
 
-def _choices(path: Path, choices: Sequence[Any]) -> list[str]:
-    """What each kind of linear uses, and why."""
-    lines = []
+def _choices(path: Path, choices: Sequence[Any]) -> tuple[list[str], bool]:
+    """What each kind of linear uses, and why; and whether any uses a 2:4 kernel."""
+    lines, is_used = [], False
     for one in choices:
         required = {"names": str, "count": int, "kernel": (str, type(None)), "why": str}
         if problem := lacks(one, required, "generation.choices"):
             raise ArtifactError(path, problem, FIX)
         kernel = one["kernel"] or "dense"
+        is_used = is_used or bool(one["kernel"])
         lines.append(f"{one['names']} ({one['count']}): {kernel}; {one['why']}.")
-    return lines
+    return lines, is_used

@@ -23,6 +23,7 @@ from megamask.runtime.speed_table import FILE, Passes, Row, SpeedTable, read_tab
 
 log = logging.getLogger(__name__)
 MOST_TOKENS = 2**20  # of a forward pass
+NO_GAIN = "gains by no 2:4 kernel with this workload, and stays dense"
 
 
 def passes_of(section: SpeedSection) -> Passes:
@@ -128,8 +129,9 @@ def _best(rows: Iterable[Row]) -> str:
 def _generation(
     section: SpeedSection, subject: Subject, folder: Path, device: Device, table: SpeedTable
 ) -> dict[str, Any]:
-    """The rates of the model as it is and with 2:4 kernels, one after the other; of a model whose
-    linears take no such kernel (``Conv1D`` of GPT-2), the first alone and why.
+    """The rates of the model as it is and with 2:4 kernels, one after the other. Of a model whose
+    linears take no such kernel (``Conv1D`` of GPT-2), or gain by none, the first alone and why: the
+    second would be of the same dense model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -148,9 +150,8 @@ def _generation(
         choices = accelerate_on(model, device, table, None, quiet=True)
     except ArtifactError as error:
         return {"dense": dense, "why": error.problem}
-    return {
-        "dense": dense,
-        "2:4": rates(),
-        "same_token": float((before == likely_tokens(model, prompts)).float().mean()),
-        "choices": [asdict(one) for one in grouped(choices)],
-    }
+    found = {"dense": dense, "choices": [asdict(one) for one in grouped(choices)]}
+    if not any(one.kernel for one in choices):
+        return {**found, "why": NO_GAIN}
+    same = (before == likely_tokens(model, prompts)).float().mean()
+    return {**found, "2:4": rates(), "same_token": float(same)}
