@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ class LoadedTasks:
     limit: int | None
 
     def run(self, model: HarnessModel) -> Metrics:
-        """Task -> metric -> value, equal on all ranks. Call it on all ranks."""
+        """Task -> metric -> value, equal on all ranks. Call it on all ranks. Every model is asked
+        the same.
+        """
+        self._draw_same_examples()
         results: Any = evaluate(
             lm=model, task_dict=self.found, limit=self.limit, bootstrap_iters=0, log_samples=False
         )
@@ -122,8 +126,8 @@ class LoadedTasks:
         }
 
     def facts(self) -> dict[str, Any]:
-        """Version, examples in the prompt, documents of each task and the digest of their text: a
-        task file and its data may change under the same name.
+        """Version, examples in the prompt, documents of each task and the digest of all that is
+        asked: a task file and its data may change under the same name.
         """
         tasks = self.found["tasks"].items()
         sizes = {name: len(task.eval_docs) for name, task in tasks}
@@ -134,8 +138,20 @@ class LoadedTasks:
                 name: size if self.limit is None else min(size, self.limit)
                 for name, size in sizes.items()
             },
-            "documents_sha256": {name: digest_of(task, self.limit) for name, task in tasks},
+            "documents_sha256": self._digests,
         }
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        self._draw_same_examples()
+        return {name: digest_of(task, self.limit) for name, task in self.found["tasks"].items()}
+
+    def _draw_same_examples(self) -> None:
+        """Let each task draw its examples from the beginning. The harness goes on drawing where the
+        evaluation before ended, so the next model would get others.
+        """
+        for task in self.found["tasks"].values():
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def load_tasks(section: TasksSection) -> LoadedTasks:
@@ -158,7 +174,6 @@ def load_tasks(section: TasksSection) -> LoadedTasks:
             )
         shots = task.config.num_fewshot if section.shots is None else section.shots
         task.set_config(key="num_fewshot", value=shots or 0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return LoadedTasks(found, section.limit)
 
 

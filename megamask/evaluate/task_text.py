@@ -9,16 +9,21 @@ from typing import Any
 
 
 def digest_of(task: Any, limit: int | None) -> str:
-    """SHA-256 of the documents of a task, and of the prompts and answers that it makes of them.
+    """SHA-256 of the documents of a task, and of every request that it makes of them: contexts with
+    description, delimiters and examples, and answers.
 
     Args:
-        task: a task of the harness.
+        task: a task of the harness, whose examples are drawn as they are for the scores.
         limit: how many documents count, from the first on; None = all.
     """
     digest = hashlib.sha256()
     for document in islice(task.eval_docs, limit):
-        said = [document, task.doc_to_text(document), task.doc_to_target(document)]
-        if task.OUTPUT_TYPE == "multiple_choice":
-            said.append(task.doc_to_choice(document))
-        digest.update(json.dumps(said, sort_keys=True, default=str).encode() + b"\n")
+        digest.update(_line([document, task.doc_to_target(document)]))
+    task.build_all_requests(limit=limit)
+    for instance in task.instances:
+        digest.update(_line([instance.doc_id, instance.arguments]))
     return digest.hexdigest()
+
+
+def _line(said: list[Any]) -> bytes:
+    return json.dumps(said, sort_keys=True, default=str).encode() + b"\n"
