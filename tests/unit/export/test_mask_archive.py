@@ -129,8 +129,8 @@ def test_what_is_no_mask_alone_is_refused(llama: Run, monkeypatch: pytest.Monkey
             run(config(folder, format="patch", **{key: value}))
     (folder / "weights-sparsegpt_update").mkdir()
     with_masks(folder, model, Pattern(2, 4), "sparsegpt_update")
-    note = {"fingerprint": BaseModel(folder / "hf").fingerprints().exact}
-    note["method"] = "sparsegpt_update"
+    note: dict[str, Any] = {"fingerprint": BaseModel(folder / "hf").fingerprints().exact}
+    note |= {"method": "sparsegpt_update", "recipe": {}}
     (folder / "weights-sparsegpt_update" / "megamask.json").write_text(json.dumps(note))
     with pytest.raises(ArtifactError, match="belongs to weights that were updated"):
         run(config(folder, format="maskllm", mask="sparsegpt_update"))
