@@ -16,7 +16,7 @@ from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.from_snapshot import load_snapshot, newest_snapshot
 from megamask.masks.identity import belong_together, recovery_of, way_to_remake
 from megamask.safe_checkpoint import NOTE
-from megamask.storage import read_json, read_object, real_path
+from megamask.storage import read_json, read_object, real_path, require_writable
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.base_model import base_model
 
@@ -95,7 +95,7 @@ def mask_path(text: str, paths: RunPaths) -> Path:
 
 
 def new_mask_file(key: str, text: str, usage: str) -> Path:
-    """The path of a mask file that is to be written.
+    """The path of a mask file that is to be written, in a folder that can be written.
 
     Args:
         key: the argument, for the message.
@@ -104,6 +104,7 @@ def new_mask_file(key: str, text: str, usage: str) -> Path:
 
     Raises:
         ConfigError: there is such a file already, or it has another ending than .safetensors.
+        ArtifactError: the folder cannot be written.
     """
     out = Path(text)
     if out.suffix != ".safetensors":
@@ -112,6 +113,7 @@ def new_mask_file(key: str, text: str, usage: str) -> Path:
     if out.exists():
         fix = "Delete it, or choose another name."
         raise ConfigError(key, text, "a file that is not there yet", fix)
+    require_writable(out.parent, key)
     return out
 
 

@@ -13,10 +13,9 @@ from megamask.export.formats import FORMATS
 from megamask.export.unmeasured_parts import check_other_tensors
 from megamask.masks.find import check_given_weights, own_weights
 from megamask.masks.verify import check_configured, check_strictly, configured_masks
-from megamask.storage import real_path, require_writable
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.dist_checkpoint.megatron_args import refuse_parts
-from megamask.weights.own_folder import require_own
+from megamask.weights.own_folder import check_output
 from megamask.weights.source import WeightSource
 
 
@@ -33,13 +32,7 @@ def run(config: Config) -> None:
     chosen = FORMATS[config.export.format]
     if not chosen.holds_weights:
         _require_mask_alone(config)
-    for folder, key in ((base.hf_dir, "model.hf"), (base.megatron, "model.megatron")):
-        if folder is not None and real_path(paths.export) == real_path(folder):
-            allowed = f"a folder other than {key}"
-            fix = "The base model must stay as it is."
-            raise ConfigError("export.out", str(paths.export), allowed, fix)
-    require_own(paths.export, STAMP, "export.out")
-    require_writable(paths.export.parent, "export.out")
+    check_output(paths.export, STAMP, "export.out", base)
     if config.export.format == "megatron":
         refuse_parts(base.architecture(), "export.format", "megatron", "Set export.format=hf.")
     with base.open() as source:

@@ -11,7 +11,6 @@ from megamask.masks.codings import GIVEN_WEIGHTS
 from megamask.masks.file import save_masks
 from megamask.masks.find import new_mask_file, open_masks
 from megamask.masks.times import forget_seconds
-from megamask.storage import require_writable
 from megamask.verbs.own_arguments import ExtractArguments
 from megamask.weights.base_model import base_model
 
@@ -26,12 +25,12 @@ def run(config: Config, arguments: ExtractArguments) -> None:
 
     Raises:
         ConfigError: the file is there already, or has another ending than .safetensors.
-        ArtifactError: a mask or snapshot that is missing or torn, or another base model.
+        ArtifactError: a mask or snapshot that is missing or torn, another base model, or a folder
+            that cannot be written.
     """
     usage = "megamask extract runs/mine/learn/snapshots mask.safetensors"
     out = new_mask_file("FILE", arguments.file, usage)
     masks = open_masks(arguments.snapshot, config)
-    require_writable(out.parent, "FILE")
     model = base_model(config) if arguments.coding == GIVEN_WEIGHTS else None
     forget_seconds(out)
     save_masks(

@@ -7,7 +7,6 @@ from pathlib import Path
 from megamask.config import Config
 from megamask.masks.find import new_mask_file
 from megamask.masks.foreign.importing import import_masks
-from megamask.storage import require_writable
 from megamask.verbs.own_arguments import ImportArguments
 from megamask.weights.base_model import base_model
 
@@ -17,10 +16,10 @@ def run(config: Config, arguments: ImportArguments) -> None:
 
     Raises:
         ConfigError: the file is there already, or has another ending than .safetensors.
-        ArtifactError: the source is damaged, or does not fit the base model.
+        ArtifactError: the source is damaged or does not fit the base model, or the folder of the
+            file cannot be written.
     """
     usage = "megamask import mask_compressed.npz mask.safetensors --base models/base"
     out = new_mask_file("OUT", arguments.out, usage)
-    require_writable(out.parent, "OUT")
     base, overrides = base_model(config), config.pattern_overrides
     import_masks(Path(arguments.source), out, base, config.pattern, overrides)

@@ -25,12 +25,12 @@ from megamask.publish.upload_folder import (
     build,
     uploaded_files,
 )
-from megamask.storage import file_sha256, require_writable
+from megamask.storage import file_sha256
 from megamask.terminal import tell
 from megamask.verbs.export import open_own
 from megamask.verbs.own_arguments import PushArguments
 from megamask.weights.base_model import base_model
-from megamask.weights.own_folder import require_own
+from megamask.weights.own_folder import check_output
 
 
 def run(config: Config, arguments: PushArguments) -> None:
@@ -54,8 +54,7 @@ def run(config: Config, arguments: PushArguments) -> None:
         check_other_tensors(base, paths.weights)
         about = base_facts(base.home, arguments.base_name)
         one = Publication.of(arguments.repo, paths, base, about, masks, is_model)
-        require_own(out, STAMP, "run_dir")
-        require_writable(out.parent)
+        check_output(out, STAMP, "run_dir", base)
         weights = own_weights(masks, paths)
         with nullcontext(source) if weights is None else open_own(weights, base) as tensors:
             build(out, one, tensors)

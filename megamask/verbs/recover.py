@@ -17,7 +17,7 @@ import torch
 from megamask import storage
 from megamask.config import Config
 from megamask.data.heldout import evaluated_domains, evaluation_windows
-from megamask.errors import ConfigError, MegamaskError
+from megamask.errors import MegamaskError
 from megamask.evaluate.sensitivity import whole_masks
 from megamask.export.folded import STAMP
 from megamask.export.masked_folder import export
@@ -43,7 +43,7 @@ from megamask.terminal import tell
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.fingerprint import fingerprints_of
 from megamask.weights.mapping import linear_shapes
-from megamask.weights.own_folder import require_own
+from megamask.weights.own_folder import check_output
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def run(config: Config) -> None:
     check_strictly(masks, base)
     check_other_tensors(base, paths.weights)
     one = Task.of(inputs, base, masks, recovery)
-    _check_out(base, one.out)
+    check_output(one.out, STAMP, "recover.out", base)
     storage.require_writable(paths.masks)
     windows = _heldout(config)
     if windows:
@@ -177,20 +177,6 @@ class Task:
         """Write the folder. Raises ArtifactError where it cannot be written."""
         with self.base.of_weights(self.weights, "Run the verb recover again.") as source:
             export(self.base, self.out, source, self.written())
-
-
-def _check_out(base: BaseModel, out: Path) -> None:
-    """Refuse a folder that holds anything but an earlier result.
-
-    Raises:
-        ConfigError, ArtifactError: it is the model's, holds other files, or cannot be written.
-    """
-    for folder, key in ((base.hf_dir, "model.hf"), (base.megatron, "model.megatron")):
-        if folder is not None and storage.real_path(out) == storage.real_path(folder):
-            allowed, fix = f"a folder other than {key}", "The base model must stay as it is."
-            raise ConfigError("recover.out", str(out), allowed, fix)
-    require_own(out, STAMP, "recover.out")
-    storage.require_writable(out.parent, "recover.out")
 
 
 def _lengths(config: Config, recovery: Recovery) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ from megamask.weights.file_layout import file_layout
 from megamask.weights.fingerprint import fingerprints_of
 from megamask.weights.hf_files import open_checked, write_hf
 from megamask.weights.layer_plan import asked_patterns, layer_plan
-from megamask.weights.own_folder import own_files, require_own
+from megamask.weights.own_folder import check_output, own_files
 from megamask.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
@@ -64,10 +64,7 @@ def run(config: Config, arguments: ReorderArguments) -> None:
             fix = f"Set pattern={pattern.n}:{pattern.m}, or go on without a new order."
             raise ConfigError("pattern", str(pattern), allowed, fix)
     base = base_model(config)
-    for folder, key in ((base.hf_dir, "model.hf"), (base.megatron, "model.megatron")):
-        if folder is not None and storage.real_path(out) == storage.real_path(folder):
-            allowed, fix = f"a folder other than {key}", "The model must stay as it is."
-            raise ConfigError("OUT", str(out), allowed, fix)
+    check_output(out, STAMP, "OUT", base)
     Layout.launched(config).check_lengths(config, ("calibration.seq_length",))
     arch = base.architecture()
     layout = file_layout(arch)
@@ -83,8 +80,6 @@ def run(config: Config, arguments: ReorderArguments) -> None:
     check_positions(config, arch, ("calibration.seq_length",))
     check_vocabulary(config, arch.vocab)
     check_shards(config)
-    require_own(out, STAMP, "OUT")
-    storage.require_writable(out.parent, "OUT")
     with base.open() as reader, start(config) as mesh:
         made_from = {
             "fingerprint": fingerprints_of(reader, arch).exact,

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from megamask.errors import ArtifactError
 from megamask.file_kinds import GGUF, file_kind, require_file, wrong_file
 from megamask.machine_errors import explained, reading
-from megamask.storage import atomic_dir, file_sha256, read_object, require_writable, write_json
+from megamask.storage import atomic_dir, file_sha256, read_object, write_json
 from megamask.terminal import tell
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.families.registry import FAMILIES
@@ -27,7 +27,7 @@ from megamask.weights.gguf_tokenizer import HeaderTokenizer
 from megamask.weights.hf_files import write_tensors
 from megamask.weights.licences import copy_licences
 from megamask.weights.mapping import expected_tensors
-from megamask.weights.own_folder import own_files, require_own
+from megamask.weights.own_folder import check_output, own_files
 from megamask.weights.source import all_finite
 
 STAMP = "megamask_gguf.json"  # this file in the new folder names the GGUF file
@@ -49,8 +49,7 @@ def unpack(source: Path, out: Path) -> None:
         if stamp.items() <= made.items():
             tell(f"{out}: already unpacked from {source.name}")
             return
-    require_own(out, STAMP, "model.hf")
-    require_writable(out.parent, "model.hf")
+    check_output(out, STAMP, "model.hf")
     read_layout(source)
     fields, stored = _read(source)
     header = Header(fields, source)

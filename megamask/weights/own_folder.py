@@ -1,25 +1,41 @@
-"""A folder that a verb may replace holds what an earlier run wrote, and nothing of the user's."""
+"""The folder that a verb writes a model into, and may replace: it holds what an earlier run wrote,
+and neither the base model nor anything else of the user's.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megamask.errors import ArtifactError
-from megamask.storage import read_object
+from megamask.errors import ArtifactError, ConfigError
+from megamask.storage import read_object, real_path, require_writable
+from megamask.weights.base_model import BaseModel
 
 
-def require_own(out_dir: Path, stamp: str, key: str) -> None:
-    """Check that a folder may be replaced.
+def check_output(out: Path, stamp: str, key: str, base: BaseModel | None = None) -> None:
+    """Check that a folder can be written and may be replaced, before any long work.
 
     Args:
-        out_dir: the folder; it may be missing, empty, or the output of an earlier run.
+        out: the folder; it may be missing, empty, or the output of an earlier run.
         stamp: name of the file that an earlier run left in its output, with ``own_files``. In the
             stamp of a version without that list, files newer than the stamp are others.
         key: the setting that chose the folder, for the message.
+        base: the base model, which the output is made from, if there is one.
 
     Raises:
-        ArtifactError: the folder holds other files; the first three are named.
+        ConfigError: the folder is a folder of the base model.
+        ArtifactError: the folder holds other files, of which the first three are named, or it
+            cannot be written.
     """
+    sources = {} if base is None else {"model.hf": base.hf_dir, "model.megatron": base.megatron}
+    for name, folder in sources.items():
+        if folder is not None and real_path(out) == real_path(folder):
+            fix = "The base model must stay as it is."
+            raise ConfigError(key, str(out), f"a folder other than {name}", fix)
+    _require_own(out, stamp, key)
+    require_writable(out.parent, key)
+
+
+def _require_own(out_dir: Path, stamp: str, key: str) -> None:
     if not out_dir.exists():
         return
     others = _files(out_dir) if out_dir.is_dir() else [out_dir.name]
@@ -39,7 +55,7 @@ def require_own(out_dir: Path, stamp: str, key: str) -> None:
 
 
 def own_files(folder: Path) -> dict[str, list[str]]:
-    """The part of a stamp that names the files of the folder, for ``require_own``."""
+    """The part of a stamp that names the files of the folder, for ``check_output``."""
     return {"files": _files(folder)}
 
 

@@ -99,6 +99,13 @@ def test_a_dry_run_needs_no_token(
     assert "holds files that this verb did not make" in capsys.readouterr().err
 
 
+def test_the_base_model_is_not_replaced(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run_dir / "hf", run_dir / "push")
+    assert push(run_dir, "--dry-run", f"model.hf={run_dir / 'push'}") == 2
+    assert "a folder other than model.hf" in capsys.readouterr().err
+    assert not (run_dir / "push" / "megamask_push.json").exists()
+
+
 def test_who_cannot_push_is_told_first(
     hub: FakeHub, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
