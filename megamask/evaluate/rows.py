@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megamask import storage
 from megamask.config import Config, RunPaths
 from megamask.data.windows import Windows
@@ -24,7 +22,7 @@ from megamask.evaluate.measured_text import MeasuredText
 from megamask.masks.file import MaskSet
 from megamask.masks.identity import identity
 from megamask.masks.times import seconds_of
-from megamask.model.perplexity import exp_of_mean, target_sums
+from megamask.model.perplexity import exp_of_mean, summed_loss
 from megamask.parallel.mesh import Mesh
 from megamask.weights.architecture import Architecture
 
@@ -100,32 +98,24 @@ class Rows:
         compared: Callable[[str, Windows], Sums],
     ) -> Row:
         weights = self.loaded.use(masks)
+        micro_batch = self.config.evaluate.micro_batch
         begin = time.perf_counter()
         row = Row({}, {}, {})
         for domain, windows in self.text.windows.items():
             count = self.text.compared[domain]
-            loss, targets = self._loss(windows[count:]), windows.targets
+            loss = summed_loss(self.model, self.mesh, windows[count:], micro_batch)
             if count:
                 sums = compared(domain, windows[:count])
                 loss += sums.loss
                 row.kl[domain] = sums.kl / sums.targets
                 row.agreement[domain] = sums.agreements / sums.targets
-            row.perplexity[domain] = exp_of_mean(loss, targets)
+            row.perplexity[domain] = exp_of_mean(loss, windows.targets)
             if math.isnan(row.perplexity[domain]):
                 raise not_finite_outputs(weights, domain, method)
         if self.mesh.is_main:
             values = "  ".join(f"{domain} {value:.2f}" for domain, value in row.perplexity.items())
             log.info("%-18s %s  (%.1f s)", method, values, time.perf_counter() - begin)
         return row
-
-    def _loss(self, windows: Windows) -> float:
-        """The summed loss of windows that are not compared."""
-
-        def losses(tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor]:
-            return (self.model.token_losses(tokens_BS, labels_BS),)
-
-        (total,) = target_sums(self.mesh, windows, self.config.evaluate.micro_batch, losses)
-        return total
 
 
 def not_finite_outputs(weights: Path, text: str, row: str) -> ArtifactError:

@@ -7,8 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import torch
-
 from megamask.config import Config
 from megamask.data.windows import Windows
 from megamask.errors import ArtifactError
@@ -16,7 +14,7 @@ from megamask.evaluate.loaded_model import LoadedModel
 from megamask.evaluate.rows import not_finite_outputs
 from megamask.masks.file import MaskSet
 from megamask.model.mask_shards import fold_masks, linear_rules
-from megamask.model.perplexity import target_sums
+from megamask.model.perplexity import summed_loss
 from megamask.weights.architecture import Architecture
 
 Losses = dict[str, float]  # domain -> mean loss, nats a token
@@ -115,13 +113,9 @@ class PartLosses:
 
     def _losses(self, row: str) -> Losses:
         """Raises ArtifactError where outputs are not finite."""
-
-        def losses(tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor]:
-            return (self.loaded.model.token_losses(tokens_BS, labels_BS),)
-
         found, micro_batch = {}, self.config.evaluate.micro_batch
         for domain, windows in self.windows.items():
-            (total,) = target_sums(self.loaded.mesh, windows, micro_batch, losses)
+            total = summed_loss(self.loaded.model, self.loaded.mesh, windows, micro_batch)
             found[domain] = total / windows.targets
             if not total < float("inf"):
                 raise not_finite_outputs(self.weights, domain, row)

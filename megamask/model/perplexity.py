@@ -15,7 +15,6 @@ Score = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 """``score(tokens_BS, labels_BS)`` returns numbers of every token, (B, S) each."""
 
 
-@torch.no_grad()
 def perplexity(
     model: LanguageModel,
     mesh: Mesh,
@@ -37,13 +36,27 @@ def perplexity(
         micro_batch: number of windows that run together.
         after_batch: called after each batch of this replica.
     """
+    windows = Windows.inside(windows_NS)
+    total = summed_loss(model, mesh, windows, micro_batch, after_batch)
+    return exp_of_mean(total, windows.targets)
+
+
+def summed_loss(
+    model: LanguageModel,
+    mesh: Mesh,
+    windows: Windows,
+    micro_batch: int,
+    after_batch: Callable[[], None] | None = None,
+) -> float:
+    """The cross entropy of all targets together, in nats; NaN if the model's outputs are not
+    finite. The arguments are those of ``target_sums``.
+    """
 
     def losses(tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor]:
         return (model.token_losses(tokens_BS, labels_BS),)
 
-    windows = Windows.inside(windows_NS)
     (total,) = target_sums(mesh, windows, micro_batch, losses, after_batch=after_batch)
-    return exp_of_mean(total, windows.targets)
+    return total
 
 
 @torch.no_grad()
