@@ -7,6 +7,9 @@ from pathlib import Path
 
 from megamask.config.tree import Config
 
+DENSE = "dense"  # the row of the model without a mask
+LEARNED = "learned"  # the learned mask of a run, and its row
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -23,7 +26,7 @@ class RunPaths:
     results: Path  # perplexities under evaluate.protocol: results.json for held-out documents
 
     def mask(self, method: str) -> Path:
-        """The mask file of a method of this run (``learned`` is the learned one)."""
+        """The mask file of a method of this run (``LEARNED`` is the learned one)."""
         return self.masks / f"{method}.safetensors"
 
     def margins(self, method: str) -> Path:

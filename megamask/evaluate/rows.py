@@ -14,6 +14,7 @@ from typing import Any
 
 from megamask import storage
 from megamask.config import Config, RunPaths
+from megamask.config.paths import DENSE
 from megamask.data.windows import Windows
 from megamask.errors import ArtifactError
 from megamask.evaluate.comparison import DenseOutputs, Sums, run_dense, run_masked
@@ -27,7 +28,6 @@ from megamask.parallel.mesh import Mesh
 from megamask.weights.architecture import Architecture
 
 log = logging.getLogger(__name__)
-DENSE = "dense"
 
 
 @dataclass(frozen=True)

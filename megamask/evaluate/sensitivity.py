@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from megamask.config import Config
+from megamask.config.paths import DENSE
 from megamask.data.windows import Windows
 from megamask.errors import ArtifactError
 from megamask.evaluate.loaded_model import LoadedModel
@@ -98,7 +99,7 @@ class PartLosses:
 
     def dense(self) -> Losses:
         """The losses of the dense model."""
-        return self._losses("dense")
+        return self._losses(DENSE)
 
     def pruned(self, parts: Collection[Part], row: str) -> Losses:
         """The losses with the masks of ``parts`` alone; ``row`` names them in messages. At the end

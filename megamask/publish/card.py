@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from megamask import __version__
+from megamask.config.paths import DENSE
 from megamask.errors import printable
 from megamask.masks.file import MaskSet
 from megamask.masks.identity import RECOVERED, recovered_label, recovery_of
 from megamask.publish.base_facts import BaseFacts
-from megamask.publish.measured import DENSE, table_of
+from megamask.publish.measured import table_of
 from megamask.tables import table
 
 MASK_FILE, SUMS = "mask.safetensors", "SHA256SUMS"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config import RunPaths
+from megamask.config.paths import DENSE
 from megamask.config.published import without_places
 from megamask.config.tree import PUBLISHED
 from megamask.errors import ArtifactError
@@ -16,11 +17,9 @@ from megamask.masks.file import MaskSet
 from megamask.masks.identity import row_name, why_no_row_of
 from megamask.report.reading import read_results
 from megamask.report.results_table import format_table
-from megamask.report.tasks_table import tasks_table
-from megamask.storage import read_object
+from megamask.report.tasks_table import TASKS, read_tasks_results, tasks_table
 
 log = logging.getLogger(__name__)
-DENSE, TASKS = "dense", "tasks.json"
 BY_ROW = ("perplexity", "kl", "agreement", "density", "mask_bytes", "masks", "tasks")
 
 
@@ -43,38 +42,17 @@ def measured(paths: RunPaths, masks: MaskSet) -> dict[str, dict[str, Any]]:
         path = paths.results_under(protocol)
         if own := _own_rows(path, read_results(path), "perplexity", "evaluate", masks):
             found[path.name] = own
-    path = paths.run_dir / TASKS
+    path = paths.run_dir / TASKS.file
     if path.exists():
-        content = _read_tasks(path)
+        content = read_tasks_results(path)
         if own := _own_rows(path, content, "tasks", "tasks", masks):
             found[path.name] = own
     return found
 
 
-def _read_tasks(path: Path) -> dict[str, Any]:
-    """The content of ``tasks.json``.
-
-    Raises:
-        ArtifactError: the file holds something else than the verb tasks writes.
-    """
-    fix = "Run the verb tasks again."
-    content = read_object(path, fix, {"tasks": dict, "protocol": dict})
-    rows, groups = content["tasks"], content.setdefault("groups", {})
-    values = [
-        value
-        for row in rows.values()
-        for metrics in (row.values() if isinstance(row, dict) else [None])
-        for value in (metrics.values() if isinstance(metrics, dict) else [None])
-    ]
-    numbers = all(isinstance(one, int | float) and abs(one) < 1e300 for one in values)
-    if not numbers or not isinstance(groups, dict):
-        raise ArtifactError(path, "holds no numbers by row, task and metric", fix)
-    return content
-
-
 def table_of(name: str, content: dict[str, Any]) -> str:
     """The table of a file of results, with its protocol below."""
-    return tasks_table(content) if name == TASKS else format_table(content)
+    return tasks_table(content) if name == TASKS.file else format_table(content)
 
 
 def _own_rows(

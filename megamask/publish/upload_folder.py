@@ -19,8 +19,9 @@ from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
 from megamask.publish.base_facts import BaseFacts
 from megamask.publish.card import MASK_FILE, SUMS, CardFacts, card
-from megamask.publish.measured import TASKS, measured
+from megamask.publish.measured import measured
 from megamask.report.reading import mask_provenance
+from megamask.report.tasks_table import TASKS
 from megamask.storage import atomic_dir, file_sha256, read_object, real_path, write_json
 from megamask.weights.base_model import BaseModel
 from megamask.weights.hf_files import INDEX, SINGLE
@@ -33,7 +34,7 @@ SEEDS = ("seed", "calibration.seed")
 # What a push may write about a mask or as one; licences and the model's own texts stay.
 WRITTEN = (
     *map(results_file, ("heldout", *PUBLISHED)),
-    *(TASKS, RECIPE, VERSIONS, MASK_FILE, SINGLE, INDEX),
+    *(TASKS.file, RECIPE, VERSIONS, MASK_FILE, SINGLE, INDEX),
     f"model-{5 * '[0-9]'}-of-{5 * '[0-9]'}.safetensors",
 )
 MACHINE = ("platform", "cpu")  # of versions.json, which say nothing of the mask

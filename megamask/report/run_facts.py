@@ -13,6 +13,7 @@ from typing import Any
 
 from megamask.config import Config, RunPaths, run_paths
 from megamask.config.load import load_config
+from megamask.config.paths import LEARNED
 from megamask.config.published import SETTINGS_SHA256, settings_digest
 from megamask.config.yaml_text import read_yaml
 from megamask.data.shards import read_shards
@@ -32,7 +33,6 @@ from megamask.storage import read_object, real_path
 from megamask.weights.layer_plan import asked_patterns
 
 log = logging.getLogger(__name__)
-LEARNED, DENSE = "learned", "dense"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
+from megamask.config.paths import LEARNED
 from megamask.masks.compare import differences
 from megamask.masks.file import MaskSet
 from megamask.report.difference_tables import layer_map
@@ -28,7 +29,7 @@ from megamask.report.plot_style import (
 )
 from megamask.report.result_table import ResultTable, TablePicture
 from megamask.report.results_table import method_label
-from megamask.report.run_facts import LEARNED, RunFacts
+from megamask.report.run_facts import RunFacts
 from megamask.report.samples_pictures import calibration_samples
 from megamask.report.step_pictures import LOSS_TITLE, MASK_TITLES, running_median
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from megamask.config.deciding import below_run
 from megamask.config.nested import flatten
+from megamask.config.paths import DENSE, LEARNED
 from megamask.masks.codings import coding_of
 from megamask.report.reading import bits
 from megamask.report.result_table import ResultTable
@@ -24,7 +25,7 @@ from megamask.report.results_table import (
     format_protocol,
     method_label,
 )
-from megamask.report.run_facts import DENSE, LEARNED, RunFacts, facts_of_mask
+from megamask.report.run_facts import RunFacts, facts_of_mask
 from megamask.report.tasks_table import NOTE, tasks_cells
 
 NOTHING = "–"

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from megamask import storage
 from megamask.config import Config
+from megamask.config.paths import DENSE, LEARNED
 from megamask.data.heldout import evaluated_domains
 from megamask.errors import ConfigError
 from megamask.evaluate.measured_text import measured_text
-from megamask.evaluate.rows import DENSE, Rows, by_quantity, facts_beside, log
+from megamask.evaluate.rows import Rows, by_quantity, facts_beside, log
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks, own_weights, recovered_names
 from megamask.masks.identity import row_name
@@ -75,7 +76,7 @@ def find_masks(inputs: RunInputs) -> dict[str, MaskSet]:
         )
     named = config.evaluate.masks
     if not named:  # a torn file of a recovered model that nobody asks for stops nothing
-        known = [*config.prune.methods, "learned", *recovered_names(paths)]
+        known = [*config.prune.methods, LEARNED, *recovered_names(paths)]
         named = {method: str(paths.mask(method)) for method in known if paths.mask(method).exists()}
     fingerprint, shapes = inputs.fingerprint, linear_shapes(inputs.arch)
     opened = {name: open_masks(text, config, inputs.arch) for name, text in named.items()}

@@ -16,19 +16,20 @@ import torch
 
 from megamask import storage
 from megamask.config import Config
+from megamask.config.paths import DENSE
 from megamask.data.bos import before_document
 from megamask.data.tokenizer import TextTokenizer, load_tokenizer
 from megamask.errors import ConfigError
 from megamask.evaluate.loaded_model import LoadedModel
 from megamask.evaluate.loglikelihood import Score, Scorer, megatron_score, transformers_score
-from megamask.evaluate.rows import DENSE, mask_digests
+from megamask.evaluate.rows import mask_digests
 from megamask.export.folded import read_stamp
 from megamask.masks.identity import row_name
 from megamask.model.build import DTYPES
 from megamask.parallel.mesh import Mesh, choose_device, start
 from megamask.prepare.run_inputs import RunInputs
 from megamask.process.place import this_place
-from megamask.report.tasks_table import tasks_table
+from megamask.report.tasks_table import TASKS, tasks_table
 from megamask.terminal import tell
 from megamask.verbs.evaluate import find_masks
 from megamask.weights.architecture import Architecture, read_architecture
@@ -60,11 +61,11 @@ def run(config: Config) -> None:
     storage.require_writable(run_dir)
     results = _of_folder(inputs) if config.tasks.folder else _of_masks(inputs)
     if this_place().is_main:
-        storage.write_json(run_dir / "tasks.json", results)
+        storage.write_json(run_dir / TASKS.file, results)
         text = tasks_table(results)
         with storage.atomic_file(run_dir / "tasks.md") as temporary:
             temporary.write_text(f"{text}\n", encoding="utf-8")
-        log.info("wrote %s", run_dir / "tasks.json")
+        log.info("wrote %s", run_dir / TASKS.file)
         tell(text)
 
 
