@@ -28,13 +28,12 @@ from megamask.runtime.sparse_kernels import (
     is_two_of_four,
     short,
 )
-from megamask.runtime.speed_table import FILE, Choice, Passes, SpeedTable, read_table
+from megamask.runtime.speed_table import FILE, MOST_TOKENS, Choice, Passes, SpeedTable, read_table
 from megamask.tables import table
 from megamask.terminal import tell
 from megamask.weights.fingerprint import is_linear, weight_OI
 
 ROUNDS = 7  # of a measurement on the spot
-MOST_TOKENS = 2**20
 WORKLOAD: Passes = {512: 1, 1: 128}  # a prompt of 512 tokens and 128 tokens of one answer
 NOT_24 = "its weights are not 2:4"
 ALREADY = "uses the kernel already"

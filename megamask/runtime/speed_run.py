@@ -19,10 +19,9 @@ from megamask.runtime.generation import likely_tokens, measure_generation, rando
 from megamask.runtime.measure_speed import Device, measure_shape
 from megamask.runtime.sparse_kernels import DTYPES
 from megamask.runtime.speed_subject import Subject
-from megamask.runtime.speed_table import FILE, Passes, Row, SpeedTable, read_table
+from megamask.runtime.speed_table import FILE, MOST_TOKENS, Passes, Row, SpeedTable, read_table
 
 log = logging.getLogger(__name__)
-MOST_TOKENS = 2**20  # of a forward pass
 NO_GAIN = "gains by no 2:4 kernel with this workload, and stays dense"
 
 

@@ -16,6 +16,7 @@ FILE = "speed.json"
 FIX = "Run the verb speed again on this machine."
 MILLISECONDS = (1e-6, 1e9)  # of a product; no clock measures others
 SPEED_UPS = (1e-6, 1e6)
+MOST_TOKENS = 2**20  # of a forward pass
 Passes = Mapping[int, int]  # tokens in a forward pass -> how many such passes
 
 
