@@ -6,10 +6,19 @@ import logging
 
 from megamask.errors import printable
 
+PROGRESS_LINES = 10  # about so many lines report the progress of long work
+
 
 def tell(text: str) -> None:
     """Print ``text`` to stdout, with the control characters in it written out."""
     print(printable(text))
+
+
+def is_reported(number: int, total: int) -> bool:
+    """Whether the log tells that part ``number`` of ``total``, counted from 1, is done: a tenth of
+    the parts, and the last.
+    """
+    return number % -(-total // PROGRESS_LINES) == 0 or number == total
 
 
 class PlainFormatter(logging.Formatter):

@@ -15,9 +15,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from megamask.oneshot.layerwise import LOG_LINES, PruningJob
+from megamask.oneshot.layerwise import PruningJob
 from megamask.oneshot.stats import GradientStats
 from megamask.parallel.masked_linear import MaskedLinear
+from megamask.terminal import is_reported
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def sweep(job: PruningJob, tokens_NS: torch.Tensor) -> dict[str, GradientStats]:
             tokens_BS = tokens_S[None].to(mesh.device)
             losses_BS = job.model.token_losses(tokens_BS, tokens_BS.roll(-1, dims=1))
             losses_BS[:, :-1].mean().backward()
-            if mesh.is_main and (number % -(-len(own) // LOG_LINES) == 0 or number == len(own)):
+            if mesh.is_main and is_reported(number, len(own)):
                 seconds = time.perf_counter() - begin
                 log.info("  gradients of sample %d/%d  %.1f s", number, len(own), seconds)
     for total_OI in sums.values() if mesh.dp > 1 else ():

@@ -27,10 +27,10 @@ from megamask.parallel.mesh import Mesh
 from megamask.sparsity.margins import to_codes
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.pattern_plan import PatternPlan
+from megamask.terminal import is_reported
 from megamask.weights.architecture import Architecture
 
 log = logging.getLogger(__name__)
-LOG_LINES = 10  # about so many lines report the progress of a criterion
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,20 @@ class PruningJob:
         """Megatron name -> pattern of the linears to prune."""
         return patterns_by_linear(self.plan, self.arch)
 
-    def layers(self) -> Iterator[tuple[torch.nn.Module, dict[str, MaskedLinear]]]:
-        """Yield (decoder layer, its linears to prune), up to the last layer that has any."""
-        left = dict(self.linears)
-        for index, layer in enumerate(self.model.decoder.layers):
-            own = {
-                name: linear
-                for name, linear in left.items()
-                if name.startswith(f"decoder.layers.{index}.")
-            }
-            left = {name: linear for name, linear in left.items() if name not in own}
-            yield layer, own
-            if not left:
-                return
+    def layers(self) -> Iterator[tuple[torch.nn.Module, dict[str, MaskedLinear], bool]]:
+        """Yield (decoder layer, its linears to prune, whether it is the last), up to the last layer
+        that has any. The log tells how far the caller is.
+        """
+        own_of: list[dict[str, MaskedLinear]] = [{} for _ in self.model.decoder.layers]
+        for name, linear in self.linears.items():
+            own_of[int(name.split(".")[2])][name] = linear
+        count = max((number for number, own in enumerate(own_of, start=1) if own), default=0)
+        begin = time.perf_counter()
+        for number, own in enumerate(own_of[:count], start=1):
+            yield self.model.decoder.layers[number - 1], own, number == count
+            if self.mesh.is_main and is_reported(number, count):
+                took = time.perf_counter() - begin
+                log.info("  layer %d/%d  %.1f s", number, count, took)
 
     def hf_names(self, name: str) -> str:
         """The names of the HF modules that are fused into a linear, for messages."""
@@ -174,9 +175,7 @@ def _prune_on_samples(
     states = HiddenStates(job.model, tokens_NS, config.calibration.micro_batch, mesh)
     dense = config.prune.inputs == "dense"
     hessian = any(one.needs_hessian for one in criteria.values())
-    layers, begin = list(job.layers()), time.perf_counter()
-    for number, (layer, own) in enumerate(layers, start=1):
-        is_last = number == len(layers)
+    for layer, own, is_last in job.layers():
         # Dense pass: statistics of the inputs of the layer's linears.
         with input_stats(own, hessian, mesh, config.parallel.sequence_parallel) as stats:
             if dense and not is_last:
@@ -194,8 +193,6 @@ def _prune_on_samples(
                 _use(linear, shard)
         if not dense and not is_last:
             states.advance(layer)
-        if mesh.is_main and (number % -(-len(layers) // LOG_LINES) == 0 or is_last):
-            log.info("  layer %d/%d  %.1f s", number, len(layers), time.perf_counter() - begin)
 
 
 def warn_of_unseen(job: PruningJob, stats: Mapping[str, InputStats]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from typing import Any
 
 import torch
@@ -20,15 +19,14 @@ from megamask.config import Config
 from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.errors import ConfigError, LearningError
 from megamask.oneshot.calibrate import HiddenStates
-from megamask.oneshot.layerwise import LOG_LINES
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.prepare.run_inputs import RunInputs
+from megamask.recovery.layer_by_layer import ERRORS, Made, recover_layers
 from megamask.recovery.recovery import Recovered, Recovery, RecoveryJob, kept_weights
 from megamask.recovery.trained_weights import KeptWeights
 from megamask.recovery.training import share_of_rate
 
 log = logging.getLogger(__name__)
-ERRORS = ("masked", "recovered")  # of a layer's outputs, over their mean square
 RATE = 1e-4  # where recover.rate is null
 
 
@@ -58,41 +56,25 @@ class Blockwise(Recovery):
         description = calibration_description(config)
         return {"calibration": {**description, "micro_batch": config.calibration.micro_batch}}
 
+    @torch.no_grad()
     def recover(self, job: RecoveryJob) -> Recovered:
         """``measured`` has the error of each decoder layer with masks, in units of the mean square
         of what the dense layer adds to its inputs: with the dense weights under the mask, and
         recovered. A layer whose error would rise keeps its weights.
         """
-        tokens_NS = calibration_tokens(job.config)
-        batch, found = job.config.calibration.micro_batch, Recovered()
-        errors: dict[str, list[float]] = {kind: [] for kind in ERRORS}
-        with torch.no_grad():
-            dense = HiddenStates(job.model, tokens_NS, batch, job.mesh)
-            states = HiddenStates(job.model, tokens_NS, batch, job.mesh)
-        layers, begin = list(job.layers()), time.perf_counter()
-        for number, (layer, own) in enumerate(layers, start=1):
-            before = dense.batches
-            with torch.no_grad():
-                dense.advance(layer)
-            if own:
-                part = f"layer-{number:04d}"
-                kept = job.unfinished.load(part)
-                if kept is None:
-                    kept = _layer(job, states, dense.batches, before, layer, own)
-                    job.unfinished.save(part, *kept)
-                weights_OI, measured = kept
-                for name, weight_OI in weights_OI.items():
-                    own[name].folded_weight = weight_OI.to(own[name].weight)
-                found.weights_OI |= weights_OI
-                for kind in ERRORS:
-                    errors[kind].append(measured[kind])
-            with torch.no_grad():
-                states.advance(layer)
-            if number % -(-len(layers) // LOG_LINES) == 0 or number == len(layers):
-                took = time.perf_counter() - begin
-                log.info("  layer %d/%d  %.1f s", number, len(layers), took)
-        found.measured["output_error"] = errors
-        return found
+        tokens_NS, batch = calibration_tokens(job.config), job.config.calibration.micro_batch
+        dense = HiddenStates(job.model, tokens_NS, batch, job.mesh)
+        states = HiddenStates(job.model, tokens_NS, batch, job.mesh)
+        before: list[torch.Tensor] = []  # the dense inputs of the layer
+
+        def enter(layer: torch.nn.Module) -> None:
+            before[:] = dense.batches
+            dense.advance(layer)
+
+        def make(layer: torch.nn.Module, own: dict[str, MaskedLinear]) -> Made:
+            return _layer(job, states, dense.batches, before, layer, own)
+
+        return recover_layers(job, states, make, enter)
 
 
 def _layer(
@@ -102,8 +84,8 @@ def _layer(
     before: list[torch.Tensor],
     layer: torch.nn.Module,
     own: dict[str, MaskedLinear],
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The weights of the linears of a layer, by Megatron name, and its errors.
+) -> Made:
+    """The weights of the linears of a layer, and its errors.
 
     Args:
         job: the model and the masks.

@@ -7,7 +7,7 @@ Shapes: O out_features, I in_features.
 from __future__ import annotations
 
 import logging
-import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +15,14 @@ import torch
 from megamask.config import Config
 from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.oneshot.calibrate import HiddenStates, input_stats
-from megamask.oneshot.layerwise import LOG_LINES, naming, warn_of_unseen
+from megamask.oneshot.layerwise import naming, warn_of_unseen
 from megamask.oneshot.stats import InputStats
 from megamask.parallel.masked_linear import MaskedLinear
+from megamask.recovery.layer_by_layer import ERRORS, Made, recover_layers
 from megamask.recovery.least_squares import DAMP, SOLVERS, output_error, solve
 from megamask.recovery.recovery import Recovered, Recovery, RecoveryJob, kept_weights
 
 log = logging.getLogger(__name__)
-# Mean squared distance of a layer's outputs from the dense outputs, over their mean square.
-ERRORS = ("masked", "recovered")
 
 
 class Reconstruct(Recovery):
@@ -51,42 +50,8 @@ def reconstruct(job: RecoveryJob, tokens_NS: torch.Tensor) -> Recovered:
     layer with masks, the squared error of the outputs of its linears in units of the outputs'
     mean square, of the dense weights under the mask (``masked``) and of the recovered weights.
     """
-    config, mesh, found = job.config, job.mesh, Recovered()
-    errors: dict[str, list[float]] = {kind: [] for kind in ERRORS}
-    states = HiddenStates(job.model, tokens_NS, config.calibration.micro_batch, mesh)
-    layers, begin = list(job.layers()), time.perf_counter()
-    for number, (layer, own) in enumerate(layers, start=1):
-        is_last = number == len(layers)
-        if own:
-            weights_OI, sums = _finished_layer(job, states, number, layer, own)
-            for name, weight_OI in weights_OI.items():
-                own[name].folded_weight = weight_OI.to(own[name].weight)
-            found.weights_OI |= weights_OI
-            for kind in ERRORS:
-                errors[kind].append(float(f"{sums[kind] / (sums['dense'] or 1):.4g}"))
-        if not is_last:
-            states.advance(layer)
-        if mesh.is_main and (number % -(-len(layers) // LOG_LINES) == 0 or is_last):
-            took = time.perf_counter() - begin
-            log.info("  layer %d/%d  %.1f s", number, len(layers), took)
-    found.measured["output_error"] = errors
-    return found
-
-
-def _finished_layer(
-    job: RecoveryJob,
-    states: HiddenStates,
-    number: int,
-    layer: torch.nn.Module,
-    own: dict[str, MaskedLinear],
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """As ``_layer``, of this run or of one that was killed."""
-    part = f"layer-{number:04d}"
-    if (kept := job.unfinished.load(part)) is not None:
-        return kept
-    made = _layer(job, states, layer, own)
-    job.unfinished.save(part, *made)
-    return made
+    states = HiddenStates(job.model, tokens_NS, job.config.calibration.micro_batch, job.mesh)
+    return recover_layers(job, states, partial(_layer, job, states))
 
 
 def _layer(
@@ -94,10 +59,8 @@ def _layer(
     states: HiddenStates,
     layer: torch.nn.Module,
     own: dict[str, MaskedLinear],
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The weights of the linears of a layer, by Megatron name, and the sums of the squares of
-    their dense outputs and of the two kinds of errors.
-    """
+) -> Made:
+    """The weights of the linears of a layer, and the errors of their outputs."""
     mesh, weights_OI = job.mesh, {}
     sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
     with input_stats(own, True, mesh, job.config.parallel.sequence_parallel) as stats:
@@ -106,12 +69,14 @@ def _layer(
     for name in own:
         weights_OI[name], of_linear = _linear(job, name, stats.pop(name))
         sums += of_linear
-    return weights_OI, dict(zip(("dense", *ERRORS), sums.tolist(), strict=True))
+    dense, *errors = sums.tolist()
+    relative = [float(f"{error / (dense or 1):.4g}") for error in errors]
+    return weights_OI, dict(zip(ERRORS, relative, strict=True))
 
 
 def _linear(job: RecoveryJob, name: str, stats: InputStats) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's shard of the weights of a linear, and the sums of ``_layer`` over the
-    whole linear, (3,) fp64.
+    """This rank's shard of the weights of a linear, and the sums of the squares of the dense
+    outputs and of ``ERRORS`` over the whole linear, (3,) fp64.
 
     The columns of a row depend on each other, so the ranks gather a weight that is split over its
     columns, and divide its rows among them.

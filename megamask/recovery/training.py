@@ -30,9 +30,9 @@ from megamask.prepare.run_inputs import RunInputs
 from megamask.recovery.recovery import Recovered, Recovery, RecoveryJob, kept_weights
 from megamask.recovery.trained_weights import KeptWeights, LowRank, TrainedWeight
 from megamask.sparsity.noise import parameter_ids
+from megamask.terminal import is_reported
 
 log = logging.getLogger(__name__)
-LOG_LINES = 10  # about so many lines report the progress
 BETAS, EPSILON, CLIP = (0.9, 0.95), 1e-8, 1.0  # of Adam; the longest gradient
 WARMUP, LAST = 0.1, 0.1  # share of the steps; the last rate as a share of the highest
 STATE = "training"  # the part of the unfinished work
@@ -152,9 +152,7 @@ def train(method: Training, job: RecoveryJob, samples: Any) -> Recovered:
                 _step(job, trained, optimizer, plan, partial(loss, job.model), step, rate)
             )
             done = step + 1
-            if mesh.is_main and (
-                done % -(-section.steps // LOG_LINES) == 0 or done == section.steps
-            ):
+            if mesh.is_main and is_reported(done, section.steps):
                 took = time.perf_counter() - begin
                 log.info("  step %d/%d  loss %.4f  %.1f s", done, section.steps, losses[-1], took)
             if done % section.snapshot_every == 0 and done < section.steps:
