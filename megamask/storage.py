@@ -221,6 +221,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def as_read(value: Any) -> Any:
+    """A JSON value as a file gives it back: tuples are lists, and keys are texts."""
+    return json.loads(json.dumps(value))
+
+
 def read_json(path: Path, fix: str) -> Any:
     """Read a JSON file.
 

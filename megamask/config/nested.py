@@ -29,6 +29,24 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def what_differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The dotted keys that two nested mappings do not share with one value, as a list in words;
+    empty where the mappings are equal.
+    """
+    return ", ".join(_differing(before, now))
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differing(old, new, f"{prefix}{key}.")
+        elif old != new or (key in before) != (key in now):
+            found.append(f"{prefix}{key}")
+    return found
+
+
 def merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
     """Put the values of ``above`` into ``below``, section by section."""
     for key, value in above.items():

@@ -4,7 +4,6 @@ the verb ``sensitivity``, which must be of this very model, pattern and text.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -133,7 +132,7 @@ def _check_plan(
 
 
 def _check_text(path: Path, measured: Mapping[str, Any], now: Mapping[str, object]) -> None:
-    here = json.loads(json.dumps(now))  # what a file gives back
+    here = storage.as_read(now)
     for key in TEXT:
         if measured.get(key) != here.get(key):
             values = f"{key} {measured.get(key)!r}, not {here.get(key)!r}"

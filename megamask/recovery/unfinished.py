@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megamask import storage
+from megamask.config.nested import what_differs
 from megamask.errors import ArtifactError
 from megamask.parallel.mesh import Mesh
 
@@ -41,22 +42,20 @@ class Unfinished:
 
     def __init__(self, folder: Path, made_from: Mapping[str, Any], mesh: Mesh) -> None:
         self.folder, self.mesh = folder, mesh
-        wanted = {"made_from": made_from, "tp": mesh.tp}
-        if mesh.is_main and not self._is_made_from(wanted):
+        wanted = storage.as_read({"made_from": made_from, "tp": mesh.tp})
+        if mesh.is_main and (other := what_differs(self._made_from(), wanted)):
             if folder.exists():
-                said = "%s: of other inputs, settings or tensor parallel size: starts anew"
-                log.info(said, folder)
+                log.info("%s: of other %s: starts anew", folder, other)
             shutil.rmtree(folder, ignore_errors=True)
             storage.require_writable(folder)
             storage.write_json(folder / MADE_FROM, wanted)
         mesh.barrier()
 
-    def _is_made_from(self, wanted: Mapping[str, Any]) -> bool:
+    def _made_from(self) -> dict[str, Any]:
         try:
-            found = storage.read_json(self.folder / MADE_FROM, "")
+            return storage.read_object(self.folder / MADE_FROM, "", {})
         except ArtifactError:
-            return False
-        return bool(found == json.loads(json.dumps(wanted)))
+            return {}
 
     def _path(self, part: str) -> Path:
         return self.folder / f"{part}-{self.mesh.tp_rank}.safetensors"

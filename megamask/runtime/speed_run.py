@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from megamask import storage
+from megamask.config.nested import what_differs
 from megamask.config.speed_tree import SpeedSection
 from megamask.errors import ArtifactError, ConfigError, MegamaskError
 from megamask.runtime.accelerate import accelerate_on, grouped
@@ -69,17 +69,15 @@ def measure(
     """
     passes, file = passes_of(section), folder / FILE
     tokens = sorted({*section.tokens, *passes})
-    made_from = json.loads(  # what the file gives back
-        json.dumps(
-            {
-                **subject.facts(),
-                **device.facts().as_json(),
-                "workload": [section.prompt, section.generate, section.batch],
-                "dtype": section.dtype,
-                "tokens": tokens,
-                "rounds": section.rounds,
-            }
-        )
+    made_from = storage.as_read(
+        {
+            **subject.facts(),
+            **device.facts().as_json(),
+            "workload": [section.prompt, section.generate, section.batch],
+            "dtype": section.dtype,
+            "tokens": tokens,
+            "rounds": section.rounds,
+        }
     )
     rows, generation = _done(file, made_from, len(tokens) * len(device.kernels))
 
@@ -111,8 +109,9 @@ def _done(file: Path, made_from: dict[str, Any], of_shape: int) -> tuple[list[Ro
     except MegamaskError:
         return [], None
     whole = [row.shape for row in rows]
-    if found["made_from"] != made_from or any(whole.count(one) != of_shape for one in whole):
-        log.info("%s was measured under other conditions: measured again", file)
+    other = what_differs(found["made_from"], made_from)
+    if other or any(whole.count(one) != of_shape for one in whole):
+        log.info("%s was measured with other %s: measured again", file, other or "kernels")
         return [], None
     log.info("%s: %d shapes are reused", file, len(set(whole)))
     return rows, found.get("generation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ import torch
 
 from megamask import storage
 from megamask.config import Config, run_paths
+from megamask.config.nested import what_differs
 from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.errors import ConfigError, MegamaskError
 from megamask.evaluate.dense_budget import with_dense_budget
@@ -127,13 +127,13 @@ def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
     if budget := config.model.exclude_sensitive:
         settings["exclude_sensitive"] = budget
     settings |= {name: getattr(config.prune, name) for name in criterion.reads}
-    plain: dict[str, Any] = json.loads(json.dumps(settings))  # what a file gives back
+    plain: dict[str, Any] = storage.as_read(settings)
     return plain
 
 
 def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
     """Whether the mask file of ``method``, its margins and its updated weights were made from the
-    ``wanted`` recipe. The log says which files are reused.
+    ``wanted`` recipe. The log says which files are reused, and why others are not.
     """
     path, updated = run_paths(config).mask(method), run_paths(config).updated_weights(method)
     if not path.exists():
@@ -147,15 +147,17 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
             "pattern": masks.patterns.facts(),
             "linears": list(masks),
         }
-        same = found == wanted
-        if same:
+        other = what_differs(found, wanted)
+        if not other:
             load_margins(path, masks.content_sha256).check_whole()
-        if same and find_criterion(method, config.prune).updates_weight:
-            same = storage.read_json(updated / NOTE, "")["recipe"] == wanted
-    except (MegamaskError, KeyError, TypeError):  # torn, or written by something else
-        same = False
-    log.info("%s: %s", path, "reused" if same else "made from other inputs or settings: made again")
-    return same
+        if not other and find_criterion(method, config.prune).updates_weight:
+            note = storage.read_object(updated / NOTE, "", {"recipe": dict})
+            other = what_differs(note["recipe"], wanted)
+    except (MegamaskError, KeyError, TypeError) as error:  # torn, or written by something else
+        log.info("%s: made again: %s", path, error)
+        return False
+    log.info("%s: %s", path, f"made from other {other}: made again" if other else "reused")
+    return not other
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ file with its weights, and a Hugging Face folder. All say that the model is reco
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import torch
 
 from megamask import storage
 from megamask.config import Config
+from megamask.config.nested import what_differs
 from megamask.data.heldout import evaluated_domains, evaluation_windows
 from megamask.errors import MegamaskError
 from megamask.evaluate.sensitivity import whole_masks
@@ -132,8 +132,7 @@ class Task:
             facts[MASK_TEXT] = read
         out = paths.recovered if section.out else paths.recovered / name
         made_from = {**recovery.text(config), RECOVERED: facts}
-        plain: dict[str, Any] = json.loads(json.dumps(made_from))
-        return cls(inputs, base, masks, recovery, name, out, plain)
+        return cls(inputs, base, masks, recovery, name, out, storage.as_read(made_from))
 
     @property
     def mask_file(self) -> Path:
@@ -145,23 +144,30 @@ class Task:
         """The Megatron weights."""
         return self.inputs.paths.updated_weights(self.name)
 
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """``made_from``, and the base model."""
+        return {**self.made_from, "fingerprint": self.masks.fingerprint}
+
     def written(self) -> MaskSet:
         """The written mask file. Raises ArtifactError where there is none."""
         return load_masks(self.mask_file)
 
     def is_done(self) -> bool:
-        """Whether mask and weights were made from the same inputs and settings."""
+        """Whether mask and weights were made from the same inputs and settings; the log says what
+        differs.
+        """
         try:
             found = self.written()
             found.verify()
             own_weights(found, self.inputs.paths)
+            made_from = {**recipe_of(found.meta), "fingerprint": found.fingerprint}
         except (MegamaskError, KeyError, TypeError, AttributeError, ValueError):
             return False
-        same = recipe_of(found.meta) == self.made_from
-        same = same and found.fingerprint == self.masks.fingerprint
-        if same:
-            log.info("%s: reused", self.mask_file)
-        return same
+        other = what_differs(made_from, self.wanted)
+        said = f"made from other {other}: made again" if other else "reused"
+        log.info("%s: %s", self.mask_file, said)
+        return not other
 
     def is_exported(self) -> bool:
         """Whether the folder holds this very result, whole."""
@@ -212,7 +218,7 @@ def _recover(one: Task, mesh: Mesh, windows: Mapping[str, torch.Tensor]) -> None
             shards[name], linears[name] = mask_OI.cpu(), linear
     unfinished = Unfinished(
         inputs.paths.run_dir / f"recovering-{one.name}",
-        {**one.made_from, "fingerprint": one.masks.fingerprint},
+        one.wanted,
         mesh,
     )
     job = RecoveryJob(

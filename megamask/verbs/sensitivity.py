@@ -4,7 +4,6 @@ of them a budget keeps dense.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from megamask import storage
 from megamask.config import Config
+from megamask.config.nested import what_differs
 from megamask.data.heldout import evaluated_domains
 from megamask.errors import ConfigError, MegamaskError
 from megamask.evaluate.dense_budget import refuse_to_replace
@@ -60,19 +60,17 @@ def run(config: Config) -> None:
     check_positions(config, inputs.arch, (length,))
     text = measured_text(inputs)
     parts = parts_of(inputs.arch, masks.keys(), section.by)
-    made_from: dict[str, Any] = json.loads(  # what the file gives back
-        json.dumps(
-            {
-                "fingerprint": inputs.fingerprint,
-                "masks": masks.content_sha256,
-                "method": masks.method,
-                "pattern": masks.patterns.facts(),
-                "by": section.by,
-                "linears": sorted(masks),
-                "parts": [part.name for part in parts],
-                "protocol": text.facts,
-            }
-        )
+    made_from: dict[str, Any] = storage.as_read(
+        {
+            "fingerprint": inputs.fingerprint,
+            "masks": masks.content_sha256,
+            "method": masks.method,
+            "pattern": masks.patterns.facts(),
+            "by": section.by,
+            "linears": sorted(masks),
+            "parts": [part.name for part in parts],
+            "protocol": text.facts,
+        }
     )
     refuse_to_replace(config, made_from)
     if too_many := [count for count in section.rows if count > len(parts)]:
@@ -100,8 +98,9 @@ def _done(file: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     except MegamaskError:
         return nothing
     names = made_from["parts"]
-    if found["made_from"] != made_from or list(found["loss"]) != names[: len(found["loss"])]:
-        log.info("%s was made from other inputs or settings: made again", file)
+    other = what_differs(found["made_from"], made_from)
+    if other or list(found["loss"]) != names[: len(found["loss"])]:
+        log.info("%s was made from other %s: made again", file, other or "parts")
         return nothing
     log.info("%s: %d of %d parts are reused", file, len(found["loss"]), len(names))
     return {key: found[key] for key in nothing}

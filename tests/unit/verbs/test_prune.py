@@ -188,6 +188,7 @@ def test_dense_inputs_feed_all_methods_in_one_pass(
     assert masks["sparsegpt"].meta["data"]["inputs"] == "dense"
     assert digests["sparsegpt"] == digests["sparsegpt_update"] != digests["wanda"]
     prune.run(own)  # other inputs, other masks: all but magnitude are made again
+    assert caplog.text.count("made from other inputs: made again") == 3
     second = stamps(run_dir)
     assert {method for method in first if first[method] != second[method]} == {
         "wanda",
