@@ -190,11 +190,16 @@ def places(path: Path) -> tuple[Path, Path]:
         return target, temporary_name(target)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. Numbers that are not finite become null."""
-    with atomic_file(path) as temporary:
-        text = json.dumps(finite(value), indent=2, default=str, allow_nan=False)
-        temporary.write_text(text + "\n")
+    text = json.dumps(finite(value), indent=2, default=str, allow_nan=False)
+    write_text(path, f"{text}\n")
 
 
 def is_number(value: Any, above: float = -1e300) -> TypeGuard[float]:

@@ -181,8 +181,7 @@ def _write(config: Config, folder: Path, done: dict[str, Any]) -> None:
     results = _results(config, done)
     storage.write_json(folder / f"{NAME}.json", results)
     text = sensitivity_table(results)
-    with storage.atomic_file(folder / f"{NAME}.md") as temporary:
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+    storage.write_text(folder / f"{NAME}.md", f"{text}\n")
     increase, kept = results["increase"], results["kept_dense"]
     plot_style.save(
         lambda: sensitivity_picture(list(increase), increase, kept), folder / f"{NAME}.png"

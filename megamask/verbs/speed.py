@@ -56,8 +56,7 @@ def write_shown(folder: Path) -> None:
 
     results = read_speed(folder / FILE)
     text = speed_markdown(results)
-    with storage.atomic_file(folder / "speed.md") as temporary:
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+    storage.write_text(folder / "speed.md", f"{text}\n")
     for picture in results.pictures:
         plot_style.save(picture.draw, folder / f"{picture.name}.png")
     log.info("wrote %s", folder / FILE)

@@ -63,8 +63,7 @@ def run(config: Config) -> None:
     if this_place().is_main:
         storage.write_json(run_dir / TASKS.file, results)
         text = tasks_table(results)
-        with storage.atomic_file(run_dir / "tasks.md") as temporary:
-            temporary.write_text(f"{text}\n", encoding="utf-8")
+        storage.write_text(run_dir / "tasks.md", f"{text}\n")
         log.info("wrote %s", run_dir / TASKS.file)
         tell(text)
 

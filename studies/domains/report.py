@@ -8,7 +8,7 @@ from typing import Any
 from megamask.errors import ArtifactError
 from megamask.report.domains_table import DOMAINS_FILE, domains_cells
 from megamask.report.results_table import format_protocol
-from megamask.storage import atomic_file, write_json
+from megamask.storage import write_json, write_text
 from megamask.tables import table
 from studies.child import AGAIN
 from studies.domains.runs import STARTS, Study, results_of
@@ -27,8 +27,7 @@ def write_report(study: Study, folder: Path) -> Path:
         raise ArtifactError(study.out, "holds no results of a domain", AGAIN)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{NAME}.md"
-    with atomic_file(path) as temporary:
-        temporary.write_text("\n".join(page(study, found)) + "\n")
+    write_text(path, "\n".join(page(study, found)) + "\n")
     write_json(folder / DOMAINS_FILE, found)
     return path
 

@@ -11,7 +11,7 @@ from typing import Any
 from megamask.config import Config, load_config
 from megamask.data.shards import SPLITS, read_shards
 from megamask.errors import ConfigError
-from megamask.storage import atomic_file, read_json, write_json
+from megamask.storage import read_json, write_json, write_text
 from studies.child import AGAIN, link, locked, verb
 
 GENERAL = "all"  # the folder of the run of all domains
@@ -168,8 +168,7 @@ def write_recipe(study: Study, folder: Path, domains: list[str]) -> Path:
     for key in ("domains", "blend"):
         values["data"][key] = {name: values["data"][key][name] for name in domains}
     path = folder / "recipe.yaml"
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1))  # which is YAML too
+    write_text(path, json.dumps(values, indent=1))  # which is YAML too
     return path
 
 

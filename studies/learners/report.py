@@ -15,7 +15,7 @@ from megamask.errors import MegamaskError
 from megamask.report.plot_style import save
 from megamask.report.reading import Record
 from megamask.report.results_table import format_protocol, method_label
-from megamask.storage import atomic_file
+from megamask.storage import write_text
 from megamask.tables import table
 from studies.learners.arm import Arm
 from studies.learners.arms import ARMS, BASE, GROUPS, ONESHOT, by_name
@@ -106,8 +106,7 @@ def write_report(bench: Bench, folder: Path) -> Path:
     ablated = [key for key in GROUPS if key not in compared]
     parts += ["## Comparison", *(section(key, rows) for key in compared)]
     parts += ["## Ablations", *(section(key, rows) for key in ablated)]
-    with atomic_file(path) as temporary:
-        temporary.write_text("\n\n".join(part for part in parts if part) + "\n")
+    write_text(path, "\n\n".join(part for part in parts if part) + "\n")
     return path
 
 

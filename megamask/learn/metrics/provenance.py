@@ -14,7 +14,7 @@ from megamask.config import Config, load_config
 from megamask.config.changed import Changed, write_changes
 from megamask.config.yaml_text import write_yaml
 from megamask.shipped import source_commit
-from megamask.storage import atomic_file, write_json
+from megamask.storage import write_json, write_text
 
 ABSENT = "absent"
 # distribution -> a module that only the right package has (the "apex" on PyPI is something else)
@@ -46,8 +46,7 @@ def write_provenance(folder: Path, config: Config, changes: list[Changed]) -> No
     ``versions.json`` and, for a run whose settings changed, ``changes.json``.
     """
     path = folder / "config.yaml"
-    with atomic_file(path) as temporary:
-        temporary.write_text(write_yaml(config.model_dump(mode="json")))
+    write_text(path, write_yaml(config.model_dump(mode="json")))
     assert load_config(path) == config, "the written settings read back differently"
     write_json(folder / "versions.json", versions())
     (folder / "changes.json").unlink(missing_ok=True)  # of a run before, which this run replaces

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TextIO
 from megamask.config import Config
 from megamask.errors import ConfigError
 from megamask.file_kinds import read_text
-from megamask.storage import atomic_file, finite
+from megamask.storage import finite, write_text
 from megamask.terminal import PlainFormatter
 
 Record = dict[str, Any]
@@ -117,10 +117,7 @@ def trim_metrics(path: Path, resume_step: int) -> list[Record]:
                 kept.append(record)
         except (ValueError, TypeError, AttributeError, RecursionError):
             continue  # the line that a killed process was writing
-    with atomic_file(path) as temporary:
-        temporary.write_text(
-            "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
-        )
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 
@@ -161,8 +158,7 @@ class Wandb:
         is_online = "wandb" in config.learn.monitor.sinks
         identity = folder / "wandb_id.txt"
         if resume_step == 0 or not identity.exists():
-            with atomic_file(identity) as temporary:
-                temporary.write_text(uuid.uuid4().hex[:8])
+            write_text(identity, uuid.uuid4().hex[:8])
         try:
             self._run = wandb.init(
                 project=config.learn.monitor.wandb_project,
