@@ -1,4 +1,6 @@
-"""What goes to the terminal and to logs: text without control characters of strangers."""
+"""What goes to the terminal and to logs: text without control characters of strangers, lengths of
+time, and how often long work is told.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,16 @@ def is_reported(number: int, total: int) -> bool:
     the parts, and the last.
     """
     return number % -(-total // PROGRESS_LINES) == 0 or number == total
+
+
+def duration(seconds: float) -> str:
+    """``42s``, ``3m07s``, ``2h05m``, ``3d04h``."""
+    whole = round(seconds)
+    if whole >= 86400:
+        return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
 class PlainFormatter(logging.Formatter):

@@ -14,7 +14,7 @@ from megamask.launch.launch_folder import launches
 from megamask.learn.heartbeat import NAME, Heartbeat
 from megamask.masks.snapshot_steps import snapshot_steps
 from megamask.process.lock import writer_of
-from megamask.terminal import tell
+from megamask.terminal import duration, tell
 from megamask.verbs.own_arguments import StatusArguments
 
 SILENCE = 300.0  # seconds; a run that says nothing for longer, and for ten steps, is called silent
@@ -188,16 +188,6 @@ def pace_of(steps: list[Facts]) -> float | None:
         return None
     pace = (last[-1]["seconds"] - last[0]["seconds"]) / (last[-1]["step"] - last[0]["step"])
     return float(pace) if pace > 0 else None
-
-
-def duration(seconds: float) -> str:
-    """``42s``, ``3m07s``, ``2h05m``, ``3d04h``."""
-    whole = round(seconds)
-    if whole >= 86400:
-        return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
 def last_words(log: Path) -> str | None:

@@ -31,6 +31,7 @@ from megamask.learn.metrics.sinks import (
     Sink,
     open_optional_sinks,
 )
+from megamask.terminal import duration
 
 _log = logging.getLogger(__name__)
 GIB = 2.0**30
@@ -210,16 +211,6 @@ def progress_line(record: Record, total_steps: int) -> str:
         shown["perplexity"] = _exp(record["lm_loss"])
     parts += [text.format(shown[name]) for name, text in formats.items() if name in shown]
     return "  ".join([*parts, f"ETA {duration(record['eta_seconds'])}"])
-
-
-def duration(seconds: float) -> str:
-    """``42s``, ``3m07s``, ``2h05m``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def _exp(value: float) -> float:

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megamask.config import Config, build_config
 from megamask.errors import ArtifactError
-from megamask.learn.metrics.monitor import Monitor, Pace, duration, peak_memory_gib
+from megamask.learn.metrics.monitor import Monitor, Pace, peak_memory_gib
 from megamask.learn.metrics.sinks import Console, Forgiving, MetricsFile, PackageLog, trim_metrics
 
 VALUES = {
@@ -246,13 +246,6 @@ def test_memory_is_in_gib() -> None:
     assert (
         0.05 < peak_memory_gib(on_cuda=False) < 512
     )  # Python with torch loaded takes more than 50 MiB; in other units it falls outside
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (187, "3m07s"), (7500, "2h05m")]
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_a_full_disk_loses_metrics_and_not_the_run(
