@@ -84,6 +84,23 @@ class Sampled(NamedTuple):
     sums: torch.Tensor
     hard_codes: torch.Tensor
 
+    @classmethod
+    def of(
+        cls,
+        mask: torch.Tensor,
+        weight: torch.Tensor,
+        site: Site,
+        statistics: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> Sampled:
+        """Of a sampled mask (O, I), in the dtype of the mask, and of what ``mask_statistics``
+        returns, where it was asked for.
+        """
+        masked = weight.to(mask.dtype) * mask
+        norm = masked.square().sum(dtype=torch.float64)
+        nothing = norm.new_empty(0, dtype=site.code_dtype), torch.zeros_like(norm)
+        codes, largest = nothing if statistics is None else statistics
+        return cls(masked.to(weight.dtype), torch.stack([norm, largest]), codes)
+
 
 @dataclass(frozen=True)
 class Site:

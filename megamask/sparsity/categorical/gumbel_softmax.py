@@ -61,18 +61,9 @@ def forward(
     statistics: bool = False,
 ) -> Sampled:
     """Sample a mask and apply it to the weight."""
-    wide = computing_dtype(mask_logits)
-    masked = weight.to(wide) * sampled_mask(mask_logits.to(wide), site, sample)
-    norm, nothing = (
-        masked.square().sum(dtype=torch.float64),
-        torch.zeros((), dtype=torch.float64, device=masked.device),
-    )
-    hard_codes, largest = (
-        mask_statistics(mask_logits, site, sample.kappa)
-        if statistics
-        else (nothing.new_empty(0, dtype=site.code_dtype), nothing)
-    )
-    return Sampled(masked.to(weight.dtype), torch.stack([norm, largest]), hard_codes)
+    mask = sampled_mask(mask_logits.to(computing_dtype(mask_logits)), site, sample)
+    about = mask_statistics(mask_logits, site, sample.kappa) if statistics else None
+    return Sampled.of(mask, weight, site, about)
 
 
 def backward(
