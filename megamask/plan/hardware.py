@@ -7,7 +7,7 @@ chip and the same shares. Those of an A100 and of links are assumptions of this 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -82,6 +82,18 @@ class Device:
         return 0.0 if self.is_cpu else CONTEXT_BYTES + FRAGMENTATION * working
 
 
+H100 = Device(
+    "H100 80GB",
+    79.2 * GIB,
+    989e12,
+    3.35e12,
+    450e9,
+    50e9,
+    matmul=0.80,
+    attention=0.39,
+    copy=0.87,
+    steady=STEADY,
+)
 GPUS = {
     "a100-40": Device(
         "A100 40GB", 39.4 * GIB, 312e12, 1.555e12, 300e9, 25e9, matmul=0.70, attention=0.45
@@ -89,30 +101,8 @@ GPUS = {
     "a100": Device(
         "A100 80GB", 79.2 * GIB, 312e12, 2.039e12, 300e9, 25e9, matmul=0.70, attention=0.45
     ),
-    "h100": Device(
-        "H100 80GB",
-        79.2 * GIB,
-        989e12,
-        3.35e12,
-        450e9,
-        50e9,
-        matmul=0.80,
-        attention=0.39,
-        copy=0.87,
-        steady=STEADY,
-    ),
-    "h200": Device(
-        "H200 141GB",
-        139.8 * GIB,
-        989e12,
-        4.8e12,
-        450e9,
-        50e9,
-        matmul=0.80,
-        attention=0.39,
-        copy=0.87,
-        steady=STEADY,
-    ),
+    "h100": H100,
+    "h200": replace(H100, title="H200 141GB", capacity=139.8 * GIB, bandwidth=4.8e12),
 }
 
 
