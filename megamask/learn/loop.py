@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict
 
 from megamask.data.batches import BatchPlan
@@ -178,7 +179,8 @@ class Run:
             self.masked_model, self.mesh, self.windows, micro_batch, self._show_learning
         )
         score = mean_log_perplexity(by_domain)
-        is_better = progress.best_score is None or score < progress.best_score
+        best = progress.best_score
+        is_better = math.isfinite(score) and (best is None or score < best)
         if self.mesh.from_main(is_better):
             progress.best_score, progress.best_step = score, progress.step
             if progress.step:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -40,7 +41,13 @@ MODEL_PATHS = ("model.hf", "model.gguf")  # the fingerprint stands for their con
 
 @dataclass
 class Progress:
-    """Where a run stands: what cannot be read off the logits."""
+    """Where a run stands: what cannot be read off the logits.
+
+    Attributes:
+        step: how many steps were learned.
+        best_score: the lowest mean log perplexity that was finite; None where there is none.
+        best_step: after which step it was measured.
+    """
 
     step: int = 0
     best_score: float | None = None
@@ -58,7 +65,7 @@ class Progress:
             raise TypeError(f"step {step!r} and best step {best_step!r} are no numbers of steps")
         if score is not None and not isinstance(score, int | float):
             raise TypeError(f"the best score {score!r} is no number")
-        return cls(step, score, best_step)
+        return cls(step, score if score is None or math.isfinite(score) else None, best_step)
 
 
 class Snapshots:

@@ -4,7 +4,10 @@ model and its steps are stand-ins here; tests/e2e learns with real ones.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +21,7 @@ from megamask.learn.heartbeat import Heartbeat
 from megamask.learn.snapshot import Progress
 from megamask.process.holder import Holder
 from megamask.process.signals import STOP_FILE, StopRequest
+from megamask.storage import finite
 from tests.unit.learn.one_rank import tiny_config
 
 
@@ -90,6 +94,28 @@ def test_each_batch_of_an_evaluation_is_a_sign_of_life(
     run.progress.best_score = 0.0
     assert run._evaluate() == {"code": 7.0}
     assert expected == ["progress after step 1"] * 4 and state_of(run) == "learning"
+
+
+def test_an_evaluation_that_is_not_finite_is_no_best(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is smaller than a NaN, so as the best it would stay for ever; a snapshot holds null
+    in its place, and a resumed run would take another mask for the best.
+    """
+    scores = {1: math.nan, 2: math.inf, 3: 9.0, 4: math.nan, 5: 11.0, 6: 8.0}
+    saved: list[int] = []
+    monkeypatch.setattr(
+        loop, "hard_mask_perplexity", lambda *_: {"code": scores[run.progress.step]}
+    )
+    run.masked_model, run.windows = None, {}
+    run._save_mask = lambda *_: saved.append(run.progress.step)
+    for run.progress.step in scores:
+        run._evaluate()
+        note = json.loads(json.dumps(finite(asdict(run.progress))))
+        assert Progress.read(note) == run.progress
+    assert saved == [3, 6] and run.progress.best_step == 6
+    assert run.progress.best_score == pytest.approx(math.log(8.0))
+    assert Progress.read({"step": 1, "best_step": 0, "best_score": math.nan}).best_score is None
 
 
 def test_a_snapshot_before_the_first_step_has_the_whole_time(run: Any) -> None:
