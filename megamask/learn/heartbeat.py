@@ -51,9 +51,9 @@ class Heartbeat:
     def read(cls, folder: Path) -> Heartbeat | None:
         """The heartbeat of the run in ``folder``; None where none can be read."""
         kinds = {"state": str, "step": int, "steps": int, "time": str, "world": int}
-        if not (folder / NAME).is_file():
-            return None
         try:
+            if not (folder / NAME).is_file():
+                return None
             value = json.loads((folder / NAME).read_text())
             holder = Holder.read(value["holder"])
             found = {key: value[key] for key in kinds}

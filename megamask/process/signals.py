@@ -64,14 +64,15 @@ class StopRequest:
         self._file = folder / STOP_FILE
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             return
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             if self._file.stat().st_mtime < psutil.Process().create_time():
                 self._file.unlink()
 
     def done(self) -> None:
-        """Remove the file ``STOP``."""
+        """Remove the file ``STOP``. Where it stays, the next start takes it for an old one."""
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._file.unlink()
 
     def raise_if_set(self) -> None:
         """Leave, at a place where nothing is to be saved.
@@ -97,9 +98,21 @@ class StopRequest:
             raise Interrupted(name)
 
     def __bool__(self) -> bool:
-        if not self.is_final and self._file is not None and self._file.exists():
+        if not self.is_final and self._asks():
             self.received, self.is_final = "megamask stop", True
         return self.received is not None
+
+    def _asks(self) -> bool:
+        """Whether the file is there. A network file system may fail for a moment, which must not
+        end a run: the next step looks again.
+        """
+        if self._file is None:
+            return False
+        try:
+            self._file.stat()
+        except OSError:
+            return False
+        return True
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -84,6 +86,24 @@ def test_a_file_after_a_signal_makes_the_request_final(tmp_path: Path) -> None:
         assert stop and not stop.is_final
         (tmp_path / STOP_FILE).write_text("")
         assert stop and stop.is_final
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
+def test_a_file_system_that_fails_for_a_moment_ends_no_run(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number), str(tmp_path / STOP_FILE))
+
+    stop = StopRequest()
+    (tmp_path / STOP_FILE).write_text("")
+    with monkeypatch.context() as failing:
+        for name in ("stat", "exists", "unlink"):
+            failing.setattr(Path, name, fail)
+        stop.watch(tmp_path)
+        assert not stop
+        stop.done()
+    assert stop and stop.is_final  # the next step looks again
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
