@@ -25,6 +25,7 @@ from megamask import machine_errors
 from megamask.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_UNAVAILABLE,
     EXIT_USER_ERROR,
     DismissedError,
     MegamaskError,
@@ -43,8 +44,9 @@ TURN = 5.0  # seconds that a rank leaves to rank 0 to tell an error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code (0 done, 2 user error, 69 another rank is missing, 75
-    interrupted after a snapshot, 128 + N stopped by signal N, 141 nobody reads the output).
+    """Run one verb; return the exit code (0 done, 2 user error, 69 another rank is missing or
+    the machine failed for a moment, 75 interrupted after a snapshot, 128 + N stopped by signal N,
+    141 nobody reads the output).
 
     A failed rank of several ends its process here: Python's own way out would wait for threads of
     backends that wait for other ranks, and the launcher's signal would end it without its code.
@@ -118,7 +120,7 @@ def _run(words: list[str], stop: StopRequest) -> int:
         has_turn = place.is_main or _is_first(stop)
         if has_turn and not isinstance(told, DismissedError):
             _say(f"error{place.label}: {printable(str(told))}")
-        return told.code
+        return EXIT_UNAVAILABLE if machine_errors.may_pass(error) else told.code
     except KeyboardInterrupt:
         _say("interrupted")
         return 130

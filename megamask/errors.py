@@ -8,7 +8,7 @@ MAX_SHOWN = 300  # characters of a value in a message
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
-EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE: another rank did not come or did not answer
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE: a rank or a file system gave no answer; it may next time
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: a snapshot was saved, and the same command goes on from it
 
 
@@ -49,6 +49,12 @@ class ArtifactError(MegamaskError):
     def __init__(self, path: Path | str, problem: str, fix: str) -> None:
         self.path, self.problem, self.fix = str(path), problem, fix
         super().__init__(f"{printable(str(path), kept='')}: {problem}. {fix}")
+
+
+class WriterError(ArtifactError):
+    """A process that writes an output was killed or failed; the same command may work again."""
+
+    code = EXIT_UNAVAILABLE
 
 
 class ArgumentError(MegamaskError, TypeError, ValueError):

@@ -186,7 +186,9 @@ def wrong_file(path: Path, wanted: str, fix: str, reason: object = "") -> Artifa
         kind = file_kind(path)
     except (OSError, ValueError) as error:
         said = getattr(error, "strerror", None) or str(error)
-        return ArtifactError(path, f"cannot be read as {wanted} ({said})", fix)
+        unread = ArtifactError(path, f"cannot be read as {wanted} ({said})", fix)
+        unread.__cause__ = error
+        return unread
     if kind is None:
         return ArtifactError(path, "is missing", fix)
     said = f" ({printable(str(reason).splitlines()[0][:200])})" if str(reason) else ""

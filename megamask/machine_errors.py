@@ -35,6 +35,17 @@ _FIXES = {
     errno.EMFILE: "Raise the number of open files (ulimit -n); then run the same command.",
     errno.ENFILE: "Close other programs; then run the same command.",
 }
+# Trouble of a network, a disk or a busy machine, which the same command may not meet again.
+_PASSING = {
+    number
+    for number, name in errno.errorcode.items()
+    if name
+    in {
+        "EAGAIN", "EBUSY", "ECOMM", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN",
+        "EHOSTUNREACH", "EINTR", "EIO", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOLINK", "ENOMEM",
+        "ENOTCONN", "EPROTO", "EREMOTEIO", "ESHUTDOWN", "ESTALE", "ETIMEDOUT",
+    }
+}  # fmt: skip
 CHECK = "Check the path and its disk; then run the same command."
 # What the system reports without a file name when a write fails.
 _OF_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -113,6 +124,17 @@ def explained(error: BaseException) -> MegamaskError | None:
     if number is None or name is None:
         return None
     return _told(os.fsdecode(name), "cannot be used", number)
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an error comes from trouble of the machine that the same command may not meet again:
+    a launcher starts it again, where it gives up after a mistake of the user.
+    """
+    while error is not None:
+        if number_of(error) in _PASSING:
+            return True
+        error = error.__cause__
+    return False
 
 
 def number_of(error: BaseException) -> int | None:

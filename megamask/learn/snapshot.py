@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import os
-import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from megamask.learn.learner import Learner
 from megamask.learn.masked_model import MaskedModel
 from megamask.learn.methods import find_method
 from megamask.learn.preflight import settings_without_effect
-from megamask.leftovers import remove_leftovers
+from megamask.leftovers import remove_leftovers, temporary_name
 from megamask.masks.snapshot_steps import snapshot_path, snapshot_steps
 from megamask.model.background_save import BackgroundSave
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
@@ -129,8 +129,18 @@ class Snapshots:
         }
 
     def _delete_old(self) -> None:
-        for old in self.steps()[: -self.config.learn.snapshot.keep]:
-            shutil.rmtree(snapshot_path(self.folder, old))
+        """Delete all but the last ``learn.snapshot.keep``.
+
+        A file system may refuse, for example while another program reads the snapshot over NFS.
+        What stays goes after the next snapshot: a whole one under its name, a part of one under a
+        temporary name, so that nobody takes it for a snapshot.
+        """
+        with suppress(OSError):
+            for old in self.steps()[: -self.config.learn.snapshot.keep]:
+                path = snapshot_path(self.folder, old)
+                path.rename(temporary_name(path))
+        with suppress(OSError):
+            remove_leftovers(self.folder, is_alone=True)
 
     def restore(self) -> Progress:
         """Load the newest snapshot into logits and optimizer; a fresh Progress when there is none.

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megamask import storage
-from megamask.errors import ArtifactError
+from megamask.errors import ArtifactError, WriterError
 from megamask.machine_errors import writing
 from megamask.model.build import model_rules
 from megamask.model.language_model import LanguageModel
@@ -116,14 +116,14 @@ def telling(path: Path, temporary: Path) -> Iterator[None]:
         temporary: where the output is while it is written.
 
     Raises:
-        ArtifactError: the disk is full, or the writer failed or ended without a word.
+        ArtifactError: the disk is full, and the like.
+        WriterError: the writer failed otherwise, or ended without a word.
     """
     try:
         with writing(path, temporary):
             yield
     except CheckpointException as error:  # no subclass of Exception, and no error of the disk
-        problem = f"could not be written ({reason_of(error)})"
-        raise ArtifactError(path, problem, FIX) from error
+        raise WriterError(path, f"could not be written ({reason_of(error)})", FIX) from error
 
 
 @contextmanager

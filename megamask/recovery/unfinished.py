@@ -14,6 +14,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ class Unfinished:
         if self.mesh.dp_rank == 0:
             for path in self.folder.glob(f"{part}-*-{self.mesh.tp_rank}.safetensors"):
                 if path != self._path(whole):
-                    path.unlink(missing_ok=True)
+                    with suppress(OSError):  # an older step that stays is not the newest
+                        path.unlink()
 
     def load_newest(self, part: str) -> tuple[dict[str, torch.Tensor], Any] | None:
         """The newest snapshot of a part that all ranks have, as ``load`` gives it; None where there

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 import megamask.__main__ as main_module
+from megamask import file_kinds
 from megamask.__main__ import main
 from megamask.config.load import load_config, read_settings
-from megamask.errors import ConfigError
+from megamask.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR, ConfigError
+from megamask.model.checkpoint import telling
 from megamask.process.signals import StopRequest
+from megamask.safe_checkpoint import unreadable
+from megamask.storage import atomic_file, read_json
 from megamask.verbs.own_arguments import (
     DiffArguments,
     ExtractArguments,
@@ -157,6 +166,50 @@ def test_a_program_that_runs_several_verbs_keeps_its_logger() -> None:
     ):
         assert main(words) == code
         assert (logger.handlers, logger.level) == before
+
+
+def test_trouble_that_may_pass_is_no_mistake_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher starts again what ended with code 69, and gives up at code 2."""
+
+    def codes(fail: Callable[[OSError], None]) -> dict[str, int]:
+        found = {}
+        for number in (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOSPC, errno.EACCES):
+
+            def run(*_: object, number: int = number) -> int:
+                fail(OSError(number, os.strerror(number), str(tmp_path / "x")))
+                return 0
+
+            monkeypatch.setattr(main_module, "_run_verb", run)
+            found[errno.errorcode[number]] = main(["inspect"])
+            assert capsys.readouterr().err.count("\n") == 1
+        return found
+
+    def write(error: OSError) -> None:
+        with atomic_file(tmp_path / "x"):
+            raise error
+
+    def save(error: OSError) -> None:  # as Megatron's writer tells of its ranks
+        with telling(tmp_path / "x", tmp_path / "y"):
+            raise CheckpointException("write", {0: (error, StackSummary())})
+
+    def load(error: OSError) -> None:
+        raise unreadable(tmp_path / "x", error, "Delete it.") from error
+
+    def read(error: OSError) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as failing:
+            failing.setattr(Path, "is_file", fail)
+            failing.setattr(file_kinds, "file_kind", fail)
+            read_json(tmp_path / "x", "")
+
+    passing = dict.fromkeys(("ESTALE", "EIO", "ETIMEDOUT"), EXIT_UNAVAILABLE)
+    expected = {**passing, "ENOSPC": EXIT_USER_ERROR, "EACCES": EXIT_USER_ERROR}
+    for fail in (write, save, load, read):
+        assert codes(fail) == expected, fail
 
 
 def test_a_signal_that_a_library_takes_for_its_own_error_stops_the_verb(

@@ -4,6 +4,7 @@ or the writer dies.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from megamask.config.load import build_config
-from megamask.errors import ArtifactError, ConfigError
+from megamask.errors import EXIT_UNAVAILABLE, ArtifactError, ConfigError
 from megamask.learn.gumbel import GradientLearner
 from megamask.learn.snapshot import Progress, Snapshots
 from tests.unit.learn.one_rank import ROOT, tiny_config, tiny_masked_model, tiny_plan
@@ -81,6 +82,31 @@ def test_snapshots_follow_each_other_and_old_ones_go(run: tuple[Snapshots, Any])
     assert files(snapshots.folder) == ["step-00000004", "step-00000005"]
 
 
+@pytest.mark.parametrize("call", ["rmdir", "rename"])
+def test_an_old_snapshot_that_does_not_go_ends_no_run(
+    call: str, run: tuple[Snapshots, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS, where a file that a reader has open keeps a name in its folder."""
+    snapshots, _ = run
+    real = getattr(os, call)
+
+    def refuse(path: Any, *more: Any, **options: Any) -> None:
+        if "step-00000001" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        real(path, *more, **options)
+
+    snapshots.save(Progress(step=1))
+    with monkeypatch.context() as failing:
+        failing.setattr(os, call, refuse)
+        snapshots.save(Progress(step=2))
+        snapshots.begin(Progress(step=3))
+        snapshots.background.proceed(wait=True)
+    assert snapshots.steps() == ([2, 3] if call == "rmdir" else [1, 2, 3])
+    assert len(files(snapshots.folder)) == 3  # it is there, and nobody takes a part for the whole
+    snapshots.save(Progress(step=4))
+    assert files(snapshots.folder) == ["step-00000003", "step-00000004"]
+
+
 def test_a_writer_that_is_killed_is_told_and_the_snapshot_before_stays(
     run: tuple[Snapshots, Any],
 ) -> None:
@@ -89,8 +115,9 @@ def test_a_writer_that_is_killed_is_told_and_the_snapshot_before_stays(
     snapshots.begin(Progress(step=2))
     queue: Any = snapshots.background._queue
     os.kill(queue.async_calls[0].async_caller.process.pid, signal.SIGKILL)
-    with pytest.raises(ArtifactError, match="step-00000002: could not be written.*goes on from"):
+    with pytest.raises(ArtifactError, match="step-00000002: could not be written.*goes on") as told:
         snapshots.background.proceed(wait=True)
+    assert told.value.code == EXIT_UNAVAILABLE  # a launcher starts the run again
     assert files(snapshots.folder) == ["step-00000001"]
     assert snapshots.background.proceed()  # nothing is being written
     snapshots.begin(Progress(step=3))
