@@ -67,7 +67,7 @@ def apply_masks(
             if where in done:  # a shared weight, of equal masks; a pruned one decodes no mask
                 continue
             done.add(where)
-            weight.masked_fill_(~given[name].bool().to(weight.device), 0.0)
+            prune_(weight, given[name].bool())
     return hf_model
 
 
@@ -81,6 +81,15 @@ def masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
     if signed is None or weight_OI.device.type != "cpu" or not weight_OI.is_contiguous():
         return weight_OI.masked_fill(~mask_OI.to(weight_OI.device), 0.0)
     return (weight_OI.view(signed[0]) * mask_OI.cpu()).view(weight_OI.dtype)
+
+
+def prune_(weight_OI: Tensor, mask_OI: Tensor) -> None:
+    """``masked`` in place."""
+    signed = BITS.get(weight_OI.dtype)
+    if signed is None or weight_OI.device.type != "cpu" or not weight_OI.is_contiguous():
+        weight_OI.masked_fill_(~mask_OI.to(weight_OI.device), 0.0)
+    else:
+        weight_OI.view(signed[0]).mul_(mask_OI.cpu())
 
 
 Given = MaskSet | Mapping[str, Tensor]

@@ -8,13 +8,17 @@ beyond the last index are zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megamask.sparsity.look_up import look_up, padded
+
 Words = npt.NDArray[np.uint64]
 BLOCK = 1 << 15  # words that are packed at a time, so that numbers beside the codes stay few
+SPLIT = 1 << 12  # words that are unpacked at a time: all of their numbers stay in the cache
 
 
 def digits_per_word(base: int) -> int:
@@ -85,15 +89,43 @@ def unpack(words: Words, count: int, base: int) -> npt.NDArray[np.unsignedintege
     """
     if words.shape != (num_words(count, base),):
         raise ValueError(f"{words.size} words, expected {num_words(count, base)}")
-    digits = digits_per_word(base)
+    digits, together = digits_per_word(base), _together(base)
     index = np.empty((len(words), digits), dtype=_digit(base))
-    left = words.astype(np.uint64)
-    for digit in range(digits):
-        left, index[:, digit] = np.divmod(left, np.uint64(base))
+    wide, is_whole = np.uint64(base**together), True
+    for first in range(0, len(words), SPLIT):
+        left = words[first : first + SPLIT].astype(np.uint64)
+        numbers = np.empty((len(left), digits // together), dtype=_digit(base**together))
+        for place in range(numbers.shape[1] - 1):
+            higher = left // wide  # no remainder: numpy divides many by one number without it
+            numbers[:, place] = left - higher * wide
+            left = higher
+        is_whole &= bool(left.max() < wide)
+        numbers[:, -1] = left
+        if together > 1:
+            numbers = look_up(_digits_of(base, together), numbers)
+        index[first : first + SPLIT] = numbers.reshape(len(left), digits)
     flat = index.reshape(-1)
-    if left.any() or flat[count:].any():
+    if not is_whole or flat[count:].any():
         raise ValueError(f"digits out of range for {base} candidates")
     return flat[:count]
+
+
+def _together(base: int) -> int:
+    """How many digits ``unpack`` looks up together: as many as make a number of 16 bits, and divide
+    the digits of a word.
+    """
+    digits = digits_per_word(base)
+    found = (one for one in range(1, digits + 1) if digits % one == 0 and base**one <= 2**16)
+    return max(found, default=1)
+
+
+@cache
+def _digits_of(base: int, together: int) -> npt.NDArray[np.unsignedinteger]:
+    """The digits of all numbers of ``together`` digits, the least significant first."""
+    left, digits = np.arange(base**together), np.empty((base**together, together), _digit(base))
+    for place in range(together):
+        left, digits[:, place] = np.divmod(left, base)
+    return padded(digits, _digit(base**together))
 
 
 def _digit(base: int) -> np.dtype[np.unsignedinteger]:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -44,7 +43,6 @@ from megamask.masks.codings import (
 )
 from megamask.masks.header import FIX, UPDATED, Facts, misfit, plan_of, read_header
 from megamask.masks.margins import Margins, load_margins
-from megamask.masks.radix import Index
 from megamask.masks.save import save_coded, save_words
 from megamask.masks.shapes_fit import check_patterns, check_shapes
 from megamask.sparsity.pattern import Pattern
@@ -114,7 +112,7 @@ class MaskSet(Mapping[str, Tensor]):
         return (self.fingerprint, *map(str, known if isinstance(known, list) else ()))
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.patterns[name].mask_of(self.index(name))
+        return self.patterns[name].mask_of(self.narrow_index(name))
 
     def __contains__(self, name: object) -> bool:  # that of a Mapping decodes the mask
         return name in self.meta["tensors"]
@@ -135,30 +133,30 @@ class MaskSet(Mapping[str, Tensor]):
         return self.patterns.density_of(shapes)
 
     def index(self, name: str) -> Tensor:
-        """Candidate index of every group, (O, G) int64.
+        """Candidate index of every group, (O, G) int64. Raises as ``narrow_index``."""
+        return self.narrow_index(name).long()
+
+    def narrow_index(self, name: str) -> Tensor:
+        """``index`` in the smallest integers without a sign that hold it, as it was decoded.
 
         Raises:
             KeyError: there is no mask of that name.
             ArtifactError: the packed data is corrupt.
         """
-        rows, columns = self.shape(name)
-        index = self._decoded(name).astype(np.int64)
-        return torch.from_numpy(index).view(rows, columns // self.patterns[name].m)
-
-    def _decoded(self, name: str) -> Index:
-        """Candidate indices (O * G,), whose checksum was compared."""
         words, about, weight = self._words(name), self.meta["tensors"][name], None
         if coding_of(about) == GIVEN_WEIGHTS:
             if self._weights is None:
                 raise ArtifactError(self.path, LACKS, GIVE)
             weight = self._weights(name)
         try:
-            return decode(words, about, self.patterns[name], weight)
+            index = decode(words, about, self.patterns[name], weight)
         except ValueError as error:
             if weight is None:
                 raise ArtifactError(self.path, f"mask of {name} is corrupt: {error}", FIX) from None
             problem = f"mask of {name} does not fit the weights of the model: {error}"
             raise ArtifactError(self.path, problem, UNCHANGED) from None
+        rows, columns = self.shape(name)
+        return torch.from_numpy(index).view(rows, columns // self.patterns[name].m)
 
     def _words(self, name: str) -> codec.Words:
         words: codec.Words = self._handle.get_tensor(name)
@@ -207,7 +205,7 @@ class MaskSet(Mapping[str, Tensor]):
             ArtifactError: the first mask that is corrupt.
         """
         for name in self:
-            self.index(name)
+            self.narrow_index(name)
 
     def check(
         self,

@@ -85,9 +85,10 @@ class SnapshotMasks(MaskSet):
         part_OI = rule.to_hf(scores_OI)[f"{name}.weight"]
         return margins_of(to_levels(to_codes(part_OI, self[name], pattern)))
 
-    def index(self, name: str) -> Tensor:
-        """Candidate index of every group, (O, G) int64."""
-        return self.patterns[name].index_of(self[name])
+    def narrow_index(self, name: str) -> Tensor:
+        """Candidate index of every group, (O, G), in the smallest integers that hold it."""
+        pattern = self.patterns[name]
+        return torch.from_numpy(pattern.index_of_bits(pattern.bits_of(self[name])))
 
     @property
     def content_sha256(self) -> str:

@@ -172,7 +172,9 @@ def plan_of(meta: Mapping[str, Any]) -> PatternPlan:
     tensors = meta["tensors"]
     if meta.get("format_version") != MIXED_VERSION:
         return PatternPlan.uniform([*tensors], Pattern.parse(meta["pattern"]))
-    plan = PatternPlan({name: Pattern.parse(about["pattern"]) for name, about in tensors.items()})
+    texts = {name: about["pattern"] for name, about in tensors.items()}
+    known = {text: Pattern.parse(text) for text in dict.fromkeys(texts.values())}
+    plan = PatternPlan({name: known[text] for name, text in texts.items()})
     if str(plan) != meta["pattern"]:
         raise ValueError(f"its masks are {plan}, its header says {meta['pattern']}")
     return plan

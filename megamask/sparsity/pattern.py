@@ -24,10 +24,10 @@ import numpy.typing as npt
 import torch
 
 from megamask.errors import ConfigError
+from megamask.sparsity.look_up import MaskTable, Numbers, look_up
 
 MAX_CANDIDATES = 256  # of a table
 TABLE_BITS = 16  # groups up to this size look their index up in one table
-PIECE = 1 << 15  # groups that are looked up at a time
 MAX_GROUP = 64  # so that the index of a candidate fits in 64 bits
 CANDIDATE_ORDER = "itertools.combinations-v1"
 UNITS = {1: "", 2: ":pair"}  # weights of a unit -> what follows N:M in the text of a pattern
@@ -222,7 +222,7 @@ class Pattern:
             bits |= groups[..., position].to(bits.dtype) << position
         return bits
 
-    def index_of_bits(self, bits_G: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
+    def index_of_bits(self, bits_G: torch.Tensor) -> Numbers:
         """Candidate index of the groups in ``bits_of``, of any shape, on the CPU.
 
         Raises:
@@ -232,12 +232,12 @@ class Pattern:
             return self.units.index_of_bits(bits_G)
         bits = bits_G.numpy()
         bits = bits.view(f"u{bits.itemsize}")
-        index: npt.NDArray[np.unsignedinteger]
+        index: Numbers
         if self.m <= 8 and bits.size % 2 == 0 and bits.flags.c_contiguous:
-            two = _look_up(self._pair_table, bits.reshape(-1).view(np.uint16))
+            two = look_up(self._pair_table, bits.reshape(-1).view(np.uint16))
             index = two.view(np.uint8).reshape(bits.shape)
         elif self.m <= TABLE_BITS:
-            index = _look_up(self._index_table, bits)
+            index = look_up(self._index_table, bits)
         else:
             index = self._index_by_bytes(bits)
         if index.size and index.max() == self.num_candidates:
@@ -245,7 +245,7 @@ class Pattern:
         return index
 
     @cached_property
-    def _index_table(self) -> npt.NDArray[np.unsignedinteger]:
+    def _index_table(self) -> Numbers:
         """``_index_by_bytes`` of every number that ``bits_of`` could return."""
         bits = np.arange(2**8 if self.m <= 8 else 2**16, dtype=np.uint64)
         return self._index_by_bytes(bits).astype(np.min_scalar_type(self.num_candidates))
@@ -258,7 +258,7 @@ class Pattern:
         both = np.arange(2**16, dtype=np.uint16).view(np.uint8)
         return self._index_table[both].view(np.uint16)
 
-    def _index_by_bytes(self, bits: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.uint64]:
+    def _index_by_bytes(self, bits: Numbers) -> npt.NDArray[np.uint64]:
         """Candidate index, or the number of candidates where not exactly n bits are set."""
         bits = bits.astype(np.uint64)
         above, left = np.zeros(bits.shape, dtype=np.uint64), np.full(bits.shape, self.n)
@@ -290,7 +290,9 @@ class Pattern:
         return tables
 
     def mask_of(self, index_OG: torch.Tensor, dtype: torch.dtype = torch.bool) -> torch.Tensor:
-        """Mask (..., I) of candidate indices (..., G)."""
+        """Mask (..., I) of candidate indices (..., G) of any integer dtype."""
+        if index_OG.device.type == "cpu" and self._masks is not None:
+            return torch.from_numpy(self._masks.masks(index_OG.numpy())).to(dtype)
         if self.unit > 1:
             return self.expand(self.units.mask_of(index_OG, dtype))
         if self.num_candidates <= MAX_CANDIDATES:
@@ -305,6 +307,18 @@ class Pattern:
                 left - positions[-1].long(),
             )
         return torch.stack(positions, -1).to(dtype).flatten(-2)
+
+    @cached_property
+    def _masks(self) -> MaskTable | None:
+        """The masks of all candidates; None where they are too many for a table."""
+        if self.num_candidates <= MAX_CANDIDATES:
+            return MaskTable(self.candidates(torch.bool).numpy())
+        if self.m > TABLE_BITS or self.unit > 1:
+            return None
+        bits = np.flatnonzero(self._index_table < self.num_candidates)
+        masks = np.zeros((self.num_candidates, self.m), dtype=bool)
+        masks[self._index_table[bits]] = bits[:, None] >> np.arange(self.m) & 1
+        return MaskTable(masks)
 
     def _choose(self, device: torch.device) -> torch.Tensor:
         """binomial(m - 1 - j, k) for every position j and k <= n, (M, n + 1) int64.
@@ -324,20 +338,3 @@ class Pattern:
         groups = score_OI.unflatten(-1, (-1, self.m))
         kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
-
-
-def _look_up(
-    table: npt.NDArray[np.unsignedinteger], at: npt.NDArray[np.unsignedinteger]
-) -> npt.NDArray[np.unsignedinteger]:
-    """``table[at]`` in half the time, for a table with an entry for every number of the dtype of
-    ``at``: no bounds are checked, and numpy's own index type is made in the cache, in pieces.
-    """
-    assert len(table) == 2 ** (8 * at.itemsize)
-    flat, found = at.reshape(-1), np.empty(at.shape, dtype=table.dtype)
-    into, places = found.reshape(-1), np.empty(min(PIECE, at.size), dtype=np.intp)
-    for first in range(0, at.size, PIECE):
-        piece = flat[first : first + PIECE]
-        place = places[: len(piece)]
-        place[:] = piece
-        table.take(place, out=into[first : first + PIECE], mode="wrap")
-    return found

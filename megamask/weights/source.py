@@ -84,6 +84,14 @@ def all_finite(tensor: Tensor) -> bool:
     )
 
 
+def is_positive_zero(tensor: Tensor) -> bool:
+    """Whether every number of a tensor is +0.0: it has no bit set."""
+    if tensor.dtype not in BITS or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return not bool(tensor.any() or torch.signbit(tensor).any())
+    bits = tensor.detach().view(BITS[tensor.dtype][0]).numpy().reshape(-1)
+    return len(bits) == 0 or int(bits.view(BITS[tensor.dtype][1]).max()) == 0
+
+
 def not_finite(name: str, tensor: Tensor, stored: Tensor) -> str:
     """What is wrong with a tensor as it was stored; empty if all of its numbers are finite.
 

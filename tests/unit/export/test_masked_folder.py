@@ -4,6 +4,7 @@ weights.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -24,8 +25,10 @@ from megamask.masks.file import load_masks, save_masks
 from megamask.masks.identity import identity
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.export import run
+from megamask.weights import file_stream
 from megamask.weights.base_model import BaseModel
 from megamask.weights.fingerprint import model_linears
+from megamask.weights.source import BITS
 
 P24 = Pattern(2, 4)
 Made = tuple[Path, LlamaForCausalLM]
@@ -90,6 +93,40 @@ def test_export_equals_apply_masks(made: Made, capsys: pytest.CaptureFixture[str
     assert made_of == identity(load_masks(folder / "masks" / "learned.safetensors"))
     assert read_stamp(folder / "hf") == (None, None)
     run(config(folder))  # its own folder may be written again
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [("2:4", "bfloat16"), ("8:16", "float16"), ("4:8:pair", "float32"), ("16:32", "bfloat16")],
+)
+def test_every_bit_is_that_of_a_plain_fold(
+    pattern: str, dtype: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of a few rows, read with their mask from a file; signed zeros among the weights."""
+    monkeypatch.setattr(file_stream, "BLOCK", 600)
+    wanted, own = getattr(torch, dtype), Pattern.parse(pattern)
+    model = save_model(tmp_path / "hf").to(wanted)
+    masks = {}
+    for name, linear in model_linears(model).items():
+        linear.weight.data[::3, ::5] = -0.0
+        masks[name] = own.best(torch.rand(linear.weight.shape))
+    model.config.dtype = wanted
+    model.save_pretrained(tmp_path / "hf")
+    exact = BaseModel(tmp_path / "hf").fingerprints().exact
+    path = tmp_path / "masks" / "learned.safetensors"
+    save_masks(path, masks, own, fingerprint=exact, method="learned")
+    run(config(tmp_path, pattern, format=to))
+    base = BaseModel(tmp_path / "hf", tmp_path / "export" if to == "megatron" else None)
+    applied = megamask.apply_masks(copy.deepcopy(model), path).state_dict()
+    with base.open() if to == "megatron" else BaseModel(tmp_path / "export").open() as written:
+        for name, tensor in model.state_dict().items():
+            mask_OI = masks.get(name.removesuffix(".weight"))
+            expected = tensor if mask_OI is None else torch.where(mask_OI, tensor, 0)
+            bits = expected.view(BITS[wanted][0])
+            assert torch.equal(applied[name].view(BITS[wanted][0]), bits)
+            if name != "lm_head.weight":  # tied
+                assert torch.equal(written.tensor(name).view(BITS[wanted][0]), bits)
 
 
 def test_no_export_says_anything_of_sparsity(made: Made) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,27 @@ def test_blocks_and_codes_do_not_show(base: int, monkeypatch: pytest.MonkeyPatch
     assert np.array_equal(pack(index, base), whole)
     assert np.array_equal(pack(base - 1 - index, base, index_of), whole)
     assert len(sizes) == -(-len(whole) // 4) and max(sizes) == 4 * digits_per_word(base)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_words_are_taken_apart_as_by_plain_division(
+    base: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Independent reference: Python integers, a digit at a time; words in several blocks."""
+    monkeypatch.setattr(codec, "SPLIT", 3)
+    draw, digits = random.Random(base), digits_per_word(base)
+    values = [0, base**digits - 1, *(draw.randrange(base**digits) for _ in range(5))]
+    expected = [value // base**place % base for value in values for place in range(digits)]
+    words = np.array(values, dtype=np.uint64)
+    found = unpack(words, len(expected), base)
+    assert found.dtype == np.min_scalar_type(base - 1) and found.tolist() == expected
+    if base**digits == 2**64:
+        return
+    for place in range(len(words)):
+        broken = words.copy()
+        broken[place] = base**digits + draw.randrange(2**64 - base**digits)
+        with pytest.raises(ValueError, match=f"out of range for {base}"):
+            unpack(broken, len(expected), base)
 
 
 @pytest.mark.parametrize("base", [6, 70, math.comb(16, 8)])

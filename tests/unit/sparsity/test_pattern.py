@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megamask.errors import ConfigError
-from megamask.sparsity import pattern as pattern_module
+from megamask.sparsity import look_up
 from megamask.sparsity.pattern import Pattern
 from tests.masks import is_valid
 from tests.unit.sparsity.categorical.reference import candidate_table
@@ -41,6 +41,32 @@ def test_index_and_mask_undo_each_other(n: int, m: int) -> None:
     assert is_valid(pattern, mask)
     assert torch.equal(pattern.index_of(mask), index)
     assert not torch.equal(pattern.mask_of(index.flip(-1)), mask)
+
+
+SOME = [Pattern(*one) for one in (*PATTERNS, (1, 16), (1, 32), (8, 16), (3, 30), (4, 8, 2))]
+
+
+@pytest.mark.parametrize("pattern", SOME, ids=str)
+@pytest.mark.parametrize("piece", [3, 1 << 15])
+def test_a_mask_is_made_of_integers_of_any_size(
+    pattern: Pattern, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against groups that are written down one after another, of which a row has an odd number."""
+    monkeypatch.setattr(look_up, "PIECE", piece)
+    units, m = pattern.units, pattern.m
+    kept = list(itertools.combinations(range(units.m), units.n))
+    numbers = torch.randint(len(kept), (4, 11), generator=torch.Generator().manual_seed(0))
+    numbers[0, 0], numbers[1, 1] = 0, len(kept) - 1
+    expected = torch.tensor(
+        [[at in kept[one] for one in row for at in range(units.m)] for row in numbers.tolist()]
+    ).repeat_interleave(pattern.unit, 1)
+    for dtype in (np.int64, np.int32, np.min_scalar_type(len(kept) - 1)):
+        index = torch.from_numpy(numbers.numpy().astype(dtype))
+        assert torch.equal(pattern.mask_of(index), expected)
+        assert torch.equal(pattern.mask_of(index[1:2]), expected[1:2])
+        assert torch.equal(pattern.mask_of(index[:, 2:7]), expected[:, 2 * m : 7 * m])
+        assert pattern.mask_of(index[:0]).shape == (0, 11 * m)
+    assert torch.equal(pattern.mask_of(numbers, torch.float32), expected.float())
 
 
 @pytest.mark.parametrize(("n", "m"), [(8, 16), (3, 30), (16, 32), (32, 64), (63, 64)])
@@ -89,7 +115,7 @@ def test_pieces_of_a_look_up_do_not_show(n: int, m: int, monkeypatch: pytest.Mon
     scores = torch.randn(6, 14 * m, generator=torch.Generator().manual_seed(0))
     bits = pattern.bits_of(pattern.best(scores))
     expected = [int(pattern.index_of_bits(one.reshape(1))[0]) for one in bits.reshape(-1)]
-    monkeypatch.setattr(pattern_module, "PIECE", 5)
+    monkeypatch.setattr(look_up, "PIECE", 5)
     assert pattern.index_of_bits(bits).reshape(-1).tolist() == expected
     assert pattern.index_of_bits(bits.t()).T.reshape(-1).tolist() == expected
     assert pattern.index_of_bits(bits[:0]).shape == (0, 14)
