@@ -1,19 +1,36 @@
-"""What the verb tasks refuses of ``tasks.folder``, before a task or a model is loaded."""
+"""``tasks.folder``: what the verb tasks refuses before a task or a model is loaded, and the name of
+the row of a folder and the mask that it belongs to.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megamask.config import load_config
+from megamask.config import load_config, run_paths
 from megamask.errors import ArtifactError, ConfigError
-from megamask.verbs import tasks
+from megamask.evaluate.loglikelihood import Score
+from megamask.export.folded import write_stamp
+from megamask.masks.file import MaskSet, load_masks, save_masks
+from megamask.masks.identity import RECOVERED, identity, why_no_row_of
+from megamask.publish.measured import measured
+from megamask.sparsity.pattern import Pattern
+from megamask.verbs import export, tasks
+from megamask.weights.base_model import BaseModel
+from megamask.weights.mapping import linear_shapes
 from tests.unit.export.test_masked_folder import save_model
+
+UPDATED = {"updated_weights": True}
+LORA = {"mask": "wanda", "method": "lora", "weights": "e" * 64}
+RECIPE = {**UPDATED, "data": {RECOVERED: LORA}}
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +98,88 @@ def test_both_folders_must_hold_the_tensors_of_their_config(
         with pytest.raises(ArtifactError, match=f"broken.*{says}"):
             score(hf, folder, tmp_path / "run")
     assert not (tmp_path / "run" / "tasks.json").exists()
+
+
+def mask_of(hf: Path, run_dir: Path, method: str, **more: Any) -> MaskSet:
+    """The mask of the largest weights, as the mask of a method of the run."""
+    base, pattern = BaseModel(hf), Pattern(2, 4)
+    with base.open() as source:
+        masks = {
+            name: pattern.best(source.tensor(f"{name}.weight").abs())
+            for name in linear_shapes(base.architecture())
+        }
+    path = run_dir / "masks" / f"{method}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exact = base.fingerprints().exact
+    save_masks(path, masks, pattern, fingerprint=exact, method=method, **more)
+    return load_masks(path)
+
+
+@pytest.fixture
+def without_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task whose accuracy tells the weights of its row apart: their loss on a few tokens."""
+
+    def opened(config: Any, arch: Any) -> tasks._Session:
+        known: Any = SimpleNamespace(facts=dict, found={"group_map": {}})
+        tokenizer: Any = SimpleNamespace(name="tokenizer", fingerprint="f")
+        return tasks._Session(config, known, tokenizer, [], 8)
+
+    def row(self: Any, name: str, weights: Path, score: Score, *_: Any) -> Any:
+        tokens = torch.arange(1, 9)[None]
+        with torch.no_grad():
+            return {"task": {"acc": float(score(tokens, tokens)[0].mean())}}
+
+    monkeypatch.setattr(tasks._Session, "opened", opened)
+    monkeypatch.setattr(tasks._Session, "row", row)
+    monkeypatch.setattr(tasks, "version", lambda name: "0")
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "folder", "row"),
+    [
+        ("magnitude", {}, "export", "export"),
+        ("learned", {}, "magnitude", "magnitude"),
+        ("sparsegpt_update", UPDATED, "export", "export"),
+        ("wanda-lora", RECIPE, "mine", "mine, recovered (wanda + lora)"),
+        ("wanda-lora", RECIPE, "wanda-lora", "recovered (wanda + lora)"),
+        ("wanda-lora", RECIPE, "dense", "dense, recovered (wanda + lora)"),
+    ],
+)
+def test_the_row_of_an_exported_folder_has_its_name_and_belongs_to_its_mask(
+    method: str,
+    more: dict[str, Any],
+    folder: str,
+    row: str,
+    model: Path,
+    tmp_path: Path,
+    without_harness: None,
+) -> None:
+    run_dir, out, given = tmp_path / "run", tmp_path / folder, "magnitude" if more else method
+    mask_of(model, run_dir, given)
+    words = [f"run_dir={run_dir}", f"model.hf={model}", f"export.mask={given}"]
+    config = load_config(None, [*words, f"export.out={out}"])
+    export.run(config)
+    if more:  # as the verbs write it that update or recover weights
+        write_stamp(out, mask_of(model, run_dir, method, **more))
+    score(model, out, run_dir)
+    masks = load_masks(run_dir / "masks" / f"{method}.safetensors")
+    results = json.loads((run_dir / "tasks.json").read_text())
+    assert list(results["tasks"]) == ["dense", row]
+    assert f"| {row} " in (run_dir / "tasks.md").read_text()
+    assert results["tasks"]["dense"] != results["tasks"][row]
+    assert results["masks"] == {row: identity(masks)}
+    assert list(measured(run_paths(config), masks)["tasks.json"]["tasks"]) == ["dense", row]
+    other = mask_of(model, tmp_path / "other", "other", updated_weights=not more)
+    assert why_no_row_of(other, results, row) and not why_no_row_of(masks, results, row)
+
+
+def test_the_row_of_a_folder_without_a_mask_belongs_to_none(
+    model: Path, tmp_path: Path, without_harness: None
+) -> None:
+    run_dir = tmp_path / "run"
+    export.run(load_config(None, [f"run_dir={run_dir}", f"model.hf={model}", "export.mask=dense"]))
+    for folder in (run_dir / "export", Path(copytree(model, tmp_path / "plain"))):
+        score(model, folder, run_dir)
+        results = json.loads((run_dir / "tasks.json").read_text())
+        assert list(results["tasks"]) == ["dense", folder.name] and results["masks"] == {}
+        assert results["tasks"]["dense"] == results["tasks"][folder.name]
