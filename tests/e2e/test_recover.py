@@ -17,11 +17,11 @@ from megamask import apply_masks
 from megamask.config import run_paths
 from megamask.config.load import load_config
 from megamask.data.heldout import evaluation_windows
-from megamask.errors import ArtifactError
+from megamask.errors import ArtifactError, LearningError
 from megamask.masks.file import load_masks
 from megamask.masks.find import check_given_weights, own_weights
 from megamask.prepare.run_inputs import RunInputs
-from megamask.recovery import training
+from megamask.recovery import blockwise, training
 from megamask.safe_checkpoint import NOTE
 from megamask.verbs.evaluate import find_masks
 from megamask.weights.hf_files import HFReader
@@ -265,18 +265,48 @@ def test_training_lowers_the_perplexity_and_resumes(
         assert rows["lora, recovered (wanda + lora)"] == pytest.approx(told["perplexity"], rel=1e-6)
 
 
-def test_blockwise_lowers_the_error_of_every_layer(
-    prepared: Path, settings: Settings, tmp_path: Path
+def test_blockwise_lowers_the_error_of_every_layer_and_resumes(
+    prepared: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_dir = Path(shutil.copytree(prepared, tmp_path / "run"))
-    words = [*settings(run_dir), *WORDS, "recover.mask=wanda", "recover.method=blockwise"]
-    here("recover", *words, "recover.steps=12", "recover.rate=3e-3")
+    run_dir, second = (Path(shutil.copytree(prepared, tmp_path / name)) for name in "ab")
+    more = [*WORDS, "recover.mask=wanda", "recover.method=blockwise"]
+    words, steps = [*settings(run_dir), *more], ["recover.steps=12", "recover.rate=3e-3"]
+    here("recover", *words, *steps)
     path = run_dir / "masks" / "wanda-blockwise.safetensors"
-    errors = load_masks(path).meta["evaluation"]["output_error"]
-    pairs = list(zip(errors["masked"], errors["recovered"], strict=True))
+    told = load_masks(path).meta["evaluation"]
+    pairs = list(zip(*told["output_error"].values(), strict=True))
     assert len(pairs) == 2 and all(new < 0.8 * old for old, new in pairs)
+
+    # Recovery stops in the second layer; the second start takes the first layer as it was, and ends
+    # with the same bits.
+    layers: list[str] = []
+
+    def stopped(*args: Any) -> Any:
+        if layers:
+            raise LearningError("stopped in the second layer. Start it again.")
+        return made(*args)
+
+    def made(*args: Any) -> Any:
+        layers.append(min(args[5]))
+        return layer(*args)
+
+    layer = blockwise._layer
+    monkeypatch.setattr(blockwise, "_layer", stopped)
+    words = [*settings(second), *more]
+    assert "stopped in the second" in refusal(in_process("recover", *words, *steps))
+    unfinished = second / "recovering-wanda-blockwise"
+    assert [one.name for one in unfinished.glob("layer-*")] == ["layer-0001-0.safetensors"]
+    assert not (second / "recovered" / "wanda-blockwise").exists()
+    monkeypatch.setattr(blockwise, "_layer", made)
+    here("recover", *words, *steps)
+    assert len(layers) == 2 and layers[0] != layers[1] and not unfinished.exists()
+    assert contents(second / "recovered") == contents(run_dir / "recovered")
+    found = load_masks(second / "masks" / "wanda-blockwise.safetensors")
+    assert found.meta["evaluation"] == told
+    monkeypatch.undo()
+
     # A rate that throws the weights away leaves the layers as they are, and says so.
     said = here("recover", *words, "recover.steps=2", "recover.rate=100").stderr
     assert said.count("its error did not fall") == 2
-    found = load_masks(path).meta["evaluation"]
-    assert found["perplexity"] == found["frozen"]
+    found = load_masks(found.path)
+    assert found.meta["evaluation"]["perplexity"] == found.meta["evaluation"]["frozen"]
