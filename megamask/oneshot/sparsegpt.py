@@ -130,7 +130,10 @@ def check_block(block: int, pattern: Pattern) -> None:
 
 
 def inverse_factor(
-    hessian_II: torch.Tensor, damp: float, key: str = "prune.damp"
+    hessian_II: torch.Tensor,
+    damp: float,
+    key: str = "prune.damp",
+    on_any: Callable[[bool], bool] = bool,
 ) -> tuple[torch.Tensor, float]:
     """Upper triangular U with U^T U = inverse of the damped Hessian, (I, I), and the damping used.
 
@@ -139,13 +142,13 @@ def inverse_factor(
     reversed order gives H = R R^T with R upper triangular, and U = R^-1.
 
     Columns with a zero diagonal (their input was always zero) get the mean of the other diagonal
-    entries; such a column does not interact with the others.
+    entries; such a column does not interact with the others. ``on_any`` is as for ``damped``.
 
     Raises:
         ConfigError: of ``key``; the Hessian is not positive definite with ``damp``, nor when the
             damping is raised by DAMP_STEP again and again up to DAMP_LIMIT.
     """
-    return damped(hessian_II, damp, _factor_or_none, key)
+    return damped(hessian_II, damp, _factor_or_none, key, on_any)
 
 
 def damped(
@@ -153,6 +156,7 @@ def damped(
     damp: float,
     attempt: Callable[[torch.Tensor], torch.Tensor | None],
     key: str = "prune.damp",
+    on_any: Callable[[bool], bool] = bool,
 ) -> tuple[torch.Tensor, float]:
     """The result of ``attempt`` on the damped Hessian, and the damping used. A zero on the diagonal
     counts as the mean of the other diagonal entries.
@@ -162,6 +166,8 @@ def damped(
         damp: share of the mean diagonal that is added to the diagonal.
         attempt: gives None where the damped Hessian is not positive definite.
         key: the setting that chose ``damp``, for the message.
+        on_any: whether a flag is set on any rank that works on the same linear: where an attempt
+            fails on one, all raise the damping.
 
     Raises:
         ConfigError: the attempt fails up to DAMP_LIMIT.
@@ -174,7 +180,9 @@ def damped(
     while True:
         damped_II = hessian_II.clone()
         damped_II.diagonal().copy_(filled_I + used * mean)
-        if (found := attempt(damped_II)) is not None:
+        found = attempt(damped_II)
+        if not on_any(found is None):
+            assert found is not None
             return found, used
         if used >= DAMP_LIMIT:
             allowed = (

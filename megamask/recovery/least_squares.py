@@ -29,8 +29,11 @@ DAMP = "recover.damp"
 CHUNK_BYTES = 2**28  # of the matrices that are factored together
 BLOCK = 128  # columns of a lazy update of the sequential sweep
 
-# (weight_OI, mask_OI, hessian_II, damp) -> (weights, damping used)
-Solver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, float]]
+OnAny = Callable[[bool], bool]  # whether a flag is set on any rank
+# (weight_OI, mask_OI, hessian_II, damp, on_any) -> (weights, damping used)
+Solver = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, float, OnAny], tuple[torch.Tensor, float]
+]
 
 
 def solve(
@@ -39,9 +42,13 @@ def solve(
     mask_OI: torch.Tensor,
     hessian_II: torch.Tensor,
     damp: float,
+    on_any: OnAny = bool,
 ) -> tuple[torch.Tensor, float]:
     """The weights (O, I), fp32, +0.0 outside the mask, and the damping that was used. A row without
     a removed weight stays as it is.
+
+    The ranks that divide the rows of a linear among them use one damping for all of its rows, so
+    that its weights do not depend on the layout. All of them must call this function.
 
     Args:
         solver: an entry of ``SOLVERS``.
@@ -49,27 +56,32 @@ def solve(
         mask_OI: bool, True = keep; rows may keep different numbers of weights.
         hessian_II: mean of x x^T over the tokens, fp32.
         damp: share of the mean diagonal that is added to the diagonal; raised tenfold, up to the
-            mean diagonal, while a factorisation fails.
+            mean diagonal, while a factorisation fails on any rank.
+        on_any: whether a flag is set on any of the ranks.
 
     Raises:
         ConfigError: no damping makes the Hessian positive definite.
     """
     found_OI = weight_OI.detach().float().clone()
     rows = (~mask_OI).any(dim=1).nonzero().flatten()
-    if not len(rows):
+    if not on_any(len(rows) > 0):
         return found_OI, damp
     kept_OI = mask_OI[rows]
-    solved_OI, used = solver(found_OI[rows], kept_OI, hessian_II, damp)
+    solved_OI, used = solver(found_OI[rows], kept_OI, hessian_II, damp, on_any)
     found_OI[rows] = solved_OI.masked_fill(~kept_OI, 0.0)
     return found_OI, used
 
 
 def exact(
-    weight_OI: torch.Tensor, mask_OI: torch.Tensor, hessian_II: torch.Tensor, damp: float
+    weight_OI: torch.Tensor,
+    mask_OI: torch.Tensor,
+    hessian_II: torch.Tensor,
+    damp: float,
+    on_any: OnAny = bool,
 ) -> tuple[torch.Tensor, float]:
     """The least squares of every row; arguments, result and errors as ``solve``."""
     attempt = partial(_exact_or_none, weight_OI, mask_OI)
-    return damped(hessian_II, damp, attempt, DAMP)
+    return damped(hessian_II, damp, attempt, DAMP, on_any)
 
 
 def _exact_or_none(
@@ -100,10 +112,14 @@ def _chunks(kept_O: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
 
 
 def sequential(
-    weight_OI: torch.Tensor, mask_OI: torch.Tensor, hessian_II: torch.Tensor, damp: float
+    weight_OI: torch.Tensor,
+    mask_OI: torch.Tensor,
+    hessian_II: torch.Tensor,
+    damp: float,
+    on_any: OnAny = bool,
 ) -> tuple[torch.Tensor, float]:
     """The sweep of SparseGPT under the mask; arguments, result and errors as ``solve``."""
-    factor_II, used = inverse_factor(hessian_II, damp, DAMP)
+    factor_II, used = inverse_factor(hessian_II, damp, DAMP, on_any)
     work_IO = weight_OI.t().contiguous().clone()
     keep_IO = mask_OI.t().contiguous()
     for start in range(0, len(work_IO), BLOCK):

@@ -91,7 +91,7 @@ def _linear(job: RecoveryJob, name: str, stats: InputStats) -> tuple[torch.Tenso
     settings = job.config.recover
     with naming(hf_names := job.hf_names(name)):
         solved_OI, damp = solve(
-            SOLVERS[settings.solver], dense_OI, mask_OI, hessian_II, settings.damp
+            SOLVERS[settings.solver], dense_OI, mask_OI, hessian_II, settings.damp, mesh.any
         )
     if damp != settings.damp and mesh.is_main:
         said = "%s: %s=%g is too little, used %g; more calibration tokens would help"

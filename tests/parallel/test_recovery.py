@@ -4,7 +4,9 @@ model.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from megamask.model.build import build_model, masked_linears
 from megamask.model.checkpoint import fill_from_hf
 from megamask.model.mask_shards import linear_rules, mask_shard
 from megamask.parallel.mesh import Mesh, start
+from megamask.recovery import least_squares
 from megamask.recovery import unfinished as unfinished_parts
 from megamask.recovery.reconstruct import reconstruct
 from megamask.recovery.recovery import Recovered, RecoveryJob
@@ -106,6 +109,12 @@ def recover_in_rank(
             results[solver] = whole(found, arch, mesh), found.measured["output_error"]
             for linear in linears.values():
                 linear.fold(None)
+        with patch.object(least_squares, "_exact_or_none", failing_once(mesh)):
+            job = replace(job, unfinished=Unfinished(folder / "raised", {}, mesh))
+            results["raised"] = whole(reconstruct(job, tokens_NS), arch, mesh), {}
+        job = replace(job, unfinished=unfinished)
+        for linear in linears.values():
+            linear.fold(None)
         if mesh.dp_rank == 0:  # killed between the layers
             (folder / f"layer-0002-{mesh.tp_rank}.safetensors").unlink()
         unfinished = Unfinished(folder, {"solver": "exact"}, mesh)
@@ -125,6 +134,17 @@ def recover_in_rank(
                     assert torch.equal(weight_OI, trained.weights_OI[name])
         unfinished.finish()
     return results
+
+
+def failing_once(mesh: Mesh) -> Callable[..., torch.Tensor | None]:
+    """The exact solver, whose first attempt for each linear fails on the last rank alone."""
+    solver, calls = least_squares._exact_or_none, itertools.count()
+
+    def attempt(*given: torch.Tensor) -> torch.Tensor | None:
+        fails = mesh.rank == mesh.world - 1 and next(calls) % 2 == 0
+        return None if fails else solver(*given)
+
+    return attempt
 
 
 class KilledError(Exception):
@@ -267,6 +287,16 @@ def test_equals_least_squares(
         assert len(old) == 2 and all(
             0 < b < c < a for a, b, c in zip(old, new, by_sweep, strict=True)
         )
+
+
+def test_a_damping_that_one_rank_raises_is_raised_by_all(
+    by_layout: dict[str, list[dict[str, Any]]], masks: dict[str, torch.Tensor]
+) -> None:
+    (alone, _), (other, _) = (by_layout["tp1"][0][name] for name in ("raised", "exact"))
+    assert max(apart(alone[name], other[name]) for name in masks) > 10 * TOLERANCE
+    for rank in by_layout["tp2-sp-dp2"]:
+        weights, _ = rank["raised"]
+        assert all(apart(weights[name], alone[name]) < TOLERANCE for name in masks)
 
 
 def apart(found_OI: torch.Tensor, expected_OI: torch.Tensor) -> float:

@@ -5,6 +5,9 @@ Shapes: T tokens, O out_features, I in_features.
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -84,6 +87,36 @@ def test_the_sweep_is_that_of_sparsegpt() -> None:
     # The same products in blocks of other sizes.
     assert float((found_OI - pruned.weight_OI).abs().max()) < 1e-5 * float(weight_OI.abs().max())
     assert not torch.allclose(found_OI, weight_OI * pruned.mask_OI, atol=0.1)
+
+
+def test_ranks_that_divide_the_rows_use_one_damping() -> None:
+    """The first row alone needs more: its two kept inputs are equal. The second rank solves the
+    rows without it, and the third has no row with a removed weight.
+    """
+    hessian_II = torch.eye(4)
+    hessian_II[0, 1] = hessian_II[1, 0] = 1
+    weight_OI = torch.arange(1.0, 13.0).view(3, 4)
+    mask_OI = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    exact, damp = SOLVERS["exact"], 1e-9
+    expected_OI, used = solve(exact, weight_OI, mask_OI, hessian_II, damp)
+    assert used > damp and solve(exact, weight_OI[1:], mask_OI[1:], hessian_II, damp)[1] == damp
+    votes, all_have_voted = [False] * 3, threading.Barrier(3, timeout=30)
+
+    def of_rank(rank: int) -> tuple[torch.Tensor, float]:
+        def on_any(flag: bool) -> bool:
+            votes[rank] = flag
+            all_have_voted.wait()
+            found = any(votes)
+            all_have_voted.wait()
+            return found
+
+        rows = slice(rank, rank + 1)
+        return solve(exact, weight_OI[rows], mask_OI[rows], hessian_II, damp, on_any)
+
+    with ThreadPoolExecutor(3) as ranks:
+        parts = list(ranks.map(of_rank, range(3)))
+    assert [damping for _, damping in parts] == [used] * 3
+    assert torch.equal(torch.cat([part for part, _ in parts]), expected_OI)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
