@@ -272,7 +272,7 @@ class LearnSection(Section):
     micro_batch: Batch = free(4, description="samples of one pass on one replica")
     global_batch: Batch = Field(4, description="samples of a step, over all replicas")
     resume: bool = free(
-        True, description="go on from the newest snapshot; false puts old snapshots aside"
+        True, description="go on from the newest snapshot; false puts old snapshots and masks aside"
     )
     sampling: SamplingSection = SamplingSection()
     prior: PriorSection = PriorSection()

@@ -20,7 +20,7 @@ from megamask.learn.metrics.monitor import Monitor
 from megamask.learn.metrics.provenance import write_provenance
 from megamask.learn.snapshot import Snapshots
 from megamask.leftovers import remove_leftovers
-from megamask.masks.times import write_seconds
+from megamask.masks.times import forget_seconds, write_seconds
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.process.holder import Holder, utc_now
@@ -29,6 +29,7 @@ from megamask.process.signals import StopRequest
 from megamask.process.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+BEST = "learned-best"  # the mask with the lowest held-out perplexity of all evaluations
 
 
 class Run:
@@ -60,6 +61,7 @@ class Run:
             self.masked_model,
             self.learner,
             inputs.content,
+            [paths.mask("learned"), paths.mask(BEST)],
         )
         self.content = inputs.content
         self.progress = self.snapshots.restore()
@@ -69,6 +71,7 @@ class Run:
         # signs of life and metrics
         if mesh.is_main:
             remove_leftovers(paths.learn, is_alone=True)
+            self._forget_best()
         self.holder = Holder.this_process("megamask learn")
         self.watchdog = Watchdog(paths.learn / "logs", this_place())
         tokens = learn.global_batch * config.data.seq_length
@@ -184,10 +187,19 @@ class Run:
         if self.mesh.from_main(is_better):
             progress.best_score, progress.best_step = score, progress.step
             if progress.step:
-                self._save_mask("learned-best", by_domain)
+                self._save_mask(BEST, by_domain)
         self.monitor.evaluation(progress.step, by_domain)
         self._show("learning")
         return by_domain
+
+    def _forget_best(self) -> None:
+        """Delete the best mask where it is of a step that this run does not go on from: after the
+        snapshot that it resumes, other steps follow under other settings.
+        """
+        path = self.paths.mask(BEST)
+        if (step := step_of(path)) is not None and step > self.progress.step:
+            path.unlink()
+            forget_seconds(path)
 
     def _is_done(self) -> bool:
         is_last = self.progress.step >= self.config.learn.steps

@@ -8,6 +8,8 @@ import itertools
 import logging
 import math
 import os
+import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from megamask.learn.methods import find_method
 from megamask.learn.preflight import settings_without_effect
 from megamask.leftovers import remove_leftovers, temporary_name
 from megamask.masks.snapshot_steps import snapshot_path, snapshot_steps
+from megamask.masks.times import times_path
 from megamask.model.background_save import BackgroundSave
 from megamask.model.checkpoint import load_sharded, save_sharded, sharded_state
 from megamask.parallel.mesh import Mesh
@@ -73,6 +76,7 @@ class Snapshots:
 
     Attributes:
         content: digests of the inputs, for the notes; None leaves text and prior unchecked.
+        masks: the mask files that the run writes, and a run before it may have written.
         changes: the settings that resumed runs changed, oldest first.
         background: the snapshot that is being written beside learning.
     """
@@ -85,8 +89,9 @@ class Snapshots:
         masked_model: MaskedModel,
         learner: Learner,
         content: Content | None = None,
+        masks: Sequence[Path] = (),
     ) -> None:
-        self.folder, self.config, self.content = folder, config, content
+        self.folder, self.config, self.content, self.masks = folder, config, content, masks
         self.mesh, self.masked_model, self.learner = mesh, masked_model, learner
         self.changes: list[Changed] = []
         self.background = BackgroundSave(mesh)
@@ -145,8 +150,9 @@ class Snapshots:
     def restore(self) -> Progress:
         """Load the newest snapshot into logits and optimizer; a fresh Progress when there is none.
 
-        With ``learn.resume=false`` the snapshots of the run before are put aside: among those of a
-        new run the newest would not be its own. A launch does so once: its later starts, after a
+        With ``learn.resume=false`` the snapshots and masks of the run before are put aside: among
+        those of a new run the newest would not be its own, and its masks would pass for those of
+        the new run. A launch does so once: its later starts, after a
         requeue by Slurm or a restart by torchrun, resume. The launch scripts name it in the
         variable MEGAMASK_LAUNCH, and a start without a name is a launch of its own.
 
@@ -205,16 +211,23 @@ class Snapshots:
         return self.mesh.from_main(found)
 
     def _start_over(self, has_snapshots: bool) -> None:
-        """Put the snapshots of the run before aside, if there are any, and note who did."""
+        """Put snapshots and masks of the run before aside, if there are any, and note who did."""
         self.mesh.barrier()  # everyone has seen them
-        if self.mesh.is_main and has_snapshots:
+        masks = [path for path in self.masks if path.exists()] if self.mesh.is_main else []
+        if self.mesh.is_main and (has_snapshots or masks):
             names = (
                 self.folder.with_name(f"{self.folder.name}-before-{number}")
                 for number in itertools.count(1)
             )
             aside = next(path for path in names if not path.exists())
-            self.folder.rename(aside)
-            log.warning("learn.resume=false: the snapshots of the run before are in %s now", aside)
+            if has_snapshots:
+                self.folder.rename(aside)
+            aside.mkdir(exist_ok=True)
+            for path in (each for mask in masks for each in (times_path(mask), mask)):
+                if path.exists():
+                    shutil.move(path, aside / path.name)
+            what = "snapshots and masks" if masks else "snapshots"
+            log.warning("learn.resume=false: the %s of the run before are in %s now", what, aside)
         if self.mesh.is_main:
             self.folder.mkdir(exist_ok=True)
             storage.write_json(self.folder / STARTED_OVER, {"launch": os.environ.get(LAUNCH)})

@@ -13,14 +13,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megamask import save_masks
 from megamask.config import run_paths
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ArtifactError, LearningError
 from megamask.learn import loop
 from megamask.learn.heartbeat import Heartbeat
 from megamask.learn.snapshot import Progress
+from megamask.masks.times import times_path, write_seconds
 from megamask.process.holder import Holder
 from megamask.process.signals import STOP_FILE, StopRequest
+from megamask.sparsity.pattern import Pattern
 from megamask.storage import finite
 from tests.unit.learn.one_rank import tiny_config
 
@@ -116,6 +120,21 @@ def test_an_evaluation_that_is_not_finite_is_no_best(
     assert saved == [3, 6] and run.progress.best_step == 6
     assert run.progress.best_score == pytest.approx(math.log(8.0))
     assert Progress.read({"step": 1, "best_step": 0, "best_score": math.nan}).best_score is None
+
+
+@pytest.mark.parametrize(("resumed", "stays"), [(0, False), (100, False), (110, True), (120, True)])
+def test_a_best_mask_of_steps_that_are_not_gone_on_from_goes(
+    run: Any, resumed: int, stays: bool
+) -> None:
+    """The run before had it from step 110, and was ended: this run resumes at another snapshot."""
+    mask, pattern = run.paths.mask("learned-best"), Pattern(2, 4)
+    masks = {"model.layers.0.mlp.up_proj": pattern.best(torch.arange(8.0).view(1, 8))}
+    save_masks(mask, masks, "2:4", fingerprint="a", method="learned", evaluation={"step": 110})
+    write_seconds(mask, 1.0)
+    run.progress = Progress(step=resumed, best_step=80)
+    run._forget_best()
+    assert [mask.exists(), times_path(mask).exists()] == [stays, stays]
+    run._forget_best()
 
 
 def test_a_snapshot_before_the_first_step_has_the_whole_time(run: Any) -> None:
