@@ -102,7 +102,16 @@ class LaunchError(MegamaskError):
 
 
 class DismissedError(MegamaskError):
-    """All ranks leave, and rank 0 says why: this rank has nothing to say."""
+    """All ranks leave, and rank 0 says why: this rank has nothing to say.
+
+    Args:
+        message: for the traceback of a program.
+        code: the exit code, that of the error on rank 0: a launcher may see only one of them.
+    """
+
+    def __init__(self, message: str, code: int = EXIT_USER_ERROR) -> None:
+        self.code = code
+        super().__init__(message)
 
 
 def printable(text: str, kept: str = "\n\t") -> str:

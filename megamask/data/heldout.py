@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamask.config import Config
+from megamask.config import Config, run_paths
 from megamask.data.blend import blend_weights, train_dataset
 from megamask.data.bos import before_document, begun, cut_windows, in_windows
-from megamask.data.shards import open_shards
+from megamask.data.shards import open_shards, read_shards
 from megamask.data.split import HELDOUT, TRAIN
 from megamask.data.tokenizer import TextTokenizer, load_tokenizer
 from megamask.errors import ArtifactError, ConfigError
@@ -38,6 +38,20 @@ def evaluated_domains(config: Config) -> list[str]:
             "that is evaluated only, and run the verb tokenize.",
         )
     return [name for name, share in shares.items() if share > 0]
+
+
+def heldout_digests(config: Config) -> dict[str, str]:
+    """The digest of the held-out tokens of every domain that is evaluated, by domain.
+
+    Raises:
+        ConfigError, ArtifactError: see :func:`evaluated_domains` and
+            :func:`megamask.data.shards.read_shards`.
+    """
+    folder = run_paths(config).shards
+    return {
+        domain: read_shards(folder / domain).content_sha256(HELDOUT)
+        for domain in evaluated_domains(config)
+    }
 
 
 def evaluation_windows(config: Config, max_tokens: int | None) -> dict[str, Tensor]:

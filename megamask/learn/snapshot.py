@@ -174,6 +174,7 @@ class Snapshots:
         fix = f"Delete {path} to resume from the one before, or all of {self.folder} to start over."
         required = {"progress": dict, "fingerprint": str, "settings": dict}
         note = storage.read_object(path / NOTE, fix, required)
+        self.mesh.require_same("snapshot", note)
         try:
             progress = Progress.read(note["progress"])
             settings = upgrade_note(note["settings"])

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from megamask.errors import DismissedError
+from megamask.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR, DismissedError
+from megamask.machine_errors import may_pass
 from megamask.model.build import model_rules
 from megamask.model.checkpoint import write_folder
 from megamask.parallel.mesh import Mesh
@@ -54,7 +55,9 @@ def save_streamed(
             except Exception as error:
                 failure = error
         if mesh.any(failure is not None):  # all ranks leave together
-            raise failure or DismissedError("another rank could not write its part")
+            passes = mesh.any(failure is not None and may_pass(failure))
+            code = EXIT_UNAVAILABLE if passes else EXIT_USER_ERROR
+            raise failure or DismissedError("another rank could not write its part", code)
         pieces = mesh.gather_to_main(written)
         if mesh.is_main:
             write_index(folder, list(chain(*pieces)), {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megamask.config import Config, run_paths
-from megamask.errors import ConfigError, DismissedError, LaunchError, MegamaskError
+from megamask.config.nested import flatten, what_differs
+from megamask.errors import ConfigError, DismissedError, LaunchError, MegamaskError, shown
 from megamask.parallel.determinism import deterministic
 from megamask.parallel.megatron_versions import megatron_on_cpu
 from megamask.parallel.roll_call import Roll, call_roll
@@ -142,14 +143,15 @@ class Mesh:
             LaunchError: on rank 0, another rank has another value.
             DismissedError: on the other ranks.
         """
-        differs = self.from_main(value) != value
+        first = self.from_main(value)
+        differs = first != value
         if not self.any(differs):
             return
         found: list[str | None] = [None] * self.world
-        own = f"rank {self.rank} on {socket.gethostname()} has other {what} than rank 0: {value}"
-        dist.all_gather_object(found, own if differs else None)
+        own = f"rank {self.rank} on {socket.gethostname()} has other {what} than rank 0: "
+        dist.all_gather_object(found, own + _difference(value, first) if differs else None)
         if not self.is_main:
-            raise DismissedError(f"a rank has other {what}")
+            raise DismissedError(f"a rank has other {what}", LaunchError.code)
         raise LaunchError(
             f"{next(filter(None, found))}. A network file system may show new files late: start "
             "again."
@@ -159,6 +161,15 @@ class Mesh:
         """Wait for all processes."""
         if self.world > 1:
             dist.barrier()
+
+
+def _difference(own: Any, first: Any) -> str:
+    """Two values where they differ; of mappings, the first key and its values."""
+    if not (isinstance(own, Mapping) and isinstance(first, Mapping)):
+        return f"{shown(own)}, on rank 0 {shown(first)}"
+    where = what_differs(first, own).partition(", ")[0]
+    ours, theirs = (flatten(values).get(where) for values in (own, first))
+    return f"{where} = {shown(ours)}, on rank 0 {shown(theirs)}"
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from megamask.config import Config, RunPaths, run_paths
+from megamask.data.heldout import heldout_digests
 from megamask.data.shards import check_vocabulary
 from megamask.data.shared_text import check_shards
 from megamask.errors import ConfigError
@@ -97,6 +98,14 @@ class RunInputs:
         """HF names of the linears to prune, in model order. Raises as ``plan``."""
         return [*self.plan]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must have found in the files, as JSON values: on a network file system one
+        of them may see an older file. Raises as ``note`` and ``plan``.
+        """
+        weights = {key: self.note[key] for key in ("fingerprint", "dtype", "padded_vocab")}
+        return {"weights": weights, "pattern": self.plan.facts(), "linears": self.modules}
+
     def check_text(self) -> None:
         """Check that the model knows every token of the shards, that the shards were made from the
         corpora of the settings, and that no held-out text is learned from.
@@ -145,6 +154,12 @@ class LearnInputs(RunInputs):
             MegamaskError: shards or prior are missing, or do not fit.
         """
         return Content.of(self.config, self.prior, self.margins)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Also the text, the tokenizer and the prior, by content. Raises as ``content`` too."""
+        heldout = heldout_digests(self.config)
+        return {**super().facts, "content": self.content.note(), "held-out text": heldout}
 
     def check(self) -> None:
         """Read everything but the weights, and check that it fits together.

@@ -45,8 +45,9 @@ def run(config: Config) -> None:
             "float16_fingerprints": list(found.float16),
             "dtype": str(arch.dtype).removeprefix("torch."),
             "padded_vocab": padded_vocab(arch, mesh.tp),
-            "source": str(base.place),
         }
+        mesh.require_same("inputs", note)
+        note["source"] = str(base.place)
         others = base.other_tensors() if mesh.is_main else None
         if others is not None:
             note[OTHER_TENSORS] = others

@@ -46,8 +46,8 @@ def run(config: Config) -> None:
         warn_of_learned_text(config, masks)
     beside = facts_beside(paths, masks, text, linear_shapes(inputs.arch))
     with start(config) as mesh:
-        mesh.require_same("masks to evaluate", list(masks))
-        mesh.require_same("protocol", beside["protocol"])
+        facts = {"masks": list(masks), "digests": beside["masks"], "weights": inputs.fingerprint}
+        mesh.require_same("inputs", {**facts, "protocol": beside["protocol"]})
         rows = Rows(config, paths, inputs.arch, mesh, text)
         measured = {DENSE: rows.dense()}
         measured |= {method: rows.masked(method, found) for method, found in masks.items()}

@@ -50,6 +50,9 @@ def run(config: Config, stop: StopRequest | None = None) -> int:
             inputs = LearnInputs(proven)
         _check_free(inputs, mesh)  # plain PyTorch needs more memory than kernels
         _warn_of_grace(inputs, mesh)
+        # The replicas are never made equal: they begin with the same logits, or average the
+        # gradients of different masks.
+        mesh.require_same("inputs", inputs.facts)
         return Run(inputs, mesh).learn(request)
 
 

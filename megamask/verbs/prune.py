@@ -67,6 +67,7 @@ def run(config: Config) -> None:
         check_positions(config, inputs.arch, ("calibration.seq_length",))
     inputs.check_text()
     with start(config) as mesh:
+        mesh.require_same("inputs", {**inputs.facts, "masks": recipes})
         todo = {method: one for method, one in recipes.items() if mesh.from_main(method in todo)}
         if not todo:
             return

@@ -16,7 +16,7 @@ import torch
 from megamask import storage
 from megamask.config import Config
 from megamask.config.nested import what_differs
-from megamask.data.heldout import evaluated_domains, evaluation_windows
+from megamask.data.heldout import evaluated_domains, evaluation_windows, heldout_digests
 from megamask.errors import MegamaskError
 from megamask.evaluate.sensitivity import whole_masks
 from megamask.export.folded import STAMP
@@ -77,6 +77,9 @@ def run(config: Config) -> None:
     if windows:
         warn_of_learned_text(config, {config.recover.mask: masks})
     with start(config) as mesh:
+        facts = {"weights": inputs.fingerprint, **one.made_from}
+        facts |= {"held-out text": heldout_digests(config)} if windows else {}
+        mesh.require_same("inputs", facts)
         if not mesh.from_main(one.is_done()):
             _recover(one, mesh, windows)
         mesh.barrier()

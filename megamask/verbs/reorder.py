@@ -90,6 +90,7 @@ def run(config: Config, arguments: ReorderArguments) -> None:
         }
         if arguments.rotate_values:
             made_from["rotated"] = "values"
+        mesh.require_same("inputs", made_from)
         if mesh.from_main(_is_done(out, made_from, ignore_keys)):
             if mesh.is_main:
                 log.info("%s already holds this model in its new order", out)

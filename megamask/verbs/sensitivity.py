@@ -77,7 +77,7 @@ def run(config: Config) -> None:
         allowed = f"numbers of parts, of which there are {len(parts)}"
         raise ConfigError("sensitivity.rows", too_many[0], allowed, "Remove it.")
     with start(config) as mesh:
-        mesh.require_same("parts to prune", made_from)
+        mesh.require_same("inputs", made_from)
         file = paths.run_dir / f"{NAME}.json"
         done = mesh.from_main(_done(file, made_from))
         is_left = len(done["loss"]) < len(parts) or {*map(str, section.rows)} - {*done["rows"]}

@@ -144,8 +144,9 @@ def _of_masks(inputs: RunInputs) -> dict[str, Any]:
     inputs.layout.check_model(inputs.arch)
     session = _Session.opened(config, inputs.arch)
     with start(config) as mesh:
-        mesh.require_same("masks to score", list(masks))
-        mesh.require_same("documents of the tasks", session.tasks.facts())
+        facts = {"masks": list(masks), "digests": mask_digests(masks)}
+        facts |= {"weights": inputs.fingerprint, "tokenizer": session.tokenizer.fingerprint}
+        mesh.require_same("inputs", {**facts, "tasks": session.tasks.facts()})
         model, found = LoadedModel(config, inputs.paths, inputs.arch, mesh), {}
         for name, each in {DENSE: None, **masks}.items():
             weights, score = model.use(each), megatron_score(model.model)

@@ -16,6 +16,8 @@ from megamask import load_masks
 from megamask.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR
 from megamask.learn.heartbeat import Heartbeat
 from megamask.learn.loop import Run
+from megamask.masks import from_snapshot
+from megamask.masks.snapshot_steps import snapshot_path, snapshot_steps
 from megamask.parallel import roll_call
 from megamask.process import watchdog
 from megamask.process.place import this_place
@@ -213,6 +215,14 @@ def other_rate_on_rank_1() -> None:
     load.read_settings = other  # type: ignore[assignment]
 
 
+def older_snapshot_on_rank_1() -> None:
+    """Rank 1 looked for the newest snapshot before rank 0 did, and another run saved meanwhile."""
+    if this_place().rank == 1:
+        from_snapshot.newest_snapshot = lambda folder: snapshot_path(
+            folder, snapshot_steps(folder)[0]
+        )
+
+
 HERE = "tests.e2e.test_ranks"
 
 
@@ -252,6 +262,22 @@ def test_ranks_with_other_settings_are_refused(run_dir: Path, settings: Settings
     # Had rank 1 left before rank 0, the launcher would have ended rank 0, perhaps before its word.
     assert ranks[0].seconds < ranks[1].seconds
     assert not (run_dir / "learn" / "snapshots").exists() and contents(run_dir) == before
+
+
+@pytest.mark.parametrize("key", ["learn.prior.mask={}", "evaluate.masks={{x: {}}}"])
+def test_ranks_with_other_inputs_are_refused(
+    key: str, run_dir: Path, general: Path, settings: Settings
+) -> None:
+    """The settings are the same, and the files that they name are not."""
+    words, verb = key.format(general / "learn" / "snapshots"), key.partition(".")[0]
+    fault = f"{HERE}:older_snapshot_on_rank_1"
+    ranks = run_program(verb, *settings(run_dir), words, prepare=fault)
+    (message,) = messages(ranks)
+    named = "content.prior = " if verb == "learn" else "digests.x"
+    assert "rank 1 on" in message and f"has other inputs than rank 0: {named}" in message
+    # A launcher starts such a job again, whichever rank it asks.
+    assert [one.code for one in ranks] == [EXIT_UNAVAILABLE] * 2
+    assert not (run_dir / "learn" / "metrics.jsonl").exists()
 
 
 def test_deterministic_algorithms_change_no_bit_on_a_cpu(

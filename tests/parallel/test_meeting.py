@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import megamask
 from megamask.config import Config
-from megamask.errors import ConfigError, DismissedError, LaunchError
+from megamask.errors import EXIT_UNAVAILABLE, ConfigError, DismissedError, LaunchError
 from megamask.learn.kernel_check import with_proven_kernels
 from megamask.parallel import roll_call
 from megamask.parallel.mesh import Mesh, start
@@ -70,7 +70,11 @@ def several_meetings(rank: int) -> dict[str, Any]:
         try:
             mesh.require_same("letters", "abc" if rank != 1 else "abx")
         except (DismissedError, LaunchError) as error:
-            found["other"] = type(error).__name__, str(error)
+            found["other"] = type(error).__name__, str(error), error.code
+        try:
+            mesh.require_same("words", {"a": [1, 2], "b": {"c": rank if rank == 1 else 0, "d": 3}})
+        except (DismissedError, LaunchError) as error:
+            found["other in depth"] = str(error)
         found["backends"] = backends_where_numba_fails(mesh)
     return found
 
@@ -126,7 +130,9 @@ def test_ranks_meet() -> None:
     assert [one["from rank 0"] for one in ranks] == [[5, 0]] * 3
     assert [one["backends"] for one in ranks] == [["auto", "torch", "torch"]] * 3
     assert [one["other"][0] for one in ranks] == ["LaunchError", "DismissedError", "DismissedError"]
-    assert "rank 1 on" in ranks[0]["other"][1] and "abx" in ranks[0]["other"][1]
+    assert [one["other"][2] for one in ranks] == [EXIT_UNAVAILABLE] * 3
+    assert f"rank 1 on {host} has other letters than rank 0: 'abx', on" in ranks[0]["other"][1]
+    assert "other words than rank 0: b.c = 1, on rank 0 0. A" in ranks[0]["other in depth"]
 
 
 def test_a_busy_port_is_named_at_once() -> None:

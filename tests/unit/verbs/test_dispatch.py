@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,23 @@ def test_the_other_ranks_leave_the_work_to_rank_0(
     given = own.get(name, [])
     assert main([name, f"run_dir={tmp_path / 'run'}", *given]) == EXIT_OK
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", [name for name, verb in VERBS.items() if verb.is_parallel])
+def test_ranks_that_work_together_compare_their_inputs_first(name: str) -> None:
+    """Each rank reads the files by itself, and a network file system may show one an older file;
+    tests/e2e/test_ranks.py shows what happens.
+    """
+    (start,) = (
+        one
+        for one in ast.walk(ast.parse(inspect.getsource(import_module(VERBS[name].module))))
+        if isinstance(one, ast.With) and "start(config" in ast.unparse(one.items[-1].context_expr)
+    )
+    lines = [ast.unparse(line) for line in start.body]
+    compares = [line.startswith("mesh.require_same('inputs'") for line in lines]
+    assert any(compares), f"{name} starts ranks that may have read other files"
+    before = "".join(lines[: compares.index(True)])
+    assert "load" not in before and "build_model" not in before, "a model is made before"
 
 
 @pytest.mark.parametrize(
