@@ -21,6 +21,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megamask import storage
 from megamask.errors import ArtifactError, WriterError
@@ -154,8 +155,9 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
         ArtifactError: missing, torn, of another shape, or not of tensors alone; ``fix`` says what
             to do.
     """
-    read_index(path, fix)
+    index = read_index(path, fix)
     check_common(path, fix)
+    _check_kinds(state, index, path, fix)
     for value in nested_values(state):
         if isinstance(value, ShardedTensorFactory):
             value.merge_fn = partial(_filled, value.data, value.merge_fn)
@@ -167,6 +169,21 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
     except (Exception, CheckpointException) as error:
         raise unreadable(path, error, fix) from error
     return loaded
+
+
+def _check_kinds(state: dict[str, Any], index: Metadata, path: Path, fix: str) -> None:
+    """Refuse integers in the place of real numbers, and the other way round: PyTorch's reader
+    converts them in silence. Real numbers of another precision are converted on purpose.
+    """
+    for value in nested_values(state):
+        parts = value.build() if isinstance(value, ShardedTensorFactory) else value
+        for wanted in nested_values({"": parts}):
+            saved = index.state_dict_metadata.get(getattr(wanted, "key", ""))
+            if not isinstance(saved, TensorStorageMetadata) or not hasattr(wanted, "dtype"):
+                continue
+            found = saved.properties.dtype
+            if found.is_floating_point != wanted.dtype.is_floating_point:
+                raise ArtifactError(path, f"holds {wanted.key} as {found}, not {wanted.dtype}", fix)
 
 
 def _filled(whole: torch.Tensor, join: Callable[[Any], Any], parts: Any) -> Any:

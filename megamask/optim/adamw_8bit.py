@@ -56,6 +56,12 @@ class AdamW8bit(MaskOptimizer):
             bf16_stochastic_round=True,
             block_size=BLOCK,
         )
+        # The code tables of the moments, by whether a moment is signed.
+        sample = torch.empty(BLOCK**2, device=self.logits[0].device if self.logits else "cpu")
+        self.tables: dict[str, torch.Tensor] = {
+            name: self.torchao._new_buffer(sample, signed=name == "exp_avg").qmap
+            for name in _MOMENTS
+        }
         for logits in self.logits:
             moments = {
                 name: self.torchao._new_buffer(logits, signed=name == "exp_avg")
@@ -89,15 +95,22 @@ class AdamW8bit(MaskOptimizer):
 
     def moments(self) -> dict[str, list[torch.Tensor]]:
         """The codes of each moment, and the scale of each logit. Both together are exact in any
-        layout. They take 5 bytes a logit while a snapshot is written, 4 of them on the host.
+        layout: a moment that is not quantized here is the scale of the code of 1, because another
+        layout may quantize it. They take 5 bytes a logit while a snapshot is written, 4 of them on
+        the host.
         """
         found: dict[str, list[torch.Tensor]] = {}
         for name in _MOMENTS:
             states = [self.torchao.state[logits][name] for logits in self.logits]
-            found[f"{name}.code"] = [one.codes if _is_quantized(one) else one for one in states]
-            found[f"{name}.scale"] = [
-                (_scale_of_each(one) if _is_quantized(one) else torch.ones_like(one)).cpu()
+            code_of_1 = int((self.tables[name] == 1).nonzero()[0])
+            found[f"{name}.code"] = [
+                one.codes
+                if _is_quantized(one)
+                else torch.full_like(one, code_of_1, dtype=torch.uint8)
                 for one in states
+            ]
+            found[f"{name}.scale"] = [
+                (_scale_of_each(one) if _is_quantized(one) else one.float()).cpu() for one in states
             ]
         return found
 
@@ -113,7 +126,7 @@ class AdamW8bit(MaskOptimizer):
             ):
                 state = self.torchao.state[logits][name]
                 self.torchao.state[logits]["step"].fill_(steps)
-                _load(state, codes, scales)
+                _load(state, codes, scales, self.tables[name])
 
     def steps_done(self) -> int:
         """The number of updates so far, for the bias correction."""
@@ -197,14 +210,12 @@ def _scale_of_each(moment: Any) -> torch.Tensor:
     return whole
 
 
-def _load(state: Any, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Fill a moment from the codes and the scale of each logit."""
-    if not _is_quantized(state):
-        state.copy_(codes)
-        return
-    blocks = scales.reshape(-1, state.block_size)
-    if bool((blocks == blocks[:, :1]).all()):
-        state.codes.copy_(codes)
-        state.scale.copy_(blocks[:, 0])
-    else:
-        state.copy_(state.qmap[codes.int()] * scales)
+def _load(state: Any, codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> None:
+    """Fill a moment from the codes and, on the host, the scale of each logit."""
+    if _is_quantized(state):
+        blocks = scales.reshape(-1, state.block_size)
+        if bool((blocks == blocks[:, :1]).all()):
+            state.codes.copy_(codes)
+            state.scale.copy_(blocks[:, 0])
+            return
+    state.copy_(table[codes.int()] * scales.to(table.device))

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megamask.errors import ArtifactError, ConfigError
 from megamask.model import checkpoint, spec
 from megamask.model.build import build_model
 from megamask.model.checkpoint import (
+    load_sharded,
     load_weights,
     save_sharded,
     sharded_state,
@@ -201,3 +203,23 @@ def test_transformer_engine_is_used_where_it_is_asked_for(monkeypatch: pytest.Mo
     monkeypatch.setenv(ENGINE, "yes")
     with pytest.raises(ConfigError, match="0 or 1"):
         has_transformer_engine(cuda)
+
+
+def test_integers_are_not_read_as_real_numbers(mesh: Mesh, tmp_path: Path) -> None:
+    """PyTorch's reader would convert them in silence: codes would pass for the values they code."""
+
+    def state(tensor: torch.Tensor) -> dict[str, Any]:
+        return {"x": ShardedTensor.from_rank_offsets("x", tensor)}
+
+    codes = torch.full((8,), 200, dtype=torch.uint8)
+    for name, saved in {"codes": codes, "values": torch.rand(8)}.items():
+        save_sharded(state(saved), tmp_path / name, mesh, {})
+        loaded = load_sharded(state(torch.zeros_like(saved)), tmp_path / name, "")
+        assert torch.equal(loaded["x"], saved)
+        other = torch.zeros(8, dtype=torch.float32 if name == "codes" else torch.uint8)
+        with pytest.raises(
+            ArtifactError, match=f"holds x as {saved.dtype}, not {other.dtype}. Fix"
+        ):
+            load_sharded(state(other), tmp_path / name, "Fix it.")
+    half = load_sharded(state(torch.zeros(8, dtype=torch.bfloat16)), tmp_path / "values", "")
+    assert half["x"].dtype == torch.bfloat16

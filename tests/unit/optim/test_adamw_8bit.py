@@ -4,11 +4,13 @@ snapshot, near over another layout.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megamask.optim import adamw_8bit
 from tests.unit.optim.lean import SEED, linear, random_grad, random_logits, section, take_step
 
 pytest.importorskip("torchao")
@@ -72,6 +74,56 @@ def test_it_repeats_itself_and_goes_on_exactly(dtype: torch.dtype) -> None:
     for name, ones in one.moments().items():
         assert torch.equal(ones[0], resumed.moments()[name][0]), name
     assert not torch.equal(run(restored(half, change=0.5), range(2, 4)).logits[0], one.logits[0])
+
+
+def moment(optimizer: Any, name: str = "exp_avg") -> torch.Tensor:
+    value = optimizer.torchao.state[optimizer.logits[0]][name]
+    return (value.dequantize() if hasattr(value, "codes") else value).detach().clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layout_of_layers_too_small_to_quantize_is_another_layout(dtype: torch.dtype) -> None:
+    """Four ranks have parts of 2,304 logits, which torchao keeps in the dtype of the logits."""
+    start = random_logits(ROWS, GROUPS, dtype)
+    whole, parts = build(start), [build(part) for part in start.chunk(4, dim=2)]
+    for name in ("exp_avg", "exp_avg_sq"):
+        value = random_grad(1, start)
+        whole.torchao.state[whole.logits[0]][name].copy_(
+            value if name == "exp_avg" else value.square()
+        )
+    saved = whole.moments()
+    for number, part in enumerate(parts):
+        assert not hasattr(part.torchao.state[part.logits[0]]["exp_avg"], "codes")
+        mine = {key: [one.chunk(4, dim=2)[number].clone()] for key, (one,) in saved.items()}
+        assert {key: one.dtype for key, (one,) in part.moments().items()} == {
+            key: one.dtype for key, (one,) in mine.items()
+        }
+        part.load_moments(mine, 3)
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected = moment(whole, name).chunk(4, dim=2)[number].to(dtype)
+            assert torch.equal(moment(part, name), expected) and expected.any()
+    # and back: the parts are saved exactly, and the whole is quantized again
+    split = [part.moments() for part in parts]
+    again, same = build(start), build(parts[0].logits[0].detach())
+    same.load_moments(split[0], 3)
+    assert torch.equal(moment(same), moment(parts[0]))
+    again.load_moments({key: [torch.cat([one[key][0] for one in split], 2)] for key in saved}, 3)
+    for name in ("exp_avg", "exp_avg_sq"):
+        value = torch.cat([moment(part, name).float() for part in parts], dim=2)
+        largest = value.flatten().unflatten(0, (-1, 256)).abs().amax(1)
+        error = (moment(again, name) - value).flatten().unflatten(0, (-1, 256)).abs().amax(1)
+        assert float((error / largest).max()) < 0.01  # as for other blocks, below
+    assert again.steps_done() == 3
+
+
+def test_scales_of_the_host_meet_codes_of_a_device() -> None:
+    """A device without memory stands for CUDA, where a product of both was an error."""
+    shape = (16, 4, 16)
+    taken: list[torch.Tensor] = []
+    codes = torch.zeros(shape, dtype=torch.uint8, device="meta")
+    state = SimpleNamespace(codes=codes, block_size=256, copy_=taken.append)
+    adamw_8bit._load(state, codes, torch.rand(shape), torch.zeros(256, device="meta"))
+    assert taken[0].shape == shape and taken[0].device.type == "meta"
 
 
 def test_other_blocks_are_quantized_again_to_one_percent() -> None:
