@@ -38,6 +38,17 @@ PRELOADED = (
     "tests.parallel.tiny",
     "tests.parallel.learning",
     "megamask.verbs.learn",
+    "megamask.verbs.prune",
+    "megamask.verbs.evaluate",
+    # the kernels' modules, which are imported with the first draw
+    "megamask.sparsity.categorical.gumbel_softmax_numba",
+    "megamask.sparsity.subset.k_subset_numba",
+    "megamask.optim.stochastic_rounding_numba",
+    "numba.np.arrayobj",
+    "numba.typed",
+    # what a tokenizer loads
+    "transformers.models.auto.tokenization_auto",
+    "transformers.modeling_utils",
 )
 LENGTH = struct.Struct("!Q")
 
@@ -94,13 +105,19 @@ class ForkServer:
     Args:
         environment: variables of the server.
         enter: a command before the server's own, such as nsenter with its options.
+        preloaded: the modules that the server imports.
     """
 
-    def __init__(self, environment: Mapping[str, str], enter: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        enter: Sequence[str] = (),
+        preloaded: Sequence[str] = PRELOADED,
+    ) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [*enter, sys.executable, __file__, str(theirs.fileno())],
+                [*enter, sys.executable, __file__, str(theirs.fileno()), *preloaded],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -288,7 +305,9 @@ def main() -> int:
     """Import, then fork for whoever holds the other end of the connection."""
     control = socket.socket(fileno=int(sys.argv[1]))
     faulthandler.enable()
-    preload(PRELOADED)
+    preload(sys.argv[2:])
+    if "numba" in sys.modules:
+        importlib.import_module("tests.compile_once").compile_once()
     gc.collect()
     gc.freeze()  # a collection in a child does not touch, hence copy, the pages of the modules
     call = serve(control)

@@ -128,8 +128,8 @@ def test_closing_kills_what_a_child_left_behind(start: Start, tmp_path: Path) ->
 
 
 def test_a_server_ends_with_its_connection_and_takes_the_children_along(tmp_path: Path) -> None:
-    environment = child_environment() | {"COLOUR": "red"}
-    server = ForkServer(environment)
+    environment = child_environment()
+    server = ForkServer(environment, preloaded=())
     with (tmp_path / "out").open("wb") as out:
         child = server.call(
             f"{__name__}:sleep_after_a_fork",
