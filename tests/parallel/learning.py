@@ -5,21 +5,33 @@ snapshot on the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
+from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.learn.snapshot import Progress, Snapshots
+from megamask.parallel.mesh import Mesh, start
 from tests.parallel.ranks import meet_again
 
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
 
 
-def in_turn(learn: Callable[[Job], Outcome], jobs: Sequence[Job]) -> list[Outcome]:
-    """``learn`` of every job, each with a rendezvous of its own."""
+def in_turn(
+    learn: Callable[[Config, Mesh, Job], Outcome],
+    settings: Callable[[Job], Config],
+    jobs: Sequence[Job],
+) -> list[Outcome]:
+    """``learn`` of every job with its ``settings``. Jobs of one tensor parallel size that follow
+    each other share a rendezvous, which takes longer than a step.
+    """
     outcomes = []
-    for job in jobs:
-        outcomes.append(learn(job))
+    planned = [(settings(job), job) for job in jobs]
+    for _, group in groupby(planned, key=lambda one: one[0].parallel.tp):
+        alike = list(group)
+        with start(alike[0][0]) as mesh:
+            outcomes += [learn(config, mesh, job) for config, job in alike]
         meet_again()
     return outcomes
 

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from megamask.config import Config
 from megamask.learn.gumbel import GradientLearner, GradientResult
 from megamask.learn.masked_model import MaskedModel, build_masked_model
 from megamask.learn.snapshot import Snapshots
 from megamask.model.language_model import TokenLosses
 from megamask.model.objective import dense_hidden, loss_of
 from megamask.parallel.mask_context import RunningSample
-from megamask.parallel.mesh import start
+from megamask.parallel.mesh import Mesh, start
 from megamask.parallel.step_draw import StepDraws
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.draw import Sample
@@ -82,34 +83,36 @@ JOBS: dict[int, dict[str, Job]] = {
     2: {
         "tp2": Job(tp=2),
         "tp2-sp": Job(tp=2, parallel={"sequence_parallel": True}),
-        "dp2": Job(),
         "tp2-step": Job(tp=2, learn=ONE_DRAW),
         "tp2-sp-top": Job(TOP, tp=2, parallel={"sequence_parallel": True}),
+        "dp2": Job(),
     },
 }
 
 
 def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> list[Outcome]:
-    return in_turn(partial(learn, run_dir, snapshots), jobs)
+    return in_turn(partial(learn, snapshots), partial(settings, run_dir), jobs)
 
 
-def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
-    settings = {
+def settings(run_dir: Path, job: Job) -> Config:
+    learned = {
         "steps": STEPS,
         "optimizer": {"lr": 2e-3},
         "weight_norm": (1e-4, 1e-4),
         "distillation": job.loss,
         **job.learn,
     }
-    config = config_of(run_dir, job.tp, settings, **job.parallel)
-    with start(config) as mesh:
-        masked_model = build_masked_model(LearnInputs(config), mesh)
-        name = "saved" if job.save or job.resume else "none"
-        snapshots = Snapshots(
-            folder / name, config, mesh, masked_model, GradientLearner(config, mesh, masked_model)
-        )
-        first, results = take_steps(snapshots, Chains(), SAVED_AT if job.save else None, job.resume)
-        return Outcome(first, results, gather_logits(masked_model, mesh))
+    return config_of(run_dir, job.tp, learned, **job.parallel)
+
+
+def learn(folder: Path, config: Config, mesh: Mesh, job: Job) -> Outcome:
+    masked_model = build_masked_model(LearnInputs(config), mesh)
+    name = "saved" if job.save or job.resume else "none"
+    snapshots = Snapshots(
+        folder / name, config, mesh, masked_model, GradientLearner(config, mesh, masked_model)
+    )
+    first, results = take_steps(snapshots, Chains(), SAVED_AT if job.save else None, job.resume)
+    return Outcome(first, results, gather_logits(masked_model, mesh))
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from megamask.config import Config
 from megamask.config.presets import MEMORIES
 from megamask.learn.gumbel import GradientLearner, GradientResult
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Snapshots
 from megamask.optim.zero1 import Replicas
-from megamask.parallel.mesh import start
+from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import LearnInputs
 from tests.parallel.learning import in_turn, take_steps
 from tests.parallel.ranks import run_ranks
@@ -105,34 +106,36 @@ JOBS: list[tuple[int, dict[str, Job]]] = [  # ranks, and what they learn one aft
 
 
 def learn_all(rank: int, run_dir: Path, folder: Path, jobs: list[Job]) -> list[Outcome]:
-    return in_turn(partial(learn, run_dir, folder), jobs)
+    return in_turn(partial(learn, folder), partial(settings, run_dir), jobs)
 
 
-def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
+def settings(run_dir: Path, job: Job) -> Config:
     section = KINDS[job.kind]
     optimizer = {**section.get("optimizer", {}), "distributed": job.distributed}
     learned = {**section, "steps": STEPS, "optimizer": optimizer, "monitor": {"measure_every": 1}}
-    config = config_of(run_dir, job.tp, learned)
-    with start(config) as mesh:
-        masked_model = build_masked_model(LearnInputs(config), mesh)
-        learner = GradientLearner(config, mesh, masked_model)
-        snapshots = Snapshots(
-            folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner
-        )
-        outcome = Outcome()
-        if learner.replicas:
-            watch_sums(learner.replicas, outcome)
-            if job.forgets_to_share:
-                learner.replicas.share_logits = lambda: None  # type: ignore[method-assign]
-        _, outcome.results = take_steps(
-            snapshots,
-            Chains(),
-            SAVED_AT if job.save_to else None,
-            resume=job.resume_from is not None,
-        )
-        outcome.logits = gather_logits(masked_model, mesh)
-        outcome.moment_bytes = sum(one.nbytes for one in learner.optimizer.state_tensors())
-        return outcome
+    return config_of(run_dir, job.tp, learned)
+
+
+def learn(folder: Path, config: Config, mesh: Mesh, job: Job) -> Outcome:
+    masked_model = build_masked_model(LearnInputs(config), mesh)
+    learner = GradientLearner(config, mesh, masked_model)
+    snapshots = Snapshots(
+        folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner
+    )
+    outcome = Outcome()
+    if learner.replicas:
+        watch_sums(learner.replicas, outcome)
+        if job.forgets_to_share:
+            learner.replicas.share_logits = lambda: None  # type: ignore[method-assign]
+    _, outcome.results = take_steps(
+        snapshots,
+        Chains(),
+        SAVED_AT if job.save_to else None,
+        resume=job.resume_from is not None,
+    )
+    outcome.logits = gather_logits(masked_model, mesh)
+    outcome.moment_bytes = sum(one.nbytes for one in learner.optimizer.state_tensors())
+    return outcome
 
 
 def watch_sums(replicas: Replicas, outcome: Outcome) -> None:

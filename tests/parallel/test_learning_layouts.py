@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from megamask.config import Config
 from megamask.learn.gumbel import GradientLearner, GradientResult
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.snapshot import Snapshots
-from megamask.parallel.mesh import start
+from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import LearnInputs
 from tests.parallel.learning import in_turn, take_steps
 from tests.parallel.ranks import run_ranks
@@ -64,11 +65,11 @@ class Outcome:
 JOBS: dict[int, dict[str, Job]] = {
     2: {
         "tp2": Job(tp=2, save_to="tp2"),
-        "dp2": Job(),
         "tp2-sp": Job(tp=2, parallel={"sequence_parallel": True}),
         "tp2-resumed": Job(tp=2, resume_from="tp2"),
-        "dp2-shared": Job(learn=THREE_SHARE),
         "tp2-changed": Job(tp=2, resume_from="tp2", learn=CHANGED),
+        "dp2": Job(),
+        "dp2-shared": Job(learn=THREE_SHARE),
     },
     4: {
         "tp4": Job(tp=4),
@@ -95,25 +96,27 @@ JOBS: dict[int, dict[str, Job]] = {
 
 
 def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> list[Outcome]:
-    return in_turn(partial(learn, run_dir, snapshots), jobs)
+    return in_turn(partial(learn, snapshots), partial(settings, run_dir), jobs)
 
 
-def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
-    config = config_of(run_dir, job.tp, {**SETTINGS, **job.learn}, **job.parallel)
-    with start(config) as mesh:
-        masked_model = build_masked_model(LearnInputs(config), mesh)
-        name = job.save_to or job.resume_from or "none"
-        snapshots = Snapshots(
-            folder / name, config, mesh, masked_model, GradientLearner(config, mesh, masked_model)
-        )
-        first, results = take_steps(
-            snapshots,
-            Chains(),
-            SAVED_AT if job.save_to else None,
-            resume=job.resume_from is not None,
-        )
-        changed = [one.setting for one in snapshots.changes]
-        return Outcome(first, results, gather_logits(masked_model, mesh), changed)
+def settings(run_dir: Path, job: Job) -> Config:
+    return config_of(run_dir, job.tp, {**SETTINGS, **job.learn}, **job.parallel)
+
+
+def learn(folder: Path, config: Config, mesh: Mesh, job: Job) -> Outcome:
+    masked_model = build_masked_model(LearnInputs(config), mesh)
+    name = job.save_to or job.resume_from or "none"
+    snapshots = Snapshots(
+        folder / name, config, mesh, masked_model, GradientLearner(config, mesh, masked_model)
+    )
+    first, results = take_steps(
+        snapshots,
+        Chains(),
+        SAVED_AT if job.save_to else None,
+        resume=job.resume_from is not None,
+    )
+    changed = [one.setting for one in snapshots.changes]
+    return Outcome(first, results, gather_logits(masked_model, mesh), changed)
 
 
 @pytest.fixture(scope="module")

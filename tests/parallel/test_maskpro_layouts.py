@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.memory import live_tensors, new_bytes
+from megamask.config import Config
 from megamask.data.batches import BatchPlan
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.maskpro.policy_gradient import MaskPro, PolicyResult
@@ -21,7 +22,7 @@ from megamask.learn.maskpro.samples import Reused
 from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.learn.snapshot import Snapshots
 from megamask.model.build import masked_linears
-from megamask.parallel.mesh import start
+from megamask.parallel.mesh import Mesh, start
 from megamask.plan.workload import Workload
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.operator import sampler_for
@@ -92,23 +93,25 @@ def settings(job: Job) -> dict[str, Any]:
 
 
 def learn_all(rank: int, run_dir: Path, snapshots: Path, jobs: list[Job]) -> list[Outcome]:
-    return in_turn(partial(learn, run_dir, snapshots), jobs)
+    return in_turn(partial(learn, snapshots), partial(config_for, run_dir), jobs)
 
 
-def learn(run_dir: Path, folder: Path, job: Job) -> Outcome:
-    config = config_of(run_dir, job.tp, settings(job))
-    with start(config) as mesh:
-        masked_model = build_masked_model(LearnInputs(config), mesh)
-        learner = MaskPro(config, mesh, masked_model)
-        reused = Reused(Chains(), config.learn.maskpro.samples, config.seed)
-        snapshots = Snapshots(
-            folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner
-        )
-        _, results = take_steps(
-            snapshots, reused, SAVED_AT if job.save_to else None, resume=job.resume_from is not None
-        )
-        known = len(learner.initial_losses.known) if learner.initial_losses else 0
-        return Outcome(results, gather_logits(masked_model, mesh), known)
+def config_for(run_dir: Path, job: Job) -> Config:
+    return config_of(run_dir, job.tp, settings(job))
+
+
+def learn(folder: Path, config: Config, mesh: Mesh, job: Job) -> Outcome:
+    masked_model = build_masked_model(LearnInputs(config), mesh)
+    learner = MaskPro(config, mesh, masked_model)
+    reused = Reused(Chains(), config.learn.maskpro.samples, config.seed)
+    snapshots = Snapshots(
+        folder / (job.save_to or job.resume_from or "none"), config, mesh, masked_model, learner
+    )
+    _, results = take_steps(
+        snapshots, reused, SAVED_AT if job.save_to else None, resume=job.resume_from is not None
+    )
+    known = len(learner.initial_losses.known) if learner.initial_losses else 0
+    return Outcome(results, gather_logits(masked_model, mesh), known)
 
 
 @pytest.fixture(scope="module")

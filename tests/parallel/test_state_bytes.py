@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.lab import Lab
 from benchmarks.memory import KEPT, count, kept_for_backward
@@ -22,12 +23,12 @@ from megamask.learn.masked_model import build_masked_model
 from megamask.learn.method import HARD_CODES, StateOf
 from megamask.learn.methods import state_bytes
 from megamask.learn.metrics.mask_stats import MaskStatistics
-from megamask.parallel.mesh import start
+from megamask.parallel.mesh import Mesh, start
 from megamask.plan.workload import Workload
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
-from tests.parallel.ranks import meet_again, run_ranks
+from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Chains, config_of
 
 pytestmark = pytest.mark.slow
@@ -75,26 +76,26 @@ def config_for(run_dir: Path, run: Mapping[str, Any]) -> Config:
 def count_all(
     rank: int, run_dir: Path, runs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, float]]:
-    found = {}
-    for name, run in runs.items():
-        config = config_for(run_dir, run)
-        with start(config) as mesh:
-            masked_model = build_masked_model(LearnInputs(config), mesh)
-            plan = BatchPlan(
-                Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
-            )
-            learner = GradientLearner(config, mesh, masked_model)
-            lab = Lab(config, mesh, masked_model, learner, plan)
-            mask_statistics = MaskStatistics(masked_model, mesh, config.learn.state.track_flips)
-            kept = kept_for_backward(lab)
-            mask_statistics(learner.step(1, plan).first_draw)
-            weights = sum(linear.weight.numel() for linear in masked_model.linears.values())
-            found[name] = {
-                part: size / weights
-                for part, size in {**count(lab, mask_statistics), KEPT: kept}.items()
-            }
-        meet_again()
-    return found
+    configs = {name: config_for(run_dir, run) for name, run in runs.items()}
+    with start(next(iter(configs.values()))) as mesh:
+        return {name: count_one(config, mesh) for name, config in configs.items()}
+
+
+def count_one(config: Config, mesh: Mesh) -> dict[str, float]:
+    masked_model = build_masked_model(LearnInputs(config), mesh)
+    plan = BatchPlan(
+        Chains(), config.learn.global_batch, config.learn.micro_batch, mesh.dp, mesh.dp_rank
+    )
+    learner = GradientLearner(config, mesh, masked_model)
+    lab = Lab(config, mesh, masked_model, learner, plan)
+    mask_statistics = MaskStatistics(masked_model, mesh, config.learn.state.track_flips)
+    # The update of torchao asks to be compiled, for half a minute. Its state is the same.
+    with torch.compiler.set_stance("force_eager"):
+        kept = kept_for_backward(lab)
+        mask_statistics(learner.step(1, plan).first_draw)
+    weights = sum(linear.weight.numel() for linear in masked_model.linears.values())
+    counts = {**count(lab, mask_statistics), KEPT: kept}
+    return {part: size / weights for part, size in counts.items()}
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from megamask.model.distillation import Distillation
 from megamask.model.language_model import LanguageModel
 from megamask.model.top_token import WithTopToken
 from megamask.model.vocabulary import CrossEntropy, Objective
-from megamask.parallel.mesh import start
+from megamask.parallel.mesh import Mesh, start
 from megamask.weights.architecture import Architecture
-from tests.parallel.ranks import meet_again, run_ranks
+from tests.parallel.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -93,16 +93,16 @@ def run_cases(rank: int, tp: int, sequence_parallel: bool) -> list[list[torch.Te
     padding did not count, which it must: ranks that held less of it would meet the others fewer
     times."""
     vocabulary.CPU_CHUNK, vocabulary.CPU_BLOCK_BYTES = 8, 4 * 4 * (131 // tp)
-    found = []
-    for case in CASES:
-        found.append(run_case(case, tp, sequence_parallel))
-        meet_again()
-    return found
-
-
-def run_case(case: Case, tp: int, sequence_parallel: bool) -> list[torch.Tensor]:
     parallel = {"tp": tp, "threads": 1, "sequence_parallel": sequence_parallel}
-    config = Config.model_validate({"device": "cpu", "dtype": case.dtype, "parallel": parallel})
+    settings = {"device": "cpu", "parallel": parallel}
+    with start(Config.model_validate(settings)) as mesh:
+        return [
+            run_case(case, Config.model_validate({**settings, "dtype": case.dtype}), mesh)
+            for case in CASES
+        ]
+
+
+def run_case(case: Case, config: Config, mesh: Mesh) -> list[torch.Tensor]:
     arch = Architecture(
         "llama",
         num_layers=1,
@@ -116,22 +116,21 @@ def run_case(case: Case, tp: int, sequence_parallel: bool) -> list[torch.Tensor]
         tied=case.tied,
     )
     hidden_SBH, weight_VH, labels_BS, upstream_BS, teacher_SBH = inputs(case)
-    with start(config) as mesh:
-        model = build_model(config, arch, mesh)
-        head = model.embedding.word_embeddings if case.tied else model.output_layer
-        with torch.no_grad():
-            mine = weight_VH[model.shard.first : model.shard.first + model.shard.rows]
-            assert len(mine) == model.shard.real
-            head.weight.fill_(torch.nan)[: len(mine)] = mine
-        if sequence_parallel:
-            hidden_SBH, teacher_SBH = (
-                one.chunk(tp)[mesh.tp_rank] for one in (hidden_SBH, teacher_SBH)
-            )
-        leaf = hidden_SBH.clone().requires_grad_()
-        objective_BS, *parts = model.losses(leaf, objective(case, model, labels_BS, teacher_SBH))
-        objective_BS.backward(upstream_BS)
-        assert leaf.grad is not None and objective_BS.dtype == torch.float32
-        return [objective_BS.detach(), *parts, leaf.grad]
+    model = build_model(config, arch, mesh)
+    head = model.embedding.word_embeddings if case.tied else model.output_layer
+    with torch.no_grad():
+        mine = weight_VH[model.shard.first : model.shard.first + model.shard.rows]
+        assert len(mine) == model.shard.real
+        head.weight.fill_(torch.nan)[: len(mine)] = mine
+    if config.parallel.sequence_parallel:
+        hidden_SBH, teacher_SBH = (
+            one.chunk(mesh.tp)[mesh.tp_rank] for one in (hidden_SBH, teacher_SBH)
+        )
+    leaf = hidden_SBH.clone().requires_grad_()
+    objective_BS, *parts = model.losses(leaf, objective(case, model, labels_BS, teacher_SBH))
+    objective_BS.backward(upstream_BS)
+    assert leaf.grad is not None and objective_BS.dtype == torch.float32
+    return [objective_BS.detach(), *parts, leaf.grad]
 
 
 def objective(
