@@ -28,6 +28,12 @@ PARENT = replace(HERE, pid=os.getppid(), start=start_of(os.getppid()))
 ELSEWHERE = replace(HERE, host="n2", machine="another system", job="77")
 
 
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal comes at once, and not after a second in which the holder might have ended."""
+    monkeypatch.setattr(lock_file, "PATIENCE", 0.0)
+
+
 @pytest.fixture
 def artefact(tmp_path: Path) -> Path:
     return tmp_path / "run" / "weights"

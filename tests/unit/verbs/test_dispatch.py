@@ -14,6 +14,7 @@ import pytest
 from megamask.__main__ import main
 from megamask.config.load import load_config
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR
+from megamask.process import lock as lock_file
 from megamask.process.lock import locked
 from megamask.verbs.dispatch import artefacts, in_run
 from megamask.verbs.table import VERBS
@@ -29,6 +30,12 @@ WORDS = {
     "push": ["owner/name", "--dry-run"],
 }
 WRITERS = [name for name, verb in VERBS.items() if verb.writes]
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal comes at once, and not after a second in which the holder might have ended."""
+    monkeypatch.setattr(lock_file, "PATIENCE", 0.0)
 
 
 def words(name: str, run_dir: Path) -> list[str]:
