@@ -5,9 +5,9 @@ or the writer dies.
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +21,8 @@ from megamask.config.load import build_config
 from megamask.errors import EXIT_UNAVAILABLE, ArtifactError, ConfigError
 from megamask.learn.gumbel import GradientLearner
 from megamask.learn.snapshot import Progress, Snapshots
-from tests.unit.learn.one_rank import ROOT, tiny_config, tiny_masked_model, tiny_plan
+from megamask.model.background_save import _as_child
+from tests.unit.learn.one_rank import tiny_config, tiny_masked_model, tiny_plan
 
 Tensors = list[torch.Tensor]
 
@@ -172,36 +173,33 @@ def test_a_full_disk_is_one_message(
     assert files(snapshots.folder) == []
 
 
-ORPHAN = """
-import multiprocessing, os, signal, sys, time
-from megamask.model.background_save import _as_child
-
-def write():
-    grandchild = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-    grandchild.start()
-    print(os.getpid(), grandchild.pid, flush=True)
-    time.sleep(60)
-
-if __name__ == "__main__":
-    context = multiprocessing.get_context("fork")
-    context.Process(target=_as_child, args=(write, os.getpid())).start()
-    time.sleep(60)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
 def test_a_writer_ends_with_its_run() -> None:
     """Left alone, the writer would keep the lock of a killed run, and its restart would be
     refused.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    numbers = [int(word) for word in process.stdout.readline().split()]
+    context = multiprocessing.get_context("fork")
+    told, tell = os.pipe()
+
+    def write() -> None:
+        grandchild = context.Process(target=time.sleep, args=(60,))
+        grandchild.start()
+        os.write(tell, f"{os.getpid()} {grandchild.pid}\n".encode())
+        time.sleep(60)
+
+    run = os.fork()
+    if run == 0:
+        try:
+            context.Process(target=_as_child, args=(write, os.getpid())).start()
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(tell)
+    with os.fdopen(told) as lines:
+        numbers = [int(word) for word in lines.readline().split()]
     assert len(numbers) == 2 and all(Path(f"/proc/{number}").exists() for number in numbers)
-    process.kill()
-    process.wait()
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
     end = time.monotonic() + 20
     while any(is_running(number) for number in numbers):
         assert time.monotonic() < end, "a writer outlived its run"
