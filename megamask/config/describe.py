@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import textwrap
 import types
@@ -73,7 +74,7 @@ def groups(prefixes: Sequence[str] = ()) -> list[Group]:
     A prefix that names nothing gives nothing.
     """
     found = []
-    for group in _groups(Config, ""):
+    for group in _tree():
         own = tuple(leaf for leaf in group.leaves if not prefixes or _at(leaf.key, prefixes))
         if own:
             found.append(Group(group.key, group.about, own))
@@ -137,6 +138,11 @@ def in_recipe(value: Any) -> str:
     if isinstance(value, str):
         return value if value.isidentifier() or ":" in value or "/" in value else json.dumps(value)
     return json.dumps(value)
+
+
+@functools.cache
+def _tree() -> tuple[Group, ...]:
+    return tuple(_groups(Config, ""))
 
 
 def _groups(section: type[BaseModel], prefix: str) -> Iterator[Group]:

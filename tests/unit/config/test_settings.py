@@ -132,7 +132,7 @@ def test_help_lists_what_a_verb_takes(verb: str, capsys: pytest.CaptureFixture[s
     assert VERBS[verb].summary in said and "--dry-run" in said
     assert all(f"{leaf.key} = " in said for group in _groups(verb) for leaf in group.leaves)
     assert all(str(one.metadata["help"])[:30] in said for one in VERBS[verb].fields)
-    assert all(_groups(verb) or verb in ("settings", "recipes") for verb in VERBS)
+    assert _groups(verb) or verb in ("settings", "recipes")
 
 
 @pytest.mark.parametrize(
