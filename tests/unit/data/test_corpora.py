@@ -14,6 +14,7 @@ import pytest
 from megamask.config import CorpusSection
 from megamask.data import stdlib
 from megamask.data.corpora import documents
+from megamask.data.document import Document
 from megamask.data.split import split_documents
 from megamask.errors import ArtifactError, ConfigError
 
@@ -66,8 +67,15 @@ def test_stdlib_is_python_source_without_tests() -> None:
     assert names.isdisjoint({"test", "tests", "idlelib", "site-packages", "pydoc_data"})
 
 
-def test_pydocs_are_prose_keyed_by_their_source_without_repeated_paragraphs() -> None:
-    found = list(documents("d", CorpusSection(kind="pydocs", max_bytes=700_000)))
+@pytest.fixture(scope="module")
+def pydocs() -> list[Document]:
+    return list(documents("d", CorpusSection(kind="pydocs", max_bytes=1_000_000)))
+
+
+def test_pydocs_are_prose_keyed_by_their_source_without_repeated_paragraphs(
+    pydocs: list[Document],
+) -> None:
+    found = pydocs
     sources = set(stdlib.sources())
     of_modules = [document for document in found if document.key in sources]
     topics = [document for document in found if document.key not in sources]
@@ -82,13 +90,14 @@ def test_pydocs_are_prose_keyed_by_their_source_without_repeated_paragraphs() ->
     assert len(long) == len(set(long))
 
 
-def test_prose_of_a_held_out_file_is_held_out_and_the_help_topics_are_no_code() -> None:
+def test_prose_of_a_held_out_file_is_held_out_and_the_help_topics_are_no_code(
+    pydocs: list[Document],
+) -> None:
     sides: dict[str, dict[str, set[str]]] = {}
-    for kind in ("stdlib", "pydocs"):
+    code = list(documents("d", CorpusSection(kind="stdlib", max_bytes=1_000_000)))
+    for kind, found in (("stdlib", code), ("pydocs", pydocs)):
         sides[kind] = {"train": set(), "heldout": set()}
-        for side, document in split_documents(
-            documents("d", CorpusSection(kind=kind, max_bytes=1_000_000)), 0.1
-        ):
+        for side, document in split_documents(found, 0.1):
             sides[kind][side].add(document.key)
     assert sides["stdlib"]["heldout"] & sides["pydocs"]["heldout"]
     assert sides["stdlib"]["train"].isdisjoint(sides["pydocs"]["heldout"])
