@@ -25,6 +25,9 @@ from tests.compile_once import compile_once
 
 compile_once()
 
+# With it, tests also take every case of a rule that fewer cases show (launch/test.sh).
+IS_NIGHTLY = os.environ.get("NIGHTLY") == "1"
+
 # Small tensors: more threads only wait for each other. Workers side by side have a core each.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
@@ -64,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.path not in slow, place.get(name, len(FIRST))
 
     items.sort(key=order)
-    if os.environ.get("NIGHTLY") == "1" or "nightly" in config.option.markexpr:
+    if IS_NIGHTLY or "nightly" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("nightly")]
     config.hook.pytest_deselected(items=left_out)

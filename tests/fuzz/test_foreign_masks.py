@@ -18,7 +18,7 @@ from megamask.sparsity.pattern import Pattern
 from megamask.weights.architecture import read_architecture
 from megamask.weights.hf_files import open_checked
 from megamask.weights.mapping import linear_shapes
-from tests.fuzz.mutations import mutated_bytes, survives
+from tests.fuzz.mutations import mutated_bytes, put, survives
 from tests.unit.export.test_masked_folder import save_model
 
 
@@ -39,7 +39,7 @@ def test_maskllm_archives(tmp_path: Path) -> None:
 
     def write(choose: random.Random) -> None:
         if choose.random() < 0.5:
-            path.write_bytes(mutated_bytes(whole, choose))
+            put(path, mutated_bytes(whole, choose))
             return
         part = 128 if choose.random() < 0.7 else len(array)  # the header, or anywhere
         with zipfile.ZipFile(path, "w") as archive:
@@ -80,7 +80,7 @@ def test_other_files(tmp_path: Path, count: int) -> None:
 
             def write(choose: random.Random, file: Path = file, whole: bytes = whole) -> None:
                 file.unlink()  # an array of the file before may still be mapped
-                file.write_bytes(mutated_bytes(whole, choose))
+                put(file, mutated_bytes(whole, choose))
 
             def read(kind: Kind = kind, place: Path = place) -> None:
                 assert kind.fits(place) in (True, False)

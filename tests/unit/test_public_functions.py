@@ -17,9 +17,10 @@ from megamask.errors import ArgumentError, MegamaskError, described
 from megamask.masks.file import load_masks
 from megamask.sparsity.pattern import Pattern
 from megamask.weights.fingerprint import fingerprint_model, model_linears
+from tests.conftest import IS_NIGHTLY
 from tests.unit.masks.test_apply import tiny_model
 
-ROUNDS = 1500
+ROUNDS = 1500 if IS_NIGHTLY else 500
 
 
 def masks() -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
 from megamask.errors import ArtifactError
 from megamask.safe_checkpoint import COMMON, INDEX, OLD_CORE, check_common, read_index
+from tests.fuzz.mutations import put, share_of
 
 MUTATIONS = 2000
 
@@ -178,20 +179,20 @@ def test_mutated_indexes_are_read_or_refused(folder: Path) -> None:
     """Whatever bytes an index has: it is read as tensors, or it is one error of ours."""
     original, choose = (folder / INDEX).read_bytes(), random.Random(0)
     outcomes = {"read": 0, "refused": 0}
-    for _ in range(MUTATIONS):
+    for _ in range(share_of(MUTATIONS)):
         mutated = bytearray(original)
         for _ in range(choose.randint(1, 4)):
             place = choose.randrange(len(mutated))
             mutated[place] = choose.randrange(256)
         if choose.random() < 0.2:
             del mutated[choose.randrange(len(mutated)) :]
-        (folder / INDEX).write_bytes(mutated)
+        put(folder / INDEX, bytes(mutated))
         try:
             assert isinstance(read_index(folder), Metadata)
             outcomes["read"] += 1
         except ArtifactError:
             outcomes["refused"] += 1
-    assert outcomes["read"] > 15 and outcomes["refused"] > 150, outcomes
+    assert outcomes["read"] > 5 and outcomes["refused"] > 50, outcomes
 
 
 def test_a_plain_unpickler_admits_more() -> None:
