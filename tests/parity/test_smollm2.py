@@ -22,7 +22,7 @@ from tests.parity.megatron import (
 )
 from tests.parity.real_models import find_model
 
-WINDOWS, LENGTH = 2, 192
+WINDOWS, LENGTH = 2, 96
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a slow download is part of it
 
@@ -68,7 +68,14 @@ def expected(hf: Path, tokens_NS: torch.Tensor) -> Output:
     return transformers_output(hf, tokens_NS)
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["tp 1", "tp 3"])
+# Of one rank, the random models of test_families.py hold the rule.
+LAYOUTS = [
+    pytest.param(1, id="tp 1", marks=pytest.mark.nightly),
+    pytest.param(3, id="tp 3"),
+]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def converted(
     request: pytest.FixtureRequest, hf: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path]:
@@ -84,7 +91,7 @@ def test_outputs_are_those_of_transformers(
 ) -> None:
     tp, run_dir = converted
     # The model reads English; two models of noise would agree with each other too.
-    assert 5 < expected.perplexity < 40
+    assert 5 < expected.perplexity < 100
     for found in run_ranks(output_of_weights, tp, run_dir / "weights", tokens_NS, tp):
         print(
             f"logits differ by {found.distance(expected):.1e} of their scale, "

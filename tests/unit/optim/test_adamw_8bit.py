@@ -59,7 +59,9 @@ def test_it_follows_adamw() -> None:
     )  # codes, scales, two tables of 256
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.nightly)], ids=str
+)
 def test_it_repeats_itself_and_goes_on_exactly(dtype: torch.dtype) -> None:
     start = random_logits(ROWS, GROUPS, dtype)
     one, other = run(build(start), range(4)), build(start)
