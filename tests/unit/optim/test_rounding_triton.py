@@ -8,8 +8,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.unit.sparsity.kernels.test_triton import COMPILED, INTERPRETED, run
+from megamask.config import load_config
+from megamask.sparsity.noise import NoiseKey
+from tests.unit.sparsity.kernels.test_triton import COMPILED, INTERPRETED, needs_compiler, run
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -27,34 +30,27 @@ def test_the_kernels(interpret: str) -> None:
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
 
 
-PROGRAM = """
-from unittest.mock import patch
-
-import torch
-from benchmarks.gpu import learning_kernels
-from benchmarks.gpu.compile_kernels import compiling
-from benchmarks.gpu.learning_kernels import NoiseKey, Shape, update
-from megamask.config import load_config
-
-config = load_config(None, ["learn.memory=lean"])
-with compiling(90) as compiled:
-    for number in range(2):
-        learning_kernels.KEY = NoiseKey(*[2**31 * number + 1] * 4)
-        for columns in (4096, 8192):
-            update(config, Shape(4096 + number, columns))
-    with patch.object(torch, "ones", lambda shape: torch.zeros(8)[1]):
-        update(config, Shape(4096 + number, columns))
-(kernel,) = compiled
-code = kernel.asm["ptx"]
-assert "sqrt.rn.f32" in code and "div.rn.f32" in code
-assert "fma." not in code and ".ftz" not in code, "operations that round otherwise"
-"""
-
-
-@pytest.mark.slow
-def test_the_compiled_update_rounds_as_ieee_says_and_is_compiled_once(tmp_path: Path) -> None:
+@needs_compiler
+def test_the_compiled_update_rounds_as_ieee_says_and_is_compiled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other numbers and sizes, the upper half of 32-bit ids, and a clip factor at an address that
     16 does not divide need no other code.
     """
-    child = run("-c", PROGRAM, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert child.returncode == 0, child.stderr[-3000:]
+    from benchmarks.gpu import learning_kernels
+    from benchmarks.gpu.compile_kernels import compiling
+    from benchmarks.gpu.learning_kernels import Shape, update
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config = load_config(None, ["learn.memory=lean"])
+    with compiling(90) as compiled:
+        for number in range(2):
+            monkeypatch.setattr(learning_kernels, "KEY", NoiseKey(*[2**31 * number + 1] * 4))
+            for columns in (4096, 8192):
+                update(config, Shape(4096 + number, columns))
+        monkeypatch.setattr(torch, "ones", lambda shape: torch.zeros(8)[1])
+        update(config, Shape(4097, 8192))
+    (kernel,) = compiled
+    code = kernel.asm["ptx"]
+    assert "sqrt.rn.f32" in code and "div.rn.f32" in code
+    assert "fma." not in code and ".ftz" not in code, "operations that round otherwise"

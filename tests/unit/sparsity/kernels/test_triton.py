@@ -28,6 +28,11 @@ COMPILED = pytest.param(
 )
 
 
+needs_compiler = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="triton is interpreted"
+)
+
+
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A Python process with the package in reach."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -66,45 +71,63 @@ def test_the_kernels(interpret: str) -> None:
         pytest.param(("--all",), id="all", marks=pytest.mark.nightly),
     ],
 )
-def test_no_kernel_has_grown_by_a_tenth(which: tuple[str, ...], tmp_path: Path) -> None:
-    module = "tests.unit.sparsity.kernels.triton_compile"
-    child = run("-m", module, *which, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert child.returncode == 0, child.stdout + child.stderr[-4000:]
+@needs_compiler
+def test_no_kernel_has_grown_by_a_tenth(
+    which: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tests.unit.sparsity.kernels import triton_compile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert triton_compile.main([*which]) == 0, capsys.readouterr().out
 
 
+@needs_compiler
 def test_helpers_that_look_alike_are_seen() -> None:
     """The helper as it was, and as it is: told the length of its first tuple."""
-    program = (
-        "from tests.unit.sparsity.kernels.triton_compile import LookAlikes\n"
-        "from megamask.sparsity.subset.triton_polynomials import coefficient\n"
-        "import triton.language as tl\n"
-        "one, two = ((tl.tensor(None, tl.float32),) * count for count in (1, 2))\n"
-        "for told in (False, True):\n"
-        "    watch = LookAlikes()\n"
-        "    for a, b in ((one, two), (two, one), (one, two)):\n"
-        "        length = {'LENGTH': tl.constexpr(len(a))} if told else {}\n"
-        "        watch.see(coefficient, {'a': a, 'b': b, 'degree': tl.constexpr(0), **length})\n"
-        "    assert bool(watch.found) != told, watch.found\n"
-    )
-    child = run("-c", program, TRITON_INTERPRET="0")
-    assert child.returncode == 0, child.stderr
+    import triton.language as tl
+
+    from megamask.sparsity.subset.triton_polynomials import coefficient
+    from tests.unit.sparsity.kernels.triton_compile import LookAlikes
+
+    one, two = ((tl.tensor(None, tl.float32),) * count for count in (1, 2))
+    for told in (False, True):
+        watch = LookAlikes()
+        for a, b in ((one, two), (two, one), (one, two)):
+            length = {"LENGTH": tl.constexpr(len(a))} if told else {}
+            watch.see(coefficient, {"a": a, "b": b, "degree": tl.constexpr(0), **length})
+        assert bool(watch.found) != told, watch.found
 
 
-def test_growth_and_spilling_are_seen() -> None:
-    """The comparison itself, in a process in which triton is not yet interpreted."""
-    program = (
-        "from tests.unit.sparsity.kernels.triton_compile import grown as of\n"
-        "def grown(m, found, known): return of(m, found, known, 128)\n"
-        "known = {'registers': 40, 'spilled': 0, 'instructions': 300}\n"
-        "assert grown(4, {'registers': 44, 'spilled': 0, 'instructions': 330}, known) == []\n"
-        "assert grown(4, {'registers': 45, 'spilled': 0, 'instructions': 300}, known)\n"
-        "assert grown(4, {'registers': 40, 'spilled': 0, 'instructions': 331}, known)\n"
-        "assert grown(4, {'registers': 40, 'spilled': 8, 'instructions': 300}, known)\n"
-        "assert grown(4, {'registers': 40, 'spilled': 8, 'instructions': 300}, None)\n"
-        "assert grown(8, {'registers': 40, 'spilled': 8, 'instructions': 300}, None) == []\n"
-        "assert grown(8, {'registers': 40, 'spilled': 24, 'instructions': 300}, None)\n"
-        "assert grown(4, {'registers': 128, 'spilled': 0, 'instructions': 999}, None) == []\n"
-        "assert grown(4, {'registers': 129, 'spilled': 0, 'instructions': 300}, None)\n"
-    )
-    child = run("-c", program, TRITON_INTERPRET="0")
-    assert child.returncode == 0, child.stderr
+KNOWN = {"registers": 40.0, "spilled": 0.0, "instructions": 300.0}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("m", "registers", "spilled", "instructions", "known", "is_fine"),
+    [
+        (4, 44, 0, 330, KNOWN, True),
+        (4, 45, 0, 300, KNOWN, False),
+        (4, 40, 0, 331, KNOWN, False),
+        (4, 40, 8, 300, KNOWN, False),
+        (4, 40, 8, 300, None, False),
+        (8, 40, 8, 300, None, True),
+        (8, 40, 24, 300, None, False),
+        (4, 128, 0, 999, None, True),
+        (4, 129, 0, 300, None, False),
+    ],
+)
+def test_growth_and_spilling_are_seen(
+    m: int,
+    registers: float,
+    spilled: float,
+    instructions: float,
+    known: dict[str, float] | None,
+    is_fine: bool,
+) -> None:
+    from tests.unit.sparsity.kernels.triton_compile import grown
+
+    found = {"registers": registers, "spilled": spilled, "instructions": instructions}
+    assert (grown(m, found, known, 128) == []) == is_fine
