@@ -126,6 +126,9 @@ def run_settings(run_dir: Path, model: Path, corpus: Path) -> list[str]:
         f"data.domains.prose={{kind: text, path: {corpus / 'prose'}, heldout: 0.2}}",
         f"data.domains.code={{kind: jsonl, path: {corpus / 'code.jsonl'}, heldout: 0.2}}",
         "data.blend={prose: 0.7, code: 0.3}",
+        # A core for each worker, and a quarter of the recipe's passes of an evaluation.
+        "parallel.threads=1",
+        "evaluate.micro_batch=8",
     ]
 
 

@@ -161,13 +161,12 @@ def run_program(words: list[str]) -> int:
 def megamask(
     verb: str,
     *overrides: str,
-    launch: int | None = None,
     fresh: bool = False,
     check: bool = True,
     timeout: float = TIMEOUT,
 ) -> Finished:
     """Run a verb to its end; ``check`` asserts that it succeeded."""
-    with Program(verb, *overrides, launch=launch, fresh=fresh) as program:
+    with Program(verb, *overrides, fresh=fresh) as program:
         finished = program.wait(timeout)
     assert not check or finished.code == 0, (
         f"{program.what}: exit code {finished.code}\n{finished.stdout}\n{finished.stderr[-4000:]}"
@@ -193,6 +192,11 @@ def in_process(verb: str, *overrides: str) -> Finished:
     """Run a verb inside the test process: no start-up cost, for what does not depend on the process
     (refusals, second runs).
     """
+    return command(verb, "--config", str(RECIPE), *overrides)
+
+
+def command(*words: str) -> Finished:
+    """Run the command line ``words`` of megamask inside the test process."""
     logger = logging.getLogger("megamask")
     before, level, begin = list(logger.handlers), logger.level, time.monotonic()
     threads = torch.get_num_threads()
@@ -203,7 +207,7 @@ def in_process(verb: str, *overrides: str) -> Finished:
             contextlib.redirect_stderr(stderr),
             warnings.catch_warnings(),
         ):
-            code = main([verb, "--config", str(RECIPE), *overrides])
+            code = main([*words])
     finally:
         logger.handlers = before
         logger.setLevel(level)

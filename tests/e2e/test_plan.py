@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from megamask.__main__ import main
 from megamask.learn.method import LOGITS, WEIGHTS
 from megamask.plan.memory import EVALUATION, MASK_FILE, RESUME, SNAPSHOT, STEP
-from tests.fork_server import ROOT
+from tests.fork_server import ROOT, child_environment, fork_server
 
 RECIPES = {
     "debug": "toy",
@@ -174,6 +173,13 @@ MOMENTS = {"default": ["--moments"], "mlp, regenerate": ["--moments"]}
 PEAK = "peak of "
 
 
+def measure(runs: list[list[str]]) -> int:
+    """``benchmarks.plan`` with each command line in turn; the largest exit code."""
+    from benchmarks.plan import main as compare
+
+    return max([compare(words) for words in runs])
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """``benchmarks.plan`` of every case, in one process of its own: 11.8 M prunable weights, 512
@@ -198,10 +204,16 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         # Megatron's writer and reader keep some tensors, so cases with snapshots come last.
         for name, settings in sorted(CASES.items(), key=lambda case: case[0] in MOMENTS)
     ]
-    script = f"from benchmarks.plan import main\nfor run in {runs!r}: main(run)"
-    subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, timeout=300
-    )
+    environment = child_environment()
+    with tempfile.TemporaryFile("w+") as said:
+        child = fork_server(environment).call(
+            f"{__name__}:measure", runs,
+            stdout=said, stderr=said, environment=environment, cwd=ROOT,
+        )  # fmt: skip
+        code = child.wait(300)
+        child.close()
+        said.seek(0)
+        assert code == 0, said.read()[-3000:]
     return {
         name: json.loads((folder / f"{name}.json").read_text())["figures"]["bytes"]
         for name in CASES

@@ -27,7 +27,7 @@ from tests.e2e.program import (
     contents,
     here,
     in_process,
-    megamask,
+    in_ranks,
     refusal,
 )
 
@@ -213,8 +213,7 @@ def test_two_ranks_finish_what_one_began(
     interrupted: Path, whole: Path, settings: Settings, tmp_path: Path
 ) -> None:
     run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
-    # by torchrun itself: no other test sees it start a run and end well
-    megamask("learn", *settings(run_dir), *RUN, "parallel.tp=2", launch=2)
+    in_ranks(2, ["learn", *settings(run_dir), *RUN, "parallel.tp=2"])
     assert [record["step"] for record in records(run_dir)] == list(range(1, STEPS + 1))
     ours, theirs = (
         load_masks(folder / "masks" / "learned.safetensors") for folder in (run_dir, whole)
