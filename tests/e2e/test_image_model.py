@@ -16,7 +16,7 @@ import megamask
 from tests.e2e.conftest import run_settings, save_tokenizer
 from tests.e2e.program import here, in_process, refusal
 from tests.e2e.test_families import LEARN, perplexity
-from tests.image_models import answer, is_text, save_image_model, tensors
+from tests.image_models import answer, image_model, is_text, save_image_model, tensors
 
 pytestmark = pytest.mark.slow
 LINEARS = 14
@@ -97,3 +97,18 @@ def test_the_exported_folder_is_what_was_measured(
             assert not after[name][~mask].any()
             assert row != "learned" or torch.equal(after[name], tensor.masked_fill(~mask, 0.0))
     assert answer(run / folder).isfinite().all()
+
+
+@pytest.mark.nightly
+def test_masks_of_a_snapshot_are_extracted_and_compared(
+    hf: Path, run: Path, corpus: Path, tmp_path: Path
+) -> None:
+    words, out = run_settings(run, hf, corpus), tmp_path / "mask.safetensors"
+    snapshots = str(run / "learn" / "snapshots")
+    here("extract", *words, snapshots, str(out), "--coding", "given-weights")
+    learned = megamask.load_masks(run / "masks" / "learned.safetensors")
+    for given in (hf, image_model()):
+        found = megamask.load_masks(out, model=given)
+        assert found.content_sha256 == learned.content_sha256 and len(found) == LINEARS
+    said = here("diff", *words, "learned", str(out)).stdout
+    assert "| **all** | 0.00%" in " ".join(said.split())

@@ -4,6 +4,7 @@ alone, and everything else of an export bit for bit the model's.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from megamask.export.masked_folder import check_others
 from megamask.masks.file import MaskSet, load_masks, save_masks
 from megamask.masks.foreign.importing import import_masks
 from megamask.sparsity.pattern import Pattern
+from megamask.verbs.diff import run as diff
 from megamask.verbs.export import run as export
-from megamask.verbs.own_arguments import ReorderArguments
+from megamask.verbs.extract import run as extract
+from megamask.verbs.own_arguments import DiffArguments, ExtractArguments, ReorderArguments
 from megamask.verbs.reorder import run as reorder
 from megamask.weights.base_model import BaseModel
 from megamask.weights.hf_files import open_checked
@@ -190,6 +193,41 @@ def test_masks_come_back_from_an_exported_folder(folders: dict[str, Path], tmp_p
     back = load_masks(tmp_path / "back.safetensors")
     assert back.content_sha256 == masks.content_sha256 and back.fingerprint == masks.fingerprint
     megamask.verify(tmp_path / "back.safetensors", folders["in memory"])
+
+
+def test_masks_are_extracted_and_compared_with_files_of_either_spelling(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "masks").mkdir()
+    masks = mask_of(folders["published"], tmp_path / "masks" / "learned.safetensors")
+    random = {name: P24.best(torch.rand(masks.shape(name))) for name in masks}
+    other = tmp_path / "masks" / "random.safetensors"
+    save_masks(other, random, P24, fingerprint=masks.fingerprint, method="random")
+    model, figures = image_model(), tmp_path / "figures.json"
+    for spelling, coding in (
+        ("in memory", "words"),
+        ("published", "uniform"),
+        ("published", "given-weights"),
+        ("in memory", "given-weights"),
+    ):
+        out, config = tmp_path / "out.safetensors", settings(tmp_path, folders[spelling])
+        extract(config, ExtractArguments(snapshot="learned", file=str(out), coding=coding))
+        for given in (folders["published"], folders["in memory"], model):
+            found = load_masks(out, model=given)
+            assert list(found) == list(masks) and found.content_sha256 == masks.content_sha256
+            assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+        diff(config, DiffArguments(a="random", b=str(out), json=str(figures)))
+        told = json.loads(figures.read_text())
+        assert list(told["layers"]) == ["0", "1"] and len(told["kinds"]) == len(masks) // 2
+        differ = sum(int((random[name] ^ mask).sum()) for name, mask in masks.items())
+        assert told["all"]["weights_differ"] == differ / told["all"]["weights"] > 0
+        diff(config, DiffArguments(a="learned", b=str(out), json=str(figures)))
+        assert json.loads(figures.read_text())["all"]["weights_differ"] == 0
+        if coding == "given-weights":
+            strange = settings(tmp_path, save_image_model(tmp_path / spelling, seed=1))
+            with pytest.raises(ArtifactError, match="another base model"):
+                diff(strange, DiffArguments(a="learned", b=str(out)))
+        out.unlink()
 
 
 def test_masks_find_the_text_part_of_a_model_in_memory(
