@@ -132,11 +132,12 @@ def _has_same_content(key: str, config: Config, paths: RunPaths) -> bool:
     from megamask.safe_checkpoint import NOTE
     from megamask.weights.base_model import base_model
     from megamask.weights.from_gguf import STAMP
+    from megamask.weights.model_identity import difference
 
     try:
         if key in ("model.hf", "model.megatron"):
             note = read_object(paths.weights / NOTE, "", {"fingerprint": str})
-            return bool(note["fingerprint"] == base_model(config).fingerprints().exact)
+            return not difference(note, base_model(config))
         if key == "model.gguf" and config.model.gguf:
             stamp = read_object(paths.hf / STAMP, "", {"sha256": str})
             return bool(stamp["sha256"] == file_sha256(Path(config.model.gguf).expanduser()))

@@ -18,6 +18,7 @@ from megamask.prepare.run_inputs import RunInputs
 from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import Architecture
 from megamask.weights.layer_plan import SENSITIVE, layer_plan
+from megamask.weights.model_identity import OTHER_PARTS, is_model_of, model_facts_of
 
 log = logging.getLogger(__name__)
 FILE = "sensitivity.json"
@@ -60,7 +61,7 @@ def with_dense_budget(config: Config, planned: Architecture | None = None) -> Co
         problem = f"is not finished: it has {len(losses)} of {len(made_from['parts'])} parts"
         raise ArtifactError(path, problem, "Run megamask sensitivity again: it goes on.")
     if planned is None or inputs.paths.weights.exists():
-        _check_model(path, made_from["fingerprint"], inputs.fingerprint)
+        _check_model(path, made_from, inputs)
     arch = inputs.arch if planned is None else planned
     plan = layer_plan(arch, _with(config, []))
     _check_plan(path, made_from["pattern"], made_from["linears"], plan)
@@ -109,10 +110,13 @@ def _with(config: Config, parts: list[str]) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def _check_model(path: Path, measured: str, fingerprint: str) -> None:
+def _check_model(path: Path, made_from: Mapping[str, Any], inputs: RunInputs) -> None:
+    measured, fingerprint = made_from["fingerprint"], inputs.fingerprint
     if measured != fingerprint:
         problem = f"was measured on another model ({measured[:12]}; this is {fingerprint[:12]})"
         raise ArtifactError(path, problem, FIX)
+    if not is_model_of(made_from, model_facts_of(inputs.note)):
+        raise ArtifactError(path, f"was measured on another model: {OTHER_PARTS}", FIX)
 
 
 def _check_plan(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +23,7 @@ from megamask.sparsity.initial_logits import initial_noise
 from megamask.sparsity.margins import graded
 from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import Architecture
+from megamask.weights.model_identity import model_facts_of
 from megamask.weights.rule import Rule
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class MaskedModel:
     switch: MaskSwitch
     prior_method: str | None
     float16_fingerprints: tuple[str, ...] = ()
+    digest: Mapping[str, str] = field(default_factory=dict)  # of the base model, under its key
 
     @property
     def plan(self) -> PatternPlan:
@@ -87,6 +90,7 @@ def build_masked_model(inputs: LearnInputs, mesh: Mesh) -> MaskedModel:
         switch,
         inputs.prior_method,
         float16_fingerprints(inputs.note),
+        model_facts_of(inputs.note),
     )
 
 

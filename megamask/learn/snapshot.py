@@ -34,12 +34,13 @@ from megamask.parallel.mesh import Mesh
 from megamask.prepare.content import Content
 from megamask.process.holder import utc_now
 from megamask.safe_checkpoint import NOTE
+from megamask.weights.model_identity import OTHER_PARTS, is_model_of
 
 log = logging.getLogger(__name__)
 LAUNCH = "MEGAMASK_LAUNCH"  # variable: the name of all starts of a job, or of one torchrun
 STARTED_OVER = "started-over.json"  # the launch that put the snapshots of the run before aside
 STEPS = "learn.steps"
-MODEL_PATHS = ("model.hf", "model.gguf")  # the fingerprint stands for their content
+MODEL_PATHS = ("model.hf", "model.gguf")  # the digest of the model stands for their content
 
 
 @dataclass
@@ -128,6 +129,7 @@ class Snapshots:
             "settings": deciding_settings(self.config, LEARN),
             "fingerprint": self.masked_model.fingerprint,
             "float16_fingerprints": list(self.masked_model.float16_fingerprints),
+            **self.masked_model.digest,
             "distribution": find_method(self.config.learn.method).distribution.name,
             **({} if self.content is None else {"content": self.content.note()}),
             **write_changes(self.changes),
@@ -251,10 +253,12 @@ class Snapshots:
         The notes of version 0.1.0 hold no digests of text, tokenizer and prior: their paths are
         compared in the place of the content. Notes without ``data.bos`` are of text without BOS.
         """
-        if note["fingerprint"] != self.masked_model.fingerprint:
+        has_its_linears = note["fingerprint"] == self.masked_model.fingerprint
+        if not has_its_linears or not is_model_of(note, self.masked_model.digest):
+            what = f": {OTHER_PARTS}" if has_its_linears else ""
             raise ArtifactError(
                 path,
-                "was made for another base model",
+                f"was made for another base model{what}",
                 "Use another run_dir, or convert the model that it was made for.",
             )
         content = note.get("content")

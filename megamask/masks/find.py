@@ -19,6 +19,7 @@ from megamask.safe_checkpoint import NOTE
 from megamask.storage import read_json, read_object, real_path, require_writable
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.base_model import base_model
+from megamask.weights.model_identity import OTHER_PARTS, is_model_of, model_facts_of
 
 
 def open_masks(text: str, config: Config, arch: Architecture | None = None) -> MaskSet:
@@ -154,7 +155,8 @@ def own_weights(masks: MaskSet, paths: RunPaths) -> Path | None:
         paths: of the configured run, where the weights are looked for if the file lies elsewhere.
 
     Raises:
-        ArtifactError: the weights are missing, or were made with another mask.
+        ArtifactError: the weights are missing, or were made with another mask or from another
+            model.
     """
     if not masks.has_own_weights:
         return None
@@ -169,7 +171,22 @@ def own_weights(masks: MaskSet, paths: RunPaths) -> Path | None:
     if not belong_together(masks, note):
         problem = f"does not belong to the mask {masks.path}: the weights have another recipe"
         raise ArtifactError(folder, problem, fix)
+    if not is_model_of(model_facts_of(note), digest_of_run(paths)):
+        problem = f"was made from another model than {paths.weights}: {OTHER_PARTS}"
+        raise ArtifactError(folder, problem, fix)
     return folder
+
+
+def digest_of_run(paths: RunPaths) -> dict[str, str]:
+    """The digest of the model that a run was converted from, under its key; {} where it is not
+    known.
+
+    Raises:
+        ArtifactError: the note beside the weights is torn.
+    """
+    place = paths.weights / NOTE
+    known = read_object(place, "Run the verb convert again.", {}) if place.is_file() else {}
+    return model_facts_of(known)
 
 
 def check_given_weights(folder: Path, masks: MaskSet | None) -> None:

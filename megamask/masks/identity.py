@@ -14,6 +14,7 @@ from typing import Any
 
 from megamask.config.published import without_places
 from megamask.masks.file import MaskSet
+from megamask.weights.model_identity import OTHER_PARTS, is_model_of
 
 MEASURED = ("seconds", "raised_damp")  # of a header's data: what came out, not what was asked for
 OUTSIDE_DATA = ("fingerprint", "pattern", "linears")  # of a recipe: elsewhere in a header
@@ -98,14 +99,19 @@ def identity(masks: MaskSet) -> dict[str, str]:
     return found
 
 
-def why_no_row_of(masks: MaskSet, results: Mapping[str, Any], row: str) -> str:
+def why_no_row_of(
+    masks: MaskSet, results: Mapping[str, Any], row: str, model: Mapping[str, Any] | None = None
+) -> str:
     """Why a row of a file of results is no row of these masks on their weights; "" where it is one.
 
     Args:
         masks: the masks.
         results: the file, with ``masks``: row -> what ``identity`` gave when the row was measured.
         row: the name of the row.
+        model: the digest of the base model, under its key; None or {} where it is not known.
     """
+    if not is_model_of(results, model or {}):
+        return f"was measured on another model: {OTHER_PARTS}"
     made = results.get("masks")
     about = made.get(row) if isinstance(made, Mapping) else None
     wanted = identity(masks)

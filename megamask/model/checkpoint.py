@@ -43,7 +43,6 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.source import FINITE, WeightSource, not_finite
 
 FIX = "Check the memory and the disk; the same command goes on from what is complete."
-OTHER_TENSORS = "other_tensors"  # key of the note: digest of what lies beside the text part
 EXTRA_STATE = "_extra_state"  # end of the name of a module's extra state
 
 

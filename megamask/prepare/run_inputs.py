@@ -18,10 +18,13 @@ from megamask.prepare.content import Content
 from megamask.prepare.layout import Layout, check_positions
 from megamask.prepare.learned_text import warn_of_learned_text
 from megamask.prepare.prior_mask import description, load_prior
+from megamask.prepare.same_model import check_converted
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.base_model import base_model
 from megamask.weights.layer_plan import asked_patterns, layer_plan
+from megamask.weights.model_identity import model_facts_of
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,12 @@ class RunInputs:
         """What the verb convert wrote beside the weights.
 
         Raises:
-            ArtifactError: there are no weights.
+            ArtifactError: there are no weights, or they were made of another model than that of
+                the settings, which is still there.
         """
-        return read_note(self.paths.weights)
+        note = read_note(self.paths.weights)
+        check_converted(base_model(self.config), self.paths.weights, note)
+        return note
 
     @property
     def fingerprint(self) -> str:
@@ -104,6 +110,7 @@ class RunInputs:
         of them may see an older file. Raises as ``note`` and ``plan``.
         """
         weights = {key: self.note[key] for key in ("fingerprint", "dtype", "padded_vocab")}
+        weights |= model_facts_of(self.note)
         return {"weights": weights, "pattern": self.plan.facts(), "linears": self.modules}
 
     def check_text(self) -> None:

@@ -5,6 +5,7 @@ this very mask, by its digest. No row of another mask is shown.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +24,32 @@ log = logging.getLogger(__name__)
 BY_ROW = ("perplexity", "kl", "agreement", "density", "mask_bytes", "masks", "tasks")
 
 
-def measured(paths: RunPaths, masks: MaskSet) -> dict[str, dict[str, Any]]:
+def measured(
+    paths: RunPaths, masks: MaskSet, model: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
     """The files of results of a run, with the rows of one mask and of the dense model alone.
 
     Args:
         paths: of the run.
         masks: the mask.
+        model: the digest of the base model, under its key; {} where it is not known.
 
     Returns:
         Name of the file -> its content; without files that have no row of the mask.
 
     Raises:
         ArtifactError: a file is damaged, or has a row under the name of the mask that was measured
-            on another mask, or that does not say on which.
+            on another mask or model, or that does not say on which mask.
     """
     found = {}
     for protocol in ("heldout", *PUBLISHED):
         path = paths.results_under(protocol)
-        if own := _own_rows(path, read_results(path), "perplexity", "evaluate", masks):
+        if own := _own_rows(path, read_results(path), "perplexity", "evaluate", masks, model):
             found[path.name] = own
     path = paths.run_dir / TASKS.file
     if path.exists():
         content = read_tasks_results(path)
-        if own := _own_rows(path, content, "tasks", "tasks", masks):
+        if own := _own_rows(path, content, "tasks", "tasks", masks, model):
             found[path.name] = own
     return found
 
@@ -56,14 +60,19 @@ def table_of(name: str, content: dict[str, Any]) -> str:
 
 
 def _own_rows(
-    path: Path, results: dict[str, Any], table: str, verb: str, masks: MaskSet
+    path: Path,
+    results: dict[str, Any],
+    table: str,
+    verb: str,
+    masks: MaskSet,
+    model: Mapping[str, str],
 ) -> dict[str, Any]:
     rows = results.get(table, {})
-    mine = [row for row in rows if not why_no_row_of(masks, results, row)]
+    mine = [row for row in rows if not why_no_row_of(masks, results, row, model)]
     names = (masks.path.stem, masks.method, row_name(masks.method, masks.meta))
     other = [row for row in names if row in rows]
     if not mine and other:
-        problem = f"has a row {other[0]} that {why_no_row_of(masks, results, other[0])}"
+        problem = f"has a row {other[0]} that {why_no_row_of(masks, results, other[0], model)}"
         fix = f"Run the verb {verb} again on {masks.path}, or delete the file."
         raise ArtifactError(path, problem, fix)
     if not mine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,15 @@ class Publication:
         about: BaseFacts,
         masks: MaskSet,
         is_model: bool,
+        model: Mapping[str, str],
     ) -> Publication:
-        """With the results and the recipe of the run.
+        """With the results and the recipe of the run. ``model`` has the digest of the base model,
+        under its key.
 
         Raises:
-            ArtifactError: a file of results belongs to another mask, or is damaged.
+            ArtifactError: a file of results belongs to another mask or model, or is damaged.
         """
-        results = measured(paths, masks)
+        results = measured(paths, masks, model)
         return cls(repo, paths, base, about, masks, is_model, results, _recipe(paths, masks))
 
 

@@ -6,17 +6,27 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 
 from megamask import storage
 from megamask.config import Config, run_paths
 from megamask.errors import MegamaskError
 from megamask.model.build import padded_vocab
-from megamask.model.checkpoint import OTHER_TENSORS, read_note
+from megamask.model.checkpoint import read_note
 from megamask.model.streamed_weights import save_streamed
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import Layout
-from megamask.weights.base_model import base_model
+from megamask.safe_checkpoint import NOTE
+from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.fingerprint import fingerprints_of
+from megamask.weights.model_identity import (
+    FILES,
+    architecture_facts,
+    difference,
+    files_of,
+    identity_note,
+    is_complete,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,23 +49,20 @@ def run(config: Config) -> None:
     Layout.launched(config)
     storage.require_writable(paths.run_dir)
     with base.open() as reader, start(config) as mesh:
-        found = fingerprints_of(reader, arch)
         note: dict[str, object] = {
-            "fingerprint": found.exact,
-            "float16_fingerprints": list(found.float16),
             "dtype": str(arch.dtype).removeprefix("torch."),
             "padded_vocab": padded_vocab(arch, mesh.tp),
         }
-        mesh.require_same("inputs", note)
+        linears = {"fingerprint": fingerprints_of(reader, arch).exact}
+        mesh.require_same("inputs", {**note, **linears, "config.json": architecture_facts(arch)})
         note["source"] = str(base.place)
-        others = base.other_tensors() if mesh.is_main else None
-        if others is not None:
-            note[OTHER_TENSORS] = others
-        if mesh.from_main(_is_done(config, note)):
+        if mesh.from_main(mesh.is_main and _is_done(paths.weights, base, note)):
             if mesh.is_main:
                 log.info("%s already holds this model", paths.weights)
             return
         begin = time.perf_counter()
+        if mesh.is_main:
+            note |= identity_note(base, reader)
         with base.config_file() as config_file:
             weights = save_streamed(reader, arch, paths.weights, mesh, note, files=[config_file])
         if mesh.is_main:
@@ -64,10 +71,22 @@ def run(config: Config) -> None:
             log.info(what, paths.weights, weights / 1e6, arch.dtype, seconds)
 
 
-def _is_done(config: Config, note: dict[str, object]) -> bool:
+def _is_done(weights: Path, base: BaseModel, note: dict[str, object]) -> bool:
+    """Whether the folder holds the model already. Where its files were moved or touched and hold
+    what they held, the note gets their new places and times, so that no verb reads them again.
+    """
     try:
-        found = read_note(run_paths(config).weights)
+        found = read_note(weights)
     except MegamaskError:
         return False
-    keys = ("fingerprint", "dtype", "padded_vocab", OTHER_TENSORS)
-    return all(found.get(key) == note.get(key) for key in keys)
+    if any(found.get(key) != note[key] for key in ("dtype", "padded_vocab")):
+        return False
+    if not is_complete(found, base):
+        log.info("%s was converted by a version that noted less of the model", weights)
+        return False
+    if problem := difference(found, base):
+        log.info("%s: the model %s than the converted one", weights, problem)
+        return False
+    if found[FILES] != (files := files_of(base)):
+        storage.write_json(weights / NOTE, {**found, "source": note["source"], FILES: files})
+    return True

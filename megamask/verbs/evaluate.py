@@ -22,6 +22,7 @@ from megamask.prepare.run_inputs import RunInputs
 from megamask.report.results_table import format_table
 from megamask.terminal import tell
 from megamask.weights.mapping import linear_shapes
+from megamask.weights.model_identity import model_facts_of
 
 
 def run(config: Config) -> None:
@@ -45,6 +46,7 @@ def run(config: Config) -> None:
     if not config.evaluate.is_published:
         warn_of_learned_text(config, masks)
     beside = facts_beside(paths, masks, text, linear_shapes(inputs.arch))
+    beside |= model_facts_of(inputs.note)
     with start(config) as mesh:
         facts = {"masks": list(masks), "digests": beside["masks"], "weights": inputs.fingerprint}
         mesh.require_same("inputs", {**facts, "protocol": beside["protocol"]})

@@ -10,9 +10,9 @@ from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.export.folded import STAMP
 from megamask.export.formats import FORMATS
-from megamask.export.unmeasured_parts import check_other_tensors
 from megamask.masks.find import check_given_weights, own_weights
 from megamask.masks.verify import check_configured, check_strictly, configured_masks
+from megamask.prepare.same_model import check_converted
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.dist_checkpoint.megatron_args import refuse_parts
 from megamask.weights.own_folder import check_output
@@ -36,11 +36,11 @@ def run(config: Config) -> None:
     if config.export.format == "megatron":
         refuse_parts(base.architecture(), "export.format", "megatron", "Set export.format=hf.")
     with base.open() as source:
-        check_other_tensors(base, paths.weights)
         masks = configured_masks(config)
         if masks is not None:
             check_strictly(masks, base)
             check_configured(masks, base.architecture(), config)
+        check_converted(base, paths.weights)
         weights = Path(config.export.weights) if config.export.weights else None
         if weights is not None:
             check_given_weights(weights, masks)
@@ -75,4 +75,5 @@ def open_own(weights: Path, base: BaseModel) -> WeightSource:
     if not weights.is_dir():
         fix = "Point export.weights at Megatron weights that convert made, or leave it null."
         raise ArtifactError(weights, "is missing", fix)
+    check_converted(base, weights)
     return base.of_weights(weights, "Run the verb convert again.")

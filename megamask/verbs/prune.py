@@ -13,7 +13,6 @@ import torch
 
 from megamask import storage
 from megamask.config import Config, run_paths
-from megamask.config.nested import what_differs
 from megamask.data.heldout import calibration_description, calibration_tokens
 from megamask.errors import ConfigError, MegamaskError
 from megamask.evaluate.dense_budget import with_dense_budget
@@ -37,6 +36,7 @@ from megamask.prepare.layout import check_positions
 from megamask.prepare.run_inputs import RunInputs
 from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.margins import to_levels
+from megamask.weights.model_identity import model_facts_of, recipe_differs
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
         "fingerprint": inputs.fingerprint,
         "pattern": inputs.plan.facts(),
         "linears": inputs.modules,
+        **model_facts_of(inputs.note),
     }
     if criterion.needs_text:
         settings |= {"dtype": config.dtype, "calibration": calibration_description(config)}
@@ -148,12 +149,12 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
             "pattern": masks.patterns.facts(),
             "linears": list(masks),
         }
-        other = what_differs(found, wanted)
+        other = recipe_differs(found, wanted)
         if not other:
             load_margins(path, masks.content_sha256).check_whole()
         if not other and find_criterion(method, config.prune).updates_weight:
             note = storage.read_object(updated / NOTE, "", {"recipe": dict})
-            other = what_differs(note["recipe"], wanted)
+            other = recipe_differs(note["recipe"], wanted)
     except (MegamaskError, KeyError, TypeError) as error:  # torn, or written by something else
         log.info("%s: made again: %s", path, error)
         return False

@@ -11,10 +11,10 @@ from megamask.config import Config, run_paths
 from megamask.config.nested import flatten
 from megamask.config.published import without_places
 from megamask.errors import ArtifactError, ConfigError
-from megamask.export.unmeasured_parts import check_other_tensors
 from megamask.masks.file import MaskSet
 from megamask.masks.find import own_weights
 from megamask.masks.verify import check_configured, check_strictly, configured_masks
+from megamask.prepare.same_model import check_converted, digest_of_model
 from megamask.publish.base_facts import base_facts
 from megamask.publish.hub import Stale, check_repo, logged_in, upload
 from megamask.publish.upload_folder import (
@@ -51,9 +51,10 @@ def run(config: Config, arguments: PushArguments) -> None:
         masks = _masks(config, is_model)
         check_strictly(masks, base)
         check_configured(masks, base.architecture(), config)
-        check_other_tensors(base, paths.weights)
+        check_converted(base, paths.weights)
+        model = digest_of_model(base, paths.weights)
         about = base_facts(base.home, arguments.base_name)
-        one = Publication.of(arguments.repo, paths, base, about, masks, is_model)
+        one = Publication.of(arguments.repo, paths, base, about, masks, is_model, model)
         check_output(out, STAMP, "run_dir", base)
         weights = own_weights(masks, paths)
         with nullcontext(source) if weights is None else open_own(weights, base) as tensors:

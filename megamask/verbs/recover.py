@@ -15,13 +15,11 @@ import torch
 
 from megamask import storage
 from megamask.config import Config
-from megamask.config.nested import what_differs
 from megamask.data.heldout import evaluated_domains, evaluation_windows, heldout_digests
 from megamask.errors import MegamaskError
 from megamask.evaluate.sensitivity import whole_masks
 from megamask.export.folded import STAMP
 from megamask.export.masked_folder import export
-from megamask.export.unmeasured_parts import check_other_tensors
 from megamask.masks.file import MaskSet, load_masks, save_masks
 from megamask.masks.find import mask_path, open_masks, own_weights
 from megamask.masks.identity import RECOVERED, recipe_of, recovered_label
@@ -43,6 +41,7 @@ from megamask.terminal import tell
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.fingerprint import fingerprints_of
 from megamask.weights.mapping import linear_shapes
+from megamask.weights.model_identity import model_facts_of, recipe_differs
 from megamask.weights.own_folder import check_output
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,6 @@ def run(config: Config) -> None:
     check_positions(config, inputs.arch, lengths)
     inputs.check_text()
     check_strictly(masks, base)
-    check_other_tensors(base, paths.weights)
     one = Task.of(inputs, base, masks, recovery)
     check_output(one.out, STAMP, "recover.out", base)
     storage.require_writable(paths.masks)
@@ -134,7 +132,7 @@ class Task:
         if read := {key: of_mask[key] for key in TEXT if key in of_mask}:
             facts[MASK_TEXT] = read
         out = paths.recovered if section.out else paths.recovered / name
-        made_from = {**recovery.text(config), RECOVERED: facts}
+        made_from = {**recovery.text(config), **model_facts_of(inputs.note), RECOVERED: facts}
         return cls(inputs, base, masks, recovery, name, out, storage.as_read(made_from))
 
     @property
@@ -167,7 +165,7 @@ class Task:
             made_from = {**recipe_of(found.meta), "fingerprint": found.fingerprint}
         except (MegamaskError, KeyError, TypeError, AttributeError, ValueError):
             return False
-        other = what_differs(made_from, self.wanted)
+        other = recipe_differs(made_from, self.wanted)
         said = f"made from other {other}: made again" if other else "reused"
         log.info("%s: %s", self.mask_file, said)
         return not other

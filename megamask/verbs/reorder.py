@@ -37,9 +37,9 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.channel_orders import reordered_streamed
 from megamask.weights.file_layout import file_layout
-from megamask.weights.fingerprint import fingerprints_of
 from megamask.weights.hf_files import open_checked, write_hf
 from megamask.weights.layer_plan import asked_patterns, layer_plan
+from megamask.weights.model_identity import identity_note, model_facts_of, recipe_differs
 from megamask.weights.own_folder import check_output, own_files
 from megamask.weights.source import WeightSource
 
@@ -81,8 +81,10 @@ def run(config: Config, arguments: ReorderArguments) -> None:
     check_vocabulary(config, arch.vocab)
     check_shards(config)
     with base.open() as reader, start(config) as mesh:
+        identity = identity_note(base, reader)
         made_from = {
-            "fingerprint": fingerprints_of(reader, arch).exact,
+            "fingerprint": identity["fingerprint"],
+            **model_facts_of(identity),
             "pattern": plan.facts(),
             "linears": [*plan],
             "dtype": config.dtype,
@@ -152,7 +154,7 @@ def _is_done(out: Path, made_from: Mapping[str, Any], ignore_keys: Collection[st
         stamp = storage.read_object(out / STAMP, "", {"made_from": dict, "files": list})
         whole = all((out / str(name)).is_file() for name in stamp["files"])
         with open_checked(out, ignore_keys):
-            return whole and bool(stamp["made_from"] == made_from)
+            return whole and not recipe_differs(stamp["made_from"], made_from)
     except (MegamaskError, OSError):  # OSError: a name that cannot be one
         return False
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from megamask import storage
 from megamask.config import Config
-from megamask.config.nested import what_differs
 from megamask.data.heldout import evaluated_domains
 from megamask.errors import ConfigError, MegamaskError
 from megamask.evaluate.dense_budget import refuse_to_replace
@@ -34,6 +33,7 @@ from megamask.prepare.run_inputs import RunInputs
 from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.terminal import tell
 from megamask.weights.mapping import linear_shapes
+from megamask.weights.model_identity import model_facts_of, recipe_differs
 
 log = logging.getLogger(__name__)
 NAME = "sensitivity"
@@ -70,6 +70,7 @@ def run(config: Config) -> None:
             "linears": sorted(masks),
             "parts": [part.name for part in parts],
             "protocol": text.facts,
+            **model_facts_of(inputs.note),
         }
     )
     refuse_to_replace(config, made_from)
@@ -98,7 +99,7 @@ def _done(file: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     except MegamaskError:
         return nothing
     names = made_from["parts"]
-    other = what_differs(found["made_from"], made_from)
+    other = recipe_differs(found["made_from"], made_from)
     if other or list(found["loss"]) != names[: len(found["loss"])]:
         log.info("%s was made from other %s: made again", file, other or "parts")
         return nothing

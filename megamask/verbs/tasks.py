@@ -33,7 +33,9 @@ from megamask.report.tasks_table import TASKS, tasks_table
 from megamask.terminal import tell
 from megamask.verbs.evaluate import find_masks
 from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.base_model import BaseModel
 from megamask.weights.hf_files import open_checked
+from megamask.weights.model_identity import identity_note, model_facts_of
 
 if TYPE_CHECKING:
     from megamask.evaluate.harness import LoadedTasks
@@ -151,7 +153,8 @@ def _of_masks(inputs: RunInputs) -> dict[str, Any]:
         for name, each in {DENSE: None, **masks}.items():
             weights, score = model.use(each), megatron_score(model.model)
             found[name] = session.row(name, weights, score, mesh.device, mesh)
-    return {**session.results(found, "Megatron-Core"), "masks": mask_digests(masks)}
+    results = session.results(found, "Megatron-Core")
+    return {**results, "masks": mask_digests(masks), **model_facts_of(inputs.note)}
 
 
 def _of_folder(inputs: RunInputs) -> dict[str, Any]:
@@ -180,4 +183,7 @@ def _of_folder(inputs: RunInputs) -> dict[str, Any]:
         score = transformers_score(model.eval().to(device))
         found[row] = session.row(row, path, score, device)
     masks = {} if made_of is None else {name: made_of}
-    return {**session.results(found, "transformers"), "masks": masks}
+    base = BaseModel(inputs.paths.hf, ignore_keys=config.model.ignore_keys)
+    with base.open() as source:
+        digest = model_facts_of(identity_note(base, source))
+    return {**session.results(found, "transformers"), "masks": masks, **digest}

@@ -17,7 +17,7 @@ from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError
 from megamask.storage import write_json
 from megamask.weights.architecture import parsed_architecture, read_architecture
-from megamask.weights.dist_checkpoint.checkpoint_folder import KEY, find_checkpoint
+from megamask.weights.dist_checkpoint.checkpoint_folder import KEY, RUN_CONFIG, find_checkpoint
 from megamask.weights.dist_checkpoint.derived_config import derived_config
 from megamask.weights.dist_checkpoint.megatron_args import disagreements, refuse_parts
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
@@ -26,10 +26,11 @@ from megamask.weights.file_layout import FileLayout, file_layout
 from megamask.weights.fingerprint import Fingerprints, fingerprints_of
 from megamask.weights.hf_files import HFReader, open_checked
 from megamask.weights.licences import copy_licences
-from megamask.weights.other_tensors import WithOthers, digest_of
+from megamask.weights.other_tensors import WithOthers
 from megamask.weights.source import WeightSource
 
 CONFIG = "config.json"
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
 log = logging.getLogger(__name__)
 
 
@@ -129,6 +130,25 @@ class BaseModel:
             log.info(what, folder, found.padding)
         return found
 
+    def files(self) -> list[Path]:
+        """The files that decide the model: config.json and those of the weights.
+
+        Raises:
+            ConfigError, ArtifactError: see ``find_checkpoint``.
+        """
+        found = [self.hf_dir / CONFIG, *self._weight_files()]
+        return [path for path in found if path.is_file()]
+
+    def has_weights(self) -> bool:
+        """Whether a file of weights is there. Raises as ``files``."""
+        return any(self._weight_files())
+
+    def _weight_files(self) -> list[Path]:
+        if self.megatron is None:
+            return sorted(one for kind in WEIGHT_FILES for one in self.hf_dir.glob(kind))
+        folder = find_checkpoint(self.megatron)
+        return [*sorted(folder.iterdir()), folder.parent / RUN_CONFIG]
+
     def layout(self) -> FileLayout:
         """How the files of the model hold its tensors. Raises as ``open``."""
         arch = self.architecture()
@@ -136,15 +156,6 @@ class BaseModel:
             return file_layout(arch)
         with HFReader(self.hf_dir, file_layout(arch)) as reader:
             return reader.layout
-
-    def other_tensors(self) -> str | None:
-        """The digest of all tensors beside the text part; None where there are none. The
-        fingerprints are of the text part alone. Raises as ``open``.
-        """
-        if not file_layout(self.architecture()).others:
-            return None
-        with self.open() as source:
-            return digest_of(source, self._others(source))
 
     def _others(self, source: WeightSource) -> list[str]:
         layout = file_layout(self.architecture())

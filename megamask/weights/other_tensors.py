@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megamask.weights.file_stream import row_blocks
 from megamask.weights.source import WeightSource
 
 
@@ -63,7 +64,7 @@ class WithOthers:
 
 def digest_of(source: WeightSource, names: list[str]) -> str:
     """SHA-256 over names, shapes and all numbers, floats in fp32: equal for copies in bf16 and fp32
-    of the same numbers, whatever files and spelling they are in.
+    of the same numbers, whatever files and spelling they are in. Blocks of rows are read in turn.
 
     Args:
         source: the weights.
@@ -71,10 +72,13 @@ def digest_of(source: WeightSource, names: list[str]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(names):
-        tensor = source.tensor(name)
-        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
-        numbers = tensor.float() if tensor.is_floating_point() else tensor
-        digest.update(bytes_of(numbers).numpy().tobytes())
+        shape = source.shape(name)
+        digest.update(f"{name}:{tuple(shape)}".encode())
+        dtype = source.read(name, slice(0, 0)).dtype
+        for rows in row_blocks(shape, dtype) if shape else [slice(None)]:
+            block = source.read(name, rows)
+            numbers = block.float() if block.is_floating_point() else block
+            digest.update(bytes_of(numbers).numpy().data)
     return digest.hexdigest()
 
 

@@ -371,20 +371,24 @@ def test_a_snapshot_that_does_not_fit(
         "pattern=1:4",
         says=[snapshot, "holds 2:4 masks, wanted 1:4", "Set pattern=2:4"],
     )
-    assert in_process("convert", *settings(run_dir), f"model.hf={other_model}").code == 0
-    refused("learn", prior, says=[snapshot, "another base model", "Use the model that the mask"])
+    other = f"model.hf={other_model}"
+    assert in_process("convert", *settings(run_dir), other).code == 0
+    says = [snapshot, "another base model", "Use the model that the mask"]
+    refused("learn", prior, other, says=says)
     shape = run_dir / "weights" / "config.json"
     tiny = json.loads(shape.read_text())
     shape.write_text(json.dumps({**tiny, "intermediate_size": 256}))
     refused(
         "learn",
         prior,
+        other,
         says=[snapshot, "mlp.linear_fc", "does not fit 512 x 64 weights", "learned on this model"],
     )
     shape.write_text(json.dumps({**tiny, "num_hidden_layers": 1}))
     refused(
         "learn",
         prior,
+        other,
         says=[
             snapshot,
             "holds decoder.layers.1.",
@@ -439,6 +443,7 @@ def test_another_base_model(
     for verb in ("learn", "evaluate"):
         refused(
             verb,
+            f"model.hf={other_model}",
             f"evaluate.masks={{row: {mask}}}",
             says=[str(mask), "another base model", "Use the model that the mask"],
         )
@@ -552,12 +557,12 @@ def test_weights_that_are_pruned_already(
         == 0
     )
     assert in_process("convert", *settings(run_dir), f"model.hf={pruned}").code == 0
-    refused(
-        "learn", says=["sparsegpt.safetensors", "another base model", "with its weights unpruned"]
-    )
+    says = ["sparsegpt.safetensors", "another base model", "with its weights unpruned"]
+    refused("learn", f"model.hf={pruned}", says=says)
     for verb in ("prune", "learn"):
         refused(
             verb,
+            f"model.hf={pruned}",
             "learn.prior.mask=null",
             says=[
                 str(run_dir / "weights"),

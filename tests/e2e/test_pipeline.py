@@ -107,7 +107,8 @@ def test_results_hold_perplexities_protocol_and_sizes(
 ) -> None:
     rows = ["dense", *METHODS, "learned"]
     quantities = {"perplexity", "kl", "agreement"}
-    assert set(results) == {*quantities, "protocol", "seconds", "density", "mask_bytes", "masks"}
+    facts = {"protocol", "seconds", "density", "mask_bytes", "masks", "model_sha256"}
+    assert set(results) == quantities | facts
     assert list(results["perplexity"]) == rows
     assert list(results["kl"]) == list(results["agreement"]) == rows[1:]
     assert all(1 < results["perplexity"][row][domain] < 10000 for row in rows for domain in DOMAINS)

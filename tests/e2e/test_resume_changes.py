@@ -191,6 +191,12 @@ def test_another_tokenizer_is_refused(
 
 
 def test_another_model_is_refused(run: Path, other_model: Path, settings: Settings) -> None:
+    file = note_of(run, STEPS)
+    note = json.loads(file.read_text())
+    file.write_text(json.dumps({**note, "model_sha256": "0" * 64}))
+    message = refusal(in_process("learn", *settings(run), *RUN, "learn.steps=6"))
+    assert "another base model: other norms, embedding" in message
+    file.write_text(json.dumps(note))
     words = [*settings(run), f"model.hf={other_model}"]
     here("convert", *words)
     here("prune", *words, "prune.methods=[magnitude,sparsegpt]")

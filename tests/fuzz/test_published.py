@@ -33,7 +33,7 @@ def test_results(tmp_path: Path) -> None:
     }
 
     def show() -> None:
-        for name, content in measured(paths, masks).items():
+        for name, content in measured(paths, masks, {}).items():
             assert table_of(name, content)
 
     for file, content in (("results.json", results), ("tasks.json", tasks)):

@@ -93,7 +93,7 @@ def test_a_recovered_row_is_no_result_of_the_frozen_mask(hub: FakeHub, run_dir: 
     write_results(run_dir / "results.json", perplexity=perplexity, masks=plain)
     assert push(run_dir, "--dry-run") == 0
     assert "5.55" in (run_dir / "push" / "README.md").read_text()
-    found = measured(run_paths(load_config(None, [f"run_dir={run_dir}"])), frozen)
+    found = measured(run_paths(load_config(None, [f"run_dir={run_dir}"])), frozen, {})
     assert set(found["results.json"]["perplexity"]) == set(rows)
 
 

@@ -168,7 +168,7 @@ def test_the_row_of_an_exported_folder_has_its_name_and_belongs_to_its_mask(
     assert f"| {row} " in (run_dir / "tasks.md").read_text()
     assert results["tasks"]["dense"] != results["tasks"][row]
     assert results["masks"] == {row: identity(masks)}
-    assert list(measured(run_paths(config), masks)["tasks.json"]["tasks"]) == ["dense", row]
+    assert list(measured(run_paths(config), masks, {})["tasks.json"]["tasks"]) == ["dense", row]
     other = mask_of(model, tmp_path / "other", "other", updated_weights=not more)
     assert why_no_row_of(other, results, row) and not why_no_row_of(masks, results, row)
 
