@@ -21,7 +21,7 @@ from megamask.weights.own_folder import own_files
 from megamask.weights.source import WeightSource, all_finite, is_positive_zero
 
 STAMP = "megamask_export.json"  # this file in the written folder describes its masks
-IDENTITY = "identity"  # key of the stamp
+IDENTITY, WRITTEN = "identity", "fingerprint"  # keys of the stamp
 
 
 class FoldedSource:
@@ -108,14 +108,21 @@ def say_nothing_of_sparsity(folder: Path) -> None:
         write_json(path, config)
 
 
-def write_stamp(folder: Path, masks: MaskSet | None) -> None:
+def write_stamp(folder: Path, masks: MaskSet | None, written: str | None = None) -> None:
     """Write the stamp of a finished folder: the header of its masks, and what tells them and their
     weights from all others.
+
+    Args:
+        folder: the folder.
+        masks: its masks; None for dense weights.
+        written: the fingerprint of its weights, zeros included; None where it has none.
     """
     about: dict[str, Any] = {"mask": None}
     if masks is not None:
         header = {key: value for key, value in masks.meta.items() if key != "tensors"}
         about = {"mask": header, IDENTITY: identity(masks)}
+    if written is not None:
+        about[WRITTEN] = written
     write_json(folder / STAMP, {"megamask": __version__, **about, **own_files(folder)})
 
 

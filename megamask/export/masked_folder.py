@@ -39,7 +39,12 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         ArtifactError: the written folder fails its check; ``out`` does not change.
     """
 
-    write_masked(base, out, source, masks, lambda folder: write_stamp(folder, masks))
+    def finish(folder: Path) -> None:
+        write_stamp(
+            folder, masks, BaseModel(folder, ignore_keys=base.ignore_keys).fingerprints().exact
+        )
+
+    write_masked(base, out, source, masks, finish)
     tell_written(out, masks)
 
 

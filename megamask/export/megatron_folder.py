@@ -39,6 +39,7 @@ from megamask.weights.dist_checkpoint.megatron_args import (
 from megamask.weights.dist_checkpoint.megatron_names import fused_name, stacked_name
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.family import Architecture
+from megamask.weights.fingerprint import fingerprints_of
 from megamask.weights.hf_files import copy_side_files
 from megamask.weights.mapping import Rule, rules
 from megamask.weights.rule_stream import finite_check, streamed_shard
@@ -97,7 +98,8 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         fix = "Export again; report it if it stays."
         with MegatronReader(find_checkpoint(folder), arch, fix) as written:
             check_zeros(written, masks)
-        write_stamp(folder, masks)
+            fingerprint = fingerprints_of(written, arch).exact
+        write_stamp(folder, masks, fingerprint)
     if lacking := beyond_gpt_model(arch):
         what = "%s: Megatron-LM has no arguments for %s of this model, and computes another one"
         log.warning(what, out, ", ".join(lacking))

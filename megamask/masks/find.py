@@ -189,7 +189,7 @@ def digest_of_run(paths: RunPaths) -> dict[str, str]:
     return model_facts_of(known)
 
 
-def check_given_weights(folder: Path, masks: MaskSet | None) -> None:
+def check_named_weights(folder: Path, masks: MaskSet | None) -> None:
     """Check that weights which the user names may stand under masks: weights that a method updated
     or recovered go with the mask of that very result, and a mask with weights of its own goes with
     no others. So nothing is handed out under the name of another result.

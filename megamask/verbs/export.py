@@ -10,9 +10,9 @@ from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.export.folded import STAMP
 from megamask.export.formats import FORMATS
-from megamask.masks.find import check_given_weights, own_weights
+from megamask.masks.find import check_named_weights, own_weights
 from megamask.masks.verify import check_configured, check_strictly, configured_masks
-from megamask.prepare.same_model import check_converted
+from megamask.prepare.same_model import check_converted, check_given_weights
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.dist_checkpoint.megatron_args import refuse_parts
 from megamask.weights.own_folder import check_output
@@ -25,8 +25,8 @@ def run(config: Config) -> None:
 
     Raises:
         ConfigError, ArtifactError: the mask is of another pattern or model, weights and mask are of
-            two results, a folder is incomplete or cannot be written, or the format holds masks
-            alone and others are asked for.
+            two results or models, a folder is incomplete or cannot be written, or the format holds
+            masks alone and others are asked for.
     """
     paths, base = run_paths(config), base_model(config)
     chosen = FORMATS[config.export.format]
@@ -43,13 +43,15 @@ def run(config: Config) -> None:
         check_converted(base, paths.weights)
         weights = Path(config.export.weights) if config.export.weights else None
         if weights is not None:
-            check_given_weights(weights, masks)
+            check_named_weights(weights, masks)
         elif masks is not None:
             weights = own_weights(masks, paths)
         if weights is None or not chosen.holds_weights:
             chosen.write(base, paths.export, source, masks)
             return
         with open_own(weights, base) as own:
+            if masks is not None and not masks.has_own_weights:
+                check_given_weights(weights, own, base)
             chosen.write(base, paths.export, own, masks)
 
 

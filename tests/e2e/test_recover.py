@@ -19,7 +19,7 @@ from megamask.config.load import load_config
 from megamask.data.heldout import evaluation_windows
 from megamask.errors import ArtifactError, LearningError
 from megamask.masks.file import load_masks
-from megamask.masks.find import check_given_weights, own_weights
+from megamask.masks.find import check_named_weights, own_weights
 from megamask.prepare.run_inputs import RunInputs
 from megamask.recovery import blockwise, training
 from megamask.safe_checkpoint import NOTE
@@ -175,7 +175,7 @@ def test_weights_go_with_the_mask_of_their_own_recipe_alone(
     said = refused("export", f"export.mask={NAME}", f"export.weights={copy / 'weights'}")
     assert "which has weights of its own" in said and not (copy / "export").exists()
     here("extract", *settings(copy), NAME, str(old))
-    check_given_weights(weights, load_masks(old))
+    check_named_weights(weights, load_masks(old))
     assert own_weights(load_masks(old), paths) == weights
     note = json.loads((weights / NOTE).read_text())
     note["recipe"]["recovered"]["settings"]["solver"] = "sequential"  # as another run writes it
