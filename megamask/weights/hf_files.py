@@ -53,8 +53,8 @@ class HFReader:
         layout: how its files hold the tensors.
 
     Raises:
-        ArtifactError: there are no weights, a file is missing or torn, or the index disagrees
-            with the files.
+        ArtifactError: there are no weights, a file is missing or torn, the index disagrees with the
+            files, or the folder holds a single file beside those of the index.
     """
 
     def __init__(self, hf_dir: Path, layout: FileLayout = PLAIN) -> None:
@@ -145,6 +145,11 @@ class HFReader:
         for name, file in weight_map.items():
             if not isinstance(file, str) or file != Path(file).name:
                 raise ArtifactError(index, f"names {file!r} as the file of {name}", FIX)
+        if single.exists() and {*weight_map.values()} != {single.name}:
+            # transformers reads the single file alone
+            problem = f"holds two models: {single.name}, and the parts that {index.name} names"
+            fix = f"Remove what is not the model: {single.name}, or the index with its parts."
+            raise ArtifactError(self.folder, problem, fix)
         listed = {name: self.folder / file for name, file in weight_map.items()}
         held: dict[str, Path] = {}
         for path in sorted(set(listed.values())):

@@ -188,6 +188,37 @@ def test_an_index_that_disagrees_is_refused(folder: Path, tmp_path: Path) -> Non
         HFReader(tmp_path / "out")
 
 
+@pytest.mark.parametrize("end", ["safetensors", "bin"])
+def test_a_single_file_beside_an_index_is_refused(folder: Path, tmp_path: Path, end: str) -> None:
+    """transformers reads the single file, whatever the index says."""
+    names = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
+    single = folder / names[end]
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if end == "bin":
+            torch.save(tensors, path)
+        else:
+            save_file(tensors, path, metadata={"format": "pt"})
+
+    parts = [sorted(stored)[:5], sorted(stored)[5:]]
+    files = {f"part-{number}.{end}": part for number, part in enumerate(parts)}
+    for name, part in files.items():
+        write(folder / name, {one: stored[one] + 1 for one in part})
+    index = folder / f"{single.name}.index.json"
+    listed = {one: name for name, part in files.items() for one in part}
+    index.write_text(json.dumps({"weight_map": listed}))
+    open_checked(folder)
+    write(single, stored)
+    with pytest.raises(ArtifactError, match=f"two models: {single.name}, .*{index.name}"):
+        open_checked(folder)
+    with pytest.raises(ArtifactError, match="two models"):
+        BaseModel(folder).fingerprints()
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(stored, single.name)}))
+    open_checked(folder)
+
+
 def test_fingerprint_does_not_depend_on_where_the_weights_are(tmp_path: Path) -> None:
     model = tiny_model().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
