@@ -13,7 +13,7 @@ from megamask.config import Config, RunPaths, deciding, load_config, run_paths
 from megamask.config.legacy import upgrade_note
 from megamask.errors import EXIT_USER_ERROR, ConfigError, MegamaskError, printable
 from megamask.process.lock import locked
-from megamask.storage import file_sha256, read_json, read_object, write_json
+from megamask.storage import read_json, read_object, write_json
 from megamask.terminal import tell
 
 READS = {
@@ -131,7 +131,7 @@ def _has_same_content(key: str, config: Config, paths: RunPaths) -> bool:
     from megamask.data.tokenizer import load_tokenizer
     from megamask.safe_checkpoint import NOTE
     from megamask.weights.base_model import base_model
-    from megamask.weights.from_gguf import STAMP
+    from megamask.weights.gguf_layout import GGUF_STAMP
     from megamask.weights.model_identity import difference
 
     try:
@@ -139,8 +139,8 @@ def _has_same_content(key: str, config: Config, paths: RunPaths) -> bool:
             note = read_object(paths.weights / NOTE, "", {"fingerprint": str})
             return not difference(note, base_model(config))
         if key == "model.gguf" and config.model.gguf:
-            stamp = read_object(paths.hf / STAMP, "", {"sha256": str})
-            return bool(stamp["sha256"] == file_sha256(Path(config.model.gguf).expanduser()))
+            base_model(config).check_gguf()
+            return (paths.hf / GGUF_STAMP).is_file() and Path(config.model.gguf).is_file()
         if key == "data.tokenizer":
             found = load_tokenizer(config).fingerprint
             domains = [read_shards(paths.shards / name) for name in config.data.domains]

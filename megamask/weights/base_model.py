@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config import Config, run_paths
-from megamask.errors import ArtifactError
-from megamask.storage import write_json
+from megamask.errors import ArtifactError, ConfigError
+from megamask.machine_errors import reading
+from megamask.storage import file_sha256, read_object, write_json
 from megamask.weights.architecture import parsed_architecture, read_architecture
 from megamask.weights.dist_checkpoint.checkpoint_folder import KEY, RUN_CONFIG, find_checkpoint
 from megamask.weights.dist_checkpoint.derived_config import derived_config
@@ -24,6 +25,7 @@ from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.family import Architecture
 from megamask.weights.file_layout import FileLayout, file_layout
 from megamask.weights.fingerprint import Fingerprints, fingerprints_of
+from megamask.weights.gguf_layout import GGUF_STAMP
 from megamask.weights.hf_files import HFReader, open_checked
 from megamask.weights.licences import copy_licences
 from megamask.weights.other_tensors import WithOthers
@@ -43,11 +45,13 @@ class BaseModel:
             ``megatron`` is None. With ``megatron``, config.json or the folder may be missing.
         megatron: Megatron checkpoint with the weights.
         ignore_keys: see ``read_architecture``.
+        gguf: GGUF file that ``hf_dir`` was unpacked from, where the settings name one.
     """
 
     hf_dir: Path
     megatron: Path | None = None
     ignore_keys: Collection[str] = ()
+    gguf: Path | None = None
 
     @property
     def place(self) -> Path:
@@ -106,9 +110,11 @@ class BaseModel:
 
         Raises:
             ArtifactError: the files are incomplete, torn or of another model.
-            ConfigError: config.json is of a model that is not supported, or there is no checkpoint.
+            ConfigError: config.json is of a model that is not supported, there is no checkpoint, or
+                the folder was unpacked from another GGUF file.
         """
         if self.megatron is None:
+            self.check_gguf()
             return open_checked(self.hf_dir, self.ignore_keys)
         fix = (
             f"{self.hf_dir / CONFIG} must describe the model of the checkpoint: correct "
@@ -130,13 +136,42 @@ class BaseModel:
             log.info(what, folder, found.padding)
         return found
 
+    def check_gguf(self) -> None:
+        """Check that ``hf_dir`` was unpacked from ``gguf``, where both are known.
+
+        Raises:
+            ConfigError: it was unpacked from another file.
+            ArtifactError: the stamp of the folder cannot be read.
+        """
+        if self._gguf_problem:
+            fix = "Run the verb gguf, correct model.gguf, or leave it out."
+            raise ConfigError("model.gguf", str(self.gguf), self._gguf_problem, fix)
+
+    @cached_property
+    def _gguf_problem(self) -> str:
+        """Why the folder was not unpacked from the file. A file that is no longer there is compared
+        by its name.
+        """
+        stamp = self.hf_dir / GGUF_STAMP
+        if self.gguf is None or not stamp.is_file():
+            return ""
+        made = read_object(stamp, f"Remove {self.hf_dir}.", {"file": str, "sha256": str})
+        if self.gguf.is_file():
+            with reading(self.gguf, "Correct model.gguf."):
+                is_same = file_sha256(self.gguf) == made["sha256"]
+        else:
+            is_same = self.gguf.name == made["file"]
+        return "" if is_same else f"{self.hf_dir} was unpacked from another file ({made['file']})"
+
     def files(self) -> list[Path]:
-        """The files that decide the model: config.json and those of the weights.
+        """The files that decide the model: config.json, those of the weights, and the GGUF file
+        that they were unpacked from.
 
         Raises:
             ConfigError, ArtifactError: see ``find_checkpoint``.
         """
-        found = [self.hf_dir / CONFIG, *self._weight_files()]
+        gguf = [self.gguf] if self.gguf is not None and self.megatron is None else []
+        found = [self.hf_dir / CONFIG, *self._weight_files(), *gguf]
         return [path for path in found if path.is_file()]
 
     def has_weights(self) -> bool:
@@ -189,11 +224,12 @@ class BaseModel:
 
 
 def base_model(config: Config) -> BaseModel:
-    """The base model that ``model.hf`` and ``model.megatron`` name. Where ``model.hf`` is not set,
-    a config.json beside the checkpoint counts, such as that of an export.
+    """The base model that ``model.hf``, ``model.gguf`` and ``model.megatron`` name. Where
+    ``model.hf`` is not set, a config.json beside the checkpoint counts, such as that of an export.
     """
     hf = run_paths(config).hf
     megatron = Path(config.model.megatron) if config.model.megatron else None
     if megatron is not None and config.model.hf is None and not (hf / CONFIG).exists():
         hf = megatron if (megatron / CONFIG).exists() else hf
-    return BaseModel(hf, megatron, config.model.ignore_keys)
+    gguf = Path(config.model.gguf) if config.model.gguf else None
+    return BaseModel(hf, megatron, config.model.ignore_keys, gguf)

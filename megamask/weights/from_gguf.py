@@ -22,7 +22,7 @@ from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.file_stream import Streamed
 from megamask.weights.gguf_header import ROPE_FACTORS, Header
-from megamask.weights.gguf_layout import read_layout
+from megamask.weights.gguf_layout import GGUF_STAMP, read_layout
 from megamask.weights.gguf_tokenizer import HeaderTokenizer
 from megamask.weights.hf_files import write_tensors
 from megamask.weights.licences import copy_licences
@@ -30,7 +30,6 @@ from megamask.weights.mapping import expected_tensors
 from megamask.weights.own_folder import check_output, own_files
 from megamask.weights.source import all_finite
 
-STAMP = "megamask_gguf.json"  # this file in the new folder names the GGUF file
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 TOKENIZER = 2  # a folder whose stamp has another number has another tokenizer
 
@@ -44,12 +43,12 @@ def unpack(source: Path, out: Path) -> None:
         MegamaskError: the machine does not let it be read, or lacks the memory.
     """
     stamp = _stamp(source)
-    if (out / STAMP).exists():
-        made = read_object(out / STAMP, f"Remove {out}.", {})
+    if (out / GGUF_STAMP).exists():
+        made = read_object(out / GGUF_STAMP, f"Remove {out}.", {})
         if stamp.items() <= made.items():
             tell(f"{out}: already unpacked from {source.name}")
             return
-    check_output(out, STAMP, "model.hf")
+    check_output(out, GGUF_STAMP, "model.hf")
     read_layout(source)
     fields, stored = _read(source)
     header = Header(fields, source)
@@ -80,7 +79,7 @@ def unpack(source: Path, out: Path) -> None:
         write_tensors(folder, _tensors(arch, header, places, source))
         tokenizer.write(folder)
         copy_licences(source.parent, folder)
-        write_json(folder / STAMP, {**stamp, **own_files(folder)})
+        write_json(folder / GGUF_STAMP, {**stamp, **own_files(folder)})
         weights = sum(int(np.prod(shape)) for shape in expected_tensors(arch).values())
     tell(f"{out}: {weights:,} weights in bf16 from {source.name}")
 

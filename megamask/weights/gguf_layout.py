@@ -18,6 +18,8 @@ from megamask.errors import ArtifactError
 from megamask.file_kinds import GGUF, require_file
 from megamask.machine_errors import reading
 
+GGUF_STAMP = "megamask_gguf.json"  # this file in an unpacked folder names the GGUF file
+
 FIX = "Copy or download the file again."
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

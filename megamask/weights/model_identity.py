@@ -85,8 +85,11 @@ def difference(note: Mapping[str, Any], base: BaseModel) -> str:
     """What of a model is not as its note says, as a predicate; "" where the model is the same. The
     tensors are read only if a file is another one, or was changed, since the note was written;
     those of a folder that has lost its weights are not compared.
+
+    Raises:
+        ConfigError, ArtifactError: see ``BaseModel.open``.
     """
-    if note.get(FILES) == files_of(base):
+    if _is_untouched(note, base):
         return ""
     arch, known = base.architecture(), note.get(ARCHITECTURE)
     if isinstance(known, dict) and (facts := architecture_facts(arch)) != known:
@@ -101,6 +104,18 @@ def difference(note: Mapping[str, Any], base: BaseModel) -> str:
             if key in note and digest_of(source, names) != note[key]:
                 return f"has other {WHAT[key]}"
     return ""
+
+
+def _is_untouched(note: Mapping[str, Any], base: BaseModel) -> bool:
+    """Whether all files are those of the note. A GGUF file that the settings do not name, or that
+    is no longer there, may be missing: the folder that was unpacked from it is compared.
+    """
+    if base.gguf is not None and not base.gguf.is_file():
+        base.check_gguf()
+    known, now = note.get(FILES), files_of(base)
+    if not isinstance(known, dict) or not now.items() <= known.items():
+        return False
+    return all(path.endswith(".gguf") for path in known.keys() - now.keys())
 
 
 def files_of(base: BaseModel) -> dict[str, list[int]]:

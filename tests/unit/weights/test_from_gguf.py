@@ -5,7 +5,9 @@ files.
 from __future__ import annotations
 
 import math
+import shutil
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ from megamask.storage import read_object, write_json
 from megamask.verbs.gguf import run
 from megamask.weights import from_gguf, gguf_tokenizer
 from megamask.weights.architecture import read_architecture
+from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.family import Rope
-from megamask.weights.from_gguf import STAMP
 from megamask.weights.gguf_header import SIZES, Header
+from megamask.weights.gguf_layout import GGUF_STAMP
 from megamask.weights.hf_files import open_checked
+from megamask.weights.model_identity import difference, identity_note
 
 HIDDEN, FFN, VOCAB = 32, 64, 256
 
@@ -147,8 +151,33 @@ def test_gguf_becomes_a_plain_folder_once(
     (tmp_path / "hf" / "mine.txt").unlink()
     run(config)  # another source: made again
     assert (tmp_path / "hf" / "model.safetensors").stat().st_mtime_ns != before and (
-        tmp_path / "hf" / STAMP
+        tmp_path / "hf" / GGUF_STAMP
     ).exists()
+
+
+def test_a_folder_from_another_file_is_not_the_base_model(tmp_path: Path) -> None:
+    own, other, hf = tmp_path / "m.gguf", tmp_path / "other.gguf", tmp_path / "hf"
+    write_gguf(own)
+    run(config_for(own, hf))
+
+    def note_of(path: Path) -> dict[str, Any]:
+        base = base_model(config_for(path, hf))
+        with base.open() as source:
+            return identity_note(base, source)
+
+    note = note_of(own)
+    for is_there in (False, True):
+        if is_there:
+            write_gguf(other, seed=1)
+        base = base_model(config_for(other, hf))
+        for check in (base.open, base.fingerprints, partial(difference, note, base)):
+            with pytest.raises(ConfigError, match=r"unpacked from another file \(m\.gguf\).*gguf"):
+                check()
+    shutil.copy(own, other)  # the content decides
+    assert note_of(other)["fingerprint"] == note["fingerprint"]
+    own.unlink()  # it was unpacked, and is needed no longer
+    assert difference(note, base_model(config_for(own, hf))) == ""
+    assert difference(note, BaseModel(hf)) == ""
 
 
 def test_somebodys_folder_is_not_replaced(tmp_path: Path) -> None:
@@ -312,11 +341,11 @@ def test_a_folder_with_the_tokenizer_of_an_older_version_is_made_again(tmp_path:
     write_gguf(tmp_path / "m.gguf")
     config = config_for(tmp_path / "m.gguf", tmp_path / "hf")
     run(config)
-    stamp = read_object(tmp_path / "hf" / STAMP, "", {})
+    stamp = read_object(tmp_path / "hf" / GGUF_STAMP, "", {})
     made = (tmp_path / "hf" / "tokenizer_config.json").read_bytes()
     (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": "!"}')
     del stamp["tokenizer"]
-    write_json(tmp_path / "hf" / STAMP, stamp)
+    write_json(tmp_path / "hf" / GGUF_STAMP, stamp)
     run(config)
     assert (tmp_path / "hf" / "tokenizer_config.json").read_bytes() == made
 
