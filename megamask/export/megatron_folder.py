@@ -40,9 +40,9 @@ from megamask.weights.dist_checkpoint.megatron_names import fused_name, stacked_
 from megamask.weights.dist_checkpoint.megatron_reader import MegatronReader
 from megamask.weights.family import Architecture
 from megamask.weights.fingerprint import fingerprints_of
-from megamask.weights.hf_files import copy_side_files
 from megamask.weights.mapping import Rule, rules
 from megamask.weights.rule_stream import finite_check, streamed_shard
+from megamask.weights.side_files import copy_side_files
 from megamask.weights.source import WeightSource
 
 log = logging.getLogger(__name__)

@@ -48,9 +48,9 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Recover the weights that ``recover.mask`` keeps, and write ``masks/MASK-METHOD.safetensors``,
-    ``weights-MASK-METHOD`` and the folder ``recover.out``, unless they were made from the same
-    inputs and settings.
+    """Recover the weights that ``recover.mask`` keeps, and write ``masks/MASK-METHOD.safetensors``
+    and ``weights-MASK-METHOD``, unless they were made from the same inputs and settings, and the
+    folder ``recover.out``.
 
     Raises:
         ConfigError, ArtifactError: a setting, a layout, the mask, the model or the text does not
@@ -81,7 +81,7 @@ def run(config: Config) -> None:
         if not mesh.from_main(one.is_done()):
             _recover(one, mesh, windows)
         mesh.barrier()
-        if mesh.is_main and not one.is_exported():
+        if mesh.is_main:
             one.export()
         mesh.barrier()
         if mesh.is_main:
@@ -170,18 +170,13 @@ class Task:
         log.info("%s: %s", self.mask_file, said)
         return not other
 
-    def is_exported(self) -> bool:
-        """Whether the folder holds this very result, whole."""
-        try:
-            stamp = storage.read_object(self.out / STAMP, "", {"mask": dict, "files": list})
-            whole = all((self.out / str(name)).is_file() for name in stamp["files"])
-            header = {key: one for key, one in self.written().meta.items() if key != "tensors"}
-        except (MegamaskError, OSError):
-            return False
-        return whole and bool(stamp["mask"] == header)
-
     def export(self) -> None:
-        """Write the folder. Raises ArtifactError where it cannot be written."""
+        """Write the folder, also where an earlier run has written it: what lies beside the weights
+        of the base model, such as a chat template, is that of today.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
         with self.base.of_weights(self.weights, "Run the verb recover again.") as source:
             export(self.base, self.out, source, self.written())
 

@@ -37,14 +37,16 @@ from megamask.weights.architecture import Architecture
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.channel_orders import reordered_streamed
 from megamask.weights.file_layout import file_layout
-from megamask.weights.hf_files import open_checked, write_hf
+from megamask.weights.hf_files import write_hf
 from megamask.weights.layer_plan import asked_patterns, layer_plan
 from megamask.weights.model_identity import identity_note, model_facts_of, recipe_differs
 from megamask.weights.own_folder import check_output, own_files
+from megamask.weights.side_files import side_digests
 from megamask.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
 STAMP = "megamask_reorder.json"  # this file in the written folder says what it was made from
+SIDE_FILES, WRITTEN = "side_files", "fingerprint"  # keys of the stamp; older stamps have neither
 
 
 def run(config: Config, arguments: ReorderArguments) -> None:
@@ -93,7 +95,8 @@ def run(config: Config, arguments: ReorderArguments) -> None:
         if arguments.rotate_values:
             made_from["rotated"] = "values"
         mesh.require_same("inputs", made_from)
-        if mesh.from_main(_is_done(out, made_from, ignore_keys)):
+        made_from[SIDE_FILES] = side_digests(base.hf_dir, base.config)  # the main rank copies them
+        if mesh.from_main(mesh.is_main and _is_done(out, made_from, ignore_keys)):
             if mesh.is_main:
                 log.info("%s already holds this model in its new order", out)
             return
@@ -149,12 +152,17 @@ def _check_patterns(arch: Architecture, plan: PatternPlan, rotates: bool) -> Non
 
 
 def _is_done(out: Path, made_from: Mapping[str, Any], ignore_keys: Collection[str]) -> bool:
-    """Whether the folder is there, whole, and was made from the same inputs."""
+    """Whether the folder is there, as it was written, and was made from the same inputs."""
     try:
         stamp = storage.read_object(out / STAMP, "", {"made_from": dict, "files": list})
         whole = all((out / str(name)).is_file() for name in stamp["files"])
-        with open_checked(out, ignore_keys):
-            return whole and not recipe_differs(stamp["made_from"], made_from)
+        found, wanted = stamp["made_from"], dict(made_from)
+        if SIDE_FILES not in found:
+            wanted.pop(SIDE_FILES, None)
+        written = BaseModel(out, ignore_keys=ignore_keys).fingerprints().exact
+        is_as_written = stamp.get(WRITTEN, written) == written
+        is_as_written &= stamp.get(SIDE_FILES, there := side_digests(out)) == there
+        return whole and is_as_written and not recipe_differs(found, wanted)
     except (MegamaskError, OSError):  # OSError: a name that cannot be one
         return False
 
@@ -172,9 +180,13 @@ def _write(
     shares = found.summary()
 
     def finish(folder: Path) -> None:
-        with open_checked(folder, base.ignore_keys):
-            pass
-        stamp = {"megamask": __version__, "made_from": made_from, "removed_importance": shares}
+        stamp = {
+            "megamask": __version__,
+            "made_from": made_from,
+            "removed_importance": shares,
+            WRITTEN: BaseModel(folder, ignore_keys=base.ignore_keys).fingerprints().exact,
+            SIDE_FILES: side_digests(folder),
+        }
         storage.write_json(folder / STAMP, {**stamp, **own_files(folder)})
 
     tensors = reordered_streamed(reader, arch, found.orders)

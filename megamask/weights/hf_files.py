@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,28 +14,20 @@ from torch import Tensor
 
 from megamask.errors import ArtifactError
 from megamask.file_kinds import SAFETENSORS, require_file, wrong_file
-from megamask.storage import atomic_dir, read_object, real_path, write_json
+from megamask.storage import atomic_dir, read_object, write_json
 from megamask.weights import torch_bin
 from megamask.weights.architecture import read_architecture
-from megamask.weights.dist_checkpoint import checkpoint_folder
 from megamask.weights.file_layout import FileLayout, file_layout, turned
 from megamask.weights.file_stream import Streamed
 from megamask.weights.mapping import expected_tensors
 from megamask.weights.safetensors_writer import write_safetensors
+from megamask.weights.side_files import copy_side_files
 from megamask.weights.source import some_of
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Files that are not copied beside new weights: weights of any format, what says where weights of
-# Megatron lie and what they are, and notes of megamask.
-NOT_COPIED = (
-    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"),
-    *("*.index.json", "megamask_*.json"),
-    *checkpoint_folder.FILES,
-)
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".npz", ".ckpt")
 PLAIN = FileLayout()
-SIDE_FOLDERS = ("additional_chat_templates",)
 FIX = (
     "Download the model again, or point model.hf at a complete Hugging Face folder "
     "with .safetensors files or pytorch_model.bin."
@@ -260,50 +250,6 @@ def write_hf(
         copy_side_files(source_dir, folder, config)
         if finish is not None:
             finish(folder)
-
-
-def copy_side_files(
-    source_dir: Path, folder: Path, config: Mapping[str, Any] | None = None
-) -> None:
-    """Copy everything but weights, and say in the log what is left out.
-
-    Args:
-        source_dir: the folder of the files.
-        folder: where they go.
-        config: the content of config.json, where ``source_dir`` has none; it may then be missing.
-    """
-    if config is not None:
-        write_json(folder / "config.json", config)
-        if not source_dir.is_dir():
-            return
-    left_out = []
-    for path in sorted(source_dir.iterdir()):
-        if path.name.startswith(".") or any(fnmatch(path.name, one) for one in NOT_COPIED):
-            continue
-        if path.is_dir() and path.name in SIDE_FOLDERS and not path.is_symlink():
-            files = [file for file in sorted(path.iterdir()) if _belongs(file, path)]
-            (folder / path.name).mkdir()
-        elif _belongs(path, source_dir):
-            files = [path]
-        else:
-            left_out.append(path.name)
-            continue
-        for file in files:
-            shutil.copyfile(file, folder / file.relative_to(source_dir))
-    if left_out:
-        reason = "folders, and links to places outside the model, are not copied"
-        log.warning("left out %s of %s: %s", ", ".join(left_out), source_dir, reason)
-
-
-def _belongs(file: Path, folder: Path) -> bool:
-    """Whether a side file is a regular file of the model: in its folder, or among the blobs of the
-    Hub cache that the folder is a snapshot of. A link to anywhere else could publish a private
-    file.
-    """
-    home = real_path(folder)
-    target = real_path(file)
-    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
-    return target.is_file() and target.parent in homes
 
 
 def write_tensors(

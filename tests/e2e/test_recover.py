@@ -120,7 +120,9 @@ def test_push_says_that_the_model_is_recovered(
     assert "recovered" not in (copy / "push" / "README.md").read_text()
 
 
-def test_a_result_is_made_once(run_dir: Path, settings: Settings, tmp_path: Path) -> None:
+def test_a_result_is_made_once(
+    run_dir: Path, model: Path, settings: Settings, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
     words = [*settings(copy), *WORDS, "recover.mask=wanda"]
     before = contents(copy)
@@ -132,9 +134,17 @@ def test_a_result_is_made_once(run_dir: Path, settings: Settings, tmp_path: Path
     asked = load_config(RECIPE, [*settings(copy), *WORDS, "evaluate.masks={wanda: wanda}"])
     assert list(find_masks(RunInputs(asked))) == ["wanda"]
     (copy / "masks" / "other-lora.safetensors").unlink()
-    shutil.rmtree(copy / "recovered")
-    here("recover", *words)
-    assert contents(copy / "recovered") == contents(run_dir / "recovered")
+    # What lies in the folder is replaced by what belongs there, and what lies beside the weights of
+    # the model today goes along.
+    hf, folder = Path(shutil.copytree(model, tmp_path / "hf")), copy / "recovered" / NAME
+    (hf / "chat_template.jinja").write_text("of today")
+    (folder / "model.safetensors").write_bytes(b"torn")
+    assert "reused" in here("recover", *words, f"model.hf={hf}").stderr
+    assert (folder / "chat_template.jinja").read_text() == "of today"
+    found, made = contents(folder), contents(run_dir / "recovered" / NAME)
+    both = {*made} - {"megamask_export.json"}  # which lists the files
+    assert {*found} == {*made, "chat_template.jinja"}
+    assert all(found[name] == made[name] for name in both)
     out = f"recover.out={tmp_path / 'out'}"
     here("recover", *words, "recover.solver=sequential", out)
     header = load_masks(copy / "masks" / f"{NAME}.safetensors").meta

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megamask.verbs.reorder import _is_done as is_done
 from megamask.weights.hf_files import HFReader
@@ -91,7 +92,26 @@ def test_a_folder_is_made_once_and_again_when_settings_change(
         (out / "megamask_reorder.json").write_text(json.dumps(broken))
         assert not is_done(out, stamp["made_from"], ())
     (out / "megamask_reorder.json").write_text(json.dumps(stamp))
-    assert is_done(out, stamp["made_from"], ()) and not is_done(out, {}, ())
+    made_from = stamp["made_from"]
+    assert is_done(out, made_from, ()) and not is_done(out, {}, ())
+    more = {**made_from["side_files"], "chat_template.jinja": "of today"}
+    assert not is_done(out, {**made_from, "side_files": more}, ())
+    old = {key: stamp[key] for key in stamp if key not in ("side_files", "fingerprint")}
+    old["made_from"] = {key: made_from[key] for key in made_from if key != "side_files"}
+    for file in ("model.safetensors", "tokenizer.json"):
+        whole = (out / file).read_bytes()
+        if file == "tokenizer.json":
+            (out / file).write_bytes(whole + b" ")
+        else:
+            tensors = load_file(out / file)
+            tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 1
+            save_file(tensors, out / file, metadata={"format": "pt"})
+        assert not is_done(out, made_from, ()), file
+        (out / "megamask_reorder.json").write_text(json.dumps(old))
+        assert is_done(out, made_from, ()), "of an older version, which did not note that much"
+        (out / "megamask_reorder.json").write_text(json.dumps(stamp))
+        (out / file).write_bytes(whole)
+    assert is_done(out, made_from, ())
     done(
         "reorder",
         str(out),

@@ -1,0 +1,82 @@
+"""The files of a model beside its weights: config, tokenizer, templates, licence, code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from megamask.storage import file_sha256, real_path, write_json
+from megamask.weights.dist_checkpoint import checkpoint_folder
+
+log = logging.getLogger(__name__)
+# Files that are not copied beside new weights: weights of any format, what says where weights of
+# Megatron lie and what they are, and notes of megamask.
+NOT_COPIED = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"),
+    *("*.index.json", "megamask_*.json"),
+    *checkpoint_folder.FILES,
+)
+SIDE_FOLDERS = ("additional_chat_templates",)
+
+
+def copy_side_files(
+    source_dir: Path, folder: Path, config: Mapping[str, Any] | None = None
+) -> None:
+    """Copy everything but weights, and say in the log what is left out.
+
+    Args:
+        source_dir: the folder of the files.
+        folder: where they go.
+        config: the content of config.json, where ``source_dir`` has none; it may then be missing.
+    """
+    if config is not None:
+        write_json(folder / "config.json", config)
+        if not source_dir.is_dir():
+            return
+    for file in _files(source_dir):
+        place = folder / file.relative_to(source_dir)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+def side_digests(source_dir: Path, config: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Name -> SHA-256 of every file that ``copy_side_files`` takes of these arguments."""
+    found = {}
+    if config is not None:
+        found["config.json"] = hashlib.sha256(json.dumps(config).encode()).hexdigest()
+    files = _files(source_dir) if source_dir.is_dir() else []
+    return found | {file.relative_to(source_dir).as_posix(): file_sha256(file) for file in files}
+
+
+def _files(source_dir: Path) -> list[Path]:
+    found, left_out = [], []
+    for path in sorted(source_dir.iterdir()):
+        if path.name.startswith(".") or any(fnmatch(path.name, one) for one in NOT_COPIED):
+            continue
+        if path.is_dir() and path.name in SIDE_FOLDERS and not path.is_symlink():
+            found += [file for file in sorted(path.iterdir()) if _belongs(file, path)]
+        elif _belongs(path, source_dir):
+            found.append(path)
+        else:
+            left_out.append(path.name)
+    if left_out:
+        reason = "folders, and links to places outside the model, are not copied"
+        log.warning("left out %s of %s: %s", ", ".join(left_out), source_dir, reason)
+    return found
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    """Whether a side file is a regular file of the model: in its folder, or among the blobs of the
+    Hub cache that the folder is a snapshot of. A link to anywhere else could publish a private
+    file.
+    """
+    home = real_path(folder)
+    target = real_path(file)
+    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    return target.is_file() and target.parent in homes
