@@ -18,6 +18,7 @@ from megamask.errors import ArtifactError, MegamaskError
 from megamask.weights.architecture import parsed_architecture
 from megamask.weights.dist_checkpoint.checkpoint_folder import RUN_CONFIG
 from megamask.weights.dist_checkpoint.family_words import WRITERS
+from megamask.weights.dist_checkpoint.layer_settings import UNSET
 from megamask.weights.dist_checkpoint.megatron_args import (
     ATTENTION,
     BEYOND,
@@ -34,6 +35,7 @@ FIX = (
 # Settings whose other values a config.json may express, which is then needed -> the plain value.
 PLAIN: dict[str, Any] = {
     **NEUTRAL,
+    **UNSET,
     "rotary_interleaved": False,
     "window_size": None,
     "window_attn_skip_freq": None,
@@ -42,11 +44,6 @@ PLAIN: dict[str, Any] = {
     "num_experts": None,
     "num_moe_experts": None,
     "mtp_num_layers": None,
-    "experimental_attention_variant": None,
-    "activation_func_clamp_value": None,
-    "heterogeneous_layers_config_path": None,
-    "heterogeneous_layers_config_encoded_json": None,
-    "heterogeneous_block_specs": False,
     "rotary_scaling_factor": None,
     BEYOND: None,
 }

@@ -20,6 +20,7 @@ from megamask.config.yaml_text import read_yaml
 from megamask.errors import ConfigError
 from megamask.safe_checkpoint import told_args
 from megamask.weights.dist_checkpoint.checkpoint_folder import RUN_CONFIG
+from megamask.weights.dist_checkpoint.layer_settings import layer_disagreements
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.family import Architecture
 
@@ -134,6 +135,7 @@ def disagreements(folder: Path, arch: Architecture) -> Iterator[tuple[str, Any, 
         there = told.get(name)
         if isinstance(there, bool | int | float | str) and there != here:
             yield name, there, here
+    yield from layer_disagreements(told, arch)
     # The vocabulary of the tokenizer, which that of config.json may exceed, and the rows.
     least, most = told.get("vocab_size"), told.get("padded_vocab_size")
     if isinstance(least, int) and arch.vocab < least:

@@ -12,6 +12,7 @@ import torch
 
 from megamask.errors import ArtifactError
 from megamask.safe_checkpoint import COMMON
+from megamask.weights.architecture import parsed_architecture
 from megamask.weights.base_model import BaseModel
 from megamask.weights.dist_checkpoint.megatron_args import (
     disagreements,
@@ -56,6 +57,63 @@ def test_the_scaling_of_the_rotary_embedding_is_compared(hf: Path, tmp_path: Pat
         kind = "null" if scaling is None else scaling["rope_type"]
         beside = "--use-checkpoint-args --norm-epsilon 1e-05" + flags[kind]
         assert " ".join(flags_beside(arch)) == beside
+
+
+WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+QWEN3 = {"model_type": "qwen3", "head_dim": 4, "use_sliding_window": True, **WINDOWED}
+GPT_NEOX = {"model_type": "gpt_neox", "hidden_act": "gelu", "num_key_value_heads": 4}
+BRIDGE = "megatron.core.activations."
+
+
+@pytest.mark.parametrize(
+    ("changes", "told", "expected"),
+    [
+        ({}, {"swiglu": True, "squared_relu": False, "qk_layernorm": False}, []),
+        ({}, {"swiglu": False, "squared_relu": True}, ["swiglu", "squared_relu"]),
+        ({}, {"qk_layernorm": True}, ["qk_layernorm"]),
+        ({}, {"bias_gelu_fusion": True}, []),  # a default, which biases alone switch on
+        ({}, {"softmax_scale": 0.5, "window_size": None, "no_rope_freq": None}, []),
+        ({}, {"softmax_scale": 0.25, "attn_logit_softcapping": 50.0}, "both"),
+        ({}, {"window_size": (64, 0)}, ["window_size"]),
+        ({}, {"window_size": (-1, 0)}, []),
+        ({}, {"no_rope_freq": 2}, ["no_rope_freq"]),
+        ({}, {"no_rope_freq": [0, 0]}, []),
+        ({}, {"experimental_attention_variant": "dsa"}, ["experimental_attention_variant"]),
+        ({}, {"activation_func": {"_target_": "torch.nn.functional.silu"}}, []),
+        ({}, {"activation_func": BRIDGE + "fast_gelu"}, ["activation_func"]),
+        ({}, {"gated_linear_unit": False}, ["gated_linear_unit"]),
+        (QWEN3, {"window_size": [7, 0], "window_attn_skip_freq": 2, "qk_layernorm": True}, []),
+        (QWEN3, {"window_size": 8, "window_attn_skip_freq": [1, 0]}, []),
+        (QWEN3, {"window_size": [7, 0]}, ["window_attn_skip_freq"]),
+        (QWEN3, {"window_size": [7, 0], "window_attn_skip_freq": [0, 1]}, "skips"),
+        (QWEN3, {"window_size": [64, 0], "window_attn_skip_freq": 2}, ["window_size"]),
+        (QWEN3, {"window_size": [-1, 0]}, ["window_size"]),
+        (QWEN3, {"window_size": None, "qk_layernorm": False}, ["qk_layernorm"]),
+        (GPT_NEOX, {"swiglu": False, "bias_gelu_fusion": False}, []),
+        (GPT_NEOX, {"swiglu": False, "bias_gelu_fusion": True}, ["bias_gelu_fusion"]),
+        (GPT_NEOX | {"hidden_act": "gelu_new"}, {"bias_gelu_fusion": True}, []),
+        (GPT_NEOX | {"hidden_act": "gelu_new"}, {"activation_func": BRIDGE + "fast_gelu"}, []),
+    ],
+)
+def test_the_arithmetic_of_a_layer_is_compared(
+    tmp_path: Path, changes: dict[str, Any], told: dict[str, Any], expected: list[str] | str
+) -> None:
+    """The tensors show none of it."""
+    names = {
+        "both": ["softmax_scale", "attn_logit_softcapping"],
+        "skips": ["window_attn_skip_freq"],
+    }
+    arch = parsed_architecture(CONFIG | changes, tmp_path / "config.json", ["rms_norm_eps"])
+    torch.save({"args": argparse.Namespace(**told)}, tmp_path / COMMON)
+    found = [name for name, _, _ in disagreements(tmp_path, arch)]
+    assert found == (names[expected] if isinstance(expected, str) else expected)
+
+
+def test_a_written_checkpoint_agrees_with_every_family(tmp_path: Path) -> None:
+    for config in (CONFIG, CONFIG | QWEN3, CONFIG | GPT_NEOX):
+        arch = parsed_architecture(config, tmp_path / "config.json", ["rms_norm_eps"])
+        torch.save({"args": argparse.Namespace(**megatron_args(arch, 128))}, tmp_path / COMMON)
+        assert not list(disagreements(tmp_path, arch))
 
 
 def test_every_ignored_setting_is_named(hf: Path, tensors: dict[str, Any], tmp_path: Path) -> None:
