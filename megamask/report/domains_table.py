@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.errors import ArtifactError
+from megamask.report.own_rows import NO_MASKS, OwnMasks
 from megamask.report.result_table import ResultKind, ResultTable
 from megamask.report.results_table import format_protocol, method_label
 from megamask.storage import is_number, lacks, read_json
@@ -48,8 +49,8 @@ def domains_cells(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[l
     return ["domain", *map(method_label, methods), "at or below dense"], rows
 
 
-def read_domains(path: Path) -> ResultTable:
-    """The table of a ``domains.json``.
+def read_domains(path: Path, _: OwnMasks = NO_MASKS) -> ResultTable:
+    """The table of a ``domains.json``, whose masks are those of other runs.
 
     Raises:
         ArtifactError: the file holds something else than the study writes, or rows of two studies.

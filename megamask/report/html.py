@@ -64,6 +64,7 @@ def render_report(config: Config, data: RunData, pictures: Sequence[Picture]) ->
     return page.render(
         title=f"megamask: {real_path(Path(config.run_dir)).name}",
         subtitle=_subtitle(config, data),
+        said=data.said,
         findings=findings(data.results),
         tables=[_table(title, results) for title, results in named.items()],
         others=[(table, sections.pop(table.title, [])) for table in data.tables],

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megamask.config import Config, run_paths
+from megamask.config import Config, RunPaths, run_paths
 from megamask.config.nested import flatten
 from megamask.config.tree import PUBLISHED
 from megamask.errors import ArtifactError, printable
@@ -20,9 +20,12 @@ from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
 from megamask.masks.identity import row_name
 from megamask.masks.verify import pattern_facts
+from megamask.report.own_rows import NO_MASKS, OwnMasks
 from megamask.report.result_kinds import read_result_tables
 from megamask.report.result_table import ResultTable
+from megamask.safe_checkpoint import NOTE
 from megamask.storage import is_number, is_text, lacks, read_object
+from megamask.weights.model_identity import FINGERPRINT, model_facts_of
 
 Record = dict[str, Any]
 FIX = "Delete it, or run the verb learn again."
@@ -40,6 +43,9 @@ class RunData:
         published: protocol of published tables -> content of its file, for those that are there.
         tables: of the other kinds of results, such as tasks.
         masks: method -> mask file.
+        own: the masks whose files can be read, by which rows of results belong to the run.
+        said: a sentence for the rows of results that were left out: they were measured on other
+            masks than the run has now, or do not say on which.
         prior: the masks that learning started from; None when they are unknown or missing.
         settings: the resolved settings, as YAML.
         versions: versions of the packages of the learning run, or {}.
@@ -52,6 +58,8 @@ class RunData:
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
     tables: list[ResultTable] = field(default_factory=list)
     masks: dict[str, Path] = field(default_factory=dict)
+    own: OwnMasks = NO_MASKS
+    said: list[str] = field(default_factory=list)
     prior: MaskSet | None = None
     settings: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -70,13 +78,16 @@ def read_run(config: Config) -> RunData:
     """
     paths = run_paths(config)
     records = read_metrics(paths.learn / "metrics.jsonl")
-    files = sorted(paths.masks.glob("*.safetensors"))
-    masks = {printable(_row(path), kept=""): path for path in files}
-    results = read_results(paths.results_under("heldout"))
-    each = {protocol: read_results(paths.results_under(protocol)) for protocol in PUBLISHED}
-    published = {protocol: found for protocol, found in each.items() if found}
-    tables = read_result_tables(paths.run_dir)
-    if not records and not masks and not results and not published and not tables:
+    masks, own = _masks(paths)
+    each, said = {}, []
+    for protocol in ("heldout", *PUBLISHED):
+        path = paths.results_under(protocol)
+        found, why = own.rows_of(path.name, "evaluate", read_results(path), "perplexity")
+        each |= {protocol: found} if found else {}
+        said += why
+    results = each.pop("heldout", {})
+    tables = read_result_tables(paths.run_dir, own)
+    if not records and not masks and not results and not each and not tables:
         raise ArtifactError(
             paths.run_dir,
             "holds no metrics, results or masks",
@@ -88,9 +99,11 @@ def read_run(config: Config) -> RunData:
         train=[record for record in records if record["kind"] == "train"],
         evaluations=[record for record in records if record["kind"] == "evaluation"],
         results=results,
-        published=published,
+        published=each,
         tables=tables,
         masks=masks,
+        own=own,
+        said=said,
         prior=_prior(config),
         settings=read_text(written, FIX)
         if written.exists()
@@ -102,12 +115,31 @@ def read_run(config: Config) -> RunData:
     )
 
 
-def _row(path: Path) -> str:
-    """The name of a mask file in tables and pictures; a recovered model is called so."""
+def _masks(paths: RunPaths) -> tuple[dict[str, Path], OwnMasks]:
+    """The mask files by their names in tables and pictures, where a recovered model is called so;
+    and the masks of those that can be read.
+    """
+    files, masks = {}, {}
+    for path in sorted(paths.masks.glob("*.safetensors")):
+        try:
+            found = load_masks(path)
+        except ArtifactError:  # whoever reads the file tells what is wrong
+            files[printable(path.stem, kept="")] = path
+            continue
+        name = printable(row_name(path.stem, found.meta), kept="")
+        files[name], masks[name] = path, found
+    return files, OwnMasks(masks, _model_of(paths.run_dir))
+
+
+def _model_of(run_dir: Path) -> dict[str, str]:
+    """The fingerprint and the digest of the model that a run folder has converted; {} where nothing
+    tells.
+    """
     try:
-        return row_name(path.stem, load_masks(path).meta)
-    except ArtifactError:  # whoever reads the file tells what is wrong
-        return path.stem
+        note = read_object(run_dir / "weights" / NOTE, "", {FINGERPRINT: str})
+    except ArtifactError:
+        return {}
+    return {FINGERPRINT: note[FINGERPRINT], **model_facts_of(note)}
 
 
 def read_metrics(path: Path) -> list[Record]:

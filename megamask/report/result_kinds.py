@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamask.report.domains_table import DOMAINS
+from megamask.report.own_rows import NO_MASKS, OwnMasks
 from megamask.report.result_table import ResultKind, ResultTable
 from megamask.report.sensitivity_table import SENSITIVITY
 from megamask.report.speed_results import SPEED
@@ -22,8 +23,12 @@ KINDS: tuple[ResultKind, ...] = (
 )
 
 
-def read_result_tables(run_dir: Path) -> list[ResultTable]:
+def read_result_tables(run_dir: Path, own: OwnMasks = NO_MASKS) -> list[ResultTable]:
     """The tables of all results that the run folder holds, in the order of ``KINDS``.
+
+    Args:
+        run_dir: the run folder.
+        own: the masks of the run.
 
     Raises:
         ArtifactError: a file holds something else than its verb writes.
@@ -32,5 +37,5 @@ def read_result_tables(run_dir: Path) -> list[ResultTable]:
     for kind in KINDS:
         path = run_dir / kind.file
         if path.exists():
-            found.append(kind.read(path))
+            found.append(kind.read(path, own))
     return found

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from megamask.report.own_rows import OwnMasks
+
 
 @dataclass(frozen=True)
 class TablePicture:
@@ -54,11 +56,13 @@ class ResultKind:
 
     Attributes:
         file: its name.
-        read: reads and checks the file; raises ``ArtifactError`` with the verb that writes it.
+        read: reads and checks the file, and leaves out, or marks in a note, what was measured on
+            other masks than those of the run; raises ``ArtifactError`` with the verb that writes
+            the file.
         pictures: names of the pictures that its table may have: a report deletes the PNG file of
             each picture that the table does not have any more.
     """
 
     file: str
-    read: Callable[[Path], ResultTable]
+    read: Callable[[Path, OwnMasks], ResultTable]
     pictures: tuple[str, ...] = ()

@@ -21,16 +21,15 @@ from megamask.data.split import HELDOUT, TRAIN
 from megamask.errors import ArtifactError, MegamaskError, printable
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks
-from megamask.masks.identity import why_no_row_of
 from megamask.report.domains_table import read_domains
 from megamask.report.reading import RunData, read_run
 from megamask.report.result_table import ResultTable
 from megamask.report.results_table import methods_first
 from megamask.report.tasks_table import TASKS, read_tasks_results
 from megamask.report.tasks_table import TITLE as TASKS_TITLE
-from megamask.safe_checkpoint import NOTE
-from megamask.storage import read_object, real_path
+from megamask.storage import real_path
 from megamask.weights.layer_plan import asked_patterns
+from megamask.weights.model_identity import FINGERPRINT
 
 log = logging.getLogger(__name__)
 
@@ -179,28 +178,16 @@ def _read_folder(
         said.append(f"{name} is not finished: {state}. Its numbers are those of this step.")
     _say_other_settings(name, masks.get(LEARNED), place, said)
 
-    def own(what: str, table: str, results: Mapping[str, Any]) -> dict[str, Any]:
-        strange = strange_rows(results, table, masks)
-        for why in dict.fromkeys(strange.values()):
-            rows = ", ".join(row for row, other in strange.items() if other == why)
-            said.append(f"{name}: {rows} of {what} {why}: left out.")
-        kept = {row: value for row, value in results.get(table, {}).items() if row not in strange}
-        return {**results, table: kept} if kept else {}
-
-    published = {key: own(key, "perplexity", one) for key, one in data.published.items()}
-    data = replace(
-        data,
-        results=own("results.json", "perplexity", data.results),
-        published={key: one for key, one in published.items() if one},
-    )
+    tasks, left_out = data.own.rows_of(TASKS.file, "tasks", tasks, "tasks")
+    said += [f"{name}: {one}" for one in [*data.said, *left_out]]
     return RunFacts(
         name=name,
         state=state,
         settings=settings,
         data=data,
         masks=masks,
-        model=_model_of(place, masks),
-        tasks=own(TASKS.file, "tasks", tasks),
+        model=_model_of(data, masks),
+        tasks=tasks,
         text=_text_of(place, masks),
     )
 
@@ -232,18 +219,12 @@ def _masks(data: RunData, config: Config, name: str, said: list[str]) -> dict[st
     return found
 
 
-def _model_of(place: Path, masks: Mapping[str, MaskSet]) -> str | None:
+def _model_of(data: RunData, masks: Mapping[str, MaskSet]) -> str | None:
     """The fingerprint of the base model: that of the learned mask, of all masks, of the weights."""
     if LEARNED in masks:
         return masks[LEARNED].fingerprint
     known = {one.fingerprint for one in masks.values()}
-    if len(known) == 1:
-        return known.pop()
-    try:
-        note = read_object(place / "weights" / NOTE, "", {"fingerprint": str})
-    except ArtifactError:
-        return None
-    return str(note["fingerprint"])
+    return known.pop() if len(known) == 1 else data.own.model.get(FINGERPRINT)
 
 
 def _text_of(place: Path, masks: Mapping[str, MaskSet]) -> dict[str, str]:
@@ -289,20 +270,6 @@ def _say_other_settings(name: str, learned: MaskSet | None, place: Path, said: l
         settings = None
     if not isinstance(settings, dict) or settings_digest(settings) != digest:
         said.append(f"{name}: its learned mask is of other settings than learn/config.yaml.")
-
-
-def strange_rows(
-    results: Mapping[str, Any], table: str, masks: Mapping[str, MaskSet]
-) -> dict[str, str]:
-    """The rows of a table that have the name of a mask of the run, and were not measured on it, or
-    do not say on which mask -> why.
-    """
-    found = {
-        row: why_no_row_of(masks[row], results, row)
-        for row in results.get(table, {})
-        if row in masks
-    }
-    return {row: why for row, why in found.items() if why}
 
 
 def _named(table: ResultTable, name: str) -> ResultTable:

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from megamask.errors import ArtifactError
+from megamask.report.own_rows import OwnMasks
 from megamask.report.result_table import ResultKind, ResultTable, TablePicture
 from megamask.report.results_table import format_protocol
 from megamask.storage import is_number, read_object
@@ -53,9 +54,10 @@ def rows_table(results: Mapping[str, Any]) -> list[str]:
     return table(["parts kept dense", "density", *results["dense"]], lines)
 
 
-def read_sensitivity(path: Path) -> ResultTable:
+def read_sensitivity(path: Path, own: OwnMasks) -> ResultTable:
     """The table and the picture of a ``sensitivity.json``. The table of a run that has not measured
-    all parts yet has the parts in the order of the model.
+    all parts yet has the parts in the order of the model. A note tells where the run has another
+    mask now.
 
     Raises:
         ArtifactError: the file holds something else than the verb sensitivity writes.
@@ -77,7 +79,7 @@ def read_sensitivity(path: Path) -> ResultTable:
             raise ArtifactError(path, f"names parts at {key} that were not measured", FIX)
     increase = _increases(dense, loss)
     found = {**results, "increase": increase}
-    notes = _notes(found)
+    notes = [*_said_of_masks(found["made_from"], own), *_notes(found)]
     if not more:
         notes.append(
             f"Not finished: {len(loss)} of {len(parts)} parts. The verb sensitivity goes on."
@@ -101,6 +103,15 @@ def read_sensitivity(path: Path) -> ResultTable:
 
 
 SENSITIVITY = ResultKind("sensitivity.json", read_sensitivity, ("sensitivity",))
+
+
+def _said_of_masks(made: Mapping[str, Any], own: OwnMasks) -> list[str]:
+    """A sentence where the run has another mask of the name that was measured."""
+    masks, measured = own.masks.get(made["method"]), made.get("masks")
+    if masks is None or measured in (None, masks.content_sha256):
+        return []
+    about = f"the mask {made['method']} that the run has now"
+    return [f"Measured on another mask than {about}. Run the verb sensitivity again."]
 
 
 def _increases(dense: Mapping[str, float], loss: Mapping[str, Any]) -> dict[str, dict[str, float]]:

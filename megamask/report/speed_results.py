@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamask.errors import ArtifactError
+from megamask.report.own_rows import NO_MASKS, OwnMasks
 from megamask.report.result_table import ResultKind, ResultTable, TablePicture
 from megamask.runtime.speed_table import FILE, FIX, Passes, Row, read_table
 from megamask.storage import is_number, lacks, read_object
@@ -26,9 +27,10 @@ def speed_markdown(results: ResultTable) -> str:
     return "\n".join([*table(list(results.header), rows), *(f"\n{note}" for note in results.notes)])
 
 
-def read_speed(path: Path) -> ResultTable:
+def read_speed(path: Path, _: OwnMasks = NO_MASKS) -> ResultTable:
     """The table and the picture of a ``speed.json``: for each shape and number of tokens the
-    fastest 2:4 kernel, or what every kernel says against the linear.
+    fastest 2:4 kernel, or what every kernel says against the linear. Times depend on shapes, and
+    on no mask of the run.
 
     Raises:
         ArtifactError: the file holds something else than the verb speed writes.

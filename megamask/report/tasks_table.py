@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from megamask.errors import ArtifactError
+from megamask.report.own_rows import OwnMasks
 from megamask.report.result_table import ResultKind, ResultTable
 from megamask.report.results_table import format_protocol, method_label
 from megamask.storage import is_number, read_object
@@ -58,17 +59,20 @@ def tasks_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["method", *header, "mean"], lines
 
 
-def read_tasks(path: Path) -> ResultTable:
-    """The table of a ``tasks.json``.
+def read_tasks(path: Path, own: OwnMasks) -> ResultTable:
+    """The table of a ``tasks.json``, without rows of other masks than those of the run.
 
     Raises:
         ArtifactError: see ``read_tasks_results``.
     """
-    results = read_tasks_results(path)
+    results, said = own.rows_of(path.name, "tasks", read_tasks_results(path), "tasks")
+    if not results:
+        return ResultTable(TITLE, [], [], said)
     header, cells = tasks_cells(results)
     protocol = format_protocol(results.get("protocol", {}))
     notes = [NOTE, f"Protocol: {protocol}." if protocol else "The protocol was not recorded."]
-    return ResultTable(TITLE, header, list(zip(results["tasks"], cells, strict=True)), notes)
+    rows = list(zip(results["tasks"], cells, strict=True))
+    return ResultTable(TITLE, header, rows, [*said, *notes])
 
 
 def read_tasks_results(path: Path) -> dict[str, Any]:

@@ -60,6 +60,8 @@ src="data:image/png;base64,{{ picture.data }}">
 PAGE = (
     _HEAD
     + """<p class="quiet">{{ subtitle }}</p>
+{% for sentence in said %}<p class="missing">{{ sentence }}</p>
+{% endfor %}
 {% for sentence in findings %}<p class="lead">{{ sentence }}</p>
 {% endfor %}
 

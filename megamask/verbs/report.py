@@ -53,6 +53,8 @@ def _report(config: Config) -> None:
         tell(format_table(data.results))
     for protocol, results in data.published.items():
         tell(f"\n{protocol}\n\n{format_table(results)}")
+    for sentence in data.said:
+        tell(f"\n{sentence}")
     for picture in pictures:
         if picture.path is None:
             tell(f"{picture.title}: not there yet. {picture.missing}")

@@ -41,6 +41,7 @@ PROTOCOL = {
     "text_sha256": "a" * 64,
     "tokens": {"code": 640},
 }
+VERB_OF = {"results.json": "evaluate", "tasks.json": "tasks"}
 LAYERS = [f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)]
 
 
@@ -207,8 +208,9 @@ def test_numbers_of_another_mask_are_left_out(tmp_path: Path) -> None:
     found = read(a, b)
     (table,) = perplexity_tables(found.runs)
     assert cells(table)["a"][1] == "–" and cells(table)["b"][1] == "1"
-    for file in ("results.json", "tasks.json"):
-        assert f"a: learned of {file} was measured on another mask: left out." in found.said
+    for file, verb in VERB_OF.items():
+        again = f"left out. Run the verb {verb} again."
+        assert f"a: learned of {file} was measured on another mask: {again}" in found.said
     assert "a: its learned mask is of other settings than learn/config.yaml." in found.said
     assert not [one for one in found.said if one.startswith("b:")]
 
@@ -217,7 +219,7 @@ def test_numbers_that_do_not_say_their_mask_are_left_out(three: list[Path]) -> N
     """An older version, and a folder that no export made, note no digests. The mask beside them may
     have been learned since, or have other weights.
     """
-    folder = three[0]
+    folder, row = three[0], [""]
     results = json.loads((folder / "results.json").read_text())
     whole = results["masks"]["learned"]
 
@@ -227,24 +229,31 @@ def test_numbers_that_do_not_say_their_mask_are_left_out(three: list[Path]) -> N
         (folder / "results.json").write_text(json.dumps({**kept, **more}))
         (folder / "tasks.json").write_text(json.dumps({**TASKS, **more}))
         found = read(*three)
+        nonlocal row
         (row,) = [cells(one)["a"] for one in perplexity_tables(found.runs) if "a" in cells(one)]
         rows = [name for one in tasks_tables(found.runs) for name in cells(one)]
-        is_left_out = bool(found.said)
-        assert (row[5] == "–") == is_left_out
+        assert (row[5] == "–") == bool(found.said)
         assert row[4] == "40.00 Wanda"  # no mask of the run has this name
-        assert rows == ["a: dense"] if is_left_out else rows == ["a: dense", "a: learned mask"]
+        dense = ["a: dense"] if row[3] == "8.00" else []
+        assert rows == dense + ["a: learned mask"] * (not found.said)
         return found.said
 
-    files = ("results.json", "tasks.json")
-    silent = [f"a: learned of {file} does not say its mask: left out." for file in files]
-    other = [f"a: learned of {file} was measured on another mask: left out." for file in files]
+    def sentences(row: str, why: str) -> list[str]:
+        again = "left out. Run the verb"
+        return [f"a: {row} of {file} {why}: {again} {VERB_OF[file]} again." for file in VERB_OF]
+
+    silent = sentences("learned", "does not say its mask")
+    other = sentences("learned", "was measured on another mask")
     assert said({"learned": whole}) == []
     nothing: list[Any] = [None, {}, [], {"learned": None}, {"wanda": whole}, {"learned": {}}]
     for masks in nothing:
         assert said(masks) == silent, masks
     for key in whole:
         assert said({"learned": {one: whole[one] for one in whole if one != key}}) == silent
-        assert said({"learned": {**whole, key: "another"}}) == other
+    assert said({"learned": {**whole, "sha256": "another"}}) == other and row[3] == "8.00"
+    dense = sentences("dense", "was measured on another model")
+    found = said({"learned": {**whole, "fingerprint": "another"}})
+    assert sorted(found) == sorted(other + dense) and row[3] == "–"
     # the same mask over weights that were recovered, or updated with it
     assert said({"learned": {**whole, "weights": "w" * 64}}) == other
 

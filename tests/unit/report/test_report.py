@@ -15,13 +15,17 @@ import torch
 
 from megamask.config import Config, build_config, load_config
 from megamask.errors import ArtifactError
-from megamask.masks.file import save_masks
+from megamask.masks.file import load_masks, save_masks
+from megamask.masks.identity import identity
 from megamask.report.html import Picture, findings, render_report
 from megamask.report.reading import RunData, mask_provenance, read_metrics
 from megamask.report.result_table import ResultTable
 from megamask.report.step_pictures import loss_picture
+from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.pattern import Pattern
 from megamask.verbs.report import run
+from megamask.weights.model_identity import ARCHITECTURE, UNMASKED, model_facts_of
+from tests.unit.report.test_result_kinds import SENSITIVITY
 
 RESULTS: dict[str, Any] = {
     "perplexity": {
@@ -35,6 +39,7 @@ RESULTS: dict[str, Any] = {
     "protocol": {"window": 512, "tail": "dropped", "bos": False, "tokens": {"english": 16384}},
     "seconds": {"learned": 620.0, "convert": 9.0},
 }
+AGAIN = "left out. Run the verb evaluate again."
 OPTIONAL = {"updates", "samples", "differences"}  # nothing is said where they are missing
 CODED = Path(__file__).parents[1] / "masks/given-weights-v3.safetensors"
 PICTURES = {"methods", "perplexity", "loss", "mask", "layers", *OPTIONAL}
@@ -102,6 +107,14 @@ def write_masks(folder: Path) -> None:
         )
 
 
+def write_results(folder: Path, name: str = "results.json", **more: Any) -> None:
+    """Results that were measured on the masks of the folder."""
+    made = {
+        path.stem: identity(load_masks(path)) for path in (folder / "masks").glob("*.safetensors")
+    }
+    (folder / name).write_text(json.dumps({**RESULTS, "masks": made, **more}))
+
+
 class Page(HTMLParser):
     """Collects what a page refers to and what it says."""
 
@@ -129,8 +142,9 @@ def page_of(folder: Path) -> Page:
 def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_metrics(tmp_path, 12)
     write_masks(tmp_path)
-    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-    (tmp_path / "tasks.json").write_text(json.dumps(TASKS))
+    write_results(tmp_path)
+    made = json.loads((tmp_path / "results.json").read_text())["masks"]
+    (tmp_path / "tasks.json").write_text(json.dumps({**TASKS, "masks": made}))
     (tmp_path / "learn/versions.json").write_text('{"torch": "9.9"}')
     run(config_of(tmp_path))
     pictures = {
@@ -168,6 +182,52 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "not there yet" not in page.text
     printed = capsys.readouterr().out
     assert "learned mask" in printed and "report.html" in printed
+
+
+def test_rows_of_masks_that_were_replaced_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results stay in the folder when masks are made anew, and so do the names of their rows."""
+    write_masks(tmp_path)
+    write_results(tmp_path, "results-c4.json", perplexity={"learned": {"web": 7.77}})
+    write_results(tmp_path)
+    made = json.loads((tmp_path / "results.json").read_text())["masks"]
+    made["learned"]["sha256"] = "of another"
+    (tmp_path / "tasks.json").write_text(json.dumps({**TASKS, "masks": made}))
+    write_results(tmp_path, masks=made)
+    made_from = {**SENSITIVITY["made_from"], "method": "learned", "masks": "of another"}
+    (tmp_path / "sensitivity.json").write_text(json.dumps({**SENSITIVITY, "made_from": made_from}))
+    run(config_of(tmp_path))
+    page, printed = page_of(tmp_path).text, capsys.readouterr().out
+    said = f"learned of results.json was measured on another mask: {AGAIN}"
+    assert said in page and said in printed
+    for stale in ("30.80", "62.50", "learned 620", "learned mask has perplexity"):
+        assert stale not in page and stale not in printed, stale
+    for own in ("7.77", "113.00", "75.00", "convert 9"):
+        assert own in page, own
+    assert "learned of tasks.json was measured on another mask: left out." in page
+    assert "Measured on another mask than the mask learned that the run has now." in page
+
+
+def test_a_dense_row_of_another_model_is_left_out(tmp_path: Path) -> None:
+    """The folder has converted another model since; its dense row names no mask."""
+    write_masks(tmp_path)
+    (tmp_path / "weights").mkdir()
+    note = tmp_path / "weights" / NOTE
+    whole = {UNMASKED: "norms", ARCHITECTURE: {}}
+    write_results(tmp_path, **model_facts_of({"fingerprint": "abc", **whole}))
+    for made, shown in (
+        ({"fingerprint": "abc"}, True),
+        ({"fingerprint": "of another"}, False),
+        ({"fingerprint": "abc", **whole}, True),
+        ({"fingerprint": "abc", **whole, UNMASKED: "other norms"}, False),
+    ):
+        note.write_text(json.dumps(made))
+        run(config_of(tmp_path))
+        page = page_of(tmp_path).text
+        assert ("27.40" in page) == shown
+        said = f"dense of results.json was measured on another model: {AGAIN}"
+        assert (said in page) != shown
 
 
 @pytest.mark.parametrize("part", ["metrics", "masks", "results"])

@@ -1,0 +1,86 @@
+"""Which rows of the results of a run belong to the masks that the run has now. Results stay in the
+folder when masks are made anew, and a row of another mask is shown nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megamask.config.paths import DENSE
+from megamask.errors import printable
+from megamask.masks.file import MaskSet
+from megamask.masks.identity import why_no_row_of
+from megamask.weights.model_identity import FINGERPRINT, is_model_of
+
+# What results have by row; ``masks`` stays whole, because it tells the model that was measured.
+BY_ROW = ("perplexity", "kl", "agreement", "density", "mask_bytes", "seconds", "tasks")
+
+
+@dataclass(frozen=True)
+class OwnMasks:
+    """The masks of a run.
+
+    Attributes:
+        masks: name of a row -> mask, of those that can be read.
+        model: fingerprint and digest of the converted model, as far as its note has them.
+    """
+
+    masks: Mapping[str, MaskSet] = field(default_factory=dict)
+    model: Mapping[str, str] = field(default_factory=dict)
+
+    def strange_rows(self, results: Mapping[str, Any], table: str) -> dict[str, str]:
+        """The rows of a table that do not belong to the run -> why.
+
+        A row with the name of a mask of the run was measured on this very mask, or is strange, also
+        where it does not say on which. The dense row has no mask: it is strange where the results,
+        or all rows beside it, name another model.
+
+        Args:
+            results: the content of a file of results.
+            table: the key of its rows.
+        """
+        rows = results.get(table, {})
+        strange = {
+            row: why_no_row_of(self.masks[row], results, row, self.model)
+            for row in rows
+            if row in self.masks
+        }
+        made = results.get("masks")
+        about = made.values() if isinstance(made, Mapping) else ()
+        named = (one.get(FINGERPRINT) for one in about if isinstance(one, Mapping))
+        measured = {one for one in named if isinstance(one, str)}
+        models = {one.fingerprint for one in self.masks.values()}
+        known = {self.model[FINGERPRINT]} if FINGERPRINT in self.model else models
+        is_other = bool(measured and known) and measured.isdisjoint(known)
+        if DENSE in rows and (is_other or not is_model_of(results, self.model)):
+            strange[DENSE] = "was measured on another model"
+        return {row: why for row, why in strange.items() if why}
+
+    def rows_of(
+        self, file: str, verb: str, results: Mapping[str, Any], table: str
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The results without strange rows, {} where no row is left; and a sentence for the rows of
+        each reason.
+
+        Args:
+            file: name of the file, for the sentences.
+            verb: writes the file.
+            results: the content of the file.
+            table: the key of its rows.
+        """
+        strange, said = self.strange_rows(results, table), []
+        for why in dict.fromkeys(strange.values()):
+            rows = ", ".join(row for row, other in strange.items() if other == why)
+            sentence = f"{rows} of {file} {why}: left out. Run the verb {verb} again."
+            said.append(printable(sentence, kept=""))
+        kept = {
+            key: {row: value for row, value in results[key].items() if row not in strange}
+            for key in BY_ROW
+            if isinstance(results.get(key), dict)
+        }
+        return ({**results, **kept} if kept.get(table) else {}), said
+
+
+NO_MASKS = OwnMasks()
