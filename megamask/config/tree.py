@@ -223,7 +223,8 @@ class EvaluateSection(Section):
     micro_batch: Batch = free(4, description="windows of one forward pass")
     masks: dict[str, str] = Field(
         default_factory=dict,
-        description="row -> mask, named as learn.prior.mask; empty = all masks of this run",
+        description="row -> mask, named as learn.prior.mask, of any pattern; empty = all masks of "
+        "this run, which have the pattern of the settings",
     )
     bos: Literal["auto", "window", True, False] = Field(
         "auto",

@@ -165,7 +165,13 @@ def facts_beside(
         "density": {DENSE: 1.0} | {name: each.density_of(shapes) for name, each in masks.items()},
         "mask_bytes": {name: each.size for name, each in masks.items() if each.path.is_file()},
         "masks": mask_digests(masks),
+        "pattern": mask_patterns(masks),
     }
+
+
+def mask_patterns(masks: Mapping[str, MaskSet]) -> dict[str, str]:
+    """Row -> the pattern of its mask, or its patterns: ``2:4``, ``2:4 and 6:8``."""
+    return {name: str(each.patterns) for name, each in masks.items()}
 
 
 def mask_digests(masks: Mapping[str, MaskSet]) -> dict[str, dict[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megamask.config import Config
 from megamask.config.changed import CHANGES, read_changes
-from megamask.errors import printable
+from megamask.errors import ArtifactError, printable
 from megamask.masks.arguments import as_path, as_texts
 from megamask.masks.base_weights import stored_weights
 from megamask.masks.codings import coding_of
@@ -97,6 +97,25 @@ def check_configured(masks: MaskSet, arch: Architecture, config: Config) -> None
         ArtifactError: a mask has another pattern.
     """
     masks.check(plan=patterns_of(arch, config.pattern, config.pattern_overrides, masks))
+
+
+def check_asked(masks: MaskSet, arch: Architecture, config: Config, fix: str = "") -> None:
+    """As ``check_configured`` where the settings name a pattern. Where they name none, a verb that
+    reads the pattern from the mask takes every mask.
+
+    Args:
+        masks, arch, config: as there.
+        fix: what the user can do beside what the error says.
+
+    Raises:
+        ConfigError, ArtifactError: as there.
+    """
+    if config.model_fields_set.isdisjoint(("pattern", "pattern_overrides")):
+        return
+    try:
+        check_configured(masks, arch, config)
+    except ArtifactError as error:
+        raise ArtifactError(error.path, error.problem, f"{error.fix} {fix}".strip()) from None
 
 
 def pattern_facts(masks: MaskSet) -> dict[str, str]:

@@ -21,7 +21,10 @@ from megamask.report.results_table import format_table
 from megamask.report.tasks_table import TASKS, read_tasks_results, tasks_table
 
 log = logging.getLogger(__name__)
-BY_ROW = ("perplexity", "kl", "agreement", "density", "mask_bytes", "masks", "tasks")
+BY_ROW = (
+    *("perplexity", "kl", "agreement", "tasks"),
+    *("density", "mask_bytes", "masks", "pattern"),
+)
 
 
 def measured(

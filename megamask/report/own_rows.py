@@ -15,7 +15,10 @@ from megamask.masks.identity import why_no_row_of
 from megamask.weights.model_identity import FINGERPRINT, is_model_of
 
 # What results have by row; ``masks`` stays whole, because it tells the model that was measured.
-BY_ROW = ("perplexity", "kl", "agreement", "density", "mask_bytes", "seconds", "tasks")
+BY_ROW = (
+    *("perplexity", "kl", "agreement", "tasks"),
+    *("density", "mask_bytes", "seconds", "pattern"),
+)
 
 
 @dataclass(frozen=True)

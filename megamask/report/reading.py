@@ -187,9 +187,12 @@ def read_results(path: Path) -> dict[str, Any]:
     tables = _by_row(path, results, fix)
     by_key = {key: results.get(key, {}) for key in ("seconds", "density", "mask_bytes")}
     tables |= by_key
-    for place, row in {**tables, "protocol": results.get("protocol", {})}.items():
+    others = {key: results.get(key, {}) for key in ("protocol", "pattern")}
+    for place, row in {**tables, **others}.items():
         if not isinstance(row, dict):
             raise ArtifactError(path, f"holds {type(row).__name__} at {place}", fix)
+    if not all(is_text(one) for one in others["pattern"].values()):
+        raise ArtifactError(path, "holds no text at pattern", fix)
     for place, row in tables.items():
         for name, value in row.items():
             above = 0 if place.startswith("perplexity.") else -1

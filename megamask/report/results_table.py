@@ -50,8 +50,16 @@ def domains_of(results: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(domain for by_domain in rows for domain in by_domain))
 
 
+def patterns_that_differ(results: dict[str, Any]) -> dict[str, str]:
+    """Row -> the pattern of its mask, where the rows have several; {} where all have one."""
+    found: dict[str, str] = results.get("pattern", {})
+    return found if len(set(found.values())) > 1 else {}
+
+
 def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table as text. A column without any value is left out."""
+    """Header and rows of the table as text. A column without any value is left out, and the column
+    of patterns where all masks have one.
+    """
     domains, methods = domains_of(results), methods_in_order(results)
     extras = [
         (title, results[key], show)
@@ -59,13 +67,14 @@ def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if any(method in results.get(key, {}) for method in methods)
     ]
     distances = [(title, key, show) for title, key, show in _DISTANCES if results.get(key)]
-    header = ["method"]
+    patterns = patterns_that_differ(results)
+    header = ["method", *(["pattern"] if patterns else [])]
     for domain in domains:
         header += [f"{domain} perplexity", "x dense", *(title for title, _, _ in distances)]
     header += [title for title, _, _ in extras]
     rows = []
     for method in methods:
-        row = [method_label(method)]
+        row = [method_label(method), *([patterns.get(method, "–")] if patterns else [])]
         for domain in domains:
             row += [
                 format_perplexity(_value(results, method, domain)),
@@ -85,7 +94,7 @@ def format_table(results: dict[str, Any]) -> str:
     Args:
         results: the content of ``results.json``: ``{"perplexity": {method: {domain: value}},
             "kl": likewise, "agreement": likewise, "protocol": …, "seconds": …, "density": …,
-            "mask_bytes": …}``. Only the perplexity is required.
+            "mask_bytes": …, "pattern": …}``. Only the perplexity is required.
     """
     notes = [
         ("Beside dense", format_distances(results)),

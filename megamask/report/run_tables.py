@@ -234,10 +234,13 @@ def tasks_tables(runs: Sequence[RunFacts]) -> list[ResultTable]:
 def _tasks_table(group: Group, title: str) -> ResultTable:
     rows: dict[str, Any] = {}
     groups: dict[str, Any] = {}
+    patterns: dict[str, str] = {}
     for run, results in group.members:
         rows |= {f"{run.name}: {method_label(row)}": one for row, one in results["tasks"].items()}
         groups |= results.get("groups", {})
-    header, cells = tasks_cells({"tasks": rows, "groups": groups})
+        known = results.get("pattern", {}).items()
+        patterns |= {f"{run.name}: {method_label(row)}": one for row, one in known}
+    header, cells = tasks_cells({"tasks": rows, "groups": groups, "pattern": patterns})
     protocol = format_protocol(dict(group.protocol))
     notes = [NOTE, f"Protocol: {protocol}." if protocol else "The protocol was not recorded."]
     return ResultTable(title, ["run", *header[1:]], list(zip(rows, cells, strict=True)), notes)

@@ -9,8 +9,8 @@ from typing import Any
 from megamask.errors import ArtifactError
 from megamask.report.own_rows import OwnMasks
 from megamask.report.result_table import ResultKind, ResultTable
-from megamask.report.results_table import format_protocol, method_label
-from megamask.storage import is_number, read_object
+from megamask.report.results_table import format_protocol, method_label, patterns_that_differ
+from megamask.storage import is_number, is_text, read_object
 from megamask.tables import table
 
 FIX = "Run the verb tasks again."
@@ -33,7 +33,8 @@ def tasks_table(results: dict[str, Any]) -> str:
 def tasks_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text: a pair of columns for accuracy and accuracy of the answers' mean
     log-likelihood a byte (norm) where a task has both, and the mean of the accuracies of the
-    tasks. A group is its tasks again, so it has a column and no part in the mean.
+    tasks. A group is its tasks again, so it has a column and no part in the mean. Masks of several
+    patterns have a column with them.
     """
     rows, groups = results["tasks"], results.get("groups", {})
     columns = list(
@@ -46,6 +47,7 @@ def tasks_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     )
     titles = {"acc": "", "acc_norm": " norm"}
     header = [f"{task}{titles.get(metric, f' {metric}')}" for task, metric in columns]
+    patterns = patterns_that_differ(results)
     lines = []
     for name, values in rows.items():
         found = [(metric, values.get(task, {}).get(metric)) for task, metric in columns]
@@ -55,8 +57,9 @@ def tasks_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             if task not in groups and metrics.get("acc") is not None
         ]
         mean = _shown("acc", fmean(accuracies)) if accuracies else "–"
-        lines.append([method_label(name), *(_shown(*one) for one in found), mean])
-    return ["method", *header, "mean"], lines
+        pattern = [patterns.get(name, "–")] if patterns else []
+        lines.append([method_label(name), *pattern, *(_shown(*one) for one in found), mean])
+    return ["method", *(["pattern"] if patterns else []), *header, "mean"], lines
 
 
 def read_tasks(path: Path, own: OwnMasks) -> ResultTable:
@@ -82,9 +85,11 @@ def read_tasks_results(path: Path) -> dict[str, Any]:
         ArtifactError: the file holds something else than the verb tasks writes.
     """
     results = read_object(path, FIX, {"tasks": dict})
-    for key in ("groups", "protocol"):
+    for key in ("groups", "protocol", "pattern"):
         if not isinstance(results.get(key, {}), dict):
             raise ArtifactError(path, f"holds no object at {key}", FIX)
+    if not all(is_text(one) for one in results.get("pattern", {}).values()):
+        raise ArtifactError(path, "holds no text at pattern", FIX)
     for name, tasks in results["tasks"].items():
         if not isinstance(tasks, dict) or not all(isinstance(one, dict) for one in tasks.values()):
             raise ArtifactError(path, f"holds no table at tasks.{name}", FIX)

@@ -15,6 +15,7 @@ from megamask.evaluate.rows import Rows, by_quantity, facts_beside, log
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks, own_weights, recovered_names
 from megamask.masks.identity import row_name
+from megamask.masks.verify import check_asked
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import check_positions, evaluated_length
 from megamask.prepare.learned_text import warn_of_learned_text
@@ -23,6 +24,8 @@ from megamask.report.results_table import format_table
 from megamask.terminal import tell
 from megamask.weights.mapping import linear_shapes
 from megamask.weights.model_identity import model_facts_of
+
+ANY_PATTERN = "Masks that evaluate.masks names, as {learned: learned}, may have any pattern."
 
 
 def run(config: Config) -> None:
@@ -62,10 +65,11 @@ def run(config: Config) -> None:
 
 def find_masks(inputs: RunInputs) -> dict[str, MaskSet]:
     """The masks to evaluate, by row name, each checked against the model. The row of a recovered
-    model says that it is one.
+    model says that it is one. Masks that ``evaluate.masks`` names may have any pattern; without,
+    all have that of the settings, because an older mask of the run may have another.
 
     Raises:
-        ArtifactError: a mask that is missing, torn, or for another model.
+        ArtifactError: a mask that is missing, torn, for another model or of another pattern.
         ConfigError: a mask called dense.
     """
     config, paths = inputs.config, inputs.paths
@@ -84,6 +88,8 @@ def find_masks(inputs: RunInputs) -> dict[str, MaskSet]:
     opened = {name: open_masks(text, config, inputs.arch) for name, text in named.items()}
     masks = {row_name(name, found.meta): found for name, found in opened.items()}
     for found in masks.values():
+        if not config.evaluate.masks:
+            check_asked(found, inputs.arch, config, ANY_PATTERN)
         found.check(shapes=shapes, fingerprint=fingerprint)
         own_weights(found, paths)
     return masks

@@ -24,7 +24,7 @@ from megamask.masks.file import MaskSet, load_masks, save_masks
 from megamask.masks.find import mask_path, open_masks, own_weights
 from megamask.masks.identity import RECOVERED, recipe_of, recovered_label
 from megamask.masks.times import write_seconds
-from megamask.masks.verify import check_strictly
+from megamask.masks.verify import check_asked, check_strictly
 from megamask.model.build import build_model, masked_linears
 from megamask.model.checkpoint import load_weights
 from megamask.model.mask_shards import linear_rules, mask_shard
@@ -62,6 +62,7 @@ def run(config: Config) -> None:
     lengths = _lengths(config, recovery)
     inputs.layout.check_lengths(config, lengths)
     masks = whole_masks(open_masks(config.recover.mask, config, inputs.arch), "recover.mask")
+    check_asked(masks, inputs.arch, config)
     masks.check(shapes=linear_shapes(inputs.arch), fingerprint=inputs.fingerprint)
     inputs.layout.check_model(inputs.arch)
     inputs.layout.check_rows(inputs.arch, masks.patterns)

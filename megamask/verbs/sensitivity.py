@@ -26,6 +26,7 @@ from megamask.evaluate.sensitivity import (
     whole_masks,
 )
 from megamask.masks.find import open_masks
+from megamask.masks.verify import check_asked
 from megamask.model.mask_shards import linear_rules
 from megamask.parallel.mesh import Mesh, start
 from megamask.prepare.layout import check_positions, evaluated_length
@@ -55,6 +56,7 @@ def run(config: Config) -> None:
     inputs.layout.check_lengths(config, (length,))
     storage.require_writable(paths.run_dir)
     masks = whole_masks(open_masks(section.mask, config, inputs.arch), "sensitivity.mask")
+    check_asked(masks, inputs.arch, config)
     masks.check(shapes=linear_shapes(inputs.arch), fingerprint=inputs.fingerprint)
     inputs.layout.check_model(inputs.arch)
     check_positions(config, inputs.arch, (length,))

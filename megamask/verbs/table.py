@@ -148,7 +148,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(
         "megamask.verbs.evaluate",
         "perplexity of the dense model and of every mask: held-out text, or WikiText-2",
-        (*EVERYWHERE, "model", "data", "evaluate"),
+        (*EVERYWHERE, *PATTERNS, "model", "data", "evaluate"),
         writes=("results",),
         reads=("weights", "shards"),
         is_parallel=True,
@@ -156,7 +156,7 @@ VERBS: dict[str, Verb] = {
     "tasks": Verb(
         "megamask.verbs.tasks",
         "accuracy of the dense model and of every mask on tasks of lm-evaluation-harness",
-        (*EVERYWHERE, "model", "data.tokenizer", "data.bos", *TASKS),
+        (*EVERYWHERE, *PATTERNS, "model", "data.tokenizer", "data.bos", *TASKS),
         writes=("tasks.json", "tasks.md"),
         reads=("weights",),
         is_parallel=True,
@@ -164,7 +164,7 @@ VERBS: dict[str, Verb] = {
     "sensitivity": Verb(
         "megamask.verbs.sensitivity",
         "loss increase when one layer or linear alone is pruned, and which to keep dense",
-        (*EVERYWHERE, "model", "data", "evaluate", "sensitivity"),
+        (*EVERYWHERE, *PATTERNS, "model", "data", "evaluate", "sensitivity"),
         writes=("sensitivity.json", "sensitivity.md", "sensitivity.png"),
         reads=("weights", "shards"),
         is_parallel=True,
@@ -180,7 +180,7 @@ VERBS: dict[str, Verb] = {
     "recover": Verb(
         "megamask.verbs.recover",
         "new values of the weights that a mask keeps -> a model of its own, labelled recovered",
-        (*EVERYWHERE, "seed", "model", "data", "calibration", *RECOVERY),
+        (*EVERYWHERE, "seed", *PATTERNS, "model", "data", "calibration", *RECOVERY),
         writes=("masks", "recovered"),
         reads=("weights", "shards", "hf"),
         is_parallel=True,

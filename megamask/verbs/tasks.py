@@ -22,7 +22,7 @@ from megamask.data.tokenizer import TextTokenizer, load_tokenizer
 from megamask.errors import ConfigError
 from megamask.evaluate.loaded_model import LoadedModel
 from megamask.evaluate.loglikelihood import Score, Scorer, megatron_score, transformers_score
-from megamask.evaluate.rows import mask_digests
+from megamask.evaluate.rows import mask_digests, mask_patterns
 from megamask.export.folded import read_stamp
 from megamask.masks.identity import row_name
 from megamask.model.build import DTYPES
@@ -154,7 +154,8 @@ def _of_masks(inputs: RunInputs) -> dict[str, Any]:
             weights, score = model.use(each), megatron_score(model.model)
             found[name] = session.row(name, weights, score, mesh.device, mesh)
     results = session.results(found, "Megatron-Core")
-    return {**results, "masks": mask_digests(masks), **model_facts_of(inputs.note)}
+    about = {"masks": mask_digests(masks), "pattern": mask_patterns(masks)}
+    return {**results, **about, **model_facts_of(inputs.note)}
 
 
 def _of_folder(inputs: RunInputs) -> dict[str, Any]:

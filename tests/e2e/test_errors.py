@@ -460,6 +460,14 @@ def test_another_pattern(run_dir: Path, refused: Refuse) -> None:
         f"export.mask={mask}",
         says=[str(mask), "holds 2:4 masks, wanted 1:4", "Set pattern=2:4"],
     )
+    for verb, words in (
+        ("evaluate", ()),  # all masks of the run, which have the pattern of an earlier prune
+        ("sensitivity", ()),
+        ("recover", ("recover.mask=wanda",)),
+    ):
+        allowed = ["Masks that evaluate.masks names"] if verb == "evaluate" else []
+        says = ["holds 2:4 masks, wanted 1:4", "Set pattern=2:4", *allowed]
+        refused(verb, "pattern=1:4", *words, says=says)
 
 
 @pytest.mark.parametrize("verb", ["prune", "learn"])

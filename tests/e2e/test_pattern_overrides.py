@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 
 import megamask
 from megamask import load_masks, save_masks
+from megamask.config import load_config
 from megamask.errors import ArtifactError
 from megamask.masks.margins import load_margins
+from megamask.prepare.run_inputs import RunInputs
 from megamask.sparsity.pattern import Pattern
+from megamask.verbs.evaluate import find_masks
 from tests.e2e.program import Finished, contents, here, in_process, refusal
 from tests.e2e.test_pipeline import transformers_perplexity
 from tests.masks import is_valid
@@ -93,6 +96,23 @@ def test_a_linear_is_pruned_as_in_a_model_of_its_pattern_alone(
         assert torch.equal(mask, expected(name).best(dense[f"{name}.weight"].float().abs()))
         if expected(name) != Pattern(2, 4):  # the comparison sees another pattern
             assert not torch.equal(mask, Pattern(2, 4).best(dense[f"{name}.weight"].abs()))
+
+
+def test_masks_of_the_run_have_the_patterns_that_are_asked_for(
+    pipeline: tuple[Path, dict[str, Finished]], model: Path
+) -> None:
+    """A mask may be older than the settings. Settings without a pattern take the masks' own."""
+    words = [f"run_dir={pipeline[0]}", f"model.hf={model}"]
+    for asked in ([], [MIXED]):
+        found = find_masks(RunInputs(load_config(None, [*words, *asked])))
+        assert set(found) == {*ONE_SHOT, "learned"}
+    for asked in (["pattern=2:4"], ['pattern_overrides={"*.down_proj": "6:8"}']):
+        with pytest.raises(ArtifactError, match="Masks that evaluate.masks names"):
+            find_masks(RunInputs(load_config(None, [*words, *asked])))
+    named = [*words, "pattern=2:4", "evaluate.masks={learned: learned}"]
+    assert set(find_masks(RunInputs(load_config(None, named)))) == {"learned"}
+    results = json.loads((pipeline[0] / "results.json").read_text())
+    assert results["pattern"] == {"learned": "4:8:pair, 2:4 and 6:8"}
 
 
 def test_learning_moves_every_pattern(pipeline: tuple[Path, dict[str, Finished]]) -> None:

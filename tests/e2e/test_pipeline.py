@@ -107,8 +107,9 @@ def test_results_hold_perplexities_protocol_and_sizes(
 ) -> None:
     rows = ["dense", *METHODS, "learned"]
     quantities = {"perplexity", "kl", "agreement"}
-    facts = {"protocol", "seconds", "density", "mask_bytes", "masks", "model_sha256"}
+    facts = {"protocol", "seconds", "density", "mask_bytes", "masks", "pattern", "model_sha256"}
     assert set(results) == quantities | facts
+    assert results["pattern"] == dict.fromkeys(rows[1:], "2:4")
     assert list(results["perplexity"]) == rows
     assert list(results["kl"]) == list(results["agreement"]) == rows[1:]
     assert all(1 < results["perplexity"][row][domain] < 10000 for row in rows for domain in DOMAINS)

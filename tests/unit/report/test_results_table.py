@@ -34,6 +34,17 @@ def test_table_is_aligned_markdown_in_a_fixed_order() -> None:
     assert format_table(results) == EXPECTED
 
 
+def test_masks_of_several_patterns_say_which() -> None:
+    rows = {"dense": {"a": 2.0}, "magnitude": {"a": 4.0}, "wanda": {"a": 3.0}}
+    patterns = {"magnitude": "4:8", "wanda": "2:4"}
+    results = {"perplexity": rows, "pattern": patterns}
+    header, _, *lines = format_table(results).splitlines()
+    assert header == "| method    | pattern | a perplexity | x dense |"
+    assert [line.split("|")[2].strip() for line in lines] == ["–", "4:8", "2:4"]
+    same = {**results, "pattern": dict.fromkeys(patterns, "4:8")}
+    assert "pattern" not in format_table(same)
+
+
 def test_only_the_perplexity_is_needed() -> None:
     assert (
         format_table({"perplexity": {"wanda": {"a": 2.0}}}).splitlines()[2]

@@ -24,6 +24,9 @@ def test_rows_and_columns_are_in_the_order_of_the_results() -> None:
         "protocol": {"harness": "0.4.13", "documents": {"piqa": 1838}},
     }
     assert tasks_table(results) == EXPECTED
+    both = {"learned": "4:8", "wanda": "2:4"}
+    lines = tasks_table({**results, "pattern": both}).splitlines()
+    assert [lines[line].split("|")[2].strip() for line in (0, 2, 3)] == ["pattern", "–", "4:8"]
 
 
 def test_the_mean_counts_the_tasks_of_a_group_once() -> None:
