@@ -21,6 +21,7 @@ from megamask.config.describe import leaves
 from megamask.config.nested import flatten
 from megamask.config.section import Role
 from megamask.config.tree import Config
+from megamask.user_paths import with_home
 
 RUN = "{run_dir}"  # stands for the run folder in paths below it
 GGUF = ("model.gguf",)
@@ -125,12 +126,13 @@ def below_run(value: Any, run_dir: str) -> Any:
 
 def _spelled(value: Any, run_dir: str) -> Any:
     """One spelling for all spellings of a path: absolute, without links and ``..``, or relative to
-    the run folder. A text without a slash is no path, but the name of a mask, for example.
+    the run folder. A text without a slash is no path, but the name of a mask, for example. A note
+    of an older version may have a ``~``.
     """
     if not isinstance(value, str) or "/" not in value or "\0" in value:
         return value
-    root = os.path.realpath(os.path.expanduser(run_dir))
+    root = os.path.realpath(run_dir)
     inside = value == RUN or value.startswith(f"{RUN}/")
-    text = root + value[len(RUN) :] if inside else os.path.expanduser(value)
+    text = root + value[len(RUN) :] if inside else with_home(value) or value
     whole = os.path.realpath(text)
     return RUN + whole[len(root) :] if whole == root or whole.startswith(f"{root}/") else whole

@@ -29,6 +29,7 @@ Written by `python -m megamask settings --markdown > docs/settings.md` from the 
 A recipe (`--config FILE`) gives settings as YAML, and the command line as `key.sub=value`; the
 command line wins. Below both lie the named settings of `learn.preset`, `learn.memory` and
 `learn.method` (`megamask/config/presets.py`), and below these the defaults. `null` is no value.
+A `~` or `~user` that begins a path is a home folder, here and in the arguments of verbs.
 
 A setting decides the content of what is made with it, so that a run whose setting changed is not
 continued. Three kinds of settings are marked:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megamask.config.section import Section
+from megamask.config.section import Section, UserPath
 
 
 class ExportSection(Section):
@@ -20,12 +20,12 @@ class ExportSection(Section):
         "that Megatron-LM loads at any tensor parallel size; maskllm, patch: the mask alone, as "
         "mask_compressed.npz of MaskLLM or mask.npz of PATCH",
     )
-    mask: str | None = Field(
+    mask: UserPath | None = Field(
         None,
         description="mask, named as learn.prior.mask; null = the learned mask; "
         "dense exports without a mask",
     )
-    weights: str | None = Field(
+    weights: UserPath | None = Field(
         None, description="Megatron weights to write; null = those of the base model"
     )
-    out: str | None = Field(None, description="folder to write; null = {run_dir}/export")
+    out: UserPath | None = Field(None, description="folder to write; null = {run_dir}/export")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from megamask.config.section import Ranks, Section, free
+from megamask.config.section import HOME, Ranks, Section, free
 
 
 def _as_text(value: Any) -> Any:
@@ -70,10 +70,10 @@ class LaunchSection(Section):
     setup: Line | None = free(
         None, description="line of bash that every process runs first, such as module load cuda"
     )
-    container: Line | None = free(
+    container: Annotated[Line, HOME] | None = free(
         None, description="image for srun --container-image (pyxis and enroot)"
     )
-    mounts: list[Line] = free(
+    mounts: list[Annotated[Line, HOME]] = free(
         default_factory=list,
         description="more folders for the container, HOST:INSIDE; the folder of submission and "
         "run_dir are always there",

@@ -19,6 +19,7 @@ from megamask.config.section import (
     Section,
     Share,
     Steps,
+    UserPath,
     by_content,
     each_step,
     free,
@@ -98,7 +99,7 @@ class SamplingSection(Section):
 class PriorSection(Section):
     """The mask that initialises the logits (MaskLLM, Eq. 9-10)."""
 
-    mask: str | None = by_content(
+    mask: UserPath | None = by_content(
         "sparsegpt",
         description="name of a mask of this run, mask file, snapshot, folder of snapshots, or null",
     )

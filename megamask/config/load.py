@@ -12,10 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from megamask import user_paths
 from megamask.config import describe, legacy
 from megamask.config.nested import merge, nest
 from megamask.config.presets import named_settings, plain
 from megamask.config.recipes import find_recipe
+from megamask.config.section import UNKNOWN_USER
 from megamask.config.tree import Config
 from megamask.config.yaml_text import read_yaml
 from megamask.errors import ArgumentError, ConfigError
@@ -57,7 +59,8 @@ def read_settings(
     if not all(isinstance(one, str) for one in words):
         allowed = 'a list of words is needed, as ["learn.steps=100"]'
         raise ArgumentError("load_config: overrides", overrides, allowed)
-    from_recipe: dict[str, Any] = _read_recipe(Path(recipe)) if recipe is not None else {}
+    file = user_paths.user_path("--config", recipe) if isinstance(recipe, str) else recipe
+    from_recipe: dict[str, Any] = _read_recipe(Path(file)) if file is not None else {}
     from_overrides: dict[str, Any] = {}
     for override in overrides:
         key, sign, text = override.partition("=")
@@ -115,6 +118,8 @@ def _checked(values: dict[str, Any]) -> Config:
             raise ConfigError(
                 key, first["input"], "no such setting", _suggest(first["loc"])
             ) from None
+        if first["type"] == UNKNOWN_USER:
+            raise ConfigError(key, first["input"], user_paths.ALLOWED, user_paths.FIX) from None
         allowed = describe.range_of(key) if first["type"] in _OUT_OF_RANGE else ""
         fix = "Correct it in the recipe or on the command line."
         raise ConfigError(key, first["input"], allowed or first["msg"], fix) from None

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megamask.config.section import Below1, Section, by_content, free, one_error
+from megamask.config.section import Below1, Section, UserPath, by_content, free, one_error
 
 
 class ModelSection(Section):
@@ -14,15 +14,15 @@ class ModelSection(Section):
     Face module names.
     """
 
-    hf: str | None = by_content(
+    hf: UserPath | None = by_content(
         None,
         description="Hugging Face folder: config.json, weights (.safetensors or "
         "pytorch_model.bin), tokenizer; null = {run_dir}/hf",
     )
-    gguf: str | None = by_content(
+    gguf: UserPath | None = by_content(
         None, description="GGUF file that the verb gguf unpacks into model.hf"
     )
-    megatron: str | None = by_content(
+    megatron: UserPath | None = by_content(
         None,
         description="checkpoint of Megatron-LM or Megatron-Bridge (torch_dist) whose weights are "
         "read in the place of those in model.hf, which then needs the tokenizer only, and "
@@ -36,7 +36,7 @@ class ModelSection(Section):
         "sensitivity measured, the most sensitive; or, as notes, masks and config.yaml keep what "
         "the share came to, a list of linears",
     )
-    sensitivity: str | None = free(
+    sensitivity: UserPath | None = free(
         None,
         description="what the verb sensitivity wrote, for a share in model.exclude_sensitive; "
         "null = {run_dir}/sensitivity.json",

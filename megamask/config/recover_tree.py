@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megamask.config.section import Batch, Positive, Rate, Section, Share, Steps, free
+from megamask.config.section import Batch, Positive, Rate, Section, Share, Steps, UserPath, free
 
 RecoveryName = Literal["reconstruct", "blockwise", "finetune", "lora"]
 
@@ -23,8 +23,8 @@ class RecoverSection(Section):
         "of the dense layer; finetune: all kept weights, trained on the text; lora: a low-rank "
         "change of them, trained and merged under the mask",
     )
-    mask: str = Field("learned", description="mask that stays, named as learn.prior.mask")
-    out: str | None = free(
+    mask: UserPath = Field("learned", description="mask that stays, named as learn.prior.mask")
+    out: UserPath | None = free(
         None, description="folder to write; null = {run_dir}/recovered/MASK-METHOD"
     )
     solver: Literal["exact", "sequential"] = Field(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -16,7 +17,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
+from megamask import user_paths
 from megamask.file_kinds import USABLE, can_be_a_path
+from megamask.user_paths import with_home
 
 # Every number has a first and a last value. The limits lie far beyond use, and below what overflows
 # in 32-bit arithmetic, in an index of samples or in an allocation.
@@ -84,6 +87,17 @@ class Section(BaseModel):
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self).model_validate({**given, **(update or {})})
 
+
+def _with_home(text: str) -> str:
+    found = with_home(text)
+    if found is None:
+        raise PydanticCustomError(UNKNOWN_USER, user_paths.ALLOWED)
+    return found
+
+
+UNKNOWN_USER = "unknown_user"  # kind of error, to which the loader adds the fix
+HOME = AfterValidator(_with_home)
+UserPath = Annotated[str, HOME]  # a path, or a text that may be one, such as the name of a mask
 
 # The role of a setting says what a change of it means for what was made with the former value.
 Role = Literal["decides", "each step", "content", "free"]

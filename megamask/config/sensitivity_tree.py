@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megamask.config.section import Below1, Section
+from megamask.config.section import Below1, Section, UserPath
 
 
 class SensitivitySection(Section):
     """What pruning a part of the model alone costs, and the parts that a budget keeps dense."""
 
-    mask: str = Field(
+    mask: UserPath = Field(
         "sparsegpt", description="mask whose parts are tried, named as learn.prior.mask"
     )
     by: Literal["layer", "linear"] = Field(

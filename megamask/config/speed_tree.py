@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megamask.config.section import Batch, Section, Tokens
+from megamask.config.section import Batch, Section, Tokens, UserPath
 
 
 class SpeedSection(Section):
@@ -14,7 +14,7 @@ class SpeedSection(Section):
     answers to a batch of prompts, with a pass for each token of the answers.
     """
 
-    folder: str | None = Field(
+    folder: UserPath | None = Field(
         None,
         description="Hugging Face folder with 2:4 zeros, whose linears are measured and which "
         "generates text; null = {run_dir}/export",

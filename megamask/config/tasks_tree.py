@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from megamask.config.section import Section
+from megamask.config.section import Section, UserPath
 
 
 class TasksSection(Section):
@@ -15,7 +15,7 @@ class TasksSection(Section):
         min_length=1,
         description="tasks, groups or tags; the default is MaskLLM's seven",
     )
-    include: str | None = Field(
+    include: UserPath | None = Field(
         None, description="folder with task files (*.yaml) beside those of the harness"
     )
     limit: int | None = Field(
@@ -27,7 +27,7 @@ class TasksSection(Section):
         le=1000,
         description="examples in each prompt; null = what the task says, or none",
     )
-    folder: str | None = Field(
+    folder: UserPath | None = Field(
         None,
         description="Hugging Face folder, such as an exported one: it and model.hf run in "
         "transformers, in the place of the converted model and its masks",

@@ -23,6 +23,7 @@ from megamask.config.section import (
     Seed,
     Share,
     Tokens,
+    UserPath,
     by_content,
     free,
 )  # fmt: skip
@@ -83,7 +84,7 @@ class CorpusSection(Section):
     """One text domain. ``kind`` says where its documents come from."""
 
     kind: Literal["stdlib", "pydocs", "text", "jsonl", "parquet", "files", "hf", "megatron"]
-    path: str | None = Field(
+    path: UserPath | None = Field(
         None,
         description="file, folder or glob (text, jsonl, parquet; files: each by the ending of its "
         "name), dataset name (hf), or path of .bin and .idx files without the ending (megatron)",
@@ -103,7 +104,7 @@ class CorpusSection(Section):
 class DataSection(Section):
     """Text domains, how they are tokenized and how they are blended for learning."""
 
-    tokenizer: str | None = by_content(
+    tokenizer: UserPath | None = by_content(
         None,
         description="Hugging Face tokenizer folder or sentencepiece .model file; null = model.hf",
     )
@@ -200,7 +201,7 @@ class EvaluateSection(Section):
         "megatron-2048, the same text in windows of 4,096 and 2,048 with every token a target; "
         "c4, 256 windows of 2,048 of C4's validation part",
     )
-    text: str | None = Field(
+    text: UserPath | None = Field(
         None,
         description="file with the text of a published protocol: its rows as .jsonl, .parquet or "
         ".arrow with a column text, or all of it joined by two line feeds (WikiText-2, raw test "
@@ -221,7 +222,7 @@ class EvaluateSection(Section):
         "size numbers",
     )
     micro_batch: Batch = free(4, description="windows of one forward pass")
-    masks: dict[str, str] = Field(
+    masks: dict[str, UserPath] = Field(
         default_factory=dict,
         description="row -> mask, named as learn.prior.mask, of any pattern; empty = all masks of "
         "this run, which have the pattern of the settings",
@@ -249,7 +250,7 @@ class Config(Section):
     ``learn.method`` apply below the given values, from Python too.
     """
 
-    run_dir: str = free("runs/default", description="folder of all that the run makes")
+    run_dir: UserPath = free("runs/default", description="folder of all that the run makes")
     seed: Seed = Field(
         1234, description="seed of learning: samples, noise of the logits and of the masks"
     )

@@ -14,6 +14,7 @@ from typing import Any
 from megamask.config import CorpusSection
 from megamask.errors import ConfigError
 from megamask.storage import real_path
+from megamask.user_paths import with_home
 
 log = logging.getLogger(__name__)
 ELSEWHERE = "path"  # the setting whose content decides: a corpus may be moved
@@ -69,7 +70,8 @@ def _differences(
 def _is_same_place(before: object, now: object) -> bool:
     if not (isinstance(before, str) and isinstance(now, str)):
         return False
+    known = with_home(before)  # a note of an older version has the ~ of the user
     try:
-        return real_path(Path(before).expanduser()) == real_path(Path(now).expanduser())
-    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, an unknown user
+        return known is not None and real_path(Path(known)) == real_path(Path(now))
+    except (OSError, ValueError):  # too long, a zero byte
         return False

@@ -178,7 +178,7 @@ def published_text(config: Config, window: int, vocab: int) -> PublishedText:
 def _corpus(source: Source, given: str | None) -> CorpusSection:
     if given is None:
         return source.hub
-    path = Path(given).expanduser()
+    path = Path(given)
     try:
         is_file, is_there = path.is_file(), path.exists()
     except (OSError, ValueError):  # too long, or with a zero byte

@@ -79,7 +79,7 @@ def looked_up(name: str, corpus: CorpusSection) -> Path:
         ConfigError: the path is not given or cannot be looked up.
     """
     given = required_path(name, corpus)
-    path = Path(given).expanduser()
+    path = Path(given)
     try:
         path.is_dir()
     except (OSError, ValueError) as error:  # too long, or with a zero byte

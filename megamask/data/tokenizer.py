@@ -70,9 +70,7 @@ def load_tokenizer(config: Config) -> TextTokenizer:
         ArtifactError: there is no tokenizer at that path, or the tokenizer cannot be read.
         ConfigError: ``data.eod`` is not in the vocabulary.
     """
-    path = (
-        Path(config.data.tokenizer).expanduser() if config.data.tokenizer else run_paths(config).hf
-    )
+    path = Path(config.data.tokenizer) if config.data.tokenizer else run_paths(config).hf
     fix = "Point data.tokenizer at a Hugging Face folder or a sentencepiece .model file"
     fix += "." if config.data.tokenizer else ", set model.hf, or run the verb gguf first."
     if not path.exists():

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megamask import user_paths
 from megamask.errors import ArgumentError, ConfigError
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.pattern_plan import PatternPlan
+from megamask.user_paths import with_home
 
 LONGEST = 255  # bytes of a file name
 
@@ -26,7 +28,7 @@ def as_model(name: str, value: Any) -> nn.Module:
 
 
 def as_path(name: str, value: Any) -> Path:
-    """A path from text or a path-like object.
+    """A path from text, in which ``~`` is a home folder, or from a path-like object.
 
     Args:
         name: the function and its argument, for the message.
@@ -38,6 +40,8 @@ def as_path(name: str, value: Any) -> Path:
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text or not _is_encodable(text, True):
         raise ArgumentError(name, value, "a path is needed, as text or pathlib.Path")
+    if isinstance(value, str) and (text := with_home(value)) is None:
+        raise ArgumentError(name, value, user_paths.ALLOWED, user_paths.FIX)
     if any(len(os.fsencode(part)) > LONGEST for part in Path(text).parts) or len(text) > 4000:
         raise ArgumentError(name, value, "the path is longer than file systems allow")
     return Path(text)

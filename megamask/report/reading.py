@@ -79,7 +79,8 @@ def read_run(config: Config) -> RunData:
     paths = run_paths(config)
     records = read_metrics(paths.learn / "metrics.jsonl")
     masks, own = _masks(paths)
-    each, said = {}, []
+    each: dict[str, dict[str, Any]] = {}
+    said: list[str] = []
     for protocol in ("heldout", *PUBLISHED):
         path = paths.results_under(protocol)
         found, why = own.rows_of(path.name, "evaluate", read_results(path), "perplexity")

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamask.verbs.argument_field import argument
+from megamask.verbs.argument_field import Arguments, argument
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanArguments:
+class PlanArguments(Arguments):
     """What the verb plan is asked."""
 
     model: str | None = argument(
-        "--model NAME", "a shape such as llama2-7b, a Hugging Face folder or a config.json", None
+        "--model NAME",
+        "a shape such as llama2-7b, a Hugging Face folder or a config.json",
+        None,
+        is_path=True,
     )
     dp: int = argument("--dp N", "replicas: number of devices / parallel.tp", 1, kind=int)
     gpu: str | None = argument(
@@ -29,29 +32,37 @@ class PlanArguments:
         kind=int,
     )
     calibrate: str | None = argument(
-        "--calibrate FILE", "measured rates of a GPU, of benchmarks.gpu.ceilings --json", None
+        "--calibrate FILE",
+        "measured rates of a GPU, of benchmarks.gpu.ceilings --json",
+        None,
+        is_path=True,
     )
-    json: str | None = argument("--json FILE", "write the figures to FILE", None)
+    json: str | None = argument("--json FILE", "write the figures to FILE", None, is_path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffArguments:
+class DiffArguments(Arguments):
     """What the verb diff compares."""
 
-    a: str = argument("A", "mask, named as learn.prior.mask")
-    b: str = argument("B", "the other mask, likewise")
-    json: str | None = argument("--json FILE", "write the figures to FILE", None)
+    a: str = argument("A", "mask, named as learn.prior.mask", is_path=True)
+    b: str = argument("B", "the other mask, likewise", is_path=True)
+    json: str | None = argument("--json FILE", "write the figures to FILE", None, is_path=True)
     picture: str | None = argument(
-        "--picture FILE", "draw the groups that differ, kinds of linears x layers", None
+        "--picture FILE",
+        "draw the groups that differ, kinds of linears x layers",
+        None,
+        is_path=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractArguments:
+class ExtractArguments(Arguments):
     """What the verb extract writes."""
 
-    snapshot: str = argument("SNAPSHOT", "snapshot or mask, named as learn.prior.mask")
-    file: str = argument("FILE", "mask file to write, *.safetensors")
+    snapshot: str = argument(
+        "SNAPSHOT", "snapshot or mask, named as learn.prior.mask", is_path=True
+    )
+    file: str = argument("FILE", "mask file to write, *.safetensors", is_path=True)
     coding: str = argument(
         "--coding NAME",
         "words (as learn writes), uniform (3 % smaller) or given-weights (smallest, and read with "
@@ -62,18 +73,19 @@ class ExtractArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportArguments:
+class ImportArguments(Arguments):
     """What the verb import reads and writes."""
 
     source: str = argument(
         "SOURCE",
         "masks of MaskLLM, PATCH, MaskPro or ProxSparse, or the folder of a pruned model",
+        is_path=True,
     )
-    out: str = argument("OUT", "mask file to write, *.safetensors")
+    out: str = argument("OUT", "mask file to write, *.safetensors", is_path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PushArguments:
+class PushArguments(Arguments):
     """What the verb push uploads."""
 
     repo: str = argument("REPO", "repository of the Hugging Face Hub, OWNER/NAME")
@@ -90,17 +102,17 @@ class PushArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReorderArguments:
+class ReorderArguments(Arguments):
     """What the verb reorder writes."""
 
-    out: str = argument("OUT", "Hugging Face folder to write")
+    out: str = argument("OUT", "Hugging Face folder to write", is_path=True)
     rotate_values: bool = argument(
         "--rotate-values", "also rotate the value channels of each KV head", False, kind=bool
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportArguments:
+class ReportArguments(Arguments):
     """Which runs the verb report shows."""
 
     runs: tuple[str, ...] = argument(
@@ -108,9 +120,10 @@ class ReportArguments:
         "run folder; the setting run_dir by default. Several are compared on one page",
         (),
         many=True,
+        is_path=True,
     )
     out: str | None = argument(
-        "--out FILE.html", "page of the comparison; comparison.html by default", None
+        "--out FILE.html", "page of the comparison; comparison.html by default", None, is_path=True
     )
 
     @property
@@ -128,7 +141,7 @@ class ReportArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedArguments:
+class SpeedArguments(Arguments):
     """What the verb speed measures, unless it is an exported folder."""
 
     model: str | None = argument(
@@ -136,20 +149,24 @@ class SpeedArguments:
         "a shape such as llama2-7b, a Hugging Face folder or a config.json: measure its linears "
         "with random 2:4 weights, and generate nothing",
         None,
+        is_path=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectArguments:
+class InspectArguments(Arguments):
     """What the verb inspect reads."""
 
     mask: str | None = argument(
-        "MASK", "mask, named as learn.prior.mask; export.mask or the learned mask by default", None
+        "MASK",
+        "mask, named as learn.prior.mask; export.mask or the learned mask by default",
+        None,
+        is_path=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SettingsArguments:
+class SettingsArguments(Arguments):
     """What the verb settings prints."""
 
     prefix: str | None = argument(
@@ -159,14 +176,14 @@ class SettingsArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipesArguments:
+class RecipesArguments(Arguments):
     """What the verb recipes prints."""
 
     name: str | None = argument("NAME", "recipe to print; a list of all recipes by default", None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubmitArguments:
+class SubmitArguments(Arguments):
     """What the verb submit starts."""
 
     verb: str = argument(
@@ -181,15 +198,19 @@ class SubmitArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusArguments:
+class StatusArguments(Arguments):
     """Which run the verb status looks at."""
 
-    run: str | None = argument("RUN", "run folder; the setting run_dir by default", None)
+    run: str | None = argument(
+        "RUN", "run folder; the setting run_dir by default", None, is_path=True
+    )
     json: bool = argument("--json", "print JSON", False, kind=bool)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StopArguments:
+class StopArguments(Arguments):
     """Which run the verb stop ends."""
 
-    run: str | None = argument("RUN", "run folder; the setting run_dir by default", None)
+    run: str | None = argument(
+        "RUN", "run folder; the setting run_dir by default", None, is_path=True
+    )

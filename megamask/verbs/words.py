@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megamask.errors import ConfigError
@@ -28,7 +27,7 @@ class Request:
     """
 
     verb: str
-    recipe: Path | None = None
+    recipe: str | None = None
     overrides: list[str] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
     dry_run: bool = False
@@ -56,7 +55,7 @@ def parse(words: Sequence[str]) -> Request:
         word = rest.pop(0)
         flag, has_value, value = word.partition("=")
         if flag == "--config":
-            request.recipe = Path(_value(flag, value, has_value, rest))
+            request.recipe = _value(flag, value, has_value, rest)
         elif word == "--dry-run" and word not in verb.flags:
             request.dry_run = True
         elif word in verb.flags and verb.flags[word].metadata["kind"] is bool:

@@ -15,6 +15,7 @@ PACKAGE = REPO / "megamask"
 
 FOUNDATIONS = [
     "errors",
+    "user_paths",
     "machine_errors",
     "liveness",
     "leftovers",

@@ -36,7 +36,7 @@ def test_words_are_overrides_arguments_and_a_recipe_in_any_order() -> None:
         ["diff", "run_dir=runs/x", "wanda", "--json", "out.json", "a: b/m.safetensors"]
         + ["--picture=p.png", "--config", "recipe.yaml"]
     )
-    assert (request.verb, request.recipe) == ("diff", Path("recipe.yaml"))
+    assert (request.verb, request.recipe) == ("diff", "recipe.yaml")
     assert load_config(None, request.overrides).run_dir == "runs/x"
     assert build_arguments("diff", request.arguments) == DiffArguments(
         a="wanda", b="a: b/m.safetensors", json="out.json", picture="p.png"
