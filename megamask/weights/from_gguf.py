@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from gguf import GGUFReader, ReaderTensor, dequantize
 from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megamask.errors import ArtifactError
+from megamask.errors import ArtifactError, MegamaskError
 from megamask.file_kinds import GGUF, file_kind, require_file, wrong_file
 from megamask.machine_errors import explained, reading
 from megamask.storage import atomic_dir, file_sha256, read_object, write_json
@@ -24,12 +25,14 @@ from megamask.weights.file_stream import Streamed
 from megamask.weights.gguf_header import ROPE_FACTORS, Header
 from megamask.weights.gguf_layout import GGUF_STAMP, read_layout
 from megamask.weights.gguf_tokenizer import HeaderTokenizer
-from megamask.weights.hf_files import write_tensors
+from megamask.weights.hf_files import open_checked, write_tensors
 from megamask.weights.licences import copy_licences
 from megamask.weights.mapping import expected_tensors
 from megamask.weights.own_folder import check_output, own_files
 from megamask.weights.source import all_finite
 
+log = logging.getLogger(__name__)
+FIX = "Point model.gguf at a GGUF file."
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 TOKENIZER = 2  # a folder whose stamp has another number has another tokenizer
 
@@ -42,14 +45,13 @@ def unpack(source: Path, out: Path) -> None:
             feature that is not built, or ``out`` holds other files.
         MegamaskError: the machine does not let it be read, or lacks the memory.
     """
-    stamp = _stamp(source)
-    if (out / GGUF_STAMP).exists():
-        made = read_object(out / GGUF_STAMP, f"Remove {out}.", {})
-        if stamp.items() <= made.items():
-            tell(f"{out}: already unpacked from {source.name}")
-            return
+    _require_gguf(source)
+    read_layout(source)  # before the file is hashed, which takes long
+    stamp = {"file": source.name, "sha256": _sha256(source), "tokenizer": TOKENIZER}
+    if _is_done(out, stamp):
+        tell(f"{out}: already unpacked from {source.name}")
+        return
     check_output(out, GGUF_STAMP, "model.hf")
-    read_layout(source)
     fields, stored = _read(source)
     header = Header(fields, source)
     if EMBEDDING not in stored:
@@ -84,13 +86,39 @@ def unpack(source: Path, out: Path) -> None:
     tell(f"{out}: {weights:,} weights in bf16 from {source.name}")
 
 
-def _stamp(source: Path) -> dict[str, Any]:
-    fix = "Point model.gguf at a GGUF file."
-    require_file(source, GGUF, fix)
-    with reading(source, fix):
+def _require_gguf(source: Path) -> None:
+    require_file(source, GGUF, FIX)
+    with reading(source, FIX):
         if (kind := file_kind(source)) is None or kind.what != GGUF:
-            raise wrong_file(source, GGUF, fix)
-        return {"file": source.name, "sha256": file_sha256(source), "tokenizer": TOKENIZER}
+            raise wrong_file(source, GGUF, FIX)
+
+
+def _sha256(source: Path) -> str:
+    with reading(source, FIX):
+        return file_sha256(source)
+
+
+def _is_done(out: Path, stamp: Mapping[str, Any]) -> bool:
+    """Whether a folder was made from the same file, and is whole.
+
+    Raises:
+        ArtifactError: the stamp of the folder cannot be read.
+    """
+    if not (out / GGUF_STAMP).exists():
+        return False
+    made = read_object(out / GGUF_STAMP, f"Remove {out}.", {})
+    if not stamp.items() <= made.items():
+        return False
+    files = made.get("files")
+    lost = [str(one) for one in files or () if not (out / str(one)).is_file()]
+    try:
+        with open_checked(out):
+            problem = f"{lost[0]} is missing" if lost else ""
+    except MegamaskError as error:
+        problem = str(error)
+    if problem:
+        log.info("%s is not whole, and is unpacked again: %s", out, problem)
+    return not problem
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:

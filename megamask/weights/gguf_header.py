@@ -156,8 +156,6 @@ class Header:
         for name, value in self.fields.items():
             if name.startswith(prefix):
                 found[name.removeprefix(prefix)] = value
-            elif name == "split.count" and value not in (0, 1):
-                raise self._refused(name, value, "the file is one of several parts")
             elif not name.startswith((*NOTES, "split.")):
                 raise self._refused(name, value, "megamask does not know this key")
         return found

@@ -56,7 +56,8 @@ def read_layout(path: Path) -> Layout:
     """Read the header of a GGUF file and check it against the file.
 
     Raises:
-        ArtifactError: a length, an offset, a type or a size of the model that does not fit.
+        ArtifactError: a length, an offset, a type or a size of the model that does not fit, or the
+            file is one of several parts.
     """
     require_file(path, GGUF, FIX)
     with (
@@ -66,6 +67,7 @@ def read_layout(path: Path) -> Layout:
     ):
         try:
             layout = _Reader(data).layout()
+            _refuse_part(path, layout)
             _check_sizes(layout)
         except (ValueError, struct.error) as error:
             raise ArtifactError(path, f"is a torn GGUF file ({error})", FIX) from None
@@ -175,6 +177,22 @@ class _Reader:
                 raise ValueError(f"{name} has {shape} values of type {kind} at {offset:,}")
             if offset + count // block * width > room:
                 raise ValueError(f"{name} ends outside the file")
+
+
+def _refuse_part(path: Path, layout: Layout) -> None:
+    """Refuse a part of a model, which has some of the tensors, and the sizes of all or of none.
+
+    Raises:
+        ArtifactError: the file is a part.
+    """
+    number, count = (layout.facts.get(f"split.{key}", 0) for key in ("no", "count"))
+    if type(count) is int and count > 1:
+        which = f"part {number + 1}" if type(number) is int else "one"
+        fix = (
+            "Merge the parts with llama.cpp: llama-gguf-split --merge FIRST.gguf WHOLE.gguf, and "
+            "set model.gguf=WHOLE.gguf."
+        )
+        raise ArtifactError(path, f"is {which} of the {count:,} parts of a GGUF file", fix)
 
 
 def _check_sizes(layout: Layout) -> None:

@@ -336,6 +336,51 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
         run(config_for(tmp_path / "m.gguf", tmp_path / "hf"))
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_part_of_a_model_is_called_so(tmp_path: Path, number: int) -> None:
+    """The first part has the sizes of the whole model, and the others have no sizes. A part was
+    called torn, and was hashed before.
+    """
+    path = tmp_path / f"m-0000{number + 1}-of-00002.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    if number:
+        writer.kv_data[0].pop("general.architecture")
+    else:
+        writer.add_block_count(2)
+        writer.add_embedding_length(HIDDEN)
+        writer.add_tensor("token_embd.weight", np.zeros((VOCAB, HIDDEN), np.float32))
+    writer.add_uint16("split.no", number)
+    writer.add_uint16("split.count", 2)
+    writer.add_tensor(f"blk.{number}.attn_norm.weight", np.ones(HIDDEN, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    said = rf"is part {number + 1} of the 2 parts of a GGUF file\. Merge the parts .*--merge"
+    with pytest.raises(ArtifactError, match=said):
+        run(config_for(path, tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json", "torn"])
+def test_a_folder_that_lost_a_file_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    """Its stamp stays, so it was called unpacked ever after."""
+    write_gguf(tmp_path / "m.gguf")
+    config = config_for(tmp_path / "m.gguf", tmp_path / "hf")
+    run(config)
+    file = tmp_path / "hf" / (lost if lost != "torn" else "model.safetensors")
+    made = file.read_bytes()
+    if lost == "torn":
+        file.write_bytes(made[: len(made) // 2])
+    else:
+        file.unlink()
+    capsys.readouterr()
+    run(config)
+    assert "already unpacked" not in capsys.readouterr().out
+    assert file.read_bytes() == made
+
+
 def test_a_folder_with_the_tokenizer_of_an_older_version_is_made_again(tmp_path: Path) -> None:
     """Its special tokens were those that the installed transformers read."""
     write_gguf(tmp_path / "m.gguf")
