@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megamask.errors import ArtifactError, ConfigError
 
@@ -56,7 +56,7 @@ def logged_in() -> HfApi:
     """The Hub, with a token that it knows.
 
     Raises:
-        ConfigError: there is no token.
+        ConfigError: there is no token, or the token may only read.
         ArtifactError: the Hub does not take the token, or does not answer.
     """
     from huggingface_hub import HfApi, get_token
@@ -65,29 +65,34 @@ def logged_in() -> HfApi:
     try:
         token = get_token()
         api = HfApi(endpoint=endpoint, token=token or False, library_name="megamask")
-        if token:
-            api.whoami()
-            return api
+        known = api.whoami() if token else None
     except Exception as error:  # requests or httpx: the library has changed between them
         where = endpoint or "https://huggingface.co"
         problem = f"does not take the token or does not answer ({_first_line(error)})"
         raise ArtifactError(where, problem, "Check HF_TOKEN and the network.") from error
     allowed = "a token of the Hugging Face Hub that may write"
     fix = "Run hf auth login, or set HF_TOKEN. push --dry-run needs none."
-    raise ConfigError("HF_TOKEN", None, allowed, fix)
+    if known is None:
+        raise ConfigError("HF_TOKEN", None, allowed, fix)
+    if _role(known) == "read":
+        raise ConfigError("HF_TOKEN", "a token that may only read", allowed, fix)
+    return api
 
 
-def upload(api: HfApi, repo: str, folder: Path, message: str, private: bool, stale: Stale) -> str:
-    """Make the repository if it is not there, and upload a folder in one commit; the address of the
-    commit. Files of the repository that the folder lacks stay, unless they are of an older push.
+def _role(known: Any) -> str:
+    """What a token may do, where the Hub says it: read, write or fineGrained; "" elsewhere."""
+    for key in ("auth", "accessToken", "role"):
+        known = known.get(key) if isinstance(known, Mapping) else None
+    return str(known or "")
+
+
+def open_repo(api: HfApi, repo: str, private: bool) -> None:
+    """Make the repository if it is not there, before anything is built for it.
 
     Args:
         api: from ``logged_in``.
         repo: ``OWNER/NAME``.
-        folder: the files.
-        message: of the commit.
         private: whether a new repository is private.
-        stale: the files that the same commit deletes where the folder lacks them.
 
     Raises:
         ArtifactError: the Hub refuses or does not answer, or the repository is there and public.
@@ -101,6 +106,22 @@ def upload(api: HfApi, repo: str, folder: Path, message: str, private: bool, sta
         problem = "is public, and --private was asked for; nothing was uploaded"
         fix = "Make it private on the Hub, choose another name, or leave out --private."
         raise ArtifactError(f"{api.endpoint}/{repo}", problem, fix)
+
+
+def upload(api: HfApi, repo: str, folder: Path, message: str, stale: Stale) -> str:
+    """Upload a folder in one commit; the address of the commit. Files of the repository that the
+    folder lacks stay, unless they are of an older push.
+
+    Args:
+        api: from ``logged_in``.
+        repo: ``OWNER/NAME``, from ``open_repo``.
+        folder: the files.
+        message: of the commit.
+        stale: the files that the same commit deletes where the folder lacks them.
+
+    Raises:
+        ArtifactError: the Hub refuses or does not answer.
+    """
     try:
         was_pushed = stale.stamp in api.list_repo_files(repo)
         done = api.upload_folder(

@@ -16,7 +16,7 @@ from megamask.masks.find import own_weights
 from megamask.masks.verify import check_configured, check_strictly, configured_masks
 from megamask.prepare.same_model import check_converted, digest_of_model
 from megamask.publish.base_facts import base_facts
-from megamask.publish.hub import Stale, check_repo, logged_in, upload
+from megamask.publish.hub import Stale, check_repo, logged_in, open_repo, upload
 from megamask.publish.upload_folder import (
     CARD,
     STAMP,
@@ -37,9 +37,11 @@ def run(config: Config, arguments: PushArguments) -> None:
     """Write the folder ``{run_dir}/push`` with all that is published, and upload it.
 
     Raises:
-        ConfigError: there is no token, no such name or no mask; found before anything else.
+        ConfigError: there is no token that may write, no such name or no mask; found before
+            anything else.
         ArtifactError: the mask does not fit the model, a file of results belongs to another mask,
-            or the Hub refuses.
+            or the Hub refuses the repository; found before anything is built. Or the Hub refuses
+            the commit.
     """
     check_repo(arguments.repo)
     if arguments.base_name is not None:
@@ -57,6 +59,8 @@ def run(config: Config, arguments: PushArguments) -> None:
         one = Publication.of(arguments.repo, paths, base, about, masks, is_model, model)
         check_output(out, STAMP, "run_dir", base)
         weights = own_weights(masks, paths)
+        if api is not None:
+            open_repo(api, arguments.repo, arguments.private)
         with nullcontext(source) if weights is None else open_own(weights, base) as tensors:
             build(out, one, tensors)
     _tell(out)
@@ -65,7 +69,7 @@ def run(config: Config, arguments: PushArguments) -> None:
         return
     message = f"{masks.method} {masks.patterns} {arguments.what} {masks.content_sha256[:12]}"
     stale = Stale(STAMP, WRITTEN)
-    tell(f"uploaded: {upload(api, arguments.repo, out, message, arguments.private, stale)}")
+    tell(f"uploaded: {upload(api, arguments.repo, out, message, stale)}")
 
 
 def _masks(config: Config, is_model: bool) -> MaskSet:

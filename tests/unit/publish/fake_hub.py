@@ -26,6 +26,7 @@ class FakeHub(ThreadingHTTPServer):
         calls: method and path of each request.
         messages: of the commits.
         may_write: whether commits are taken.
+        role: of the token, as the Hub names it.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class FakeHub(ThreadingHTTPServer):
         self.calls: list[str] = []
         self.messages: list[str] = []
         self.may_write = True
+        self.role = "write"
 
     @property
     def url(self) -> str:
@@ -90,7 +92,8 @@ class Calls(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.send(401, {"error": "Invalid credentials in Authorization header"})
         if path == "/api/whoami-v2":
-            return self.send(200, {"type": "user", "name": "owner", "orgs": []})
+            about = {"type": "access_token", "accessToken": {"role": hub.role}}
+            return self.send(200, {"type": "user", "name": "owner", "orgs": [], "auth": about})
         if path == "/api/validate-yaml":
             return self.send(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":

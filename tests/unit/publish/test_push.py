@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import megamask
 from megamask.__main__ import main
+from megamask.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR
 from megamask.evaluate.rows import mask_digests
 from megamask.masks.file import load_masks
 from megamask.weights.base_model import BaseModel
@@ -109,8 +110,8 @@ def test_the_base_model_is_not_replaced(run_dir: Path, capsys: pytest.CaptureFix
 def test_who_cannot_push_is_told_first(
     hub: FakeHub, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(said: str, *words: str) -> None:
-        assert main([*words]) == 2
+    def refused(said: str, *words: str, code: int = EXIT_USER_ERROR) -> None:
+        assert main([*words]) == code
         lines = capsys.readouterr().err.strip().splitlines()
         errors = [line for line in lines if "%|" not in line]  # beside the library's progress
         assert len(errors) == 1 and said in errors[0], errors
@@ -126,17 +127,23 @@ def test_who_cannot_push_is_told_first(
     refused(f"{hub.url}: does not take the token", "push", "owner/name", run)
     assert hub.calls == ["GET /api/whoami-v2"]
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.role = "read"
+    refused("HF_TOKEN = 'a token that may only read': a token of", "push", "owner/name", run)
+    hub.role = "fineGrained"
     (run_dir / "hf" / "away").rename(run_dir / "hf" / "model.safetensors")
     refused(f"{hub.url}/other/name: cannot be written (403", "push", "other/name", run)
+    assert not (run_dir / "push").exists()  # a model of hours is not built in vain
     hub.may_write = False
     refused(f"{hub.url}/owner/name: cannot be written (403", "push", "owner/name", run)
     assert hub.repos == {"owner/name": {}}
     hub.may_write = True
+    shutil.rmtree(run_dir / "push")
     refused(f"{hub.url}/owner/name: is public", "push", "owner/name", run, "--private")
+    assert not (run_dir / "push").exists()
     assert hub.repos == {"owner/name": {}}
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens
     refused("http://127.0.0.1:9: does not take the token or does not answer", "push",
-            "owner/name", run)  # fmt: skip
+            "owner/name", run, code=EXIT_UNAVAILABLE)  # fmt: skip
 
 
 def test_what_was_not_measured_on_this_mask_is_refused(
