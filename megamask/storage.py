@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
-from megamask.errors import ArtifactError
+from megamask.errors import ArtifactError, ConfigError
 from megamask.file_kinds import JSON, require_file, wrong_file
 from megamask.leftovers import remove_leftovers, remove_leftovers_of, temporary_name
 from megamask.machine_errors import reading, writing
@@ -54,6 +54,23 @@ def require_writable(folder: Path, key: str = "run_dir") -> None:
             f"cannot be written ({error.strerror})",
             f"Point {key} at a folder you can write.",
         ) from error
+
+
+def require_file_place(file: Path, key: str) -> None:
+    """Check that a file can be written, or written again, before any long work.
+
+    Args:
+        file: the file, which may be missing.
+        key: the argument that named the file, for the message.
+
+    Raises:
+        ConfigError: a folder has that name.
+        ArtifactError: the folder of the file cannot be made or written.
+    """
+    if file.is_dir():
+        fix = "Name a file, in this folder or elsewhere."
+        raise ConfigError(key, str(file), "a file, and this is a folder", fix)
+    require_writable(file.parent, key)
 
 
 @contextmanager

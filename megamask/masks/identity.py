@@ -19,6 +19,8 @@ from megamask.weights.model_identity import OTHER_PARTS, is_model_of
 MEASURED = ("seconds", "raised_damp")  # of a header's data: what came out, not what was asked for
 OUTSIDE_DATA = ("fingerprint", "pattern", "linears")  # of a recipe: elsewhere in a header
 RECOVERED = "recovered"  # of a header's data: how the kept weights were recovered
+OF_ANOTHER_RUN = "of_another_run"  # of a recovery: whether its mask lies outside the run
+NO_RECIPE = ("weights", OF_ANOTHER_RUN)  # of a recovery: what it is not made from
 
 
 def recovery_of(header: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -30,12 +32,12 @@ def recovery_of(header: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def recipe_of(header: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the masks of a header, or its recovered weights, were made from: its ``data`` without
-    what was measured and without the digest of recovered weights.
+    what was measured, the digest of recovered weights and where the mask lies.
     """
     data = (header or {}).get("data")
     known = dict(data) if isinstance(data, Mapping) else {}
     if about := recovery_of(header):
-        known[RECOVERED] = {key: value for key, value in about.items() if key != "weights"}
+        known[RECOVERED] = {key: value for key, value in about.items() if key not in NO_RECIPE}
     return {key: value for key, value in known.items() if key not in MEASURED}
 
 

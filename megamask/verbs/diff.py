@@ -10,7 +10,7 @@ from megamask.config import Config
 from megamask.masks.compare import differences
 from megamask.masks.find import open_masks
 from megamask.report.difference_tables import draw, figures, lines
-from megamask.storage import require_writable, write_json
+from megamask.storage import require_file_place, write_json
 from megamask.terminal import tell
 from megamask.verbs.own_arguments import DiffArguments
 
@@ -19,11 +19,12 @@ def run(config: Config, arguments: DiffArguments) -> None:
     """Compare two masks; print tables, write figures and a picture where they are asked for.
 
     Raises:
+        ConfigError: a file is to be written where a folder is.
         ArtifactError: masks that are missing, torn, or not of one model.
     """
     for key, out in (("--json", arguments.json), ("--picture", arguments.picture)):
         if out is not None:
-            require_writable(Path(out).parent, key)
+            require_file_place(Path(out), key)
     a, b = open_masks(arguments.a, config), open_masks(arguments.b, config)
     found = differences(a, b)
     tell("\n".join(lines(a, b, found)))

@@ -40,10 +40,13 @@ def run(config: Config, arguments: PlanArguments) -> None:
     Raises:
         ConfigError: the run does not fit ``arguments.gpu`` or, without it, any GPU, and the message
             names the nearest settings that fit. With ``arguments.search``, no layout fits, and the
-            message names the smallest. Also a layout, batch or model that cannot work.
+            message names the smallest. Also a layout, batch or model that cannot work; or
+            ``arguments.json`` is a folder.
         ArtifactError: the model's config.json or ``arguments.calibrate`` cannot be read.
     """
     gpus = known_gpus(arguments)
+    if arguments.json:
+        storage.require_file_place(Path(arguments.json), "--json")
     arch = find_architecture(config, arguments.model)
     config = with_dense_budget(config, arch)
     if arguments.model:

@@ -16,13 +16,19 @@ import torch
 from megamask import storage
 from megamask.config import Config
 from megamask.data.heldout import evaluated_domains, evaluation_windows, heldout_digests
-from megamask.errors import MegamaskError
+from megamask.errors import ConfigError, MegamaskError
 from megamask.evaluate.sensitivity import whole_masks
 from megamask.export.folded import STAMP
 from megamask.export.masked_folder import export
 from megamask.masks.file import MaskSet, load_masks, save_masks
 from megamask.masks.find import mask_path, open_masks, own_weights
-from megamask.masks.identity import RECOVERED, recipe_of, recovered_label
+from megamask.masks.identity import (
+    OF_ANOTHER_RUN,
+    RECOVERED,
+    recipe_of,
+    recovered_label,
+    recovery_of,
+)
 from megamask.masks.times import write_seconds
 from megamask.masks.verify import check_asked, check_strictly
 from megamask.model.build import build_model, masked_linears
@@ -70,6 +76,7 @@ def run(config: Config) -> None:
     inputs.check_text()
     check_strictly(masks, base)
     one = Task.of(inputs, base, masks, recovery)
+    one.require_free_name()
     check_output(one.out, STAMP, "recover.out", base)
     storage.require_writable(paths.masks)
     windows = _heldout(config)
@@ -135,6 +142,32 @@ class Task:
         out = paths.recovered if section.out else paths.recovered / name
         made_from = {**recovery.text(config), **model_facts_of(inputs.note), RECOVERED: facts}
         return cls(inputs, base, masks, recovery, name, out, storage.as_read(made_from))
+
+    @property
+    def is_of_another_run(self) -> bool:
+        """Whether the mask lies outside the run, where a mask of the run may have its name."""
+        paths = self.inputs.paths
+        place = storage.real_path(mask_path(self.inputs.config.recover.mask, paths))
+        return not place.is_relative_to(storage.real_path(paths.run_dir))
+
+    def require_free_name(self) -> None:
+        """Check that no result of another mask would be replaced. A mask of the run that was made
+        anew replaces its own result.
+
+        Raises:
+            ConfigError: a mask of this run and a mask of another run have one name.
+        """
+        try:
+            about = recovery_of(self.written().meta)
+        except MegamaskError:
+            return
+        before, now = (one.get("mask_sha256") for one in (about, self.made_from[RECOVERED]))
+        if before != now and (self.is_of_another_run or about.get(OF_ANOTHER_RUN)):
+            source = self.made_from[RECOVERED]["mask"]
+            name = f"another name than {source}"
+            allowed = f"a mask file with {name}: {self.mask_file} belongs to another mask"
+            fix = "Copy the mask file to another name, or delete that result first."
+            raise ConfigError("recover.mask", self.inputs.config.recover.mask, allowed, fix)
 
     @property
     def mask_file(self) -> Path:
@@ -276,7 +309,10 @@ def _write(
         return
     with one.base.of_weights(one.weights, "Run the verb recover again.") as source:
         weights = fingerprints_of(source, inputs.arch).exact
-    data = {**one.made_from, RECOVERED: {**one.made_from[RECOVERED], "weights": weights}}
+    about = {**one.made_from[RECOVERED], "weights": weights}
+    if one.is_of_another_run:
+        about[OF_ANOTHER_RUN] = True
+    data = {**one.made_from, RECOVERED: about}
     write_seconds(one.mask_file, seconds)
     save_masks(
         one.mask_file,

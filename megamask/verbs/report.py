@@ -14,7 +14,7 @@ from megamask.report.reading import read_run
 from megamask.report.results_table import format_table
 from megamask.report.run_facts import read_runs, read_settings_of
 from megamask.report.run_page import comparison_sections, render_comparison
-from megamask.storage import atomic_file, require_writable
+from megamask.storage import atomic_file, require_file_place, require_writable
 from megamask.tables import table
 from megamask.terminal import tell
 from megamask.verbs.own_arguments import ReportArguments
@@ -72,7 +72,7 @@ def _compare(arguments: ReportArguments, out: Path) -> None:
     if not found.runs and not found.tables:
         problem = " ".join(found.said) or "hold nothing"
         raise ArtifactError("the given folders", f"hold no run: {problem}", "Name run folders.")
-    require_writable(out.parent, "--out")
+    require_file_place(out, "--out")
     sections = comparison_sections(found)
     _write(out, render_comparison(found, sections))
     for section in sections:

@@ -18,8 +18,9 @@ from megamask.config import run_paths
 from megamask.config.load import load_config
 from megamask.data.heldout import evaluation_windows
 from megamask.errors import ArtifactError, LearningError
-from megamask.masks.file import load_masks
+from megamask.masks.file import load_masks, save_masks
 from megamask.masks.find import check_named_weights, own_weights
+from megamask.masks.identity import OF_ANOTHER_RUN, recipe_of
 from megamask.prepare.run_inputs import RunInputs
 from megamask.recovery import blockwise, training
 from megamask.safe_checkpoint import NOTE
@@ -217,6 +218,32 @@ def test_refusals(run_dir: Path, model: Path, settings: Settings) -> None:
     said = refused("recover.mask=wanda", "evaluate.window=100000")
     assert "evaluate.window" in said and "the positions of the model" in said
     assert contents(run_dir) == before
+
+
+def test_masks_of_two_runs_with_one_name_share_no_result(
+    run_dir: Path, settings: Settings, tmp_path: Path
+) -> None:
+    """The name of a result follows from that of its mask file, which other runs have too."""
+    paths = run_paths(load_config(RECIPE, settings(run_dir)))
+    theirs = tmp_path / "wanda.safetensors"
+    shutil.copy(paths.mask("magnitude"), theirs)
+
+    def refused(mask: Path | str) -> str:
+        return refusal(in_process("recover", *settings(run_dir), *WORDS, f"recover.mask={mask}"))
+
+    before = contents(run_dir)
+    assert "another name than wanda" in refused(theirs) and contents(run_dir) == before
+    ours = load_masks(paths.mask(NAME))
+    about = {**ours.meta["data"]["recovered"], OF_ANOTHER_RUN: True, "mask_sha256": "theirs"}
+    data = {**ours.meta["data"], "recovered": about}
+    assert recipe_of({"data": data})["recovered"].keys() == recipe_of(ours.meta)["recovered"].keys()
+    kept = paths.mask(NAME).read_bytes()
+    facts: Any = {"fingerprint": ours.fingerprint, "method": NAME, "updated_weights": True}
+    save_masks(paths.mask(NAME), ours, ours.patterns, data=data, **facts)
+    try:
+        assert "another name than wanda" in refused("wanda")
+    finally:
+        paths.mask(NAME).write_bytes(kept)
 
 
 TRAIN = (
