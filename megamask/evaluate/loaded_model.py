@@ -41,5 +41,7 @@ class LoadedModel:
         if weights != self.loaded:
             load_weights(self.model, weights)
             self.loaded = weights
+            if masks is not None:
+                own_weights(masks, self.paths)  # it may have been replaced before it was opened
         fold_masks(self.linears, masks, self.arch, self.mesh)
         return weights

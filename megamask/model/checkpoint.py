@@ -30,6 +30,7 @@ from megamask.model.build import model_rules
 from megamask.model.language_model import LanguageModel
 from megamask.parallel.megatron_versions import request_save, results_go_through
 from megamask.parallel.mesh import Mesh
+from megamask.process.open_folder import OpenFolder
 from megamask.process.signals import SIGNALS
 from megamask.safe_checkpoint import (
     NOTE,
@@ -151,9 +152,10 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
     Megatron-Core unpickles the folder's index, so the safe reader checks the index first.
 
     Raises:
-        ArtifactError: missing, torn, of another shape, or not of tensors alone; ``fix`` says what
-            to do.
+        ArtifactError: missing, torn, of another shape, not of tensors alone, or replaced meanwhile;
+            ``fix`` says what to do.
     """
+    place = OpenFolder(path)
     index = read_index(path, fix)
     check_common(path, fix)
     _check_kinds(state, index, path, fix)
@@ -166,7 +168,9 @@ def load_sharded(state: dict[str, Any], path: Path, fix: str) -> dict[str, Any]:
         )
     # CheckpointException is no subclass of Exception.
     except (Exception, CheckpointException) as error:
+        place.require_there()
         raise unreadable(path, error, fix) from error
+    place.require_there()  # else some of its files are those of another folder
     return loaded
 
 

@@ -10,6 +10,7 @@ from megamask.config import Config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.export.folded import STAMP
 from megamask.export.formats import FORMATS
+from megamask.masks.file import MaskSet
 from megamask.masks.find import check_named_weights, own_weights
 from megamask.masks.verify import check_configured, check_strictly, configured_masks
 from megamask.prepare.same_model import check_converted, check_given_weights
@@ -41,18 +42,28 @@ def run(config: Config) -> None:
             check_strictly(masks, base)
             check_configured(masks, base.architecture(), config)
         check_converted(base, paths.weights)
-        weights = Path(config.export.weights) if config.export.weights else None
-        if weights is not None:
-            check_named_weights(weights, masks)
-        elif masks is not None:
-            weights = own_weights(masks, paths)
+        weights = _weights_of(config, masks)
         if weights is None or not chosen.holds_weights:
             chosen.write(base, paths.export, source, masks)
             return
         with open_own(weights, base) as own:
+            _weights_of(config, masks)  # they may have been replaced before they were opened
             if masks is not None and not masks.has_own_weights:
                 check_given_weights(weights, own, base)
             chosen.write(base, paths.export, own, masks)
+
+
+def _weights_of(config: Config, masks: MaskSet | None) -> Path | None:
+    """The Megatron weights that are exported; None for those of the model.
+
+    Raises:
+        ArtifactError: they do not belong to the masks.
+    """
+    if config.export.weights:
+        weights = Path(config.export.weights)
+        check_named_weights(weights, masks)
+        return weights
+    return None if masks is None else own_weights(masks, run_paths(config))
 
 
 def _require_mask_alone(config: Config) -> None:

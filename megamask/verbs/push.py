@@ -62,6 +62,7 @@ def run(config: Config, arguments: PushArguments) -> None:
         if api is not None:
             open_repo(api, arguments.repo, arguments.private)
         with nullcontext(source) if weights is None else open_own(weights, base) as tensors:
+            own_weights(masks, paths)  # they may have been replaced before they were opened
             build(out, one, tensors)
     _tell(out)
     if api is None:

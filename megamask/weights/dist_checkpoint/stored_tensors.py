@@ -25,6 +25,7 @@ from torch.serialization import skip_data
 
 from megamask.errors import ArtifactError
 from megamask.machine_errors import explained
+from megamask.process.open_folder import OpenFolder
 from megamask.safe_checkpoint import read_index
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class _Chunk:
 class StoredTensors:
     """The tensors of a checkpoint folder. The object is a context manager.
 
+    Verbs replace a folder of weights by renaming a new one to its name. All files are opened in the
+    folder that was there at first, so no tensor comes from another one.
+
     Args:
         folder: the folder with the index.
         fix: what the user can do if the checkpoint is torn.
@@ -70,8 +74,10 @@ class StoredTensors:
     def __init__(self, folder: Path, fix: str) -> None:
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        index = read_index(folder, fix, with_objects=True)
         self.folder, self._fix = folder, fix
+        self._place = OpenFolder(folder)
+        index = read_index(folder, fix, with_objects=True)
+        self._place.require_there()
         self._stored: Mapping[Any, Any] = index.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -256,7 +262,11 @@ class StoredTensors:
 
     def _open(self, name: str) -> BinaryIO:
         if name not in self._files:
-            self._files[name] = (self.folder / name).open("rb")
+            try:
+                self._files[name] = self._place.open(name)
+            except FileNotFoundError:
+                self._place.require_there()
+                raise
         return self._files[name]
 
     def _torn(self, problem: str) -> ArtifactError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megamask.errors import ArtifactError
-from megamask.safe_checkpoint import INDEX
+from megamask.safe_checkpoint import INDEX, read_index
+from megamask.weights.dist_checkpoint import stored_tensors
 from megamask.weights.dist_checkpoint.checkpoint_writer import CheckpointWriter, write_index
 from megamask.weights.dist_checkpoint.stored_tensors import StoredTensors
 from tests.fuzz.mutations import bytes_writer, survives
@@ -107,3 +109,45 @@ def test_no_byte_breaks_the_reader(
 
     path = tmp_path / name
     survives(read, change(path, path.read_bytes()), count=200)
+
+
+def written(folder: Path, value: float) -> None:
+    """Tensors ``a`` and ``b`` of one value, each in a file of its own."""
+    folder.mkdir()
+    with CheckpointWriter(folder, file_bytes=1) as writer:
+        for key in ("a", "b"):
+            writer.add(key, (0, 0), (2, 2), torch.full((2, 2), value))
+    write_index(folder, writer.written, {})
+    assert len(list(folder.glob("*.distcp"))) == 2
+
+
+def test_no_tensor_comes_from_a_folder_that_took_the_name(tmp_path: Path) -> None:
+    """A verb renames new weights to the name, and deletes the old ones, while another reads."""
+    written(tmp_path / "one", 1.0)
+    written(tmp_path / "two", 2.0)
+    with StoredTensors(tmp_path / "one", "") as stored:
+        assert whole_of(stored, "a").eq(1).all()
+        (tmp_path / "one").rename(tmp_path / "old")
+        (tmp_path / "two").rename(tmp_path / "one")
+        assert whole_of(stored, "b").eq(1).all()
+    with StoredTensors(tmp_path / "one", "") as stored:
+        assert whole_of(stored, "a").eq(2).all()
+        shutil.rmtree(tmp_path / "one")
+        with pytest.raises(ArtifactError, match="was replaced by another process while it was"):
+            whole_of(stored, "b")
+
+
+def test_a_folder_that_is_replaced_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "one", 1.0)
+
+    def late(folder: Path, *rest: object, **more: object) -> object:
+        found = read_index(folder, *rest, **more)  # type: ignore[arg-type]
+        (tmp_path / "one").rename(tmp_path / "old")
+        written(tmp_path / "one", 2.0)
+        return found
+
+    monkeypatch.setattr(stored_tensors, "read_index", late)
+    with pytest.raises(ArtifactError, match="was replaced"):
+        StoredTensors(tmp_path / "one", "")
