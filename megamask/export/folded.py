@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -126,18 +126,35 @@ def write_stamp(folder: Path, masks: MaskSet | None, written: str | None = None)
     write_json(folder / STAMP, {"megamask": __version__, **about, **own_files(folder)})
 
 
-def read_stamp(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The header of the masks of an exported folder, and their ``identity``; None where the folder
-    or its stamp has none.
+class Stamp(NamedTuple):
+    """What the stamp of a folder says; None for what it does not say.
+
+    Attributes:
+        header: of the masks.
+        identity: of the masks and their weights, as ``identity`` gives it.
+        written: the fingerprint of the weights that were written, zeros included.
+    """
+
+    header: dict[str, Any] | None = None
+    identity: dict[str, Any] | None = None
+    written: str | None = None
+
+
+def read_stamp(folder: Path) -> Stamp:
+    """The stamp of a folder; of one that no export made, a stamp that says nothing.
 
     Raises:
         ArtifactError: the stamp cannot be read.
     """
     if not (folder / STAMP).is_file():
-        return None, None
+        return Stamp()
     found = read_object(folder / STAMP, "Export the folder again.", {})
-    header, known = (found.get(key) for key in ("mask", IDENTITY))
-    return header if isinstance(header, dict) else None, known if isinstance(known, dict) else None
+    header, known, written = (found.get(key) for key in ("mask", IDENTITY, WRITTEN))
+    return Stamp(
+        header if isinstance(header, dict) else None,
+        known if isinstance(known, dict) else None,
+        written if isinstance(written, str) else None,
+    )
 
 
 def tell_written(out: Path, masks: MaskSet | None, what: str = "") -> None:

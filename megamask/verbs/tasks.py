@@ -23,7 +23,7 @@ from megamask.errors import ConfigError
 from megamask.evaluate.loaded_model import LoadedModel
 from megamask.evaluate.loglikelihood import Score, Scorer, megatron_score, transformers_score
 from megamask.evaluate.rows import mask_digests, mask_patterns
-from megamask.export.folded import read_stamp
+from megamask.export.folded import Stamp, read_stamp
 from megamask.masks.identity import row_name
 from megamask.model.build import DTYPES
 from megamask.parallel.mesh import Mesh, choose_device, start
@@ -35,7 +35,13 @@ from megamask.verbs.evaluate import find_masks
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.base_model import BaseModel
 from megamask.weights.hf_files import open_checked
-from megamask.weights.model_identity import identity_note, model_facts_of
+from megamask.weights.model_identity import (
+    ARCHITECTURE,
+    FINGERPRINT,
+    UNMASKED,
+    identity_note,
+    model_facts_of,
+)
 
 if TYPE_CHECKING:
     from megamask.evaluate.harness import LoadedTasks
@@ -166,25 +172,60 @@ def _of_folder(inputs: RunInputs) -> dict[str, Any]:
     if this_place().world > 1:
         allowed = "one process: transformers runs the folder on one device"
         raise ConfigError("tasks.folder", str(folder), allowed, "Start it without torchrun.")
-    name = storage.real_path(folder).name  # ``.`` and ``..`` have a name too
-    header, made_of = read_stamp(folder)
-    name = row_name(name, header)
-    if name == DENSE:
-        allowed = f"a folder with another name: {DENSE} is the row of model.hf"
-        raise ConfigError("tasks.folder", str(folder), allowed, "Rename the folder.")
-    folders = {DENSE: inputs.paths.hf, name: folder}
-    for path in folders.values():
+    _row_of(folder, read_stamp(folder))  # before any file is read
+    for path in (inputs.paths.hf, folder):
         # transformers gives random weights to a tensor that a folder lacks.
         with open_checked(path, config.model.ignore_keys):
             pass
+    stamp, digest = _compared(inputs, folder)
+    name = _row_of(folder, stamp)
     session = _Session.opened(config, read_architecture(folder, config.model.ignore_keys))
     found, device = {}, choose_device(config.device)
-    for row, path in folders.items():
+    for row, path in {DENSE: inputs.paths.hf, name: folder}.items():
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[config.dtype])
         score = transformers_score(model.eval().to(device))
         found[row] = session.row(row, path, score, device)
-    masks = {} if made_of is None else {name: made_of}
-    base = BaseModel(inputs.paths.hf, ignore_keys=config.model.ignore_keys)
-    with base.open() as source:
-        digest = model_facts_of(identity_note(base, source))
+    masks = {} if stamp.identity is None else {name: stamp.identity}
     return {**session.results(found, "transformers"), "masks": masks, **digest}
+
+
+def _row_of(folder: Path, stamp: Stamp) -> str:
+    """The name of the row of a folder.
+
+    Raises:
+        ConfigError: the name is that of the row of ``model.hf``.
+    """
+    name = storage.real_path(folder).name  # ``.`` and ``..`` have a name too
+    if (row := row_name(name, stamp.header)) == DENSE:
+        allowed = f"a folder with another name: {DENSE} is the row of model.hf"
+        raise ConfigError("tasks.folder", str(folder), allowed, "Rename the folder.")
+    return row
+
+
+def _compared(inputs: RunInputs, folder: Path) -> tuple[Stamp, dict[str, str]]:
+    """The stamp of ``tasks.folder``, empty where the folder is no longer the model that an export
+    wrote, such as after a fine-tuning into the same folder; and the digest of ``model.hf``, under
+    its key.
+
+    Raises:
+        ConfigError: the folder is an export of another model than ``model.hf``, whose row would
+            stand beside it.
+    """
+    stamp, notes = read_stamp(folder), []
+    for path in (inputs.paths.hf, folder):
+        base = BaseModel(path, ignore_keys=inputs.config.model.ignore_keys)
+        with base.open() as source:
+            notes.append(identity_note(base, source))
+    dense, here = notes
+    if stamp.identity is None:
+        return Stamp(), model_facts_of(dense)
+    if stamp.identity.get(FINGERPRINT) != dense[FINGERPRINT]:
+        allowed = f"an export of the model in model.hf, {inputs.paths.hf}"
+        fix = "Set model.hf to the model that the folder was exported from."
+        raise ConfigError("tasks.folder", str(folder), allowed, fix)
+    is_same = here[FINGERPRINT] == stamp.written
+    if not is_same or any(here.get(key) != dense.get(key) for key in (UNMASKED, ARCHITECTURE)):
+        said = "%s was changed since the export, or is of an older version: its row has no mask"
+        log.warning(said, folder)
+        return Stamp(), model_facts_of(dense)
+    return stamp, model_facts_of(dense)

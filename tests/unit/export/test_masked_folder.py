@@ -88,10 +88,11 @@ def test_export_equals_apply_masks(made: Made, capsys: pytest.CaptureFixture[str
         == load_file(folder / "hf" / "model.safetensors").keys()
     )
     assert "verified" in capsys.readouterr().out
-    header, made_of = read_stamp(folder / "export")
-    assert header is not None and header["method"] == "learned"
-    assert made_of == identity(load_masks(folder / "masks" / "learned.safetensors"))
-    assert read_stamp(folder / "hf") == (None, None)
+    stamp = read_stamp(folder / "export")
+    assert stamp.header is not None and stamp.header["method"] == "learned"
+    assert stamp.identity == identity(load_masks(folder / "masks" / "learned.safetensors"))
+    assert stamp.written == BaseModel(folder / "export").fingerprints().exact
+    assert read_stamp(folder / "hf") == (None, None, None)
     run(config(folder))  # its own folder may be written again
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from megamask.config import load_config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.evaluate.loglikelihood import Score
-from megamask.export.folded import write_stamp
+from megamask.export.folded import STAMP, WRITTEN, write_stamp
 from megamask.masks.file import MaskSet, load_masks, save_masks
 from megamask.masks.identity import RECOVERED, identity, why_no_row_of
 from megamask.publish.measured import measured
@@ -160,7 +160,8 @@ def test_the_row_of_an_exported_folder_has_its_name_and_belongs_to_its_mask(
     config = load_config(None, [*words, f"export.out={out}"])
     export.run(config)
     if more:  # as the verbs write it that update or recover weights
-        write_stamp(out, mask_of(model, run_dir, method, **more))
+        made = mask_of(model, run_dir, method, **more)
+        write_stamp(out, made, BaseModel(out).fingerprints().exact)
     score(model, out, run_dir)
     masks = load_masks(run_dir / "masks" / f"{method}.safetensors")
     results = json.loads((run_dir / "tasks.json").read_text())
@@ -171,6 +172,59 @@ def test_the_row_of_an_exported_folder_has_its_name_and_belongs_to_its_mask(
     assert list(measured(run_paths(config), masks, {})["tasks.json"]["tasks"]) == ["dense", row]
     other = mask_of(model, tmp_path / "other", "other", updated_weights=not more)
     assert why_no_row_of(other, results, row) and not why_no_row_of(masks, results, row)
+
+
+@pytest.fixture
+def exported(model: Path, tmp_path: Path, without_harness: None) -> Path:
+    """A run with an export of the model under a mask."""
+    mask_of(model, tmp_path / "run", "learned")
+    export.run(load_config(None, [f"run_dir={tmp_path / 'run'}", f"model.hf={model}"]))
+    return tmp_path / "run"
+
+
+def trained(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name: one * 1.5 for name, one in tensors.items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_other_norms(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    norm = {"model.norm.weight": tensors["model.norm.weight"] * 2}
+    save_file(tensors | norm, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_other_config(folder: Path) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, "rms_norm_eps": 0.1}))
+
+
+def without_a_fingerprint(folder: Path) -> None:
+    stamp = json.loads((folder / STAMP).read_text())
+    (folder / STAMP).write_text(json.dumps({**stamp, WRITTEN: None}))
+
+
+@pytest.mark.parametrize(
+    "change", [trained, with_other_norms, with_other_config, without_a_fingerprint]
+)
+def test_a_folder_that_was_changed_has_the_row_of_no_mask(
+    change: Callable[[Path], None], exported: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fine-tuning that saves into the folder leaves the stamp of the export there."""
+    change(exported / "export")
+    score(model, exported / "export", exported)
+    results = json.loads((exported / "tasks.json").read_text())
+    assert list(results["tasks"]) == ["dense", "export"] and results["masks"] == {}
+    assert "was changed since the export" in caplog.text
+
+
+def test_an_export_of_another_model_is_refused(exported: Path, model: Path, tmp_path: Path) -> None:
+    """Its row would stand beside the dense row of a model that it was not made of."""
+    other = Path(copytree(model, tmp_path / "other-model"))
+    trained(other)
+    with pytest.raises(ConfigError, match=r"tasks\.folder.*an export of the model in model\.hf"):
+        score(other, exported / "export", exported)
+    assert not (exported / "tasks.json").exists()
 
 
 def test_the_row_of_a_folder_without_a_mask_belongs_to_none(
