@@ -16,7 +16,7 @@ from megamask.model.checkpoint import read_note
 from megamask.model.streamed_weights import save_streamed
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import Layout
-from megamask.safe_checkpoint import NOTE
+from megamask.safe_checkpoint import NOTE, read_index
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.fingerprint import fingerprints_of
 from megamask.weights.model_identity import (
@@ -77,7 +77,10 @@ def _is_done(weights: Path, base: BaseModel, note: dict[str, object]) -> bool:
     """
     try:
         found = read_note(weights)
-    except MegamaskError:
+        read_index(weights)
+    except MegamaskError as error:
+        if weights.exists():
+            log.info("%s is made again: %s", weights, error)
         return False
     if any(found.get(key) != note[key] for key in ("dtype", "padded_vocab")):
         return False

@@ -34,7 +34,7 @@ from megamask.parallel.mesh import start
 from megamask.prepare.dense_model import load_dense
 from megamask.prepare.layout import check_positions
 from megamask.prepare.run_inputs import RunInputs
-from megamask.safe_checkpoint import NOTE
+from megamask.safe_checkpoint import NOTE, read_index
 from megamask.sparsity.margins import to_levels
 from megamask.weights.model_identity import model_facts_of, recipe_differs
 
@@ -154,6 +154,7 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
             load_margins(path, masks.content_sha256).check_whole()
         if not other and find_criterion(method, config.prune).updates_weight:
             note = storage.read_object(updated / NOTE, "", {"recipe": dict})
+            read_index(updated)
             other = recipe_differs(note["recipe"], wanted)
     except (MegamaskError, KeyError, TypeError) as error:  # torn, or written by something else
         log.info("%s: made again: %s", path, error)

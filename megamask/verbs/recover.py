@@ -43,6 +43,7 @@ from megamask.prepare.run_inputs import RunInputs
 from megamask.recovery.recoveries import RECOVERIES
 from megamask.recovery.recovery import Recovered, Recovery, RecoveryJob
 from megamask.recovery.unfinished import Unfinished
+from megamask.safe_checkpoint import read_index
 from megamask.terminal import tell
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.fingerprint import fingerprints_of
@@ -196,6 +197,7 @@ class Task:
             found = self.written()
             found.verify()
             own_weights(found, self.inputs.paths)
+            read_index(self.weights)
             made_from = {**recipe_of(found.meta), "fingerprint": found.fingerprint}
         except (MegamaskError, KeyError, TypeError, AttributeError, ValueError):
             return False

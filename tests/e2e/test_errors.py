@@ -16,7 +16,7 @@ import pytest
 
 from megamask import load_masks, save_masks
 from tests.e2e.conftest import save_tokenizer
-from tests.e2e.program import assert_untouched, contents, in_process, megamask, refusal
+from tests.e2e.program import assert_untouched, contents, here, in_process, megamask, refusal
 from tests.e2e.ranks import run_program
 
 pytestmark = pytest.mark.slow
@@ -250,6 +250,16 @@ def test_torn_weights(run_dir: Path, refused: Refuse) -> None:
                 "Run the verb convert again",
             ],
         )
+
+
+def test_weights_that_lost_a_file_are_made_again(run_dir: Path, settings: Settings) -> None:
+    """Their note stays, and tells the same model and settings."""
+    for verb, folder in (("convert", "weights"), ("prune", "weights-sparsegpt_update")):
+        (file,) = (run_dir / folder).glob("*.distcp")
+        before = file.read_bytes()
+        file.unlink()
+        assert "made again" in here(verb, *settings(run_dir)).stderr
+        assert file.read_bytes() == before
 
 
 def test_a_torn_prior(run_dir: Path, refused: Refuse) -> None:
