@@ -62,6 +62,7 @@ class Run:
             self.learner,
             inputs.content,
             [paths.mask("learned"), paths.mask(BEST)],
+            self._expect_snapshot,
         )
         self.content = inputs.content
         self.progress = self.snapshots.restore()
@@ -124,7 +125,7 @@ class Run:
             return EXIT_OK
         except LearningError:  # raised on all ranks
             try:
-                self.snapshots.background.proceed(wait=True)
+                self.snapshots.settle()
             except MegamaskError as error:  # the failure of learning is told first
                 log.warning("%s", error)
             self._show("failed")
@@ -169,6 +170,10 @@ class Run:
         if self.mesh.world > 1:
             self.watchdog.expect(what, 60.0 * minutes)
 
+    def _expect_snapshot(self) -> None:
+        """Start the time of the watchdog anew, for one snapshot."""
+        self._expect("a snapshot", self.config.parallel.timeout_minutes)
+
     def _show_learning(self) -> None:
         self._show("learning")
 
@@ -207,8 +212,7 @@ class Run:
 
     def _leave(self, stop: StopRequest) -> int:
         step, who = self.progress.step, stop.received or "another process"
-        self._expect("a snapshot", self.config.parallel.timeout_minutes)
-        self.snapshots.background.proceed(wait=True)
+        self.snapshots.settle()
         if step != self.snapshots.newest():
             self.snapshots.save(self.progress)
         self.monitor.note(f"{who}: saved at step {step}; start again to go on")
@@ -220,8 +224,7 @@ class Run:
     def _finish(self) -> None:
         by_domain = self._evaluate()
         self._save_mask("learned", by_domain)
-        self._expect("a snapshot", self.config.parallel.timeout_minutes)
-        self.snapshots.background.proceed(wait=True)
+        self.snapshots.settle()
         if self.progress.step != self.snapshots.newest():
             self.snapshots.save(self.progress)
         best, mask = self.progress.best_step, self.paths.mask("learned")

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,6 +78,8 @@ class Snapshots:
     Attributes:
         content: digests of the inputs, for the notes; None leaves text and prior unchecked.
         masks: the mask files that the run writes, and a run before it may have written.
+        expect: called before each snapshot that is waited for or written, so that each has the
+            whole time of a watchdog.
         changes: the settings that resumed runs changed, oldest first.
         background: the snapshot that is being written beside learning.
     """
@@ -91,9 +93,11 @@ class Snapshots:
         learner: Learner,
         content: Content | None = None,
         masks: Sequence[Path] = (),
+        expect: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.config, self.content, self.masks = folder, config, content, masks
         self.mesh, self.masked_model, self.learner = mesh, masked_model, learner
+        self.expect = expect
         self.changes: list[Changed] = []
         self.background = BackgroundSave(mesh)
         if mesh.is_main:
@@ -103,7 +107,8 @@ class Snapshots:
 
     def save(self, progress: Progress) -> None:
         """Write a snapshot, then delete all but the last ``learn.snapshot.keep``."""
-        self.background.proceed(wait=True)
+        self.settle()
+        self.expect()
         save_sharded(self._state(), self._path(progress), self.mesh, self._note(progress))
         if self.mesh.is_main:
             self._delete_old()
@@ -116,9 +121,15 @@ class Snapshots:
         if not self.config.learn.snapshot.background:
             self.save(progress)
             return
-        self.background.proceed(wait=True)
+        self.settle()
+        self.expect()
         state, note = self._state(), self._note(progress)
         self.background.start(state, self._path(progress), note, self._delete_old)
+
+    def settle(self) -> None:
+        """Wait for the snapshot that is being written, if there is one."""
+        self.expect()
+        self.background.proceed(wait=True)
 
     def _path(self, progress: Progress) -> Path:
         return snapshot_path(self.folder, progress.step)

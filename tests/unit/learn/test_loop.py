@@ -18,7 +18,7 @@ import torch
 from megamask import save_masks
 from megamask.config import run_paths
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ArtifactError, LearningError
-from megamask.learn import loop
+from megamask.learn import loop, snapshot
 from megamask.learn.heartbeat import Heartbeat
 from megamask.learn.snapshot import Progress
 from megamask.masks.times import times_path, write_seconds
@@ -44,7 +44,11 @@ def run(tmp_path: Path) -> Any:
     )
     background = SimpleNamespace(proceed=lambda wait=False: True, abandon=lambda: None)
     made.snapshots = SimpleNamespace(
-        background=background, newest=lambda: 0, save=lambda _: None, begin=lambda _: None
+        background=background,
+        newest=lambda: 0,
+        settle=lambda: None,
+        save=lambda _: None,
+        begin=lambda _: None,
     )
     return made
 
@@ -55,16 +59,17 @@ def state_of(run: Any) -> str:
     return found.state
 
 
+def fail() -> None:
+    raise LearningError("the loss is not finite")
+
+
 def test_a_snapshot_that_fails_does_not_hide_why_learning_failed(
     run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def step() -> None:
-        raise LearningError("the loss is not finite")
-
-    def proceed(wait: bool = False) -> bool:
+    def settle() -> None:
         raise ArtifactError("step-00000001", "could not be written", "Look at the disk.")
 
-    run._step, run.snapshots.background.proceed = step, proceed
+    run._step, run.snapshots.settle = fail, settle
     with pytest.raises(LearningError, match="the loss is not finite"):
         run._learn(StopRequest())
     assert state_of(run) == "failed" and "step-00000001: could not be written" in caplog.text
@@ -137,16 +142,45 @@ def test_a_best_mask_of_steps_that_are_not_gone_on_from_goes(
     run._forget_best()
 
 
-def test_a_snapshot_before_the_first_step_has_the_whole_time(run: Any) -> None:
-    expected: list[tuple[str, float]] = []
-    run.watchdog = SimpleNamespace(expect=lambda *given: expected.append(given))
-    run.mesh.world, run.first_step, run.progress.step = 2, 1, 1
-    last: list[tuple[str, float]] = []
-    run.snapshots.save = lambda _: last.append(expected[-1])
+@pytest.mark.parametrize("how", ["a signal", "a step", "in the foreground", "a failure", "the end"])
+def test_each_snapshot_has_the_whole_time(
+    run: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The snapshot that is on its way, and the next. A step is the first of its start, whose own
+    time is short.
+    """
+    events: list[Any] = []
+    run.watchdog = SimpleNamespace(expect=lambda *given: events.append(given))
+    run.mesh.world, run.mesh.barrier = 2, lambda: None
+    run.first_step = run.progress.step
+    found: Any = object.__new__(snapshot.Snapshots)
+    found.folder, found.config, found.mesh = run.paths.learn / "snapshots", run.config, run.mesh
+    found.expect, found._state = run._expect_snapshot, dict
+    found._note = found._delete_old = lambda *_: None
+    found.background = SimpleNamespace(
+        proceed=lambda wait=False: events.append("waits") if wait else None,
+        start=lambda *_: events.append("writes"),
+    )
+    monkeypatch.setattr(snapshot, "save_sharded", lambda *_: events.append("writes"))
+    run.snapshots = found
     stop = StopRequest()
-    stop.received = "SIGTERM"
-    run._leave(stop)
-    assert last == [("a snapshot", 60.0 * run.config.parallel.timeout_minutes)]
+    if how == "a signal":
+        stop.received = "SIGTERM"
+        run._leave(stop)
+    elif how == "a failure":
+        run._step = fail
+        with pytest.raises(LearningError):
+            run._learn(stop)
+    elif how == "the end":
+        run._evaluate, run._save_mask = dict, lambda *_: None
+        run._finish()
+    else:
+        found.config = tiny_config({"snapshot": {"background": how == "a step"}})
+        found.begin(run.progress)
+    limit = ("a snapshot", 60.0 * run.config.parallel.timeout_minutes)
+    places = [place for place, event in enumerate(events) if event in ("waits", "writes")]
+    assert events[places[-1]] == ("waits" if how == "a failure" else "writes")
+    assert "waits" in events and all(events[place - 1] == limit for place in places)
 
 
 def test_the_first_step_of_a_start_has_a_short_time(run: Any) -> None:
