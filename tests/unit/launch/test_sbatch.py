@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megamask.safe_checkpoint import NOTE
 from megamask.verbs.table import VERBS
 
 REPO = Path(__file__).resolve().parents[3]
@@ -56,7 +57,13 @@ if [ "$1" = -c ]; then exec "$FAKE_PYTHON" "$@"; fi
 echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR" >>"$FAKE_FOLDER/tasks"
 echo "the output of rank $RANK"
 if [ -n "$FAKE_SIGNAL" ]; then kill -USR1 $PPID; kill -TERM $PPID; sleep 0.2; fi
-if [ -n "$FAKE_SNAPSHOT" ]; then mkdir -p "$FAKE_FOLDER/run/learn/snapshots/$FAKE_SNAPSHOT"; fi
+if [ -n "$FAKE_START_OVER" ]; then
+    mv "$FAKE_FOLDER/run/learn/snapshots" "$FAKE_FOLDER/run/learn/snapshots-before-1"
+fi
+if [ -n "$FAKE_SNAPSHOT" ]; then
+    mkdir -p "$FAKE_FOLDER/run/learn/snapshots/$FAKE_SNAPSHOT"
+    touch "$FAKE_FOLDER/run/learn/snapshots/$FAKE_SNAPSHOT/megamask.json"
+fi
 read -r -a codes <<<"$FAKE_CODES"
 exit "${codes[$RANK]}"
 """
@@ -88,6 +95,7 @@ class Job:
             "FAKE_LAYOUT": layout,
             "FAKE_CODES": " ".join(map(str, codes)),
             "FAKE_SNAPSHOT": snapshot,
+            "FAKE_START_OVER": "",
             "FAKE_REQUEUE": "1",
             "FAKE_NODES": "node1 node2",
             "SLURM_JOB_NUM_NODES": "2",
@@ -190,6 +198,25 @@ def test_lives_without_a_new_snapshot_end(job: Job, code: int) -> None:
     done = job.life(code, code)
     assert done.returncode == 1 and "no new snapshot in 4 lives" in done.stderr
     assert job.requeues == 7
+
+
+@pytest.mark.parametrize("step", [300, 2000])
+def test_a_life_that_starts_over_counts_its_own_snapshots(job: Job, step: int) -> None:
+    """learn.resume=false puts the snapshots of the run before aside, whose steps may be higher."""
+    old = job.folder / "run/learn/snapshots/step-00002000"
+    old.mkdir(parents=True)
+    (old / NOTE).write_text("{}")
+    os.utime(old / NOTE, (1e9, 1e9))
+    done = job.life(75, snapshot=f"step-{step:08d}", FAKE_START_OVER="1", RETRIES="0")
+    assert done.returncode == 0 and f"saved at step {step}; queueing" in done.stdout
+    done = job.life(75, FAKE_START_OVER="", RETRIES="0")  # this life saved nothing
+    assert done.returncode == 1 and "no new snapshot" in done.stderr
+
+
+def test_snapshots_that_are_put_aside_are_none_of_the_new_run(job: Job) -> None:
+    (job.folder / "run/learn/snapshots/step-00002000").mkdir(parents=True)
+    done = job.life(75, FAKE_START_OVER="1", RETRIES="0")
+    assert done.returncode == 1 and "no new snapshot" in done.stderr
 
 
 def test_lives_are_those_of_one_job_and_end_with_its_success(job: Job) -> None:
