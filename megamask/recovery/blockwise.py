@@ -118,6 +118,7 @@ def _layer(
         mean = torch.stack([error(number) for number in range(len(goals))]).mean()
         return float(f"{float(mean):.4g}")
 
+    losses: list[torch.Tensor] = []  # read after the last step: the host waits for none
     try:
         masked = whole_error()
         with torch.enable_grad():
@@ -125,14 +126,16 @@ def _layer(
                 use()
                 optimizer.zero_grad(set_to_none=True)
                 loss = error(step % len(goals))
-                if not math.isfinite(float(loss)):
-                    said = f"the error of a layer is {float(loss)} after step {step}, not finite. "
-                    fix = "Lower recover.rate: recovery starts anew then, at the first layer."
-                    raise LearningError(said + fix)
+                losses.append(loss.detach())
                 loss.backward()
                 for group in optimizer.param_groups:
                     group["lr"] = (section.rate or RATE) * share_of_rate(step, section.steps)
                 optimizer.step()
+        for step, value in enumerate(torch.stack(losses).tolist()):
+            if not math.isfinite(value):
+                said = f"the error of a layer is {value} after step {step}, not finite. "
+                fix = "Lower recover.rate: recovery starts anew then, at the first layer."
+                raise LearningError(said + fix)
         recovered = whole_error()
         if not recovered <= masked:  # Adam promises nothing
             log.warning(

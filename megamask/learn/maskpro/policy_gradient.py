@@ -161,7 +161,8 @@ class MaskPro:
         self, step: int, plan: BatchPlan
     ) -> tuple[list[float], list[float], dict[int, Measured]]:
         """(losses, residuals) of the masks, means over all samples that a mask saw on any replica,
-        and what the first draw measured.
+        and what the first draw measured. The losses stay on the device up to the end of the step,
+        so that the host waits once.
         """
         self.masked_model.model.eval()
         masks, split = self.section.masks, self.section.data == "split"
@@ -174,9 +175,7 @@ class MaskPro:
                 running = RunningSample(sample, is_first=first_draw is None)
                 with self._drawing(running):
                     losses = self._losses(tokens, labels)
-                sums[:, mask] += torch.stack([losses.mean(), (losses - compared).mean()]).to(
-                    sums.device
-                )
+                sums[:, mask] += torch.stack([losses.mean(), (losses - compared).mean()])
                 first_draw = first_draw or running.measured
         count = plan.accumulations * (
             1 if not split else 1 / masks
@@ -195,7 +194,7 @@ class MaskPro:
             with folded_in_turn(self._linears, MaskedLinear.hard_codes):
                 return self._losses(tokens, labels)
         if not self._compares:
-            return torch.zeros(len(numbers), dtype=torch.float64)
+            return torch.zeros(len(numbers), dtype=torch.float64, device=self.mesh.device)
         if self.initial_losses is None:
             self.initial_losses = InitialLosses(
                 plan.dataset, plan.micro_batch, self._losses_of_initial
@@ -207,10 +206,10 @@ class MaskPro:
             return self._losses(tokens, labels)
 
     def _losses(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean loss of every sample, (B,) fp64 on the CPU, under what the linears now see."""
+        """Mean loss of every sample, (B,) fp64, under what the linears now see."""
         rows, targets = self.mesh.on_device(tokens), self.mesh.on_device(labels)
         losses: torch.Tensor = self.masked_model.model.token_losses(rows, targets)
-        return losses.double().mean(1).cpu()
+        return losses.double().mean(1)
 
     @property
     def _compares(self) -> bool:

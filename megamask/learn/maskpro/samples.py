@@ -57,7 +57,8 @@ class Reused:
 
 
 class InitialLosses:
-    """Losses under the initial masks, found when first needed and kept: one number a sample.
+    """Losses under the initial masks, found when first needed and kept on their device: one number
+    a sample.
 
     Samples are computed in fixed blocks of their numbers, so that a loss does not depend, in its
     last bits, on the batch that needed it: shuffling, accumulation, replicas and a resume, after
@@ -72,14 +73,14 @@ class InitialLosses:
 
     def __init__(self, dataset: Reused, block: int, losses: Losses) -> None:
         self.dataset, self.block, self.losses = dataset, block, losses
-        self.known: dict[int, float] = {}
+        self.known: dict[int, torch.Tensor] = {}
 
     def __call__(self, numbers: Sequence[int]) -> torch.Tensor:
         """Loss of every sample, (B,) fp64."""
         for number in numbers:
             if number not in self.known:
                 self._find(number // self.block * self.block)
-        found = torch.tensor([self.known[number] for number in numbers], dtype=torch.float64)
+        found = torch.stack([self.known[number] for number in numbers])
         if self.dataset.samples is None:
             self.known.clear()  # none comes again
         return found
@@ -94,9 +95,8 @@ class InitialLosses:
         tokens, labels = (
             torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels")
         )
-        self.known.update(
-            zip(range(first, last), self.losses(tokens, labels).tolist(), strict=True)
-        )
+        losses = self.losses(tokens, labels).unbind()
+        self.known.update(zip(range(first, last), losses, strict=True))
 
 
 def numbers_of(plan: BatchPlan, step: int, micro_batch: int) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megamask.learn.gumbel import GradientLearner
+from megamask.learn.maskpro.policy_gradient import MaskPro
+from megamask.learn.maskpro.samples import Reused
 from megamask.learn.metrics import mask_stats
 from megamask.learn.metrics.mask_stats import MaskStatistics
 from megamask.parallel.mask_context import Measured
@@ -141,6 +143,21 @@ def test_the_host_waits_once_before_the_update_and_once_after_it(
     small: Asked, large: Asked
 ) -> None:
     assert small.waits == large.waits == ["tolist", "tolist"]
+
+
+@pytest.mark.parametrize("baseline", ["tracker", "leave_one_out", "hard_mask"])
+def test_maskpro_waits_once_for_the_losses_of_all_micro_batches(baseline: str) -> None:
+    """Also where losses under the initial masks are found, as in this first step."""
+    masks = 1 if baseline == "tracker" else 2
+    learn = {"micro_batch": 1, "maskpro": {"baseline": baseline, "masks": masks, "samples": 8}}
+    config, asked = tiny_config({"method": "maskpro", **learn}), Asked()
+    with tiny_masked_model(config, layers=1) as (mesh, masked_model):
+        plan = tiny_plan(config, mesh)
+        plan = replace(plan, dataset=Reused(plan.dataset, 8, seed=0))
+        learner = MaskPro(config, mesh, masked_model)
+        with Kernels(asked), Waits(asked):
+            learner.step(0, plan)
+    assert plan.accumulations == 4 and asked.waits == ["tolist"]
 
 
 def test_a_step_makes_no_memory_beside_its_passes(large: Asked) -> None:
