@@ -119,9 +119,11 @@ def _initialise(
     )
     assert logits is not None
     site, distribution = linear.site, linear.site.distribution
-    start = torch.zeros_like(logits, dtype=torch.float32)
-    if sampling.initial_noise:
-        start.copy_(initial_noise(site, logits.shape[-1], std, config.seed, linear.parameter_id))
+    if not sampling.initial_noise:
+        start = torch.zeros_like(logits, dtype=torch.float32)
+    else:
+        groups, number = logits.shape[-1], linear.parameter_id
+        start = initial_noise(site, groups, std, config.seed, number, logits.device)
         spread = sampling.kappa[0] * std
         std = _layer_std(start, mesh) / distribution.noise_unit(site.pattern)
     if prior_OI is not None:

@@ -6,12 +6,20 @@ Shapes: O out_features, I in_features, G groups per row, C candidates.
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from megamask.config.load import load_config
+from megamask.learn import masked_model
+from megamask.sparsity import initial_logits
 from megamask.sparsity.categorical.categorical import CATEGORICAL, similarity
 from megamask.sparsity.draw import Site
 from megamask.sparsity.initial_logits import initial_noise
+from megamask.sparsity.noise import INITIAL_STEP, NoiseKey, uniform, words
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from tests.unit.sparsity.categorical.reference import candidate_table
@@ -81,6 +89,42 @@ def test_the_initial_noise_is_normal() -> None:
     per_candidate = noise.transpose(0, 1).flatten(1)
     correlation = torch.corrcoef(per_candidate) - torch.eye(6)
     assert float(correlation.abs().max()) < 5 / per_candidate.shape[1] ** 0.5
+
+
+def test_tiles_of_initial_noise_have_the_bits_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the tile leaves over for vectors of the processor: 37 groups a row, 3 rows a tile,
+    and 2 rows at the end.
+    """
+    site = site_of(4, 8, 20, 37)
+    count = site.logits_per_group
+    word = words(NoiseKey(5, INITIAL_STEP, 0, 6), site.placement.group_ids(37), 2 * count)
+    radius = (-2 * uniform(word[:count]).double().log()).sqrt()
+    angle = 2 * math.pi * uniform(word[count:]).double()
+    scale = 0.01 * CATEGORICAL.noise_unit(site.pattern)
+    whole = (scale * radius * angle.cos()).float().transpose(0, 1)
+    for tile in (1, 37 * 3 + 36, 1 << 20):
+        monkeypatch.setitem(initial_logits.TILES, "cpu", tile)
+        assert torch.equal(initial_noise(site, 37, 0.01, seed=5, parameter=6), whole)
+
+
+def test_the_noise_of_a_layer_is_made_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of the host among the operands would be refused."""
+    made: list[torch.Tensor] = []
+
+    def noise(*given: Any) -> torch.Tensor:
+        made.append(initial_noise(*given))
+        return made[-1]
+
+    monkeypatch.setattr(masked_model, "initial_noise", noise)
+    monkeypatch.setattr(masked_model, "_layer_std", lambda *_: 0.01)
+    site, there = site_of(2, 4, 16, 8), torch.device("meta")
+    logits = torch.empty(16, 6, 8, dtype=torch.bfloat16, device=there)
+    linear: Any = SimpleNamespace(site=site, mask_logits=logits, parameter_id=6)
+    config = load_config(None, ["learn.preset=maskllm"])
+    masked_model._initialise(linear, config, None, some_mask(2, 4, 16, 8))  # type: ignore[arg-type]
+    assert [one.device for one in made] == [there] and made[0].shape == (16, 6, 8)
 
 
 def test_the_initial_noise_is_keyed_by_seed_parameter_and_global_group() -> None:
