@@ -57,6 +57,10 @@ def request_save(state: dict[str, Any], folder: Path) -> Any:
     What is no tensor is written at once, to ``common.pt``. ``dist_checkpointing.save`` of 0.19
     would put it into a pickle among the tensors, which older versions cannot read, and which
     PyTorch unpickles without restriction. All ranks must call this function.
+
+    Tensors of a GPU are copied to pageable memory, which the operating system has back when they
+    are written. Megatron asks for page-locked memory: PyTorch rounds each such tensor up to a power
+    of two and keeps its memory to the end of the process.
     """
     tensors, common = save_preprocess(state, True)
     if dist.get_rank() == 0:
@@ -65,7 +69,12 @@ def request_save(state: dict[str, Any], folder: Path) -> Any:
     mine = {"async_strategy": "mcore"} if _takes(strategy.async_save, "async_strategy") else {}
     request = strategy.async_save(tensors, folder, **mine)
     request.finalize_fns.append(partial(_write_format, folder))
-    return request
+    if request.preload_fn is None:  # this rank has nothing to write
+        return request
+    # From 0.16 to 0.19 the second argument of the writer is what Megatron copies to the host.
+    buckets = request.async_fn_args[1]
+    copy = partial(FileSystemWriterAsync.preload_tensors, buckets, non_blocking=False)
+    return request._replace(preload_fn=copy)
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:

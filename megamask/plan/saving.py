@@ -95,11 +95,28 @@ def grace_warning(
     )
 
 
+def host_warning(saving: Saving, available: float) -> str | None:
+    """A sentence where the copy of a snapshot may not fit the host memory of a node of GPUs; else
+    None.
+
+    Args:
+        saving: the snapshot.
+        available: bytes of the host that programs can have.
+    """
+    if saving.node_bytes <= available:
+        return None
+    return (
+        f"a snapshot is written from a copy of {saving.node_bytes / 1e9:,.0f} GB in the host "
+        f"memory of a node, and {available / 1e9:,.0f} GB are available on this one: the run may "
+        "be ended there. Take learn.memory=lean or more nodes, or give the job more memory"
+    )
+
+
 def saving_lines(work: Workload) -> list[str]:
     """The snapshot in words, for ``plan``."""
     saving, section = saving_of(work), work.config.learn.snapshot
     copy = f"from a copy of {saving.node_bytes / 1e9:,.1f} GB in the host memory of a node"
-    when = f"beside the next steps, {copy}" if section.background else "between two steps"
+    when = f"{'beside the next' if section.background else 'between two'} steps, {copy}"
     needed = seconds_after_a_signal(work.config, saving)
     after = (
         f", after the snapshot that may be on its way, about {needed:,.0f} s for both"

@@ -6,6 +6,7 @@ import logging
 import signal
 from contextlib import nullcontext
 
+import psutil
 import torch
 
 from megamask.config import Config
@@ -15,7 +16,7 @@ from megamask.learn.loop import Run
 from megamask.learn.preflight import check_early
 from megamask.parallel.mesh import Mesh, start
 from megamask.plan.fit import check_free
-from megamask.plan.saving import grace_warning, saving_of
+from megamask.plan.saving import grace_warning, host_warning, saving_of
 from megamask.plan.workload import Workload
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.process.signals import Interrupted, StopRequest, stop_on_signal
@@ -49,18 +50,24 @@ def run(config: Config, stop: StopRequest | None = None) -> int:
         if proven != config:
             inputs = LearnInputs(proven)
         _check_free(inputs, mesh)  # plain PyTorch needs more memory than kernels
-        _warn_of_grace(inputs, mesh)
+        _warn_of_snapshots(inputs, mesh)
         # The replicas are never made equal: they begin with the same logits, or average the
         # gradients of different masks.
         mesh.require_same("inputs", inputs.facts)
         return Run(inputs, mesh).learn(request)
 
 
-def _warn_of_grace(inputs: LearnInputs, mesh: Mesh) -> None:
-    """Say before the first step if a signal may leave too little time for a snapshot."""
+def _warn_of_snapshots(inputs: LearnInputs, mesh: Mesh) -> None:
+    """Say before the first step if a signal may leave too little time for a snapshot, or the host
+    of GPUs too little memory. Rank 0 is on the busiest node.
+    """
     saving = saving_of(Workload(inputs.config, inputs.arch, mesh.dp))
-    if mesh.is_main and (warning := grace_warning(inputs.config, saving)):
-        log.warning("%s", warning)
+    warnings = [grace_warning(inputs.config, saving)]
+    if mesh.device.type == "cuda":
+        warnings.append(host_warning(saving, float(psutil.virtual_memory().available)))
+    for warning in warnings:
+        if mesh.is_main and warning:
+            log.warning("%s", warning)
 
 
 def _check_free(inputs: LearnInputs, mesh: Mesh) -> None:

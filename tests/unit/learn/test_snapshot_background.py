@@ -108,6 +108,26 @@ def test_an_old_snapshot_that_does_not_go_ends_no_run(
     assert files(snapshots.folder) == ["step-00000003", "step-00000004"]
 
 
+def test_tensors_of_a_gpu_are_copied_to_pageable_memory(
+    run: tuple[Snapshots, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page-locked memory is rounded up and kept: a copy that does not block asks for it."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    snapshots, _ = run
+    preload, asked = FileSystemWriterAsync.preload_tensors, list[bool]()
+
+    def copy(buckets: Any, non_blocking: bool = True) -> Any:
+        asked.append(non_blocking)
+        return preload(buckets, non_blocking)
+
+    monkeypatch.setattr(FileSystemWriterAsync, "preload_tensors", staticmethod(copy))
+    snapshots.save(Progress(step=1))
+    snapshots.begin(Progress(step=2))
+    snapshots.settle()
+    assert asked == [False, False] and snapshots.steps() == [1, 2]
+
+
 def test_a_writer_that_is_killed_is_told_and_the_snapshot_before_stays(
     run: tuple[Snapshots, Any],
 ) -> None:

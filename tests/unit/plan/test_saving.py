@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
 import pytest
+import torch
 
 from megamask.plan.saving import grace_of, grace_warning, saving_lines, saving_of
+from megamask.verbs import learn
 from tests.unit.plan.test_plan import WEIGHTS_7B, plan
 
 SUBSET = ("learn.method=subset",)  # a logit of 4 bytes and two moments of 4 bytes per weight
@@ -77,3 +83,27 @@ def test_a_grace_that_is_too_short_is_said() -> None:
         saving_lines(plan(*SUBSET, "learn.snapshot.background=false"))
     )
     assert "longer than" not in "\n".join(saving_lines(small))
+
+
+def test_a_copy_that_the_host_may_not_hold_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy has the bytes of the snapshot, written in the background or not."""
+    work = plan(*SUBSET, "parallel.tp=8")
+    for background in ("true", "false"):
+        there = plan(*SUBSET, "parallel.tp=8", f"learn.snapshot.background={background}")
+        assert "a copy of 77.7 GB in the host memory" in "\n".join(saving_lines(there))
+    monkeypatch.setattr(learn, "grace_warning", lambda *_: None)
+    inputs: Any = SimpleNamespace(config=work.config, arch=work.arch)
+    for available, device, warns in (
+        (77e9, "cuda", True),
+        (78e9, "cuda", False),
+        (0, "cpu", False),
+    ):
+        memory = SimpleNamespace(available=available)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda found=memory: found)
+        mesh: Any = SimpleNamespace(device=torch.device(device), is_main=True, dp=1)
+        caplog.clear()
+        learn._warn_of_snapshots(inputs, mesh)
+        assert ("78 GB in the host memory of a node, and 77 GB" in caplog.text) == warns
+        assert bool(caplog.records) == warns
