@@ -62,7 +62,8 @@ else
 fi
 if [ "${RESTARTS:-0}" -gt 0 ]; then
     launch+=(--max-restarts "$RESTARTS")
-    # Restarted processes would find the addresses of dead ones in the store that torchrun shares.
+    # On one node each start has a store of its own; on several, torchrun always shares its store,
+    # and the ranks tell the starts apart.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 

@@ -3,6 +3,11 @@
 A process group that lacks a rank waits in silence and cannot be interrupted. So the ranks first
 sign a list in the launcher's key-value store, in plain Python: a missing rank is named, a signal
 is answered, and ranks with other settings are refused. Rank 0 reads the list and tells the rest.
+
+torchrun keeps one store for all of its starts (``--max-restarts``; on several hosts always), and
+its agents count their restarts apart, so nothing in the environment tells the starts apart. Each
+process therefore has a number of its own, and rank 0 opens a list under its number. The others sign
+the newest list that they find, and believe only a word of rank 0 that names their own number.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import os
 import platform
 import socket
 import time
+import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -62,45 +68,61 @@ def call_roll(place: Place, config: Config, stop: StopRequest) -> Roll:
         Interrupted: a signal came meanwhile.
     """
     wait = _Wait(60.0 * config.parallel.start_minutes, stop)
-    store = _open_store(place, wait)
+    board = dist.PrefixStore("megamask", _open_store(place, wait))
     entry = {
+        "process": uuid.uuid4().hex,
         "host": socket.gethostname(),
         "machine": boot_id(),
         "cores": usable_cores(),
         "settings": _comparable(config),
     }
     try:
-        store.set(f"rank/{place.rank}", json.dumps(entry))
-        store.add("arrived", 1)
-        sharers = _agree(store, place, wait)
+        return (_call if place.is_main else _answer)(board, place, entry, wait)
     except RuntimeError as error:  # of the store
         raise LaunchError(
             f"rank 0 on {place.master}:{place.port} ended before all ranks had come. Its own "
             f"output says why; start again. ({str(error).splitlines()[0]})"
         ) from error
-    return Roll(store, sharers)
 
 
-def _agree(store: dist.Store, place: Place, wait: _Wait) -> int:
-    """The sharers of this rank, where rank 0 finds that all is well."""
-    if place.is_main:
-        verdict = _read_list(store, place, wait)
-        store.set("verdict", json.dumps(verdict))
-        if "key" in verdict:
-            # The store ends with this process.
-            end = wait.seconds + DISMISSAL
-            while store.add("dismissed", 0) < place.world - 1 and wait.seconds < end:
-                time.sleep(POLL)
-            raise ConfigError(*(verdict[name] for name in ("key", "value", "allowed", "fix")))
-    else:
-        while not store.check(["verdict"]):
-            wait.a_moment(f"rank 0 on {place.master}:{place.port} to call the roll")
-        verdict = json.loads(store.get("verdict"))
-        if "key" in verdict:
-            store.add("dismissed", 1)
-            raise DismissedError("rank 0 refuses the settings")
-    sharers: int = verdict["sharers"][place.rank]
-    return sharers
+def _call(board: dist.Store, place: Place, entry: dict[str, Any], wait: _Wait) -> Roll:
+    """Open a list, wait until all have signed it, and tell the others what it says."""
+    store = _sign(board, entry["process"], place, entry)
+    board.set("list", entry["process"])
+    verdict = _read_list(store, place, wait)
+    store.set("verdict", json.dumps(verdict))
+    if "key" in verdict:
+        # The store ends with this process.
+        end = wait.seconds + DISMISSAL
+        while store.add("dismissed", 0) < place.world - 1 and wait.seconds < end:
+            time.sleep(POLL)
+        raise ConfigError(*(verdict[name] for name in ("key", "value", "allowed", "fix")))
+    return Roll(store, verdict["sharers"][place.rank])
+
+
+def _answer(board: dist.Store, place: Place, entry: dict[str, Any], wait: _Wait) -> Roll:
+    """Sign the list of rank 0, and wait for its word on this process."""
+    found, store = "", board
+    while True:
+        newest = board.get("list").decode() if board.check(["list"]) else ""
+        if newest != found:
+            found, store = newest, _sign(board, newest, place, entry)
+        if found and store.check(["verdict"]):
+            verdict = json.loads(store.get("verdict"))
+            if entry["process"] in verdict["processes"]:
+                break
+        wait.a_moment(f"rank 0 on {place.master}:{place.port} to call the roll")
+    if "key" in verdict:
+        store.add("dismissed", 1)
+        raise DismissedError("rank 0 refuses the settings")
+    return Roll(store, verdict["sharers"][place.rank])
+
+
+def _sign(board: dist.Store, name: str, place: Place, entry: dict[str, Any]) -> dist.Store:
+    """Sign the list of that name; returns the part of the store that belongs to the list."""
+    store = dist.PrefixStore(name, board)
+    store.set(f"rank/{place.rank}", json.dumps(entry))
+    return store
 
 
 class _Wait:
@@ -149,7 +171,7 @@ def _open_store(place: Place, wait: _Wait) -> dist.Store:
     while not (is_server or _listens(place)):
         wait.a_moment(f"rank 0 to listen on {address}")
     try:
-        store = dist.TCPStore(
+        return dist.TCPStore(
             place.master,
             place.port,
             is_master=is_server,
@@ -165,16 +187,6 @@ def _open_store(place: Place, wait: _Wait) -> dist.Store:
             f"{address} (MASTER_ADDR, MASTER_PORT) is not the store of rank 0: "
             f"{str(error).splitlines()[0]}. Another program may listen there: set another port."
         ) from error
-    return dist.PrefixStore(f"megamask/{_attempt()}", store)
-
-
-def _attempt() -> str:
-    """The number of this start under torchrun on one host, which keeps the store over restarts.
-
-    Agents of several hosts count apart.
-    """
-    is_one_host = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_host else "0"
 
 
 def _resolves(host: str) -> bool:
@@ -193,25 +205,28 @@ def _listens(place: Place) -> bool:
 
 
 def _read_list(store: dist.Store, place: Place, wait: _Wait) -> dict[str, Any]:
-    """The word of rank 0: sharers of every rank, or the parts of a ConfigError."""
-    while store.add("arrived", 0) < place.world:
-        missing = [rank for rank in range(place.world) if not store.check([f"rank/{rank}"])]
-        if missing:
-            wait.a_moment(f"{_numbered(missing)} of {place.world} to start")
-    entries = [json.loads(store.get(f"rank/{rank}")) for rank in range(place.world)]
+    """The word of rank 0: the processes that signed, and the sharers of every rank or the parts of
+    a ConfigError.
+    """
+    ranks = range(place.world)
+    while missing := [rank for rank in ranks if not store.check([f"rank/{rank}"])]:
+        wait.a_moment(f"{_numbered(missing)} of {place.world} to start")
+    entries = [json.loads(store.get(f"rank/{rank}")) for rank in ranks]
+    processes = [entry["process"] for entry in entries]
     own = entries[0]["settings"]
     for rank, entry in enumerate(entries):
         theirs = entry["settings"]
         for key in sorted(own.keys() | theirs.keys()):
             if own.get(key) != theirs.get(key):
                 return {
+                    "processes": processes,
                     "key": key,
                     "value": theirs.get(key),
                     "allowed": f"rank {rank} on {entry['host']} was started with this value, "
                     f"rank 0 with {own.get(key)!r}",
                     "fix": "Start all ranks with the same recipe, overrides and versions.",
                 }
-    return {"sharers": [_sharers(entry, entries) for entry in entries]}
+    return {"processes": processes, "sharers": [_sharers(entry, entries) for entry in entries]}
 
 
 def _sharers(entry: dict[str, Any], entries: list[dict[str, Any]]) -> int:

@@ -59,13 +59,15 @@ class StopRequest:
     def watch(self, folder: Path) -> None:
         """Look for a file ``STOP`` in ``folder`` too. A file that is older than this process was
         meant for an earlier run, and goes; a file that came while the model was loaded stays, and
-        so does a file that torchrun's processes before this one did not live to read.
+        so does a file that torchrun's processes before this one did not live to read: it is younger
+        than torchrun, whose hosts count their restarts apart.
         """
         self._file = folder / STOP_FILE
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            return
+        first = psutil.Process()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            first = first.parent() or first
         with suppress(OSError):
-            if self._file.stat().st_mtime < psutil.Process().create_time():
+            if self._file.stat().st_mtime < first.create_time():
                 self._file.unlink()
 
     def done(self) -> None:

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from megamask.errors import EXIT_UNAVAILABLE, ConfigError, DismissedError, Launc
 from megamask.learn.kernel_check import with_proven_kernels
 from megamask.parallel import roll_call
 from megamask.parallel.mesh import Mesh, start
-from megamask.parallel.roll_call import call_roll
+from megamask.parallel.roll_call import Roll, call_roll
 from megamask.process.cores import usable_cores
 from megamask.process.place import Place, this_place
 from megamask.process.signals import Interrupted, StopRequest
@@ -133,6 +134,37 @@ def test_ranks_meet() -> None:
     assert [one["other"][2] for one in ranks] == [EXIT_UNAVAILABLE] * 3
     assert f"rank 1 on {host} has other letters than rank 0: 'abx', on" in ranks[0]["other"][1]
     assert "other words than rank 0: b.c = 1, on rank 0 0. A" in ranks[0]["other in depth"]
+
+
+def test_a_second_start_does_not_meet_the_first_ones_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchrun on two hosts keeps its store over restarts, and the host whose ranks did not fail
+    counts none.
+    """
+    for name, value in (("USE_AGENT_STORE", "True"), ("RESTART_COUNT", "0")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [Place(rank, 2, 0, "127.0.0.1", agent.port) for rank in (0, 1)]
+
+    def coming(pool: ThreadPoolExecutor, rank: int) -> Future[Roll]:
+        return pool.submit(call_roll, ranks[rank], settings(start_minutes=1), StopRequest())
+
+    with ThreadPoolExecutor(3) as pool:
+        for start in range(3):
+            one = coming(pool, 1)
+            with pytest.raises(TimeoutError):  # rank 0 of this start has said nothing
+                one.result(0.3)
+            if start == 1:  # its rank 0 opens a list and dies before its word
+                dist.PrefixStore("megamask", agent).set("list", "dead")
+                with pytest.raises(TimeoutError):
+                    one.result(0.3)
+            rolls = [coming(pool, 0).result(10), one.result(10)]
+            assert [roll.sharers for roll in rolls] == [2, 2]
+            assert not rolls[0].store.check(["unique id of NCCL"])
+            rolls[0].store.set("unique id of NCCL", str(start))
+            assert rolls[1].store.get("unique id of NCCL").decode() == str(start)
 
 
 def test_a_busy_port_is_named_at_once() -> None:

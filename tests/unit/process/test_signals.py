@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -63,13 +64,20 @@ def test_a_file_asks_too_and_is_final(tmp_path: Path) -> None:
 def test_torchruns_second_start_still_obeys_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process that was asked died before it read the file: the job is still to end."""
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    (tmp_path / STOP_FILE).write_text("")
-    os.utime(tmp_path / STOP_FILE, (0, psutil.Process().create_time() - 1))
-    stop = StopRequest()
-    stop.watch(tmp_path)
-    assert stop and stop.is_final
+    """The process that was asked died before it read the file: the job is still to end. torchrun
+    counts no restart on a host whose processes did not fail first.
+    """
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    torchrun = SimpleNamespace(create_time=lambda: 100.0)
+    process = SimpleNamespace(create_time=lambda: 200.0, parent=lambda: torchrun)
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    for written, is_asked in ((150, True), (50, False)):
+        (tmp_path / STOP_FILE).write_text("")
+        os.utime(tmp_path / STOP_FILE, (0, written))
+        stop = StopRequest()
+        stop.watch(tmp_path)
+        assert bool(stop) == stop.is_final == (tmp_path / STOP_FILE).exists() == is_asked
 
 
 def test_a_file_that_came_while_the_model_was_loaded_counts(tmp_path: Path) -> None:
