@@ -373,13 +373,18 @@ def in_old_words(settings: dict[str, Any]) -> dict[str, Any]:
 )
 def test_a_snapshot_older_than_a_setting_was_made_without_it(
     interrupted: Path,
+    whole: Path,
     settings: Settings,
     tmp_path: Path,
     section: str,
     override: str,
     said: str | None,
 ) -> None:
-    run_dir = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    """Without a change the snapshot is that of the last step, so the resumed run only writes its
+    mask. A change needs steps to work on.
+    """
+    run_dir = Path(shutil.copytree(interrupted if said else whole, tmp_path / "run"))
+    (run_dir / "masks" / "learned.safetensors").unlink(missing_ok=True)
     note = run_dir / "learn" / "snapshots" / snapshots(run_dir)[-1] / "megamask.json"
     content = json.loads(note.read_text())
     content["settings"] = in_old_words(content["settings"])
