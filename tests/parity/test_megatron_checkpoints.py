@@ -147,6 +147,8 @@ def test_our_export_is_a_plain_checkpoint(made: Made) -> None:
     folders: list[Path] = []
     expected: list[Output] = []
     for number in range(len(SHAPES)):
+        # The second was converted without a config.json, with the rows that pad its vocabulary.
+        convert.run(config_of(made.root, number))
         base = BaseModel(made.root / f"hf{number}", made.root / f"{number}-0")
         path = made.root / f"mask{number}.safetensors"
         with base.open() as source:

@@ -130,4 +130,7 @@ def test_a_job_survives_its_time_limit_and_the_death_of_a_node(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     facts = status(lab, run_dir)
     assert (facts["step"], facts["alive"], facts["queue"]) == (STEPS, False, None)
-    assert "rank 1" not in log.read_text() and (run_dir / "launch/001/rank-1.log").exists()
+    # a busy machine may let rank 0 say that it waits for rank 1
+    told = [line for line in log.read_text().splitlines() if "rank 1" in line]
+    assert all("waiting for rank 1 of 2 to start" in line for line in told)
+    assert (run_dir / "launch/001/rank-1.log").exists()
