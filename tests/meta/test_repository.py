@@ -284,6 +284,18 @@ def test_the_chosen_tests_of_the_second_stack_are_there() -> None:
         assert f"def {test.partition('[')[0]}(" in (REPO / path).read_text() if test else True
 
 
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [({}, 0), ({"SECOND_SKIP": "fail"}, 1), ({"SECOND_SKIP": "fail", "SECOND_STACK": "off"}, 0)],
+)
+def test_a_skipped_second_stack_fails_where_it_has_to_run(asked: dict[str, str], code: int) -> None:
+    command = ["bash", str(REPO / "tests/second_stack/run.sh")]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SECOND_")}
+    environment = {**clean, "SECOND_HOME": "/proc/none", **asked}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and "were skipped: " in done.stdout.splitlines()[-1]
+
+
 def test_pre_commit_uses_the_pinned_tools() -> None:
     hooks = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     lines = (REPO / "constraints.txt").read_text().splitlines()

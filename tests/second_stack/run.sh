@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tests on the second stack: Python 3.12 or newer, and the pins of constraints-newest.txt (the
-# newest Megatron-Core). Says in its last line why they were skipped, and is no failure then.
+# newest Megatron-Core). Says in its last line why they were skipped; that is no failure, unless
+# SECOND_SKIP=fail says that they have to run.
 #
 # An environment that is missing is made: some minutes and 5.4 GB (6.8 GB at the peak), since the
 # package index has builds of torch with CUDA alone for Python 3.12.
@@ -11,6 +12,7 @@
 #   SECOND_HOME     where its environments lie (default ~/.cache/megamask), outside the clone. Their
 #                   names are checksums of Python and pins, so that the next clone finds its own.
 #   SECOND_TIMEOUT  seconds for the whole pytest run (default 900; 7200 for all)
+#   SECOND_SKIP     fail: tests that had to be skipped are a failure (default pass; off may be asked)
 #   TEST_WORKERS    files tested side by side (default 2)
 set -euo pipefail
 # shellcheck source=launch/env.sh
@@ -22,7 +24,11 @@ kind="${SECOND_STACK:-chosen}"
 # 1.5 GB that pip had downloaded for them, which lie in the environment's own folder until its end.
 room_gb=8
 
-skip() { say "the tests on the second stack were skipped: $*"; exit 0; }
+skip() {
+    say "the tests on the second stack were skipped: $*"
+    if [ "${SECOND_SKIP:-pass}" = fail ] && [ "$kind" != off ]; then exit 1; fi
+    exit 0
+}
 
 find_python() {
     local candidate
