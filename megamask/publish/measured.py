@@ -16,15 +16,12 @@ from megamask.config.tree import PUBLISHED
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet
 from megamask.masks.identity import row_name, why_no_row_of
+from megamask.report.own_rows import only_rows
 from megamask.report.reading import read_results
 from megamask.report.results_table import format_table
 from megamask.report.tasks_table import TASKS, read_tasks_results, tasks_table
 
 log = logging.getLogger(__name__)
-BY_ROW = (
-    *("perplexity", "kl", "agreement", "tasks"),
-    *("density", "mask_bytes", "masks", "pattern"),
-)
 
 
 def measured(
@@ -82,12 +79,8 @@ def _own_rows(
         if rows:
             log.info("%s has no row of %s", path, masks.path)
         return {}
-    kept = {DENSE, *mine}
-    found: dict[str, Any] = {
-        key: {row: value for row, value in results[key].items() if row in kept}
-        for key in BY_ROW
-        if isinstance(results.get(key), dict)
-    }
+    found = only_rows(results, {DENSE, *mine}.__contains__)
+    found.pop("seconds", None)
     if "mask_bytes" in found:  # of the file that is pushed, which may have another coding
         found["mask_bytes"] = dict.fromkeys(mine, masks.size)
     found |= {key: results[key] for key in ("protocol", "groups") if key in results}

@@ -4,7 +4,7 @@ folder when masks are made anew, and a row of another mask is shown nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,20 @@ from megamask.masks.file import MaskSet
 from megamask.masks.identity import why_no_row_of
 from megamask.weights.model_identity import FINGERPRINT, is_model_of
 
-# What results have by row; ``masks`` stays whole, because it tells the model that was measured.
+# What results have by row.
 BY_ROW = (
     *("perplexity", "kl", "agreement", "tasks"),
-    *("density", "mask_bytes", "seconds", "pattern"),
+    *("density", "mask_bytes", "masks", "seconds", "pattern"),
 )
+
+
+def only_rows(results: Mapping[str, Any], is_kept: Callable[[str], bool]) -> dict[str, Any]:
+    """The parts of a file of results that have a value for each row, cut to the rows to keep."""
+    return {
+        key: {row: value for row, value in results[key].items() if is_kept(row)}
+        for key in BY_ROW
+        if isinstance(results.get(key), dict)
+    }
 
 
 @dataclass(frozen=True)
@@ -78,11 +87,8 @@ class OwnMasks:
             rows = ", ".join(row for row, other in strange.items() if other == why)
             sentence = f"{rows} of {file} {why}: left out. Run the verb {verb} again."
             said.append(printable(sentence, kept=""))
-        kept = {
-            key: {row: value for row, value in results[key].items() if row not in strange}
-            for key in BY_ROW
-            if isinstance(results.get(key), dict)
-        }
+        kept = only_rows(results, lambda row: row not in strange)
+        kept.pop("masks", None)  # stays whole, because it tells the model that was measured
         return ({**results, **kept} if kept.get(table) else {}), said
 
 

@@ -12,7 +12,7 @@
 #   SECOND_HOME     where its environments lie (default ~/.cache/megamask), outside the clone. Their
 #                   names are checksums of Python and pins, so that the next clone finds its own.
 #   SECOND_TIMEOUT  seconds for the whole pytest run (default 900; 7200 for all)
-#   SECOND_SKIP     fail: tests that had to be skipped are a failure (default pass; off may be asked)
+#   SECOND_SKIP     fail: tests that had to be skipped are a failure (default pass); off is none
 #   TEST_WORKERS    files tested side by side (default 2)
 set -euo pipefail
 # shellcheck source=launch/env.sh
