@@ -26,21 +26,11 @@ from megamask.report.reading import Record
 from megamask.storage import read_json, write_json
 from studies import child
 from studies.child import AGAIN
+from studies.given import given_settings
 from studies.learners.arm import Arm, Settings
 
 # Held-out windows a domain while learning; the final masks are evaluated on more.
 CURVE_WINDOWS = 12
-# The settings that do not decide what is learned.
-FREE = (
-    "seed",
-    "run_dir",
-    "parallel",
-    "device",
-    "evaluate",
-    "learn.snapshot",
-    "learn.monitor",
-    "learn.resume",
-)
 
 
 @dataclass(frozen=True)
@@ -160,21 +150,10 @@ class Bench:
 
     def digest(self, arm: Arm) -> str:
         """Hash of the model and of the given settings that decide what is learned."""
-        given = self._given(arm)
+        given = given_settings(self.config(arm))
         if not arm.learns:
             given.pop("learn", None)
         return self._hash(given)
-
-    def _given(self, arm: Arm) -> Record:
-        """The given settings that decide what is learned.
-
-        Settings at their default are left out, so a new setting of megamask changes no hash.
-        """
-        given: Record = self.config(arm).model_dump(mode="json", exclude_unset=True)
-        for key in FREE:
-            section, _, name = key.partition(".")
-            (given.get(section, {}) if name else given).pop(name or section, None)
-        return given
 
     def _hash(self, given: Record) -> str:
         model = read_json(self.base / "weights" / "megamask.json", "Run the verb convert.")[
@@ -190,7 +169,7 @@ class Bench:
 
     def oneshot(self, arm: Arm) -> Path:
         """Run directory of the one-shot masks of an arm's pattern."""
-        given = self._given(arm)
+        given = given_settings(self.config(arm))
         given.pop("learn", None)
         return self.out / "oneshot" / f"{arm.pattern.replace(':', 'of')}-{self._hash(given)}"
 

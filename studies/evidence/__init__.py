@@ -1,0 +1,1 @@
+"""Tables of one-shot masks, budgets, patterns, priors, schedules, reordering and recovery."""

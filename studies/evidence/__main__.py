@@ -1,0 +1,133 @@
+"""Tables of one-shot masks, budgets, patterns, priors, schedules, reordering and recovery.
+
+    ./launch/quickstart.sh                                # or another prepared run
+    STUDY="python -m studies.evidence --base runs/quickstart --out runs/evidence"
+    $STUDY --list
+    $STUDY --jobs 'oneshot-*' 'learn-2-4-*'
+    $STUDY                                                # all other jobs
+    $STUDY --report-only --report-to docs/results
+
+The same command goes on where it stopped, and several processes may work on the same ``--out``. A
+report keeps the results that an earlier report in its folder has, where settings and model are
+those of the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
+from megamask.storage import require_writable
+from studies.child import REPO, ArmError, heed_sigterm
+from studies.evidence.chapters import all_jobs
+from studies.evidence.job import Job
+from studies.evidence.report import write_report
+from studies.evidence.runs import Study, run_job
+
+EXIT_SOME_FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the selected jobs, then write the report."""
+    options = read_options(sys.argv[1:] if argv is None else argv)
+    try:
+        jobs = select(options.jobs)
+        options.out.mkdir(parents=True, exist_ok=True)
+        require_writable(options.out, "--out")
+        study = Study(
+            options.base.resolve(),
+            options.out.resolve(),
+            options.recipe,
+            tuple(options.settings),
+            options.minutes,
+        )
+        study.check()
+        if options.list:
+            for job in jobs:
+                seeds = options.seeds if job.is_seeded else options.seeds[:1]
+                done = sum(study.result(job, seed) is not None for seed in seeds)
+                print(f"{job.name:28} {done} of {len(seeds)}")
+            return EXIT_OK
+        failed = 0 if options.report_only else run_all(study, jobs, options.seeds)
+        print(f"wrote {write_report(study, options.report_to or study.out, options.seeds)}")
+        return EXIT_SOME_FAILED if failed else EXIT_OK
+    except MegamaskError as error:
+        print(f"evidence: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("evidence: interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def read_options(words: Sequence[str]) -> argparse.Namespace:
+    """The options; every word ``key=value`` is a setting, wherever it stands."""
+    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    options = argparse.ArgumentParser(
+        prog="python -m studies.evidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] [key=value ...]",
+    )
+    runs = REPO / "runs"
+    recipe = REPO / "configs" / "recipes" / "quickstart.yaml"
+    options.add_argument("--base", type=Path, default=runs / "quickstart", metavar="RUN")
+    options.add_argument("--out", type=Path, default=runs / "evidence", metavar="DIR")
+    options.add_argument("--recipe", type=Path, default=recipe, help="text and settings")
+    options.add_argument(
+        "--jobs", nargs="+", metavar="GLOB", help="which jobs, in this order (default: all)"
+    )
+    options.add_argument("--seeds", nargs="+", type=int, default=[1234], metavar="N")
+    options.add_argument("--minutes", type=float, default=600, help="longest time of one verb")
+    options.add_argument("--list", action="store_true", help="name the jobs and what is done")
+    options.add_argument("--report-only", action="store_true")
+    options.add_argument(
+        "--report-to", type=Path, metavar="DIR", help="folder of the report (default: --out)"
+    )
+    found = options.parse_args([word for word in words if word not in settings])
+    found.settings = settings
+    return found
+
+
+def select(patterns: Sequence[str] | None) -> list[Job]:
+    """Jobs by shell-style patterns, in the order of the patterns.
+
+    Raises:
+        ConfigError: a pattern matches no job.
+    """
+    known = {job.name: job for job in all_jobs()}
+    chosen: dict[str, Job] = {}
+    for pattern in patterns or ["*"]:
+        matches = fnmatch.filter(known, pattern)
+        if not matches:
+            allowed = f"one of {', '.join(known)}"
+            raise ConfigError("--jobs", pattern, allowed, "Name a job, or use * and ?.")
+        chosen |= {name: known[name] for name in matches}
+    return list(chosen.values())
+
+
+def run_all(study: Study, jobs: Sequence[Job], seeds: Sequence[int]) -> int:
+    """Run the jobs, one after the other; the failure of a job is told, and the others go on.
+
+    Returns:
+        The number of failures.
+    """
+    heed_sigterm()
+    for job in jobs:
+        study.digest(job)  # settings that cannot work are refused before the first job runs
+    failed = 0
+    for job in jobs:
+        for seed in seeds if job.is_seeded else seeds[:1]:
+            try:
+                run_job(study, job, seed)
+            except ArmError as error:
+                failed += 1
+                print(f"{job.name}: {error}", file=sys.stderr)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
