@@ -79,7 +79,8 @@ def oneshot_masks(bench: Bench, arm: Arm, methods: Sequence[str]) -> Path:
         missing = [method for method in methods if method not in known]
         for path in (bench.base / "masks" / f"{method}.safetensors" for method in missing):
             if path.exists() and str(load_masks(path).pattern) == arm.pattern:
-                link(path, run_dir / "masks" / path.name)
+                for file in path.parent.glob(f"{path.stem}.*"):
+                    link(file, run_dir / "masks" / file.name)
                 if path.stem == "sparsegpt_update":
                     link(
                         bench.base / "weights-sparsegpt_update",
@@ -96,10 +97,11 @@ def oneshot_masks(bench: Bench, arm: Arm, methods: Sequence[str]) -> Path:
 
 
 def link_prior(bench: Bench, arm: Arm, run_dir: Path) -> None:
-    """Link the prior mask of an arm into its run directory."""
+    """Link the prior mask of an arm, and its margins, into its run directory."""
     if arm.prior is not None:
-        name = f"{arm.prior}.safetensors"
-        link(oneshot_masks(bench, arm, [arm.prior]) / "masks" / name, run_dir / "masks" / name)
+        made = oneshot_masks(bench, arm, [arm.prior]) / "masks"
+        for path in made.glob(f"{arm.prior}.*"):  # its margins too
+            link(path, run_dir / "masks" / path.name)
 
 
 def time_arm(bench: Bench, arm: Arm, steps: int) -> None:

@@ -53,10 +53,9 @@ def verbs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             for method in config.prune.methods:
                 save_mask(run_dir / "masks" / f"{method}.safetensors", config.pattern, 0, method)
         elif name == "learn":
-            assert (
-                config.learn.prior.mask is None
-                or (run_dir / "masks" / f"{config.learn.prior.mask}.safetensors").exists()
-            )
+            prior = run_dir / "masks" / f"{config.learn.prior.mask}.safetensors"
+            assert config.learn.prior.mask is None or prior.exists()
+            assert config.learn.prior.mask is None or prior.with_suffix(".margins").exists()
             learn(run_dir, config.learn.steps, config.seed, config.pattern)
         else:
             masks = config.evaluate.masks

@@ -31,6 +31,8 @@ def save_mask(path: Path, pattern: str, seed: int, method: str) -> None:
         fingerprint=FINGERPRINT,
         method=method,
     )
+    if method != "learned":
+        path.with_suffix(".margins").touch()  # where each weight starts
 
 
 def learn(run_dir: Path, steps: int, seed: int, pattern: str) -> None:

@@ -49,8 +49,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
             for method in config.prune.methods:
                 save_mask(masks / f"{method}.safetensors", config.pattern, 0, method)
         elif name == "learn":
-            prior = config.learn.prior.mask
-            assert prior is None or (masks / f"{prior}.safetensors").exists()
+            for ending in ("safetensors", "margins"):
+                prior = config.learn.prior.mask
+                assert prior is None or (masks / f"{prior}.{ending}").exists()
             save_mask(masks / "learned.safetensors", config.pattern, config.seed, "learned")
         elif name == "recover":
             assert (masks / "learned.safetensors").exists()
