@@ -7,16 +7,15 @@ from typing import Any
 
 Settings = dict[str, Any]
 
-# The common settings of all Gumbel learners: the defaults (the preset ``best``), with every ablated
-# setting by name. Steps, batch and rate come from the command line. A short run has no time to undo
-# random flips, so it starts from the prior alone and with nearly hard masks.
-GUMBEL: Settings = {
+# The common settings of all learners by gradients: the defaults (the preset ``best``), with ablated
+# settings by name. Steps and batch come from the command line, the rate from megamask. A short run
+# has no time to undo random flips, so it starts from the prior alone and with nearly hard masks.
+GRADIENT: Settings = {
     "method": "subset",
     "sampling.mode": "soft",
     "sampling.draws": "micro_batch",
     "sampling.kappa": [100, 500],
     "sampling.tau": [1, 0.05],
-    "sampling.noise": 1,
     "sampling.initial_noise": False,
     "prior.mask": "sparsegpt",
     "prior.strength": 3,
@@ -40,10 +39,8 @@ class Arm:
         common: the common settings of this kind of arm; None for an arm that learns nothing.
         share_of_steps: share of the budget's steps, for an arm that is to take the same time as
             the others instead of the same number of tokens.
-        rate: factor of the learning rate.
+        rate: factor of the learning rate that megamask derives from the run.
         batch: factor of the budget's sequences a step.
-        is_derived: whether the rate is the one that megamask derives from the run, and not the
-            budget's.
     """
 
     name: str
@@ -52,11 +49,10 @@ class Arm:
     settings: Settings = field(default_factory=dict)
     pattern: str = "2:4"
     paper: float | None = None
-    common: Settings | None = field(default_factory=lambda: GUMBEL)
+    common: Settings | None = field(default_factory=lambda: GRADIENT)
     share_of_steps: float = 1.0
     rate: float = 1.0
     batch: int = 1
-    is_derived: bool = False
 
     @property
     def learns(self) -> bool:

@@ -8,7 +8,7 @@ value of the comparison.
 from __future__ import annotations
 
 from megamask.sparsity.pattern import Pattern
-from studies.learners.arm import GUMBEL, Arm, Group, Settings
+from studies.learners.arm import GRADIENT, Arm, Group, Settings
 
 CATEGORICAL: Settings = {"method": "categorical"}
 # The reference settings of the MaskPro paper, with the steps and the batch of all arms.
@@ -53,7 +53,8 @@ GROUPS: dict[str, Group] = {
     "alpha": Group(
         "Prior strength, alpha (Table 10)",
         BASE,
-        f"{_SAME} Without initial noise, alpha in units of std 0.01.",
+        f"{_SAME} Without initial noise, alpha in units of std 0.01; the derived rate is "
+        "proportional to it.",
     ),
     "weight-norm": Group(
         "Weight-norm term (Tables 3 and 14)",
@@ -72,14 +73,17 @@ GROUPS: dict[str, Group] = {
         BASE,
         f"The paper's N(0, 0.01) logits below the prior, or the prior alone. {_SAME}",
     ),
+    "gumbel": Group("Gumbel noise of the soft masks", BASE, _SAME),
+    "margins": Group(
+        "Start of the logits", BASE, f"{_SAME} With one gap the derived rate is higher."
+    ),
     "distillation": Group(
         "Distillation", BASE, f"The dense model as teacher, at temperature 1. {_SAME}"
     ),
     "rate": Group(
         "Learning rate",
         BASE,
-        "It falls to a tenth along a cosine. The reference has 0.0155 over the root of the steps. "
-        + _SAME,
+        f"In units of the derived rate. It falls to a tenth along a cosine. {_SAME}",
     ),
     "warmup": Group("Warm-up of the learning rate", BASE, _SAME),
     "eps": Group(
@@ -109,14 +113,14 @@ def _comparison(pattern: str, learners: dict[str, tuple[str, Settings, Settings]
 _CATEGORICAL: tuple[str, Settings, Settings] = (
     "categorical, a logit per mask",
     CATEGORICAL,
-    GUMBEL,
+    GRADIENT,
 )
 _LEAN: tuple[str, Settings, Settings] = (
     "categorical, `lean` state (default: 15 GiB)",
     {**CATEGORICAL, "memory": "lean"},
-    GUMBEL,
+    GRADIENT,
 )
-_SUBSET: tuple[str, Settings, Settings] = ("subset, a logit per weight", {}, GUMBEL)
+_SUBSET: tuple[str, Settings, Settings] = ("subset, a logit per weight", {}, GRADIENT)
 _MASKPRO: tuple[str, Settings, Settings] = ("MaskPro, forward passes only", MASKPRO, {})
 
 
@@ -206,8 +210,14 @@ ARMS: list[Arm] = [
     *_ablation(
         "draws",
         {
-            "4": ("one per micro-batch: 4", {"micro_batch": 1, "sampling.draws": "micro_batch"}),
-            "1": ("one per step", {"micro_batch": 1, "sampling.draws": "step"}),
+            "4": (
+                "one per micro-batch: 4",
+                {"micro_batch": 1, "sampling.draws": "micro_batch", "sampling.noise": 1},
+            ),
+            "1": (
+                "one per step",
+                {"micro_batch": 1, "sampling.draws": "step", "sampling.noise": 1},
+            ),
         },
     ),
     *_ablation(
@@ -221,16 +231,14 @@ ARMS: list[Arm] = [
     Arm(
         "optimizer-lion",
         "optimizer",
-        "Lion, 0.35 of the rate",
+        "Lion, whose derived rate is a third",
         {"optimizer.kind": "lion", "optimizer.betas": [0.9, 0.99]},
-        rate=0.35,
     ),
     Arm(
         "optimizer-lion8bit",
         "optimizer",
-        "Lion, 8 bits (`leanest`), 0.35 of the rate",
+        "Lion, 8 bits (`leanest`), whose derived rate is a third",
         {"memory": "leanest", "optimizer.kind": "lion8bit"},
-        rate=0.35,
     ),
     *_ablation(
         "noise",
@@ -240,9 +248,24 @@ ARMS: list[Arm] = [
         },
     ),
     *_ablation(
+        "gumbel",
+        {
+            "0": ("none: the masks of the logits alone", {}),
+            "1": ("the paper's", {"sampling.noise": 1}),
+        },
+    ),
+    *_ablation(
+        "margins",
+        {
+            "on": ("each weight at its margin", {}),
+            "off": ("one gap for all groups", {"prior.margins": False}),
+        },
+    ),
+    *_ablation(
         "distillation",
         {
             "lm": ("the text's loss", {}),
+            "hidden": ("the text's loss and the layers", {"distillation.hidden": 1}),
             "kd": ("the teacher's distribution", {"distillation.share": 1}),
             "mix": ("half of each", {"distillation.share": 0.5}),
         },
@@ -279,7 +302,6 @@ ARMS: list[Arm] = [
             common=DEFAULTS,
             rate=rate,
             batch=batch,
-            is_derived=True,
         )
         for batch in (1, 4, 16, 64)
         for name, rate in (("half", 0.5), ("one", 1.0), ("twice", 2.0))

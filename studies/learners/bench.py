@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +50,6 @@ class Budget:
     evaluate_every: int
     evaluate_tokens: int
     minutes: float
-
-    def rates(self, share: float = 1.0) -> Settings:
-        """The learning rate, which is close to the default for this number of steps.
-
-        The default also depends on the prior; this rate is the same for all arms.
-        """
-        highest = float(f"{share * 2e-3 * math.sqrt(60 / self.steps):.3g}")
-        return {"optimizer.lr": highest, "optimizer.min_lr": highest / 10}
 
     def settings(self, share_of_steps: float = 1.0) -> Settings:
         """The budget as settings of megamask."""
@@ -119,12 +110,9 @@ class Bench:
         """The overrides of the recipe that make it this arm; later words win."""
         common = {
             **(arm.common or {}),
-            **(self.budget.rates() if arm.common and not arm.is_derived else {}),
             **self.budget.settings(arm.share_of_steps),
         }
         own = {**arm.settings}
-        if arm.rate != 1 and not arm.is_derived:
-            own |= self.budget.rates(arm.rate)
         if arm.batch != 1:
             own["global_batch"] = arm.batch * self.budget.global_batch
         words = [
@@ -133,7 +121,7 @@ class Bench:
             *self.extra,
             *map(_word, own.items()),
         ]
-        if arm.is_derived and arm.rate != 1:
+        if arm.rate != 1:
             derived = learning_rates(load_config(self.recipe, words).learn)
             names = ("optimizer.lr", "optimizer.min_lr")
             rates = (float(f"{arm.rate * rate:.3g}") for rate in derived)
@@ -150,9 +138,12 @@ class Bench:
 
     def digest(self, arm: Arm) -> str:
         """Hash of the model and of the given settings that decide what is learned."""
-        given = given_settings(self.config(arm))
+        config = self.config(arm)
+        given = given_settings(config)
         if not arm.learns:
             given.pop("learn", None)
+        elif arm.common:  # the rates are derived, so they are not given
+            given["rates"] = learning_rates(config.learn)
         return self._hash(given)
 
     def _hash(self, given: Record) -> str:

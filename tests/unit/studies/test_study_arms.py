@@ -40,6 +40,8 @@ def test_an_ablation_changes_one_thing(words: Words) -> None:
         "hard",
         "optimizer",
         "noise",
+        "gumbel",
+        "margins",
         "distillation",
         "rate",
         "warmup",
@@ -49,20 +51,30 @@ def test_an_ablation_changes_one_thing(words: Words) -> None:
         assert len(same) == 1, group
 
 
-@pytest.mark.parametrize(("steps", "rate"), [(15, 4e-3), (60, 2e-3), (240, 1e-3)])
-def test_the_rate_fits_the_steps_and_no_other_setting(
-    words: Words, steps: int, rate: float
-) -> None:
+@pytest.mark.parametrize("steps", [15, 60, 240])
+def test_the_rate_is_the_derived_one_or_a_multiple(words: Words, steps: int) -> None:
     bench = __main__.open_bench(__main__.read_options(words(steps=steps)))
+    (derived, last) = learning_rates(LearnSection(steps=steps, prior={"mask": "sparsegpt"}))
     for arm, share in (
-        ("subset-2of4", 1),
-        ("alpha-1", 1),
-        ("distillation-kd-time", 1),
+        ("subset-2of4", 1.0),
+        ("alpha-1", 1 / 3),  # the rate is proportional to the gap
         ("rate-half", 0.5),
-        ("optimizer-lion", 0.35),
+        ("rate-twice", 2.0),
+        ("optimizer-lion", 1 / 3),
     ):
-        section = bench.config(by_name()[arm]).learn.optimizer
-        assert (section.lr, section.min_lr) == pytest.approx((share * rate, share * rate / 10)), arm
+        found = learning_rates(bench.config(by_name()[arm]).learn)
+        # the words of a command have three digits
+        assert found == pytest.approx((share * derived, share * last), rel=5e-3), arm
+
+
+def test_another_rule_of_the_rate_is_another_run(
+    words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = __main__.open_bench(__main__.read_options(words()))
+    arm = by_name()[BASE]
+    before = bench.digest(arm)
+    monkeypatch.setattr("studies.learners.bench.learning_rates", lambda learn: (1.0, 0.1))
+    assert bench.digest(arm) != before
 
 
 @pytest.mark.parametrize("steps", [15, 60, 240])
