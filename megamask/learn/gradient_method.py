@@ -157,9 +157,9 @@ class GradientMethod(Method):
             unused |= {"learn.distillation.temperature", "learn.distillation.top_k"}
         return unused
 
-    def announcement(self, learn: LearnSection) -> str:
+    def announcement(self, config: Config) -> str:
         """The learning rates, which may be derived."""
-        return "learning rate {:.2g}, falling to {:.2g}".format(*learning_rates(learn))
+        return "learning rate {:.2g}, falling to {:.2g}".format(*learning_rates(config))
 
 
 def _share(run: StateOf) -> float:

@@ -126,7 +126,7 @@ class GradientLearner:
         self.loss = loss_of(learn.distillation, masked_model.switch, self.match)
         # updates
         self.optimizer = build_optimizer(config, linears, self.replicas)
-        self.schedule = Schedule(learn)
+        self.schedule = Schedule(config)
 
     def step(self, step: int, plan: BatchPlan) -> GradientResult:
         """Learn from the global batch of ``step`` (counted from 0).

@@ -154,7 +154,7 @@ class Method(ABC):
         whole = config.learn.steps * config.learn.global_batch
         return train_dataset(config, whole, config.data.seq_length, config.seed)
 
-    def announcement(self, learn: LearnSection) -> str | None:
+    def announcement(self, config: Config) -> str | None:
         """A line for the log of a run that starts."""
         return None
 

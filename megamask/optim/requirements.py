@@ -19,7 +19,7 @@ def check_optimizer(config: Config) -> None:
         ConfigError: an update rule that does not exist or is not installed, a dtype that it cannot
             update, a schedule that cannot work.
     """
-    rule, (highest, _) = check_rule(config), learning_rates(config.learn)
-    check_schedule(config.learn)
+    rule, (highest, _) = check_rule(config), learning_rates(config)
+    check_schedule(config)
     if highest >= rule.warning_rate:
         log.warning("learn.optimizer.lr=%g with kind=%s: %s", highest, rule.name, rule.rate_advice)

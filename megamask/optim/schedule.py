@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megamask.config.learn_tree import LearnSection
+from megamask.config import Config
 from megamask.errors import ConfigError
 from megamask.optim.optimizers import find_rule
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from megamask.parallel.mesh import Mesh
 
 GRADED_STEPS = 60  # that cross the gap at the highest rate, where weights start at their margins
+# Tokens of a step whose gradient bears this rate: of text, and with the layers of the dense model,
+# which tell more about each token (docs/log.md, 2026-11-27, "a rate that follows the batch").
+FULL_BATCH, FULL_BATCH_WITH_LAYERS = 2048, 512
+LEAST_SHARE = 0.25  # of the rate, for smaller batches than were tried
 
 # The share of the fall from the highest to the last rate that is still to come, by progress in
 # [0, 1] since the warm-up.
@@ -42,10 +46,10 @@ class Schedule:
         ConfigError: as ``check_schedule``.
     """
 
-    def __init__(self, learn: LearnSection) -> None:
-        check_schedule(learn)
-        section = learn.optimizer
-        self.highest, self.last = learning_rates(learn)
+    def __init__(self, config: Config) -> None:
+        check_schedule(config)
+        learn, section = config.learn, config.learn.optimizer
+        self.highest, self.last = learning_rates(config)
         self.warmup = learn.steps // 10 if section.warmup_steps is None else section.warmup_steps
         self.steps, self.clip = learn.steps, section.clip
         self._fall = None if section.schedule == "constant" else FALLS[section.schedule]
@@ -88,7 +92,7 @@ def gradient_norm(
     return mesh.sum_over_tp((replicas.from_all(squares) if replicas else squares).sum()).sqrt()
 
 
-def learning_rates(learn: LearnSection) -> tuple[float, float]:
+def learning_rates(config: Config) -> tuple[float, float]:
     """The highest rate and the last rate.
 
     A group leaves the prior when its logits have crossed the gap of the prior, strength x
@@ -97,27 +101,44 @@ def learning_rates(learn: LearnSection) -> tuple[float, float]:
     noise within half the gap in a run of any length, and the longer the run, the weaker the
     evidence that crosses the gap. Where each weight starts at its margin, most groups that should
     leave the prior have a small gap, and a short run does better at a lower rate, which did not
-    depend on its length: gap / ``GRADED_STEPS``. Other rules divide the rate by their
-    ``rate_divisor``.
+    depend on its length: gap / ``GRADED_STEPS``, times ``batch_share``. Other rules divide the rate
+    by their ``rate_divisor``.
     """
+    learn = config.learn
     section, rule = learn.optimizer, find_rule(learn.optimizer.kind)
     # without a prior, the gap to cross is one std of the initial logits
     strength = max(learn.prior.strength if learn.prior.mask else 0.0, 1.0)
     gap = learn.sampling.logit_std * strength
     is_graded = learn.prior.mask is not None and learn.prior.margins
-    crossing = max(2 * math.sqrt(learn.steps), GRADED_STEPS if is_graded else 0)
+    crossing = max(2 * math.sqrt(learn.steps), GRADED_STEPS / batch_share(config) * is_graded)
     derived = gap / crossing / rule.rate_divisor
     highest = derived if section.lr is None else section.lr
     return highest, highest / 10 if section.min_lr is None else section.min_lr
 
 
-def check_schedule(learn: LearnSection) -> None:
+def batch_share(config: Config) -> float:
+    """The share of the rate that a step's gradient bears, in [``LEAST_SHARE``, 1].
+
+    A clipped gradient has a fixed length, and in a small batch nearly all of it is noise. Steps of
+    noise spoil like their square, and steps of evidence gain in proportion, as the root of the
+    share of the squared gradient that is signal. So the best rate is proportional to that root, and
+    the share to the number of tokens, as long as it is small.
+    """
+    learn = config.learn
+    has_layers = learn.distillation.hidden > 0
+    full = FULL_BATCH_WITH_LAYERS if has_layers else FULL_BATCH
+    share = math.sqrt(learn.global_batch * config.data.seq_length / full)
+    return min(1.0, max(LEAST_SHARE, share))
+
+
+def check_schedule(config: Config) -> None:
     """Check that the learning rate can rise over the warm-up and then fall.
 
     Raises:
         ConfigError: the warm-up is not shorter than the run, or the rate would rise.
     """
-    warmup, (highest, last) = learn.optimizer.warmup_steps, learning_rates(learn)
+    learn, (highest, last) = config.learn, learning_rates(config)
+    warmup = learn.optimizer.warmup_steps
     if warmup is not None and warmup >= learn.steps:
         allowed = f"below learn.steps, here {learn.steps}"
         raise ConfigError("learn.optimizer.warmup_steps", warmup, allowed, "Lower it.")

@@ -67,7 +67,7 @@ class Study:
         config = load_config(self.recipe, self.words(job, 0))
         given, rates = given_settings(config), None
         if any(name == "learn" for name, _ in job.verbs):
-            rates = learning_rates(config.learn)  # derived, so they are not given
+            rates = learning_rates(config)  # derived, so they are not given
         else:
             given.pop("learn", None)
         masks = {name: self.digest(source) for name, source in job.masks.items()}

@@ -122,7 +122,7 @@ class Bench:
             *map(_word, own.items()),
         ]
         if arm.rate != 1:
-            derived = learning_rates(load_config(self.recipe, words).learn)
+            derived = learning_rates(load_config(self.recipe, words))
             names = ("optimizer.lr", "optimizer.min_lr")
             rates = (float(f"{arm.rate * rate:.3g}") for rate in derived)
             words += map(_word, zip(names, rates, strict=True))
@@ -143,7 +143,7 @@ class Bench:
         if not arm.learns:
             given.pop("learn", None)
         elif arm.common:  # the rates are derived, so they are not given
-            given["rates"] = learning_rates(config.learn)
+            given["rates"] = learning_rates(config)
         return self._hash(given)
 
     def _hash(self, given: Record) -> str:

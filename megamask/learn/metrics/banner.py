@@ -21,7 +21,7 @@ def banner(config: Config, masked_model: MaskedModel, mesh: Mesh) -> list[str]:
         f"prior {masked_model.prior_method}; {mesh.device}, TP {mesh.tp} x DP {mesh.dp}; "
         f"sampling by {backend}, norm and attention by {engine}"
     ]
-    if line := find_method(config.learn.method).announcement(config.learn):
+    if line := find_method(config.learn.method).announcement(config):
         lines.append(line)
     if config.dtype == "bf16" and mesh.device.type == "cpu" and emulates_bf16():
         lines.append("bf16 is emulated on this CPU: dtype=fp32 is faster")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megamask.config import Config
 from megamask.config.learn_tree import LearnSection, OptimizerSection
 from megamask.config.load import load_config
 from megamask.errors import ConfigError
@@ -18,8 +19,12 @@ from tests.unit.optim.lean import random_grad, random_logits
 ONE_RANK: Any = SimpleNamespace(sum_over_tp=lambda one: one)
 
 
-def learn_section(steps: int, **optimizer: Any) -> LearnSection:
-    return LearnSection(steps=steps, optimizer=OptimizerSection(**optimizer))
+WIDE = ["learn.prior.margins=true", "learn.global_batch=8"]  # 2,048 tokens
+LAYERS = [*WIDE, "learn.steps=225", "learn.distillation.hidden=0.5"]
+
+
+def settings(steps: int, **optimizer: Any) -> Config:
+    return Config(learn=LearnSection(steps=steps, optimizer=OptimizerSection(**optimizer)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -29,7 +34,7 @@ def test_norm_and_factor(dtype: torch.dtype) -> None:
     norm = gradient_norm(grads, ONE_RANK)
 
     def factor(clip: float) -> torch.Tensor:
-        chosen = LearnSection(optimizer=OptimizerSection(clip=clip))
+        chosen = settings(100, clip=clip)
         return Schedule(chosen).clip_factor(norm)
 
     assert float(norm) == pytest.approx(
@@ -41,11 +46,11 @@ def test_norm_and_factor(dtype: torch.dtype) -> None:
     assert factor(0.1).dtype == torch.float32
 
 
-def megatrons(learn: LearnSection, warmup: int) -> list[float]:
+def megatrons(config: Config, warmup: int) -> list[float]:
     """The rate of every step and of the step after the last, as Megatron's own scheduler sets
     it.
     """
-    highest, last = learning_rates(learn)
+    learn, (highest, last) = config.learn, learning_rates(config)
     optimizer: Any = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -78,13 +83,13 @@ def megatrons(learn: LearnSection, warmup: int) -> list[float]:
 def test_every_rate_has_the_bits_of_megatrons(
     style: str, steps: int, warmup: int, rates: dict[str, Any]
 ) -> None:
-    learn = learn_section(steps, schedule=style, warmup_steps=warmup, **rates)
-    schedule = Schedule(learn)
-    assert [schedule.rate(step) for step in range(steps + 1)] == megatrons(learn, warmup)
+    config = settings(steps, schedule=style, warmup_steps=warmup, **rates)
+    schedule = Schedule(config)
+    assert [schedule.rate(step) for step in range(steps + 1)] == megatrons(config, warmup)
 
 
 def test_the_rate_rises_and_falls() -> None:
-    schedule = Schedule(learn_section(10, lr=9e-4, min_lr=1e-4, warmup_steps=2, schedule="linear"))
+    schedule = Schedule(settings(10, lr=9e-4, min_lr=1e-4, warmup_steps=2, schedule="linear"))
     assert [schedule.rate(step) for step in (0, 1, 2, 6, 10)] == pytest.approx(
         [3e-4, 6e-4, 9e-4, 5e-4, 1e-4]
     )
@@ -92,7 +97,7 @@ def test_the_rate_rises_and_falls() -> None:
 
 @pytest.mark.parametrize(("steps", "warmup"), [(9, 0), (20, 2), (2000, 200)])
 def test_a_tenth_of_the_steps_is_warm_up(steps: int, warmup: int) -> None:
-    schedule = Schedule(learn_section(steps, lr=1e-3, schedule="constant"))
+    schedule = Schedule(settings(steps, lr=1e-3, schedule="constant"))
     assert [schedule.rate(step) for step in range(steps)] == pytest.approx(
         [1e-3 * min(1, (step + 1) / (warmup + 1)) for step in range(steps)]
     )
@@ -108,14 +113,22 @@ def test_a_tenth_of_the_steps_is_warm_up(steps: int, warmup: int) -> None:
 def test_a_schedule_that_cannot_work_is_refused(given: dict[str, Any], key: str) -> None:
     for check in (check_schedule, Schedule):
         with pytest.raises(ConfigError, match=key):
-            check(learn_section(10, **given))
+            check(settings(10, **given))
 
 
 @pytest.mark.parametrize(
     ("given", "highest", "last"),
     [
-        (["learn.prior.margins=true", "learn.steps=225"], 5e-4, 5e-5),  # 3 x 0.01 / 60
-        (["learn.prior.margins=true", "learn.steps=3600"], 2.5e-4, 2.5e-5),  # 3 x 0.01 / 2 / 60
+        # 3 x 0.01 / 60 for 2,048 tokens of text and more; the root of the batch below
+        ([*WIDE, "learn.steps=225"], 5e-4, 5e-5),
+        ([*WIDE, "learn.steps=225", "learn.global_batch=64"], 5e-4, 5e-5),
+        ([*WIDE, "learn.steps=225", "learn.global_batch=2"], 2.5e-4, 2.5e-5),
+        ([*WIDE, "learn.steps=225", "learn.global_batch=1", "data.seq_length=8"], 1.25e-4, 1.25e-5),
+        # the layers of the dense model tell as much with a quarter of the tokens
+        ([*LAYERS, "learn.global_batch=2"], 5e-4, 5e-5),
+        ([*LAYERS, "learn.global_batch=2", "data.seq_length=64"], 2.5e-4, 2.5e-5),
+        ([*WIDE, "learn.steps=3600"], 2.5e-4, 2.5e-5),  # 3 x 0.01 / 2 / 60
+        ([*WIDE, "learn.steps=3600", "learn.global_batch=2"], 2.5e-4, 2.5e-5),  # the lower of both
         (
             ["learn.prior.margins=true", "learn.steps=225", "learn.prior.mask=null"],
             1e-2 / 30,
@@ -146,4 +159,4 @@ def test_a_rate_that_was_not_given_follows_from_steps_and_prior(
     given: list[str], highest: float, last: float
 ) -> None:
     given = ["learn.prior.margins=false", *given]
-    assert learning_rates(load_config(None, given).learn) == pytest.approx((highest, last))
+    assert learning_rates(load_config(None, given)) == pytest.approx((highest, last))

@@ -103,7 +103,7 @@ def test_its_bytes_are_in_the_plan() -> None:
 
 @pytest.mark.usefixtures("registered")
 def test_its_rate_and_its_needs_are_heeded(caplog: pytest.LogCaptureFixture) -> None:
-    ours, adamw = (learning_rates(with_kind(kind).learn)[0] for kind in ("sign", "adamw"))
+    ours, adamw = (learning_rates(with_kind(kind))[0] for kind in ("sign", "adamw"))
     assert ours == pytest.approx(adamw / 7)
     check_optimizer(with_kind("sign", "learn.optimizer.lr=0.49"))
     assert not caplog.text

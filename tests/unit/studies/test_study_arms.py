@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megamask.config.learn_tree import LearnSection
+from megamask.config import Config
 from megamask.optim.schedule import learning_rates
 from studies.learners import __main__
 from studies.learners.arm import Arm
@@ -51,10 +51,15 @@ def test_an_ablation_changes_one_thing(words: Words) -> None:
         assert len(same) == 1, group
 
 
+def derived_rates(steps: int, batch: int) -> tuple[float, float]:
+    learn = {"steps": steps, "global_batch": batch, "prior": {"mask": "sparsegpt"}}
+    return learning_rates(Config.model_validate({"data": {"seq_length": SEQ}, "learn": learn}))
+
+
 @pytest.mark.parametrize("steps", [15, 60, 240])
 def test_the_rate_is_the_derived_one_or_a_multiple(words: Words, steps: int) -> None:
     bench = __main__.open_bench(__main__.read_options(words(steps=steps)))
-    (derived, last) = learning_rates(LearnSection(steps=steps, prior={"mask": "sparsegpt"}))
+    derived, last = derived_rates(steps, BATCH)
     for arm, share in (
         ("subset-2of4", 1.0),
         ("alpha-1", 1 / 3),  # the rate is proportional to the gap
@@ -62,7 +67,7 @@ def test_the_rate_is_the_derived_one_or_a_multiple(words: Words, steps: int) -> 
         ("rate-twice", 2.0),
         ("optimizer-lion", 1 / 3),
     ):
-        found = learning_rates(bench.config(by_name()[arm]).learn)
+        found = learning_rates(bench.config(by_name()[arm]))
         # the words of a command have three digits
         assert found == pytest.approx((share * derived, share * last), rel=5e-3), arm
 
@@ -80,13 +85,12 @@ def test_another_rule_of_the_rate_is_another_run(
 @pytest.mark.parametrize("steps", [15, 60, 240])
 def test_arms_of_batch_and_rate_have_the_derived_rate(words: Words, steps: int) -> None:
     bench = __main__.open_bench(__main__.read_options(words(steps=steps)))
-    derived = learning_rates(LearnSection(steps=steps, prior={"mask": "sparsegpt"}))
     for arm in (arm for arm in ARMS if arm.group == "scale"):
-        learn = bench.config(arm).learn
-        expected = [arm.rate * rate for rate in derived]
+        config = bench.config(arm)
+        expected = [arm.rate * rate for rate in derived_rates(steps, arm.batch * BATCH)]
         # The words of a command have three digits.
-        assert learning_rates(learn) == pytest.approx(expected, rel=5e-3), arm.name
-        assert learn.global_batch == arm.batch * BATCH
+        assert learning_rates(config) == pytest.approx(expected, rel=5e-3), arm.name
+        assert config.learn.global_batch == arm.batch * BATCH
     one = bench.config(by_name()["scale-1-one"]).learn
     assert "optimizer" not in one.model_dump(exclude_unset=True)
     assert len({bench.digest(arm) for arm in ARMS if arm.group == "scale"}) == 12
