@@ -144,7 +144,8 @@ def _counting(
     def count(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x_TI = inputs[0].flatten(0, -2)
         if linear.shard_axis == 1:
-            x_TI = torch.cat(mesh.gather_over_tp(x_TI), dim=-1)
+            parts = mesh.gather_over_tp(x_TI)
+            x_TI = torch.cat(parts, dim=-1) if len(parts) > 1 else x_TI
         elif sequence_parallel and not linear.is_expert:
             stats.add(x_TI)
             return

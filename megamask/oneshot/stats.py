@@ -49,10 +49,12 @@ class InputStats:
                 f"for a linear with {self.in_features} in_features"
             )
         is_bf16 = x_TI.dtype == torch.bfloat16
-        x_TI = x_TI.reshape(-1, self.in_features).to(self.sum_square_I)
+        given_TI = x_TI.reshape(-1, self.in_features)
+        x_TI = given_TI.to(self.sum_square_I)
         self.tokens += x_TI.shape[0]
         if self.sum_outer_II is None:
-            self.sum_square_I += x_TI.square().sum(0)
+            is_copy = x_TI is not given_TI  # squares may take the place of a copy alone
+            self.sum_square_I += (x_TI.square_() if is_copy else x_TI.square()).sum(0)
         else:
             with _bf16_factors(is_bf16):
                 self.sum_outer_II.addmm_(x_TI.t(), x_TI)

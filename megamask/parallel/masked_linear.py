@@ -27,6 +27,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megamask.parallel.mask_context import MaskSwitch, Measured, RunningSample
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.draw import GradientSink, Sample, Sampler, Site
+from megamask.sparsity.masking import zero_outside
 from megamask.sparsity.operator import sample_mask, sampler_at
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
@@ -163,10 +164,9 @@ class MaskedLinear:
         """Use W with exact zeros where ``mask_OI`` is False from now on; None goes back to the
         plain weight.
         """
+        weight_OI = self.weight.detach()
         self.folded_weight = (
-            None
-            if mask_OI is None
-            else torch.where(mask_OI.to(self.weight.device), self.weight.detach(), 0)
+            None if mask_OI is None else zero_outside(weight_OI, mask_OI.to(weight_OI.device))
         )
 
     def fold_codes(self, hard_codes_OG: torch.Tensor) -> None:
@@ -174,8 +174,8 @@ class MaskedLinear:
         weight_OI = self.weight.detach()
         folded_OI = torch.empty_like(weight_OI)
         for rows in row_blocks(*weight_OI.shape):
-            kept = self.site.mask_of(hard_codes_OG[rows].to(weight_OI.device))
-            folded_OI[rows] = torch.where(kept, weight_OI[rows], 0)
+            mask_OI = self.site.mask_of(hard_codes_OG[rows].to(weight_OI.device))
+            folded_OI[rows] = zero_outside(weight_OI[rows], mask_OI)
         self.folded_weight = folded_OI
 
     def hard_codes(self) -> torch.Tensor:

@@ -12,13 +12,14 @@ writes down the logarithm of its margins (``to_codes``), which needs no other ra
 linear is at hand, the median is taken off (``to_levels``), in integers, so the layout does not
 show.
 
-Shapes: O out_features, I in_features, M group size.
+Shapes: O out_features, I in_features, U units of a row, G groups per row, M units of a group.
 """
 
 from __future__ import annotations
 
 import torch
 
+from megamask.sparsity.by_position import border, columns, pieces
 from megamask.sparsity.pattern import Pattern
 
 LEVELS = 16  # 4 bits a weight
@@ -38,14 +39,19 @@ def to_codes(score_OI: torch.Tensor, mask_OI: torch.Tensor, pattern: Pattern) ->
         pattern: N:M. The margin of a unit is that of the sum of its scores, for all its weights.
     """
     units = pattern.units
-    score = pattern.sum_of_units(score_OI.float()).unflatten(-1, (-1, units.m))
-    kept = pattern.of_units(mask_OI).unflatten(-1, (-1, units.m))
-    last, following = score.topk(units.n + 1, dim=-1).values[..., -2:].split(1, dim=-1)
-    middle = last / 2 + following / 2
-    margin = torch.where(kept, score - middle, middle - score).clamp_min(0)
-    octaves = margin.log2()  # -inf at a tie and against the score
-    codes = (octaves * PER_OCTAVE).round().add(ONE).clamp(0, CODES - 1)
-    return pattern.expand(codes.flatten(-2)).to(torch.uint8)
+    rows, width = score_OI.shape
+    codes_OU = score_OI.new_empty(rows, width // pattern.unit, dtype=torch.uint8)
+    for some in pieces(codes_OU):
+        score_MOG = columns(pattern.sum_of_units(score_OI[some].float()), units.m)
+        kept_MOG = columns(pattern.of_units(mask_OI[some]), units.m)
+        last_OG, following_OG = border(score_MOG, units.n)
+        side_MOG = kept_MOG.to(score_MOG).mul_(2).sub_(1)  # 1 for a kept weight, -1 for a removed
+        # A new tensor: ``columns`` may be a view of the scores.
+        margin_MOG = (score_MOG - (last_OG / 2 + following_OG / 2)).mul_(side_MOG).clamp_min_(0)
+        octaves_MOG = margin_MOG.log2_()  # -inf at a tie and against the score
+        codes_MOG = octaves_MOG.mul_(PER_OCTAVE).round_().add_(ONE).clamp_(0, CODES - 1)
+        codes_OU[some].unflatten(-1, (-1, units.m)).copy_(codes_MOG.movedim(0, -1))
+    return pattern.expand(codes_OU)
 
 
 def to_levels(codes_OI: torch.Tensor) -> torch.Tensor:

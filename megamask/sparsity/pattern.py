@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from megamask.errors import ConfigError
+from megamask.sparsity.by_position import best_of_groups
 from megamask.sparsity.look_up import MaskTable, Numbers, look_up
 
 MAX_CANDIDATES = 256  # of a table
@@ -335,6 +336,4 @@ class Pattern:
         """
         if self.unit > 1:
             return self.expand(self.units.best(self.sum_of_units(score_OI)))
-        groups = score_OI.unflatten(-1, (-1, self.m))
-        kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
-        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+        return best_of_groups(score_OI, self.n, self.m)
