@@ -157,6 +157,12 @@ class GradientMethod(Method):
             unused |= {"learn.distillation.temperature", "learn.distillation.top_k"}
         return unused
 
+    def derived(self, config: Config) -> dict[str, float]:
+        """The learning rate, where it was not given."""
+        if config.learn.optimizer.lr is not None:
+            return {}
+        return {"learn.optimizer.lr": learning_rates(config)[0]}
+
     def announcement(self, config: Config) -> str:
         """The learning rates, which may be derived."""
         return "learning rate {:.2g}, falling to {:.2g}".format(*learning_rates(config))

@@ -154,6 +154,10 @@ class Method(ABC):
         whole = config.learn.steps * config.learn.global_batch
         return train_dataset(config, whole, config.data.seq_length, config.seed)
 
+    def derived(self, config: Config) -> dict[str, float]:
+        """Dotted settings without a value -> the values that follow from others."""
+        return {}
+
     def announcement(self, config: Config) -> str | None:
         """A line for the log of a run that starts."""
         return None

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 LAUNCH = "MEGAMASK_LAUNCH"  # variable: the name of all starts of a job, or of one torchrun
 STARTED_OVER = "started-over.json"  # the launch that put the snapshots of the run before aside
 STEPS = "learn.steps"
+DERIVED = "derived"  # key of a note: settings that were not given, and what followed from others
 MODEL_PATHS = ("model.hf", "model.gguf")  # the digest of the model stands for their content
 
 
@@ -97,7 +98,7 @@ class Snapshots:
     ) -> None:
         self.folder, self.config, self.content, self.masks = folder, config, content, masks
         self.mesh, self.masked_model, self.learner = mesh, masked_model, learner
-        self.expect = expect
+        self.expect, self.method = expect, find_method(config.learn.method)
         self.changes: list[Changed] = []
         self.background = BackgroundSave(mesh)
         if mesh.is_main:
@@ -141,7 +142,8 @@ class Snapshots:
             "fingerprint": self.masked_model.fingerprint,
             "float16_fingerprints": list(self.masked_model.float16_fingerprints),
             **self.masked_model.digest,
-            "distribution": find_method(self.config.learn.method).distribution.name,
+            "distribution": self.method.distribution.name,
+            DERIVED: self.method.derived(self.config),
             **({} if self.content is None else {"content": self.content.note()}),
             **write_changes(self.changes),
         }
@@ -195,7 +197,8 @@ class Snapshots:
             problem = f"is not the note of a snapshot ({error!r})"
             raise ArtifactError(path / NOTE, problem, fix) from None
         self._check(note, settings, path)
-        self.changes = [*read_changes(note), *self._changed(settings, progress.step)]
+        derived = found if isinstance(found := note.get(DERIVED), dict) else {}
+        self.changes = [*read_changes(note), *self._changed(settings, derived, progress.step)]
         loaded = load_sharded(self._state(is_loading=True), path, fix)
         self.masked_model.model.load_state_dict(
             {key: value for key, value in loaded.items() if key != "optimizer"}, strict=False
@@ -290,8 +293,9 @@ class Snapshots:
     def _differences(self, there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         return changes(there, self.config, LEARN, settings_without_effect(self.config.learn))
 
-    def _changed(self, there: dict[str, Any], step: int) -> list[Changed]:
-        """The settings that change with this start, each said in the log.
+    def _changed(self, there: dict[str, Any], derived: dict[str, Any], step: int) -> list[Changed]:
+        """The settings that change with this start, each said in the log: those that were given,
+        and those that follow from them.
 
         Raises:
             ConfigError: a setting differs, and all steps were learned already.
@@ -309,6 +313,12 @@ class Snapshots:
                     fix = f"Set it back, or raise {STEPS} above {step} to go on with {now!r}."
                     raise ConfigError(key, now, allowed, fix)
             return []
+        following = self.method.derived(self.config)
+        differing |= {
+            key: (derived[key], value)
+            for key, value in following.items()
+            if derived.get(key, value) != value
+        }
         found = [
             Changed(step, utc_now(), key, before, now) for key, (before, now) in differing.items()
         ]

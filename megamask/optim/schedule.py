@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from megamask.parallel.mesh import Mesh
 
 GRADED_STEPS = 60  # that cross the gap at the highest rate, where weights start at their margins
-# Tokens of a step whose gradient bears this rate: of text, and with the layers of the dense model,
-# which tell more about each token (docs/log.md, 2026-11-27, "a rate that follows the batch").
-FULL_BATCH, FULL_BATCH_WITH_LAYERS = 2048, 512
+# Tokens of text in a step whose gradient bears this rate. With the layers of the dense model, at
+# this weight or more, a token is worth so many (docs/log.md, "a rate that follows the batch").
+FULL_BATCH = 2048
+LAYERS_WORTH, LAYERS_WEIGHT = 4.0, 0.25
 LEAST_SHARE = 0.25  # of the rate, for smaller batches than were tried
 
 # The share of the fall from the highest to the last rate that is still to come, by progress in
@@ -125,9 +126,9 @@ def batch_share(config: Config) -> float:
     the share to the number of tokens, as long as it is small.
     """
     learn = config.learn
-    has_layers = learn.distillation.hidden > 0
-    full = FULL_BATCH_WITH_LAYERS if has_layers else FULL_BATCH
-    share = math.sqrt(learn.global_batch * config.data.seq_length / full)
+    weight = min(1.0, learn.distillation.hidden / LAYERS_WEIGHT)
+    worth = 1 + (LAYERS_WORTH - 1) * weight
+    share = math.sqrt(worth * learn.global_batch * config.data.seq_length / FULL_BATCH)
     return min(1.0, max(LEAST_SHARE, share))
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config import Config, load_config
-from megamask.data.shards import SPLITS, read_shards
 from megamask.errors import ConfigError
 from megamask.storage import read_json, write_json, write_text
 from studies.child import AGAIN, link, locked, verb
+from studies.given import text_digests
 
 GENERAL = "all"  # the folder of the run of all domains
 STARTS = ("scratch", "transfer")  # from the one-shot mask, and from the general mask
@@ -135,15 +135,9 @@ def facts_of(study: Study, domain: str) -> dict[str, Any]:
 
 
 def text_of(study: Study) -> dict[str, list[str]]:
-    """Domain -> digests of its training and held-out tokens, of the shards that are there: files
-    may change under the names that the settings have.
-    """
-    folder = study.out / GENERAL / "shards"
-    return {
-        domain: [read_shards(folder / domain).content_sha256(split) for split in SPLITS]
-        for domain in study.domains
-        if (folder / domain / "meta.json").exists()
-    }
+    """The digests of the text of each domain that is there."""
+    known = text_digests(study.out / GENERAL / "shards")
+    return {domain: known[domain] for domain in study.domains if domain in known}
 
 
 def results_of(study: Study, domain: str) -> dict[str, Any]:

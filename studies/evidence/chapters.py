@@ -21,6 +21,7 @@ ALL_METHODS = (
 )
 # The methods at every pattern, the prior of learning among them.
 SOME_METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "sparsegpt_update")
+AT_2_4 = "pattern=2:4"
 POLISHED = ("wanda", "ria", "sparsegpt")
 STEPS = 60  # of 4 x 256 tokens, the batch of the quickstart
 SHORT = 20
@@ -64,7 +65,7 @@ def learned(
     """A mask learned from a mask of ``prior``; the rows of its results are the prior's and
     ``learned``.
     """
-    pattern = tuple(word for word in (prior.settings if prior else ()) if "pattern=" in word)
+    pattern = tuple(word for word in prior.settings if "pattern=" in word) if prior else (AT_2_4,)
     start = (f"learn.prior.mask={mask}",) if prior else ("learn.prior.mask=null",)
     return Job(
         name,
@@ -77,9 +78,9 @@ def learned(
 
 def on_reordered(name: str, words: Words) -> list[Line]:
     """The rows of a model whose channels were reordered."""
-    written = Job(f"{name}-model", (("reorder", ("{run}/reordered", *words)),))
+    written = Job(f"{name}-model", (("reorder", ("{run}/reordered", *words)),), (AT_2_4,))
     verbs = tuple((verb, ()) for verb in ("convert", "prune", "learn", "evaluate"))
-    settings = ("prune.methods=[wanda, sparsegpt]", "learn.monitor.evaluate_every=0")
+    settings = (AT_2_4, "prune.methods=[wanda, sparsegpt]", "learn.monitor.evaluate_every=0")
     job = Job(name, verbs, (*settings, f"learn.steps={STEPS}"), model=written, is_seeded=True)
     title = name.replace("-", ", ")
     return [
@@ -125,6 +126,7 @@ def recovery(method: str) -> Job:
     return Job(
         f"recover-{method}",
         (("recover", words), ("evaluate", ())),
+        (AT_2_4,),
         masks={"learned": MAIN},
         is_seeded=True,
     )
@@ -133,6 +135,7 @@ def recovery(method: str) -> Job:
 SENSITIVITY = Job(
     "sensitivity",
     (("sensitivity", ("sensitivity.mask=sparsegpt", "sensitivity.rows=[0, 1, 3, 6, 9]")),),
+    (AT_2_4,),
     masks={"sparsegpt": BASE},
 )
 

@@ -23,6 +23,7 @@ from studies.evidence.job import Job
 from studies.evidence.runs import Study
 
 NAME = "evidence"
+HIDDEN = ("parallel.", "device=")  # settings of the machine
 DRAWN = ("budgets", "patterns", "reorder")  # the chapters in the picture
 
 
@@ -71,7 +72,7 @@ def write_report(study: Study, folder: Path, seeds: Sequence[int]) -> Path:
     write_json(folder / f"{NAME}.json", known.results)
     save(lambda: draw(known), folder / f"{NAME}.png")
     findings = folder / f"{NAME}-findings.md"
-    parts = [header(known)]
+    parts = [header(known, command_line(study, seeds))]
     parts += [findings.read_text().strip()] if findings.exists() else []
     parts += [f"![Distance from the dense model]({NAME}.png)", oneshots(known)]
     for chapter in CHAPTERS:
@@ -90,12 +91,10 @@ def write_report(study: Study, folder: Path, seeds: Sequence[int]) -> Path:
     return path
 
 
-def header(known: Known) -> str:
-    """Title, machine, protocol and command."""
-    last = max(known.results, key=lambda one: str(one["date"]))
+def header(known: Known, command: str) -> str:
+    """Title, machines, protocol and command."""
     days = sorted({one["date"] for one in known.results})
-    software = last["versions"]
-    device = software["gpu"] if software["gpu"] != "absent" else software["cpu"]
+    machines = dict.fromkeys(machine(one["versions"]) for one in known.results)
     protocol = next(one["protocol"] for one in known.results if "protocol" in one)
     return "\n\n".join(
         [
@@ -103,11 +102,25 @@ def header(known: Known) -> str:
             f"Perplexity on held-out text: {format_protocol(protocol)}. Mean: geometric, over "
             "domains and seeds. Where there are several seeds, cells are means with the lowest and "
             "highest in brackets.",
-            f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}; {device}; "
-            f"torch {software['torch']}, megatron-core {software['megatron-core']}.",
-            "```\npython -m studies.evidence --base runs/quickstart --out runs/evidence\n```",
+            f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}; {'; or '.join(machines)}.",
+            f"```\n{command}\n```",
         ]
     )
+
+
+def machine(software: Mapping[str, str]) -> str:
+    """The device and the packages of a result."""
+    device = software["gpu"] if software["gpu"] != "absent" else software["cpu"]
+    return f"{device}, torch {software['torch']}, megatron-core {software['megatron-core']}"
+
+
+def command_line(study: Study, seeds: Sequence[int]) -> str:
+    """The command of a report, without the settings of the machine."""
+    words = ["python -m studies.evidence --base runs/quickstart --out runs/evidence"]
+    if study.recipe.name != "quickstart.yaml":
+        words.append(f"--recipe {study.recipe.name}")
+    words.append("--seeds " + " ".join(map(str, seeds)))
+    return " ".join([*words, *(word for word in study.settings if not word.startswith(HIDDEN))])
 
 
 def chapter_table(known: Known, lines: Sequence[Line]) -> str:

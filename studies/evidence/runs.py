@@ -18,7 +18,7 @@ from megamask.report.reading import Record
 from megamask.storage import read_json, write_json
 from studies.child import AGAIN, link, locked, verb
 from studies.evidence.job import Job
-from studies.given import given_settings
+from studies.given import given_settings, text_digests
 
 RESULT = "result.json"
 
@@ -58,6 +58,11 @@ class Study:
         """Of the base model."""
         return str(read_json(self.base / "weights" / "megamask.json", AGAIN)["fingerprint"])
 
+    @cached_property
+    def text(self) -> dict[str, list[str]]:
+        """Digests of the text, by domain."""
+        return text_digests(self.base / "shards")
+
     def words(self, job: Job, seed: int) -> list[str]:
         """The settings of a job; later words win."""
         return [*self.settings, *job.settings, *([f"seed={seed}"] if job.is_seeded else [])]
@@ -66,13 +71,14 @@ class Study:
         """Hash of the model and of all that decides the results of a job, but for its seed."""
         config = load_config(self.recipe, self.words(job, 0))
         given, rates = given_settings(config), None
+        given["evaluate"] = config.evaluate.model_dump(mode="json", exclude_unset=True)
         if any(name == "learn" for name, _ in job.verbs):
             rates = learning_rates(config)  # derived, so they are not given
         else:
             given.pop("learn", None)
         masks = {name: self.digest(source) for name, source in job.masks.items()}
         model = self.digest(job.model) if job.model else None
-        decides = [self.fingerprint, given, job.verbs, rates, masks, model]
+        decides = [self.fingerprint, self.text, given, job.verbs, rates, masks, model]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
 
     def folder(self, job: Job, seed: int) -> Path:
@@ -105,7 +111,7 @@ def run_job(study: Study, job: Job, seed: int) -> None:
         print(f"{job.name} ...", flush=True)
         for name, more in job.verbs:
             own = [word.replace("{run}", str(run_dir)) for word in more]
-            words = [*own, *study.words(job, seed), f"run_dir={run_dir}"]
+            words = [*study.words(job, seed), *own, f"run_dir={run_dir}"]
             verb(name, study.recipe, words, run_dir, study.minutes, lock)
         write_json(run_dir / RESULT, found(study, job, seed, run_dir))
 

@@ -71,11 +71,11 @@ def oneshot_masks(bench: Bench, arm: Arm, methods: Sequence[str]) -> Path:
     """
     run_dir = bench.oneshot(arm)
     vouched = run_dir / "pruned.json"
-    if vouched.exists() and set(methods) <= set(read_json(vouched, AGAIN)):
+    if set(methods) <= set(vouched_methods(run_dir)):
         return run_dir  # without the lock, which a process that evaluates the masks may hold
     link_base(bench.base, run_dir)
     with locked(run_dir, wait=True) as lock:
-        known = read_json(vouched, AGAIN) if vouched.exists() else []
+        known = vouched_methods(run_dir)
         missing = [method for method in methods if method not in known]
         for path in (bench.base / "masks" / f"{method}.safetensors" for method in missing):
             if path.exists() and str(load_masks(path).pattern) == arm.pattern:
@@ -94,6 +94,13 @@ def oneshot_masks(bench: Bench, arm: Arm, methods: Sequence[str]) -> Path:
             bench.verb("prune", [*settings, f"prune.methods=[{', '.join(missing)}]"], run_dir, lock)
             write_json(vouched, [*known, *missing])
     return run_dir
+
+
+def vouched_methods(run_dir: Path) -> list[str]:
+    """The methods whose masks were made or checked here, and have their margins."""
+    vouched = run_dir / "pruned.json"
+    known = read_json(vouched, AGAIN) if vouched.exists() else []
+    return [name for name in known if (run_dir / "masks" / f"{name}.margins").exists()]
 
 
 def link_prior(bench: Bench, arm: Arm, run_dir: Path) -> None:

@@ -177,6 +177,28 @@ def test_a_change_that_no_step_is_left_to_read_is_refused(run: tuple[Snapshots, 
     assert [one.setting for one in more.changes] == ["learn.optimizer.lr", "learn.steps"]
 
 
+def test_a_rate_that_follows_from_other_settings_is_told_too(
+    run: tuple[Snapshots, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    snapshots, _ = run
+    derived = again(snapshots, optimizer={"lr": None}, prior={"mask": None})
+    derived.save(Progress(step=2))
+    # the same settings, and a step count whose rate is the same to the last bit: nothing to tell
+    assert derived.restore().step == 2 and derived.changes == []
+    # without a prior's margins the rate is std / (2 sqrt(steps)), here of four times the steps
+    longer = again(derived, steps=16)
+    assert longer.restore().step == 2
+    found = {one.setting: (one.before, one.after) for one in longer.changes}
+    assert found.pop("learn.steps") == (4, 16)
+    ((before, after),) = found.values()
+    assert list(found) == ["learn.optimizer.lr"] and before == pytest.approx(2 * after, rel=1e-12)
+    assert "changed for this run: learn.optimizer.lr" in caplog.text
+    # a rate that is given from now on is a setting of its own
+    given = again(derived, optimizer={"lr": 0.003})
+    assert given.restore().step == 2
+    assert [(one.setting, one.before) for one in given.changes] == [("learn.optimizer.lr", None)]
+
+
 def test_a_full_disk_is_one_message(
     run: tuple[Snapshots, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,12 @@ def test_a_schedule_that_cannot_work_is_refused(given: dict[str, Any], key: str)
         ([*WIDE, "learn.steps=225", "learn.global_batch=1", "data.seq_length=8"], 1.25e-4, 1.25e-5),
         # the layers of the dense model tell as much with a quarter of the tokens
         ([*LAYERS, "learn.global_batch=2"], 5e-4, 5e-5),
+        # half of the weight from which they count in full: 512 tokens are worth 2.5 x 512
+        (
+            [*LAYERS, "learn.global_batch=2", "learn.distillation.hidden=0.125"],
+            5e-4 * 0.625**0.5,
+            5e-5 * 0.625**0.5,
+        ),
         ([*LAYERS, "learn.global_batch=2", "data.seq_length=64"], 2.5e-4, 2.5e-5),
         ([*WIDE, "learn.steps=3600"], 2.5e-4, 2.5e-5),  # 3 x 0.01 / 2 / 60
         ([*WIDE, "learn.steps=3600", "learn.global_batch=2"], 2.5e-4, 2.5e-5),  # the lower of both

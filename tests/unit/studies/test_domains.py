@@ -12,6 +12,7 @@ import yaml
 from megamask.config import Config, load_config
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR
 from megamask.storage import read_json, write_json
+from studies import given
 from studies.domains import __main__, runs
 from tests.unit.studies.stand_ins import FINGERPRINT, save_mask
 
@@ -163,7 +164,7 @@ def test_other_text_under_the_same_names_is_measured_anew(
         text = (folder / "meta.json").read_text()
         return SimpleNamespace(content_sha256=lambda split: f"{text} {split}")
 
-    monkeypatch.setattr(runs, "read_shards", stand_in)
+    monkeypatch.setattr(given, "read_shards", stand_in)
     shards, counts = tmp_path / "out/all/shards", []
     for text in ("a", "a", "b", "b"):
         for domain in ("code", "prose"):

@@ -96,7 +96,9 @@ def line(tmp_path: Path) -> list[str]:
     return f"--base {tmp_path / 'base'} --out {tmp_path / 'out'} --seeds 1".split()
 
 
-def test_sources_run_first_and_once(ran: Ran, line: list[str]) -> None:
+def test_sources_run_first_and_once(
+    ran: Ran, line: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def verbs(*more: str) -> list[str]:
         ran.clear()
         assert __main__.main([*line, *more]) == EXIT_OK
@@ -111,15 +113,25 @@ def test_sources_run_first_and_once(ran: Ran, line: list[str]) -> None:
     # another setting is another run; the machine's are not
     assert verbs("--jobs", "learn-2-4-20", "parallel.threads=1") == []
     assert verbs("--jobs", "learn-2-4-20", "calibration.samples=8") == one_shot + learning
+    # another protocol of evaluation, and other text of the same name, give other results
+    assert verbs("--jobs", "oneshot-2-4", "evaluate.max_tokens=1024") == one_shot
+    texts = {"prose": ["a", "b"]}
+    monkeypatch.setattr(runs, "text_digests", lambda shards: texts)
+    assert verbs("--jobs", "oneshot-2-4") == one_shot
+    texts["prose"] = ["a", "c"]
+    assert verbs("--jobs", "oneshot-2-4") == one_shot and verbs("--jobs", "oneshot-2-4") == []
     # a rate that megamask derives is not given, and decides all the same
-    assert verbs("--jobs", "learn-2-4-20", "learn.sampling.logit_std=0.02") == learning
+    rate = "learn.sampling.logit_std=0.02"
+    assert verbs("--jobs", "learn-2-4-20", rate) == learning
     reordered = ["reorder", "convert", "prune", "learn", "evaluate"]
     assert verbs("--jobs", "reordered") == reordered
 
 
 def test_the_jobs_are_what_they_say(ran: Ran, line: list[str]) -> None:
     jobs = ["learn-4-8-pair-60", "prior-wanda", "schedule-no-prior", "reordered-rotated"]
-    assert __main__.main([*line, "--jobs", *jobs, "recover-blockwise"]) == EXIT_OK
+    more = ["pattern=6:8", "recover.method=lora", "recover.steps=1"]  # those of a job win
+    assert __main__.main([*line, *more, "--jobs", *jobs, "recover-blockwise"]) == EXIT_OK
+    assert {str(config.pattern) for _, config, _ in ran} == {"4:8:pair", "2:4"}
     learned = [config for name, config, _ in ran if name == "learn"]
     assert [str(config.pattern) for config in learned[:3]] == ["4:8:pair", "2:4", "2:4"]
     assert [config.learn.prior.mask for config in learned[:3]] == ["sparsegpt", "wanda", None]
@@ -147,10 +159,11 @@ def test_every_job_fits_the_recipe_and_gives_its_rows() -> None:
 
 
 def test_the_report(ran: Ran, line: list[str], tmp_path: Path) -> None:
-    jobs = ["learn-2-4-20", "oneshot-4-8", "sensitivity"]
+    jobs = ["learn-2-4-20", "oneshot-4-8", "sensitivity", "parallel.threads=1", "prune.damp=0.02"]
     seeds = ["--seeds", "1", "2"]
     assert __main__.main([*line, *seeds, "--jobs", *jobs]) == EXIT_OK
     page = (tmp_path / "out/evidence.md").read_text()
+    assert "--seeds 1 2 prune.damp=0.02\n" in page and "some CPU, torch 2, megatron" in page
     # 9 and 10 by seed, prose twice as much; dense 7 / 14: a factor of sqrt(90) / 7
     found = next(row for row in page.splitlines() if row.startswith("| learned, 20 steps"))
     cells = [cell.strip() for cell in found.strip("|").split("|")]
@@ -170,7 +183,7 @@ def test_the_report(ran: Ran, line: list[str], tmp_path: Path) -> None:
     assert "Not run: 2:4, learned; 4:8, learned; 6:8, SparseGPT mask" in page
     assert "layer.0" in page and (tmp_path / "out/evidence.png").stat().st_size > 10_000
     # A report keeps what an earlier report in its folder knows, while settings and model fit.
-    again = ["--report-only", "--report-to", str(tmp_path / "out")]
+    again = ["--report-only", "--report-to", str(tmp_path / "out"), *seeds, "prune.damp=0.02"]
     other = [*line[:2], "--out", str(tmp_path / "empty")]
     assert __main__.main([*other, *again]) == EXIT_OK
     assert (tmp_path / "out/evidence.md").read_text() == page
