@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from megamask.errors import ArtifactError
 from megamask.report.plot_style import INK, METHOD_COLORS, OTHER_COLOR, save
@@ -217,12 +218,15 @@ def draw(known: Known) -> Figure:
             INK if line.row == "learned" else METHOD_COLORS.get(line.row, OTHER_COLOR)
             for line, _ in rows
         ]
-        axis.barh(labels, [value for _, value in rows], color=colors)
+        axis.barh(labels, [value - 1 for _, value in rows], left=1, color=colors)
         axis.invert_yaxis()
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.axvline(1, color=METHOD_COLORS["dense"], linewidth=1)
         for place, (_, value) in enumerate(rows):
-            axis.text(value, place, f" {value:.2f}", va="center", fontsize=8)
+            axis.text(max(value, 1), place, f" {value:.2f}", va="center", fontsize=8)
         axis.set_title(title)
         axis.grid(axis="y", visible=False)
     axes[-1, 0].set_xlabel("perplexity / dense perplexity (geometric mean of the domains)")
