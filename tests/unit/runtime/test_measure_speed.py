@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,14 +90,17 @@ def test_wrong_products_and_failures_get_no_time() -> None:
         CpuDevice(convert=lambda weight: weight * 1.01), (64, 128), BF16, (2,), rounds=1
     )
     assert found.why == "the converted weight holds other numbers"
-    # The weight comes back right, and its products are wrong by 2 % of the largest.
+    # The weight comes back right, and its products are wrong by 5 % of the largest.
 
     def off(weight: Tensor) -> Tensor:
         made: Tensor = weight.as_subclass(_Off)
         return made
 
     (found,) = measure_shape(CpuDevice(convert=off), (64, 128), BF16, (2,), rounds=1)
-    assert found.sparse_ms is None and found.why.startswith("wrong products: 0.02")
+    told = re.fullmatch(r"wrong products: (\S+) of the largest", found.why)
+    # the product of bf16 numbers and 1.05 is rounded to bf16, by up to 2^-8 of either side
+    assert found.sparse_ms is None and told is not None
+    assert float(told[1]) == pytest.approx(0.05, abs=2 * 2**-8)
     choice = SpeedTable(FACTS, {2: 1}, [found]).choose((64, 128), "bf16", {2: 1})
     assert choice.kernel is None and choice.why.startswith("not possible: wrong products")
 
@@ -107,7 +112,7 @@ class _Off(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **(kwargs or {}))
-        return found * 1.02 if func is torch.nn.functional.linear else found
+        return found * 1.05 if func is torch.nn.functional.linear else found
 
 
 def test_the_copies_of_a_weight_are_larger_than_the_cache() -> None:
