@@ -104,7 +104,10 @@ MINUTES = learned("learn-minutes", BASE, 128, ("learn.preset=minutes", "learn.gl
 
 SCHEDULES: dict[str, tuple[str, Words]] = {
     "exponential": ("kappa and tau by equal factors", ("learn.sampling.schedule=exponential",)),
-    "early": ("the same, done after three quarters", ("learn.sampling.annealed_by=0.75",)),
+    "early": (
+        "by equal differences, done after three quarters",
+        ("learn.sampling.annealed_by=0.75",),
+    ),
     "exponential-early": (
         "by equal factors, done after three quarters",
         ("learn.sampling.schedule=exponential", "learn.sampling.annealed_by=0.75"),
