@@ -17,9 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, MegamaskError
+from megamask.errors import EXIT_OK
 from megamask.storage import require_writable
-from studies.child import REPO, ArmError, heed_sigterm
+from studies.child import REPO, heed_sigterm
+from studies.command import ended, split_settings
 from studies.domains.report import write_report
 from studies.domains.runs import Study, check, run_domain, run_general
 
@@ -27,39 +28,42 @@ from studies.domains.runs import Study, check, run_domain, run_general
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then write the report."""
     options = read_options(sys.argv[1:] if argv is None else argv)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        require_writable(options.out, "--out")
-        study = Study(
-            base=options.base.resolve(),
-            out=options.out.resolve(),
-            recipe=options.recipe,
-            settings=tuple(options.settings),
-            general_steps=options.general_steps or 2 * options.steps,
-            steps=options.steps,
-            minutes=options.minutes,
-        )
-        check(study)
-        if not options.report_only:
-            heed_sigterm()
-            print("all domains ...", flush=True)
-            run_general(study)
-            for domain in study.domains:
-                print(f"{domain} ...", flush=True)
-                run_domain(study, domain)
-        print(f"wrote {write_report(study, options.report_to or study.out)}")
-        return EXIT_OK
-    except (MegamaskError, ArmError) as error:
-        print(f"domains: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("domains: interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return ended("domains", lambda: work(options))
+
+
+def work(options: argparse.Namespace) -> int:
+    """The exit code of the command.
+
+    Raises:
+        MegamaskError: an option or a setting cannot work, or there is nothing to report.
+        ArmError: a verb failed.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    require_writable(options.out, "--out")
+    study = Study(
+        base=options.base.resolve(),
+        out=options.out.resolve(),
+        recipe=options.recipe,
+        settings=tuple(options.settings),
+        general_steps=options.general_steps or 2 * options.steps,
+        steps=options.steps,
+        minutes=options.minutes,
+    )
+    check(study)
+    if not options.report_only:
+        heed_sigterm()
+        print("all domains ...", flush=True)
+        run_general(study)
+        for domain in study.domains:
+            print(f"{domain} ...", flush=True)
+            run_domain(study, domain)
+    print(f"wrote {write_report(study, options.report_to or study.out)}")
+    return EXIT_OK
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The options; every word ``key=value`` is a setting, wherever it stands."""
-    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    settings, rest = split_settings(words)
     options = argparse.ArgumentParser(
         prog="python -m studies.domains",
         description=__doc__,
@@ -83,7 +87,7 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="folder of domains.md and domains.json (default: --out)",
     )
-    found = options.parse_args([word for word in words if word not in settings])
+    found = options.parse_args(rest)
     found.settings = settings
     return found
 

@@ -12,6 +12,7 @@ from megamask.config import Config, load_config
 from megamask.errors import ConfigError
 from megamask.storage import read_json, write_json, write_text
 from studies.child import AGAIN, link, locked, verb
+from studies.command import check_base
 from studies.given import text_digests
 
 GENERAL = "all"  # the folder of the run of all domains
@@ -68,11 +69,7 @@ def check(study: Study) -> None:
     if config.learn.prior.mask not in config.prune.methods:
         allowed = f"a method of prune.methods, here {', '.join(config.prune.methods)}"
         raise ConfigError("learn.prior.mask", config.learn.prior.mask, allowed, "Name it there.")
-    missing = [name for name in ("hf", "weights") if not (study.base / name).is_dir()]
-    if missing:
-        allowed = f"a run folder with hf/ and weights/; {missing[0]}/ is missing"
-        fix = "Run ./launch/quickstart.sh, or the verbs gguf and convert, first."
-        raise ConfigError("--base", str(study.base), allowed, fix)
+    check_base(study.base, ("hf", "weights"))
 
 
 def run_general(study: Study) -> None:

@@ -15,57 +15,57 @@ those of the command.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
+from megamask.errors import EXIT_OK
 from megamask.storage import require_writable
 from studies.child import REPO, ArmError, heed_sigterm
+from studies.command import EXIT_SOME_FAILED, check_base, ended, select, split_settings
 from studies.evidence.chapters import all_jobs
 from studies.evidence.job import Job
 from studies.evidence.report import write_report
 from studies.evidence.runs import Study, run_job
 
-EXIT_SOME_FAILED = 1
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the selected jobs, then write the report."""
     options = read_options(sys.argv[1:] if argv is None else argv)
-    try:
-        jobs = select(options.jobs)
-        options.out.mkdir(parents=True, exist_ok=True)
-        require_writable(options.out, "--out")
-        study = Study(
-            options.base.resolve(),
-            options.out.resolve(),
-            options.recipe,
-            tuple(options.settings),
-            options.minutes,
-        )
-        study.check()
-        if options.list:
-            for job in jobs:
-                seeds = options.seeds if job.is_seeded else options.seeds[:1]
-                done = sum(study.result(job, seed) is not None for seed in seeds)
-                print(f"{job.name:28} {done} of {len(seeds)}")
-            return EXIT_OK
-        failed = 0 if options.report_only else run_all(study, jobs, options.seeds)
-        print(f"wrote {write_report(study, options.report_to or study.out, options.seeds)}")
-        return EXIT_SOME_FAILED if failed else EXIT_OK
-    except MegamaskError as error:
-        print(f"evidence: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("evidence: interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return ended("evidence", lambda: work(options))
+
+
+def work(options: argparse.Namespace) -> int:
+    """The exit code of the command.
+
+    Raises:
+        MegamaskError: an option or a setting cannot work, or there is nothing to report.
+    """
+    jobs = select({job.name: job for job in all_jobs()}, options.jobs, "--jobs", "a job")
+    options.out.mkdir(parents=True, exist_ok=True)
+    require_writable(options.out, "--out")
+    check_base(options.base, ("hf", "weights", "shards"))
+    study = Study(
+        options.base.resolve(),
+        options.out.resolve(),
+        options.recipe,
+        tuple(options.settings),
+        options.minutes,
+    )
+    if options.list:
+        for job in jobs:
+            seeds = options.seeds if job.is_seeded else options.seeds[:1]
+            done = sum(study.result(job, seed) is not None for seed in seeds)
+            print(f"{job.name:28} {done} of {len(seeds)}")
+        return EXIT_OK
+    failed = 0 if options.report_only else run_all(study, jobs, options.seeds)
+    print(f"wrote {write_report(study, options.report_to or study.out, options.seeds)}")
+    return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The options; every word ``key=value`` is a setting, wherever it stands."""
-    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    settings, rest = split_settings(words)
     options = argparse.ArgumentParser(
         prog="python -m studies.evidence",
         description=__doc__,
@@ -87,26 +87,9 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     options.add_argument(
         "--report-to", type=Path, metavar="DIR", help="folder of the report (default: --out)"
     )
-    found = options.parse_args([word for word in words if word not in settings])
+    found = options.parse_args(rest)
     found.settings = settings
     return found
-
-
-def select(patterns: Sequence[str] | None) -> list[Job]:
-    """Jobs by shell-style patterns, in the order of the patterns.
-
-    Raises:
-        ConfigError: a pattern matches no job.
-    """
-    known = {job.name: job for job in all_jobs()}
-    chosen: dict[str, Job] = {}
-    for pattern in patterns or ["*"]:
-        matches = fnmatch.filter(known, pattern)
-        if not matches:
-            allowed = f"one of {', '.join(known)}"
-            raise ConfigError("--jobs", pattern, allowed, "Name a job, or use * and ?.")
-        chosen |= {name: known[name] for name in matches}
-    return list(chosen.values())
 
 
 def run_all(study: Study, jobs: Sequence[Job], seeds: Sequence[int]) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config import load_config
-from megamask.errors import ConfigError
 from megamask.learn.metrics.provenance import versions
 from megamask.optim.schedule import learning_rates
 from megamask.report.reading import Record
@@ -40,18 +39,6 @@ class Study:
     recipe: Path
     settings: tuple[str, ...]
     minutes: float
-
-    def check(self) -> None:
-        """Check the prepared run, before anything is made.
-
-        Raises:
-            ConfigError: the base lacks a folder.
-        """
-        for name in ("hf", "weights", "shards"):
-            if not (self.base / name).is_dir():
-                allowed = f"a run folder with hf/, weights/ and shards/; {name}/ is missing"
-                fix = "Run ./launch/quickstart.sh, or the verbs gguf, convert and tokenize, first."
-                raise ConfigError("--base", str(self.base), allowed, fix)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -22,49 +22,49 @@ bigger machine:
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megamask.config import load_config
-from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, ConfigError, MegamaskError
+from megamask.errors import EXIT_OK, ConfigError, MegamaskError
 from megamask.storage import require_writable
 from studies.child import REPO, ArmError, heed_sigterm
+from studies.command import EXIT_SOME_FAILED, ended, select, split_settings
 from studies.learners.arm import Arm
-from studies.learners.arms import ARMS
+from studies.learners.arms import by_name
 from studies.learners.bench import Bench, Budget
 from studies.learners.report import write_report
 from studies.learners.runs import run_arm, time_arm
-
-EXIT_SOME_FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the selected arms, then write the report."""
     options = read_options(sys.argv[1:] if argv is None else argv)
-    try:
-        bench = open_bench(options)
-        arms = select(options.arms)
-        if options.list:
-            print("\n".join(state(bench, arm) for arm in arms))
-            return EXIT_OK
-        failed = 0 if options.report_only else run_all(bench, arms, options)
-        print(f"wrote {write_report(bench, options.report_to or bench.out)}")
-        return EXIT_SOME_FAILED if failed else EXIT_OK
-    except MegamaskError as error:
-        print(f"learners: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("learners: interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return ended("learners", lambda: work(options))
+
+
+def work(options: argparse.Namespace) -> int:
+    """The exit code of the command.
+
+    Raises:
+        MegamaskError: an option or a setting cannot work.
+    """
+    bench = open_bench(options)
+    arms = select(by_name(), options.arms, "--arms", "an arm")
+    if options.list:
+        print("\n".join(state(bench, arm) for arm in arms))
+        return EXIT_OK
+    failed = 0 if options.report_only else run_all(bench, arms, options)
+    print(f"wrote {write_report(bench, options.report_to or bench.out)}")
+    return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
 def read_options(words: Sequence[str]) -> argparse.Namespace:
     """The options; every word ``key=value`` is a setting, wherever it stands."""
-    settings = [word for word in words if "=" in word and not word.startswith("-")]
-    options = parser().parse_args([word for word in words if word not in settings])
+    settings, rest = split_settings(words)
+    options = parser().parse_args(rest)
     options.settings = settings
     return options
 
@@ -158,26 +158,6 @@ def open_bench(options: argparse.Namespace) -> Bench:
     bench = Bench(options.out.resolve(), options.base.resolve(), budget, tuple(options.settings))
     bench.prepare(options.recipe)
     return bench
-
-
-def select(patterns: Sequence[str] | None) -> list[Arm]:
-    """Arms by shell-style patterns, in the order of the patterns.
-
-    Raises:
-        ConfigError: a pattern matches no arm.
-    """
-    chosen: dict[str, Arm] = {}
-    for pattern in patterns or ["*"]:
-        matches = {arm.name: arm for arm in ARMS if fnmatch.fnmatch(arm.name, pattern)}
-        if not matches:
-            raise ConfigError(
-                "--arms",
-                pattern,
-                f"one of {', '.join(arm.name for arm in ARMS)}",
-                "Name an arm, or use * and ?.",
-            )
-        chosen |= {name: arm for name, arm in matches.items() if name not in chosen}
-    return list(chosen.values())
 
 
 def run_all(bench: Bench, arms: list[Arm], options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from megamask.config import Config, load_config
 from megamask.errors import EXIT_OK, EXIT_USER_ERROR
 from megamask.storage import read_json, write_json
 from studies.child import ArmError
+from studies.command import EXIT_SOME_FAILED
 from studies.evidence import __main__, runs
 from studies.evidence.chapters import ALL_METHODS, CHAPTERS, all_jobs
 from studies.evidence.report import mean, number, spread
@@ -210,7 +211,7 @@ def test_a_job_that_fails_stops_no_other(
 
     monkeypatch.setattr(runs, "verb", fails)
     jobs = ["learn-2-4-60", "learn-2-4-20"]
-    assert __main__.main([*line, "--jobs", *jobs]) == __main__.EXIT_SOME_FAILED
+    assert __main__.main([*line, "--jobs", *jobs]) == EXIT_SOME_FAILED
     assert "learn-2-4-60: learn was not done" in capsys.readouterr().err
     assert [name for name, _, _ in ran] == ["prune", "evaluate", "learn", "evaluate"]
 

@@ -14,6 +14,7 @@ import torch
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
 from studies import child
 from studies.child import ArmError, ElsewhereError, link, locked, verb
+from studies.command import EXIT_SOME_FAILED
 from studies.learners import __main__
 from studies.learners.arms import BASE
 from tests.unit.studies.stand_ins import (
@@ -126,9 +127,7 @@ def test_an_arm_that_fails_lets_the_others_run(
         usual(name, recipe, overrides, *rest)
 
     monkeypatch.setattr(child, "verb", fails_for_categorical)
-    assert (
-        __main__.main(words("--arms", "categorical-2of4", "hard-hard")) == __main__.EXIT_SOME_FAILED
-    )
+    assert __main__.main(words("--arms", "categorical-2of4", "hard-hard")) == EXIT_SOME_FAILED
     said = capsys.readouterr()
     assert (
         "categorical-2of4, seed 7: no luck" in said.err and "not done: categorical-2of4" in said.err
