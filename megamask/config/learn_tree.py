@@ -136,7 +136,7 @@ class OptimizerSection(Section):
         None,
         description="logits per step; null = half the prior's gap (strength x logit_std) over the "
         "root of learn.steps, with margins at most a sixtieth of the gap, or less for batches "
-        "below 2,048 tokens (512 with distillation.hidden); a third for Lion",
+        "below 2,048 tokens (512 with distillation.hidden from 0.25 on); a third for Lion",
     )
     min_lr: Coefficient | None = each_step(
         None, description="the rate at the end; null = a tenth of lr"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -101,6 +102,8 @@ def run_job(study: Study, job: Job, seed: int) -> None:
             words = [*study.words(job, seed), *own, f"run_dir={run_dir}"]
             verb(name, study.recipe, words, run_dir, study.minutes, lock)
         write_json(run_dir / RESULT, found(study, job, seed, run_dir))
+        # the largest part of a run, and nothing reads it any more
+        shutil.rmtree(run_dir / "learn" / "snapshots", ignore_errors=True)
 
 
 def link_inputs(study: Study, job: Job, seed: int, run_dir: Path) -> None:

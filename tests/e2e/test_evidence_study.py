@@ -66,6 +66,7 @@ def test_jobs_that_build_on_each_other(line: list[str], tmp_path: Path) -> None:
     results = read_json(mask.parents[1] / "results.json", "")
     assert known["learn-6-8-60"]["perplexity"] == results["perplexity"]
     assert results["masks"]["learned"]["sha256"] == load_masks(mask).content_sha256
+    assert not list((tmp_path / "out").rglob("snapshots"))
     page = (tmp_path / "out/evidence.md").read_text()
     assert "| lora " in page and "| reordered: learned, 60" in page
 
