@@ -20,6 +20,7 @@ import torch
 
 from megamask.learn.metrics.provenance import versions
 from megamask.storage import write_json
+from megamask.user_paths import path_argument
 
 Work = Callable[[], object]
 
@@ -97,7 +98,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     options.add_argument("--rounds", type=int, default=7, help="timed rounds of every side")
-    options.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    options.add_argument(
+        "--json", type=path_argument, metavar="FILE", help="also write the figures there"
+    )
     return options
 
 

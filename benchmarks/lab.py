@@ -27,6 +27,7 @@ from megamask.model.language_model import LanguageModel
 from megamask.model.mask_shards import patterns_by_linear
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.distributions import DISTRIBUTIONS
+from megamask.user_paths import path_argument
 from megamask.weights.architecture import Architecture
 from megamask.weights.hf_files import open_checked
 from megamask.weights.layer_plan import layer_plan
@@ -58,7 +59,7 @@ def add_model_options(options: argparse.ArgumentParser) -> None:
         default="smollm2-135m",
         help=f"random weights of this shape: {', '.join(SHAPES)} or a config.json",
     )
-    options.add_argument("--hf", type=Path, metavar="FOLDER", help="a real model instead")
+    options.add_argument("--hf", type=path_argument, metavar="FOLDER", help="a real model instead")
     options.add_argument("--layers", type=int, help="only so many layers of the shape")
     options.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     options.add_argument("--micro", type=int, default=4, help="sequences of a micro-batch")

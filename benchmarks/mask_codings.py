@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from megamask.masks import codec, radix, ranked
 from megamask.masks.codings import mask_digest
 from megamask.masks.file import load_masks
 from megamask.sparsity.pattern import Pattern
+from megamask.user_paths import path_argument
 from megamask.weights.base_model import BaseModel
 
 WORDS, UNIFORM, RANKED = "words", "uniform", "given-weights"
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     known.add_argument("--rows", type=int, default=4096)
     known.add_argument("--columns", type=int, default=4096)
     known.add_argument("--noise", type=float, default=0.25, help="of the log-magnitudes")
-    known.add_argument("--mask", type=Path, help="mask file, in the place of random masks")
-    known.add_argument("--base", type=Path, help="Hugging Face folder of its model")
+    known.add_argument("--mask", type=path_argument, help="mask file, in the place of random masks")
+    known.add_argument("--base", type=path_argument, help="Hugging Face folder of its model")
     options = known.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import megamask
 from benchmarks.common import Work, interleave, parser, report, table
 from megamask.masks.file import MaskSet
 from megamask.sparsity.pattern import Pattern
+from megamask.user_paths import path_argument
 from megamask.weights.fingerprint import model_linears
 
 SWITCH, DENSE, APPLY, COPY = "mask to mask", "dense, mask", "apply_masks", "copy of the weights"
@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     known.add_argument("--pattern", default="2:4", help="of the random masks")
     known.add_argument("--layers", type=int, default=30, help="of the random model")
     known.add_argument("--keep", choices=("device", "cpu"), default="device")
-    known.add_argument("--hf", type=Path, metavar="FOLDER", help="a real model and its masks")
+    known.add_argument(
+        "--hf", type=path_argument, metavar="FOLDER", help="a real model and its masks"
+    )
     known.add_argument("masks", nargs="*", metavar="NAME=FILE", help="mask files for --hf")
     options = known.parse_args(argv)
     if (options.hf is None) == bool(options.masks) or len(options.masks) == 1:

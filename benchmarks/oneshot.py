@@ -32,6 +32,7 @@ from megamask.oneshot.criteria import find_criterion
 from megamask.oneshot.layerwise import PruningJob, prune_layerwise
 from megamask.parallel.mesh import Mesh, start
 from megamask.sparsity.pattern import Pattern
+from megamask.user_paths import path_argument
 from megamask.weights.architecture import read_architecture
 from megamask.weights.hf_files import open_checked
 from megamask.weights.layer_plan import layer_plan
@@ -106,7 +107,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     known.add_argument("--pattern", default="2:4", help="of single weights")
     known.add_argument("--hidden", type=int, default=256, help="width of the random Llama")
     known.add_argument("--ffn", type=int, help="of the random Llama (default: 2.75 hidden)")
-    known.add_argument("--hf", type=Path, metavar="FOLDER", help="a real Llama instead")
+    known.add_argument("--hf", type=path_argument, metavar="FOLDER", help="a real Llama instead")
     known.add_argument(
         "--layers", type=int, nargs="+", help="of the models (default: 4 12, or all of --hf)"
     )

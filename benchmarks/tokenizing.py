@@ -31,6 +31,7 @@ from megamask.data import stdlib
 from megamask.data.tokenizer import load_tokenizer
 from megamask.data.write_shards import settings_digest, write_domain
 from megamask.process.cores import usable_cores
+from megamask.user_paths import path_argument
 
 VERB, FILE, RAW = "megamask", "megamask, one file", "encode_batch_fast of tokenizers"
 
@@ -38,7 +39,9 @@ VERB, FILE, RAW = "megamask", "megamask, one file", "encode_batch_fast of tokeni
 def main(argv: list[str] | None = None) -> int:
     """Time both sides in turn; print and write the figures."""
     known = parser(__doc__ or "")
-    known.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    known.add_argument(
+        "--tokenizer", type=path_argument, required=True, help="folder with tokenizer.json"
+    )
     known.add_argument("--megabytes", type=float, default=32, help="of text (default: 32)")
     known.add_argument("--files", type=int, default=8, help="files of JSON lines (default: 8)")
     known.add_argument("--processes", type=int, help="default: the cores of this process")

@@ -7,7 +7,9 @@ of public functions come here, once, where they are read. Every path behind is t
 
 from __future__ import annotations
 
+import argparse
 import os
+from pathlib import Path
 
 from megamask.errors import ConfigError
 
@@ -37,3 +39,15 @@ def user_path(key: str, text: str) -> str:
     if found is None:
         raise ConfigError(key, text, ALLOWED, FIX)
     return found
+
+
+def path_argument(text: str) -> Path:
+    """As ``with_home``, as the ``type`` of an option of argparse, which names the option.
+
+    Raises:
+        argparse.ArgumentTypeError: the user has no home folder here.
+    """
+    found = with_home(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {ALLOWED}. {FIX}")
+    return Path(found)

@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from benchmarks.common import table
 from megamask.storage import write_json
+from megamask.user_paths import path_argument
 
 PROFILER = "ncu"
 KERNELS = "regex:^(forward|backward)$"
@@ -56,7 +56,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", choices=("cuda", "cpu"), required=True)
     options.add_argument("--profiler", default=PROFILER, help="the program of the profiler")
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=path_argument)
     return options.parse_args(argv)
 
 

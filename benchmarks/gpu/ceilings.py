@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from benchmarks.gpu.machine_facts import clocks
 from megamask.model.fused.rotation import rotate
 from megamask.model.fused.swiglu import swiglu
 from megamask.storage import write_json
+from megamask.user_paths import path_argument
 
 TOKENS, HIDDEN, FFN, HEADS, HEAD = 4096, 4096, 11008, 32, 128
 SIDE = 8192
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def read_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=path_argument)
     return options.parse_args(argv)
 
 

@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks.gpu.lease_parts import BY_NAME, PARTS, Part, Situation
 from benchmarks.gpu.machine_facts import clocks
+from megamask.user_paths import path_argument
 
 NOT_RUN = "not run"
 TAIL = 60  # lines of a part in the summary
@@ -257,15 +258,15 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options.add_argument("--out", type=Path, required=True, help="folder of the results")
+    options.add_argument("--out", type=path_argument, required=True, help="folder of the results")
     options.add_argument("--seconds", type=float, default=540, help="budget of all parts")
     options.add_argument(
         "--parts", nargs="*", choices=tuple(BY_NAME), metavar="PART", help=", ".join(BY_NAME)
     )
-    options.add_argument("--model", type=Path, help="a Hugging Face folder or a GGUF file")
-    options.add_argument("--recipe", type=Path, default=Situation.recipe)
+    options.add_argument("--model", type=path_argument, help="a Hugging Face folder or a GGUF file")
+    options.add_argument("--recipe", type=path_argument, default=Situation.recipe)
     options.add_argument("--steps", type=int, default=Situation.steps)
-    options.add_argument("--curve", type=Path, help="real_model's --json of a CPU")
+    options.add_argument("--curve", type=path_argument, help="real_model's --json of a CPU")
     return options.parse_args(argv)
 
 

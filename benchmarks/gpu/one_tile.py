@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
@@ -19,6 +18,7 @@ from megamask.sparsity.draw import Site
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.shard import Placement
 from megamask.storage import write_json
+from megamask.user_paths import path_argument
 
 RUNS = {
     "subset": ["learn.method=subset"],
@@ -50,7 +50,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=path_argument)
     return options.parse_args(argv)
 
 

@@ -26,6 +26,7 @@ from benchmarks.common import table
 from megamask.__main__ import main as megamask
 from megamask.errors import EXIT_INTERRUPTED
 from megamask.storage import write_json
+from megamask.user_paths import path_argument
 
 VERBS = ("convert", "tokenize", "prune", "learn", "evaluate")
 
@@ -94,13 +95,13 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", required=True)
-    options.add_argument("--model", type=Path, required=True, help="folder or GGUF file")
-    options.add_argument("--recipe", type=Path, required=True)
+    options.add_argument("--model", type=path_argument, required=True, help="folder or GGUF file")
+    options.add_argument("--recipe", type=path_argument, required=True)
     options.add_argument("--steps", type=int, required=True)
-    options.add_argument("--run-dir", type=Path, required=True)
-    options.add_argument("--against", type=Path, help="the --json file of an earlier run")
+    options.add_argument("--run-dir", type=path_argument, required=True)
+    options.add_argument("--against", type=path_argument, help="the --json file of an earlier run")
     options.add_argument("--learn-seconds", type=float, help="end learning after so many")
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=path_argument)
     return options.parse_args(argv)
 
 

@@ -8,9 +8,9 @@ import argparse
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 from megamask.storage import write_json
+from megamask.user_paths import path_argument
 
 CHECKER = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
@@ -37,7 +37,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--tools", nargs="*", choices=TOOLS, default=list(TOOLS))
     options.add_argument("--checker", default=CHECKER, help="the program of the checker")
     options.add_argument("--seconds", type=float, default=60, help="limit of each tool")
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=path_argument)
     return options.parse_args(argv)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from benchmarks.common import interleave, table
 from benchmarks.sampling import layer_shapes
 from megamask.sparsity.pattern import Pattern
 from megamask.storage import write_json
+from megamask.user_paths import path_argument
 from megamask.weights.shapes import read_shape
 
 TOKENS = {"cuda": (16, 64, 256, 1024, 4096, 16384), "cpu": (16, 64)}
@@ -65,7 +65,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=path_argument)
     return options.parse_args(argv)
 
 

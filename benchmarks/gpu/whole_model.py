@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from megamask.parallel.mesh import choose_device
 from megamask.plan.hardware import GIB
 from megamask.plan.memory import memory_of
 from megamask.plan.workload import Workload
+from megamask.user_paths import path_argument
 from megamask.weights.shapes import read_shape
 
 # From the fastest to the smallest.
@@ -54,7 +54,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--model", required=True)
     options.add_argument("--seq", type=int, default=64)
     options.add_argument("--accumulate", type=int, default=2)
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=path_argument)
     return options.parse_args(argv)
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megamask.errors import EXIT_OK
 from megamask.storage import require_writable
+from megamask.user_paths import path_argument
 from studies.child import REPO, heed_sigterm
 from studies.command import ended, split_settings
 from studies.domains.report import write_report
@@ -72,9 +72,11 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     )
     runs = REPO / "runs"
     recipe = REPO / "configs" / "recipes" / "domains.yaml"
-    options.add_argument("--base", type=Path, default=runs / "quickstart", metavar="RUN")
-    options.add_argument("--out", type=Path, default=runs / "domains", metavar="DIR")
-    options.add_argument("--recipe", type=Path, default=recipe, help="domains and settings")
+    options.add_argument("--base", type=path_argument, default=runs / "quickstart", metavar="RUN")
+    options.add_argument("--out", type=path_argument, default=runs / "domains", metavar="DIR")
+    options.add_argument(
+        "--recipe", type=path_argument, default=recipe, help="domains and settings"
+    )
     options.add_argument("--steps", type=int, default=60, help="of each mask of a domain")
     options.add_argument(
         "--general-steps", type=int, metavar="N", help="of the general mask (default: twice)"
@@ -83,7 +85,7 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--report-only", action="store_true")
     options.add_argument(
         "--report-to",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="folder of domains.md and domains.json (default: --out)",
     )

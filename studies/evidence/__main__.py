@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megamask.errors import EXIT_OK
 from megamask.storage import require_writable
+from megamask.user_paths import path_argument
 from studies.child import REPO, ArmError, heed_sigterm
 from studies.command import EXIT_SOME_FAILED, check_base, ended, select, split_settings
 from studies.evidence.chapters import all_jobs
@@ -74,9 +74,9 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     )
     runs = REPO / "runs"
     recipe = REPO / "configs" / "recipes" / "quickstart.yaml"
-    options.add_argument("--base", type=Path, default=runs / "quickstart", metavar="RUN")
-    options.add_argument("--out", type=Path, default=runs / "evidence", metavar="DIR")
-    options.add_argument("--recipe", type=Path, default=recipe, help="text and settings")
+    options.add_argument("--base", type=path_argument, default=runs / "quickstart", metavar="RUN")
+    options.add_argument("--out", type=path_argument, default=runs / "evidence", metavar="DIR")
+    options.add_argument("--recipe", type=path_argument, default=recipe, help="text and settings")
     options.add_argument(
         "--jobs", nargs="+", metavar="GLOB", help="which jobs, in this order (default: all)"
     )
@@ -85,7 +85,10 @@ def read_options(words: Sequence[str]) -> argparse.Namespace:
     options.add_argument("--list", action="store_true", help="name the jobs and what is done")
     options.add_argument("--report-only", action="store_true")
     options.add_argument(
-        "--report-to", type=Path, metavar="DIR", help="folder of the report (default: --out)"
+        "--report-to",
+        type=path_argument,
+        metavar="DIR",
+        help="folder of the report (default: --out)",
     )
     found = options.parse_args(rest)
     found.settings = settings

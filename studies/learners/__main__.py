@@ -25,11 +25,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megamask.config import load_config
 from megamask.errors import EXIT_OK, ConfigError, MegamaskError
 from megamask.storage import require_writable
+from megamask.user_paths import path_argument
 from studies.child import REPO, ArmError, heed_sigterm
 from studies.command import EXIT_SOME_FAILED, ended, select, split_settings
 from studies.learners.arm import Arm
@@ -78,15 +78,17 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--base",
-        type=Path,
+        type=path_argument,
         default=REPO / "runs" / "quickstart",
         metavar="RUN",
         help="prepared run: weights, shards",
     )
-    options.add_argument("--out", type=Path, default=REPO / "runs" / "learners", metavar="DIR")
+    options.add_argument(
+        "--out", type=path_argument, default=REPO / "runs" / "learners", metavar="DIR"
+    )
     options.add_argument(
         "--recipe",
-        type=Path,
+        type=path_argument,
         default=REPO / "configs" / "recipes" / "quickstart.yaml",
         help="all but learn is read",
     )
@@ -126,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--report-only", action="store_true")
     options.add_argument(
         "--report-to",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="folder of learners.md and learners.png (default: --out)",
     )
