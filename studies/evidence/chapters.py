@@ -81,13 +81,16 @@ def on_reordered(name: str, words: Words) -> list[Line]:
     written = Job(f"{name}-model", (("reorder", ("{run}/reordered", *words)),), (AT_2_4,))
     verbs = tuple((verb, ()) for verb in ("convert", "prune", "learn", "evaluate"))
     settings = (AT_2_4, "prune.methods=[wanda, sparsegpt]", "learn.monitor.evaluate_every=0")
-    job = Job(name, verbs, (*settings, f"learn.steps={STEPS}"), model=written, is_seeded=True)
+    jobs = {
+        steps: Job(tag, verbs, (*settings, f"learn.steps={steps}"), model=written, is_seeded=True)
+        for steps, tag in ((SHORT, f"{name}-{SHORT}"), (STEPS, name))
+    }
     title = name.replace("-", ", ")
     return [
-        Line(f"{title}: dense", job, "dense"),
-        Line(f"{title}: Wanda mask", job, "wanda"),
-        Line(f"{title}: SparseGPT mask", job, "sparsegpt"),
-        Line(f"{title}: learned, {STEPS} steps", job),
+        Line(f"{title}: dense", jobs[STEPS], "dense"),
+        Line(f"{title}: Wanda mask", jobs[STEPS], "wanda"),
+        Line(f"{title}: SparseGPT mask", jobs[STEPS], "sparsegpt"),
+        *(Line(f"{title}: learned, {steps} steps", job) for steps, job in jobs.items()),
     ]
 
 
@@ -213,7 +216,10 @@ CHAPTERS = [
             Line("as published: dense", MAIN, "dense"),
             Line("as published: Wanda mask", BASE, "wanda"),
             Line("as published: SparseGPT mask", MAIN, "sparsegpt"),
-            Line(f"as published: learned, {STEPS} steps", MAIN),
+            *(
+                Line(f"as published: learned, {steps} steps", BUDGETS[steps])
+                for steps in (SHORT, STEPS)
+            ),
             *on_reordered("reordered", ()),
             *on_reordered("reordered-rotated", ("--rotate-values",)),
         ],
