@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from megamask.config import Config
 from megamask.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, MegamaskError
 from studies.child import ArmError
 
@@ -52,6 +53,18 @@ def check_base(base: Path, folders: Sequence[str]) -> None:
             allowed = f"a run folder with {', '.join(f'{one}/' for one in folders)}"
             fix = "Run ./launch/quickstart.sh, or the verbs gguf, convert and tokenize, first."
             raise ConfigError("--base", str(base), f"{allowed}; {name}/ is missing", fix)
+
+
+def check_heldout(config: Config) -> None:
+    """Check that a study evaluates held-out text: its tables have a column for each domain.
+
+    Raises:
+        ConfigError: another protocol is set.
+    """
+    protocol = config.evaluate.protocol
+    if config.evaluate.is_published:
+        fix = "Leave it out here, and run megamask evaluate on the masks of a run folder."
+        raise ConfigError("evaluate.protocol", protocol, "heldout in a study", fix)
 
 
 def ended(name: str, work: Callable[[], int]) -> int:

@@ -1,36 +1,60 @@
-"""The given settings and the text that decide what a run makes."""
+"""The settings and the text that decide what a run makes, for the hashes of all studies, and the
+model and the machine in words.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megamask.config import Config
+from megamask.config.deciding import deciding_settings
 from megamask.data.shards import SPLITS, read_shards
+from megamask.storage import read_json
+from megamask.weights.architecture import read_architecture
+from megamask.weights.model_identity import FINGERPRINT
+from studies.child import AGAIN
 
-# The settings that do not decide what is learned.
-FREE = (
-    "seed",
-    "run_dir",
-    "parallel",
-    "device",
-    "evaluate",
-    "learn.snapshot",
-    "learn.monitor",
-    "learn.resume",
+MAKING = (  # what one-shot masks, and masks that stand on them, are made with
+    "dtype",
+    "pattern",
+    "pattern_overrides",
+    "model",
+    "data",
+    "calibration",
+    "prune",
+    "recover",
+    "sensitivity",
 )
+LEARNING, MEASURING = ("learn",), ("evaluate",)
+# The model counts by its fingerprint, and a seed has a folder of its own.
+ELSEWHERE = ("model.hf", "model.megatron", "model.gguf")
+DEFAULTS = Path(__file__).with_name("defaults.json")
 
 
-def given_settings(config: Config) -> dict[str, Any]:
-    """The given settings that decide what is learned.
+def deciding(config: Config, sections: Sequence[str]) -> dict[str, Any]:
+    """Dotted key -> value of the settings that decide a result, where they differ from those of
+    ``defaults.json``.
 
-    Settings at their default are left out, so a new setting of megamask changes no hash.
+    That file has the defaults of 2026-11-27 and is not edited. So a setting that megamask gets
+    later changes no hash as long as it has its default, and a default that changes later changes
+    the hash of every run that has it: tables never mix results under two defaults.
     """
-    given: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
-    for key in FREE:
-        section, _, name = key.partition(".")
-        (given.get(section, {}) if name else given).pop(name or section, None)
-    return given
+    before = _settings(Config(), sections) | read_json(DEFAULTS, AGAIN)
+    return {
+        key: value
+        for key, value in _settings(config, sections).items()
+        if key not in ELSEWHERE and (key not in before or value != before[key])
+    }
+
+
+def _settings(config: Config, sections: Sequence[str]) -> dict[str, Any]:
+    """The deciding settings, and the micro-batch: a run may go on with another micro-batch, but
+    masks with noise are drawn for each.
+    """
+    found = deciding_settings(config, sections)
+    return found | {"learn.micro_batch": config.learn.micro_batch} if "learn" in sections else found
 
 
 def text_digests(shards: Path) -> dict[str, list[str]]:
@@ -42,3 +66,24 @@ def text_digests(shards: Path) -> dict[str, list[str]]:
         for folder in sorted(shards.iterdir() if shards.is_dir() else [])
         if (folder / "meta.json").exists()
     }
+
+
+def model_line(base: Path) -> str:
+    """The model of a prepared run, in a few words."""
+    arch = read_architecture(base / "weights")
+    fingerprint = read_json(base / "weights" / "megamask.json", AGAIN)[FINGERPRINT]
+    return (
+        f"{arch.family}, {arch.num_layers} layers of width {arch.hidden}, fingerprint "
+        f"{fingerprint[:12]}"
+    )
+
+
+def machine(software: Mapping[str, str]) -> str:
+    """The device and the packages of a result."""
+    device = software["gpu"] if software["gpu"] != "absent" else software["cpu"]
+    return f"{device}, torch {software['torch']}, megatron-core {software['megatron-core']}"
+
+
+def between(days: Sequence[str]) -> str:
+    """The first and the last day, or the only one."""
+    return " to ".join(dict.fromkeys([min(days), max(days)]))

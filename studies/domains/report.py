@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megamask.report.results_table import format_protocol
 from megamask.storage import write_json, write_text
 from megamask.tables import table
 from studies.child import AGAIN
-from studies.domains.runs import STARTS, Study, results_of
+from studies.domains.runs import DOMAIN_WORDS, GENERAL_WORDS, STARTS, Study, results_of
 
 NAME = "domains"
 
@@ -32,6 +33,11 @@ def write_report(study: Study, folder: Path) -> Path:
     return path
 
 
+def code(words: Sequence[str]) -> str:
+    """Settings as code."""
+    return " ".join(f"`{word}`" for word in words)
+
+
 def page(study: Study, found: list[dict[str, Any]]) -> list[str]:
     """The lines of the page."""
     steps, tokens = found[0]["steps"], found[0]["tokens_per_step"]
@@ -41,8 +47,9 @@ def page(study: Study, found: list[dict[str, Any]]) -> list[str]:
         "# Masks of single domains",
         "",
         f"Held-out perplexity at {found[0]['pattern']}. The general mask learned all domains for",
-        f"{steps['general']} steps of {tokens:,} tokens; {starts} learned one domain for",
-        f"{steps[STARTS[0]]} steps, from the one-shot mask and from the general mask.",
+        f"{steps['general']} steps of {tokens:,} tokens with {code(GENERAL_WORDS)}.",
+        f"{starts} learned one domain for {steps[STARTS[0]]} steps with",
+        f"{code(DOMAIN_WORDS)}, from the one-shot mask and from the general mask.",
         "",
         *table(*domains_cells(found)),
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from megamask.config import Config, load_config
 from megamask.errors import ConfigError
 from megamask.storage import read_json, write_json, write_text
 from studies.child import AGAIN, link, locked, verb
-from studies.command import check_base
-from studies.given import text_digests
+from studies.command import check_base, check_heldout
+from studies.given import LEARNING, MAKING, MEASURING, deciding, text_digests
 
-GENERAL = "all"  # the folder of the run of all domains
 STARTS = ("scratch", "transfer")  # from the one-shot mask, and from the general mask
 FACTS = "domain.json"
 # The layers of the dense model as a teacher give more from the same text. The masks of a domain
@@ -51,6 +51,29 @@ class Study:
         """The settings of the run of all domains."""
         return load_config(self.recipe, list(self.settings))
 
+    @cached_property
+    def general(self) -> Path:
+        """The run of all domains. Its name has a hash of what decides its masks, but for the text,
+        of which the run itself makes shards.
+        """
+        return self.out / f"all-{_hash(self.deciding | {'steps': self.general_steps})}"
+
+    def folder(self, domain: str) -> Path:
+        """The runs of a domain, under the general mask and the steps that they stand on."""
+        decides = {"general": self.general.name, "steps": self.steps, "words": DOMAIN_WORDS}
+        return self.out / f"{domain}-{_hash(decides)}"
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """Model and settings."""
+        weights = read_json(self.base / "weights" / "megamask.json", AGAIN)
+        return {
+            "model": weights["fingerprint"],
+            "settings": deciding(self.config, (*MAKING, *LEARNING, *MEASURING)),
+            "words": GENERAL_WORDS,
+            "seed": self.config.seed,
+        }
+
     @property
     def domains(self) -> list[str]:
         """Their names, in the order of the recipe."""
@@ -69,6 +92,7 @@ def check(study: Study) -> None:
     if config.learn.prior.mask not in config.prune.methods:
         allowed = f"a method of prune.methods, here {', '.join(config.prune.methods)}"
         raise ConfigError("learn.prior.mask", config.learn.prior.mask, allowed, "Name it there.")
+    check_heldout(config)
     check_base(study.base, ("hf", "weights"))
 
 
@@ -76,7 +100,7 @@ def run_general(study: Study) -> None:
     """Text of all domains, a one-shot mask and the general mask. The verbs themselves judge what is
     done already.
     """
-    folder = study.out / GENERAL
+    folder = study.general
     recipe = write_recipe(study, folder, study.domains)
     words = [f"run_dir={folder}", f"learn.steps={study.general_steps}", *GENERAL_WORDS]
     with locked(folder) as lock:
@@ -86,7 +110,7 @@ def run_general(study: Study) -> None:
 
 def run_domain(study: Study, domain: str) -> None:
     """Both masks of a domain, and the perplexity of all masks on its held-out text."""
-    facts, folder = facts_of(study, domain), study.out / domain
+    facts, folder = facts_of(study, domain), study.folder(domain)
     if results_of(study, domain):
         return
     masks = {
@@ -96,7 +120,7 @@ def run_domain(study: Study, domain: str) -> None:
     for start in STARTS:
         run_dir = folder / start
         recipe = write_recipe(study, run_dir, [domain])
-        prior = [f"learn.prior.mask={study.out / GENERAL / 'learn' / 'snapshots'}"]
+        prior = [f"learn.prior.mask={study.general / 'learn' / 'snapshots'}"]
         with locked(run_dir) as lock:
             words = [f"run_dir={run_dir}", f"learn.steps={study.steps}", *DOMAIN_WORDS]
             words += prior if start == "transfer" else []
@@ -117,29 +141,26 @@ def run_domain(study: Study, domain: str) -> None:
 def facts_of(study: Study, domain: str) -> dict[str, Any]:
     """What decides the results of a domain."""
     config = study.config
-    settings = config.model_dump(mode="json", exclude={"run_dir", "parallel", "launch"})
-    weights = read_json(study.base / "weights" / "megamask.json", AGAIN)
     return {
         "domain": domain,
         "pattern": config.pattern,
         "steps": {"general": study.general_steps, **dict.fromkeys(STARTS, study.steps)},
         "tokens_per_step": config.learn.global_batch * config.data.seq_length,
-        "model": weights["fingerprint"],
         "stages": [*GENERAL_WORDS, *DOMAIN_WORDS],
-        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "digest": study.folder(domain).name,
         "text": text_of(study),
     }
 
 
 def text_of(study: Study) -> dict[str, list[str]]:
     """The digests of the text of each domain that is there."""
-    known = text_digests(study.out / GENERAL / "shards")
+    known = text_digests(study.general / "shards")
     return {domain: known[domain] for domain in study.domains if domain in known}
 
 
 def results_of(study: Study, domain: str) -> dict[str, Any]:
     """What was found on a domain by this study; empty before, and where the study was another."""
-    path = study.out / domain / FACTS
+    path = study.folder(domain) / FACTS
     known = dict(read_json(path, f"Delete it. {AGAIN}")) if path.exists() else {}
     return known if facts_of(study, domain).items() <= known.items() else {}
 
@@ -149,9 +170,9 @@ def write_recipe(study: Study, folder: Path, domains: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("hf", "weights"):
         link(study.base / name, folder / name)
-    if folder != study.out / GENERAL:
+    if folder != study.general:
         for domain in domains:
-            link(study.out / GENERAL / "shards" / domain, folder / "shards" / domain)
+            link(study.general / "shards" / domain, folder / "shards" / domain)
         prior = study.config.learn.prior.mask
         for ending in ("safetensors", "margins"):
             link(_general(study, str(prior), ending), folder / "masks" / f"{prior}.{ending}")
@@ -164,4 +185,8 @@ def write_recipe(study: Study, folder: Path, domains: list[str]) -> Path:
 
 
 def _general(study: Study, name: str, ending: str = "safetensors") -> Path:
-    return study.out / GENERAL / "masks" / f"{name}.{ending}"
+    return study.general / "masks" / f"{name}.{ending}"
+
+
+def _hash(decides: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]

@@ -22,7 +22,14 @@ from megamask.errors import EXIT_OK
 from megamask.storage import require_writable
 from megamask.user_paths import path_argument
 from studies.child import REPO, ArmError, heed_sigterm
-from studies.command import EXIT_SOME_FAILED, check_base, ended, select, split_settings
+from studies.command import (
+    EXIT_SOME_FAILED,
+    check_base,
+    check_heldout,
+    ended,
+    select,
+    split_settings,
+)
 from studies.evidence.chapters import all_jobs
 from studies.evidence.job import Job
 from studies.evidence.report import write_report
@@ -103,7 +110,7 @@ def run_all(study: Study, jobs: Sequence[Job], seeds: Sequence[int]) -> int:
     """
     heed_sigterm()
     for job in jobs:
-        study.digest(job)  # settings that cannot work are refused before the first job runs
+        check_heldout(study.config(job))  # settings that cannot work are refused first
     failed = 0
     for job in jobs:
         for seed in seeds if job.is_seeded else seeds[:1]:

@@ -150,7 +150,7 @@ CHAPTERS = [
         "budgets",
         "Budgets at 2:4",
         "Masks of frozen weights, learned with the settings of the quickstart: no setting but the "
-        "number of steps differs.",
+        "number of steps differs, but for the preset's batch.",
         [
             Line("dense", MAIN, "dense"),
             Line("SparseGPT mask", MAIN, "sparsegpt"),

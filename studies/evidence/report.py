@@ -22,6 +22,7 @@ from studies.child import AGAIN
 from studies.evidence.chapters import ALL_METHODS, CHAPTERS, MATRIX, SENSITIVITY, Line, all_jobs
 from studies.evidence.job import Job
 from studies.evidence.runs import Study
+from studies.given import between, machine, model_line
 
 NAME = "evidence"
 HIDDEN = ("parallel.", "device=")  # settings of the machine
@@ -73,7 +74,7 @@ def write_report(study: Study, folder: Path, seeds: Sequence[int]) -> Path:
     write_json(folder / f"{NAME}.json", known.results)
     save(lambda: draw(known), folder / f"{NAME}.png")
     findings = folder / f"{NAME}-findings.md"
-    parts = [header(known, command_line(study, seeds))]
+    parts = [header(known, model_line(study.base), command_line(study, seeds))]
     parts += [findings.read_text().strip()] if findings.exists() else []
     parts += [f"![Distance from the dense model]({NAME}.png)", oneshots(known)]
     for chapter in CHAPTERS:
@@ -92,27 +93,21 @@ def write_report(study: Study, folder: Path, seeds: Sequence[int]) -> Path:
     return path
 
 
-def header(known: Known, command: str) -> str:
-    """Title, machines, protocol and command."""
-    days = sorted({one["date"] for one in known.results})
+def header(known: Known, model: str, command: str) -> str:
+    """Title, protocol, model, machines and command."""
+    days = [one["date"] for one in known.results]
     machines = dict.fromkeys(machine(one["versions"]) for one in known.results)
-    protocol = next(one["protocol"] for one in known.results if "protocol" in one)
+    protocol = next((one["protocol"] for one in known.results if "protocol" in one), None)
+    text = f"Perplexity on held-out text: {format_protocol(protocol)}. " if protocol else ""
     return "\n\n".join(
         [
             "# Evidence",
-            f"Perplexity on held-out text: {format_protocol(protocol)}. Mean: geometric, over "
-            "domains and seeds. Where there are several seeds, cells are means with the lowest and "
-            "highest in brackets.",
-            f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}; {'; or '.join(machines)}.",
+            f"{text}Mean: geometric, over domains and seeds. Where there are several seeds, cells "
+            "are means with the lowest and highest in brackets.",
+            f"{model}; {between(days)}; {'; or '.join(machines)}.",
             f"```\n{command}\n```",
         ]
     )
-
-
-def machine(software: Mapping[str, str]) -> str:
-    """The device and the packages of a result."""
-    device = software["gpu"] if software["gpu"] != "absent" else software["cpu"]
-    return f"{device}, torch {software['torch']}, megatron-core {software['megatron-core']}"
 
 
 def command_line(study: Study, seeds: Sequence[int]) -> str:

@@ -11,14 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megamask.config import load_config
+from megamask.config import Config, load_config
 from megamask.learn.metrics.provenance import versions
 from megamask.optim.schedule import learning_rates
 from megamask.report.reading import Record
 from megamask.storage import read_json, write_json
 from studies.child import AGAIN, link, locked, verb
 from studies.evidence.job import Job
-from studies.given import given_settings, text_digests
+from studies.given import LEARNING, MAKING, MEASURING, deciding, text_digests
 
 RESULT = "result.json"
 
@@ -55,15 +55,16 @@ class Study:
         """The settings of a job; later words win."""
         return [*self.settings, *job.settings, *([f"seed={seed}"] if job.is_seeded else [])]
 
+    def config(self, job: Job) -> Config:
+        """The settings of a job, with seed 0."""
+        return load_config(self.recipe, self.words(job, 0))
+
     def digest(self, job: Job) -> str:
         """Hash of the model and of all that decides the results of a job, but for its seed."""
-        config = load_config(self.recipe, self.words(job, 0))
-        given, rates = given_settings(config), None
-        given["evaluate"] = config.evaluate.model_dump(mode="json", exclude_unset=True)
-        if any(name == "learn" for name, _ in job.verbs):
-            rates = learning_rates(config)  # derived, so they are not given
-        else:
-            given.pop("learn", None)
+        config = self.config(job)
+        learns = any(name == "learn" for name, _ in job.verbs)
+        given = deciding(config, (*MAKING, *LEARNING * learns, *MEASURING))
+        rates = learning_rates(config) if learns else None  # derived, so they are not given
         masks = {name: self.digest(source) for name, source in job.masks.items()}
         model = self.digest(job.model) if job.model else None
         decides = [self.fingerprint, self.text, given, job.verbs, rates, masks, model]

@@ -31,7 +31,7 @@ from megamask.errors import EXIT_OK, ConfigError, MegamaskError
 from megamask.storage import require_writable
 from megamask.user_paths import path_argument
 from studies.child import REPO, ArmError, heed_sigterm
-from studies.command import EXIT_SOME_FAILED, ended, select, split_settings
+from studies.command import EXIT_SOME_FAILED, check_heldout, ended, select, split_settings
 from studies.learners.arm import Arm
 from studies.learners.arms import by_name
 from studies.learners.bench import Bench, Budget
@@ -174,7 +174,7 @@ def run_all(bench: Bench, arms: list[Arm], options: argparse.Namespace) -> int:
         MegamaskError: the settings of any arm cannot work; raised before the first arm runs.
     """
     for arm in arms:
-        bench.config(arm)
+        check_heldout(bench.config(arm))
     heed_sigterm()
     failed = []
     for arm in arms:

@@ -6,8 +6,8 @@
                                    ``learn`` and result.json after ``evaluate``
     OUT/times/ARM-HASH.json        seconds of a step, measured separately (``--time``)
 
-HASH covers the settings that decide what is learned, without the seed. So other settings give
-another folder, and two arms with equal settings share a folder.
+HASH covers model, text and the settings that decide what is learned, without the seed. So other
+settings give another folder, and two arms with equal settings share a folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from megamask.report.reading import Record
 from megamask.storage import read_json, write_json
 from studies import child
 from studies.child import AGAIN
-from studies.given import given_settings
+from studies.given import LEARNING, MAKING, deciding, text_digests
 from studies.learners.arm import Arm, Settings
 
 # Held-out windows a domain while learning; the final masks are evaluated on more.
@@ -137,20 +138,24 @@ class Bench:
         return load_config(self.recipe, self.overrides(arm, run_dir, seed))
 
     def digest(self, arm: Arm) -> str:
-        """Hash of the model and of the given settings that decide what is learned."""
+        """Hash of the model, of the text and of the settings that decide what is learned."""
         config = self.config(arm)
-        given = given_settings(config)
-        if not arm.learns:
-            given.pop("learn", None)
-        elif arm.common:  # the rates are derived, so they are not given
-            given["rates"] = learning_rates(config)
+        given = deciding(config, (*MAKING, *LEARNING * arm.learns))
+        if arm.learns:
+            given["rates"] = learning_rates(config)  # derived, so they are not given
         return self._hash(given)
 
     def _hash(self, given: Record) -> str:
         model = read_json(self.base / "weights" / "megamask.json", "Run the verb convert.")[
             "fingerprint"
         ]
-        return hashlib.sha256(json.dumps([model, given], sort_keys=True).encode()).hexdigest()[:10]
+        decides = [model, self.text, given]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
+
+    @cached_property
+    def text(self) -> dict[str, list[str]]:
+        """Digests of the text, by domain."""
+        return text_digests(self.base / "shards")
 
     def folder(self, arm: Arm) -> Path:
         """The folder of the seeds of an arm; an arm with equal settings may have made it."""
@@ -160,8 +165,7 @@ class Bench:
 
     def oneshot(self, arm: Arm) -> Path:
         """Run directory of the one-shot masks of an arm's pattern."""
-        given = given_settings(self.config(arm))
-        given.pop("learn", None)
+        given = deciding(self.config(arm), MAKING)
         return self.out / "oneshot" / f"{arm.pattern.replace(':', 'of')}-{self._hash(given)}"
 
     def verb(self, name: str, overrides: list[str], run_dir: Path, lock: int) -> None:

@@ -17,6 +17,7 @@ from megamask.report.reading import Record
 from megamask.report.results_table import format_protocol, method_label
 from megamask.storage import write_text
 from megamask.tables import table
+from studies.given import between, machine, model_line
 from studies.learners.arm import Arm
 from studies.learners.arms import ARMS, BASE, GROUPS, ONESHOT, by_name
 from studies.learners.bench import CURVE_WINDOWS, Bench
@@ -147,15 +148,14 @@ def header(bench: Bench, rows: Sequence[Row]) -> str:
         seq = bench.config(by_name()[BASE]).data.seq_length
         tokens = budget.global_batch * seq
         command.append(f"--tokens-per-step {tokens}")
-        days = sorted({fact["date"][:10] for fact in facts})
-        software = last["versions"]
-        device = software["gpu"] if software["gpu"] != "absent" else software["cpu"]
+        days = [fact["date"][:10] for fact in facts]
+        machines = dict.fromkeys(
+            f"{machine(fact['versions'])}, {fact['memory_gib']} GiB" for fact in facts
+        )
         lines += [
-            f"SmolLM2-135M, {budget.steps:,} steps of {budget.global_batch} x {seq} tokens "
-            f"({budget.steps * tokens:,} tokens), micro-batch {budget.micro_batch}. "
-            f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}; "
-            f"{device}, {last['memory_gib']} GiB; "
-            f"torch {software['torch']}, megatron-core {software['megatron-core']}.",
+            f"{model_line(bench.base)}; {budget.steps:,} steps of {budget.global_batch} x {seq} "
+            f"tokens ({budget.steps * tokens:,} tokens), micro-batch {budget.micro_batch}. "
+            f"{between(days)}; {'; or '.join(machines)}.",
             "",
             f"Perplexity on held-out text: {format_protocol(last['evaluation'])}. "
             "Mean: geometric, over domains. Where there are several seeds, cells are means with "

@@ -13,13 +13,13 @@ from studies.learners import __main__
 from tests.unit.studies.stand_ins import (
     BATCH,
     DENSE,
-    FINGERPRINT,
     RECIPE,
     SEQ,
     STEPS,
     Words,
     learn,
     save_mask,
+    save_model,
 )
 
 
@@ -27,7 +27,7 @@ from tests.unit.studies.stand_ins import (
 def words(tmp_path: Path) -> Words:
     """``words(...)`` is a command line with more words; the base run has all files it needs."""
     base = tmp_path / "base"
-    write_json(base / "weights" / "megamask.json", {"fingerprint": FINGERPRINT})
+    save_model(base)
     (base / "shards" / "prose").mkdir(parents=True)
     save_mask(base / "masks" / "sparsegpt.safetensors", "2:4", 0, "sparsegpt")
 

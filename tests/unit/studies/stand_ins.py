@@ -11,6 +11,7 @@ import torch
 
 from megamask.masks.file import save_masks
 from megamask.sparsity.pattern import Pattern
+from megamask.storage import write_json
 
 REPO = Path(__file__).resolve().parents[3]
 RECIPE = REPO / "configs" / "recipes" / "debug.yaml"
@@ -18,6 +19,22 @@ FINGERPRINT = "f" * 64
 STEPS, BATCH, SEQ = 6, 4, 32
 DENSE = {"code": 7.0, "prose": 13.0}
 Words = Callable[..., list[str]]
+
+
+def save_model(base: Path) -> None:
+    """What a study reads of converted weights."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "vocab_size": 50,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+    }
+    write_json(base / "weights" / "config.json", config)
+    write_json(base / "weights" / "megamask.json", {"fingerprint": FINGERPRINT})
 
 
 def save_mask(path: Path, pattern: str, seed: int, method: str) -> None:

@@ -14,7 +14,7 @@ from megamask.errors import EXIT_OK, EXIT_USER_ERROR
 from megamask.storage import read_json, write_json
 from studies import given
 from studies.domains import __main__, runs
-from tests.unit.studies.stand_ins import FINGERPRINT, save_mask
+from tests.unit.studies.stand_ins import save_mask, save_model
 
 RECIPE = """
 pattern: "2:4"
@@ -64,7 +64,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
 @pytest.fixture
 def line(tmp_path: Path) -> list[str]:
     (tmp_path / "base/hf").mkdir(parents=True)
-    write_json(tmp_path / "base/weights/megamask.json", {"fingerprint": FINGERPRINT})
+    save_model(tmp_path / "base")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return (
         f"--base {tmp_path / 'base'} --out {tmp_path / 'out'} --recipe {tmp_path / 'recipe.yaml'} "
@@ -81,7 +81,8 @@ def test_what_runs_and_what_is_used_again(
     learned = [config for name, config in ran if name == "learn"]
     assert [config.learn.steps for config in learned] == [12, 6, 6, 6, 6]
     assert {config.seed for config in learned} == {7}
-    snapshots = str(tmp_path / "out/all/learn/snapshots")
+    (general,) = (tmp_path / "out").glob("all-*")
+    snapshots = str(general / "learn/snapshots")
     assert [config.learn.prior.mask for config in learned] == [
         "sparsegpt",
         *["sparsegpt", snapshots] * 2,
@@ -93,6 +94,7 @@ def test_what_runs_and_what_is_used_again(
     ]
     assert learned[0].data.blend == {"code": 0.9, "prose": 0.1}
     assert learned[3].data.domains["prose"].heldout == 0.2
+    before = {config.run_dir for _, config in ran}
     ran.clear()
     assert __main__.main(line) == EXIT_OK
     assert [name for name, _ in ran] == names[:3]  # which find what they made
@@ -103,6 +105,9 @@ def test_what_runs_and_what_is_used_again(
         ran.clear()
         assert __main__.main(other) == EXIT_OK
         assert [name for name, _ in ran] == names
+        here = {config.run_dir for _, config in ran}
+        assert not here & before  # a finished run of more steps would pass for this one
+        before |= here
 
 
 @pytest.mark.usefixtures("ran")
@@ -127,9 +132,10 @@ def test_the_table(line: list[str], tmp_path: Path) -> None:
             "two or more",
         ),
         ({"prune": {"methods": ["wanda"]}}, "learn.prior.mask = 'sparsegpt'"),
+        ({"evaluate": {"protocol": "wikitext2-2048"}}, "heldout in a study"),
         ("weights", "weights/ is missing"),
     ],
-    ids=["one domain", "no prior", "no weights"],
+    ids=["one domain", "no prior", "protocol", "no weights"],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(
     ran: list[tuple[str, Config]],
@@ -165,7 +171,9 @@ def test_other_text_under_the_same_names_is_measured_anew(
         return SimpleNamespace(content_sha256=lambda split: f"{text} {split}")
 
     monkeypatch.setattr(given, "read_shards", stand_in)
-    shards, counts = tmp_path / "out/all/shards", []
+    assert __main__.main(line) == EXIT_OK  # without shards yet
+    (general,) = (tmp_path / "out").glob("all-*")
+    shards, counts = general / "shards", []
     for text in ("a", "a", "b", "b"):
         for domain in ("code", "prose"):
             (shards / domain).mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from studies.command import EXIT_SOME_FAILED
 from studies.evidence import __main__, runs
 from studies.evidence.chapters import ALL_METHODS, CHAPTERS, all_jobs
 from studies.evidence.report import mean, number, spread
-from tests.unit.studies.stand_ins import FINGERPRINT, REPO, save_mask
+from tests.unit.studies.stand_ins import REPO, save_mask, save_model
 
 VERSIONS = {"gpu": "absent", "cpu": "some CPU", "torch": "2", "megatron-core": "0"}
 RATES = {"magnitude": 90.0, "wanda": 45.0, "sparsegpt": 34.0}
@@ -93,7 +93,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
 def line(tmp_path: Path) -> list[str]:
     (tmp_path / "base/hf").mkdir(parents=True)
     (tmp_path / "base/shards/prose").mkdir(parents=True)
-    write_json(tmp_path / "base/weights/megamask.json", {"fingerprint": FINGERPRINT})
+    save_model(tmp_path / "base")
     return f"--base {tmp_path / 'base'} --out {tmp_path / 'out'} --seeds 1".split()
 
 
@@ -126,6 +126,10 @@ def test_sources_run_first_and_once(
     assert verbs("--jobs", "learn-2-4-20", rate) == learning
     reordered = ["reorder", "convert", "prune", "learn", "evaluate"]
     assert verbs("--jobs", "reordered") == reordered
+
+
+def test_a_job_without_perplexity_is_a_report_too(ran: Ran, line: list[str]) -> None:
+    assert __main__.main([*line, "--jobs", "reordered-model"]) == EXIT_OK
 
 
 def test_the_jobs_are_what_they_say(ran: Ran, line: list[str]) -> None:
@@ -223,6 +227,7 @@ def test_a_job_that_fails_stops_no_other(
         (["learn.step=3"], "learn.step"),
         (["--base", "/nowhere"], "hf/ is missing"),
         (["--report-only"], "holds no results"),
+        (["evaluate.protocol=wikitext2-2048"], "heldout in a study"),
     ],
 )
 def test_mistakes(

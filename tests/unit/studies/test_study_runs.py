@@ -145,6 +145,7 @@ def test_an_arm_that_fails_lets_the_others_run(
         (["--tokens-per-step", "100"], "a multiple of a micro-batch, 2 x 32 tokens"),
         (["--base", "no/such/run"], "quickstart.sh"),
         (["--recipe", "no/such.yaml"], "Check the path."),
+        (["evaluate.protocol=wikitext2-2048"], "heldout in a study"),
     ],
 )
 def test_what_cannot_work_is_one_message_before_any_work(
