@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megamask.config.paths import margins_path
 from megamask.errors import ArgumentError, ArtifactError, ConfigError
 from megamask.file_kinds import require_file, wrong_file
 from megamask.masks import codec
@@ -180,6 +181,11 @@ class MaskSet(Mapping[str, Tensor]):
         facts = [[name, list(self.shape(name)), digests[name]] for name in sorted(self)]
         said = [self.patterns.facts(), facts]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def has_margins(self) -> bool:
+        """Whether a file of margins lies beside the mask file."""
+        return os.path.lexists(margins_path(self.path))
 
     def margins(self) -> Margins:
         """The margins of the masks.

@@ -31,7 +31,7 @@ from megamask.masks.snapshot_steps import snapshot_path, snapshot_step, snapshot
 from megamask.safe_checkpoint import NOTE, read_index, unreadable
 from megamask.sparsity.distribution import Distribution
 from megamask.sparsity.distributions import DISTRIBUTIONS
-from megamask.sparsity.margins import margins_of, to_codes, to_levels
+from megamask.sparsity.margins import to_codes, to_levels
 from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.storage import lacks, read_object, real_path
 from megamask.weights.architecture import Architecture
@@ -77,13 +77,18 @@ class SnapshotMasks(MaskSet):
         """The margins of the logits."""
         return SnapshotMargins(self)
 
-    def margins_of(self, name: str) -> Tensor:
-        """The margins of a linear, (O, I) fp32, in medians."""
+    @property
+    def has_margins(self) -> bool:
+        """Yes: the logits have them."""
+        return True
+
+    def levels_of(self, name: str) -> Tensor:
+        """The levels of a linear's margins, (O, I) uint8."""
         rule = self._rules[name]
         pattern = self.patterns[name]
         scores_OI = self._distribution.scores(self._logits(_key(rule)), pattern)
         part_OI = rule.to_hf(scores_OI)[f"{name}.weight"]
-        return margins_of(to_levels(to_codes(part_OI, self[name], pattern)))
+        return to_levels(to_codes(part_OI, self[name], pattern))
 
     def narrow_index(self, name: str) -> Tensor:
         """Candidate index of every group, (O, G), in the smallest integers that hold it."""
@@ -137,8 +142,9 @@ class SnapshotMargins(Margins):
     def __init__(self, masks: SnapshotMasks) -> None:
         self._masks = masks
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._masks.margins_of(name)
+    def levels(self, name: str) -> Tensor:
+        """The levels of a linear, from its logits."""
+        return self._masks.levels_of(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)

@@ -43,6 +43,13 @@ FACTS: dict[str, Any] = {"format_version": int, "kind": str, "masks": str, "tens
 class Margins(Mapping[str, Tensor]):
     """Margins of masks: HF module name -> fp32 (O, I), in medians of the linear."""
 
+    @abstractmethod
+    def levels(self, name: str) -> Tensor:
+        """The margins of a linear as levels of 4 bits, (O, I) uint8."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return margins_of(self.levels(name))
+
     @property
     @abstractmethod
     def content_sha256(self) -> str:
@@ -60,14 +67,19 @@ class FileMargins(Margins):
     def __init__(self, path: Path, handle: Any, meta: Mapping[str, Any]) -> None:
         self.path, self.meta, self._handle = path, meta, handle
 
-    def __getitem__(self, name: str) -> Tensor:
+    def levels(self, name: str) -> Tensor:
+        """The levels of a linear, decoded now.
+
+        Raises:
+            ArtifactError: they are corrupt.
+        """
         rows, columns = self.meta["tensors"][name]["shape"]
         try:
             levels = codec.unpack(self._words(name), rows * columns, LEVELS)
         except ValueError as error:
             problem = f"margins of {name} are corrupt: {error}"
             raise ArtifactError(self.path, problem, FIX) from None
-        return margins_of(torch.from_numpy(levels).view(rows, columns))
+        return torch.from_numpy(levels).view(rows, columns)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta["tensors"])

@@ -1,15 +1,18 @@
-"""The verb extract: write the hard masks of a snapshot (or a copy of any mask) as a
-mask file."""
+"""The verb extract: write the hard masks of a snapshot, or a copy of any mask, as a mask file with
+its margins.
+"""
 
 from __future__ import annotations
 
 import logging
 
 from megamask.config import Config
+from megamask.config.paths import margins_path
 from megamask.config.published import without_places
 from megamask.masks.codings import GIVEN_WEIGHTS
-from megamask.masks.file import save_masks
+from megamask.masks.file import load_masks, save_masks
 from megamask.masks.find import new_mask_file, open_masks
+from megamask.masks.margins import save_margins
 from megamask.masks.times import forget_seconds
 from megamask.verbs.own_arguments import ExtractArguments
 from megamask.weights.base_model import base_model
@@ -21,7 +24,8 @@ def run(config: Config, arguments: ExtractArguments) -> None:
     """Write the masks of ``arguments.snapshot`` to the mask file ``arguments.file``.
 
     ``--coding`` chooses how the file stores them: see ``masks/codings.py``. Absolute paths in the
-    header are cut to their last name.
+    header are cut to their last name. Margins go into FILE.margins, where the masks have any, so
+    that the file is a prior like the masks themselves.
 
     Raises:
         ConfigError: the file is there already, or has another ending than .safetensors.
@@ -31,6 +35,7 @@ def run(config: Config, arguments: ExtractArguments) -> None:
     usage = "megamask extract runs/mine/learn/snapshots mask.safetensors"
     out = new_mask_file("FILE", arguments.file, usage)
     masks = open_masks(arguments.snapshot, config)
+    margins = masks.margins() if masks.has_margins else None
     model = base_model(config) if arguments.coding == GIVEN_WEIGHTS else None
     forget_seconds(out)
     save_masks(
@@ -46,6 +51,10 @@ def run(config: Config, arguments: ExtractArguments) -> None:
         coding=arguments.coding,
         model=model,
     )
+    if margins is not None:
+        shapes = {name: masks.shape(name) for name in masks}
+        levels = ((name, margins.levels(name)) for name in masks)
+        save_margins(margins_path(out), load_masks(out).content_sha256, shapes, levels)
     log.info(
         "wrote %s: %s masks of %d linears from %s", out, masks.patterns, len(masks), masks.path
     )

@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from megamask import load_masks
+from megamask.config.paths import margins_path
+from megamask.masks.from_snapshot import load_snapshot
+from megamask.weights.architecture import read_architecture
 from tests.e2e.program import contents, in_process, refusal
 
 pytestmark = pytest.mark.slow
@@ -91,6 +94,15 @@ def test_an_extracted_mask_is_the_learned_one(
         extracted.meta["data"]["step"] == 4
         and "step-00000004" in extracted.meta["data"]["snapshot"]
     )
+    arch = read_architecture(general / "weights")
+    theirs = load_snapshot(general / "learn/snapshots/step-00000004", arch).margins()
+    ours = extracted.margins()
+    assert set(ours) == set(theirs) == set(learned)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(len(ours[name].unique()) > 4 for name in ours)  # no constant
+    copied = tmp_path / "copied.safetensors"
+    done("extract", str(out), str(copied), *settings(tmp_path / "none"))
+    assert margins_path(copied).read_bytes() == margins_path(out).read_bytes()
 
 
 def test_a_learned_mask_comes_back_from_a_file_of_another_tool(

@@ -412,6 +412,7 @@ def test_extract_converts_between_codings(tmp_path: Path, model: LlamaForCausalL
     inspect.run(there, InspectArguments(mask=str(small)))
     extract.run(there, ExtractArguments(snapshot=str(small), file=str(back)))
     assert back.read_bytes() == plain.read_bytes()
+    assert not list(tmp_path.glob("*.margins"))  # the masks have none
     assert load_masks(small).lacks_weights and load_masks(small).size < load_masks(plain).size
     nowhere = load_config(None, [f"run_dir={tmp_path / 'none'}"])
     other = str(tmp_path / "other.safetensors")
