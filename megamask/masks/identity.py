@@ -77,17 +77,26 @@ def row_name(name: str, header: Mapping[str, Any] | None) -> str:
     """The name of a row of results.
 
     The row of a recovered model says that it is one, under whatever name the user asked for it, so
-    that no table, picture or file shows it as a result of the frozen weights.
+    that no table, picture or file shows it as a result of the frozen weights. So does the row of a
+    one-shot mask that was made in another way than its method's name says, unless the user named
+    the row.
 
     Args:
         name: the name that the user or the mask file gave.
         header: of the masks.
     """
-    label = recovered_label(header)
+    label, own = recovered_label(header), (header or {}).get("method")
     if not label:
-        return name
-    own = (header or {}).get("method")
+        return ", ".join([name, *ways_of(header)] if name == own else [name])
     return label if name == own else f"{name}, {label}"
+
+
+def ways_of(header: Mapping[str, Any] | None) -> list[str]:
+    """What the verb prune did beside the method: ["polished"], ["dense inputs"], both or none."""
+    data = (header or {}).get("data")
+    known = data if isinstance(data, Mapping) else {}
+    inputs = known.get("inputs")
+    return ["polished"] * bool(known.get("polish")) + [f"{inputs} inputs"] * (inputs is not None)
 
 
 def identity(masks: MaskSet) -> dict[str, str]:

@@ -8,6 +8,7 @@ from megamask.config import Config, RunPaths, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import mask_path, open_masks
+from megamask.masks.identity import row_name
 from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.storage import real_path
 from megamask.weights.architecture import Architecture
@@ -67,5 +68,5 @@ def description(prior: MaskSet, paths: RunPaths) -> str:
     """How the prior was made, and the name of its file unless it is a mask of this run. Masks that
     are published hold this text, so it names no folder.
     """
-    is_own = prior.path == paths.mask(prior.method)
-    return prior.method if is_own else f"{prior.method}, {prior.path.name}"
+    made = row_name(prior.method, prior.meta)
+    return made if prior.path == paths.mask(prior.method) else f"{made}, {prior.path.name}"

@@ -77,12 +77,13 @@ def run(config: Config) -> None:
         criteria = {method: criteria[method] for method in todo}
         needs_text = any(one.needs_text for one in criteria.values())
         tokens_NS = calibration_tokens(config) if needs_text else None
-        gradients = None
+        gradients, begin = None, time.perf_counter()
         if any(one.needs_gradients for one in criteria.values()):
             assert tokens_NS is not None
             gradients = sweep(job, tokens_NS)
+        measured = Measured(tokens_NS, gradients, time.perf_counter() - begin)
         for together in passes(config, criteria):
-            prune(job, together, Measured(tokens_NS, gradients), todo, inputs.note)
+            prune(job, together, measured, todo, inputs.note)
 
 
 def check_early(inputs: RunInputs) -> None:
@@ -165,10 +166,13 @@ def is_done(config: Config, method: str, wanted: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the methods of a run share, as far as they need it: the samples and their gradients."""
+    """What the methods of a run share, as far as they need it: the samples and their gradients,
+    and the seconds of the sweep that measured these.
+    """
 
     tokens_NS: torch.Tensor | None
     gradients: dict[str, GradientStats] | None
+    sweep_seconds: float
 
 
 def prune(
@@ -178,14 +182,17 @@ def prune(
     recipes: Mapping[str, dict[str, Any]],
     base: dict[str, Any],
 ) -> None:
-    """Run the methods of one pass, and write their files."""
+    """Run the methods of one pass, and write their files. The time of a method is what it takes
+    alone: the whole pass, and the sweep for gradients where it needs them.
+    """
     mesh, begin = job.mesh, time.perf_counter()
     if mesh.is_main:
         log.info("%s: %s of %d linears", ", ".join(criteria), job.plan, len(job.linears))
     pruned = prune_layerwise(job, criteria, measured.tokens_NS, measured.gradients)
     seconds = time.perf_counter() - begin
-    for method in criteria:
-        write(job, method, pruned.pop(method), recipes[method], base, seconds)
+    for method, one in criteria.items():
+        own = seconds + measured.sweep_seconds * one.needs_gradients
+        write(job, method, pruned.pop(method), recipes[method], base, own)
 
 
 def write(

@@ -139,8 +139,8 @@ def chapter_table(known: Known, lines: Sequence[Line]) -> str:
 def oneshots(known: Known) -> str:
     """One-shot methods by pattern; a cell has the domains of the evaluation."""
     columns = {
-        pattern if kind == "as computed" else f"{pattern}, {kind}": job
-        for kind, jobs in MATRIX.items()
+        f"{pattern}{way}": (job, way)
+        for way, jobs in MATRIX.items()
         for pattern, job in jobs.items()
         if known.of(job)
     }
@@ -148,10 +148,14 @@ def oneshots(known: Known) -> str:
         return ""
     cells = []
     for method in ("dense", *ALL_METHODS):
-        values = [known.perplexity(Line(method, job, method)) for job in columns.values()]
+        values = [
+            known.perplexity(Line(method, job, method if method == "dense" else f"{method}{way}"))
+            for job, way in columns.values()
+        ]
         texts = [" / ".join(number(x) for x in rows[0].values()) if rows else "" for rows in values]
         cells.append([method_label(method), *texts])
-    domains = " / ".join(next(iter(known.of(next(iter(columns.values())))))["perplexity"]["dense"])
+    first = known.of(next(iter(columns.values()))[0])[0]
+    domains = " / ".join(first["perplexity"]["dense"])
     return "\n\n".join(
         [
             "## One-shot masks",

@@ -79,6 +79,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
                 if row == "learned-x":
                     row = f"recovered (learned + {given[-1]})"
                 value = RATES.get(row, 8.0 + config.seed % 10)
+                if config.prune.polish and row in config.prune.methods:
+                    row, value = f"{row}, polished", value - 1
                 rows[row] = {"code": value, "prose": 2 * value}
             protocol = {"name": "heldout", "window": 512}
             found = {"perplexity": rows, "protocol": protocol, "seconds": {}}
@@ -164,7 +166,14 @@ def test_every_job_fits_the_recipe_and_gives_its_rows() -> None:
 
 
 def test_the_report(ran: Ran, line: list[str], tmp_path: Path) -> None:
-    jobs = ["learn-2-4-20", "oneshot-4-8", "sensitivity", "parallel.threads=1", "prune.damp=0.02"]
+    jobs = [
+        "learn-2-4-20",
+        "oneshot-4-8",
+        "polish-2-4",
+        "sensitivity",
+        "parallel.threads=1",
+        "prune.damp=0.02",
+    ]
     seeds = ["--seeds", "1", "2"]
     assert __main__.main([*line, *seeds, "--jobs", *jobs]) == EXIT_OK
     page = (tmp_path / "out/evidence.md").read_text()
@@ -184,6 +193,7 @@ def test_the_report(ran: Ran, line: list[str], tmp_path: Path) -> None:
         "Wanda",
         "45.00 / 90.00",
         "45.00 / 90.00",
+        "44.00 / 88.00",
     ]
     assert "Not run: 2:4, learned; 4:8, learned; 6:8, SparseGPT mask" in page
     assert "layer.0" in page and (tmp_path / "out/evidence.png").stat().st_size > 10_000
@@ -196,6 +206,7 @@ def test_the_report(ran: Ran, line: list[str], tmp_path: Path) -> None:
     assert [(one["job"], one["seed"]) for one in known] == [
         ("oneshot-2-4", None),
         ("oneshot-4-8", None),
+        ("polish-2-4", None),
         ("learn-2-4-20", 1),
         ("learn-2-4-20", 2),
         ("sensitivity", None),

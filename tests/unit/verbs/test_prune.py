@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megamask.config import Config, load_config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import load_masks
+from megamask.masks.identity import row_name
 from megamask.masks.times import seconds_of
 from megamask.prepare.run_inputs import RunInputs
 from megamask.safe_checkpoint import NOTE
@@ -186,6 +188,8 @@ def test_dense_inputs_feed_all_methods_in_one_pass(
     masks = {method: load_masks(run_paths(own).mask(method)) for method in own.prune.methods}
     digests = {method: one.content_sha256 for method, one in masks.items()}
     assert masks["sparsegpt"].meta["data"]["inputs"] == "dense"
+    assert row_name("sparsegpt", masks["sparsegpt"].meta) == "sparsegpt, dense inputs"
+    assert row_name("magnitude", masks["magnitude"].meta) == "magnitude"  # reads no inputs
     assert digests["sparsegpt"] == digests["sparsegpt_update"] != digests["wanda"]
     prune.run(own)  # other inputs, other masks: all but magnitude are made again
     assert caplog.text.count("made from other inputs: made again") == 3
@@ -202,11 +206,23 @@ def test_dense_inputs_feed_all_methods_in_one_pass(
 
 
 def test_gradient_criteria_share_a_sweep_and_any_mask_takes_a_polish(
-    run_dir: Path, hf: Path, random_calibration: list[str], caplog: pytest.LogCaptureFixture
+    run_dir: Path,
+    hf: Path,
+    random_calibration: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    real_sweep = prune.sweep
+
+    def slow_sweep(*arguments: Any) -> Any:
+        time.sleep(1)
+        return real_sweep(*arguments)
+
     caplog.set_level(logging.INFO, logger="megamask")
     methods = "prune.methods=[magnitude, gblm, pruner_zero, admm_update]"
-    prune.run(configured(run_dir, hf, methods))
+    with monkeypatch.context() as slowly:
+        slowly.setattr(prune, "sweep", slow_sweep)
+        prune.run(configured(run_dir, hf, methods))
     assert caplog.text.count("gradients of sample 8/8") == 1 and len(random_calibration) == 1
     paths = run_paths(configured(run_dir, hf))
     names = ("magnitude", "gblm", "pruner_zero", "admm_update")
@@ -215,6 +231,9 @@ def test_gradient_criteria_share_a_sweep_and_any_mask_takes_a_polish(
     assert data["gblm"]["alpha"] == 100 and "calibration" in data["pruner_zero"]
     digests = {method: masks.content_sha256 for method, masks in plain.items()}
     assert len(set(digests.values())) == 4
+    # the sweep is a part of the time of the methods that read gradients, and of no other
+    seconds = {method: seconds_of(masks) or 0 for method, masks in plain.items()}
+    assert min(seconds["gblm"], seconds["pruner_zero"]) >= 1 > seconds["magnitude"]
 
     polished = configured(run_dir, hf, methods, "prune.polish=2")
     prune.run(polished)
@@ -223,6 +242,10 @@ def test_gradient_criteria_share_a_sweep_and_any_mask_takes_a_polish(
         "admm_update"
     }
     assert again["magnitude"].meta["data"]["polish"] == 2
+    header = again["magnitude"].meta
+    assert row_name("magnitude", header) == "magnitude, polished"
+    assert row_name("mine", header) == "mine"  # the user's word
+    assert row_name("magnitude", plain["magnitude"].meta) == "magnitude"
     before = stamps(run_dir)
     prune.run(polished)
     assert stamps(run_dir) == before
