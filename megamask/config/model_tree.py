@@ -33,8 +33,8 @@ class ModelSection(Section):
     exclude_sensitive: Annotated[Below1 | list[str], one_error("float_type")] = Field(
         0.0,
         description="what stays dense beside model.exclude: a share of the parts that the verb "
-        "sensitivity measured, the most sensitive; or, as notes, masks and config.yaml keep what "
-        "the share came to, a list of linears",
+        "sensitivity measured, the most sensitive; or a list of linears, as the verb prints it, "
+        "and as masks and config.yaml keep what a share came to",
     )
     sensitivity: UserPath | None = free(
         None,

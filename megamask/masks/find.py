@@ -5,6 +5,7 @@ of a snapshot or of a folder of snapshots.
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import get_args
 
@@ -14,12 +15,14 @@ from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.base_weights import stored_weights
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.from_snapshot import load_snapshot, newest_snapshot
-from megamask.masks.identity import belong_together, recovery_of, way_to_remake
+from megamask.masks.identity import belong_together, outdated, recovery_of, way_to_remake
 from megamask.safe_checkpoint import NOTE
 from megamask.storage import read_json, read_object, real_path, require_writable
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.base_model import base_model
 from megamask.weights.model_identity import OTHER_PARTS, is_model_of, model_facts_of
+
+log = logging.getLogger(__name__)
 
 
 def open_masks(text: str, config: Config, arch: Architecture | None = None) -> MaskSet:
@@ -53,13 +56,22 @@ def _with_weights(masks: MaskSet, config: Config) -> MaskSet:
 
 
 def recovered_names(paths: RunPaths) -> list[str]:
-    """The names of the masks of this run that belong to recovered weights, in order."""
-    files = [
-        file
-        for method in get_args(RecoveryName)
-        for file in paths.masks.glob(f"*-{method}.safetensors")
-    ]
-    return sorted(file.stem for file in files if recovery_of(load_masks(file).meta))
+    """The names of the masks of this run that belong to recovered weights, in order. Those that
+    were recovered under a mask which the run has made anew since are left out, with a warning: a
+    table would show them beside a mask that is not theirs.
+    """
+    names = []
+    for method in get_args(RecoveryName):
+        for file in paths.masks.glob(f"*-{method}.safetensors"):
+            header = load_masks(file).meta
+            if not (about := recovery_of(header)):
+                continue
+            mask = paths.mask(str(about.get("mask")))
+            if why := outdated(header, load_masks(mask) if mask.exists() else None):
+                log.warning("%s %s: left out. Run the verb recover again.", file, why)
+            else:
+                names.append(file.stem)
+    return sorted(names)
 
 
 def mask_path(text: str, paths: RunPaths) -> Path:

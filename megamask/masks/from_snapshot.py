@@ -130,6 +130,10 @@ class SnapshotMasks(MaskSet):
                 load({key: logits_OLG}, storage_reader=FileSystemReader(self.path), no_dist=True)
         # CheckpointException is no subclass of Exception.
         except (Exception, CheckpointException) as error:
+            if not self.path.exists():
+                problem = "was deleted while it was read: a run that learns keeps its newest alone"
+                fix = "Write it to a mask file first (megamask extract), and name that."
+                raise ArtifactError(self.path, problem, fix) from error
             raise unreadable(self.path, error, _fix(self.path)) from error
         return logits_OLG
 

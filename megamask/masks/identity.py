@@ -73,6 +73,21 @@ def recovered_label(header: Mapping[str, Any] | None) -> str:
     return f"{RECOVERED} ({about.get('mask')} + {about.get('method')})" if about else ""
 
 
+def outdated(header: Mapping[str, Any] | None, now: MaskSet | None) -> str:
+    """Why a recovered model is no result of the mask whose name it has; "" where it is one, and
+    where the weights are frozen.
+
+    Args:
+        header: of the recovered model's mask file.
+        now: the mask of that name which the run has; None where it has none.
+    """
+    about = recovery_of(header)
+    is_own = not about.get(OF_ANOTHER_RUN)
+    if not about or now is None or not is_own or now.content_sha256 == about.get("mask_sha256"):
+        return ""
+    return f"was recovered under another mask {about.get('mask')} than the run has now"
+
+
 def row_name(name: str, header: Mapping[str, Any] | None) -> str:
     """The name of a row of results.
 

@@ -48,6 +48,9 @@ class Unfinished:
             if folder.exists():
                 log.info("%s: of other %s: starts anew", folder, other)
             shutil.rmtree(folder, ignore_errors=True)
+            if any(folder.glob("*.safetensors")):  # it would pass for a part of this recovery
+                problem = "holds parts of another recovery that cannot be deleted"
+                raise ArtifactError(folder, problem, "Delete the folder.")
             storage.require_writable(folder)
             storage.write_json(folder / MADE_FROM, wanted)
         mesh.barrier()

@@ -11,7 +11,7 @@ from typing import Any
 from megamask.config.paths import DENSE
 from megamask.errors import printable
 from megamask.masks.file import MaskSet
-from megamask.masks.identity import why_no_row_of
+from megamask.masks.identity import outdated, recovery_of, why_no_row_of
 from megamask.weights.model_identity import FINGERPRINT, is_model_of
 
 # What results have by row.
@@ -55,9 +55,9 @@ class OwnMasks:
         """
         rows = results.get(table, {})
         strange = {
-            row: why_no_row_of(self.masks[row], results, row, self.model)
+            row: why_no_row_of(mask, results, row, self.model) or self._outdated(mask)
             for row in rows
-            if row in self.masks
+            if (mask := self.masks.get(row)) is not None
         }
         made = results.get("masks")
         about = made.values() if isinstance(made, Mapping) else ()
@@ -69,6 +69,9 @@ class OwnMasks:
         if DENSE in rows and (is_other or not is_model_of(results, self.model)):
             strange[DENSE] = "was measured on another model"
         return {row: why for row, why in strange.items() if why}
+
+    def _outdated(self, mask: MaskSet) -> str:
+        return outdated(mask.meta, self.masks.get(str(recovery_of(mask.meta).get("mask"))))
 
     def rows_of(
         self, file: str, verb: str, results: Mapping[str, Any], table: str

@@ -155,6 +155,6 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         words = ", ".join(f'"{part}"' for part in results["kept_dense"])
         notes.append(
             f"Kept dense under sensitivity.keep_dense={results['keep_dense']:g}: "
-            f"'model.exclude=[{words}]'"
+            f"'model.exclude_sensitive=[{words}]'"
         )
     return [*notes, f"Protocol: {format_protocol(made['protocol'])}"]

@@ -5,9 +5,10 @@ file with its weights, and a Hugging Face folder. All say that the model is reco
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from megamask.masks.identity import (
 from megamask.masks.times import write_seconds
 from megamask.masks.verify import check_asked, check_strictly
 from megamask.model.build import build_model, masked_linears
-from megamask.model.checkpoint import load_weights
+from megamask.model.checkpoint import float16_fingerprints, load_weights
 from megamask.model.mask_shards import linear_rules, mask_shard
 from megamask.model.perplexity import perplexity
+from megamask.model.settled_masks import settled
 from megamask.model.updated_weights import save_updated
 from megamask.parallel.mesh import Mesh, start
 from megamask.prepare.layout import check_positions
@@ -90,11 +92,11 @@ def run(config: Config) -> None:
         if not mesh.from_main(one.is_done()):
             _recover(one, mesh, windows)
         mesh.barrier()
-        if mesh.is_main:
-            one.export()
-        mesh.barrier()
-        if mesh.is_main:
-            _tell(one)
+        is_main = mesh.is_main
+    if is_main:  # the other ranks are through: none waits for the files of a large model
+        shutil.rmtree(one.unfinished, ignore_errors=True)  # of a run that was killed at its end
+        one.export()
+        _tell(one)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Task:
         name: of the result: its mask file, its weights and its folder.
         out: the Hugging Face folder.
         made_from: everything that decides the result, as JSON values.
+        is_of_another_run: whether the mask lies outside the run, where a mask of the run may have
+            its name.
     """
 
     inputs: RunInputs
@@ -118,6 +122,7 @@ class Task:
     name: str
     out: Path
     made_from: dict[str, Any]
+    is_of_another_run: bool
 
     @classmethod
     def of(cls, inputs: RunInputs, base: BaseModel, masks: MaskSet, recovery: Recovery) -> Task:
@@ -127,7 +132,8 @@ class Task:
             MegamaskError: text that is missing.
         """
         config, section, paths = inputs.config, inputs.config.recover, inputs.paths
-        source = storage.real_path(mask_path(section.mask, paths)).stem
+        place = storage.real_path(mask_path(section.mask, paths))
+        is_own, source = place.is_relative_to(storage.real_path(paths.run_dir)), place.stem
         name = f"{source}-{section.method}"
         facts = {
             "method": section.method,
@@ -142,14 +148,8 @@ class Task:
             facts[MASK_TEXT] = read
         out = paths.recovered if section.out else paths.recovered / name
         made_from = {**recovery.text(config), **model_facts_of(inputs.note), RECOVERED: facts}
-        return cls(inputs, base, masks, recovery, name, out, storage.as_read(made_from))
-
-    @property
-    def is_of_another_run(self) -> bool:
-        """Whether the mask lies outside the run, where a mask of the run may have its name."""
-        paths = self.inputs.paths
-        place = storage.real_path(mask_path(self.inputs.config.recover.mask, paths))
-        return not place.is_relative_to(storage.real_path(paths.run_dir))
+        plain = storage.as_read(made_from)
+        return cls(inputs, base, masks, recovery, name, out, plain, not is_own)
 
     def require_free_name(self) -> None:
         """Check that no result of another mask would be replaced. A mask of the run that was made
@@ -181,9 +181,16 @@ class Task:
         return self.inputs.paths.updated_weights(self.name)
 
     @property
+    def unfinished(self) -> Path:
+        """The folder of finished parts, until the whole is done."""
+        return self.inputs.paths.run_dir / f"recovering-{self.name}"
+
+    @property
     def wanted(self) -> dict[str, Any]:
-        """``made_from``, and the base model."""
-        return {**self.made_from, "fingerprint": self.masks.fingerprint}
+        """``made_from``, and the model of the run: a mask may have been made on a copy of it in
+        another dtype.
+        """
+        return {**self.made_from, "fingerprint": self.inputs.fingerprint}
 
     def written(self) -> MaskSet:
         """The written mask file. Raises ArtifactError where there is none."""
@@ -244,15 +251,12 @@ def _recover(one: Task, mesh: Mesh, windows: Mapping[str, torch.Tensor]) -> None
     model = build_model(config, arch, mesh)
     load_weights(model, inputs.paths.weights)
     model.eval()
+    unfinished = Unfinished(one.unfinished, one.wanted, mesh)
+    one = replace(one, masks=settled(one.masks, one.unfinished / "mask.safetensors", mesh))
     table, shards, linears = linear_rules(arch), {}, {}
     for name, linear in masked_linears(model).items():
         if (mask_OI := mask_shard(one.masks, table[name], mesh)) is not None:
             shards[name], linears[name] = mask_OI.cpu(), linear
-    unfinished = Unfinished(
-        inputs.paths.run_dir / f"recovering-{one.name}",
-        one.wanted,
-        mesh,
-    )
     job = RecoveryJob(
         config,
         mesh,
@@ -320,12 +324,12 @@ def _write(
         one.mask_file,
         masks,
         masks.patterns,
-        fingerprint=masks.fingerprint,
+        fingerprint=inputs.fingerprint,
         method=one.name,
         data=data,
         evaluation=evaluation,
         updated_weights=True,
-        float16_fingerprints=masks.fingerprints[1:],
+        float16_fingerprints=float16_fingerprints(inputs.note),
     )
     log.info("wrote %s and %s, %.1f s", one.mask_file, one.weights, seconds)
 

@@ -143,6 +143,15 @@ def _check_patterns(arch: Architecture, plan: PatternPlan, rotates: bool) -> Non
     widths = {"hidden": arch.hidden, "ffn": arch.ffn, "value": arch.head_dim}
     names = {"hidden": "hidden_size", "ffn": "intermediate_size", "value": "head_dim"}
     chosen = readers(arch, plan)
+    if rotates and not any(
+        kind_of(rule) == "value" and arch.head_dim % plan[rule.modules[0]].m == 0 for rule in chosen
+    ):
+        allowed = (
+            "an output projection to prune (model.include, model.exclude) and a pattern whose M "
+            f"divides head_dim = {arch.head_dim}"
+        )
+        fix = "Leave --rotate-values out: there is nothing to rotate for."
+        raise ConfigError("--rotate-values", str(plan), allowed, fix)
     kinds = {kind_of(rule) for rule in chosen}
     if all(widths[kind_of(rule)] % plan[rule.modules[0]].m for rule in chosen):
         listed = ", ".join(f"{names[kind]} = {widths[kind]}" for kind in names if kind in kinds)

@@ -28,6 +28,7 @@ from megamask.evaluate.sensitivity import (
 from megamask.masks.find import open_masks
 from megamask.masks.verify import check_asked
 from megamask.model.mask_shards import linear_rules
+from megamask.model.settled_masks import settled
 from megamask.parallel.mesh import Mesh, start
 from megamask.prepare.layout import check_positions, evaluated_length
 from megamask.prepare.run_inputs import RunInputs
@@ -84,13 +85,16 @@ def run(config: Config) -> None:
         file = paths.run_dir / f"{NAME}.json"
         done = mesh.from_main(_done(file, made_from))
         is_left = len(done["loss"]) < len(parts) or {*map(str, section.rows)} - {*done["rows"]}
+        copy = paths.run_dir / f"{NAME}-mask.safetensors"
         if is_left:
             loaded = LoadedModel(config, paths, inputs.arch, mesh)
+            masks = settled(masks, copy, mesh)
             losses = PartLosses(config, loaded, masks, text.windows)
             _measure(losses, mesh, parts, done, file)
             _measure_rows(losses, mesh, parts, done, file)
         if mesh.is_main:
             _write(config, paths.run_dir, done)
+            copy.unlink(missing_ok=True)
 
 
 def _done(file: Path, made_from: dict[str, Any]) -> dict[str, Any]:

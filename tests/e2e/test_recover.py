@@ -23,6 +23,7 @@ from megamask.masks.find import check_named_weights, own_weights
 from megamask.masks.identity import OF_ANOTHER_RUN, recipe_of
 from megamask.prepare.run_inputs import RunInputs
 from megamask.recovery import blockwise, training
+from megamask.recovery.recoveries import RECOVERIES
 from megamask.safe_checkpoint import NOTE
 from megamask.verbs.evaluate import find_masks
 from megamask.weights.hf_files import HFReader
@@ -218,6 +219,92 @@ def test_refusals(run_dir: Path, model: Path, settings: Settings) -> None:
     said = refused("recover.mask=wanda", "evaluate.window=100000")
     assert "evaluate.window" in said and "the positions of the model" in said
     assert contents(run_dir) == before
+
+
+def test_a_result_of_an_older_mask_stands_beside_no_other(
+    run_dir: Path, settings: Settings, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    words = [*settings(copy), *WORDS, "prune.methods=[wanda]"]
+
+    def rows() -> list[str]:
+        return list(json.loads((copy / "results.json").read_text())["perplexity"])
+
+    here("evaluate", *words)
+    assert rows() == ["dense", "wanda", LABEL]
+    here("prune", *words, "calibration.seed=7")
+    here("report", *words)
+    assert LABEL in (copy / "report.html").read_text()  # the file is there, and named
+    assert f"<td>{LABEL}</td>" not in (copy / "report.html").read_text()
+    said = here("evaluate", *words).stderr
+    assert f"{NAME}.safetensors was recovered under another mask wanda than the run has" in said
+    assert rows() == ["dense", "wanda"]
+    here("recover", *words, "recover.mask=wanda")
+    assert "under another mask" not in here("evaluate", *words).stderr
+    assert rows() == ["dense", "wanda", LABEL]
+
+
+def test_a_mask_of_a_copy_in_another_dtype(
+    prepared: Path, model: Path, settings: Settings, tmp_path: Path
+) -> None:
+    """The mask was made on the bf16 model, and the run has its copy in fp16. What is recovered
+    belongs to the copy.
+    """
+    held, run_dir, mask = tmp_path / "held", tmp_path / "run", tmp_path / "of-bf16.safetensors"
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).save_pretrained(held)
+    for file in model.glob("token*"):
+        shutil.copy(file, held)
+    shutil.copytree(prepared / "shards", run_dir / "shards")
+    shutil.copy(prepared / "masks" / "wanda.safetensors", mask)
+    words = [*settings(run_dir), *WORDS, f"model.hf={held}"]
+    here("convert", *words)
+    here("recover", *words, f"recover.mask={mask}")
+    recovered = load_masks(run_dir / "masks" / "of-bf16-reconstruct.safetensors")
+    note = json.loads((run_dir / "weights" / NOTE).read_text())
+    assert recovered.fingerprint == note["fingerprint"] != load_masks(mask).fingerprint
+    here("evaluate", *words, "evaluate.masks={a: of-bf16-reconstruct}")
+    found = json.loads((run_dir / "results.json").read_text())["perplexity"]
+    (row,) = (name for name in found if name.startswith("a, recovered"))
+    assert found[row] == pytest.approx(recovered.meta["evaluation"]["perplexity"], rel=1e-6)
+    assert "reused" in here("recover", *words, f"recover.mask={mask}").stderr
+    here("export", *words, "export.mask=of-bf16-reconstruct", f"export.out={tmp_path / 'out'}")
+
+
+def test_a_snapshot_that_goes_away_meanwhile(
+    general: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that still learns deletes its older snapshots; the recovery has begun by then."""
+    run_dir = Path(shutil.copytree(general, tmp_path / "run"))
+    snapshots, kind = run_dir / "learn" / "snapshots", type(RECOVERIES["reconstruct"])
+    real = kind.recover
+
+    def meanwhile(self: Any, job: Any) -> Any:
+        shutil.rmtree(snapshots)
+        return real(self, job)
+
+    monkeypatch.setattr(kind, "recover", meanwhile)
+    here("recover", *settings(run_dir), *WORDS, f"recover.mask={snapshots}")
+    found = load_masks(run_dir / "masks" / "snapshots-reconstruct.safetensors")
+    learned = load_masks(run_dir / "masks" / "learned.safetensors")
+    assert all(torch.equal(found[name], learned[name]) for name in learned)
+    assert not list(run_dir.glob("recovering-*"))
+
+
+def test_parts_of_another_recovery_that_stay_are_refused(
+    run_dir: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    folder = copy / f"recovering-{NAME}"
+    folder.mkdir()
+    (folder / "layer-0000-0.safetensors").touch()
+    words = [*settings(copy), *WORDS, "recover.mask=wanda"]
+    here("recover", *words)  # a run that was killed at its end leaves such a folder
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "layer-0000-0.safetensors").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **more: None)
+    said = refusal(in_process("recover", *words, "recover.solver=sequential"))
+    assert "cannot be deleted" in said and str(folder) in said
 
 
 def test_masks_of_two_runs_with_one_name_share_no_result(

@@ -155,6 +155,9 @@ def test_refusals(
     )
     assert "pattern = '3:7'" in (said := refused(free, "pattern=3:7")) and "head_dim = " in said
     assert "calibration.seq_length" in refused(free, "calibration.seq_length=100000")
+    for nothing in ("model.exclude=['*.o_proj']", "pattern=3:6"):  # head_dim is 16
+        said = refused(free, "--rotate-values", nothing)
+        assert "there is nothing to rotate for" in said and "head_dim = " in said
     assert "is missing" in refused(free, f"model.hf={tmp_path / 'none'}")
     assert "run the verb tokenize" in refused(free, f"run_dir={tmp_path / 'empty'}").lower()
     pruned = tmp_path / "pruned"

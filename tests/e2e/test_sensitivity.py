@@ -36,7 +36,7 @@ def test_layers_one_at_a_time(
     mean = {name: sum(found["increase"][name].values()) for name in names}
     assert found["ranked"] == sorted(names, key=lambda name: -mean[name])
     assert found["kept_dense"] == found["ranked"][:1]
-    assert f'model.exclude=["{found["ranked"][0]}"]' in said
+    assert f'model.exclude_sensitive=["{found["ranked"][0]}"]' in said
     assert (run_dir / "sensitivity.md").read_text().strip() == said.strip()
     assert (run_dir / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
 
@@ -211,6 +211,28 @@ def test_a_killed_run_keeps_its_rows_and_dense_linears_count_as_not_measured(
         message = refusal(in_process(verb, *words, budget))
         assert "did not measure model.layers.0.self_attn.o_proj" in message, verb
     here("plan", *words, budget, 'model.exclude=["*.o_proj"]')
+
+
+def test_a_snapshot_that_goes_away_meanwhile(
+    general: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that still learns deletes its older snapshots."""
+    run_dir = Path(shutil.copytree(general, tmp_path / "run"))
+    snapshots, dense = run_dir / "learn" / "snapshots", PartLosses.dense
+    mask = f"sensitivity.mask={snapshots}"
+
+    def meanwhile(losses: PartLosses) -> dict[str, float]:
+        shutil.rmtree(snapshots)
+        return dense(losses)
+
+    monkeypatch.setattr(PartLosses, "dense", meanwhile)
+    here("sensitivity", *settings(run_dir), mask)
+    found = json.loads((run_dir / "sensitivity.json").read_text())
+    assert len(found["ranked"]) == 2 and not list(run_dir.glob("*.safetensors"))
+    monkeypatch.undo()
+    here("sensitivity", *settings(run_dir), "sensitivity.mask=learned")
+    again = json.loads((run_dir / "sensitivity.json").read_text())
+    assert again["loss"] == found["loss"]  # of the same mask
 
 
 SMALL = {"num_hidden_layers": 2, "num_local_experts": 5, "num_experts": 5}

@@ -54,7 +54,7 @@ EXPECTED = """\
 Increase of the loss in nats a token when this part alone has the 2:4 mask of wanda; dense: prose \
 2.0000.
 
-Kept dense under sensitivity.keep_dense=0.5: 'model.exclude=["model.layers.1.*"]'
+Kept dense under sensitivity.keep_dense=0.5: 'model.exclude_sensitive=["model.layers.1.*"]'
 
 Protocol: window 64"""
 
