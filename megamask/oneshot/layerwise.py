@@ -125,8 +125,9 @@ def prune_layerwise(
     the inputs of dense layers, it runs once, for all criteria.
 
     The layout changes masks only where rounding decides a near-tie. SparseGPT carries such a
-    difference along the row and into the layers above. So on a deep model another TP, or another
-    ``calibration.micro_batch``, gives masks that are equally good but not the same.
+    difference along the row and into the layers above. So on a deep model another TP, another
+    ``calibration.micro_batch`` or another number of threads gives another mask, of which chance
+    makes a better or a worse one: see "On many GPUs" in docs/one-shot.md.
 
     Args:
         job: the model and the linears to prune.
