@@ -4,7 +4,7 @@
 # line. `megamask submit launch.launcher=torchrun` keeps such a run in the run folder.
 #
 #   NPROC_PER_NODE   processes on this node (default: its GPUs, or 1)
-#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for more than one node (run the same line on each)
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for more than one node: NODE_RANK is 0 on the first
 #   MASTER_WAIT      seconds that a node waits for node 0 (default 900)
 #   RESTARTS         how often torchrun starts all processes again after one ended with an error,
 #                    a mistake of the user included (default 0); they go on from the newest snapshot

@@ -24,8 +24,6 @@ MAKING = (  # what one-shot masks, and masks that stand on them, are made with
     "data",
     "calibration",
     "prune",
-    "recover",
-    "sensitivity",
 )
 LEARNING, MEASURING = ("learn",), ("evaluate",)
 # The model counts by its fingerprint, and a seed has a folder of its own.

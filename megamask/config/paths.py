@@ -9,6 +9,7 @@ from megamask.config.tree import Config
 
 DENSE = "dense"  # the row of the model without a mask
 LEARNED = "learned"  # the learned mask of a run, and its row
+LEARNED_BEST = "learned-best"  # the mask with the lowest held-out perplexity of all evaluations
 
 
 @dataclass(frozen=True)

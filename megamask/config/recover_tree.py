@@ -17,7 +17,7 @@ class RecoverSection(Section):
     """
 
     method: RecoveryName = Field(
-        "reconstruct",
+        "lora",
         description="reconstruct: least squares of each linear on the calibration samples, layer "
         "by layer; blockwise: the kept weights of each decoder layer, trained to give the outputs "
         "of the dense layer; finetune: all kept weights, trained on the text; lora: a low-rank "

@@ -109,8 +109,8 @@ class DataSection(Section):
         description="Hugging Face tokenizer folder or sentencepiece .model file; null = model.hf",
     )
     domains: dict[str, CorpusSection] = Field(
-        default_factory=dict, description="name -> corpus: kind, path, config, split, field, "
-        "join, max_bytes, heldout"
+        default_factory=dict, description="name -> corpus: kind, path, config, split (train), "
+        "field (text), join, max_bytes (null), heldout (0.05, documents kept for evaluation)"
     )  # fmt: skip
     blend: dict[str, Weight] = Field(
         default_factory=dict,
@@ -224,8 +224,8 @@ class EvaluateSection(Section):
     micro_batch: Batch = free(4, description="windows of one forward pass")
     masks: dict[str, UserPath] = Field(
         default_factory=dict,
-        description="row -> mask, named as learn.prior.mask, of any pattern; empty = all masks of "
-        "this run, which have the pattern of the settings",
+        description="row -> mask, named as learn.prior.mask, of any pattern; empty = the masks of "
+        "prune.methods, the learned mask and recovered models, all of the settings' pattern",
     )
     bos: Literal["auto", "window", True, False] = Field(
         "auto",

@@ -6,6 +6,7 @@ import logging
 import math
 from dataclasses import asdict
 
+from megamask.config.paths import LEARNED_BEST
 from megamask.data.batches import BatchPlan
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, LearningError, MegamaskError
 from megamask.learn.evaluation import hard_mask_perplexity, mean_log_perplexity, monitor_windows
@@ -29,7 +30,6 @@ from megamask.process.signals import StopRequest
 from megamask.process.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-BEST = "learned-best"  # the mask with the lowest held-out perplexity of all evaluations
 
 
 class Run:
@@ -61,7 +61,7 @@ class Run:
             self.masked_model,
             self.learner,
             inputs.content,
-            [paths.mask("learned"), paths.mask(BEST)],
+            [paths.mask("learned"), paths.mask(LEARNED_BEST)],
             self._expect_snapshot,
         )
         self.content = inputs.content
@@ -192,7 +192,7 @@ class Run:
         if self.mesh.from_main(is_better):
             progress.best_score, progress.best_step = score, progress.step
             if progress.step:
-                self._save_mask(BEST, by_domain)
+                self._save_mask(LEARNED_BEST, by_domain)
         self.monitor.evaluation(progress.step, by_domain)
         self._show("learning")
         return by_domain
@@ -201,7 +201,7 @@ class Run:
         """Delete the best mask where it is of a step that this run does not go on from: after the
         snapshot that it resumes, other steps follow under other settings.
         """
-        path = self.paths.mask(BEST)
+        path = self.paths.mask(LEARNED_BEST)
         if (step := step_of(path)) is not None and step > self.progress.step:
             path.unlink()
             forget_seconds(path)

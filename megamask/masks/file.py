@@ -68,11 +68,8 @@ class MaskSet(Mapping[str, Tensor]):
         meta: the whole header.
     """
 
-    def __init__(
-        self, path: Path, handle: Any, meta: dict[str, Any], patterns: PatternPlan
-    ) -> None:
-        self.path, self.meta, self._handle = path, meta, handle
-        self.patterns = patterns
+    def __init__(self, path: Path, handle: Any, meta: dict[str, Any], plan: PatternPlan) -> None:
+        self.path, self.meta, self._handle, self.patterns = path, meta, handle, plan
         self.fingerprint: str = meta["fingerprint"]
         self.method: str = meta["method"]
         self._weights: Weights | None = None
@@ -308,10 +305,8 @@ def save_masks(
     facts = Facts(fingerprint, method, data, evaluation, updated_weights, copies)
     if coding == WORDS:
         return save_words(file, shapes, packed.items(), plan, facts)
-    weights = None
-    if coding == GIVEN_WEIGHTS:
-        known = (fingerprint, *copies)
-        weights = weights_of("save_masks: model", model, file, shapes, known)
+    known, given = (fingerprint, *copies), coding == GIVEN_WEIGHTS
+    weights = weights_of("save_masks: model", model, file, shapes, known) if given else None
     index = (
         (name, codec.unpack(words, math.prod(shapes[name]) // own.m, own.num_candidates))
         for name, words in packed.items()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from megamask import storage
 from megamask.config import Config
-from megamask.config.paths import DENSE, LEARNED
+from megamask.config.paths import DENSE, LEARNED, LEARNED_BEST
 from megamask.data.heldout import evaluated_domains
 from megamask.errors import ConfigError
 from megamask.evaluate.measured_text import measured_text
@@ -84,6 +84,10 @@ def find_masks(inputs: RunInputs) -> dict[str, MaskSet]:
     if not named:  # a torn file of a recovered model that nobody asks for stops nothing
         known = [*config.prune.methods, LEARNED, *recovered_names(paths)]
         named = {method: str(paths.mask(method)) for method in known if paths.mask(method).exists()}
+        others = {file.stem for file in paths.masks.glob("*.safetensors")} - {*named, LEARNED_BEST}
+        if others:
+            text = "not measured: %s; name them in prune.methods or evaluate.masks"
+            log.info(text, ", ".join(sorted(others)))
     fingerprint, shapes = inputs.fingerprint, linear_shapes(inputs.arch)
     opened = {name: open_masks(text, config, inputs.arch) for name, text in named.items()}
     masks = {row_name(name, found.meta): found for name, found in opened.items()}

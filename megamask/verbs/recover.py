@@ -257,19 +257,10 @@ def _recover(one: Task, mesh: Mesh, windows: Mapping[str, torch.Tensor]) -> None
     for name, linear in masked_linears(model).items():
         if (mask_OI := mask_shard(one.masks, table[name], mesh)) is not None:
             shards[name], linears[name] = mask_OI.cpu(), linear
-    job = RecoveryJob(
-        config,
-        mesh,
-        arch,
-        one.masks.patterns,
-        model,
-        linears,
-        shards,
-        getattr(torch, note["dtype"]),
-        unfinished,
-    )
+    plan, dtype = one.masks.patterns, getattr(torch, note["dtype"])
+    job = RecoveryJob(config, mesh, arch, plan, model, linears, shards, dtype, unfinished)
     if mesh.is_main:
-        log.info("%s: %s on %d linears", one.name, one.masks.patterns, len(linears))
+        log.info("%s: %s on %d linears", one.name, plan, len(linears))
 
     def measure(weights: str) -> dict[str, float]:
         model.eval()

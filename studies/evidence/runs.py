@@ -56,14 +56,17 @@ class Study:
         return [*self.settings, *job.settings, *([f"seed={seed}"] if job.is_seeded else [])]
 
     def config(self, job: Job) -> Config:
-        """The settings of a job, with seed 0."""
-        return load_config(self.recipe, self.words(job, 0))
+        """The settings of a job and of its verbs, with seed 0."""
+        own = [word for _, words in job.verbs for word in words if "=" in word]
+        return load_config(self.recipe, [*self.words(job, 0), *own])
 
     def digest(self, job: Job) -> str:
         """Hash of the model and of all that decides the results of a job, but for its seed."""
         config = self.config(job)
-        learns = any(name == "learn" for name, _ in job.verbs)
-        given = deciding(config, (*MAKING, *LEARNING * learns, *MEASURING))
+        verbs = [name for name, _ in job.verbs]
+        learns = "learn" in verbs
+        others = [name for name in ("recover", "sensitivity") if name in verbs]
+        given = deciding(config, (*MAKING, *LEARNING * learns, *others, *MEASURING))
         rates = learning_rates(config) if learns else None  # derived, so they are not given
         masks = {name: self.digest(source) for name, source in job.masks.items()}
         model = self.digest(job.model) if job.model else None

@@ -473,7 +473,7 @@ def test_another_pattern(run_dir: Path, refused: Refuse) -> None:
     for verb, words in (
         ("evaluate", ()),  # all masks of the run, which have the pattern of an earlier prune
         ("sensitivity", ()),
-        ("recover", ("recover.mask=wanda",)),
+        ("recover", ("recover.mask=wanda", "recover.method=reconstruct")),
     ):
         allowed = ["Masks that evaluate.masks names"] if verb == "evaluate" else []
         says = ["holds 2:4 masks, wanted 1:4", "Set pattern=2:4", *allowed]

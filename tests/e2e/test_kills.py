@@ -46,7 +46,7 @@ def words_of(verb: str, settings: list[str], run_dir: Path, tmp_path: Path) -> l
         "reorder": [str(run_dir / "reordered")],
         "push": ["owner/name", "--dry-run"],
         "sensitivity": ["sensitivity.mask=magnitude"],
-        "recover": ["recover.mask=magnitude"],
+        "recover": ["recover.mask=magnitude", "recover.method=reconstruct"],
     }  # fmt: skip
     if verb == "pipeline":
         return ["pipeline", "record", "learn", "1.5", "0", "--config", str(RECIPE), *settings]

@@ -48,7 +48,7 @@ WORDS = {
     "reorder": ("{run}/reordered",),
     "tasks": ("tasks.include={run}/none",),
     "sensitivity": ("sensitivity.mask=wanda",),
-    "recover": ("recover.mask=wanda",),
+    "recover": ("recover.mask=wanda", "recover.method=reconstruct"),
 }
 REFUSED = {
     "gguf": "model.gguf",

@@ -32,7 +32,12 @@ from tests.e2e.program import RECIPE, contents, here, in_process, refusal
 pytestmark = pytest.mark.slow
 Settings = Callable[[Path], list[str]]
 NAME, LABEL = "wanda-reconstruct", "recovered (wanda + reconstruct)"
-WORDS = ("dtype=fp32", "evaluate.max_tokens=512", "model.exclude=[]")
+WORDS = (
+    "dtype=fp32",
+    "evaluate.max_tokens=512",
+    "model.exclude=[]",
+    "recover.method=reconstruct",
+)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ COMPUTING: tuple[tuple[str, ...], ...] = (
     ("prune",),
     ("learn",),
     ("sensitivity",),
-    ("recover", "recover.mask=magnitude"),
+    ("recover", "recover.mask=magnitude", "recover.method=reconstruct"),
     ("export",),
     PUSH,
 )
