@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 
@@ -23,6 +24,15 @@ def monitor_windows(config: Config) -> dict[str, torch.Tensor]:
     """
     tokens = config.learn.monitor.evaluate_windows * config.evaluate.window
     return evaluation_windows(config, tokens)
+
+
+def windows_digest(windows: Mapping[str, torch.Tensor]) -> str:
+    """What tells scores apart that do not compare: a digest of the windows of each domain."""
+    digest = hashlib.sha256()
+    for domain, tokens_NS in sorted(windows.items()):
+        digest.update(f"{domain}:{tuple(tokens_NS.shape)}:".encode())
+        digest.update(tokens_NS.long().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

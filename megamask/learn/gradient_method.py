@@ -18,6 +18,7 @@ from megamask.learn.method import (
     HARD_CODES,
     KEPT,
     LOGITS,
+    MICRO_BATCH,
     MOMENTS,
     STEP_GRADIENTS,
     WEIGHTS,
@@ -155,13 +156,23 @@ class GradientMethod(Method):
         unused = keys_of(learn, "maskpro")
         if learn.distillation.share == 0:
             unused |= {"learn.distillation.temperature", "learn.distillation.top_k"}
+        if not find_rule(learn.optimizer.kind).has_epsilon:
+            unused |= {"learn.optimizer.epsilon"}
+        if learn.optimizer.schedule == "constant":
+            unused |= {"learn.optimizer.min_lr"}
         return unused
 
     def derived(self, config: Config) -> dict[str, float]:
-        """The learning rate, where it was not given."""
-        if config.learn.optimizer.lr is not None:
-            return {}
-        return {"learn.optimizer.lr": learning_rates(config)[0]}
+        """The learning rate, where it was not given, and the micro-batch where noise is drawn for
+        each.
+        """
+        learn = config.learn
+        found: dict[str, float] = {}
+        if learn.optimizer.lr is None:
+            found["learn.optimizer.lr"] = learning_rates(config)[0]
+        if learn.sampling.noise and learn.sampling.draws != "step":
+            found[MICRO_BATCH] = learn.micro_batch
+        return found
 
     def announcement(self, config: Config) -> str:
         """The learning rates, which may be derived."""

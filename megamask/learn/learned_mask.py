@@ -86,11 +86,16 @@ def learned_from(
     }
 
 
-def step_of(path: Path) -> int | None:
-    """The step of the evaluation in a mask file; None where there is no such file or evaluation."""
+def evaluation_of(path: Path) -> tuple[int, dict[str, float]] | None:
+    """The step of the evaluation in a mask file, and the perplexity of each domain, {} where it
+    says none; None where there is no such file or evaluation.
+    """
     try:
         evaluation = load_masks(path).meta.get("evaluation")
     except MegamaskError:
         return None
-    step = evaluation.get("step") if isinstance(evaluation, dict) else None
-    return step if isinstance(step, int) else None
+    known = evaluation if isinstance(evaluation, dict) else {}
+    step, by_domain = known.get("step"), known.get("perplexity")
+    if not isinstance(step, int):
+        return None
+    return step, by_domain if isinstance(by_domain, dict) else {}

@@ -6,12 +6,17 @@ import logging
 import math
 from dataclasses import asdict
 
-from megamask.config.paths import LEARNED_BEST
+from megamask.config.paths import LEARNED, LEARNED_BEST
 from megamask.data.batches import BatchPlan
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, LearningError, MegamaskError
-from megamask.learn.evaluation import hard_mask_perplexity, mean_log_perplexity, monitor_windows
+from megamask.learn.evaluation import (
+    hard_mask_perplexity,
+    mean_log_perplexity,
+    monitor_windows,
+    windows_digest,
+)
 from megamask.learn.heartbeat import Heartbeat, State
-from megamask.learn.learned_mask import learned_from, save_learned_mask, step_of
+from megamask.learn.learned_mask import evaluation_of, learned_from, save_learned_mask
 from megamask.learn.learner import Learner
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.methods import find_method
@@ -61,18 +66,19 @@ class Run:
             self.masked_model,
             self.learner,
             inputs.content,
-            [paths.mask("learned"), paths.mask(LEARNED_BEST)],
+            [paths.mask(LEARNED), paths.mask(LEARNED_BEST)],
             self._expect_snapshot,
         )
         self.content = inputs.content
         self.progress = self.snapshots.restore()
+        self._recall_best()
         self.first_step = self.progress.step  # the first that this process takes, from 0
         if self.progress.step:
             self.mask_statistics.forget_latest()
         # signs of life and metrics
         if mesh.is_main:
             remove_leftovers(paths.learn, is_alone=True)
-            self._forget_best()
+            self._put_other_mask_aside()
         self.holder = Holder.this_process("megamask learn")
         self.watchdog = Watchdog(paths.learn / "logs", this_place())
         tokens = learn.global_batch * config.data.seq_length
@@ -102,7 +108,7 @@ class Run:
         self._show("starting")
         try:
             if self.mesh.from_main(self._is_done()):
-                mask = self.paths.mask("learned")
+                mask = self.paths.mask(LEARNED)
                 self.monitor.note(f"{mask} is there already, learned in {progress.step} steps")
                 self._show("finished")
                 return EXIT_OK
@@ -197,18 +203,47 @@ class Run:
         self._show("learning")
         return by_domain
 
-    def _forget_best(self) -> None:
-        """Delete the best mask where it is of a step that this run does not go on from: after the
-        snapshot that it resumes, other steps follow under other settings.
+    def _recall_best(self) -> None:
+        """Make the best score that of the best mask on disk.
+
+        A best mask of a later step than the snapshot is deleted: other steps follow. Where the mask
+        of the best score is gone, or the score was measured on other windows, the next evaluation
+        is the best. The evaluation after the last step comes after the snapshot of that step, so
+        the mask may be better than the snapshot's note says; then its header has the score.
         """
-        path = self.paths.mask(LEARNED_BEST)
-        if (step := step_of(path)) is not None and step > self.progress.step:
-            path.unlink()
-            forget_seconds(path)
+        progress, windows = self.progress, windows_digest(self.windows)
+        compares = progress.measured_on in ("", windows)
+        progress.measured_on = windows
+        known = None  # the step of the best mask, and its score
+        if self.mesh.is_main:
+            path = self.paths.mask(LEARNED_BEST)
+            known = evaluation_of(path)
+            if known is not None and known[0] > progress.step:
+                path.unlink()
+                forget_seconds(path)
+                known = None
+        step, by_domain = self.mesh.from_main(known) or (0, {})
+        if not compares or (not step and progress.best_step):
+            progress.best_score, progress.best_step = None, 0
+        elif step not in (0, progress.best_step):
+            score = mean_log_perplexity(by_domain) if by_domain else None
+            progress.best_score, progress.best_step = score, step
+
+    def _put_other_mask_aside(self) -> None:
+        """Put a learned mask aside that is of a later step than the run goes on from: at the end it
+        would pass for the mask of this run.
+        """
+        path, step = self.paths.mask(LEARNED), self.progress.step
+        known = evaluation_of(path)
+        if known is not None and known[0] > step and step < self.config.learn.steps:
+            aside = self.snapshots.put_aside([path])
+            text = "%s is of step %d, and the run goes on from step %d: it is in %s now"
+            log.warning(text, path, known[0], step, aside)
 
     def _is_done(self) -> bool:
         is_last = self.progress.step >= self.config.learn.steps
-        return is_last and step_of(self.paths.mask("learned")) == self.progress.step
+        known = evaluation_of(self.paths.mask(LEARNED))
+        return is_last and known is not None and known[0] == self.progress.step
 
     def _leave(self, stop: StopRequest) -> int:
         step, who = self.progress.step, stop.received or "another process"
@@ -223,11 +258,11 @@ class Run:
 
     def _finish(self) -> None:
         by_domain = self._evaluate()
-        self._save_mask("learned", by_domain)
+        self._save_mask(LEARNED, by_domain)
         self.snapshots.settle()
         if self.progress.step != self.snapshots.newest():
             self.snapshots.save(self.progress)
-        best, mask = self.progress.best_step, self.paths.mask("learned")
+        best, mask = self.progress.best_step, self.paths.mask(LEARNED)
         self.monitor.note(f"wrote {mask}; best held-out step {best}")
 
     def _save_mask(self, name: str, by_domain: dict[str, float]) -> None:

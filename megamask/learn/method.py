@@ -29,6 +29,7 @@ WIDTH = {"fp32": 4, "bf16": 2}  # bytes per number
 
 # The parts of the state, as tables name them.
 WEIGHTS = "frozen weights"
+MICRO_BATCH = "learn.micro_batch"  # free, unless masks are drawn for each
 LOGITS = "mask logits"
 GRADIENTS = "gradients"
 MOMENTS = "optimizer moments"
@@ -155,7 +156,10 @@ class Method(ABC):
         return train_dataset(config, whole, config.data.seq_length, config.seed)
 
     def derived(self, config: Config) -> dict[str, float]:
-        """Dotted settings without a value -> the values that follow from others."""
+        """Dotted settings that a resumed run compares beside those that were given: settings
+        without a value, with the values that follow from others, and settings that are free under
+        other methods and decide what this method learns.
+        """
         return {}
 
     def announcement(self, config: Config) -> str | None:

@@ -41,6 +41,7 @@ LAUNCH = "MEGAMASK_LAUNCH"  # variable: the name of all starts of a job, or of o
 STARTED_OVER = "started-over.json"  # the launch that put the snapshots of the run before aside
 STEPS = "learn.steps"
 DERIVED = "derived"  # key of a note: settings that were not given, and what followed from others
+WINDOWS = "measured_on"  # field of Progress that older notes do not have
 MODEL_PATHS = ("model.hf", "model.gguf")  # the digest of the model stands for their content
 
 
@@ -52,11 +53,14 @@ class Progress:
         step: how many steps were learned.
         best_score: the lowest mean log perplexity that was finite; None where there is none.
         best_step: after which step it was measured.
+        measured_on: digest of the windows that the score was measured on; "" where a note of an
+            older version does not say.
     """
 
     step: int = 0
     best_score: float | None = None
     best_step: int = 0
+    measured_on: str = ""
 
     @classmethod
     def read(cls, note: dict[str, Any]) -> Progress:
@@ -70,7 +74,8 @@ class Progress:
             raise TypeError(f"step {step!r} and best step {best_step!r} are no numbers of steps")
         if score is not None and not isinstance(score, int | float):
             raise TypeError(f"the best score {score!r} is no number")
-        return cls(step, score if score is None or math.isfinite(score) else None, best_step)
+        best, windows = score if score is None or math.isfinite(score) else None, note.get(WINDOWS)
+        return cls(step, best, best_step, windows if isinstance(windows, str) else "")
 
 
 class Snapshots:
@@ -232,23 +237,28 @@ class Snapshots:
         self.mesh.barrier()  # everyone has seen them
         masks = [path for path in self.masks if path.exists()] if self.mesh.is_main else []
         if self.mesh.is_main and (has_snapshots or masks):
-            names = (
-                self.folder.with_name(f"{self.folder.name}-before-{number}")
-                for number in itertools.count(1)
-            )
-            aside = next(path for path in names if not path.exists())
-            if has_snapshots:
-                self.folder.rename(aside)
-            aside.mkdir(exist_ok=True)
-            for path in (each for mask in masks for each in (times_path(mask), mask)):
-                if path.exists():
-                    shutil.move(path, aside / path.name)
+            aside = self.put_aside(masks)  # first: they pass for masks of a run without snapshots
+            for path in self.folder.iterdir() if has_snapshots else ():
+                path.rename(aside / path.name)
             what = "snapshots and masks" if masks else "snapshots"
             log.warning("learn.resume=false: the %s of the run before are in %s now", what, aside)
         if self.mesh.is_main:
             self.folder.mkdir(exist_ok=True)
             storage.write_json(self.folder / STARTED_OVER, {"launch": os.environ.get(LAUNCH)})
         self.mesh.barrier()
+
+    def put_aside(self, masks: Sequence[Path]) -> Path:
+        """Move masks, with the times beside them, into a new folder, and return it."""
+        names = (
+            self.folder.with_name(f"{self.folder.name}-before-{number}")
+            for number in itertools.count(1)
+        )
+        aside = next(path for path in names if not path.exists())
+        aside.mkdir(parents=True)
+        for path in (each for mask in masks for each in (times_path(mask), mask)):
+            if path.exists():
+                shutil.move(path, aside / path.name)
+        return aside
 
     def _state(self, is_loading: bool = False) -> dict[str, Any]:
         logits = {

@@ -143,6 +143,6 @@ def check_schedule(config: Config) -> None:
     if warmup is not None and warmup >= learn.steps:
         allowed = f"below learn.steps, here {learn.steps}"
         raise ConfigError("learn.optimizer.warmup_steps", warmup, allowed, "Lower it.")
-    if last > highest:
+    if last > highest and learn.optimizer.schedule != "constant":
         allowed = f"at most learn.optimizer.lr, here {highest:g}"
         raise ConfigError("learn.optimizer.min_lr", last, allowed, "Lower it.")

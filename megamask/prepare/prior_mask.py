@@ -5,6 +5,7 @@ to prune.
 from __future__ import annotations
 
 from megamask.config import Config, RunPaths, run_paths
+from megamask.config.paths import LEARNED, LEARNED_BEST
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import mask_path, open_masks
@@ -33,22 +34,21 @@ def load_prior(
 
     Raises:
         ArtifactError: missing, torn, or made for another pattern, model or set of linears.
-        ConfigError: a snapshot of this very run.
+        ConfigError: a snapshot or a learned mask of this very run.
     """
     name = config.learn.prior.mask
     if name is None:
         return None
-    own = real_path(run_paths(config).learn)
-    if real_path(mask_path(name, run_paths(config))).is_relative_to(own):
+    paths = run_paths(config)
+    place = real_path(mask_path(name, paths))
+    own = [real_path(paths.mask(one)) for one in (LEARNED, LEARNED_BEST)]
+    if place in own or place.is_relative_to(real_path(paths.learn)):
         allowed = (
-            "a mask, or a snapshot of another run: those of this run are replaced while it learns"
+            "a one-shot mask, a mask file, or a mask or snapshot of another run: those that this "
+            "run learns are replaced while it learns"
         )
-        raise ConfigError(
-            KEY,
-            name,
-            allowed,
-            "Set another run_dir, or write it to a mask file first: megamask extract.",
-        )
+        fix = "Set another run_dir, or write it to a mask file first: megamask extract."
+        raise ConfigError(KEY, name, allowed, fix)
     masks = open_masks(name, config, arch)
     masks.check(plan=plan, shapes=linear_shapes(arch), fingerprint=fingerprint)
     missing = [module for module in plan if module not in masks]

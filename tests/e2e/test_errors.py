@@ -308,6 +308,8 @@ PRIORS = {
         "{run}/weights/config.json",
         ["config.json", "is not a mask file: it is a JSON text", "Make the mask file again"],
     ),
+    "the mask that the run learns": ("learned", ["learn.prior.mask", "another run", "run_dir"]),
+    "its best mask": ("{run}/masks/learned-best.safetensors", ["are replaced while it learns"]),
     "another folder": (
         "{run}/masks",
         ["masks: is a folder without snapshots", "RUN/learn/snapshots", "a mask file"],
@@ -335,6 +337,8 @@ def test_a_prior_that_cannot_serve(
         if not name.endswith(("0.self_attn.q_proj", "1.mlp.up_proj"))
     }
     save_masks(part, kept, masks.pattern, fingerprint=masks.fingerprint, method="wanda")
+    for name in ("learned", "learned-best") if "the run learns" in case or "best" in case else ():
+        shutil.copy(part, run_dir / "masks" / f"{name}.safetensors")
     forget_weights(run_dir)
     prior, says = PRIORS[case]
     refused(

@@ -15,6 +15,7 @@ from megamask.learn.maskpro.score import add_scores_of, choose_score
 from megamask.learn.method import (
     HARD_CODES,
     LOGITS,
+    MICRO_BATCH,
     WEIGHTS,
     WIDTH,
     Method,
@@ -140,9 +141,21 @@ class PolicyMethod(Method):
         return Reused(dataset, count, config.seed)
 
     def unused_settings(self, learn: LearnSection) -> set[str]:
-        """The settings of gradient descent. Those that turn distillation on are refused instead."""
-        unused = keys_of(learn, "optimizer", "distillation") | {"learn.weight_norm"}
+        """The settings of gradient descent and of relaxed masks. Those that turn distillation on
+        are refused instead.
+        """
+        sampling = ("draws", "kappa", "tau", "schedule", "annealed_by", "logit_std")
+        unused = keys_of(learn, "optimizer", "distillation") | {
+            "learn.weight_norm",
+            "learn.state.grads",
+            "learn.state.masked_weight",
+            *(f"learn.sampling.{key}" for key in sampling),
+        }
         return unused - {"learn.distillation.share", "learn.distillation.hidden"}
+
+    def derived(self, config: Config) -> dict[str, float]:
+        """The micro-batch: noise is drawn for each, and the masks of a step divide them."""
+        return {MICRO_BATCH: config.learn.micro_batch}
 
 
 def _check_masks(learn: LearnSection) -> None:

@@ -19,6 +19,7 @@ from megamask import save_masks
 from megamask.config import run_paths
 from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ArtifactError, LearningError
 from megamask.learn import loop, snapshot
+from megamask.learn.evaluation import windows_digest
 from megamask.learn.heartbeat import Heartbeat
 from megamask.learn.snapshot import Progress
 from megamask.masks.times import times_path, write_seconds
@@ -134,12 +135,63 @@ def test_a_best_mask_of_steps_that_are_not_gone_on_from_goes(
     """The run before had it from step 110, and was ended: this run resumes at another snapshot."""
     mask, pattern = run.paths.mask("learned-best"), Pattern(2, 4)
     masks = {"model.layers.0.mlp.up_proj": pattern.best(torch.arange(8.0).view(1, 8))}
+    about = {"step": 110, "perplexity": {"code": 8.0, "prose": 2.0}}
+    run.windows = {"code": torch.arange(8).view(2, 4)}
+    for measured in ("", windows_digest(run.windows), "others"):
+        save_masks(mask, masks, "2:4", fingerprint="a", method="learned", evaluation=about)
+        write_seconds(mask, 1.0)
+        run.progress = Progress(resumed, 3.0, 80, measured)
+        run._recall_best()
+        assert [mask.exists(), times_path(mask).exists()] == [stays, stays]
+        # the mask of step 80 is overwritten; a score of other windows does not compare
+        kept = stays and measured != "others"
+        score = pytest.approx(math.log(4.0)) if kept else None
+        assert (run.progress.best_score, run.progress.best_step) == (score, 110 if kept else 0)
+        assert run.progress.measured_on == windows_digest(run.windows)
+    if stays:  # the file is the best of the note
+        run.progress = Progress(resumed, 3.0, 110, "")
+        run._recall_best()
+        assert (run.progress.best_score, run.progress.best_step) == (3.0, 110)
+    run.progress = Progress(resumed, 3.0, 0, "")  # the prior's own score has no mask
+    mask.unlink(missing_ok=True)
+    run._recall_best()
+    assert (run.progress.best_score, run.progress.best_step) == (3.0, 0)
+
+
+def test_windows_that_differ_have_other_digests() -> None:
+    windows = {"code": torch.arange(8).view(2, 4), "prose": torch.arange(8, 16).view(2, 4)}
+    known = windows_digest(windows)
+    assert known == windows_digest(dict(reversed(windows.items())))
+    others = [
+        {"code": windows["code"]},
+        {**windows, "code": windows["code"].view(4, 2)},
+        {**windows, "code": windows["code"] + 1},
+        {"code": windows["prose"], "prose": windows["code"]},
+    ]
+    assert len({known, *map(windows_digest, others)}) == 5
+
+
+@pytest.mark.parametrize(("resumed", "stays"), [(0, False), (100, False), (110, True), (120, True)])
+def test_a_learned_mask_of_a_later_step_is_put_aside(run: Any, resumed: int, stays: bool) -> None:
+    """At the end of this run it would pass for its result."""
+    mask, pattern = run.paths.mask("learned"), Pattern(2, 4)
+    masks = {"model.layers.0.mlp.up_proj": pattern.best(torch.arange(8.0).view(1, 8))}
     save_masks(mask, masks, "2:4", fingerprint="a", method="learned", evaluation={"step": 110})
     write_seconds(mask, 1.0)
-    run.progress = Progress(step=resumed, best_step=80)
-    run._forget_best()
+    found: Any = object.__new__(snapshot.Snapshots)
+    found.folder = run.paths.learn / "snapshots"
+    run.snapshots, run.progress = found, Progress(resumed)
+    run.config = SimpleNamespace(learn=SimpleNamespace(steps=130))
+    run._put_other_mask_aside()
     assert [mask.exists(), times_path(mask).exists()] == [stays, stays]
-    run._forget_best()
+    aside = run.paths.learn / "snapshots-before-1"
+    assert [path.exists() for path in (aside, aside / mask.name)] == [not stays] * 2
+    assert (aside / times_path(mask).name).exists() != stays
+    run._put_other_mask_aside()  # twice is once
+    run.config.learn.steps = resumed  # nothing is left to learn: the mask stays where it is
+    save_masks(mask, masks, "2:4", fingerprint="a", method="learned", evaluation={"step": 110})
+    run._put_other_mask_aside()
+    assert mask.exists()
 
 
 @pytest.mark.parametrize("how", ["a signal", "a step", "in the foreground", "a failure", "the end"])

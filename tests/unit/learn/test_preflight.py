@@ -71,7 +71,17 @@ def test_a_schedule_that_stays_or_hardens(values: dict[str, Any]) -> None:
             ],
             ["learn.optimizer.lr", "learn.weight_norm"],
         ),
-        (["learn.preset=maskllm", "learn.memory=leanest"], []),
+        # Lion has no root of a second moment to add it to
+        (["learn.preset=maskllm", "learn.memory=leanest"], ["learn.optimizer.epsilon"]),
+        (["learn.optimizer.kind=lion", "learn.optimizer.betas=[0.9, 0.99]"], []),
+        (
+            ["learn.optimizer.schedule=constant", "learn.optimizer.min_lr=1"],
+            ["learn.optimizer.min_lr"],
+        ),
+        (
+            ["learn.preset=maskpro", "learn.sampling.kappa=[1, 2]", "learn.state.grads=fp32"],
+            ["learn.sampling.kappa", "learn.state.grads"],
+        ),
     ],
 )
 def test_settings_that_change_nothing_are_named(given: list[str], unused: list[str]) -> None:

@@ -199,6 +199,24 @@ def test_a_rate_that_follows_from_other_settings_is_told_too(
     assert [(one.setting, one.before) for one in given.changes] == [("learn.optimizer.lr", None)]
 
 
+@pytest.mark.parametrize(
+    ("sampling", "is_told"),
+    [({}, False), ({"noise": 1.0}, True), ({"noise": 1.0, "draws": "step"}, False)],
+)
+def test_another_micro_batch_is_told_where_noise_is_drawn_for_each(
+    run: tuple[Snapshots, Any], sampling: dict[str, Any], is_told: bool
+) -> None:
+    first = again(run[0], sampling=sampling, micro_batch=2)
+    first.save(Progress(step=2))
+    second = again(first, micro_batch=1)
+    assert second.restore().step == 2
+    told = [(one.setting, one.before, one.after) for one in second.changes]
+    assert told == ([("learn.micro_batch", 2, 1)] if is_told else [])
+    first.save(Progress(step=4))  # all steps: no step is left that would draw
+    finished = again(first, micro_batch=1)
+    assert finished.restore().step == 4 and finished.changes == []
+
+
 def test_a_full_disk_is_one_message(
     run: tuple[Snapshots, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,10 @@ def test_a_tenth_of_the_steps_is_warm_up(steps: int, warmup: int) -> None:
     )
 
 
+def test_a_constant_rate_has_no_last_rate() -> None:
+    assert Schedule(settings(10, lr=5e-5, min_lr=1e-4, schedule="constant")).rate(9) == 5e-5
+
+
 @pytest.mark.parametrize(
     ("given", "key"),
     [
