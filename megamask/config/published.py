@@ -15,8 +15,9 @@ from megamask.config.deciding import free_settings
 from megamask.config.nested import flatten
 
 SETTINGS_SHA256 = "settings_sha256"  # key of the header of a learned mask
-# The start of an absolute path: at the start of a text, or after a space or a mark.
-_PLACE = re.compile(r"""(?:^|(?<=[\s,;("'=\[]))(?:(?:file:)?/|~[^\s/]*/)(?=\S)""")
+# The start of an absolute path: at the start of a text, or after a space or a mark; not the two
+# slashes of an address.
+_PLACE = re.compile(r"""(?:^|(?<=[\s,;("'=\[|{`])|(?<=:)(?!//))(?:(?:file:)?/|~[^\s/]*/)(?=\S)""")
 
 
 def without_places(value: Any) -> Any:

@@ -71,13 +71,16 @@ class Swap:
 
     def __init__(self, model: nn.Module, look: Look, keep: Keep) -> None:
         self._model, self._look, self._keep = model, look, keep
-        self._ended = False
         self._before = _show(model, look, keep)
 
     def __enter__(self) -> nn.Module:
-        """Return the model, and show the masks again if an earlier ``with`` ended them."""
-        if self._ended:
-            self._before, self._ended = _show(self._model, self._look, self._keep), False
+        """Return the model, and show the masks again where an earlier ``with`` ended them or other
+        masks were shown since.
+        """
+        now = _show(self._model, self._look, self._keep)
+        is_shown = now.keys() == self._look.keys()
+        if not is_shown or any(now[one] is not mask for one, mask in self._look.items()):
+            self._before = now
         return self._model
 
     def __exit__(
@@ -91,7 +94,6 @@ class Swap:
         Raises:
             ArtifactError: the weights were changed meanwhile.
         """
-        self._ended = True
         _show(self._model, self._before, self._keep)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,21 @@ from megamask.publish.card import MASK_FILE, SUMS, CardFacts, card
 from megamask.publish.measured import measured
 from megamask.report.reading import mask_provenance
 from megamask.report.tasks_table import TASKS
-from megamask.storage import atomic_dir, file_sha256, read_object, real_path, write_json
+from megamask.storage import (
+    atomic_dir,
+    file_sha256,
+    read_json,
+    read_object,
+    real_path,
+    write_json,
+)
 from megamask.weights.base_model import BaseModel
 from megamask.weights.hf_files import INDEX, SINGLE
+from megamask.weights.licences import is_licence
 from megamask.weights.own_folder import own_files
 from megamask.weights.source import WeightSource
 
+log = logging.getLogger(__name__)
 STAMP = "megamask_push.json"
 CARD, RECIPE, VERSIONS = "README.md", "recipe.yaml", "versions.json"
 SEEDS = ("seed", "calibration.seed")
@@ -38,6 +49,14 @@ WRITTEN = (
     *(TASKS.file, RECIPE, VERSIONS, MASK_FILE, SINGLE, INDEX),
     f"model-{5 * '[0-9]'}-of-{5 * '[0-9]'}.safetensors",
 )
+# What goes along with the weights of a model.
+OF_A_MODEL = (
+    *("*.safetensors", "*.safetensors.index.json", "*config.json", "*.py", "*.md"),
+    *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template*", "*.jinja", "*.model", "*.tiktoken", "spiece*", "megamask_*.json"),
+)
+# Files and keys in which transformers wrote where a model came from.
+NAMING, NAMES = ("config.json", "tokenizer_config.json"), ("_name_or_path", "name_or_path")
 MACHINE = ("platform", "cpu")  # of versions.json, which say nothing of the mask
 
 
@@ -106,6 +125,27 @@ def build(out: Path, one: Publication, source: WeightSource) -> None:
         _add_texts(folder, one)
 
 
+def _leave_out(folder: Path) -> None:
+    """Delete what lay beside the base model and is no part of one, such as logs and states of a
+    training run, and cut the place of the model on its author's machine out of its configs.
+    """
+    found = {path: path.relative_to(folder).as_posix() for path in uploaded_files(folder)}
+    others = {
+        path: name
+        for path, name in found.items()
+        if not is_licence(path.name) and not any(fnmatch(name, one) for one in OF_A_MODEL)
+    }
+    for path in others:
+        path.unlink()
+    if others:
+        log.warning("not pushed, no part of a model: %s", ", ".join(others.values()))
+    for path in sorted(found.keys() - others.keys()):
+        if path.name in NAMING and isinstance(known := read_json(path, ""), dict):
+            cut = {key: without_places(known[key]) for key in NAMES if key in known}
+            if {**known, **cut} != known:
+                write_json(path, {**known, **cut})
+
+
 def uploaded_files(folder: Path) -> list[Path]:
     """The files of a written folder, by name."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
@@ -125,7 +165,10 @@ def _copy_mask(masks: MaskSet, file: Path) -> None:
 
 
 def _add_texts(folder: Path, one: Publication) -> None:
-    """Add licences, results, recipe, versions, card and checksums."""
+    """Leave out what is no part of a model, and add licences, results, recipe, versions, card and
+    checksums.
+    """
+    _leave_out(folder)
     licences = one.base.copy_licences(folder)
     for name, content in one.results.items():
         write_json(folder / name, content)

@@ -80,7 +80,7 @@ def unpack(source: Path, out: Path) -> None:
         places = _places(arch, stored, source)
         write_tensors(folder, _tensors(arch, header, places, source))
         tokenizer.write(folder)
-        copy_licences(source.parent, folder)
+        copy_licences(source.parent, folder, is_of_model=False)
         write_json(folder / GGUF_STAMP, {**stamp, **own_files(folder)})
         weights = sum(int(np.prod(shape)) for shape in expected_tensors(arch).values())
     tell(f"{out}: {weights:,} weights in bf16 from {source.name}")

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 # Megatron lie and what they are, and notes of megamask.
 NOT_COPIED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"),
+    *("*.ckpt", "*.npz", "*.ot", "*.tflite", "*.nemo", "*.pkl", "*.pickle"),
     *("*.index.json", "megamask_*.json"),
     *checkpoint_folder.FILES,
 )
@@ -60,8 +61,8 @@ def _files(source_dir: Path) -> list[Path]:
         if path.name.startswith(".") or any(fnmatch(path.name, one) for one in NOT_COPIED):
             continue
         if path.is_dir() and path.name in SIDE_FOLDERS and not path.is_symlink():
-            found += [file for file in sorted(path.iterdir()) if _belongs(file, path)]
-        elif _belongs(path, source_dir):
+            found += [file for file in sorted(path.iterdir()) if belongs(file, path)]
+        elif belongs(path, source_dir):
             found.append(path)
         else:
             left_out.append(path.name)
@@ -71,7 +72,7 @@ def _files(source_dir: Path) -> list[Path]:
     return found
 
 
-def _belongs(file: Path, folder: Path) -> bool:
+def belongs(file: Path, folder: Path) -> bool:
     """Whether a side file is a regular file of the model: in its folder, or among the blobs of the
     Hub cache that the folder is a snapshot of. A link to anywhere else could publish a private
     file.

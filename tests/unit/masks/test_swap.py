@@ -119,6 +119,18 @@ def test_a_swap_ends_with_its_block_also_after_an_exception(
             megamask.swap(model, files["prose"])  # a plain call within ends with the block too
         assert same(model, code)
     assert same(model, dense)
+    first, second = (megamask.swap(model, files[name]) for name in ("code", "prose"))
+    for _ in range(2):
+        with first:  # although the second was made after it
+            assert same(model, code)
+        assert same(model, prose)
+    with second:
+        assert same(model, prose)
+        with first:
+            assert same(model, code)
+        assert same(model, prose)
+    assert same(model, code)  # what it showed before the second
+    megamask.swap(model, None)
     held = megamask.swap(model, files["prose"])
     for _ in range(2):
         with held:

@@ -1,0 +1,37 @@
+"""Which files are licences: of a model's folder, and beside a file of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megamask.weights.licences import copy_licences, is_licence
+
+LICENCES = ["LICENSE", "LICENCE.md", "license.txt", "NOTICE", "COPYING", "USE_POLICY.md"]
+OF_A_MODEL = ["MODEL_LICENSE", "LICENSE-2.0", "Terms.html", "gemma-terms-of-use.txt", "EULA.pdf"]
+NONE = ["drivers-license.jpg", "licenses.csv", "notice.docx", "license.json", "README.md"]
+PRIVATE = ["license_key.txt", "eviction_notice.pdf", "my-terms.md"]
+
+
+@pytest.mark.parametrize("name", [*LICENCES, *OF_A_MODEL, *NONE])
+def test_names(name: str) -> None:
+    assert is_licence(name) == (name not in NONE)
+    assert is_licence(name, only_whole=True) == (name in LICENCES)
+
+
+def test_what_is_copied(tmp_path: Path) -> None:
+    secret, folder = tmp_path / "secret", tmp_path / "downloads"
+    folder.mkdir()
+    secret.write_text("private")
+    for name in (*LICENCES[1:], *NONE, *PRIVATE):
+        (folder / name).write_text(name)
+    (folder / "LICENSE").symlink_to(secret)  # its content is somewhere else
+    (folder / "COPYING.txt").symlink_to(folder / "COPYING")
+    for place in ("gguf", "model"):
+        (tmp_path / place).mkdir()
+    expected = sorted([*LICENCES[1:], "COPYING.txt"])
+    assert copy_licences(folder, tmp_path / "gguf", is_of_model=False) == expected
+    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == expected
+    assert not {*copy_licences(folder, tmp_path / "model")} & {"LICENSE", *NONE}
+    assert copy_licences(tmp_path / "none", tmp_path / "model") == []
