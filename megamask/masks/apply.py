@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from megamask.weights.fingerprint import weight_OI
 from megamask.weights.source import BITS
 
 Model = TypeVar("Model", bound=nn.Module)
+# The linears whose dense weights ``swap`` remembers. By linear and not by model: a wrapper, an
+# adapter or a larger model holds the same linears.
+SWITCHED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 GIVEN = "the given masks"
 UNCHANGED = (
     "Use the model that the masks were made for, with its weights unpruned and unchanged, or pass "
@@ -52,13 +56,18 @@ def apply_masks(
     Raises:
         ArgumentError: an argument has another type.
         ArtifactError: the masks belong to updated weights or to another base model, the file is
-            corrupt, the model has no linear of a mask's name and shape, or the weights cannot be
-            written: they are quantized, offloaded, sharded or reparametrized.
+            corrupt, the model shows masks of ``swap`` or has no linear of a mask's name and shape,
+            or the weights cannot be written: they are quantized, offloaded, sharded or
+            reparametrized.
     """
     as_model("apply_masks: hf_model", hf_model)
     as_flag("apply_masks: check_fingerprint", check_fingerprint)
     given = as_given("apply_masks: masks", masks)
     place, given = place_of(hf_model, given, check_fingerprint)
+    if any(linear in SWITCHED for linear in place.targets.values()):
+        problem = "shows masks of swap or Masks, whose next switch would undo this"
+        fix = "Show the dense weights first: masks.use(None), or the end of the with block."
+        raise ArtifactError(type(hf_model).__name__, problem, fix)
     done: set[tuple[int, torch.device]] = set()
     with torch.no_grad():
         for name in given:

@@ -68,6 +68,8 @@ class MaskSet(Mapping[str, Tensor]):
         meta: the whole header.
     """
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a Mapping compares values: tensors
+
     def __init__(self, path: Path, handle: Any, meta: dict[str, Any], plan: PatternPlan) -> None:
         self.path, self.meta, self._handle, self.patterns = path, meta, handle, plan
         self.fingerprint: str = meta["fingerprint"]
@@ -180,8 +182,7 @@ class MaskSet(Mapping[str, Tensor]):
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
-    def has_margins(self) -> bool:
-        """Whether a file of margins lies beside the mask file."""
+    def has_margins(self) -> bool:  # whether a file of them lies beside the mask file
         return os.path.lexists(margins_path(self.path))
 
     def margins(self) -> Margins:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megamask.errors import ArgumentError, ArtifactError
-from megamask.masks.apply import GIVEN, as_given, items, place_of
+from megamask.masks.apply import GIVEN, SWITCHED, as_given, items, place_of
 from megamask.masks.arguments import as_flag, as_model
 from megamask.masks.bits import as_integers, masked_by_bits, pack_bits
 from megamask.masks.file import MaskSet
@@ -60,8 +60,7 @@ class Remembered:
 
 Look = Mapping[nn.Module, LinearMask]  # the linears of a model that show masked weights
 
-# By linear and not by model: a wrapper, an adapter or a larger model holds the same linears.
-_REMEMBERED: WeakKeyDictionary[nn.Module, Remembered] = WeakKeyDictionary()
+_REMEMBERED: WeakKeyDictionary[nn.Module, Remembered] = SWITCHED
 
 
 class Swap:

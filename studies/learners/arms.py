@@ -70,6 +70,9 @@ GROUPS: dict[str, Group] = {
         "Draws per step", "draws-4", "The same 4 sequences a step, one in each of 4 micro-batches."
     ),
     "optimizer": Group("Optimizer", BASE, _SAME),
+    "momentum": Group(
+        "Momentum", BASE, f"The decay rate of the mean gradient (the first of `betas`). {_SAME}"
+    ),
     "noise": Group(
         "Starting noise",
         BASE,
@@ -244,6 +247,13 @@ ARMS: list[Arm] = [
         "optimizer",
         "Lion, 8 bits (`leanest`), whose derived rate is a third",
         {"memory": "leanest", "optimizer.kind": "lion8bit"},
+    ),
+    *_ablation(
+        "momentum",
+        {
+            f"{rate:g}": (f"{rate:g}", {"optimizer.betas": [rate, 0.95]})
+            for rate in (0.9, 0.8, 0.6, 0)
+        },
     ),
     *_ablation(
         "noise",

@@ -284,3 +284,12 @@ def test_a_header_does_not_steer_the_terminal(tmp_path: Path) -> None:
     save_masks(path, {"a": mask}, pattern, fingerprint="f", method="\x1b[2Jgone", data="\x9b31m")
     text = summary(load_masks(path))
     assert "\x1b" not in text and "\x9b" not in text and "\\x1b[2Jgone" in text
+
+
+def test_mask_sets_are_equal_by_identity(tmp_path: Path) -> None:
+    """Their values are tensors, whose comparison is no truth value."""
+    path, pattern = tmp_path / "a.safetensors", Pattern(2, 4)
+    masks = {"a.proj": pattern.best(torch.arange(8.0).view(1, 8))}
+    save_masks(path, masks, "2:4", fingerprint="a", method="magnitude")
+    first, second = load_masks(path), load_masks(path)
+    assert first == first and first != second and len({first, second, first}) == 2

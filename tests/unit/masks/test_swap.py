@@ -138,6 +138,18 @@ def test_a_swap_ends_with_its_block_also_after_an_exception(
         assert same(model, dense)
 
 
+def test_a_model_that_shows_a_mask_is_not_pruned_for_good(
+    dense: LlamaForCausalLM, files: Files
+) -> None:
+    model = copy.deepcopy(dense)
+    with megamask.swap(model, files["code"]):
+        with pytest.raises(ArtifactError, match="whose next switch would undo this"):
+            megamask.apply_masks(model, files["code"])
+        assert same(model, applied(dense, files["code"]))
+    megamask.apply_masks(model, files["code"])
+    assert same(model, applied(dense, files["code"]))
+
+
 def test_masks_by_name(dense: LlamaForCausalLM, files: Files) -> None:
     model = copy.deepcopy(dense)
     given = {**files, "plain": dict(megamask.load_masks(files["code"]))}
@@ -243,11 +255,6 @@ def replace(model: Any) -> None:
     linear.weight = nn.Parameter(torch.randn_like(linear.weight))
 
 
-def apply_other_masks(model: Any) -> None:
-    ones = torch.zeros(64, 32, dtype=torch.bool)
-    megamask.apply_masks(model, {UP: ones})
-
-
 CHANGES = [
     one_weight,
     smallest_bit,
@@ -256,7 +263,6 @@ CHANGES = [
     half,
     train,
     replace,
-    apply_other_masks,
 ]
 
 

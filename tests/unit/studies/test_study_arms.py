@@ -39,6 +39,7 @@ def test_an_ablation_changes_one_thing(words: Words) -> None:
         "weight-norm",
         "hard",
         "optimizer",
+        "momentum",
         "noise",
         "gumbel",
         "margins",
