@@ -127,7 +127,7 @@ class PublishedText:
     Attributes:
         windows: the windows and their targets.
         source: where the text came from.
-        documents: rows of the file or dataset that were joined.
+        documents: of the text; 1 where all rows of the file or dataset are joined.
         sha256: of the text in UTF-8.
         has_bos: whether the first token is a BOS.
     """

@@ -14,6 +14,7 @@ from megamask.config import Config
 from megamask.masks.file import load_masks
 from megamask.report.reading import RunData, mask_provenance
 from megamask.report.results_table import (
+    best_one_shot,
     domains_of,
     format_bytes,
     format_distances,
@@ -26,9 +27,6 @@ from megamask.report.results_table import (
 from megamask.report.template import PAGE
 from megamask.storage import real_path
 from megamask.weights.layer_plan import asked_patterns
-
-# The masks to compare the learned mask with: they also leave the kept weights unchanged.
-ONE_SHOT_MASKS = ("magnitude", "wanda", "sparsegpt")
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,8 @@ def findings(results: dict[str, Any]) -> list[str]:
             f"{domain}: the learned mask has perplexity {learned:,.2f}, "
             f"{learned / dense:.2f} times the dense model's {dense:,.2f}"
         )
-        values = {
-            method: value
-            for method in ONE_SHOT_MASKS
-            if (value := perplexity.get(method, {}).get(domain))
-        }
-        if values:
-            best = min(values, key=lambda method: values[method])
+        values = {row: value for row, one in perplexity.items() if (value := one.get(domain))}
+        if best := best_one_shot(values):
             change = learned / values[best] - 1
             word = "below" if change < 0 else "above"
             sentence += (

@@ -12,6 +12,7 @@ from megamask.config.paths import DENSE
 from megamask.errors import printable
 from megamask.masks.file import MaskSet
 from megamask.masks.identity import outdated, recovery_of, why_no_row_of
+from megamask.report.results_table import base_method
 from megamask.weights.model_identity import FINGERPRINT, is_model_of
 
 # What results have by row.
@@ -46,8 +47,10 @@ class OwnMasks:
         """The rows of a table that do not belong to the run -> why.
 
         A row with the name of a mask of the run was measured on this very mask, or is strange, also
-        where it does not say on which. The dense row has no mask: it is strange where the results,
-        or all rows beside it, name another model.
+        where it does not say on which; so is the row of a method whose file holds a mask that was
+        made in another way since, polished for example. A row of another name is strange where it
+        names another model. The dense row has no mask: it is strange where the results, or all
+        rows beside it, name another model.
 
         Args:
             results: the content of a file of results.
@@ -60,11 +63,21 @@ class OwnMasks:
             if (mask := self.masks.get(row)) is not None
         }
         made = results.get("masks")
-        about = made.values() if isinstance(made, Mapping) else ()
-        named = (one.get(FINGERPRINT) for one in about if isinstance(one, Mapping))
-        measured = {one for one in named if isinstance(one, str)}
+        about = made if isinstance(made, Mapping) else {}
+        named = {
+            row: one.get(FINGERPRINT) for row, one in about.items() if isinstance(one, Mapping)
+        }
+        measured = {one for one in named.values() if isinstance(one, str)}
         models = {one.fingerprint for one in self.masks.values()}
         known = {self.model[FINGERPRINT]} if FINGERPRINT in self.model else models
+        methods = {base_method(row) for row in self.masks}
+        for row in rows:
+            if row in self.masks or row == DENSE:
+                continue
+            if base_method(row) in methods:
+                strange[row] = "was measured on another mask"
+            elif known and isinstance(named.get(row), str) and named[row] not in known:
+                strange[row] = "was measured on another model"
         is_other = bool(measured and known) and measured.isdisjoint(known)
         if DENSE in rows and (is_other or not is_model_of(results, self.model)):
             strange[DENSE] = "was measured on another model"

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from megamask.report.results_table import base_method
 from megamask.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -171,8 +172,8 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def method_color(method: str) -> str:
-    """The colour of a method in all pictures."""
-    return METHOD_COLORS.get(method, OTHER_COLOR)
+    """The colour of a method in all pictures, also of a polished one."""
+    return METHOD_COLORS.get(base_method(method), OTHER_COLOR)
 
 
 def tokens_seen(records: Sequence[Record]) -> FloatArray:

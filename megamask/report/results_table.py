@@ -4,7 +4,7 @@ the dense model, and the protocol.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megamask.tables import table
@@ -24,9 +24,33 @@ METHOD_LABELS = {
 }
 
 
-def method_label(method: str) -> str:
-    """The name of a method in tables and pictures."""
-    return METHOD_LABELS.get(method, method)
+WAYS = ("polished", "dense inputs")  # behind a method: see ``masks.identity.row_name``
+
+
+def base_method(row: str) -> str:
+    """The method of a row: of ``wanda, polished`` it is ``wanda``; of other rows their name."""
+    method, *ways = row.split(", ")
+    return method if set(ways) <= set(WAYS) else row
+
+
+def method_label(row: str) -> str:
+    """The name of a row in tables and pictures."""
+    method = base_method(row)
+    return METHOD_LABELS.get(method, method) + row.removeprefix(method)
+
+
+def best_one_shot(values: Mapping[str, float]) -> str | None:
+    """The row with the least value among the one-shot masks that leave the kept weights as they
+    are, to compare a learned mask with; None where there is none.
+    """
+    rows = [
+        row
+        for row in values
+        if (method := base_method(row)) in METHOD_LABELS
+        and method not in ("dense", "learned")
+        and not method.endswith("_update")
+    ]
+    return min(rows, key=values.__getitem__, default=None)
 
 
 def methods_in_order(results: dict[str, Any]) -> list[str]:

@@ -20,6 +20,8 @@ from megamask.report.reading import bits
 from megamask.report.result_table import ResultTable
 from megamask.report.results_table import (
     METHOD_LABELS,
+    base_method,
+    best_one_shot,
     format_bytes,
     format_perplexity,
     format_protocol,
@@ -29,10 +31,9 @@ from megamask.report.run_facts import RunFacts, facts_of_mask
 from megamask.report.tasks_table import NOTE, tasks_cells
 
 NOTHING = "–"
-# The masks to compare a learned mask with: they also leave the kept weights unchanged.
-ONE_SHOT = [name for name in METHOD_LABELS if name not in (DENSE, LEARNED) and "update" not in name]
-# Facts of a protocol that change no number: how much text the KL column has, and a folder's name.
-WITHOUT_EFFECT = {"compared_targets", "tokenizer"}
+# Facts of a protocol that change no number: how much text the KL column has, and names of places,
+# beside which stand digests.
+WITHOUT_EFFECT = {"compared_targets", "tokenizer", "text"}
 TEXT_DIGESTS = {"text_sha256", "documents_sha256"}
 
 
@@ -207,7 +208,7 @@ def _masks_of(results: Mapping[str, Any]) -> list[str]:
     none, the learned mask, whose cells are empty.
     """
     table = results["perplexity"]
-    others = [row for row in table if row not in METHOD_LABELS]
+    others = [row for row in table if base_method(row) not in METHOD_LABELS]
     return [*([LEARNED] if LEARNED in table or not others else []), *others]
 
 
@@ -215,7 +216,7 @@ def _domain_cells(
     method: str, table: Mapping[str, Mapping[str, float | None]], domain: str
 ) -> list[str]:
     values = {name: value for name, row in table.items() if (value := row.get(domain)) is not None}
-    best = min((name for name in ONE_SHOT if name in values), key=values.__getitem__, default=None)
+    best = best_one_shot(values)
     value, dense = values.get(method), values.get(DENSE)
     return [
         format_perplexity(dense),

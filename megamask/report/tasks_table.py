@@ -15,7 +15,7 @@ from megamask.tables import table
 
 FIX = "Run the verb tasks again."
 TITLE = "Tasks"
-NOTE = "Accuracies in percent; norm: log-likelihoods divided by the bytes of the answer."
+NOTE = "Accuracies in percent; norm: log-likelihoods divided by the characters of the answer."
 
 
 def tasks_table(results: dict[str, Any]) -> str:
@@ -32,7 +32,7 @@ def tasks_table(results: dict[str, Any]) -> str:
 
 def tasks_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text: a pair of columns for accuracy and accuracy of the answers' mean
-    log-likelihood a byte (norm) where a task has both, and the mean of the accuracies of the
+    log-likelihood a character (norm) where a task has both, and the mean of the accuracies of the
     tasks. A group is its tasks again, so it has a column and no part in the mean. Masks of several
     patterns have a column with them.
     """

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,23 @@ def _done(file: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     except MegamaskError:
         return nothing
     names = made_from["parts"]
-    other = recipe_differs(found["made_from"], made_from)
+    other = recipe_differs(_deciding(found["made_from"]), _deciding(made_from))
     if other or list(found["loss"]) != names[: len(found["loss"])]:
         log.info("%s was made from other %s: made again", file, other or "parts")
         return nothing
     log.info("%s: %d of %d parts are reused", file, len(found["loss"]), len(names))
     return {key: found[key] for key in nothing}
+
+
+def _deciding(made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what decides no loss: how the place of the text is spelled, beside its digest, and
+    how much of it a comparison with the dense model would take.
+    """
+    protocol = made_from.get("protocol")
+    known = dict(protocol) if isinstance(protocol, Mapping) else {}
+    for key in ("text", "documents", "compared_targets"):
+        known.pop(key, None)
+    return {**made_from, "protocol": known}
 
 
 def _measure_rows(

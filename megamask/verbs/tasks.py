@@ -183,8 +183,9 @@ def _of_folder(inputs: RunInputs) -> dict[str, Any]:
     found, device = {}, choose_device(config.device)
     for row, path in {DENSE: inputs.paths.hf, name: folder}.items():
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[config.dtype])
-        score = transformers_score(model.eval().to(device))
+        score: Any = transformers_score(model.eval().to(device))
         found[row] = session.row(row, path, score, device)
+        model = score = None  # the next model needs its memory
     masks = {} if stamp.identity is None else {name: stamp.identity}
     return {**session.results(found, "transformers"), "masks": masks, **digest}
 

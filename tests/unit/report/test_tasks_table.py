@@ -6,7 +6,7 @@ EXPECTED = """\
 | dense        | 70.00 |     71.25 | 40.00 |                11.25 | 55.00 |
 | learned mask | 65.00 |         – | 35.50 |                    – | 50.25 |
 
-Accuracies in percent; norm: log-likelihoods divided by the bytes of the answer.
+Accuracies in percent; norm: log-likelihoods divided by the characters of the answer.
 
 Protocol: harness 0.4.13, documents piqa 1,838"""
 
