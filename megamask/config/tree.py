@@ -293,6 +293,22 @@ class Config(Section):
         return layered(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
+    def _check_what_a_kind_reads(self) -> Config:
+        """A setting of a domain that its kind does not read would choose nothing, silently."""
+        usual = CorpusSection(kind="hf")
+        for name, corpus in self.data.domains.items():
+            for key in ("split", "config"):
+                value = getattr(corpus, key)
+                if corpus.kind != "hf" and value != getattr(usual, key):
+                    fix = "Leave it out, and name the files of that part alone in path."
+                    raise ConfigError(f"data.domains.{name}.{key}", value, "for kind: hf", fix)
+            if corpus.kind in ("stdlib", "pydocs") and corpus.path is not None:
+                fix = "Leave it out, or choose the kind text or files."
+                allowed = f"null: {corpus.kind} is the text of Python itself"
+                raise ConfigError(f"data.domains.{name}.path", corpus.path, allowed, fix)
+        return self
+
+    @model_validator(mode="after")
     def _check_number_of_samples(self) -> Config:
         """Megatron's index of samples has some 16 bytes a sample, in the memory of every rank."""
         learn = self.learn

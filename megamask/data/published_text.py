@@ -156,7 +156,7 @@ def published_text(config: Config, window: int, vocab: int) -> PublishedText:
     """
     protocol = PROTOCOLS[config.evaluate.protocol]
     source = protocol.source
-    corpus = _corpus(source, config.evaluate.text)
+    corpus = corpus_of(source, config.evaluate.text)
     rows = _rows(source, corpus, config.evaluate.text)
     text = source.between.join(rows)
     tokenizer = replace(load_tokenizer(config), model_vocab=vocab)
@@ -175,7 +175,12 @@ def published_text(config: Config, window: int, vocab: int) -> PublishedText:
     )
 
 
-def _corpus(source: Source, given: str | None) -> CorpusSection:
+def corpus_of(source: Source, given: str | None) -> CorpusSection:
+    """Where the text of a protocol is read: the dataset on the Hub, or a file.
+
+    Raises:
+        ConfigError, ArtifactError: the file is not there, or has another form.
+    """
     if given is None:
         return source.hub
     path = Path(given)

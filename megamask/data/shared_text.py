@@ -92,6 +92,25 @@ def check_shards(config: Config) -> None:
     check_shared_text(made_from)
 
 
+def learned_domains_with(
+    corpus: CorpusSection, domains: Mapping[str, CorpusSection]
+) -> list[tuple[str, str]]:
+    """The domains that read text of ``corpus`` and do not hold out all of it, each with the name of
+    a file or dataset that both read. Copies are not noticed.
+    """
+    asked = _found_sources("", corpus)
+    return [
+        (name, shared)
+        for name, one in domains.items()
+        if one.heldout < 1
+        for shared in [
+            source.name
+            for source in _found_sources(name, one)
+            if any(source.has_text_of(other) for other in asked)
+        ][:1]
+    ]
+
+
 def _check_pair(first: str, second: str, shares: list[float], one: Source, other: Source) -> None:
     both = f"data.domains.{first}.heldout, data.domains.{second}.heldout"
     if not one.has_documents_of(other):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from megamask.config import Config
 from megamask.data.bos import description
 from megamask.data.heldout import evaluation_windows
-from megamask.data.published_text import PROTOCOLS, published_text
+from megamask.data.published_text import PROTOCOLS, corpus_of, published_text
+from megamask.data.shared_text import learned_domains_with
 from megamask.data.tokenizer import load_tokenizer
 from megamask.data.windows import NO_TARGET, Windows
+from megamask.errors import ConfigError
 from megamask.prepare.run_inputs import RunInputs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ def measured_text(inputs: RunInputs) -> MeasuredText:
     config = inputs.config
     window = config.evaluate.protocol_window
     if not config.evaluate.is_published:
+        if config.evaluate.text is not None:
+            allowed = "null with held-out text: it names the text of a published protocol"
+            fix = "Set evaluate.protocol, for example wikitext2-2048, or leave evaluate.text out."
+            raise ConfigError("evaluate.text", config.evaluate.text, allowed, fix)
         inputs.check_text()
         found = evaluation_windows(config, config.evaluate.max_tokens)
         windows = {domain: Windows.inside(tokens) for domain, tokens in found.items()}
@@ -51,6 +60,10 @@ def measured_text(inputs: RunInputs) -> MeasuredText:
         return _measured(config, windows, facts, split | {"text_sha256": _digest(windows)})
     protocol = PROTOCOLS[config.evaluate.protocol]
     text = published_text(config, window, inputs.arch.vocab)
+    asked = corpus_of(protocol.source, config.evaluate.text)
+    for domain, shared in learned_domains_with(asked, config.data.domains):
+        said = "%s is measured, and data.domains.%s learns from it: the numbers are no result"
+        log.warning(said, shared, domain)
     windows = {protocol.source.name: text.windows}
     facts = {
         "targets_per_window": int((text.windows.labels_NS[0] != NO_TARGET).sum()),

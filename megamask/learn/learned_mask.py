@@ -14,6 +14,7 @@ from megamask.errors import MegamaskError
 from megamask.learn.masked_model import MaskedModel
 from megamask.masks.file import load_masks
 from megamask.masks.header import Facts
+from megamask.masks.identity import PRIOR_SHA256
 from megamask.masks.save import save_codes
 from megamask.model.mask_shards import gather_codes, hf_shapes
 from megamask.parallel.mesh import Mesh
@@ -65,12 +66,13 @@ def learned_from(
     config: Config,
     text_sha256: Mapping[str, str],
     steps: int,
-    prior_method: str | None,
+    prior: tuple[str, str] | None,
     changes: list[Changed],
 ) -> dict[str, Any]:
     """What the header of a mask file says about a run of ``steps`` steps, in which ``changes`` of
-    the settings were made; ``text_sha256`` has the digest of each domain's training tokens. By the
-    digest of the settings ``push`` knows whether ``learn/config.yaml`` is of this very mask.
+    the settings were made; ``text_sha256`` has the digest of each domain's training tokens, and
+    ``prior`` says how the prior was made and has the digest of its masks. By the digest of the
+    settings ``push`` knows whether ``learn/config.yaml`` is of this very mask.
     """
     budget = config.model.exclude_sensitive
     return {
@@ -78,7 +80,8 @@ def learned_from(
         "text_sha256": dict(text_sha256),
         "seq_length": config.data.seq_length,
         "tokens": steps * config.learn.global_batch * config.data.seq_length,
-        "prior": prior_method,
+        "prior": prior[0] if prior else None,
+        **({PRIOR_SHA256: prior[1]} if prior else {}),
         "method": config.learn.method,
         **({"exclude_sensitive": budget} if budget else {}),
         SETTINGS_SHA256: settings_digest(config.model_dump(mode="json")),

@@ -70,6 +70,8 @@ class Run:
             self._expect_snapshot,
         )
         self.content = inputs.content
+        method_of, found = inputs.prior_method, inputs.prior
+        self.prior = (method_of, found.content_sha256) if method_of and found else None
         self.progress = self.snapshots.restore()
         self._recall_best()
         self.first_step = self.progress.step  # the first that this process takes, from 0
@@ -267,9 +269,8 @@ class Run:
 
     def _save_mask(self, name: str, by_domain: dict[str, float]) -> None:
         step, window = self.progress.step, self.config.evaluate.window
-        prior = self.masked_model.prior_method
         changes = self.snapshots.changes
-        data = learned_from(self.config, self.content.text, step, prior, changes)
+        data = learned_from(self.config, self.content.text, step, self.prior, changes)
         evaluation = {"step": step, "window": window, "perplexity": by_domain}
         path = self.paths.mask(name)
         if self.mesh.is_main:

@@ -20,6 +20,7 @@ MEASURED = ("seconds", "raised_damp")  # of a header's data: what came out, not 
 OUTSIDE_DATA = ("fingerprint", "pattern", "linears")  # of a recipe: elsewhere in a header
 RECOVERED = "recovered"  # of a header's data: how the kept weights were recovered
 OF_ANOTHER_RUN = "of_another_run"  # of a recovery: whether its mask lies outside the run
+PRIOR_SHA256 = "prior_sha256"  # of a header's data: of the masks that learning started from
 NO_RECIPE = ("weights", OF_ANOTHER_RUN)  # of a recovery: what it is not made from
 
 

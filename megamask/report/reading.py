@@ -13,12 +13,13 @@ import yaml
 
 from megamask.config import Config, RunPaths, run_paths
 from megamask.config.nested import flatten
+from megamask.config.paths import LEARNED
 from megamask.config.tree import PUBLISHED
 from megamask.errors import ArtifactError, printable
 from megamask.file_kinds import read_text
 from megamask.masks.file import MaskSet, load_masks
 from megamask.masks.find import open_masks
-from megamask.masks.identity import row_name
+from megamask.masks.identity import PRIOR_SHA256, row_name
 from megamask.masks.verify import pattern_facts
 from megamask.report.own_rows import NO_MASKS, OwnMasks
 from megamask.report.result_kinds import read_result_tables
@@ -105,7 +106,7 @@ def read_run(config: Config) -> RunData:
         masks=masks,
         own=own,
         said=said,
-        prior=_prior(config),
+        prior=_prior(config, own.masks.get(LEARNED)),
         settings=read_text(written, FIX)
         if written.exists()
         else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
@@ -245,10 +246,14 @@ def bits(masks: MaskSet) -> float:
     return 8 * masks.size / sum(math.prod(masks.shape(name)) for name in masks)
 
 
-def _prior(config: Config) -> MaskSet | None:
+def _prior(config: Config, learned: MaskSet | None) -> MaskSet | None:
+    """The prior of the learned mask; None where it is gone, or was made anew since."""
     name = config.learn.prior.mask
     try:
         masks = None if name is None else open_masks(name, config)
     except ArtifactError:  # the prior masks may have been deleted
         return None
-    return None if masks is None or masks.lacks_weights else masks
+    if masks is None or masks.lacks_weights:
+        return None
+    known = (learned.meta.get("data") or {}).get(PRIOR_SHA256) if learned is not None else None
+    return None if known not in (None, masks.content_sha256) else masks

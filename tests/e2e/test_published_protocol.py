@@ -191,6 +191,13 @@ def test_every_target_counts_once_as_in_megatron_lm(run: Run) -> None:
         (["evaluate.text={folder}/absent.txt"], "absent.txt: does not exist. Set evaluate.text"),
         (["evaluate.text={folder}/short.txt"], "tokens, too few for one window of 2,048"),
         (["evaluate.text={folder}/empty.txt"], "empty.txt: holds no text. Set evaluate.text"),
+        (
+            [
+                "evaluate.protocol=heldout",
+                "data.domains.d={{kind: jsonl, path: {folder}/test.jsonl}}",
+            ],
+            "Set evaluate.protocol, for example wikitext2-2048",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_the_weights_are_read(
@@ -201,3 +208,10 @@ def test_what_cannot_be_measured_is_said_before_the_weights_are_read(
     given = [word.format(folder=run.folder) for word in words]
     done = in_process("evaluate", *run.words, *given)
     assert says in refusal(done) and "dense" not in done.stderr
+
+
+def test_a_text_that_is_learned_from_is_warned_of(run: Run) -> None:
+    domain = f"data.domains.d={{kind: jsonl, path: {run.folder / 'test.jsonl'}}}"
+    said = here("evaluate", *run.words, domain, "evaluate.masks={}", "prune.methods=[]").stderr
+    assert "test.jsonl is measured, and data.domains.d learns from it" in said
+    assert "learns from it" not in here("evaluate", *run.words, "evaluate.masks={}").stderr

@@ -69,6 +69,8 @@ def test_a_domain_mask_starts_at_the_general_one_s_quality(
         load_masks(folder / "masks" / "learned.safetensors") for folder in (run_dir, general)
     )
     assert any(not torch.equal(learned[linear], prior[linear]) for linear in learned)
+    if "snapshot" not in case:
+        assert learned.meta["data"]["prior_sha256"] == prior.content_sha256
     said = learned.meta["data"]["prior"]  # masks are published, so no folder of the machine
     file = "learned.safetensors" if "learned" in case else f"step-{step:08d}"
     assert said == f"learned, {file}" and learned.meta["data"]["blend"] == {"code": 1.0}

@@ -19,7 +19,7 @@ from megamask.config import Config, CorpusSection, run_paths
 from megamask.data.blend import train_dataset
 from megamask.data.corpora import documents
 from megamask.data.heldout import calibration_description, evaluation_windows
-from megamask.data.shared_text import check_shards, check_shared_text
+from megamask.data.shared_text import check_shards, check_shared_text, learned_domains_with
 from megamask.data.split import HELDOUT, TRAIN, split_documents
 from megamask.errors import ConfigError
 from megamask.verbs import tokenize
@@ -134,7 +134,7 @@ def shards(two_domains: Make) -> Config:
 
 
 def test_shards_of_other_documents_or_another_share_are_refused(shards: Config) -> None:
-    texts = {"field": "id", "kind": "files", "split": "test", "config": "en", "join": "\n"}
+    texts = {"field": "id", "kind": "files", "join": "\n"}
     others: list[tuple[str, Any]] = [*texts.items(), ("max_bytes", 500)]
     for key, value in [*others, *(("heldout", share) for share in (0.0, 0.5, 1.0))]:
         now = changed(shards, "b", **{key: value})
@@ -152,6 +152,40 @@ def test_shards_of_other_documents_or_another_share_are_refused(shards: Config) 
         for function in given_out:
             with pytest.raises(ConfigError, match=rf"data\.domains\.b\.{key}"):
                 function(now)
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"kind": "parquet", "path": "x", "split": "test"}, "split"),
+        ({"kind": "jsonl", "path": "x", "config": "en"}, "config"),
+        ({"kind": "stdlib", "path": "x"}, "path"),
+    ],
+)
+def test_a_setting_that_the_kind_does_not_read_is_refused(more: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.domains\.mine\.{key}"):
+        Config.model_validate({"data": {"domains": {"mine": more}}})
+    rest = {name: value for name, value in more.items() if name != key}
+    if key != "path":
+        Config.model_validate({"data": {"domains": {"mine": {**rest, "kind": "hf", key: "test"}}}})
+    Config.model_validate({"data": {"domains": {"mine": {**rest, "split": "train"}}}})
+
+
+def test_domains_that_learn_from_a_measured_file(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(file)
+    asked = CorpusSection(kind="files", path=str(tmp_path / "link.jsonl"))
+    other = write_jsonl(tmp_path / "other.jsonl", ROWS[:3])
+    domains = {
+        "folder": domain(file.parent, kind="files"),
+        "measured": domain(file, heldout=1.0),
+        "other": domain(other),
+        "gone": domain(tmp_path / "gone.jsonl"),
+        "hub": domain("allenai/c4", kind="hf", config="en", split="validation"),
+    }
+    assert learned_domains_with(asked, domains) == [("folder", str(file))]
+    hub = CorpusSection(kind="hf", path="allenai/c4", config="en", split="validation")
+    assert learned_domains_with(hub, domains) == [("hub", "allenai/c4")]
+    assert not learned_domains_with(hub.model_copy(update={"split": "train"}), domains)
 
 
 def test_a_corpus_may_be_moved_and_the_log_says_so(

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from megamask.config import Config
 from megamask.masks.file import MaskSet, load_masks, save_masks
 from megamask.masks.identity import identity, row_name
 from megamask.report.own_rows import OwnMasks
+from megamask.report.reading import _prior
 from megamask.report.results_table import base_method, best_one_shot, method_label
 from megamask.sparsity.pattern import Pattern
 
@@ -45,6 +47,17 @@ def test_rows_of_another_model(tmp_path: Path) -> None:
     }
     strange = OwnMasks({}, {"fingerprint": "b"}).strange_rows(results, "perplexity")
     assert strange == dict.fromkeys(("dense", "mine"), "was measured on another model")
+
+
+def test_a_prior_that_was_made_anew_since_is_not_the_prior(tmp_path: Path) -> None:
+    config = Config.model_validate({"run_dir": str(tmp_path)})
+    (tmp_path / "masks").mkdir()
+    prior = mask(tmp_path / "masks/sparsegpt.safetensors", 1)
+    learned = mask(tmp_path / "masks/learned.safetensors", 2, prior_sha256=prior.content_sha256)
+    silent = mask(tmp_path / "masks/old.safetensors", 2)  # of an older version
+    assert all(_prior(config, one) is not None for one in (learned, silent, None))
+    mask(tmp_path / "masks/sparsegpt.safetensors", 3)
+    assert _prior(config, learned) is None and _prior(config, silent) is not None
 
 
 def test_names_of_rows() -> None:

@@ -19,7 +19,7 @@ from megamask.learn.metrics.provenance import versions, write_provenance
             "run_dir='1e-3'",
             "learn.monitor.sinks=[tensorboard]",
             "learn.optimizer.lr=1e-5",
-            "data.domains.null={kind: stdlib, path: 'a: b'}",
+            "data.domains.null={kind: text, path: 'a: b'}",
         ],
     ],
 )
