@@ -73,6 +73,7 @@ def write_masked(
         check_others(folder, base, source)
         say_nothing_of_sparsity(folder)
         base.copy_licences(folder)
+        base.add_tokenizer(folder)
         finish(folder)
 
     tensors = FoldedSource(source, masks).tensors()

@@ -37,6 +37,7 @@ from megamask.weights.base_model import BaseModel
 from megamask.weights.hf_files import INDEX, SINGLE
 from megamask.weights.licences import is_licence
 from megamask.weights.own_folder import own_files
+from megamask.weights.side_files import TOKENIZER
 from megamask.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ WRITTEN = (
 # What goes along with the weights of a model.
 OF_A_MODEL = (
     *("*.safetensors", "*.safetensors.index.json", "*config.json", "*.py", "*.md"),
-    *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
-    *("chat_template*", "*.jinja", "*.model", "*.tiktoken", "spiece*", "megamask_*.json"),
+    *TOKENIZER,
+    *("*.jinja", "megamask_*.json"),
 )
 # Files and keys in which transformers wrote where a model came from.
 NAMING, NAMES = ("config.json", "tokenizer_config.json"), ("_name_or_path", "name_or_path")

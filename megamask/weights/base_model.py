@@ -29,6 +29,7 @@ from megamask.weights.gguf_layout import GGUF_STAMP
 from megamask.weights.hf_files import HFReader, open_checked
 from megamask.weights.licences import copy_licences
 from megamask.weights.other_tensors import WithOthers
+from megamask.weights.side_files import add_tokenizer
 from megamask.weights.source import WeightSource
 
 CONFIG = "config.json"
@@ -46,12 +47,14 @@ class BaseModel:
         megatron: Megatron checkpoint with the weights.
         ignore_keys: see ``read_architecture``.
         gguf: GGUF file that ``hf_dir`` was unpacked from, where the settings name one.
+        tokenizer: folder or file of the tokenizer, where the settings name one.
     """
 
     hf_dir: Path
     megatron: Path | None = None
     ignore_keys: Collection[str] = ()
     gguf: Path | None = None
+    tokenizer: Path | None = None
 
     @property
     def place(self) -> Path:
@@ -71,6 +74,14 @@ class BaseModel:
         """
         found = dict.fromkeys((self.place, self.hf_dir))
         return sorted({name for folder in found for name in copy_licences(folder, target)})
+
+    def add_tokenizer(self, folder: Path) -> None:
+        """Give a written folder the tokenizer that the settings name, where the model of a Megatron
+        checkpoint brought none beside it; the log says where there is none.
+        """
+        if self.megatron is not None and not add_tokenizer(folder, self.tokenizer):
+            what = "%s has no tokenizer: set data.tokenizer, or copy one beside its config.json"
+            log.warning(what, folder.name)
 
     def architecture(self) -> Architecture:
         """The architecture of config.json.
@@ -232,4 +243,5 @@ def base_model(config: Config) -> BaseModel:
     if megatron is not None and config.model.hf is None and not (hf / CONFIG).exists():
         hf = megatron if (megatron / CONFIG).exists() else hf
     gguf = Path(config.model.gguf) if config.model.gguf else None
-    return BaseModel(hf, megatron, config.model.ignore_keys, gguf)
+    tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
+    return BaseModel(hf, megatron, config.model.ignore_keys, gguf, tokenizer)

@@ -23,6 +23,10 @@ NOT_COPIED = (
     *("*.index.json", "megamask_*.json"),
     *checkpoint_folder.FILES,
 )
+TOKENIZER = (
+    *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template*", "*.model", "*.tiktoken", "spiece*"),
+)
 SIDE_FOLDERS = ("additional_chat_templates",)
 
 
@@ -44,6 +48,21 @@ def copy_side_files(
         place = folder / file.relative_to(source_dir)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, place)
+
+
+def add_tokenizer(folder: Path, tokenizer: Path | None) -> bool:
+    """Copy the tokenizer of another folder, or its one file, into a folder that has none; returns
+    whether the folder has one now.
+    """
+    if not _tokenizer_of(folder) and tokenizer is not None:
+        found = _tokenizer_of(tokenizer) if tokenizer.is_dir() else [tokenizer]
+        for file in found if tokenizer.exists() else ():
+            shutil.copyfile(file, folder / file.name)
+    return bool(_tokenizer_of(folder))
+
+
+def _tokenizer_of(folder: Path) -> list[Path]:
+    return [file for file in _files(folder) if any(fnmatch(file.name, one) for one in TOKENIZER)]
 
 
 def side_digests(source_dir: Path, config: Mapping[str, Any] | None = None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Which files are licences: of a model's folder, and beside a file of weights."""
+"""Which files are licences, of a folder of a model and beside a file of weights; tokenizers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megamask.weights.licences import copy_licences, is_licence
+from megamask.weights.side_files import add_tokenizer
 
 LICENCES = ["LICENSE", "LICENCE.md", "license.txt", "NOTICE", "COPYING", "USE_POLICY.md"]
 OF_A_MODEL = ["MODEL_LICENSE", "LICENSE-2.0", "Terms.html", "gemma-terms-of-use.txt", "EULA.pdf"]
@@ -35,3 +36,22 @@ def test_what_is_copied(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == expected
     assert not {*copy_licences(folder, tmp_path / "model")} & {"LICENSE", *NONE}
     assert copy_licences(tmp_path / "none", tmp_path / "model") == []
+
+
+def test_a_tokenizer_is_added_where_there_is_none(tmp_path: Path) -> None:
+    theirs, one_file = tmp_path / "theirs", tmp_path / "spm.model"
+    folders = [tmp_path / name for name in ("empty", "has", "single", "none")]
+    for folder in (theirs, *folders):
+        folder.mkdir()
+    for name in ("tokenizer.json", "special_tokens_map.json", "model.safetensors", "config.json"):
+        (theirs / name).write_text("theirs")
+    (folders[1] / "tokenizer.json").write_text("own")
+    one_file.write_text("spm")
+    assert add_tokenizer(folders[0], theirs) and add_tokenizer(folders[1], theirs)
+    assert {path.name for path in folders[0].iterdir()} == {
+        "tokenizer.json",
+        "special_tokens_map.json",
+    }
+    assert [path.read_text() for path in folders[1].iterdir()] == ["own"]
+    assert add_tokenizer(folders[2], one_file) and (folders[2] / "spm.model").exists()
+    assert not add_tokenizer(folders[3], None) and not add_tokenizer(folders[3], tmp_path / "gone")
