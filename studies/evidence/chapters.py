@@ -189,6 +189,13 @@ CHAPTERS = [
             )
             for method in ALL_METHODS
             if not method.endswith("_update")
+        ]
+        + [
+            Line(
+                f"from {method}, polished",
+                learned(f"prior-{method}-polished", POLISH, SHORT, mask=method),
+            )
+            for method in ("wanda", "sparsegpt")
         ],
     ),
     Chapter(
