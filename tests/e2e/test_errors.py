@@ -421,7 +421,7 @@ def test_a_snapshot_of_the_same_run(general: Path, settings: Settings) -> None:
         message = refusal(in_process("learn", *settings(general), f"learn.prior.mask={folder}"))
         assert (
             "learn.prior.mask = " in message
-            and "those of this run are replaced while it learns" in message
+            and "those that this run learns are replaced while it learns" in message
         ), message
         assert "Set another run_dir, or write it to a mask file first: megamask extract." in message
     assert_untouched(general, before)

@@ -19,6 +19,7 @@ USED_ELSEWHERE = {
     "__dir__": "Python",
     "_apply_named_settings": "pydantic",
     "_check_number_of_samples": "pydantic",
+    "_check_what_a_kind_reads": "pydantic",
     "_refuse_unusable_text": "pydantic",
     "_postprocess": "Megatron's model",
     "swap": "users of the package",
