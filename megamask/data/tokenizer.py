@@ -33,6 +33,7 @@ class TextTokenizer:
             file does not say, so it adds none.
         model_vocab: the ids that the model knows are below this number; None where no model is
             there to ask.
+        eos: the tokenizer's own id of an end, whatever ends the documents of ``data.eod``.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TextTokenizer:
     encode_batch: Encode = field(repr=False)
     adds_bos: bool = False
     model_vocab: int | None = None
+    eos: int | None = None
 
     def check_ids(self, largest: int, place: Path | str) -> None:
         """Check that the model knows the ids of a text.
@@ -109,6 +111,7 @@ def _load_hf(path: Path, eod: str | None) -> TextTokenizer:
         else _hash_fast(backend.to_str()),
         encode_batch=_slow_encoder(tokenizer) if backend is None else _fast_encoder(backend),
         adds_bos=adds_bos,
+        eos=tokenizer.eos_token_id,
     )
 
 
@@ -168,6 +171,7 @@ def _load_sentencepiece(path: Path, eod: str | None) -> TextTokenizer:
         bos=_id_or_none(processor.bos_id()),
         fingerprint=_sha256(path.read_bytes()),
         encode_batch=lambda texts: processor.encode(list(texts), num_threads=1),
+        eos=_id_or_none(processor.eos_id()),
     )
 
 

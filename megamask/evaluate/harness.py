@@ -44,9 +44,11 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token before a text that has no context: the BOS, or else the end of a document."""
-        found = self.text_tokenizer.bos, self.text_tokenizer.eod
-        return next((one for one in found if one is not None), 0)
+        """The token before a text that has no context, as in the harness: the BOS, or else the EOS
+        of the tokenizer; or else the end of a document.
+        """
+        known = self.text_tokenizer
+        return next((one for one in (known.bos, known.eos, known.eod) if one is not None), 0)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any

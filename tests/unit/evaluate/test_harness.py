@@ -47,6 +47,21 @@ def made(model: Any, begin: list[int]) -> Any:
     return HarnessModel(scorer(transformers_score(model)), tokenizer, begin)
 
 
+@pytest.mark.parametrize(
+    ("bos", "eos", "eod", "expected"),
+    [(1, 2, 3, 1), (None, 2, 3, 2), (None, 2, None, 2), (None, None, 3, 3), (0, 2, 3, 0)],
+)
+def test_the_token_of_an_empty_context_is_that_of_the_harness(
+    bos: int | None, eos: int | None, eod: int | None, expected: int
+) -> None:
+    """``data.eod=null`` says nothing of the tokenizer's own EOS."""
+    from megamask.evaluate.harness import HarnessModel
+
+    tokenizer = TextTokenizer("t", VOCAB, eod, bos, "", lambda texts: [], eos=eos)
+    nothing: Any = None
+    assert HarnessModel(nothing, tokenizer, []).eot_token_id == expected
+
+
 @torch.no_grad()
 def plainly(model: Any, text: str) -> float:
     """The log-likelihood of the letters, and of nothing else, after a BOS."""
