@@ -183,9 +183,8 @@ def factor(known: Known, line: Line) -> float | None:
 def spread(values: Sequence[float]) -> str:
     """The mean, with the lowest and highest of several values."""
     middle = number(statistics.geometric_mean(values))
-    if len(values) == 1:
-        return middle
-    return f"{middle} ({number(min(values))}–{number(max(values))})"
+    lowest, highest = number(min(values)), number(max(values))
+    return middle if lowest == highest else f"{middle} ({lowest}–{highest})"
 
 
 def number(value: float) -> str:

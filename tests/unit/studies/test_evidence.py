@@ -250,5 +250,6 @@ def test_mistakes(
 
 def test_numbers() -> None:
     assert [number(value) for value in (9.876, 1234.5, 2.5e7)] == ["9.88", "1,234", "2.5e+07"]
-    assert spread([4.0, 9.0]) == "6.00 (4.00–9.00)" and spread([4.0]) == "4.00"
+    assert spread([4.0, 9.0]) == "6.00 (4.00–9.00)"
+    assert spread([4.0]) == spread([4.0, 4.001]) == "4.00"
     assert mean({"a": 4.0, "b": 9.0}) == pytest.approx(6.0, rel=1e-12)  # sqrt(4 x 9)
