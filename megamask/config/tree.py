@@ -301,7 +301,8 @@ class Config(Section):
                 value = getattr(corpus, key)
                 if corpus.kind != "hf" and value != getattr(usual, key):
                     fix = "Leave it out, and name the files of that part alone in path."
-                    raise ConfigError(f"data.domains.{name}.{key}", value, "for kind: hf", fix)
+                    allowed = f"for kind: hf alone, and here kind is {corpus.kind}"
+                    raise ConfigError(f"data.domains.{name}.{key}", value, allowed, fix)
             if corpus.kind in ("stdlib", "pydocs") and corpus.path is not None:
                 fix = "Leave it out, or choose the kind text or files."
                 allowed = f"null: {corpus.kind} is the text of Python itself"

@@ -21,6 +21,7 @@ OUTSIDE_DATA = ("fingerprint", "pattern", "linears")  # of a recipe: elsewhere i
 RECOVERED = "recovered"  # of a header's data: how the kept weights were recovered
 OF_ANOTHER_RUN = "of_another_run"  # of a recovery: whether its mask lies outside the run
 PRIOR_SHA256 = "prior_sha256"  # of a header's data: of the masks that learning started from
+WAYS = ("polished", "dense inputs")  # behind the method in the name of a row: see ``ways_of``
 NO_RECIPE = ("weights", OF_ANOTHER_RUN)  # of a recovery: what it is not made from
 
 
@@ -111,8 +112,8 @@ def ways_of(header: Mapping[str, Any] | None) -> list[str]:
     """What the verb prune did beside the method: ["polished"], ["dense inputs"], both or none."""
     data = (header or {}).get("data")
     known = data if isinstance(data, Mapping) else {}
-    inputs = known.get("inputs")
-    return ["polished"] * bool(known.get("polish")) + [f"{inputs} inputs"] * (inputs is not None)
+    did = (bool(known.get("polish")), known.get("inputs") == "dense")
+    return [way for way, is_so in zip(WAYS, did, strict=True) if is_so]
 
 
 def identity(masks: MaskSet) -> dict[str, str]:

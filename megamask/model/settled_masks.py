@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from megamask.config.published import without_places
@@ -31,3 +34,20 @@ def settled(masks: MaskSet, file: Path, mesh: Mesh) -> MaskSet:
         )
     mesh.barrier()
     return load_masks(file)
+
+
+@contextmanager
+def all_settled(
+    masks: Mapping[str, MaskSet], folder: Path, mesh: Mesh
+) -> Iterator[dict[str, MaskSet]]:
+    """``settled`` for named masks, with their files in ``folder``, which is deleted at the end. All
+    ranks must enter.
+    """
+    files = {name: folder / f"{number}.safetensors" for number, name in enumerate(masks)}
+    try:
+        if mesh.is_main and any(isinstance(one, SnapshotMasks) for one in masks.values()):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield {name: settled(one, files[name], mesh) for name, one in masks.items()}
+    finally:
+        if mesh.is_main:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ from megamask.errors import printable
 from megamask.masks.file import MaskSet
 from megamask.masks.identity import outdated, recovery_of, why_no_row_of
 from megamask.report.results_table import base_method
-from megamask.weights.model_identity import FINGERPRINT, is_model_of
+from megamask.weights.model_identity import FINGERPRINT, MODEL, is_model_of
 
 # What results have by row.
 BY_ROW = (
@@ -48,9 +48,8 @@ class OwnMasks:
 
         A row with the name of a mask of the run was measured on this very mask, or is strange, also
         where it does not say on which; so is the row of a method whose file holds a mask that was
-        made in another way since, polished for example. A row of another name is strange where it
-        names another model. The dense row has no mask: it is strange where the results, or all
-        rows beside it, name another model.
+        made in another way since, polished for example. The row of the dense model, and
+        others that name their mask, are strange where the results are of another model.
 
         Args:
             results: the content of a file of results.
@@ -62,26 +61,32 @@ class OwnMasks:
             for row in rows
             if (mask := self.masks.get(row)) is not None
         }
+        is_other = self._is_of_another_model(results)
+        methods = {base_method(row) for row in self.masks}
         made = results.get("masks")
         about = made if isinstance(made, Mapping) else {}
-        named = {
-            row: one.get(FINGERPRINT) for row, one in about.items() if isinstance(one, Mapping)
-        }
-        measured = {one for one in named.values() if isinstance(one, str)}
-        models = {one.fingerprint for one in self.masks.values()}
-        known = {self.model[FINGERPRINT]} if FINGERPRINT in self.model else models
-        methods = {base_method(row) for row in self.masks}
         for row in rows:
-            if row in self.masks or row == DENSE:
+            if row in self.masks:
                 continue
             if base_method(row) in methods:
                 strange[row] = "was measured on another mask"
-            elif known and isinstance(named.get(row), str) and named[row] not in known:
+            elif is_other and (row == DENSE or row in about):
                 strange[row] = "was measured on another model"
-        is_other = bool(measured and known) and measured.isdisjoint(known)
-        if DENSE in rows and (is_other or not is_model_of(results, self.model)):
-            strange[DENSE] = "was measured on another model"
         return {row: why for row, why in strange.items() if why}
+
+    def _is_of_another_model(self, results: Mapping[str, Any]) -> bool:
+        """By the digest of the model where both have it, for a mask may name a copy of the model in
+        another dtype; else by the fingerprints that all rows name.
+        """
+        if MODEL in results and MODEL in self.model:
+            return not is_model_of(results, self.model)
+        made = results.get("masks")
+        about = made.values() if isinstance(made, Mapping) else ()
+        named = (one.get(FINGERPRINT) for one in about if isinstance(one, Mapping))
+        measured = {one for one in named if isinstance(one, str)}
+        models = {one.fingerprint for one in self.masks.values()}
+        known = {self.model[FINGERPRINT]} if FINGERPRINT in self.model else models
+        return bool(measured and known) and measured.isdisjoint(known)
 
     def _outdated(self, mask: MaskSet) -> str:
         return outdated(mask.meta, self.masks.get(str(recovery_of(mask.meta).get("mask"))))

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from megamask.masks.identity import WAYS
 from megamask.tables import table
 
 METHOD_LABELS = {
@@ -22,9 +23,6 @@ METHOD_LABELS = {
     "admm_update": "ADMM + weight update",
     "learned": "learned mask",
 }
-
-
-WAYS = ("polished", "dense inputs")  # behind a method: see ``masks.identity.row_name``
 
 
 def base_method(row: str) -> str:

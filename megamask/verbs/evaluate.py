@@ -16,6 +16,7 @@ from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks, own_weights, recovered_names
 from megamask.masks.identity import row_name
 from megamask.masks.verify import check_asked
+from megamask.model.settled_masks import all_settled
 from megamask.parallel.mesh import start
 from megamask.prepare.layout import check_positions, evaluated_length
 from megamask.prepare.learned_text import warn_of_learned_text
@@ -54,8 +55,9 @@ def run(config: Config) -> None:
         facts = {"masks": list(masks), "digests": beside["masks"], "weights": inputs.fingerprint}
         mesh.require_same("inputs", {**facts, "protocol": beside["protocol"]})
         rows = Rows(config, paths, inputs.arch, mesh, text)
-        measured = {DENSE: rows.dense()}
-        measured |= {method: rows.masked(method, found) for method, found in masks.items()}
+        with all_settled(masks, paths.run_dir / "measuring", mesh) as held:
+            measured = {DENSE: rows.dense()}
+            measured |= {method: rows.masked(method, found) for method, found in held.items()}
         if mesh.is_main:
             results = by_quantity(measured) | beside
             storage.write_json(paths.results, results)

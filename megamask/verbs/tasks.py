@@ -26,6 +26,7 @@ from megamask.evaluate.rows import mask_digests, mask_patterns
 from megamask.export.folded import Stamp, read_stamp
 from megamask.masks.identity import row_name
 from megamask.model.build import DTYPES
+from megamask.model.settled_masks import all_settled
 from megamask.parallel.mesh import Mesh, choose_device, start
 from megamask.prepare.run_inputs import RunInputs
 from megamask.process.place import this_place
@@ -152,15 +153,17 @@ def _of_masks(inputs: RunInputs) -> dict[str, Any]:
     inputs.layout.check_model(inputs.arch)
     session = _Session.opened(config, inputs.arch)
     with start(config) as mesh:
-        facts = {"masks": list(masks), "digests": mask_digests(masks)}
+        digests = mask_digests(masks)
+        facts = {"masks": list(masks), "digests": digests}
         facts |= {"weights": inputs.fingerprint, "tokenizer": session.tokenizer.fingerprint}
         mesh.require_same("inputs", {**facts, "tasks": session.tasks.facts()})
         model, found = LoadedModel(config, inputs.paths, inputs.arch, mesh), {}
-        for name, each in {DENSE: None, **masks}.items():
-            weights, score = model.use(each), megatron_score(model.model)
-            found[name] = session.row(name, weights, score, mesh.device, mesh)
+        with all_settled(masks, inputs.paths.run_dir / "measuring", mesh) as held:
+            for name, each in {DENSE: None, **held}.items():
+                weights, score = model.use(each), megatron_score(model.model)
+                found[name] = session.row(name, weights, score, mesh.device, mesh)
     results = session.results(found, "Megatron-Core")
-    about = {"masks": mask_digests(masks), "pattern": mask_patterns(masks)}
+    about = {"masks": digests, "pattern": mask_patterns(masks)}
     return {**results, **about, **model_facts_of(inputs.note)}
 
 

@@ -16,6 +16,7 @@ import torch
 
 from megamask import load_masks
 from megamask.config.paths import margins_path
+from megamask.evaluate.rows import Rows
 from megamask.masks.from_snapshot import load_snapshot
 from megamask.weights.architecture import read_architecture
 from tests.e2e.program import contents, in_process, refusal
@@ -105,6 +106,26 @@ def test_an_extracted_mask_is_the_learned_one(
     copied = tmp_path / "copied.safetensors"
     done("extract", str(out), str(copied), *settings(tmp_path / "none"))
     assert margins_path(copied).read_bytes() == margins_path(out).read_bytes()
+
+
+def test_a_snapshot_that_goes_away_while_others_are_measured(
+    general: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that still learns deletes its older snapshots; the dense row is measured first."""
+    run_dir = Path(shutil.copytree(general, tmp_path / "run"))
+    snapshots, dense = run_dir / "learn" / "snapshots", Rows.dense
+    words = [*settings(run_dir), "evaluate.max_tokens=512"]
+    done("evaluate", *words, "evaluate.masks={mine: learned}")
+    expected = json.loads((run_dir / "results.json").read_text())["perplexity"]["mine"]
+
+    def meanwhile(self: Rows) -> Any:
+        shutil.rmtree(snapshots)
+        return dense(self)
+
+    monkeypatch.setattr(Rows, "dense", meanwhile)
+    done("evaluate", *words, f"evaluate.masks={{mine: {snapshots}}}")
+    assert json.loads((run_dir / "results.json").read_text())["perplexity"]["mine"] == expected
+    assert not (run_dir / "measuring").exists()
 
 
 def test_a_learned_mask_comes_back_from_a_file_of_another_tool(

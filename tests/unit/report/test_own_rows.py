@@ -14,6 +14,7 @@ from megamask.report.own_rows import OwnMasks
 from megamask.report.reading import _prior
 from megamask.report.results_table import base_method, best_one_shot, method_label
 from megamask.sparsity.pattern import Pattern
+from megamask.weights.model_identity import MODEL
 
 
 def mask(path: Path, seed: int, fingerprint: str = "a", **data: Any) -> MaskSet:
@@ -47,6 +48,20 @@ def test_rows_of_another_model(tmp_path: Path) -> None:
     }
     strange = OwnMasks({}, {"fingerprint": "b"}).strange_rows(results, "perplexity")
     assert strange == dict.fromkeys(("dense", "mine"), "was measured on another model")
+
+
+def test_a_mask_of_a_copy_in_another_dtype_is_of_the_model(tmp_path: Path) -> None:
+    """Its header names the fingerprint of the other copy; the digest of the model decides."""
+    found = mask(tmp_path / "wanda.safetensors", 1)
+    results = {
+        "perplexity": {"dense": {"code": 1.0}, "mine": {"code": 3.0}},
+        "masks": {"mine": identity(found)},
+        MODEL: "digest",
+    }
+    model = {"fingerprint": "fp16", MODEL: "digest"}
+    assert OwnMasks({}, model).strange_rows(results, "perplexity") == {}
+    other = OwnMasks({}, {**model, MODEL: "another"}).strange_rows(results, "perplexity")
+    assert set(other) == {"dense", "mine"}
 
 
 def test_a_prior_that_was_made_anew_since_is_not_the_prior(tmp_path: Path) -> None:
