@@ -11,6 +11,7 @@ from typing import Any
 from megamask.config import Config
 from megamask.config.deciding import deciding_settings
 from megamask.data.shards import SPLITS, read_shards
+from megamask.optim.optimizers import decay_rates
 from megamask.storage import read_json
 from megamask.weights.architecture import read_architecture
 from megamask.weights.model_identity import FINGERPRINT
@@ -48,11 +49,17 @@ def deciding(config: Config, sections: Sequence[str]) -> dict[str, Any]:
 
 
 def _settings(config: Config, sections: Sequence[str]) -> dict[str, Any]:
-    """The deciding settings, and the micro-batch: a run may go on with another micro-batch, but
-    masks with noise are drawn for each.
+    """The deciding settings. Those of learning have the decay rates that follow from the run, and
+    the micro-batch: a run may go on with another micro-batch, but masks with noise are drawn for
+    each.
     """
     found = deciding_settings(config, sections)
-    return found | {"learn.micro_batch": config.learn.micro_batch} if "learn" in sections else found
+    if "learn" not in sections:
+        return found
+    return found | {
+        "learn.optimizer.betas": list(decay_rates(config)),
+        "learn.micro_batch": config.learn.micro_batch,
+    }
 
 
 def text_digests(shards: Path) -> dict[str, list[str]]:

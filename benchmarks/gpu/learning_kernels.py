@@ -23,7 +23,7 @@ from megamask.learn.maskpro import score
 from megamask.learn.method import Method
 from megamask.learn.methods import find_method
 from megamask.model.build import DTYPES
-from megamask.optim.optimizers import find_rule
+from megamask.optim.optimizers import find_rule, section_for
 from megamask.optim.stochastic_rounding import RoundingOptimizer
 from megamask.sparsity.draw import GradientSink, Sampler, Site
 from megamask.sparsity.noise import NoiseKey
@@ -141,7 +141,7 @@ def update(config: Config, shape: Shape) -> None:
     site = site_of(config, shape, method)
     logits = empty(site, shape, DTYPES[state.logits])
     settings: dict[str, Any] = {"use_kernels": True, "logits_dtype": state.logits, "epsilon": 1e-8}
-    optimizer = rule.build(config.learn.optimizer, [], KEY.seed, **settings)
+    optimizer = rule.build(section_for(config), [], KEY.seed, **settings)
     assert isinstance(optimizer, RoundingOptimizer)
     optimizer.load_moments(optimizer.moments(), 1)
     gradient = empty(site, shape, torch.float32 if state.grads == "fp32" else logits.dtype)

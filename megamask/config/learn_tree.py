@@ -151,7 +151,12 @@ class OptimizerSection(Section):
         "cosine", description="how the rate falls from lr to min_lr"
     )
     weight_decay: Coefficient = each_step(0.1, description="decay of the logits, times the rate")
-    betas: tuple[Below1, Below1] = each_step((0.9, 0.95), description="decay rates of both moments")
+    betas: tuple[Below1, Below1] | None = each_step(
+        None,
+        description="decay rates of both moments; null = 0.95 for the second, and for the first "
+        "0.9, or less for AdamW in a run below 60 steps, whose mean gradient spans a sixth of the "
+        "steps, and two at least",
+    )
     epsilon: tuple[Annotated[float, Field(ge=1e-30, le=1e6)], Coefficient] = each_step(
         (1e-8, 0.1),
         description="AdamW: absolute part, and part in units of a clipped gradient's root mean "
@@ -163,6 +168,12 @@ class OptimizerSection(Section):
         description="each replica updates some layers, and keeps optimizer state for those layers "
         "alone (ZeRO-1)",
     )
+
+    @property
+    def decays(self) -> tuple[float, float]:
+        """The decay rates of both moments, in the section that an optimizer is built from."""
+        assert self.betas is not None, "megamask.optim.optimizers.build_optimizer derives them"
+        return self.betas
 
 
 class MaskProSection(Section):

@@ -30,6 +30,7 @@ MASKLLM: dict[str, Any] = {
             "lr": 5e-4,
             "min_lr": 1e-4,
             "weight_decay": 0.1,
+            "betas": [0.9, 0.95],
             "schedule": "cosine",
             "warmup_steps": 0,
             "epsilon": [1e-8, 0.0],

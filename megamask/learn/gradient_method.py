@@ -28,7 +28,7 @@ from megamask.learn.method import (
     TrialUpdate,
     keys_of,
 )
-from megamask.optim.optimizers import epsilon, find_rule
+from megamask.optim.optimizers import decay_rates, epsilon, find_rule, section_for
 from megamask.optim.requirements import check_optimizer
 from megamask.optim.schedule import learning_rates
 from megamask.sparsity.distribution import Distribution
@@ -138,7 +138,7 @@ class GradientMethod(Method):
             )
             linear.mask_logits.main_grad = gradient.clone()
             optimizer = rule.build(
-                learn.optimizer,
+                section_for(config),
                 [linear],
                 config.seed,
                 use_kernels=use_kernels,
@@ -163,13 +163,15 @@ class GradientMethod(Method):
         return unused
 
     def derived(self, config: Config) -> dict[str, float]:
-        """The learning rate, where it was not given, and the micro-batch where noise is drawn for
-        each.
+        """The learning rate and the decay of the mean gradient, where they were not given, and the
+        micro-batch where noise is drawn for each.
         """
         learn = config.learn
         found: dict[str, float] = {}
         if learn.optimizer.lr is None:
             found["learn.optimizer.lr"] = learning_rates(config)[0]
+        if learn.optimizer.betas is None:
+            found["learn.optimizer.betas[0]"] = decay_rates(config)[0]
         if learn.sampling.noise and learn.sampling.draws != "step":
             found[MICRO_BATCH] = learn.micro_batch
         return found

@@ -36,7 +36,7 @@ class AdamW(MaskOptimizer):
         self.adamw = torch.optim.AdamW(
             self.logits,
             lr=0.0,
-            betas=section.betas,
+            betas=section.decays,
             eps=epsilon,
             weight_decay=section.weight_decay,
             fused=True,
@@ -86,6 +86,7 @@ class AdamWRule(UpdateRule):
 
     name = "adamw"
     has_epsilon = True
+    has_short_means = True
 
     def has_kernels(self, logits_dtype: str) -> bool:
         """For bf16 logits."""

@@ -50,7 +50,7 @@ class AdamW8bit(MaskOptimizer):
         self.torchao = TorchAdamW8bit(
             self.logits,
             lr=0.0,
-            betas=section.betas,
+            betas=section.decays,
             eps=epsilon,
             weight_decay=section.weight_decay,
             bf16_stochastic_round=True,
@@ -138,6 +138,7 @@ class AdamW8bitRule(UpdateRule):
 
     name = "adamw8bit"
     has_epsilon = True
+    has_short_means = True
 
     def check(self, device: str) -> None:
         """Check for torchao and the compiler that it needs.

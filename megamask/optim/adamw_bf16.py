@@ -90,7 +90,7 @@ class AdamWBf16(RoundingOptimizer):
         """rate / (1 - beta1^t), rate decay, beta1, 1 - beta1, beta2, 1 - beta2,
         1 / sqrt(1 - beta2^t), eps.
         """
-        one, two = self.section.betas
+        one, two = self.section.decays
         return [
             rate / (1 - one**self.updates),
             rate * self.section.weight_decay,

@@ -113,6 +113,7 @@ class UpdateRule(ABC):
         warning_rate: the learning rate from which a warning is logged.
         rate_advice: the text of that warning.
         has_epsilon: whether the rule adds ``learn.optimizer.epsilon`` to a root.
+        has_short_means: whether the derived decay of its first moment falls in short runs.
     """
 
     name: ClassVar[str]
@@ -120,6 +121,7 @@ class UpdateRule(ABC):
     warning_rate: ClassVar[float] = math.inf
     rate_advice: ClassVar[str] = ""
     has_epsilon: ClassVar[bool] = False
+    has_short_means: ClassVar[bool] = False
 
     def check(self, device: str) -> None:  # noqa: B027 (most rules need nothing)
         """Check that everything the rule needs on ``device`` ("cpu" or "cuda") is installed.

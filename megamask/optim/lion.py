@@ -81,7 +81,7 @@ class Lion(RoundingOptimizer):
 
     def numbers(self, rate: float) -> list[float]:
         """rate, decay, beta1, 1 - beta1, beta2, 1 - beta2."""
-        one, two = self.section.betas
+        one, two = self.section.decays
         return [rate, self.section.weight_decay, one, 1 - one, two, 1 - two]
 
 

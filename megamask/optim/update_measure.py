@@ -49,7 +49,7 @@ def measure_update(optimizer: MaskOptimizer, mesh: Mesh) -> UpdateMeasure:
         mesh: the ranks, over whose shards the sums go.
     """
     assert optimizer.epsilon is not None
-    moments, (one, two) = optimizer.moments(), optimizer.section.betas
+    moments, (one, two) = optimizer.moments(), optimizer.section.decays
     steps = optimizer.steps_done()
     corrections = (1 - one**steps, 1 - two**steps)
     pairs = zip(moments["exp_avg"], moments["exp_avg_sq"], strict=True)

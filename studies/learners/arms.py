@@ -251,8 +251,11 @@ ARMS: list[Arm] = [
     *_ablation(
         "momentum",
         {
-            f"{rate:g}": (f"{rate:g}", {"optimizer.betas": [rate, 0.95]})
-            for rate in (0.9, 0.8, 0.6, 0)
+            "derived": ("derived from the steps", {}),
+            **{
+                f"{rate:g}": (f"{rate:g}", {"optimizer.betas": [rate, 0.95]})
+                for rate in (0.9, 0.8, 0.6, 0)
+            },
         },
     ),
     *_ablation(

@@ -78,8 +78,10 @@ def numbers(section: type[BaseModel], prefix: str = "") -> Iterator[Number]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from numbers(kind, f"{key}.")
         elif get_origin(kind) is tuple:
-            for place, inner in enumerate(get_args(kind)):
-                yield Number(key, *limits_of(field, inner), field.default, place)
+            inners = get_args(kind)
+            pair = field.default or (0.5,) * len(inners)  # null is allowed where it is the default
+            for place, inner in enumerate(inners):
+                yield Number(key, *limits_of(field, inner), pair, place)
         elif get_origin(kind) is dict:
             inner, facts = limits_of(field, get_args(kind)[1])
             if inner in (int, float):

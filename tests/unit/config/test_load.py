@@ -47,7 +47,7 @@ def test_a_later_layer_wins(tmp_path: Path) -> None:
     assert config.learn.optimizer.weight_decay == 0.2  # recipe over preset
     assert config.learn.global_batch == 32  # override over recipe
     assert config.learn.sampling.mode == "hard"  # override over preset
-    assert config.learn.optimizer.betas == (0.9, 0.95)  # default
+    assert config.learn.sampling.annealed_by == 1.0  # default
     assert load_config(path).learn.global_batch == 64
 
 

@@ -190,6 +190,8 @@ def test_a_rate_that_follows_from_other_settings_is_told_too(
     assert longer.restore().step == 2
     found = {one.setting: (one.before, one.after) for one in longer.changes}
     assert found.pop("learn.steps") == (4, 16)
+    # the mean gradient spans a sixth of 16 steps, and two steps at least
+    assert found.pop("learn.optimizer.betas[0]") == (0.5, pytest.approx(1 - 6 / 16))
     ((before, after),) = found.values()
     assert list(found) == ["learn.optimizer.lr"] and before == pytest.approx(2 * after, rel=1e-12)
     assert "changed for this run: learn.optimizer.lr" in caplog.text

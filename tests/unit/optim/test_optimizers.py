@@ -107,6 +107,42 @@ def test_the_logits_dtype_decides_between_the_two_adamw() -> None:
         assert type(build_optimizer(config, [linear(random_logits(2, 8))])) is kind
 
 
+@pytest.mark.parametrize(
+    ("words", "decay"),
+    [
+        (["steps=1"], 0.5),  # over two steps, the least
+        (["steps=15"], 0.6),
+        (["steps=20"], 0.7),
+        (["steps=60"], 0.9),
+        (["steps=2000"], 0.9),
+        (["steps=20", "state.logits=bf16"], 0.7),
+        (["steps=20", "optimizer.betas=[0.8,0.99]"], 0.8),
+        (["steps=20", "preset=maskllm"], 0.9),  # the paper's, in a run of any length
+        (["steps=20", "preset=roi"], 0.9),
+    ],
+)
+def test_the_mean_gradient_of_adamw_spans_a_sixth_of_the_steps_at_most(
+    words: list[str], decay: float
+) -> None:
+    config = load_config(None, [f"learn.{word}" for word in words])
+    optimizer = build_optimizer(config, [linear(random_logits(2, 8))])
+    gradient = random_grad(0, optimizer.logits[0])
+    take_step(optimizer, 0, [gradient], rate=1e-3, clip=1.0)
+    # After a step from nothing the mean is (1 - decay) times the gradient; bf16 has 8 bits.
+    mean, kept = optimizer.moments()["exp_avg"][0].float(), (1 - decay) * gradient
+    assert torch.allclose(mean, kept, rtol=2**-7, atol=0)
+    for other in {0.0, 0.5, 0.6, 0.7, 0.8, 0.9} - {decay}:
+        assert not torch.allclose(mean, (1 - other) * gradient, rtol=2**-7, atol=0)
+
+
+def test_lion_has_the_usual_decays_in_a_run_of_any_length() -> None:
+    """The derivation was tried with AdamW alone."""
+    for steps in (1, 20, 2000):
+        words = [f"learn.steps={steps}", "learn.optimizer.kind=lion"]
+        optimizer = build_optimizer(load_config(None, words), [linear(random_logits(2, 8))])
+        assert optimizer.section.decays == (0.9, 0.95)
+
+
 def no_module(*missing: str) -> Callable[[str], Any]:
     found = importlib.util.find_spec
     return lambda name, *rest: None if name in missing else found(name, *rest)

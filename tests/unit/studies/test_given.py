@@ -21,8 +21,17 @@ def config(**learn: object) -> Config:
 def test_a_given_default_is_no_other_run() -> None:
     kept = deciding(Config(), ALL)
     assert kept == deciding(config(steps=Config().learn.steps), ALL)
-    assert deciding(config(steps=7), ALL) == {**kept, "learn.steps": 7}
-    assert deciding(config(steps=7), MAKING) == kept
+    assert deciding(config(steps=70), ALL) == {**kept, "learn.steps": 70}
+    assert deciding(config(steps=70), MAKING) == kept
+
+
+def test_the_decay_rates_that_follow_from_a_run_count() -> None:
+    """As those that are given, and only where they are not those of before."""
+    rates = {"learn.optimizer.betas": [0.7, 0.95]}
+    assert deciding(config(steps=20), ALL) == {"learn.steps": 20, **rates}
+    given = config(steps=20, optimizer={"betas": (0.7, 0.95)})
+    assert deciding(given, ALL) == deciding(config(steps=20), ALL)
+    assert deciding(config(steps=20, optimizer={"betas": (0.9, 0.95)}), ALL) == {"learn.steps": 20}
 
 
 def test_what_does_not_decide_counts_for_nothing() -> None:

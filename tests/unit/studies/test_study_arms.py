@@ -29,7 +29,7 @@ def test_an_ablation_changes_one_thing(words: Words) -> None:
     """Every ablation holds its reference's own settings as one of its rows, so that the table has
     all values of what is varied.
     """
-    bench = __main__.open_bench(__main__.read_options(words()))
+    bench = __main__.open_bench(__main__.read_options(words(steps=20)))
     base = bench.digest(by_name()[BASE])
     for group in (
         "prior",
