@@ -72,8 +72,7 @@ def write_masked(
         check_export(folder, masks, base.ignore_keys)
         check_others(folder, base, source)
         say_nothing_of_sparsity(folder)
-        base.copy_licences(folder)
-        base.add_tokenizer(folder)
+        base.complete(folder)
         finish(folder)
 
     tensors = FoldedSource(source, masks).tensors()

@@ -17,6 +17,7 @@ from megamask.prepare.same_model import check_converted, check_given_weights
 from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.dist_checkpoint.megatron_args import refuse_parts
 from megamask.weights.own_folder import check_output
+from megamask.weights.side_files import check_side_files
 from megamask.weights.source import WeightSource
 
 
@@ -26,14 +27,17 @@ def run(config: Config) -> None:
 
     Raises:
         ConfigError, ArtifactError: the mask is of another pattern or model, weights and mask are of
-            two results or models, a folder is incomplete or cannot be written, or the format holds
-            masks alone and others are asked for.
+            two results or models, a folder is incomplete or cannot be written, config or tokenizer
+            is a link to a place outside the model, or the format holds masks alone and others are
+            asked for.
     """
     paths, base = run_paths(config), base_model(config)
     chosen = FORMATS[config.export.format]
     if not chosen.holds_weights:
         _require_mask_alone(config)
     check_output(paths.export, STAMP, "export.out", base)
+    if chosen.holds_weights:
+        check_side_files(base.hf_dir)
     if config.export.format == "megatron":
         refuse_parts(base.architecture(), "export.format", "megatron", "Set export.format=hf.")
     with base.open() as source:

@@ -95,7 +95,7 @@ def run(config: Config, arguments: ReorderArguments) -> None:
         if arguments.rotate_values:
             made_from["rotated"] = "values"
         mesh.require_same("inputs", made_from)
-        made_from[SIDE_FILES] = side_digests(base.hf_dir, base.config)  # the main rank copies them
+        made_from[SIDE_FILES] = base.side_digests()  # the main rank copies them
         if mesh.from_main(mesh.is_main and _is_done(out, made_from, ignore_keys)):
             if mesh.is_main:
                 log.info("%s already holds this model in its new order", out)
@@ -189,6 +189,7 @@ def _write(
     shares = found.summary()
 
     def finish(folder: Path) -> None:
+        base.complete(folder)
         stamp = {
             "megamask": __version__,
             "made_from": made_from,

@@ -29,8 +29,9 @@ from megamask.weights.gguf_layout import GGUF_STAMP
 from megamask.weights.hf_files import HFReader, open_checked
 from megamask.weights.licences import copy_licences
 from megamask.weights.other_tensors import WithOthers
-from megamask.weights.side_files import add_tokenizer
+from megamask.weights.side_files import add_tokenizer, side_digests, tokenizer_digests
 from megamask.weights.source import WeightSource
+from megamask.weights.token_ids import token_ids
 
 CONFIG = "config.json"
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
@@ -75,13 +76,35 @@ class BaseModel:
         found = dict.fromkeys((self.place, self.hf_dir))
         return sorted({name for folder in found for name in copy_licences(folder, target)})
 
-    def add_tokenizer(self, folder: Path) -> None:
-        """Give a written folder the tokenizer that the settings name, where the model of a Megatron
-        checkpoint brought none beside it; the log says where there is none.
+    def complete(self, folder: Path) -> None:
+        """Give a written folder, which has the side files of ``hf_dir``, what they lack: the
+        licences beside the weights, and where the model is a Megatron checkpoint the tokenizer that
+        the settings name, and in a derived config.json the ids of its special tokens. The log says
+        where there is no tokenizer.
         """
-        if self.megatron is not None and not add_tokenizer(folder, self.tokenizer):
+        self.copy_licences(folder)
+        if self.megatron is None:
+            return
+        if not add_tokenizer(folder, self.tokenizer):
             what = "%s has no tokenizer: set data.tokenizer, or copy one beside its config.json"
             log.warning(what, folder.name)
+        elif self.config is not None:
+            one = folder / (self.tokenizer.name if self.tokenizer else "")
+            try:
+                ids = token_ids(one if one.is_file() else folder)
+            except Exception as error:  # whatever a tokenizer's library raises
+                what = "%s: its tokenizer cannot be read, so config.json names no BOS and EOS: %s"
+                log.warning(what, folder.name, error)
+            else:
+                write_json(folder / CONFIG, {**self.config, **ids})
+
+    def side_digests(self) -> dict[str, str]:
+        """Name -> SHA-256 of the files beside the weights that a written folder gets, and of the
+        tokenizer that ``complete`` may add.
+        """
+        found = side_digests(self.hf_dir, self.config)
+        added = self.tokenizer if self.megatron is not None else None
+        return found | {f"added {name}": sha for name, sha in tokenizer_digests(added).items()}
 
     def architecture(self) -> Architecture:
         """The architecture of config.json.

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from megamask.errors import ArtifactError
 from megamask.storage import file_sha256, real_path, write_json
 from megamask.weights.dist_checkpoint import checkpoint_folder
 
@@ -28,6 +29,8 @@ TOKENIZER = (
     *("chat_template*", "*.model", "*.tiktoken", "spiece*"),
 )
 SIDE_FOLDERS = ("additional_chat_templates",)
+# A folder without these is another model, or none.
+NEEDED = ("config.json", "generation_config.json", *TOKENIZER)
 
 
 def copy_side_files(
@@ -39,6 +42,9 @@ def copy_side_files(
         source_dir: the folder of the files.
         folder: where they go.
         config: the content of config.json, where ``source_dir`` has none; it may then be missing.
+
+    Raises:
+        ArtifactError: as ``check_side_files``.
     """
     if config is not None:
         write_json(folder / "config.json", config)
@@ -50,19 +56,36 @@ def copy_side_files(
         shutil.copyfile(file, place)
 
 
+def check_side_files(source_dir: Path) -> None:
+    """Check that config and tokenizer of a folder, if it is there, can be copied.
+
+    Raises:
+        ArtifactError: one of them is a link to a place outside the model.
+    """
+    if source_dir.is_dir():
+        _files(source_dir)
+
+
 def add_tokenizer(folder: Path, tokenizer: Path | None) -> bool:
     """Copy the tokenizer of another folder, or its one file, into a folder that has none; returns
     whether the folder has one now.
     """
-    if not _tokenizer_of(folder) and tokenizer is not None:
-        found = _tokenizer_of(tokenizer) if tokenizer.is_dir() else [tokenizer]
-        for file in found if tokenizer.exists() else ():
+    if not _tokenizer_of(folder):
+        for file in _tokenizer_of(tokenizer):
             shutil.copyfile(file, folder / file.name)
     return bool(_tokenizer_of(folder))
 
 
-def _tokenizer_of(folder: Path) -> list[Path]:
-    return [file for file in _files(folder) if any(fnmatch(file.name, one) for one in TOKENIZER)]
+def tokenizer_digests(tokenizer: Path | None) -> dict[str, str]:
+    """Name -> SHA-256 of every file that ``add_tokenizer`` may copy."""
+    return {file.name: file_sha256(file) for file in _tokenizer_of(tokenizer)}
+
+
+def _tokenizer_of(place: Path | None) -> list[Path]:
+    """The files of the tokenizer in a folder, or the one file."""
+    if place is None or not place.is_dir():
+        return [place] if place is not None and place.is_file() else []
+    return [file for file in _files(place) if any(fnmatch(file.name, one) for one in TOKENIZER)]
 
 
 def side_digests(source_dir: Path, config: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -83,6 +106,10 @@ def _files(source_dir: Path) -> list[Path]:
             found += [file for file in sorted(path.iterdir()) if belongs(file, path)]
         elif belongs(path, source_dir):
             found.append(path)
+        elif path.is_symlink() and any(fnmatch(path.name, one) for one in NEEDED):
+            problem = f"is a link to {real_path(path)}, outside the model: it is not copied into a "
+            fix = "Put the file itself there, for example with cp -L."
+            raise ArtifactError(path, problem + "folder that may be published", fix)
         else:
             left_out.append(path.name)
     if left_out:

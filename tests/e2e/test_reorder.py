@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
 
 from megamask.verbs.reorder import _is_done as is_done
 from megamask.weights.hf_files import HFReader
@@ -72,11 +73,28 @@ def test_a_megatron_checkpoint_is_reordered_as_the_folder_of_its_model(
     words = ["export.mask=dense", "export.format=megatron", f"export.out={checkpoint}"]
     done("export", *settings(prepared), *words)
     place = [f"model.megatron={checkpoint}", f"model.hf={tmp_path / 'none'}"]
-    done("reorder", str(out), *settings(prepared), *place, f"data.tokenizer={model}")
+    # a tokenizer whose special tokens have other ids than LLaMA's, which transformers assumes
+    theirs = Path(shutil.copytree(model, tmp_path / "theirs"))
+    settings_file = theirs / "tokenizer_config.json"
+    words_of = json.loads(settings_file.read_text())
+    words_of |= {"bos_token": words_of["eos_token"], "eos_token": words_of["bos_token"]}
+    settings_file.write_text(json.dumps(words_of))
+    place.append("data.eod=</s>")  # of the prepared text
+    done("reorder", str(out), *settings(prepared), *place, f"data.tokenizer={theirs}")
     with HFReader(out) as found, HFReader(reordered[0]) as expected:
         assert set(found.names()) == set(expected.names())
         for name in expected.names():
             assert torch.equal(found.tensor(name), expected.tensor(name)), name
+    # the folder has the tokenizer, and its config.json the ids of it, not those of LLaMA
+    written = AutoConfig.from_pretrained(str(out))
+    tokenizer = AutoTokenizer.from_pretrained(str(out))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (2, 1)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(written, key) == getattr(tokenizer, key), key
+    again = ("reorder", str(out), *settings(prepared), *place)
+    assert "already holds this model" in done(*again, f"data.tokenizer={theirs}")
+    assert "already" not in done(*again, f"data.tokenizer={model}")  # other side files
+    assert AutoConfig.from_pretrained(str(out)).eos_token_id == 2
 
 
 def test_a_folder_is_made_once_and_again_when_settings_change(

@@ -22,6 +22,7 @@ from megamask.weights.file_layout import file_layout
 from megamask.weights.fingerprint import fingerprint_model
 from megamask.weights.hf_files import HFReader, open_checked, write_hf
 from megamask.weights.mapping import expected_tensors, linear_shapes
+from megamask.weights.side_files import check_side_files
 
 
 def tiny_model(tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
@@ -243,6 +244,28 @@ def test_side_files_that_link_outside_the_model_are_left_out(
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert "LICENSE" not in written and "left out" in caplog.text
     assert (tmp_path / "out" / "config.json").read_text() == (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_config_and_tokenizer_that_link_outside_the_model_are_refused(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    """A folder without them would be another model, and a copy could publish a private file."""
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text((folder / "config.json").read_text())
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(elsewhere)
+    check_side_files(tmp_path / "none")
+    for act in (
+        lambda: check_side_files(folder),
+        lambda: write_hf(tmp_path / "out", iter([("a.weight", torch.ones(2, 2))]), folder),
+    ):
+        with pytest.raises(ArtifactError, match=rf"(?s){name}.* is a link to {elsewhere}.*cp -L"):
+            act()
+    assert not (tmp_path / "out").exists()
+    (folder / name).unlink()
+    (folder / name).write_text(elsewhere.read_text())
+    check_side_files(folder)
 
 
 def test_side_files_of_a_hub_cache_are_copied(folder: Path, tmp_path: Path) -> None:
