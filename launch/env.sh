@@ -93,7 +93,8 @@ megamask_env() {
     stamp="$VENV/.installed-$key"
     if [ ! -e "$stamp" ] || [ ! -x "$VENV/bin/python" ]; then
         torch_version="$(host_torch || true)"
-        if [ ! -x "$VENV/bin/python" ]; then
+        # A venv that was interrupted, or made without ensurepip, has a python and no pip.
+        if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
             say "making $VENV with $("$PYTHON" -V)" \
                 "${torch_version:+, keeping torch $torch_version of the host}"
             make_venv "$torch_version"

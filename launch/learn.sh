@@ -3,7 +3,8 @@
 # It translates the environment and nothing else; every setting is in the recipe or on the command
 # line. `megamask submit launch.launcher=torchrun` keeps such a run in the run folder.
 #
-#   NPROC_PER_NODE   processes on this node (default: its GPUs, or 1)
+#   NPROC_PER_NODE   processes on this node (default: its GPUs, those that CUDA_VISIBLE_DEVICES
+#                    names if it is set, or 1)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for more than one node: NODE_RANK is 0 on the first
 #   MASTER_WAIT      seconds that a node waits for node 0 (default 900)
 #   RESTARTS         how often torchrun starts all processes again after one ended with an error,
@@ -22,7 +23,11 @@ recipe="$1"; shift
 if [ -x "$VENV/bin/python" ]; then export PATH="$VENV/bin:$PATH"; fi
 
 NNODES="${NNODES:-1}"
-gpus="$(nvidia-smi -L 2>/dev/null | wc -l || true)"
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # entries up to the first that names no GPU
+    gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *\(-1\)\? *$/,$d' | wc -l)"
+else
+    gpus="$(nvidia-smi -L 2>/dev/null | wc -l || true)"
+fi
 NPROC_PER_NODE="${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_process "$NPROC_PER_NODE")}"
 export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 NCCL_DEBUG="${NCCL_DEBUG:-WARN}"

@@ -37,6 +37,9 @@ RUN_DIR="${RUN_DIR:-$REPO/runs/$NAME}"
 mkdir -p "$RUN_DIR" || die "$RUN_DIR cannot be written. Name another folder with RUN_DIR=..."
 RUN_DIR="$(cd "$RUN_DIR" && pwd)"
 TP="${TP:-1}"
+if [ -n "${GGUF:-}" ] && [ ! -f "$GGUF" ]; then
+    die "GGUF=$GGUF is missing. Correct it, or leave it out to download $FILE."
+fi
 GGUF="${GGUF:-$RUN_DIR/cache/$FILE}"
 SETTINGS=("run_dir=$RUN_DIR" "model.gguf=$GGUF" "$@")
 

@@ -38,7 +38,8 @@ def artefacts(stage: str, config: Config, paths: RunPaths) -> list[Path]:
     return {
         "gguf": [paths.hf],
         "convert": [paths.weights],
-        "tokenize": [paths.shards],
+        "tokenize": [paths.shards / name / "meta.json" for name in config.data.domains]
+        or [paths.shards],
         "prune": [
             file
             for method in config.prune.methods
@@ -58,9 +59,10 @@ def is_there(stage: str, config: Config, paths: RunPaths) -> bool:
 def is_done(stage: str, config: Config, paths: RunPaths) -> bool:
     """Whether every artefact of the stage is there.
 
-    The artefacts of ``REMADE`` must also be as new as the learned mask, and of these settings. The
-    stage ``learn`` is not done where it goes on with other settings, as with more steps. It is done
-    with fewer steps than were learned, because no step would read the number.
+    The artefacts of ``REMADE`` must also be as new as the learned mask, results as new as the
+    one-shot masks too, and of these settings. The stage ``learn`` is not done where it goes on with
+    other settings, as with more steps. It is done with fewer steps than were learned, because no
+    step would read the number.
     """
     if not is_there(stage, config, paths):
         return False
@@ -70,9 +72,10 @@ def is_done(stage: str, config: Config, paths: RunPaths) -> bool:
         return not found and isinstance(before, int) and now <= before
     if stage not in REMADE:
         return True
-    learned = paths.mask("learned")
+    measured = config.prune.methods if stage == "evaluate" else []
+    masks = [paths.mask(name) for name in ("learned", *measured)]
     made = artefacts(stage, config, paths)[0].stat().st_mtime
-    newer_mask = learned.exists() and learned.stat().st_mtime > made
+    newer_mask = any(mask.exists() and mask.stat().st_mtime > made for mask in masks)
     return not (newer_mask or changes(stage, config, paths))
 
 

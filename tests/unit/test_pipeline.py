@@ -58,12 +58,35 @@ def test_a_stage_is_done_when_every_artefact_is_there(tmp_path: Path) -> None:
     assert ask(tmp_path, "is-done", "report").returncode == 1  # it prints the table each time
 
 
+def test_a_text_that_was_interrupted_is_not_done(tmp_path: Path) -> None:
+    """The folder is made first, and the note of each domain last."""
+    for name in ("code", "prose"):
+        assert ask(tmp_path, "is-done", "tokenize").returncode == 1
+        touch(tmp_path / "shards" / name / "train.bin")
+        assert ask(tmp_path, "is-done", "tokenize").returncode == 1
+        touch(tmp_path / "shards" / name / "meta.json")
+    assert ask(tmp_path, "is-done", "tokenize").returncode == 0
+
+
 def test_results_older_than_the_learned_mask_are_made_again(tmp_path: Path) -> None:
     touch(tmp_path / "results.json", age=10)
     touch(tmp_path / "masks" / "learned.safetensors")
     assert ask(tmp_path, "is-done", "evaluate").returncode == 1
     touch(tmp_path / "results.json", age=-10)
     assert ask(tmp_path, "is-done", "evaluate").returncode == 0
+
+
+def test_results_older_than_a_one_shot_mask_are_made_again(tmp_path: Path) -> None:
+    """As after another method was asked for: its row would be missing."""
+    methods = ("prune.methods=[magnitude, ria]",)
+    touch(tmp_path / "results.json")
+    touch(tmp_path / "export", age=0)
+    touch(tmp_path / "masks" / "magnitude.safetensors", age=10)
+    assert ask(tmp_path, "is-done", "evaluate", settings=methods).returncode == 0
+    touch(tmp_path / "masks" / "ria.safetensors", age=-10)
+    assert ask(tmp_path, "is-done", "evaluate", settings=methods).returncode == 1
+    assert ask(tmp_path, "is-done", "evaluate").returncode == 0  # not among these methods
+    assert ask(tmp_path, "is-done", "export", settings=methods).returncode == 0
 
 
 def test_what_was_made_with_other_settings_is_not_reused(tmp_path: Path) -> None:

@@ -36,6 +36,22 @@ def learn(python: Path, *words: str, **variables: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.parametrize(
+    ("named", "processes"),
+    [("0,1", 2), ("3", 1), ("GPU-a, GPU-b,GPU-c", 3), ("0,-1,1", 1), ("", 1), ("-1", 1)],
+)
+def test_a_process_for_each_gpu_that_is_visible(python: Path, named: str, processes: int) -> None:
+    """More than the visible ones would share GPUs, which NCCL refuses."""
+    smi = python.with_name("nvidia-smi")
+    smi.write_text("#!/usr/bin/env bash\nfor i in 1 2 3 4 5 6 7 8; do echo GPU $i; done\n")
+    smi.chmod(0o755)
+    path = f"{python.parent}:{os.environ['PATH']}"
+    everything = {"NPROC_PER_NODE": "", "PATH": path}
+    assert "--nproc-per-node 8 " in learn(python, "r.yaml", **everything).stdout
+    visible = learn(python, "r.yaml", **everything, CUDA_VISIBLE_DEVICES=named)
+    assert f"--nproc-per-node {processes} " in visible.stdout
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
