@@ -27,9 +27,11 @@ Written by `python -m megamask settings --markdown > docs/settings.md` from the 
 (`megamask/config/tree.py` and `learn_tree.py`); a test compares the two.
 
 A recipe (`--config FILE`) gives settings as YAML, and the command line as `key.sub=value`; the
-command line wins. Below both lie the named settings of `learn.preset`, `learn.memory` and
-`learn.method` (`megamask/config/presets.py`), and below these the defaults. `null` is no value.
-A `~` or `~user` that begins a path is a home folder, here and in the arguments of verbs.
+command line wins. A mapping on the command line, such as `data.blend={code: 1}`, takes the place
+of the mapping of the recipe, and `data.blend.code=1` changes an entry. Below both lie the named
+settings of `learn.preset`, `learn.memory` and `learn.method` (`megamask/config/presets.py`), and
+below these the defaults. `null` is no value. A `~` or `~user` that begins a path is a home folder,
+here and in the arguments of verbs.
 
 A setting decides the content of what is made with it, so that a run whose setting changed is not
 continued. Three kinds of settings are marked:

@@ -8,13 +8,13 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from megamask import user_paths
 from megamask.config import describe, legacy
-from megamask.config.nested import merge, nest
+from megamask.config.nested import Whole, merge, nest
 from megamask.config.presets import named_settings, plain
 from megamask.config.recipes import find_recipe
 from megamask.config.section import UNKNOWN_USER
@@ -71,7 +71,10 @@ def read_settings(
                 "an override has the form key.sub=value",
                 "Write it as, for example, learn.steps=100.",
             )
-        merge(from_overrides, nest({key.strip(): _parse_scalar(key, text)}))
+        value = _parse_scalar(key, text)
+        if isinstance(value, dict) and get_origin(_annotation(key.strip().split("."))) is dict:
+            value = Whole(value)  # data.blend={code: 1}: these entries, and not those of the recipe
+        merge(from_overrides, nest({key.strip(): value}))
     layers = [from_recipe, from_overrides]
     arguments: dict[str, dict[str, Any]] = {}
     for layer in layers:
@@ -153,19 +156,11 @@ def _parse_scalar(key: str, text: str) -> Any:
 def _suggest(location: tuple[int | str, ...]) -> str:
     """Name the nearest setting: beside the unknown key, or else anywhere in the tree."""
     parts = [str(part) for part in location]
-    section: Any = Config
-    for part in parts[:-1]:
-        field = (
-            section.model_fields.get(part)
-            if isinstance(section, type) and issubclass(section, BaseModel)
-            else None
-        )
-        section = field.annotation if field else None
-    names = (
-        list(section.model_fields)
-        if isinstance(section, type) and issubclass(section, BaseModel)
-        else []
-    )
+    if len(parts) == 1 and any(leaf.key == parts[0] for leaf in describe.leaves()):
+        *sections, name = parts[0].split(".")
+        return f"A recipe is nested: write {name} below {': '.join(sections)}:."
+    section = _annotation(parts[:-1])
+    names = list(section.model_fields) if _is_section(section) else []
     prefix = ".".join(parts[:-1])
     near = difflib.get_close_matches(parts[-1], names, n=1)
     if near:
@@ -177,3 +172,21 @@ def _suggest(location: tuple[int | str, ...]) -> str:
     if near:
         return f"Did you mean {' or '.join(by_leaf[near[0]])}?"
     return f"{prefix or 'The top level'} has: {', '.join(names)}."
+
+
+def _annotation(parts: Sequence[str]) -> Any:
+    """The type of the setting or section at dotted ``parts``, an entry of a mapping included; None
+    where there is none.
+    """
+    found: Any = Config
+    for part in parts:
+        if _is_section(found):
+            field = found.model_fields.get(part)
+            found = field.annotation if field else None
+        else:
+            found = get_args(found)[1] if get_origin(found) is dict else None
+    return found
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -47,10 +47,16 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
     return found
 
 
+class Whole(dict[str, Any]):
+    """A mapping that takes the place of the one below it, where others are merged."""
+
+
 def merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
     """Put the values of ``above`` into ``below``, section by section."""
     for key, value in above.items():
-        if isinstance(value, dict):
+        if isinstance(value, Whole):
+            below[key] = Whole(value)
+        elif isinstance(value, dict):
             if not isinstance(below.get(key), dict):
                 below[key] = {}
             merge(below[key], value)

@@ -312,13 +312,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_number_of_samples(self) -> Config:
         """Megatron's index of samples has some 16 bytes a sample, in the memory of every rank."""
-        learn = self.learn
-        if learn.steps * learn.global_batch > MAX_SAMPLES:
-            raise ConfigError(
-                "learn.steps",
-                learn.steps,
-                f"at most {MAX_SAMPLES:,} samples in all: steps x learn.global_batch "
-                f"({learn.global_batch:,})",
-                "Lower one of the two.",
-            )
+        for name, section in (("learn", self.learn), ("recover", self.recover)):
+            if section.steps * section.global_batch > MAX_SAMPLES:
+                raise ConfigError(
+                    f"{name}.steps",
+                    section.steps,
+                    f"at most {MAX_SAMPLES:,} samples in all: steps x {name}.global_batch "
+                    f"({section.global_batch:,})",
+                    "Lower one of the two.",
+                )
         return self

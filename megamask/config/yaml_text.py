@@ -42,8 +42,8 @@ def read_yaml(text: str | bytes) -> Any:
         text: characters, or UTF-8 bytes.
 
     Raises:
-        ValueError: the text is no YAML, not UTF-8, or too deep or too large once its aliases are
-            expanded.
+        ValueError: the text is no YAML, not UTF-8, has a key of a mapping twice, or is too deep or
+            too large once its aliases are expanded.
     """
     try:
         loader = _Loader(text.decode() if isinstance(text, bytes) else text)
@@ -84,7 +84,7 @@ def _count(node: yaml.Node | None, depth: int, before: int = 0) -> int:
     the values are built.
 
     Raises:
-        ValueError: they are too many or too deep.
+        ValueError: they are too many or too deep, or a mapping has a key twice.
     """
     if depth < 0:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
@@ -93,8 +93,23 @@ def _count(node: yaml.Node | None, depth: int, before: int = 0) -> int:
         raise ValueError(f"it holds more than {MAX_VALUES:,} values")
     inner: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
+        _refuse_repeated(node)
         inner = [value for _, value in node.value]
         inner += [key for key, _ in node.value if not isinstance(key, yaml.ScalarNode)]
     for one in inner:
         total = _count(one, depth - 1, total)
     return total
+
+
+def _refuse_repeated(node: yaml.MappingNode) -> None:
+    """Refuse a key that a mapping has twice: YAML forbids it, and PyYAML takes the last.
+
+    Raises:
+        ValueError: there is one.
+    """
+    found: set[str] = set()
+    for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        if key in found and key != "<<":
+            line = node.start_mark.line + 1
+            raise ValueError(f"the mapping that begins in line {line} has the key {key!r} twice")
+        found.add(key)

@@ -56,8 +56,30 @@ def blend_weights(config: Config) -> dict[str, float]:
     weight.
 
     Raises:
-        ConfigError: a weight is negative or not finite, the weights sum to zero, a domain is
-            unknown, or a domain to learn from has only held-out text.
+        ConfigError: as ``check_blend``; or no domain is left to learn from.
+    """
+    domains, given = config.data.domains, check_blend(config)
+    total = sum(given.values())
+    if total <= 0 and not config.data.blend:
+        shares = {name: corpus.heldout for name, corpus in domains.items()}
+        fix = "Lower heldout of a domain to learn from, or add such a domain."
+        raise ConfigError("data.domains", shares, "a domain with heldout below 1", fix)
+    if total <= 0:
+        raise ConfigError(
+            "data.blend",
+            given,
+            "at least one weight above 0",
+            "Give the domains to learn from a positive weight.",
+        )
+    return {name: given[name] / total for name in domains if given.get(name, 0) > 0}
+
+
+def check_blend(config: Config) -> dict[str, float]:
+    """The weights of ``data.blend``, or those that stand for it, checked one by one.
+
+    Raises:
+        ConfigError: a weight is negative or not finite, a domain is unknown, or a domain to learn
+            from has only held-out text.
     """
     domains, given = config.data.domains, dict(config.data.blend)
     given = given or {name: float(corpus.heldout < 1) for name, corpus in domains.items()}
@@ -83,15 +105,7 @@ def blend_weights(config: Config) -> dict[str, float]:
                 f"0, for data.domains.{name}.heldout=1 leaves no text to learn from",
                 "Leave the domain out of data.blend, or lower its heldout.",
             )
-    total = sum(given.values())
-    if total <= 0:
-        raise ConfigError(
-            "data.blend",
-            given,
-            "at least one weight above 0",
-            "Give the domains to learn from a positive weight.",
-        )
-    return {name: given[name] / total for name in domains if given.get(name, 0) > 0}
+    return given
 
 
 class Samples:

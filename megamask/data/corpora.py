@@ -20,6 +20,7 @@ from megamask.data import stdlib
 from megamask.data.document import START, Document, Reached
 from megamask.data.text_files import (
     corpus_files,
+    files_below,
     format_of,
     lines,
     missing_library,
@@ -113,8 +114,9 @@ def source_stamp(name: str, corpus: CorpusSection) -> list[Any]:
     """Facts that change when the source changes although no setting did.
 
     For files these are names, sizes and times of modification; for the text of the Python
-    installation it is the Python version. A file that was replaced with its size and time kept is
-    not noticed. The time of the last change of its inode would tell, but a copy, a backup or a
+    installation it is the Python version, and for a dataset of the Hub its name alone: a newer
+    revision of it is not noticed, and neither is a file that was replaced with its size and time
+    kept. The time of the last change of its inode would tell, but a copy, a backup or a
     ``chmod`` changes that too, and terabytes would be tokenized again.
 
     Raises:
@@ -124,7 +126,10 @@ def source_stamp(name: str, corpus: CorpusSection) -> list[Any]:
         stats = [(str(path), path.stat()) for path in corpus_files(name, corpus)[0]]
         return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     if corpus.kind == "hf":
-        return [required_path(name, corpus)]
+        place = required_path(name, corpus)
+        files = sorted(files_below(Path(place))) if Path(place).is_dir() else []
+        stats = [(str(path), path.stat()) for path in files]
+        return [place, *([path, stat.st_size, stat.st_mtime_ns] for path, stat in stats)]
     return [sys.version]
 
 

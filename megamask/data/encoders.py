@@ -116,8 +116,9 @@ def encoded(
         ArtifactError: the texts of a batch cannot be encoded.
         ConfigError: a process was killed.
     """
-    # The processes are the parallelism; tokenizers would start threads in each of them.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The processes are the parallelism. Threads of tokenizers, which a user's own value may start
+    # for the first domain, would leave the processes of the next in a deadlock.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     source = iter(batches)
     first = list(islice(source, 2))
     if processes == 1 or len(first) < 2:

@@ -141,6 +141,8 @@ def calibration_description(config: Config) -> dict[str, Any]:
         },
         "tokenizer": tokenizer.fingerprint,
     }
+    if list(weights) != sorted(weights):  # the order decides which samples are drawn
+        described["order"] = list(weights)  # masks of before do not say it
     if before_document(config, tokenizer):
         described["bos"] = tokenizer.bos
     return described

@@ -23,7 +23,7 @@ from megamask.config import Config, CorpusSection
 from megamask.data.bos import before_document
 from megamask.data.shards import SPLITS, describe_file, read_shards
 from megamask.data.split import split_documents
-from megamask.data.text_files import looked_up
+from megamask.data.text_files import files_below, looked_up
 from megamask.data.token_index import TokenIndex, bin_file, idx_file, read_index
 from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ArtifactError, ConfigError, MegamaskError
@@ -81,7 +81,7 @@ def prefixes(name: str, corpus: CorpusSection) -> list[Path]:
             allowed = f"null for kind megatron: {setting} is about text, and the shards hold tokens"
             raise ConfigError(f"data.domains.{name}.{setting}", value, allowed, fix)
     if path.is_dir():
-        matches = [str(file) for file in path.rglob("*.idx")]
+        matches = [str(file) for file in files_below(path) if file.suffix == ".idx"]
     else:
         matches = glob.glob(str(path), recursive=True) + glob.glob(f"{path}.idx", recursive=True)
     ends = (".idx", ".bin")

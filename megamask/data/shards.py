@@ -229,7 +229,9 @@ def open_shards(config: Config, domain: str, split: str, tokenizer: TextTokenize
         raise ArtifactError(shards.folder, problem, fix)
     _check_ends(shards, tokenizer)
     if shards.tokens(split) == 0:
-        raise ArtifactError(shards.folder, f"has no {split} text", _more_text(domain, split))
+        raise ArtifactError(
+            shards.folder, f"has no {split} text", _more_text(shards, domain, split)
+        )
     return shards
 
 
@@ -327,7 +329,13 @@ def _token(number: object) -> str:
     return "no token" if number is None else f"the token {number}"
 
 
-def _more_text(domain: str, split: str) -> str:
+def _more_text(shards: Shards, domain: str, split: str) -> str:
+    if sum(count["documents"] for count in shards.meta["splits"].values()) == 1:
+        return (
+            f"{domain} is one document (data.domains.{domain}.join makes one of many), which is "
+            "either learned from or held out whole. Give it two documents or more and run the verb "
+            "tokenize, or add a domain for the other side."
+        )
     direction = "Raise" if split == HELDOUT else "Lower"
     return (
         f"{direction} data.domains.{domain}.heldout, or give the domain two documents or more, "

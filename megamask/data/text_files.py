@@ -17,6 +17,7 @@ import glob
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -52,9 +53,7 @@ def corpus_files(name: str, corpus: CorpusSection) -> tuple[list[Path], list[Pat
     """
     path = looked_up(name, corpus)
     if path.is_dir():
-        found = sorted(
-            file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)
-        )
+        found = sorted(file for file in files_below(path) if not _is_hidden(file, path))
         files = [file for file in found if _is_wanted(file, corpus.kind)]
         left_out = [file for file in found if not _is_wanted(file, corpus.kind)]
     else:
@@ -208,6 +207,19 @@ def _is_wanted(file: Path, kind: str) -> bool:
     if any(fnmatch(file.name, note) for note in NOTES) and kind != "text":
         return False
     return kind == "text" or format_of(file) in ({kind} if kind != "files" else {*FORMATS.values()})
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder and its subfolders, links to folders included, each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        facts = os.stat(place)
+        if (facts.st_dev, facts.st_ino) in seen:
+            folders.clear()  # a link to a folder above it, or to one that was read already
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        folders.sort()
+        yield from (file for name in names if (file := Path(place, name)).is_file())
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:

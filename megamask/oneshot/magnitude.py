@@ -29,5 +29,5 @@ class Magnitude(Criterion):
             ConfigError: m does not divide in_features.
         """
         pattern.groups(weight_OI.shape[1])
-        score_OI = weight_OI.detach().abs()
+        score_OI = weight_OI.detach().float().abs()  # pairs are summed
         return Pruned(pattern.best(score_OI), score_OI)

@@ -75,10 +75,10 @@ class Content:
         """
         if problem := lacks(note, _NOTE, "content"):
             raise ArtifactError(snapshot, problem, f"Delete this snapshot. {AFRESH}")
-        if set(note["text"]) != set(self.text):
+        if list(note["text"]) != list(self.text):  # their order decides that of the samples
             allowed = f"{snapshot} was learned from {', '.join(note['text']) or 'no domain'}"
-            fix = f"Name these domains in data.blend. {AFRESH}"
-            raise ConfigError("data.blend", ", ".join(self.text), allowed, fix)
+            fix = "Name these domains in data.blend, in this order in data.domains."
+            raise ConfigError("data.blend", ", ".join(self.text), allowed, f"{fix} {AFRESH}")
         shards = run_paths(config).shards
         for domain in self.text:
             if note["tokenizer"].get(domain) != self.tokenizer[domain]:

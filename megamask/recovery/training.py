@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zlib
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
@@ -116,7 +117,7 @@ class Lora(Training):
     ) -> TrainedWeight:
         """The frozen weights with the change."""
         section = config.recover
-        seed = (config.seed << 32) | number
+        seed = zlib.crc32(f"{config.seed} {number}".encode())  # PyTorch takes 32 bits
         return LowRank(linear, mask_OI, section.rank, section.alpha / section.rank, seed)
 
 

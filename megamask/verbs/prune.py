@@ -22,6 +22,7 @@ from megamask.masks.identity import OUTSIDE_DATA, recipe_of
 from megamask.masks.margins import load_margins, save_margins
 from megamask.masks.save import save_codes
 from megamask.masks.times import write_seconds
+from megamask.model.build import DTYPES
 from megamask.model.checkpoint import float16_fingerprints
 from megamask.model.mask_shards import gather_codes, hf_shapes
 from megamask.model.updated_weights import save_updated
@@ -124,7 +125,10 @@ def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
         **model_facts_of(inputs.note),
     }
     if criterion.needs_text:
-        settings |= {"dtype": config.dtype, "calibration": calibration_description(config)}
+        settings |= {"calibration": calibration_description(config)}
+    # Magnitudes are those of weights in this dtype; files of before say it only where text does.
+    if criterion.needs_text or f"torch.{inputs.note['dtype']}" != str(DTYPES[config.dtype]):
+        settings["dtype"] = config.dtype
     if criterion.needs_stats and config.prune.inputs != "pruned":
         settings["inputs"] = config.prune.inputs  # files of before do not name their inputs
     if budget := config.model.exclude_sensitive:

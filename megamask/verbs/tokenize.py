@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 from megamask.config import Config, run_paths
-from megamask.data.blend import blend_weights
+from megamask.data.blend import check_blend
 from megamask.data.bos import before_document
 from megamask.data.shards import read_shards
 from megamask.data.shared_text import check_shared_text
@@ -104,7 +104,7 @@ def _check_domains(config: Config) -> None:
                 "letters, digits, _ and - (not 'cache'): it names a folder",
                 "Rename the domain.",
             )
-    blend_weights(config)
+    check_blend(config)
     check_shared_text(domains)
 
 

@@ -22,7 +22,7 @@ from megamask.terminal import tell
 from megamask.weights.architecture import Architecture, read_architecture
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.file_stream import Streamed
-from megamask.weights.gguf_header import ROPE_FACTORS, Header
+from megamask.weights.gguf_header import ARCHITECTURES, ROPE_FACTORS, Header
 from megamask.weights.gguf_layout import GGUF_STAMP, read_layout
 from megamask.weights.gguf_tokenizer import HeaderTokenizer
 from megamask.weights.hf_files import open_checked, write_tensors
@@ -46,7 +46,7 @@ def unpack(source: Path, out: Path) -> None:
         MegamaskError: the machine does not let it be read, or lacks the memory.
     """
     _require_gguf(source)
-    read_layout(source)  # before the file is hashed, which takes long
+    read_layout(source, ARCHITECTURES)  # before the file is hashed, which takes long
     stamp = {"file": source.name, "sha256": _sha256(source), "tokenizer": TOKENIZER}
     if _is_done(out, stamp):
         tell(f"{out}: already unpacked from {source.name}")

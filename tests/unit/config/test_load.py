@@ -72,6 +72,80 @@ def test_the_last_of_two_overrides_wins() -> None:
     assert load_config(None, ["seed=1", "seed=2"]).seed == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "blend"),
+    [
+        (["data.blend={code: 1}"], {"code": 1}),
+        (["data.blend={}"], {}),  # equal weights
+        (["data.blend.code=1"], {"web": 0.5, "code": 1}),
+        (["data.blend={code: 1}", "data.blend.web=2"], {"code": 1, "web": 2}),
+        (["data.blend.web=2", "data.blend={code: 1}"], {"code": 1}),
+        (["data={blend: {code: 1}}"], {"web": 0.5, "code": 1}),  # a section is merged
+    ],
+)
+def test_a_mapping_on_the_command_line_takes_the_place_of_the_recipes(
+    tmp_path: Path, words: list[str], blend: dict[str, float]
+) -> None:
+    domains = "{web: {kind: stdlib}, code: {kind: stdlib}}"
+    path = recipe(tmp_path, f"data: {{domains: {domains}, blend: {{web: .5, code: .5}}}}")
+    config = load_config(path, words)
+    assert config.data.blend == blend and list(config.data.domains) == ["web", "code"]
+
+
+def test_other_mappings_are_replaced_too(tmp_path: Path) -> None:
+    path = recipe(
+        tmp_path,
+        "data: {domains: {web: {kind: stdlib, heldout: .5}}}\nevaluate: {masks: {a: x}}\n"
+        "pattern_overrides: {'*.o_proj': '4:8'}",
+    )
+    mine = "data.domains={mine: {kind: pydocs}}"
+    config = load_config(path, [mine, "evaluate.masks={}", "pattern_overrides={}"])
+    assert list(config.data.domains) == ["mine"] and config.evaluate.masks == {}
+    assert config.pattern_overrides == {}
+    # an entry that is a section of its own is merged like every section
+    config = load_config(path, ["data.domains.web={kind: pydocs}"])
+    assert config.data.domains["web"].heldout == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("learn: {steps: 3}\nlearn: {micro_batch: 2}", "learn"),
+        ("data:\n  domains:\n    web: {kind: stdlib}\n    web: {kind: pydocs}", "web"),
+        ("learn: {steps: 3, steps: 3}", "steps"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, key: str) -> None:
+    """PyYAML takes the last, and the settings of the first are lost without a word."""
+    with pytest.raises(ConfigError, match=f"has the key '{key}' twice"):
+        load_config(recipe(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        (
+            "data: {domains: {web: {kind: stdlib, heldot: 3}}}",
+            "Did you mean data.domains.web.heldout?",
+        ),
+        ("data: {domains: {web: {kind: stdlib, xyzzy: 3}}}", "data.domains.web has: kind, "),
+        ("learn.steps: 100", "A recipe is nested: write steps below learn:."),
+        ("learn.optimizer.lr: 1", "write lr below learn: optimizer:."),
+    ],
+)
+def test_an_unknown_key_names_what_is_near(tmp_path: Path, text: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match="no such setting") as caught:
+        load_config(recipe(tmp_path, text))
+    assert fix in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["learn", "recover"])
+def test_more_samples_than_an_index_holds_are_refused(section: str) -> None:
+    words = [f"{section}.steps=10000000", f"{section}.global_batch=1048576"]
+    with pytest.raises(ConfigError, match=rf"{section}\.steps = .*100,000,000 samples in all"):
+        load_config(None, words)
+
+
 def test_preset_maskllm_holds_the_values_of_the_paper() -> None:
     """MaskLLM, Table 7 (LLaMA-2 7B) and appendix A, copied by hand from the paper."""
     learn = load_config(None, ["learn.preset=maskllm"]).learn

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from megamask.config import Config, run_paths
 from megamask.data.blend import blend_weights, train_dataset
+from megamask.data.heldout import calibration_description, evaluation_windows
 from megamask.data.shards import read_shards
 from megamask.errors import ArtifactError, ConfigError
 from megamask.verbs import tokenize
@@ -128,8 +129,9 @@ def test_blend_weights_that_cannot_work(
 ) -> None:
     with pytest.raises(ConfigError, match=message):  # an infinite one when the settings are read
         blend_weights(two_domains(blend=blend))
-    with pytest.raises(ConfigError, match=message):
-        tokenize.run(two_domains(blend=blend))
+    if sum(blend.values()) != 0:  # weights of 0 alone leave domains to evaluate on
+        with pytest.raises(ConfigError, match=message):
+            tokenize.run(two_domains(blend=blend))
 
 
 def test_blend_weights(
@@ -152,6 +154,41 @@ def test_a_domain_that_is_all_held_out_cannot_be_learned_from(
     with pytest.raises(ConfigError, match=said):
         blend_weights(make_config(domains, blend={"a": 1, "test": 2}))
     assert blend_weights(make_config(domains, blend={"a": 1, "test": 0})) == {"a": 1.0}
+
+
+def test_a_run_that_only_evaluates_is_tokenized(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    (tmp_path / "test.txt").write_text("some text to measure on " * 50)
+    config = make_config(
+        {"test": {"kind": "text", "path": str(tmp_path / "test.txt"), "heldout": 1}}
+    )
+    tokenize.run(config)
+    assert len(evaluation_windows(config, None)["test"]) > 0
+    with pytest.raises(ConfigError, match=r"(?s)data\.domains = .*below 1.*add such a domain"):
+        blend_weights(config)  # nothing to learn from
+
+
+def test_one_document_is_called_so(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    """No share of it can be held out."""
+    (tmp_path / "one.txt").write_text("some text " * 50)
+    corpus = {"kind": "text", "path": str(tmp_path / "one.txt"), "heldout": 0.9}
+    config = make_config({"one": corpus})
+    tokenize.run(config)
+    with pytest.raises(ArtifactError, match=r"has no heldout text.*one is one document"):
+        evaluation_windows(config, None)
+
+
+def test_the_order_of_domains_counts_where_it_decides(make_config: Callable[..., Config]) -> None:
+    """Samples are dealt in the order of ``data.domains``."""
+    one = {"kind": "stdlib", "max_bytes": 100_000}
+    given = {}
+    for names in (("a", "b"), ("b", "a")):
+        config = make_config({name: one for name in names})
+        tokenize.run(config)
+        given[names] = calibration_description(config)
+    assert "order" not in given["a", "b"]  # as in masks of before
+    assert given["b", "a"] == {**given["a", "b"], "order": ["b", "a"]}
 
 
 def test_shards_that_do_not_fit_are_refused(

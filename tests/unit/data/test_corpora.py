@@ -13,7 +13,7 @@ import pytest
 
 from megamask.config import CorpusSection
 from megamask.data import stdlib
-from megamask.data.corpora import documents
+from megamask.data.corpora import documents, source_stamp
 from megamask.data.document import Document
 from megamask.data.split import split_documents
 from megamask.errors import ArtifactError, ConfigError
@@ -36,6 +36,28 @@ def test_text_reads_a_file_a_folder_and_a_glob_in_sorted_order(tmp_path: Path) -
     assert texts(kind="text", path=str(tmp_path / "b.txt")) == ["bee"]
     assert texts(kind="text", path=str(tmp_path)) == ["ant", "bee", "cat"]
     assert texts(kind="text", path=str(tmp_path / "*.txt")) == ["ant", "bee"]
+
+
+def test_a_link_to_a_folder_is_read_once(tmp_path: Path) -> None:
+    """As corpora on clusters are put together; one leads back to the top, and two to one folder."""
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for folder, name in ((corpus / "a", "ant"), (elsewhere, "bee")):
+        folder.mkdir(parents=True)
+        (folder / f"{name}.txt").write_text(name)
+    for name, target in (("b", elsewhere), ("c", elsewhere), ("d", corpus)):
+        (corpus / name).symlink_to(target)
+    assert texts(kind="text", path=str(corpus)) == ["ant", "bee"]
+
+
+def test_a_local_dataset_is_known_by_its_files(tmp_path: Path) -> None:
+    """So its shards are made again when they change; one of the Hub has its name alone."""
+    (tmp_path / "train.jsonl").write_text("{}")
+    local = CorpusSection(kind="hf", path=str(tmp_path))
+    before = source_stamp("d", local)
+    assert source_stamp("d", local) == before
+    (tmp_path / "train.jsonl").write_text('{"text": "other"}')
+    assert source_stamp("d", local) != before
+    assert source_stamp("d", CorpusSection(kind="hf", path="org/name")) == ["org/name"]
 
 
 def test_jsonl_reads_plain_and_gzip_and_another_field(tmp_path: Path) -> None:

@@ -70,6 +70,19 @@ def test_no_process_encodes_in_its_first_thread(processes: int) -> None:
     assert (os.getpid() in {process for _, process in found}) == (processes == 1)
 
 
+def test_threads_of_the_tokenizer_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own value started them in the first domain, and the next one hung."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    found = []
+
+    def encode(texts: Any) -> Tokens:
+        found.append(os.environ["TOKENIZERS_PARALLELISM"])
+        return Tokens(np.array([0], np.int32), np.array([1], np.int32))
+
+    list(encoded(encode, [Texts("a")], 1, "web"))
+    assert found == ["false"]
+
+
 class UnsentError(Exception):
     """An error that no pipe carries: it holds a function, and its arguments are not its text."""
 

@@ -165,3 +165,13 @@ def test_refuses_a_row_that_m_does_not_divide(name: str) -> None:
     stats.add(torch.randn(20, 10))
     with pytest.raises(ConfigError, match="must divide in_features, here 10"):
         prune(name, torch.ones(3, 10), stats, Pattern(2, 4))
+
+
+def test_magnitudes_of_pairs_are_summed_in_fp32() -> None:
+    """Sums in bf16 round alike, and the earlier of two pairs would win."""
+    pattern, weight_OI = Pattern.parse("4:8:pair"), example()[0].repeat(64, 1).bfloat16()
+    weight_OI += (0.01 * torch.randn(weight_OI.shape)).bfloat16()
+    magnitude = CRITERIA["magnitude"]
+    pruned = magnitude.prune(weight_OI, Statistics(), pattern, PruneSection())
+    assert torch.equal(pruned.mask_OI, pattern.best(weight_OI.float().abs()))
+    assert not torch.equal(pruned.mask_OI, pattern.best(weight_OI.abs()))

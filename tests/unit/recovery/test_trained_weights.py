@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from megamask.config import load_config
 from megamask.recovery.trained_weights import KeptWeights, LowRank, TrainedWeight
+from megamask.recovery.training import Lora
 from megamask.sparsity.pattern import Pattern
 
 
@@ -87,3 +89,17 @@ def test_the_shards_of_a_low_rank_change_are_those_of_the_whole() -> None:
         joined = torch.cat(factors, dim=1) if axis == 1 else factors[1]
         assert torch.equal(joined, whole.parameters[0])
         assert parts[0].is_shared == ([True, False] if axis == 0 else [False, True])
+
+
+def test_the_start_of_lora_depends_on_seed_and_linear() -> None:
+    """PyTorch's generator takes 32 bits of a seed."""
+    one = linear()
+    mask_OI = Pattern(2, 4).best(one.weight.abs())
+    starts = {
+        (seed, number): tuple(
+            Lora().trained(load_config(None, [f"seed={seed}"]), one, mask_OI, number).a_RI.flatten()
+        )
+        for seed in (0, 1, 2**32 - 1)
+        for number in (0, 0xDEADBEEF)
+    }
+    assert len({tuple(map(float, start)) for start in starts.values()}) == len(starts)

@@ -102,6 +102,18 @@ def stamps(run_dir: Path) -> dict[str, int]:
     return {path.name.partition(".")[0]: path.stat().st_mtime_ns for path in sorted(files)}
 
 
+def test_magnitudes_of_another_dtype_are_another_mask(run_dir: Path, hf: Path) -> None:
+    """They are those of the weights in the dtype that the model is computed in."""
+    only = ("prune.methods=[magnitude]",)
+    prune.run(configured(run_dir, hf, *only))
+    before = stamps(run_dir)
+    prune.run(configured(run_dir, hf, *only))
+    assert stamps(run_dir) == before
+    other = {"bf16": "fp32", "fp32": "bf16"}[configured(run_dir, hf).dtype]
+    prune.run(configured(run_dir, hf, *only, f"dtype={other}"))
+    assert stamps(run_dir) != before
+
+
 def test_writes_masks_and_updated_weights(run_dir: Path, hf: Path) -> None:
     config = configured(run_dir, hf)
     prune.run(config)

@@ -334,6 +334,18 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", arch="mamba")
     with pytest.raises(ArtifactError, match="holds a mamba model"):
         run(config_for(tmp_path / "m.gguf", tmp_path / "hf"))
+    writer = gguf.GGUFWriter(tmp_path / "lists.gguf", "lfm2")  # a size for each of its layers
+    writer.add_head_count_kv([0, 8])
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+    ):
+        write()
+    writer.close()
+    with pytest.raises(ArtifactError, match="holds a lfm2 model"):
+        run(config_for(tmp_path / "lists.gguf", tmp_path / "hf"))
 
 
 @pytest.mark.parametrize("number", [0, 1])
