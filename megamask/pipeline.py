@@ -119,10 +119,10 @@ def changes(stage: str, config: Config, paths: RunPaths) -> dict[str, tuple[Any,
     if stage != "learn" or not found:
         return found
     # Importing the room learn takes seconds, so it waits until a setting differs.
-    from megamask.learn.preflight import settings_without_effect
+    from megamask.learn.preflight import learning_changes
 
-    ignored = settings_without_effect(config.learn)
-    return {key: values for key, values in found.items() if key not in ignored}
+    counted = learning_changes(upgrade_note(before), config)
+    return {key: values for key, values in found.items() if key in counted}
 
 
 def _has_same_content(key: str, config: Config, paths: RunPaths) -> bool:

@@ -249,7 +249,7 @@ class MonitorSection(Section):
     """Where metrics go and how often the hard mask is evaluated."""
 
     evaluate_every: Annotated[int, Field(ge=0, le=10**7)] = free(
-        50, description="steps between evaluations; 0 = only at the end"
+        50, description="steps between evaluations; 0 = only at the start and at the end"
     )
     evaluate_windows: Samples = free(
         8, description="held-out windows of each domain while learning"

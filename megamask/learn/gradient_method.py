@@ -152,7 +152,9 @@ class GradientMethod(Method):
         return TrialUpdate(rule.name, make, 0.0 if logits.device.type == "cpu" else neighbours)
 
     def unused_settings(self, learn: LearnSection) -> set[str]:
-        """The settings of the policy gradient, and those of distillation where there is none."""
+        """The settings of the policy gradient, and those of distillation where there is none.
+        Micro-batches that share a mask share its masked weights too, which are kept then.
+        """
         unused = keys_of(learn, "maskpro")
         if learn.distillation.share == 0:
             unused |= {"learn.distillation.temperature", "learn.distillation.top_k"}
@@ -160,6 +162,8 @@ class GradientMethod(Method):
             unused |= {"learn.optimizer.epsilon"}
         if learn.optimizer.schedule == "constant":
             unused |= {"learn.optimizer.min_lr"}
+        if learn.sampling.span > 1:
+            unused |= {"learn.state.masked_weight"}
         return unused
 
     def derived(self, config: Config) -> dict[str, float]:

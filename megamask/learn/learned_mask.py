@@ -19,6 +19,8 @@ from megamask.masks.save import save_codes
 from megamask.model.mask_shards import gather_codes, hf_shapes
 from megamask.parallel.mesh import Mesh
 
+WINDOWS = "windows_sha256"  # of the evaluation in a header: what its perplexities are of
+
 
 def save_learned_mask(
     path: Path,
@@ -89,9 +91,13 @@ def learned_from(
     }
 
 
-def evaluation_of(path: Path) -> tuple[int, dict[str, float]] | None:
+def evaluation_of(path: Path, windows: str = "") -> tuple[int, dict[str, float]] | None:
     """The step of the evaluation in a mask file, and the perplexity of each domain, {} where it
     says none; None where there is no such file or evaluation.
+
+    Args:
+        path: the mask file.
+        windows: digest of the windows that perplexities must be of; empty: of any.
     """
     try:
         evaluation = load_masks(path).meta.get("evaluation")
@@ -101,4 +107,6 @@ def evaluation_of(path: Path) -> tuple[int, dict[str, float]] | None:
     step, by_domain = known.get("step"), known.get("perplexity")
     if not isinstance(step, int):
         return None
-    return step, by_domain if isinstance(by_domain, dict) else {}
+    if not isinstance(by_domain, dict) or windows not in ("", known.get(WINDOWS)):
+        return step, {}
+    return step, by_domain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 from megamask.config.paths import LEARNED, LEARNED_BEST
 from megamask.data.batches import BatchPlan
@@ -16,7 +17,12 @@ from megamask.learn.evaluation import (
     windows_digest,
 )
 from megamask.learn.heartbeat import Heartbeat, State
-from megamask.learn.learned_mask import evaluation_of, learned_from, save_learned_mask
+from megamask.learn.learned_mask import (
+    WINDOWS,
+    evaluation_of,
+    learned_from,
+    save_learned_mask,
+)
 from megamask.learn.learner import Learner
 from megamask.learn.masked_model import build_masked_model
 from megamask.learn.methods import find_method
@@ -26,7 +32,7 @@ from megamask.learn.metrics.monitor import Monitor
 from megamask.learn.metrics.provenance import write_provenance
 from megamask.learn.snapshot import Snapshots
 from megamask.leftovers import remove_leftovers
-from megamask.masks.times import forget_seconds, write_seconds
+from megamask.masks.times import write_seconds
 from megamask.parallel.mesh import Mesh
 from megamask.prepare.run_inputs import LearnInputs
 from megamask.process.holder import Holder, utc_now
@@ -208,10 +214,11 @@ class Run:
     def _recall_best(self) -> None:
         """Make the best score that of the best mask on disk.
 
-        A best mask of a later step than the snapshot is deleted: other steps follow. Where the mask
-        of the best score is gone, or the score was measured on other windows, the next evaluation
-        is the best. The evaluation after the last step comes after the snapshot of that step, so
-        the mask may be better than the snapshot's note says; then its header has the score.
+        A best mask of a later step than the snapshot is put aside: other steps follow. Where the
+        mask of the best score is gone, or the score was measured on other windows, the next
+        evaluation is the best. The evaluation after the last step comes after the snapshot of that
+        step, so the mask may be better than the snapshot's note says; then its header has the
+        score, if it is of these windows.
         """
         progress, windows = self.progress, windows_digest(self.windows)
         compares = progress.measured_on in ("", windows)
@@ -219,10 +226,9 @@ class Run:
         known = None  # the step of the best mask, and its score
         if self.mesh.is_main:
             path = self.paths.mask(LEARNED_BEST)
-            known = evaluation_of(path)
+            known = evaluation_of(path, windows)
             if known is not None and known[0] > progress.step:
-                path.unlink()
-                forget_seconds(path)
+                self._put_aside(path, known[0])
                 known = None
         step, by_domain = self.mesh.from_main(known) or (0, {})
         if not compares or (not step and progress.best_step):
@@ -238,9 +244,12 @@ class Run:
         path, step = self.paths.mask(LEARNED), self.progress.step
         known = evaluation_of(path)
         if known is not None and known[0] > step and step < self.config.learn.steps:
-            aside = self.snapshots.put_aside([path])
-            text = "%s is of step %d, and the run goes on from step %d: it is in %s now"
-            log.warning(text, path, known[0], step, aside)
+            self._put_aside(path, known[0])
+
+    def _put_aside(self, path: Path, step: int) -> None:
+        aside, here = self.snapshots.put_aside([path]), self.progress.step
+        text = "%s is of step %d, and the run goes on from step %d: it is in %s now"
+        log.warning(text, path, step, here, aside)
 
     def _is_done(self) -> bool:
         is_last = self.progress.step >= self.config.learn.steps
@@ -271,7 +280,12 @@ class Run:
         step, window = self.progress.step, self.config.evaluate.window
         changes = self.snapshots.changes
         data = learned_from(self.config, self.content.text, step, self.prior, changes)
-        evaluation = {"step": step, "window": window, "perplexity": by_domain}
+        evaluation = {
+            "step": step,
+            "window": window,
+            WINDOWS: windows_digest(self.windows),
+            "perplexity": by_domain,
+        }
         path = self.paths.mask(name)
         if self.mesh.is_main:
             write_seconds(path, self.monitor.seconds)

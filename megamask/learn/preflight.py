@@ -5,14 +5,19 @@ fit together.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from megamask import storage
+from megamask.config import Config
+from megamask.config.deciding import LEARN, changes
 from megamask.config.learn_tree import LearnSection
 from megamask.config.paths import RunPaths
 from megamask.config.section import Section
 from megamask.data.blend import blend_weights
 from megamask.data.heldout import evaluated_domains
 from megamask.learn.methods import find_method
+from megamask.optim.optimizers import BETAS, same_decays
 from megamask.prepare.run_inputs import LearnInputs
 
 log = logging.getLogger(__name__)
@@ -21,6 +26,17 @@ log = logging.getLogger(__name__)
 def settings_without_effect(learn: LearnSection) -> set[str]:
     """Settings that change nothing under the method of the run, whatever their value is."""
     return find_method(learn.method).unused_settings(learn)
+
+
+def learning_changes(before: Mapping[str, Any], now: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value before, value now) of the settings that decide what is learned and
+    differ; see ``megamask.config.deciding.changes``. Decay rates that are given on one side and
+    derived on the other do not differ where they are the same.
+    """
+    found = changes(before, now, LEARN, settings_without_effect(now.learn))
+    if BETAS in found and same_decays(before, now):
+        del found[BETAS]
+    return found
 
 
 def unused_settings(learn: LearnSection) -> list[str]:

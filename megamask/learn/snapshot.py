@@ -18,13 +18,13 @@ from typing import Any
 from megamask import storage
 from megamask.config import Config
 from megamask.config.changed import Changed, read_changes, write_changes
-from megamask.config.deciding import LEARN, changes, deciding_settings, settings_of_role
+from megamask.config.deciding import LEARN, deciding_settings, settings_of_role
 from megamask.config.legacy import upgrade_note
 from megamask.errors import ArtifactError, ConfigError
 from megamask.learn.learner import Learner
 from megamask.learn.masked_model import MaskedModel
 from megamask.learn.methods import find_method
-from megamask.learn.preflight import settings_without_effect
+from megamask.learn.preflight import learning_changes
 from megamask.leftovers import remove_leftovers, temporary_name
 from megamask.masks.snapshot_steps import snapshot_path, snapshot_steps
 from megamask.masks.times import times_path
@@ -39,7 +39,8 @@ from megamask.weights.model_identity import OTHER_PARTS, is_model_of
 log = logging.getLogger(__name__)
 LAUNCH = "MEGAMASK_LAUNCH"  # variable: the name of all starts of a job, or of one torchrun
 STARTED_OVER = "started-over.json"  # the launch that put the snapshots of the run before aside
-STEPS = "learn.steps"
+OF_A_RUN = ("metrics.jsonl", "config.yaml", "versions.json", "changes.json")
+STEPS, WARMUP = "learn.steps", "learn.optimizer.warmup_steps"
 DERIVED = "derived"  # key of a note: settings that were not given, and what followed from others
 WINDOWS = "measured_on"  # field of Progress that older notes do not have
 MODEL_PATHS = ("model.hf", "model.gguf")  # the digest of the model stands for their content
@@ -240,6 +241,9 @@ class Snapshots:
             aside = self.put_aside(masks)  # first: they pass for masks of a run without snapshots
             for path in self.folder.iterdir() if has_snapshots else ():
                 path.rename(aside / path.name)
+            for name in OF_A_RUN:  # how the masks came about
+                if (self.folder.parent / name).exists():
+                    shutil.move(self.folder.parent / name, aside / name)
             what = "snapshots and masks" if masks else "snapshots"
             log.warning("learn.resume=false: the %s of the run before are in %s now", what, aside)
         if self.mesh.is_main:
@@ -301,7 +305,7 @@ class Snapshots:
             self.content.check_same(content, path, self.config)
 
     def _differences(self, there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        return changes(there, self.config, LEARN, settings_without_effect(self.config.learn))
+        return learning_changes(there, self.config)
 
     def _changed(self, there: dict[str, Any], derived: dict[str, Any], step: int) -> list[Changed]:
         """The settings that change with this start, each said in the log: those that were given,
@@ -318,7 +322,7 @@ class Snapshots:
         steps = self.config.learn.steps
         if step >= steps:
             for key, (before, now) in differing.items():
-                if key != STEPS:
+                if key not in (STEPS, WARMUP):  # a warm-up longer than the run is refused
                     allowed = f"all {step} steps were learned with {before!r}"
                     fix = f"Set it back, or raise {STEPS} above {step} to go on with {now!r}."
                     raise ConfigError(key, now, allowed, fix)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,7 @@ UPDATE_RULES: dict[str, UpdateRule] = {
     "lion8bit": Lion8bitRule(),
 }
 
+BETAS = "learn.optimizer.betas"
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.95  # of the moments
 # AdamW's mean gradient spans this share of a run's steps at most, and these steps at least.
 MEAN_SHARE, LEAST_MEAN = 1 / 6, 2.0
@@ -116,20 +117,37 @@ def section_for(config: Config) -> OptimizerSection:
 
 
 def decay_rates(config: Config) -> tuple[float, float]:
-    """The decay rates of both moments.
+    """The decay rates of both moments, given or derived."""
+    learn = config.learn
+    return _decays(learn.optimizer.betas, learn.optimizer.kind, learn.steps)
+
+
+def _decays(betas: Sequence[float] | None, kind: str, steps: int) -> tuple[float, float]:
+    """The rates ``betas``, or those that follow from a run.
 
     A decay of d averages gradients over about 1 / (1 - d) steps. The usual 0.9 averages over ten:
     half of a run of 20 steps, whose first gradients are those of a much worse mask. So AdamW's mean
     spans a sixth of the run where that is less. Masks of 20 steps are 6 % better for it, and from
     60 steps on there was no difference (docs/log.md, "momentum that follows the steps").
     """
-    learn = config.learn
-    if learn.optimizer.betas is not None:
-        return learn.optimizer.betas
-    if not find_rule(learn.optimizer.kind).has_short_means:
+    if betas is not None:
+        return betas[0], betas[1]
+    if not find_rule(kind).has_short_means:
         return MEAN_DECAY, SQUARE_DECAY
-    span = max(LEAST_MEAN, learn.steps * MEAN_SHARE)
+    span = max(LEAST_MEAN, steps * MEAN_SHARE)
     return min(MEAN_DECAY, 1 - 1 / span), SQUARE_DECAY
+
+
+def same_decays(before: Mapping[str, Any], config: Config) -> bool:
+    """Whether the decay rates that dotted settings ``before`` stand for are those of ``config``:
+    given before and derived now, as in runs of before the derivation, or the other way round.
+    """
+    given = before.get(BETAS)
+    kind, steps = before.get("learn.optimizer.kind"), before.get("learn.steps")
+    try:
+        return _decays(given, str(kind), int(str(steps))) == decay_rates(config)
+    except (ConfigError, ValueError, TypeError, IndexError):  # of a note that does not say it
+        return False
 
 
 def epsilon(section: OptimizerSection, logits: int) -> float:

@@ -91,7 +91,8 @@ class Content:
                 raise ArtifactError(shards / domain, problem, fix)
         if note["prior"] != self.prior:
             allowed = f"{snapshot} started from {'other masks' if note['prior'] else 'no prior'}"
-            fix = f"Name the former prior. {AFRESH}"
+            fix = "Name the former prior (a folder of snapshots means its newest: name the step)."
+            fix = f"{fix} {AFRESH}"
             raise ConfigError("learn.prior.mask", config.learn.prior.mask, allowed, fix)
 
     def check_without_bos(self, snapshot: Path, config: Config) -> None:

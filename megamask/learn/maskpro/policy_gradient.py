@@ -123,10 +123,11 @@ class MaskPro:
         """
         # the losses of the drawn masks
         losses_K, residuals_K, first_draw = self._measure(step, plan)
-        if not all(map(math.isfinite, losses_K)):
+        if not all(map(math.isfinite, [*losses_K, *residuals_K])):
             fix = "Lower learn.maskpro.lr; start again to go on from the last snapshot."
+            found = f"{losses_K}, and less what they are compared with {residuals_K}"
             raise LearningError(
-                f"step {step + 1}: the losses of the drawn masks are {losses_K}, not finite. {fix}"
+                f"step {step + 1}: the losses of the drawn masks are {found}, not finite. {fix}"
             )
 
         # update: draw every mask again, and add its weighted score

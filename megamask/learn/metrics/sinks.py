@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -170,6 +171,8 @@ class Wandb:
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except wandb.Error as error:
+            if not is_online:
+                raise
             fix = "Run `wandb login`, or name wandb_offline in learn.monitor.sinks."
             raise ConfigError(
                 "learn.monitor.sinks",
@@ -202,21 +205,28 @@ def scalars(record: Record) -> dict[str, float]:
 
 
 def open_optional_sinks(folder: Path, config: Config, resume_step: int) -> list[Sink]:
-    """TensorBoard and wandb as configured; a package that is not installed is said in the log and
-    is no error.
+    """TensorBoard and wandb as configured. A package that is not installed, or that cannot start
+    here, is said in the log and is no error: nothing that was learned depends on it.
+
+    Raises:
+        ConfigError: wandb cannot start online, where the user expects to see the run.
     """
     sinks: list[Sink] = []
     chosen = config.learn.monitor.sinks
+    openers: dict[str, Callable[[], Sink]] = {}
     if "tensorboard" in chosen:
-        try:
-            sinks.append(Forgiving(TensorBoard(folder / "tensorboard", resume_step), "tensorboard"))
-        except ImportError:
-            _log.info("nothing is written for tensorboard: pip install tensorboard")
+        openers["tensorboard"] = lambda: TensorBoard(folder / "tensorboard", resume_step)
     if "wandb" in chosen or "wandb_offline" in chosen:
+        openers["wandb"] = lambda: Wandb(folder, config, resume_step)
+    for name, opened in openers.items():
         try:
-            sinks.append(Forgiving(Wandb(folder, config, resume_step), "wandb"))
+            sinks.append(Forgiving(opened(), name))
         except ImportError:
-            _log.info("wandb is not installed, so nothing is written for it (pip install wandb)")
+            _log.info("%s is not installed, so nothing is written for it (pip install it)", name)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever the package raises when it is imported or started
+            _log.warning("nothing is written for %s, which cannot start: %s", name, error)
     return sinks
 
 

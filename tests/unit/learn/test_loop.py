@@ -21,6 +21,7 @@ from megamask.errors import EXIT_INTERRUPTED, EXIT_OK, ArtifactError, LearningEr
 from megamask.learn import loop, snapshot
 from megamask.learn.evaluation import windows_digest
 from megamask.learn.heartbeat import Heartbeat
+from megamask.learn.learned_mask import WINDOWS
 from megamask.learn.snapshot import Progress
 from megamask.masks.times import times_path, write_seconds
 from megamask.process.holder import Holder
@@ -135,14 +136,20 @@ def test_a_best_mask_of_steps_that_are_not_gone_on_from_goes(
     """The run before had it from step 110, and was ended: this run resumes at another snapshot."""
     mask, pattern = run.paths.mask("learned-best"), Pattern(2, 4)
     masks = {"model.layers.0.mlp.up_proj": pattern.best(torch.arange(8.0).view(1, 8))}
-    about = {"step": 110, "perplexity": {"code": 8.0, "prose": 2.0}}
     run.windows = {"code": torch.arange(8).view(2, 4)}
-    for measured in ("", windows_digest(run.windows), "others"):
+    known = windows_digest(run.windows)
+    about = {"step": 110, WINDOWS: known, "perplexity": {"code": 8.0, "prose": 2.0}}
+    found: Any = object.__new__(snapshot.Snapshots)
+    found.folder = run.paths.learn / "snapshots"
+    run.snapshots = found
+    for number, measured in enumerate(("", known, "others"), 1):
         save_masks(mask, masks, "2:4", fingerprint="a", method="learned", evaluation=about)
         write_seconds(mask, 1.0)
         run.progress = Progress(resumed, 3.0, 80, measured)
         run._recall_best()
         assert [mask.exists(), times_path(mask).exists()] == [stays, stays]
+        aside = run.paths.learn / f"snapshots-before-{number}"
+        assert (aside / mask.name).exists() == (aside / times_path(mask).name).exists() != stays
         # the mask of step 80 is overwritten; a score of other windows does not compare
         kept = stays and measured != "others"
         score = pytest.approx(math.log(4.0)) if kept else None
@@ -152,6 +159,13 @@ def test_a_best_mask_of_steps_that_are_not_gone_on_from_goes(
         run.progress = Progress(resumed, 3.0, 110, "")
         run._recall_best()
         assert (run.progress.best_score, run.progress.best_step) == (3.0, 110)
+        # a snapshot that was saved before the first evaluation on the windows of today: the score
+        # of the file is of the windows of before, and the next evaluation is the best
+        about[WINDOWS] = "others"
+        save_masks(mask, masks, "2:4", fingerprint="a", method="learned", evaluation=about)
+        run.progress = Progress(resumed, None, 0, known)
+        run._recall_best()
+        assert run.progress.best_score is None
     run.progress = Progress(resumed, 3.0, 0, "")  # the prior's own score has no mask
     mask.unlink(missing_ok=True)
     run._recall_best()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -199,6 +200,34 @@ def test_a_rate_that_follows_from_other_settings_is_told_too(
     given = again(derived, optimizer={"lr": 0.003})
     assert given.restore().step == 2
     assert [(one.setting, one.before) for one in given.changes] == [("learn.optimizer.lr", None)]
+
+
+def test_decay_rates_that_were_given_before_they_were_derived_are_no_change(
+    run: tuple[Snapshots, Any],
+) -> None:
+    """Every run of before the derivation says 0.9 and 0.95, also one that has all its steps."""
+    long = {"steps": 60}
+    before = again(run[0], optimizer={"betas": (0.9, 0.95)}, **long)
+    for step in (2, 60):
+        before.save(Progress(step=step))
+        now = again(before, optimizer={"betas": None}, **long)
+        assert now.restore().step == step and now.changes == []
+        now.save(Progress(step=step))
+        assert before.restore().step == step and before.changes == []
+    # in a run of 4 steps the derived rate is another
+    short = again(run[0], optimizer={"betas": (0.9, 0.95)})
+    shutil.rmtree(short.folder)
+    short.save(Progress(step=2))
+    other = again(short, optimizer={"betas": None})
+    assert other.restore().step == 2
+    assert [one.setting for one in other.changes] == ["learn.optimizer.betas"]
+
+
+def test_a_run_can_be_ended_within_its_warm_up(run: tuple[Snapshots, Any]) -> None:
+    longer = again(run[0], steps=9, optimizer={"warmup_steps": 5})
+    longer.save(Progress(step=4))
+    ended = again(longer, steps=4, optimizer={"warmup_steps": 3})
+    assert ended.restore().step == 4
 
 
 @pytest.mark.parametrize(

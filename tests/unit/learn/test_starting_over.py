@@ -36,10 +36,15 @@ def test_a_launch_starts_over_once_and_its_later_starts_resume(
             path.write_text(path.name)
             write_seconds(path, 1.0)
 
+        about = ("metrics.jsonl", "config.yaml", "versions.json")
+        for name in about:
+            (tmp_path / name).write_text(name)
         monkeypatch.setenv(LAUNCH, "slurm.here.7")
         assert snapshots.restore() == Progress() and left(1) == ["step-00000005"]
         assert not list(mask.parent.iterdir())  # the new run has no mask yet
         aside = tmp_path / "snapshots-before-1"
+        assert [(aside / name).read_text() for name in about] == [*about]
+        assert not any((tmp_path / name).exists() for name in about)
         assert (aside / mask.name).read_text() == mask.name
         ends = (".safetensors", ".times.json")
         names = sorted(path.name for path in aside.iterdir() if path.name.endswith(ends))

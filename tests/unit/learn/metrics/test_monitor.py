@@ -15,7 +15,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megamask.config import Config, build_config
-from megamask.errors import ArtifactError
+from megamask.errors import ArtifactError, ConfigError
+from megamask.learn.metrics import sinks
 from megamask.learn.metrics.monitor import Monitor, Pace, peak_memory_gib
 from megamask.learn.metrics.sinks import Console, Forgiving, MetricsFile, PackageLog, trim_metrics
 
@@ -179,6 +180,32 @@ def test_a_missing_wandb_is_said_and_is_no_error(
     )  # what the import system does for a package that is not there
     learn(tmp_path, 1, 1, quiet("wandb_offline"))
     assert (tmp_path / "log.txt").read_text().count("wandb is not installed") == 1
+    assert len(records(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("sink", ["wandb_offline", "wandb", "tensorboard"])
+def test_an_optional_sink_that_cannot_start_is_no_error_but_online(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sink: str
+) -> None:
+    """A mask does not depend on it; who asks for wandb online expects to see the run."""
+
+    def fails(**settings: Any) -> None:
+        raise wandb.Error("no service here")
+
+    def breaks(*words: Any) -> None:
+        raise TypeError("another numpy")
+
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "init", fails)
+    monkeypatch.setattr(sinks, "TensorBoard", breaks)
+    if sink == "wandb":
+        with pytest.raises(ConfigError, match="wandb could not start"):
+            learn(tmp_path, 1, 1, quiet(sink))
+        return
+    learn(tmp_path, 1, 1, quiet(sink))
+    name = sink.partition("_")[0]
+    said = (tmp_path / "log.txt").read_text()
+    assert f"nothing is written for {name}, which cannot start" in said
     assert len(records(tmp_path)) == 1
 
 
