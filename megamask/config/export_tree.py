@@ -28,4 +28,8 @@ class ExportSection(Section):
     weights: UserPath | None = Field(
         None, description="Megatron weights to write; null = those of the base model"
     )
-    out: UserPath | None = Field(None, description="folder to write; null = {run_dir}/export")
+    out: UserPath | None = Field(
+        None,
+        description="folder to write; null = {run_dir}/export, "
+        "or export-FORMAT for the other formats",
+    )

@@ -55,6 +55,14 @@ def results_file(protocol: str) -> str:
     return "results.json" if protocol == "heldout" else f"results-{protocol}.json"
 
 
+def export_folder(config: Config) -> str:
+    """The folder of an export unless ``export.out`` names another: one for each format, so that no
+    export replaces another.
+    """
+    chosen = config.export.format
+    return "export" if chosen == "hf" else f"export-{chosen}"
+
+
 def run_paths(config: Config) -> RunPaths:
     """The paths of a configured run."""
     run_dir, protocol = Path(config.run_dir), config.evaluate.protocol
@@ -65,7 +73,7 @@ def run_paths(config: Config) -> RunPaths:
         shards=run_dir / "shards",
         masks=run_dir / "masks",
         learn=run_dir / "learn",
-        export=Path(config.export.out) if config.export.out else run_dir / "export",
+        export=Path(config.export.out) if config.export.out else run_dir / export_folder(config),
         recovered=Path(config.recover.out) if config.recover.out else run_dir / "recovered",
         results=run_dir / results_file(protocol),
     )

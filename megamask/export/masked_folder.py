@@ -72,7 +72,7 @@ def write_masked(
         check_export(folder, masks, base.ignore_keys)
         check_others(folder, base, source)
         say_nothing_of_sparsity(folder)
-        base.complete(folder)
+        base.complete(folder, out.name)
         finish(folder)
 
     tensors = FoldedSource(source, masks).tensors()

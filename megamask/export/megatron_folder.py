@@ -92,7 +92,7 @@ def export(base: BaseModel, out: Path, source: WeightSource, masks: MaskSet | No
         }
         write_index(release, writer.written, common)
         copy_side_files(base.hf_dir, folder, base.config)
-        base.complete(folder)
+        base.complete(folder, out.name)
         say_nothing_of_sparsity(folder)
         (folder / TRACKER).write_text(RELEASE)
         fix = "Export again; report it if it stays."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from megamask.config import Config, run_paths
+from megamask.config import Config
 from megamask.errors import ConfigError
 from megamask.masks.find import open_masks
 from megamask.masks.verify import check_strictly, summary
 from megamask.terminal import tell
 from megamask.verbs.own_arguments import InspectArguments
-from megamask.weights.base_model import base_model
+from megamask.weights.base_model import CONFIG, base_model
 
 
 def run(config: Config, arguments: InspectArguments) -> None:
@@ -18,17 +18,14 @@ def run(config: Config, arguments: InspectArguments) -> None:
         ConfigError: export.mask asks for a model without a mask.
         ArtifactError: the mask is missing, torn, or of another model.
     """
-    hf_dir = run_paths(config).hf
-    known = (hf_dir / "config.json").exists()
+    base = base_model(config)
+    known = base.megatron is not None or (base.hf_dir / CONFIG).exists()
     if arguments.mask is None and config.export.mask == "dense":
         raise ConfigError(
             "export.mask", "dense", "a mask file", "There is nothing to inspect without a mask."
         )
     masks = open_masks(arguments.mask or config.export.mask or "learned", config)
-    base = base_model(config)
     check_strictly(masks, base if known else None)
     tell(summary(masks))
-    tell(
-        f"{masks.path}: valid"
-        + (f", belongs to {base.place}" if known else f" (no model in {hf_dir} to compare with)")
-    )
+    alone = f" (no model in {base.hf_dir} to compare with)"
+    tell(f"{masks.path}: valid{f', belongs to {base.place}' if known else alone}")

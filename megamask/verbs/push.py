@@ -31,6 +31,7 @@ from megamask.verbs.export import open_own
 from megamask.verbs.own_arguments import PushArguments
 from megamask.weights.base_model import base_model
 from megamask.weights.own_folder import check_output
+from megamask.weights.side_files import check_side_files
 
 
 def run(config: Config, arguments: PushArguments) -> None:
@@ -58,6 +59,8 @@ def run(config: Config, arguments: PushArguments) -> None:
         about = base_facts(base.home, arguments.base_name)
         one = Publication.of(arguments.repo, paths, base, about, masks, is_model, model)
         check_output(out, STAMP, "run_dir", base)
+        if is_model:
+            check_side_files(base.hf_dir)
         weights = own_weights(masks, paths)
         if api is not None:
             open_repo(api, arguments.repo, arguments.private)

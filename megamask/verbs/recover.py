@@ -52,6 +52,7 @@ from megamask.weights.fingerprint import fingerprints_of
 from megamask.weights.mapping import linear_shapes
 from megamask.weights.model_identity import model_facts_of, recipe_differs
 from megamask.weights.own_folder import check_output
+from megamask.weights.side_files import check_side_files
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ def run(config: Config) -> None:
     one = Task.of(inputs, base, masks, recovery)
     one.require_free_name()
     check_output(one.out, STAMP, "recover.out", base)
+    check_side_files(base.hf_dir)
     storage.require_writable(paths.masks)
     windows = _heldout(config)
     if windows:

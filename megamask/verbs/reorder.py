@@ -189,7 +189,7 @@ def _write(
     shares = found.summary()
 
     def finish(folder: Path) -> None:
-        base.complete(folder)
+        base.complete(folder, out.name)
         stamp = {
             "megamask": __version__,
             "made_from": made_from,

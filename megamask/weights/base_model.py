@@ -76,25 +76,28 @@ class BaseModel:
         found = dict.fromkeys((self.place, self.hf_dir))
         return sorted({name for folder in found for name in copy_licences(folder, target)})
 
-    def complete(self, folder: Path) -> None:
+    def complete(self, folder: Path, name: str) -> None:
         """Give a written folder, which has the side files of ``hf_dir``, what they lack: the
         licences beside the weights, and where the model is a Megatron checkpoint the tokenizer that
         the settings name, and in a derived config.json the ids of its special tokens. The log says
         where there is no tokenizer.
+
+        Args:
+            folder: the folder.
+            name: the name that it will have, for messages.
         """
         self.copy_licences(folder)
         if self.megatron is None:
             return
         if not add_tokenizer(folder, self.tokenizer):
             what = "%s has no tokenizer: set data.tokenizer, or copy one beside its config.json"
-            log.warning(what, folder.name)
+            log.warning(what, name)
         elif self.config is not None:
-            one = folder / (self.tokenizer.name if self.tokenizer else "")
             try:
-                ids = token_ids(one if one.is_file() else folder)
+                ids = token_ids(folder)
             except Exception as error:  # whatever a tokenizer's library raises
                 what = "%s: its tokenizer cannot be read, so config.json names no BOS and EOS: %s"
-                log.warning(what, folder.name, error)
+                log.warning(what, name, error)
             else:
                 write_json(folder / CONFIG, {**self.config, **ids})
 

@@ -23,6 +23,7 @@ SIZES = {
     "vocab": "vocab_size",
 }
 MAX_LAYERS = 10_000
+MAX_EXPERTS = 4096
 ROPE_FACTORS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -271,6 +272,8 @@ class ConfigKeys:
         if len(names) == 2 and self.whole(names[1]) != count:
             problem = f"disagrees with {names[0]} = {count}"
             raise self.error(names[1], self.value(names[1]), problem)
+        if count > MAX_EXPERTS:
+            raise self.error(names[0], count, f"at most {MAX_EXPERTS:,}")
         top_k = self.whole("num_experts_per_tok")
         if top_k > count:
             raise self.error("num_experts_per_tok", top_k, f"there are {count} experts")
@@ -298,6 +301,9 @@ class ConfigKeys:
         self._read.update(("dtype", "torch_dtype"))
         key = "dtype" if self._config.get("dtype") is not None else "torch_dtype"
         name = str(self.value(key, "float32")).removeprefix("torch.")
+        older = self._config.get("torch_dtype")
+        if older is not None and str(older).removeprefix("torch.") != name:
+            raise self.error("torch_dtype", older, f"disagrees with dtype = {name}")
         if name not in DTYPES:
             raise self.error(key, name, f"one of {', '.join(DTYPES)}")
         return DTYPES[name]

@@ -14,6 +14,7 @@ from typing import Any
 from megamask.errors import ArtifactError
 from megamask.storage import file_sha256, real_path, write_json
 from megamask.weights.dist_checkpoint import checkpoint_folder
+from megamask.weights.token_ids import write_pieces
 
 log = logging.getLogger(__name__)
 # Files that are not copied beside new weights: weights of any format, what says where weights of
@@ -67,12 +68,15 @@ def check_side_files(source_dir: Path) -> None:
 
 
 def add_tokenizer(folder: Path, tokenizer: Path | None) -> bool:
-    """Copy the tokenizer of another folder, or its one file, into a folder that has none; returns
-    whether the folder has one now.
+    """Copy the tokenizer of another folder, or its one sentencepiece file, into a folder that has
+    none; returns whether the folder has one now.
     """
     if not _tokenizer_of(folder):
         for file in _tokenizer_of(tokenizer):
-            shutil.copyfile(file, folder / file.name)
+            if file == tokenizer:
+                write_pieces(file, folder)
+            else:
+                shutil.copyfile(file, folder / file.name)
     return bool(_tokenizer_of(folder))
 
 
@@ -103,7 +107,11 @@ def _files(source_dir: Path) -> list[Path]:
         if path.name.startswith(".") or any(fnmatch(path.name, one) for one in NOT_COPIED):
             continue
         if path.is_dir() and path.name in SIDE_FOLDERS and not path.is_symlink():
-            found += [file for file in sorted(path.iterdir()) if belongs(file, path)]
+            for file in sorted(path.iterdir()):
+                if belongs(file, path, source_dir):
+                    found.append(file)
+                else:
+                    left_out.append(f"{path.name}/{file.name}")
         elif belongs(path, source_dir):
             found.append(path)
         elif path.is_symlink() and any(fnmatch(path.name, one) for one in NEEDED):
@@ -118,12 +126,11 @@ def _files(source_dir: Path) -> list[Path]:
     return found
 
 
-def belongs(file: Path, folder: Path) -> bool:
+def belongs(file: Path, folder: Path, model: Path | None = None) -> bool:
     """Whether a side file is a regular file of the model: in its folder, or among the blobs of the
-    Hub cache that the folder is a snapshot of. A link to anywhere else could publish a private
-    file.
+    Hub cache that the folder, or ``model`` above it, is a snapshot of. A link to anywhere else
+    could publish a private file.
     """
-    home = real_path(folder)
-    target = real_path(file)
-    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
-    return target.is_file() and target.parent in homes
+    top, target = real_path(model or folder), real_path(file)
+    blobs = [top.parent.parent / "blobs"] if top.parent.name == "snapshots" else []
+    return target.is_file() and target.parent in [real_path(folder), *blobs]

@@ -20,7 +20,10 @@ BITS = {
     torch.float64: (torch.int64, np.uint64),
 }
 IN_CACHE = 2**17  # numbers that are looked at twice while they are in the cache
-FINITE = "Repair the model, or set torch_dtype in its config.json to a dtype that holds them."
+FINITE = (
+    "Repair the model, or set dtype (torch_dtype in older files) in its config.json to one that "
+    "holds them."
+)
 
 
 class Blocks(Protocol):

@@ -1,30 +1,61 @@
-"""The ids of special tokens that a config.json tells generation."""
+"""The tokenizer of a written folder where the model brought none: a sentencepiece file in the form
+that transformers reads, and the ids of special tokens that a config.json tells generation.
+"""
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
+from megamask.storage import write_json
+
+log = logging.getLogger(__name__)
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+PIECES, SETTINGS = "tokenizer.model", "tokenizer_config.json"
+SAMPLES = ("hello world", "  Two spaces, 3.14 and\na line", "Ünïcödé 東京 😀")
 
 
-def token_ids(tokenizer: Path) -> dict[str, int | None]:
-    """Key of config.json -> id, or None where the tokenizer has no such token. Without these keys
-    transformers takes the ids of LLaMA's first tokenizer, and generation does not end.
-
-    Args:
-        tokenizer: a Hugging Face folder or a sentencepiece file.
+def token_ids(folder: Path) -> dict[str, int | None]:
+    """Key of config.json -> id, or None where the tokenizer of the folder has no such token.
+    Without these keys transformers takes the ids of LLaMA's first tokenizer, and generation does
+    not end.
 
     Raises:
         Exception: whatever the library raises that cannot read it.
     """
-    if tokenizer.is_file():
-        from sentencepiece import SentencePieceProcessor
-
-        pieces: Any = SentencePieceProcessor(model_file=str(tokenizer))
-        found = (pieces.bos_id(), pieces.eos_id(), pieces.pad_id())
-        return {key: one if one >= 0 else None for key, one in zip(IDS, found, strict=True)}
     from transformers import AutoTokenizer
 
-    loaded: Any = AutoTokenizer.from_pretrained(str(tokenizer))
+    loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     return {key: getattr(loaded, key) for key in IDS}
+
+
+def write_pieces(file: Path, folder: Path) -> None:
+    """Write a sentencepiece file into a folder as transformers reads it, and say where it reads
+    other ids from a text than sentencepiece, with which the text was tokenized.
+    """
+    shutil.copyfile(file, folder / PIECES)
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        pieces: Any = SentencePieceProcessor(model_file=str(file))
+        known = {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "pad": pieces.pad_id()}
+        known["unk"] = pieces.unk_id()
+        tokens = {
+            f"{name}_token": pieces.id_to_piece(one) if one >= 0 else None
+            for name, one in known.items()
+        }
+        words = {"tokenizer_class": "LlamaTokenizer", "legacy": False, **tokens}
+        write_json(folder / SETTINGS, {**words, "add_bos_token": False, "add_eos_token": False})
+        from transformers import AutoTokenizer
+
+        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        ids = [loaded(text, add_special_tokens=False)["input_ids"] for text in SAMPLES]
+        differs = ids != [pieces.encode(text) for text in SAMPLES]
+    except Exception as error:  # the libraries raise errors of many types
+        log.warning("%s: transformers cannot read %s: %s", folder, file.name, error)
+        return
+    if differs:
+        what = "%s: transformers reads other ids than sentencepiece from it: use a tokenizer folder"
+        log.warning(what, file)

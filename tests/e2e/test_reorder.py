@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from megamask.verbs.reorder import _is_done as is_done
 from megamask.weights.hf_files import HFReader
+from tests.e2e.conftest import make_model
 from tests.e2e.program import contents, in_process, refusal
 
 pytestmark = pytest.mark.slow
@@ -73,6 +74,17 @@ def test_a_megatron_checkpoint_is_reordered_as_the_folder_of_its_model(
     words = ["export.mask=dense", "export.format=megatron", f"export.out={checkpoint}"]
     done("export", *settings(prepared), *words)
     place = [f"model.megatron={checkpoint}", f"model.hf={tmp_path / 'none'}"]
+    # a mask of this model is one of the checkpoint, and of another it is not
+    mask = str(prepared / "masks" / "sparsegpt.safetensors")
+    words = [f"run_dir={tmp_path}", f"model.megatron={checkpoint}"]
+    assert f"belongs to {checkpoint}" in done("inspect", mask, *words)
+    other = shutil.copytree(prepared, tmp_path / "other")
+    make_model(tmp_path / "another", seed=5)
+    words = [f"run_dir={other}", f"model.hf={tmp_path / 'another'}", f"export.out={other / 'ckpt'}"]
+    shutil.rmtree(other / "weights")
+    done("export", *words, "export.mask=dense", "export.format=megatron")
+    message = refusal(in_process("inspect", mask, f"model.megatron={other / 'ckpt'}"))
+    assert "another" in message
     # a tokenizer whose special tokens have other ids than LLaMA's, which transformers assumes
     theirs = Path(shutil.copytree(model, tmp_path / "theirs"))
     settings_file = theirs / "tokenizer_config.json"

@@ -23,6 +23,7 @@ from megamask.weights.dist_checkpoint.checkpoint_folder import RUN_CONFIG
 from megamask.weights.dist_checkpoint.layer_settings import layer_disagreements
 from megamask.weights.families.registry import FAMILIES
 from megamask.weights.family import Architecture
+from megamask.weights.frequencies import LLAMA3
 
 RUN_CONFIG_BYTES = 2**24  # a longer file is not read
 
@@ -135,6 +136,11 @@ def disagreements(folder: Path, arch: Architecture) -> Iterator[tuple[str, Any, 
         there = told.get(name)
         if isinstance(there, bool | int | float | str) and there != here:
             yield name, there, here
+    if told.get("use_rope_scaling", told.get("rope_scaling")) and len(arch.ropes) == 1:
+        here = arch.ropes[0].scaling or {}
+        for name, there in LLAMA3.items() if here.get("type") == "llama3" else ():
+            if here.get(name, there) != there:
+                yield name, there, here[name]
     yield from layer_disagreements(told, arch)
     # The vocabulary of the tokenizer, which that of config.json may exceed, and the rows.
     least, most = told.get("vocab_size"), told.get("padded_vocab_size")
@@ -227,6 +233,7 @@ def beyond_gpt_model(arch: Architecture) -> list[str]:
         "windows": any(layer.window is not None for layer in layers),
         "layers without rotation": bool(arch.ropes) and any(layer.rope is None for layer in layers),
         "several rotary embeddings": len(arch.ropes) > 1,
+        "this scaling of the rotary embedding": _has_own_scaling(arch),
         "a norm of all queries together": arch.qk_norm == "all heads",
         "some biases": len(set(biases)) > 1 and biases != (True, False, False),
         "this activation": (
@@ -236,6 +243,18 @@ def beyond_gpt_model(arch: Architecture) -> list[str]:
         "experts": arch.experts is not None,
     }
     return [name for name, holds in facts.items() if holds]
+
+
+def _has_own_scaling(arch: Architecture) -> bool:
+    """Whether the rotation is scaled with other numbers than the arguments of Megatron-LM express:
+    the constants of Llama 3.1 beside the factor, and whole linear factors.
+    """
+    scaling = arch.ropes[0].scaling if len(arch.ropes) == 1 else None
+    if scaling is None:
+        return False
+    if scaling["type"] == "llama3":
+        return any(scaling.get(key, one) != one for key, one in LLAMA3.items())
+    return scaling["type"] != "linear" or scaling["factor"] != int(scaling["factor"])
 
 
 def flags_beside(arch: Architecture) -> list[str]:

@@ -96,7 +96,7 @@ def test_other_tools_make_the_same_model(kind: str, family: str, tmp_path: Path)
         folder, model = with_masks(tmp_path, save_model(tmp_path / "hf"), Pattern(2, 4))
     run(config(folder, format=kind))
     parameters = dict(model.named_parameters())
-    found = READERS[kind](folder / "export" / FILES[kind], parameters)
+    found = READERS[kind](folder / f"export-{kind}" / FILES[kind], parameters)
     theirs = {name: parameters[name].detach() * mask for name, mask in found.items()}
     path = folder / "masks" / "learned.safetensors"
     ours = dict(megamask.apply_masks(model, path).named_parameters())
@@ -141,4 +141,4 @@ def test_what_is_no_mask_alone_is_refused(llama: Run, monkeypatch: pytest.Monkey
     )
     with pytest.raises(ArtifactError, match="does not hold the mask of"):
         run(config(folder, format="maskllm"))
-    assert not (folder / "export").exists()
+    assert not list(folder.glob("export*"))

@@ -118,7 +118,7 @@ def test_every_bit_is_that_of_a_plain_fold(
     path = tmp_path / "masks" / "learned.safetensors"
     save_masks(path, masks, own, fingerprint=exact, method="learned")
     run(config(tmp_path, pattern, format=to))
-    base = BaseModel(tmp_path / "hf", tmp_path / "export" if to == "megatron" else None)
+    base = BaseModel(tmp_path / "hf", tmp_path / "export-megatron" if to == "megatron" else None)
     applied = megamask.apply_masks(copy.deepcopy(model), path).state_dict()
     with base.open() if to == "megatron" else BaseModel(tmp_path / "export").open() as written:
         for name, tensor in model.state_dict().items():
@@ -128,6 +128,17 @@ def test_every_bit_is_that_of_a_plain_fold(
             assert torch.equal(applied[name].view(BITS[wanted][0]), bits)
             if name != "lm_head.weight":  # tied
                 assert torch.equal(written.tensor(name).view(BITS[wanted][0]), bits)
+
+
+def test_formats_have_folders_of_their_own(made: Made) -> None:
+    """One in the place of another deleted the model."""
+    folder, _ = made
+    for to in ("hf", "maskllm", "patch", "megatron"):
+        run(config(folder, format=to))
+    assert (folder / "export" / "model.safetensors").exists()
+    assert {path.name for path in folder.glob("export-*")} == {
+        *("export-maskllm", "export-patch", "export-megatron"),
+    }
 
 
 def test_no_export_says_anything_of_sparsity(made: Made) -> None:

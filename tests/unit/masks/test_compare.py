@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +26,13 @@ def random_masks(pattern: Pattern, seed: int) -> dict[str, torch.Tensor]:
 
 
 def saved(
-    path: Path, masks: dict[str, torch.Tensor], pattern: Pattern = P24, fingerprint: str = "f"
+    path: Path,
+    masks: dict[str, torch.Tensor],
+    pattern: Pattern = P24,
+    fingerprint: str = "f",
+    **facts: Any,
 ) -> MaskSet:
-    save_masks(path, masks, pattern, fingerprint=fingerprint, method="m")
+    save_masks(path, masks, pattern, fingerprint=fingerprint, method="m", **facts)
     return load_masks(path)
 
 
@@ -139,3 +144,12 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ArtifactError, match=said):
             differences(a, other)
+
+
+def test_masks_of_a_model_and_of_its_fp16_copy_are_compared(tmp_path: Path) -> None:
+    """Either is a mask of both."""
+    masks = random_masks(P24, 0)
+    known = {"float16_fingerprints": ["copy"]}
+    a = saved(tmp_path / "a.safetensors", masks, fingerprint="model", **known)
+    b = saved(tmp_path / "b.safetensors", masks, fingerprint="copy")
+    assert list(differences(a, b)) == list(differences(b, a)) == [*masks]

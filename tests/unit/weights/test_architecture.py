@@ -142,6 +142,13 @@ def test_rope_that_is_not_built_is_refused_by_name(
         read(tmp_path, rope_scaling=rope)
 
 
+def test_two_dtypes_that_disagree_are_refused(tmp_path: Path) -> None:
+    """Older transformers read one of the keys and newer the other."""
+    assert read(tmp_path, dtype="bfloat16", torch_dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"torch_dtype = 'float16': disagrees with dtype"):
+        read(tmp_path, dtype="bfloat16", torch_dtype="float16")
+
+
 def test_disagreeing_rope_theta_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="disagrees"):
         read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1.0})

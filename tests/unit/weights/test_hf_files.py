@@ -268,15 +268,25 @@ def test_config_and_tokenizer_that_link_outside_the_model_are_refused(
     check_side_files(folder)
 
 
-def test_side_files_of_a_hub_cache_are_copied(folder: Path, tmp_path: Path) -> None:
+def test_side_files_of_a_hub_cache_are_copied(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The cache of the Hub keeps every file of a snapshot as a link to a blob beside it."""
     snapshot, blobs = tmp_path / "hub/snapshots/abc", tmp_path / "hub/blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "0123").write_text((folder / "config.json").read_text())
     (snapshot / "config.json").symlink_to(blobs / "0123")
-    write_hf(tmp_path / "out", iter([("a.weight", torch.ones(2, 2))]), snapshot)
+    templates = snapshot / "additional_chat_templates"
+    templates.mkdir()
+    (blobs / "4567").write_text("tool")
+    (templates / "tool_use.jinja").symlink_to(blobs / "4567")
+    (templates / "other.jinja").symlink_to(tmp_path / "elsewhere")
+    with caplog.at_level("WARNING"):
+        write_hf(tmp_path / "out", iter([("a.weight", torch.ones(2, 2))]), snapshot)
     assert (tmp_path / "out" / "config.json").is_file()
+    assert (tmp_path / "out" / templates.name / "tool_use.jinja").read_text() == "tool"
+    assert "left out additional_chat_templates/other.jinja" in caplog.text
 
 
 def test_everything_but_weights_is_copied(

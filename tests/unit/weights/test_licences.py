@@ -53,5 +53,5 @@ def test_a_tokenizer_is_added_where_there_is_none(tmp_path: Path) -> None:
         "special_tokens_map.json",
     }
     assert [path.read_text() for path in folders[1].iterdir()] == ["own"]
-    assert add_tokenizer(folders[2], one_file) and (folders[2] / "spm.model").exists()
+    assert add_tokenizer(folders[2], one_file) and (folders[2] / "tokenizer.model").exists()
     assert not add_tokenizer(folders[3], None) and not add_tokenizer(folders[3], tmp_path / "gone")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megamask.storage import read_json
 from megamask.weights.base_model import BaseModel
-from megamask.weights.token_ids import token_ids
+from megamask.weights.token_ids import token_ids, write_pieces
 
 
 @pytest.fixture
@@ -41,7 +41,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_ids(pieces: Path, folder: Path) -> None:
-    assert token_ids(pieces) == {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 2}
+    written = folder.with_name("written")
+    written.mkdir()
+    write_pieces(pieces, written)
+    assert token_ids(written) == {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 2}
     assert token_ids(folder) == {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": None}
 
 
@@ -53,11 +56,12 @@ def test_a_derived_config_gets_them(
         out.mkdir()
         model = BaseModel(tmp_path / "none", tmp_path / "megatron", tokenizer=tokenizer)
         model.__dict__["config"] = {"model_type": "llama"}  # as derived from the checkpoint
-        model.complete(out)
+        model.complete(out, out.name)
         written = out / "config.json"
         return read_json(written, "") if written.exists() else {}
 
-    assert completed(pieces) == {"model_type": "llama", **token_ids(pieces)}
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 2}
+    assert completed(pieces) == {"model_type": "llama", **ids}
     assert completed(folder) == {"model_type": "llama", **token_ids(folder)}
     assert "cannot be read" not in caplog.text and "has no tokenizer" not in caplog.text
     torn = tmp_path / "torn.model"

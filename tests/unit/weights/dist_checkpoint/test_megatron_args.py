@@ -15,6 +15,7 @@ from megamask.safe_checkpoint import COMMON
 from megamask.weights.architecture import parsed_architecture
 from megamask.weights.base_model import BaseModel
 from megamask.weights.dist_checkpoint.megatron_args import (
+    beyond_gpt_model,
     disagreements,
     flags_beside,
     megatron_args,
@@ -57,6 +58,28 @@ def test_the_scaling_of_the_rotary_embedding_is_compared(hf: Path, tmp_path: Pat
         kind = "null" if scaling is None else scaling["rope_type"]
         beside = "--use-checkpoint-args --norm-epsilon 1e-05" + flags[kind]
         assert " ".join(flags_beside(arch)) == beside
+        assert not beyond_gpt_model(arch)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "name"),
+    [
+        (LLAMA3 | {"high_freq_factor": 2.0}, "high_freq_factor"),
+        (LLAMA3 | {"original_max_position_embeddings": 2048}, "original_max_position_embeddings"),
+        (LINEAR | {"factor": 2.5}, None),
+    ],
+)
+def test_a_scaling_that_the_arguments_do_not_express_is_told(
+    hf: Path, tmp_path: Path, scaling: dict[str, Any], name: str | None
+) -> None:
+    """Megatron-LM has the constants of Llama 3.1 in its code, and takes whole linear factors."""
+    (hf / "config.json").write_text(json.dumps(CONFIG | {"rope_scaling": scaling}))
+    arch = BaseModel(hf).architecture()
+    assert "this scaling of the rotary embedding" in beyond_gpt_model(arch)
+    if name is not None:
+        torch.save({"args": argparse.Namespace(**ROPE)}, tmp_path / COMMON)
+        (found,) = disagreements(tmp_path, arch)
+        assert found[0] == name and found[2] == scaling[name]
 
 
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
