@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.errors import ArtifactError
-from megamask.plan.hardware import GPUS, Device
+from megamask.plan.hardware import GPUS, STEADY, Device
 
 KINDS = ("matmul", "attention", "copy")
 FIX = "Make it with: python -m benchmarks.gpu.ceilings --json FILE"
@@ -47,7 +47,7 @@ def calibrated(path: Path) -> tuple[str, Device]:
             problem = f"has rates.{kind} = {rate!r}, which is not between 0 and the peak {peak:.4g}"
             raise ArtifactError(path, problem, FIX)
     shares = {kind: rates[kind] / peak for kind, peak in peaks.items()}
-    return name, replace(device, title=f"{device.title}, measured", **shares)
+    return name, replace(device, title=f"{device.title}, measured", steady=STEADY, **shares)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

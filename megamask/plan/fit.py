@@ -25,11 +25,15 @@ class Remedy:
 
     Attributes:
         names: the changed settings, as written on the command line.
+        options: the options of ``plan`` that change.
+        words: what these options mean, for a verb that does not have them.
         work: the run with these settings.
         device: the device that it would run on.
     """
 
     names: tuple[str, ...]
+    options: tuple[str, ...]
+    words: tuple[str, ...]
     work: Workload
     device: Device
 
@@ -51,7 +55,9 @@ class Remedy:
         return True
 
 
-def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) -> None:
+def check_fits(
+    config: Config, arch: Architecture, device: Device, dp: int = 1, in_plan: bool = False
+) -> None:
     """Check that a rank's peak memory fits ``device``.
 
     Args:
@@ -59,6 +65,7 @@ def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) 
         arch: the model.
         device: the device of each rank.
         dp: replicas of the model.
+        in_plan: whether the message may name options of the verb plan.
 
     Raises:
         ConfigError: the run does not fit, and the message names the nearest settings that do; or
@@ -69,7 +76,8 @@ def check_fits(config: Config, arch: Architecture, device: Device, dp: int = 1) 
     if total <= device.capacity:
         return
     allowed = f"more than the {device.capacity / GIB:.1f} GiB of {device.title}"
-    raise ConfigError("memory of a rank", f"{total / GIB:.1f} GiB", allowed, advice(work, device))
+    fix = advice(work, device, in_plan)
+    raise ConfigError("memory of a rank", f"{total / GIB:.1f} GiB", allowed, fix)
 
 
 def check_free(config: Config, arch: Architecture, dp: int, free_bytes: float, title: str) -> None:
@@ -91,15 +99,17 @@ def check_free(config: Config, arch: Architecture, dp: int, free_bytes: float, t
     check_fits(config, arch, device, dp)
 
 
-def advice(work: Workload, device: Device) -> str:
-    """A sentence that names the first remedy that fits."""
+def advice(work: Workload, device: Device, in_plan: bool) -> str:
+    """A sentence that names the first remedy that fits, with options of ``plan`` or in words."""
     remedy = next((one for one in remedies(work, device) if one.fits), None)
     if remedy is None:
         return (
             "Nothing in reach fits: plan a smaller model, or keep layers dense with model.exclude."
         )
     size = f"{remedy.total / GIB:.1f} GiB on {remedy.device.title}"
-    return f"The nearest that fits: {' '.join(remedy.names)} ({size})."
+    settings = " ".join([*remedy.names, *(remedy.options if in_plan else ())])
+    beside = "" if in_plan or not remedy.words else f", with {' '.join(remedy.words)}"
+    return f"The nearest that fits: {settings}{beside} ({size})."
 
 
 def remedies(work: Workload, device: Device) -> Iterator[Remedy]:
@@ -155,10 +165,15 @@ def ladder(config: Config) -> Iterator[Settings]:
 def _remedy(
     work: Workload, device: Device, settings: Settings, dp: int | None = None, device_name: str = ""
 ) -> Remedy:
-    names = written(settings)
-    names += [f"--dp {dp}"] if dp not in (None, work.dp) else []
-    names += [f"--gpu {device_name}"] if device_name else []
-    return Remedy(tuple(names), work.with_settings(settings, dp), device)
+    options, words = [], []
+    if dp not in (None, work.dp):
+        options.append(f"--dp {dp}")
+        words.append(f"{dp} replica{'s' if dp != 1 else ''}, so as many processes as before")
+    if device_name:
+        options.append(f"--gpu {device_name}")
+        words.append(f"GPUs like {device.title}")
+    there = work.with_settings(settings, dp)
+    return Remedy(tuple(written(settings)), tuple(options), tuple(words), there, device)
 
 
 def written(settings: Settings) -> list[str]:

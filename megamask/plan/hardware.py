@@ -63,6 +63,17 @@ class Device:
     group_seconds: tuple[float, float] = (0.0, 0.0)
     is_cpu: bool = False
 
+    def shared_by(self, ranks: int) -> Device:
+        """The part of each rank, where all of them share the device: the cores of one machine."""
+        forward, backward = self.group_seconds
+        return replace(
+            self,
+            capacity=self.capacity / ranks,
+            flops=self.flops / ranks,
+            bandwidth=self.bandwidth / ranks,
+            group_seconds=(forward * ranks, backward * ranks),
+        )
+
     @property
     def matmul_rate(self) -> float:
         """FLOP per second of the matmuls of a step."""

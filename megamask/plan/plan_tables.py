@@ -177,7 +177,7 @@ def as_json(
         "snapshot": {"bytes": saving.total_bytes, "seconds": saving.seconds},
         "devices": rows,
         "target": target.title,
-        "advice": None if fits else advice(work, target),
+        "advice": None if fits else advice(work, target, in_plan=True),
         "settings": work.config.model_dump(
             include={"pattern", "pattern_overrides", "dtype", "parallel", "learn"}
         ),

@@ -285,7 +285,8 @@ def _age(lock: Path) -> float:
     except OSError:
         return time.time() - modified
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that cannot be written
+            probe.unlink(missing_ok=True)
 
 
 def _make_parents(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from megamask.config import Config
+from megamask.config.yaml_text import read_yaml
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks
@@ -82,8 +83,30 @@ def draw_pictures(config: Config, data: RunData, folder: Path) -> list[Picture]:
     return pictures
 
 
+def _other_protocol(data: RunData) -> str:
+    """What differs between the evaluations of learning and those of the table, in words."""
+    protocol, settings = data.results.get("protocol") or {}, read_yaml(data.settings) or {}
+    learned = {
+        "window": (settings.get("evaluate") or {}).get("window"),
+        "dtype": settings.get("dtype"),
+    }
+    differing = [
+        name
+        for name, value in learned.items()
+        if value is not None and protocol.get(name) not in (None, value)
+    ]
+    return " and ".join(differing)
+
+
 def _plans(config: Config, data: RunData, masks: Mapping[str, MaskSet]) -> list[_Plan]:
     """The pictures of a report, in order."""
+    about = "Level lines are the values of the table above, which may be measured on more text."
+    levels = data.results
+    if other := _other_protocol(data):
+        about, levels = (
+            f"The values of the table above have another {other}, and are not drawn.",
+            {},
+        )
     return [
         _Plan(
             section="Methods",
@@ -98,13 +121,12 @@ def _plans(config: Config, data: RunData, masks: Mapping[str, MaskSet]) -> list[
         _Plan(
             section="Learning",
             name="perplexity",
-            is_there=bool(data.evaluations),
-            draw=lambda: perplexity_picture(data.evaluations, data.results),
+            is_there=any(record["perplexity"] for record in data.evaluations),
+            draw=lambda: perplexity_picture(data.evaluations, levels),
             title="Held-out perplexity while learning",
             caption="Held-out perplexity of the hard mask (most likely candidate of each group, no "
             f"noise) while learning, on {config.learn.monitor.evaluate_windows} windows per "
-            "domain. Level lines are the values of the table above, which may be measured on more "
-            "text.",
+            f"domain. {about}",
             verb="learn",
         ),
         _Plan(

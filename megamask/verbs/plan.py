@@ -55,19 +55,21 @@ def run(config: Config, arguments: PlanArguments) -> None:
         _search(config, arch, arguments, arguments.search, _target(arguments, gpus))
         return
     work = Workload(config, arch, arguments.dp).check()
-    devices = [device_named("cpu")] if arguments.gpu == "cpu" else list(gpus.values())
+    target = _target(arguments, gpus)
+    if target.is_cpu:  # all ranks share the machine
+        target = target.shared_by(work.tp * work.dp)
+    devices = [target] if target.is_cpu else list(gpus.values())
     memories, times = (
         [memory_of(work, one) for one in devices],
         [time_of(work, one) for one in devices],
     )
-    target = _target(arguments, gpus)
     tables = [memory_table(memories[0]), time_table(work, devices, memories, times)]
     title = headline(work, arguments.model or config.model.hf or config.run_dir)
     texts = [[title], layer_table(work), *tables, saving_lines(work), footer(devices)]
     tell("\n\n".join("\n".join(lines) for lines in texts if lines))
     if arguments.json:
         storage.write_json(Path(arguments.json), as_json(work, devices, memories, times, target))
-    check_fits(work.config, arch, target, work.dp)
+    check_fits(work.config, arch, target, work.dp, in_plan=True)
 
 
 def known_gpus(arguments: PlanArguments) -> dict[str, Device]:

@@ -15,7 +15,7 @@ from megamask.errors import ConfigError
 from megamask.learn import method as state
 from megamask.learn.method import MOMENTS
 from megamask.plan.fit import advice, check_fits, check_free, memory_applies, remedies
-from megamask.plan.hardware import GIB, GPUS
+from megamask.plan.hardware import GIB, GPUS, device_named
 from megamask.plan.memory import (
     ACTIVATIONS,
     ALLOWANCE,
@@ -478,15 +478,33 @@ def test_less_memory_asks_for_more() -> None:
     work = plan()
 
     def fix(gib: float) -> str:
-        return advice(work, replace(GPUS["a100-40"], capacity=gib * GIB))
+        return advice(work, replace(GPUS["a100-40"], capacity=gib * GIB), in_plan=True)
 
     assert "learn.state.masked_weight=regenerate (" in fix(198)
     assert "parallel.recompute=mlp (" in fix(190) and "parallel.recompute=true (" in fix(175)
     assert "parallel.tp=2" in fix(39) and "leanest" in fix(39)
     assert "--gpu a100 " in fix(5)
     assert "Nothing in reach" in advice(
-        plan("pattern=4:8", model="llama3-70b"), GPUS["h200"]
+        plan("pattern=4:8", model="llama3-70b"), GPUS["h200"], in_plan=True
     )  # 8.75 logits a weight
+
+
+def test_other_verbs_name_no_option_of_plan() -> None:
+    """``learn --dp 2`` is refused."""
+    small, two = replace(GPUS["a100-40"], capacity=5 * GIB), plan(dp=2)
+    fix = advice(plan(), small, in_plan=False)
+    assert "--" not in fix and "with GPUs like A100 80GB (" in fix
+    by_layout = [one for one in remedies(two, small) if one.options and "--dp" in one.options[0]]
+    assert by_layout and all("as many processes as before" in one.words[0] for one in by_layout)
+
+
+def test_the_ranks_of_a_machine_share_it() -> None:
+    whole = device_named("cpu")
+    part = whole.shared_by(3)
+    assert (part.capacity, part.flops) == (whole.capacity / 3, whole.flops / 3)
+    assert part.group_seconds == tuple(3 * one for one in whole.group_seconds)
+    work = plan("data.seq_length=256", model="smollm2-135m")
+    assert time_of(work, part).seconds > 2 * time_of(work, whole).seconds
 
 
 def test_remedies_only_name_what_can_work() -> None:

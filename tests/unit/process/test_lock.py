@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -143,6 +144,20 @@ def test_a_file_that_a_holder_left(
     with locked("x", [artefact]):
         assert name_of_writer(artefact) == "x"
     assert not lock_of(artefact).exists()
+
+
+def test_a_holder_is_known_where_nothing_can_be_written(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As through a mount that is read alone: ``status`` said that the run had not started."""
+
+    def refuses(path: Path, *words: object, **more: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    with locked("megamask learn", [artefact]), monkeypatch.context() as patch:
+        for name in ("touch", "unlink"):
+            patch.setattr(Path, name, refuses)
+        assert name_of_writer(artefact) == "megamask learn"
 
 
 def test_rubbish_in_the_file_is_nobody(artefact: Path) -> None:

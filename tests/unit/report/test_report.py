@@ -17,7 +17,9 @@ from megamask.config import Config, build_config, load_config
 from megamask.errors import ArtifactError
 from megamask.masks.file import load_masks, save_masks
 from megamask.masks.identity import identity
+from megamask.report import compose
 from megamask.report.html import Picture, findings, render_report
+from megamask.report.perplexity_pictures import perplexity_picture
 from megamask.report.reading import RunData, mask_provenance, read_metrics
 from megamask.report.result_table import ResultTable
 from megamask.report.step_pictures import loss_picture
@@ -182,6 +184,38 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "not there yet" not in page.text
     printed = capsys.readouterr().out
     assert "learned mask" in printed and "report.html" in printed
+
+
+def test_a_run_whose_evaluations_are_all_not_finite_has_a_report(tmp_path: Path) -> None:
+    """The page that should show it ended in a traceback."""
+    write_metrics(tmp_path, 4)
+    path = tmp_path / "learn/metrics.jsonl"
+    path.write_text(re.sub(r'"english": [0-9.]+', '"english": null', path.read_text()))
+    run(config_of(tmp_path))
+    assert not (tmp_path / "pictures/perplexity.png").exists()
+    assert "Held-out perplexity while learning" in page_of(tmp_path).text
+
+
+@pytest.mark.parametrize(("window", "is_drawn"), [(512, True), (2048, False)])
+def test_levels_of_another_protocol_are_not_drawn_beside_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, is_drawn: bool
+) -> None:
+    drawn: list[Any] = []
+
+    def spy(evaluations: Any, results: Any) -> Any:
+        drawn.append(results)
+        return perplexity_picture(evaluations, results)
+
+    monkeypatch.setattr(compose, "perplexity_picture", spy)
+    write_metrics(tmp_path, 4)
+    write_masks(tmp_path)
+    write_results(tmp_path)
+    learned = f"dtype: bf16\nevaluate: {{window: {window}}}\n"
+    (tmp_path / "learn/config.yaml").write_text(learned)
+    run(config_of(tmp_path))
+    (levels,) = drawn
+    assert bool(levels) == is_drawn
+    assert ("have another window, and are not drawn" in page_of(tmp_path).text) != is_drawn
 
 
 def test_rows_of_masks_that_were_replaced_are_left_out(
