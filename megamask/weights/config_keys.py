@@ -111,6 +111,10 @@ class ConfigKeys:
             dtype=self._dtype(),
         )
         arch = self._family.read(self, plain)
+        for rope in arch.ropes:
+            if int(arch.head_dim * rope.share) % 2:  # transformers rotates one dimension more
+                problem = f"rotates an odd number of the {arch.head_dim} dimensions of a head"
+                raise self.error("the share of rotated dimensions", rope.share, problem)
         self.refuse_unread()
         return arch
 

@@ -59,6 +59,9 @@ def read_gemma2(keys: ConfigKeys, plain: Architecture) -> Architecture:
 
 def read_gemma3(keys: ConfigKeys, plain: Architecture) -> Architecture:
     """Layers with a window have a rotary base of their own, which is never scaled."""
+    if (cap := keys.cap("attn_logit_softcapping")) is not None:
+        problem = "null for Gemma 3: transformers does not apply it"
+        raise keys.error("attn_logit_softcapping", cap, problem)
     pattern = keys.whole("sliding_window_pattern", keys.whole("_sliding_window_pattern", 6))
     usual = [(index + 1) % pattern != 0 for index in range(plain.num_layers)]
     layers = keys.layer_windows(keys.window() or plain.max_positions, usual)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig
 
 from megamask.errors import ArtifactError, ConfigError
-from megamask.weights.architecture import Architecture, read_architecture
+from megamask.weights.architecture import Architecture, parsed_architecture, read_architecture
 from megamask.weights.family import Norm, Rope
 
 V4 = {
@@ -140,6 +140,19 @@ def test_rope_that_is_not_built_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=key):
         read(tmp_path, rope_scaling=rope)
+
+
+def test_what_transformers_computes_otherwise_is_refused(tmp_path: Path) -> None:
+    """An odd number of rotated dimensions, and a cap that Gemma 3 has in its config alone."""
+    neox = GPTNeoXConfig(
+        hidden_size=80, num_attention_heads=4, num_hidden_layers=1, rotary_pct=0.25
+    )
+    with pytest.raises(ConfigError, match="rotates an odd number of the 20 dimensions"):
+        parsed_architecture(neox.to_dict(), tmp_path)
+    gemma = Gemma3TextConfig(num_hidden_layers=1).to_dict()
+    assert parsed_architecture(gemma, tmp_path).attention_cap is None
+    with pytest.raises(ConfigError, match="attn_logit_softcapping = 50.0: null for Gemma 3"):
+        parsed_architecture({**gemma, "attn_logit_softcapping": 50.0}, tmp_path)
 
 
 def test_two_dtypes_that_disagree_are_refused(tmp_path: Path) -> None:
