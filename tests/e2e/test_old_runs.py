@@ -63,6 +63,7 @@ IN_TODAYS_WORDS = (
     "learn.distillation={share: 0.25, temperature: 2, top_k: 8}",
     "learn.weight_norm=[1e-4, 1e-4]",
     "learn.optimizer.epsilon=[1e-6, 0.2]",
+    "learn.optimizer.betas=null",  # the recipe gives none
     "learn.monitor.sinks=[]",
     "learn.maskpro.baseline=hard_mask",
     "data.eod=null",

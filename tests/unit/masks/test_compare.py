@@ -149,7 +149,6 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
 def test_masks_of_a_model_and_of_its_fp16_copy_are_compared(tmp_path: Path) -> None:
     """Either is a mask of both."""
     masks = random_masks(P24, 0)
-    known = {"float16_fingerprints": ["copy"]}
-    a = saved(tmp_path / "a.safetensors", masks, fingerprint="model", **known)
+    a = saved(tmp_path / "a.safetensors", masks, fingerprint="model", float16_fingerprints=["copy"])
     b = saved(tmp_path / "b.safetensors", masks, fingerprint="copy")
     assert list(differences(a, b)) == list(differences(b, a)) == [*masks]

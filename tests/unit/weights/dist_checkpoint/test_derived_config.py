@@ -117,12 +117,12 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gpt_neox": (
         LAYER_NORM
         | BIASED
-        | {"rotary_percent": 0.25, "group_query_attention": False, "bias_gelu_fusion": False},
+        | {"rotary_percent": 0.5, "group_query_attention": False, "bias_gelu_fusion": False},
         {
             "family": "gpt_neox",
             **PLAIN_GPT,
             "activation": "gelu",
-            "ropes": (Rope(share=0.25),),
+            "ropes": (Rope(share=0.5),),
             "kv_heads": 4,
         },
     ),

@@ -85,6 +85,7 @@ def test_a_scaling_that_the_arguments_do_not_express_is_told(
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 QWEN3 = {"model_type": "qwen3", "head_dim": 4, "use_sliding_window": True, **WINDOWED}
 GPT_NEOX = {"model_type": "gpt_neox", "hidden_act": "gelu", "num_key_value_heads": 4}
+GPT_NEOX["rotary_pct"] = 0.5  # 2 of the 4 dimensions of a head
 BRIDGE = "megatron.core.activations."
 
 
