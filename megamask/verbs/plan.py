@@ -95,6 +95,8 @@ def _search(
         raise ConfigError(
             "--dp", arguments.dp, "is chosen by --search", "Leave one of the two arguments out."
         )
+    if device.is_cpu:  # all ranks share the machine
+        device = device.shared_by(gpus)
     found = search(Workload(config, arch), device, gpus)
     lines = [search_lines(found, device, gpus), footer([device])]
     tell("\n\n".join("\n".join(one) for one in lines))

@@ -222,7 +222,9 @@ def open_optional_sinks(folder: Path, config: Config, resume_step: int) -> list[
         try:
             sinks.append(Forgiving(opened(), name))
         except ImportError:
-            _log.info("%s is not installed, so nothing is written for it (pip install it)", name)
+            _log.info(
+                "%s is not installed, so nothing is written for it (pip install %s)", name, name
+            )
         except ConfigError:
             raise
         except Exception as error:  # whatever the package raises when it is imported or started

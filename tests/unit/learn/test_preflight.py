@@ -74,6 +74,9 @@ def test_a_schedule_that_stays_or_hardens(values: dict[str, Any]) -> None:
         # Lion has no root of a second moment to add it to
         (["learn.preset=maskllm", "learn.memory=leanest"], ["learn.optimizer.epsilon"]),
         (["learn.optimizer.kind=lion", "learn.optimizer.betas=[0.9, 0.99]"], []),
+        # micro-batches that share a mask share its masked weights
+        (["learn.memory=lean", "learn.sampling.draws=step"], ["learn.state.masked_weight"]),
+        (["learn.memory=lean"], []),
         (
             ["learn.optimizer.schedule=constant", "learn.optimizer.min_lr=1"],
             ["learn.optimizer.min_lr"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig
+from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, MixtralConfig
 
 from megamask.errors import ArtifactError, ConfigError
 from megamask.weights.architecture import Architecture, parsed_architecture, read_architecture
@@ -153,6 +153,13 @@ def test_what_transformers_computes_otherwise_is_refused(tmp_path: Path) -> None
     assert parsed_architecture(gemma, tmp_path).attention_cap is None
     with pytest.raises(ConfigError, match="attn_logit_softcapping = 50.0: null for Gemma 3"):
         parsed_architecture({**gemma, "attn_logit_softcapping": 50.0}, tmp_path)
+
+
+def test_more_experts_than_are_read_are_refused(tmp_path: Path) -> None:
+    """Every verb would list the tensors of each of them first."""
+    config = MixtralConfig(num_local_experts=2**30, num_hidden_layers=1).to_dict()
+    with pytest.raises(ConfigError, match=r"num_local_experts = 1073741824: at most 4,096"):
+        parsed_architecture(config, tmp_path)
 
 
 def test_two_dtypes_that_disagree_are_refused(tmp_path: Path) -> None:

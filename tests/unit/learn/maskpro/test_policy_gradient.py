@@ -4,6 +4,8 @@ masks, the baselines.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ import torch
 
 from megamask.config.load import load_config
 from megamask.data.batches import BatchPlan
-from megamask.errors import ConfigError
-from megamask.learn.maskpro.policy_gradient import Tracker, advantages
+from megamask.errors import ConfigError, LearningError
+from megamask.learn.maskpro.policy_gradient import MaskPro, Tracker, advantages
 from megamask.learn.maskpro.policy_method import PolicyMethod
 from megamask.learn.maskpro.samples import InitialLosses, Reused, numbers_of
 from megamask.sparsity.pattern import Pattern
+from tests.unit.learn.one_rank import RandomTokens, tiny_config, tiny_masked_model, tiny_plan
 
 
 class Numbers:
@@ -175,3 +178,23 @@ def test_what_cannot_work_is_refused(override: str) -> None:
 def test_values_out_of_range_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"learn\.maskpro\.{key}"):
         load_config(None, [f"learn.maskpro.{key}={value}"])
+
+
+def test_a_compared_loss_that_is_not_finite_changes_no_logit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tracker would keep it, and every logit become NaN."""
+    config = tiny_config(
+        {"method": "maskpro", "prior": {"mask": "sparsegpt"}, "maskpro": {"samples": 4}}
+    )
+    with tiny_masked_model(config) as (mesh, masked_model):
+        learner = MaskPro(config, mesh, masked_model)
+        plan = replace(tiny_plan(config, mesh), dataset=Reused(RandomTokens(), 4, 1))
+        learner.step(0, plan)
+        before = [logits.detach().clone() for logits in masked_model.mask_logits]
+        delta, compared = learner.tracker.delta, learner._compared_losses
+        monkeypatch.setattr(learner, "_compared_losses", lambda *words: compared(*words) + math.inf)
+        with pytest.raises(LearningError, match="less what they are compared with"):
+            learner.step(1, plan)
+        assert all(map(torch.equal, before, masked_model.mask_logits))
+        assert learner.tracker.delta == delta
