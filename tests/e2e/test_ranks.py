@@ -134,7 +134,8 @@ def meet() -> None:
                 time.sleep(0.01)
             yield
 
-    lock.PATIENCE = 0.0
+    # The holder waits to be met, so all that a refusal needs is the time to write its name.
+    lock.PATIENCE = lock.SETTLE
     dispatch.locked = meeting  # type: ignore[attr-defined, assignment]
 
 
