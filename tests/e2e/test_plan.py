@@ -108,6 +108,13 @@ def test_a_search_lists_layouts_and_says_when_none_fits(ask: Ask, tmp_path: Path
     assert all(row["overrides"] in done.stdout for row in rows)
     hours = [row["gpu_hours"] for row in rows if row["changes_masks"]]
     assert hours == sorted(hours) and not rows[0]["changes_masks"]
+    # the ranks of a CPU share its cores: two of them are no faster than one
+    seconds = []
+    for ranks in (1, 2):
+        assert ask(f"{asked[:-1]}{ranks} --gpu cpu --json {file}").code == 0
+        rows = json.loads(file.read_text())["best"]
+        seconds.append(min(row["step_seconds"] for row in rows))
+    assert seconds[1] > 0.95 * seconds[0]
     refused = ask("plan --model llama3-70b --gpu a100-40 --search=1")
     assert refused.code == 2 and not refused.stdout
     assert "The smallest, TP 1 x DP 1 with parallel.tp=1 " in refused.stderr
