@@ -17,7 +17,13 @@ from megamask.model.vocabulary import VocabularyShard, block_size, chunk_size
 from megamask.parallel.masked_linear import BLOCK
 from megamask.plan.capped_attention import in_attention, within_backward
 from megamask.plan.hardware import Device
-from megamask.plan.saved_tensors import most_recomputed, saved_activations, stream
+from megamask.plan.passes import fuses_activation
+from megamask.plan.saved_tensors import (
+    kept_by_activation,
+    most_recomputed,
+    saved_activations,
+    stream,
+)
 from megamask.plan.workload import Workload
 from megamask.sparsity.pattern import Pattern
 
@@ -123,7 +129,7 @@ def _state_and_step(work: Workload, device: Device) -> tuple[dict[str, float], d
     ]
     if work.forward_passes:
         attention = {ACTIVATIONS: 0.0, LAYER: 2 * stream(work) + in_attention(work)}
-        moments = [_forward_at_loss(work, device), _forward_in_layer(work), attention]
+        moments = [_forward_at_loss(work, device), _forward_in_layer(work, device), attention]
     if work.config.learn.distillation.hidden > 0:
         kept[DENSE_LAYERS] = work.arch.num_layers * stream(work)
     step = {
@@ -151,7 +157,7 @@ def _at_loss(work: Workload, device: Device, backward: bool = True) -> dict[str,
     if work.arch.logit_cap is not None and backward:
         losses = max(chunk + losses, 2 * chunk)
     return {
-        ACTIVATIONS: saved_activations(work),
+        ACTIVATIONS: saved_activations(work, device),
         LOSS: chunk + losses + 2 * hidden + teacher + gathered(work),
     }
 
@@ -162,16 +168,19 @@ def _forward_at_loss(work: Workload, device: Device) -> dict[str, float]:
     return {ACTIVATIONS: 0.0, LOSS: _at_loss(work, device, backward=False)[LOSS] - hidden}
 
 
-def _forward_in_layer(work: Workload) -> dict[str, float]:
+def _forward_in_layer(work: Workload, device: Device) -> dict[str, float]:
     """A layer without a backward pass: the residual stream and its norm, the outputs of the first
     linear and of the gated activation, and the masked weight of one linear.
     """
     largest = max((linear.weights for linear in work.linears if linear.is_masked), default=0)
     wide = work.tokens * work.ffn / work.tp * work.width
+    outputs = 2
+    if work.arch.gated:
+        outputs = 3 if fuses_activation(work, device) else 4
     return {
         ONE_LAYER: float(largest * work.width) + _of_units(work, largest),
         ACTIVATIONS: 0.0,
-        LAYER: 2 * stream(work) + (4 if work.arch.gated else 2) * wide + gathered(work),
+        LAYER: 2 * stream(work) + outputs * wide + gathered(work),
     }
 
 
@@ -195,7 +204,7 @@ def _evaluation(work: Workload, device: Device) -> dict[str, float]:
     points = [
         {**hidden, ONE_LAYER: masked, ONE_MASK: codes + block * (table + 1 + work.width)},
         {**hidden, ONE_LAYER: masked, LAYER: 2 * wide},
-        {**hidden, LAYER: 5 * wide},
+        {**hidden, LAYER: (3 if fuses_activation(work, device) else 5) * wide},
         {**hidden, LAYER: in_attention(there)},
         _forward_at_loss(there, device),
     ]
@@ -286,11 +295,13 @@ def _in_layer(work: Workload, device: Device) -> dict[str, float]:
     if config.learn.sampling.backend == "torch" and not is_shared:
         weight_grad += largest * max(_reference(work, one) for one in work.plan.distinct)
     weight_grad += _of_units(work, largest)
-    freed = (3 if arch.gated else 1) * wide
+    mlp = kept_by_activation(work, device) + 1  # and the input of the second linear
+    # Before the first linear's turn they are gone, and the gradient of its output is there.
+    freed = (mlp - (2 if arch.gated else 1)) * wide
     # When attention's turn comes, the feed-forward part's tensors are gone.
-    scores = within_backward(work) - (5 if arch.gated else 2) * wide
+    scores = within_backward(work) - mlp * wide
     busiest = max(2 * wide, weight_grad + wide, weight_grad + whole_input - freed, scores)
-    activations = saved_activations(work) + most_recomputed(work)
+    activations = saved_activations(work, device) + most_recomputed(work, device)
     return {**made, ACTIVATIONS: activations, LAYER: 2 * stream(work) + busiest + gathered(work)}
 
 

@@ -50,10 +50,16 @@ def elementwise_bytes(work: Workload, device: Device) -> Moved:
     )
 
 
+def fuses_activation(work: Workload, device: Device) -> bool:
+    """Whether the kernel of ``parallel.fused`` computes the gated activation."""
+    return not device.is_cpu and work.config.parallel.fused and covers_activation(work.arch)
+
+
 def gated_bytes(work: Workload, device: Device) -> Moved:
     """What the activation moves, with a gate in separate passes or in a kernel, or without one."""
-    fused = not device.is_cpu and work.config.parallel.fused and covers_activation(work.arch)
-    forward, backward = (6, 10) if fused else (14, 28) if work.arch.gated else (4, 8)
+    forward, backward = (4, 8)
+    if work.arch.gated:
+        forward, backward = (6, 10) if fuses_activation(work, device) else (14, 28)
     wide = work.ffn / work.tp
     return _in_dtype(work, forward * wide, backward * wide)
 

@@ -1,5 +1,5 @@
-"""Activations: the tensors that the layers save for the backward pass, with PyTorch's own norm,
-activation and attention (Transformer Engine's need less).
+"""Activations: the tensors that the layers save for the backward pass, with PyTorch's own norm
+and attention (Transformer Engine's need less), and on a GPU the fused activation.
 
 Attention makes S x S scores under a cap alone; a layer whose window cuts keys off keeps an S x S
 mask.
@@ -11,16 +11,28 @@ and keys, F of its feed-forward.
 from __future__ import annotations
 
 from megamask.plan.capped_attention import kept_scores
+from megamask.plan.hardware import Device
+from megamask.plan.passes import fuses_activation
 from megamask.plan.workload import Workload
 
 
-def layer_activations(work: Workload, layer: int) -> float:
+def kept_by_activation(work: Workload, device: Device) -> int:
+    """Numbers a token that the activation keeps, in units of F.
+
+    Both halves of a gated activation, and in separate passes SiLU's output and the other half too;
+    without a gate the input.
+    """
+    if not work.arch.gated:
+        return 1
+    return 2 if fuses_activation(work, device) else 4
+
+
+def layer_activations(work: Workload, layer: int, device: Device) -> float:
     """Bytes that a layer saves for its backward pass.
 
     Per token: two norms' fp32 inputs (4 H each), or four's, inputs of the four linears (H, Q, H,
     F), fused q/k/v before and q, k after the rotation, attention's log-sums (4 a head, none under a
-    cap, which keeps scores), and of the gated activation the two halves together (2 F), SiLU's
-    output and the other half. An activation without a gate keeps F.
+    cap, which keeps scores), and what the activation keeps.
     """
     arch, tp = work.arch, work.tp
     hidden = arch.hidden / (tp if work.config.parallel.sequence_parallel else 1)
@@ -35,7 +47,7 @@ def layer_activations(work: Workload, layer: int) -> float:
         + (q + f)
         + (q + 2 * k)
         + (q + k)
-        + (4 if arch.gated else 1) * f
+        + kept_by_activation(work, device) * f
     )
     norms = 2 * arch.pre_norms + 2 * arch.post_norms
     sums = 0 if arch.attention_cap is not None else 4 * arch.heads / tp
@@ -65,23 +77,24 @@ def window_activations(work: Workload, layer: int) -> float:
     return length**2 * (1 if is_capped else work.width) + work.width * work.tokens * repeated
 
 
-def recomputed_activations(work: Workload, layer: int) -> float:
+def recomputed_activations(work: Workload, layer: int, device: Device) -> float:
     """Bytes of a layer that ``parallel.recompute`` makes again: all of them, or the feed-forward
-    part's without its input (5 F a token, or 2 F without a gate, and the copies and outputs of
-    experts).
+    part's without its input: what the activation keeps, the input of the second linear (F a token),
+    and the copies and outputs of experts.
     """
     if work.config.parallel.recompute == "mlp":
-        parts = 5 if work.arch.gated else 2
+        parts = kept_by_activation(work, device) + 1
         copies = work.mlp_inputs(layer) * work.arch.hidden - stream(work) / work.tokens / work.width
         return work.tokens * work.width * (parts * work.ffn_of(layer) / work.tp + copies)
     if not work.config.parallel.recompute:
         return 0.0
-    return layer_activations(work, layer) + window_activations(work, layer)
+    return layer_activations(work, layer, device) + window_activations(work, layer)
 
 
-def most_recomputed(work: Workload) -> float:
+def most_recomputed(work: Workload, device: Device) -> float:
     """Bytes of ``recomputed_activations`` of the layer that has the most."""
-    return max(recomputed_activations(work, layer) for layer in range(work.arch.num_layers))
+    layers = range(work.arch.num_layers)
+    return max(recomputed_activations(work, layer, device) for layer in layers)
 
 
 def stream(work: Workload) -> float:
@@ -94,7 +107,7 @@ def stream(work: Workload) -> float:
     )
 
 
-def saved_activations(work: Workload) -> float:
+def saved_activations(work: Workload, device: Device) -> float:
     """Bytes of activations when the forward pass of all layers is over.
 
     The norm of the first layer saves nothing, because the embedding is frozen.
@@ -104,8 +117,8 @@ def saved_activations(work: Workload) -> float:
     if work.config.parallel.recompute is True:
         return len(layers) * stream(work) + fp32_stream
     return sum(
-        layer_activations(work, layer)
-        - recomputed_activations(work, layer)
+        layer_activations(work, layer, device)
+        - recomputed_activations(work, layer, device)
         + window_activations(work, layer)
         for layer in layers
     )

@@ -18,6 +18,7 @@ from megamask.model.build import build_model, masked_linears
 from megamask.model.layer_parts import SdpaCoreAttention
 from megamask.parallel.mesh import start
 from megamask.plan.capped_attention import in_attention, kept_scores, within_backward
+from megamask.plan.hardware import device_named
 from megamask.plan.saved_tensors import saved_activations, window_activations
 from megamask.plan.workload import Workload
 from megamask.weights.architecture import read_architecture
@@ -103,7 +104,8 @@ def test_the_plan_counts_what_a_cap_keeps(changes: dict[str, Any]) -> None:
     capped = replace(plain, attention_cap=5.0)
     settings = {"data": {"seq_length": S}, "learn": {"micro_batch": B}, "dtype": "fp32"}
     planned = [
-        saved_activations(Workload(build_config(settings), arch)) for arch in (capped, plain)
+        saved_activations(Workload(build_config(settings), arch), device_named("cpu"))
+        for arch in (capped, plain)
     ]
     more = saved_bytes(capped) - saved_bytes(plain)
     assert planned[0] - planned[1] == more >= 2 * 8 * B * 8 * S * S  # layers, bytes, heads

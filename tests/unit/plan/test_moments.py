@@ -89,10 +89,10 @@ def test_capped_scores_and_logits_by_hand() -> None:
     assert evaluation == {EVALUATED: 2 * hidden, LAYER: scores * (2 + 4 + 4) + 7 * hidden}
     assert sum(memory_of(free, GPUS["h100"]).moments[EVALUATION].values()) < scores
     # A step: tanh's output, softmax's and two gradients of it, less the feed-forward part of the
-    # layer, whose five tensors are gone.
+    # layer, whose three tensors are gone.
     step, wide = memory_of(capped, GPUS["h100"]).step, 4096 * 11008 * 2
-    assert step[LAYER] == 2 * hidden / 2 + scores / 2 * (2 + 4 + 4 + 4 - 8) - 5 * wide
-    assert step[ACTIVATIONS] > layer_activations(capped, 0) > scores / 2 * 8
+    assert step[LAYER] == 2 * hidden / 2 + scores / 2 * (2 + 4 + 4 + 4 - 8) - 3 * wide
+    assert step[ACTIVATIONS] > layer_activations(capped, 0, GPUS["h100"]) > scores / 2 * 8
     # The slope of the logits: a second chunk of 512 x 128,256 in bf16, beside the fp32 block.
     words = plan(model="llama3-8b")
     capped = replace(words, arch=replace(words.arch, logit_cap=30.0))
@@ -122,8 +122,8 @@ def test_every_moment_of_eight_ranks_by_hand(dp: int, sequence_parallel: bool) -
     assert memory.state[OTHER_WEIGHTS] == 2 * (2 * words * h + 65 * h)
     step = memory.step
     assert step[KEPT] == 2 * weights and step[NEW_HARD_CODES] == weights / 4
-    # bf16: inputs of q/k/v, output projection, gate/up and down; q/k/v twice; gate, up and SiLU
-    numbers = shard + q + shard + f + 3 * q + 2 * q + 4 * f
+    # bf16: inputs of q/k/v, output projection, gate/up and down; q/k/v twice; gate and up
+    numbers = shard + q + shard + f + 3 * q + 2 * q + 2 * f
     a_token = 2 * numbers + 2 * 4 * shard + 4 * 4  # two norms' inputs and the sums of four heads
     rotary = 4 * tokens * 128 * 2
     assert step[ACTIVATIONS] == 32 * (tokens * a_token + rotary)

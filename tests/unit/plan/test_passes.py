@@ -13,7 +13,9 @@ from megamask.config import load_config
 from megamask.model.fused.coverage import covers_activation, covers_rotation
 from megamask.plan.calibration import calibrated
 from megamask.plan.hardware import GPUS, Device, device_named
+from megamask.plan.memory import EVALUATION, LAYER, ONE_LAYER, memory_of
 from megamask.plan.passes import elementwise_bytes, gated_bytes, loss_bytes
+from megamask.plan.saved_tensors import layer_activations, recomputed_activations
 from megamask.plan.time import (
     ATTENTION,
     ELEMENTWISE,
@@ -80,6 +82,30 @@ def test_a_model_that_the_kernels_do_not_cover_keeps_its_passes(
     assert (covers_activation(fused.arch), covers_rotation(fused.arch)) == (activation, rotation)
     assert (gated_bytes(fused, H100) < gated_bytes(apart, H100)) == activation
     assert (elementwise_bytes(fused, H100) < elementwise_bytes(apart, H100)) == rotation
+
+
+def test_the_fused_activation_saves_its_input_alone() -> None:
+    """Two F a token in the place of four, in the layers and in what ``recompute=mlp`` makes again;
+    three in the place of five at once in an evaluation. A CPU runs separate passes.
+    """
+    fused, apart = plan(), plan("parallel.fused=false")
+    tokens = 4096
+    for layers in (layer_activations, recomputed_activations):
+        some = [plan(f"parallel.fused={on}", "parallel.recompute=mlp") for on in ("true", "false")]
+        kept = [layers(work, 0, H100) for work in some]
+        assert kept[1] - kept[0] == tokens * 2 * 2 * F
+    assert recomputed_activations(some[0], 0, H100) == tokens * 2 * 3 * F
+    cpu = device_named("cpu")
+    assert layer_activations(fused, 0, cpu) == layer_activations(apart, 0, H100)
+    long = ("evaluate.window=4096", "evaluate.micro_batch=2")
+    at = [
+        memory_of(plan(*long, f"parallel.fused={on}"), H100).moments[EVALUATION]
+        for on in ("true", "false")
+    ]
+    # The fused activation's three are fewer than the output of the first linear beside its weight.
+    wide, masked = 2 * tokens * 2 * F, 2 * 2 * H * F
+    assert at[0][LAYER] == 2 * wide and at[0][ONE_LAYER] == masked < 3 * wide
+    assert at[1][LAYER] == 5 * wide and ONE_LAYER not in at[1]
 
 
 def test_parts_of_a_step_follow_the_passes() -> None:
