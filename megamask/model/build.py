@@ -130,6 +130,8 @@ def build_model(
     model.requires_grad_(False)
     if arch.embedding_scale != 1:
         scale = arch.embedding_scale
+        if arch.rounds_embedding_scale:
+            scale = torch.tensor(scale, dtype=settings.params_dtype).item()
         model.embedding.register_forward_hook(lambda module, inputs, output: output * scale)
     # A recomputed layer passes gradients on only if its input requires a gradient. The output of a
     # frozen embedding requires none, so the hook asks for it.

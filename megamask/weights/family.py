@@ -116,6 +116,8 @@ class Architecture:
         logit_cap: the same for the logits.
         logit_scale: factor of the logits.
         embedding_scale: factor of the embedding's output.
+        rounds_embedding_scale: whether this factor has the dtype of the weights (bf16: 25.25 for
+            25.298), as in transformers' classes of the family.
         residual_scale: factor of the outputs of attention and feed-forward part.
         parallel_residual: attention and feed-forward part read the same residual stream.
         dtype: the dtype that the config names.
@@ -148,6 +150,7 @@ class Architecture:
     logit_cap: float | None = None
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
+    rounds_embedding_scale: bool = False
     residual_scale: float = 1.0
     parallel_residual: bool = False
     dtype: torch.dtype = torch.float32

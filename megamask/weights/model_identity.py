@@ -30,7 +30,9 @@ OTHERS = "other_tensors"  # digest of what lies beside the text part
 ARCHITECTURE = "architecture"
 FILES = "source_files"  # path -> [size, time of the last change] of the files that were read
 MODEL = "model_sha256"  # key of what results, masks and snapshots have of the note
-NO_FACTS = ("family", "dtype")  # of an Architecture: names in files, and the dtype of the note
+# Of an Architecture: names in files, the dtype of the note, and how transformers' class of the
+# family rounds a factor.
+NO_FACTS = ("family", "dtype", "rounds_embedding_scale")
 OTHER_PARTS = "other norms, embedding, head or config.json"  # where the fingerprints are equal
 WHAT = {
     UNMASKED: "norms, embedding, head or biases",

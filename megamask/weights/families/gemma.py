@@ -44,6 +44,7 @@ def read_common(keys: ConfigKeys, plain: Architecture) -> Architecture:
         attention_cap=keys.cap("attn_logit_softcapping"),
         logit_cap=keys.cap("final_logit_softcapping"),
         embedding_scale=plain.hidden**0.5,
+        rounds_embedding_scale=True,
     )
 
 

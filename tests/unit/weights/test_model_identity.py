@@ -159,4 +159,4 @@ def test_facts_leave_neutral_defaults_out(hf: Path) -> None:
     assert "parallel_residual" not in facts and facts["layers"] == [{}]
     assert architecture_facts(replace(arch, layers=(Layer(),))) == facts
     assert architecture_facts(replace(arch, layers=(Layer(window=8),))) != facts
-    assert model_identity.NO_FACTS == ("family", "dtype")
+    assert model_identity.NO_FACTS == ("family", "dtype", "rounds_embedding_scale")
