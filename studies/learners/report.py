@@ -159,9 +159,10 @@ def header(bench: Bench, rows: Sequence[Row]) -> str:
             "",
             f"Perplexity on held-out text: {format_protocol(last['evaluation'])}. "
             "Mean: geometric, over domains. Where there are several seeds, cells are means with "
-            "the lowest and highest in brackets. A difference to the reference that is smaller "
-            "than what seeds alone make (the larger of the two arms' own, or the base's) is called "
-            "a tie. Times marked * were taken while the machine had other work. The curves of the "
+            "the lowest and highest in brackets. A difference to the reference is between the "
+            "seeds that both have; what is smaller than what seeds alone make (the larger of the "
+            "two arms' own, or the base's) is called a tie. Times marked * were taken while the "
+            "machine had other work. The curves of the "
             f"picture are of {CURVE_WINDOWS} windows a domain, the tables of all tokens.",
             "",
         ]
@@ -221,12 +222,22 @@ def cells(row: Row, domains: list[str], reference: Row | None, noise: float | No
 
 
 def against(row: Row, reference: Row | None, noise: float | None) -> str:
-    """``reference``, a difference as ``+3.1%``, or a tie when seeds alone differ as much."""
+    """``reference``, a difference as ``+3.1%``, or a tie when seeds alone differ as much. The
+    difference is between the seeds that both have, because a seed is the same samples in both.
+    """
     if reference is None or not row.facts:
         return ""
     if row.facts[0]["digest"] == reference.facts[0]["digest"]:
         return "reference"
-    difference = row.score / reference.score - 1
+    ours, theirs = (
+        dict(zip((fact["seed"] for fact in one.facts), one.scores, strict=True))
+        for one in (row, reference)
+    )
+    shared = [seed for seed in ours if seed in theirs]
+    logs = [math.log(ours[seed] / theirs[seed]) for seed in shared]
+    if not logs:
+        return ""
+    difference = math.expm1(statistics.fmean(logs))
     spreads = [spread for spread in (row.spread, reference.spread) if spread is not None]
     if not spreads and noise is not None:
         spreads = [noise]

@@ -18,12 +18,12 @@ from tests.fork_server import ROOT
 from tests.unit.studies.stand_ins import BATCH, SEQ, STEPS, Words
 
 
-def row_of(scores: list[float], digest: str) -> Row:
+def row_of(scores: list[float], digest: str, seeds: tuple[int, ...] = ()) -> Row:
     return Row(
         "arm",
         "arm",
         [{"code": score, "prose": score} for score in scores],
-        [{"digest": digest}] * len(scores),
+        [{"digest": digest, "seed": seed} for seed in seeds or range(len(scores))],
         {},
     )
 
@@ -84,7 +84,7 @@ def test_the_report(words: Words, verbs: list[str], tmp_path: Path) -> None:
         ([10.3], [10.0], None, "+3.0%"),  # one seed each: nothing is known of the spread
         ([10.3], [10.0], 0.05, "tie (+3.0%)"),  # within the base's spread of 5 %
         ([10.3], [10.0], 0.02, "+3.0%"),
-        ([10.3], [9.9, 10.1], None, "+3.0%"),  # the reference's own spread: 2 %
+        ([10.2], [9.9, 10.1], None, "+3.0%"),  # the reference's own spread: 2 %
         ([10.0, 10.4], [9.9, 10.1], None, "tie (+2.0%)"),  # 4 % between the arm's seeds
         ([9.5, 9.5], [9.9, 10.1], 0.5, "-5.0%"),  # their own spread counts, not the base's
     ],
@@ -93,6 +93,15 @@ def test_what_seeds_make_alone_is_a_tie(
     scores: list[float], reference: list[float], noise: float | None, expected: str
 ) -> None:
     assert against(row_of(scores, "a"), row_of(reference, "b"), noise) == expected
+
+
+def test_a_difference_is_between_the_seeds_that_both_have() -> None:
+    """Of three seeds the first is the best: their mean would hide that an arm is 5 % worse."""
+    reference = row_of([10.0, 10.8, 10.7], "b", seeds=(1, 2, 3))
+    assert against(row_of([10.5], "a", seeds=(1,)), reference, None) == "tie (+5.0%)"
+    assert against(row_of([12.0], "a", seeds=(1,)), reference, None) == "+20.0%"
+    assert against(row_of([13.0, 9.6], "a", seeds=(3, 1)), reference, None) == "tie (+8.0%)"
+    assert against(row_of([10.5], "a", seeds=(4,)), reference, None) == ""
 
 
 def test_a_curve_is_of_the_steps_that_all_seeds_evaluated() -> None:
