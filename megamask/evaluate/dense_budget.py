@@ -69,7 +69,7 @@ def with_dense_budget(config: Config, planned: Architecture | None = None) -> Co
         _check_text(path, made_from["protocol"], measured_text(inputs).facts)
     try:
         parts = kept_dense(found["dense"], losses, share)
-    except (TypeError, AttributeError, KeyError) as error:
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise ArtifactError(path, f"holds no losses by domain ({error!r})", FIX) from None
     if not parts:
         allowed = f"a share that keeps a part dense: of {len(losses)} parts it rounds to none"

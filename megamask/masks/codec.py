@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megamask.sparsity.look_up import look_up, padded
+from megamask.sparsity.look_up import look_up, padded, smallest_dtype
 
 Words = npt.NDArray[np.uint64]
 BLOCK = 1 << 15  # words that are packed at a time, so that numbers beside the codes stay few
@@ -129,4 +129,4 @@ def _digits_of(base: int, together: int) -> npt.NDArray[np.unsignedinteger]:
 
 
 def _digit(base: int) -> np.dtype[np.unsignedinteger]:
-    return np.min_scalar_type(base - 1)
+    return smallest_dtype(base - 1)

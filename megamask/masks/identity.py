@@ -44,8 +44,9 @@ def recipe_of(header: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def belong_together(masks: MaskSet, note: Mapping[str, Any]) -> bool:
-    """Whether masks and the weights with this note are one result: one base model, one method and
-    one recipe. Another recipe of the same method gives other weights, under the same masks too.
+    """Whether masks and the weights with this note are one result: one base model, one method, one
+    recipe, and the same linears with the same patterns. Another recipe of the same method gives
+    other weights, under the same masks too.
 
     Args:
         masks: masks with weights of their own. Folders of absolute paths have no part in the
@@ -55,6 +56,9 @@ def belong_together(masks: MaskSet, note: Mapping[str, Any]) -> bool:
     recipe = note.get("recipe")
     if not isinstance(recipe, Mapping):
         return False
+    of_masks = {"pattern": masks.patterns.facts(), "linears": list(masks)}
+    if any(recipe.get(key, value) != value for key, value in of_masks.items()):
+        return False  # a recovery has neither: its recipe names the mask
     made_from = {key: value for key, value in recipe.items() if key not in OUTSIDE_DATA}
     about = (note.get("fingerprint"), note.get("method"), without_places(made_from))
     return about == (masks.fingerprint, masks.method, without_places(recipe_of(masks.meta)))

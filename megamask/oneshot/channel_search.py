@@ -15,6 +15,7 @@ import torch
 
 from megamask.model.language_model import LanguageModel
 from megamask.oneshot.calibrate import HiddenStates, input_stats
+from megamask.oneshot.layerwise import naming
 from megamask.parallel.masked_linear import MaskedLinear
 from megamask.parallel.mesh import Mesh
 from megamask.sparsity.pattern import Pattern
@@ -100,7 +101,8 @@ def input_moments(
         ):
             states.advance(layer)
         for name, sums in {**stats, **head_stats}.items():
-            found.mean_square[name] = sums.mean_square_I.cpu()
+            with naming(name):
+                found.mean_square[name] = sums.mean_square_I.cpu()
         for name, sums in head_stats.items():
             blocks = sums.hessian_II.unflatten(0, (-1, head_dim)).unflatten(2, (-1, head_dim))
             found.within_head[name] = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).cpu()

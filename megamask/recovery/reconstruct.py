@@ -87,9 +87,9 @@ def _linear(job: RecoveryJob, name: str, stats: InputStats) -> tuple[torch.Tenso
     if is_split:
         dense_OI = _rows_of_rank(job, dense_OI, 0)
         mask_OI = _rows_of_rank(job, mask_OI.byte(), 1).bool()  # such a row stays as it is
-    hessian_II = stats.hessian_II
     settings = job.config.recover
     with naming(hf_names := job.hf_names(name)):
+        hessian_II = stats.hessian_II
         solved_OI, damp = solve(
             SOLVERS[settings.solver], dense_OI, mask_OI, hessian_II, settings.damp, mesh.any
         )

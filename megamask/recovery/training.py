@@ -77,14 +77,18 @@ class Training(Recovery):
 
     def text(self, config: Config) -> dict[str, Any]:
         """The training text, how its domains are blended, the length of a sample and the seed of
-        their order.
+        their order. The order of the domains decides ties of the blend.
         """
-        return {
+        weights = blend_weights(config)
+        described: dict[str, Any] = {
             "text_sha256": Content.of(config, None, None).text,
-            "blend": blend_weights(config),
+            "blend": weights,
             "seq_length": config.data.seq_length,
             "seed": config.seed,
         }
+        if list(weights) != sorted(weights):  # results of before do not name their order
+            described["order"] = list(weights)
+        return described
 
     def recover(self, job: RecoveryJob) -> Recovered:
         """``measured`` has the loss of the first and of the last step on the text."""

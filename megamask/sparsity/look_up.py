@@ -14,6 +14,13 @@ MOST = 16  # bytes of an entry that numpy copies at once
 Numbers = npt.NDArray[np.unsignedinteger]
 
 
+def smallest_dtype(largest: int) -> np.dtype[np.unsignedinteger]:
+    """The smallest unsigned dtype that holds ``largest``. ``np.min_scalar_type`` may answer with
+    the C type of another name, which is as wide and which PyTorch does not know.
+    """
+    return np.dtype(f"u{np.min_scalar_type(largest).itemsize}")
+
+
 def look_up(table: npt.NDArray[Any], at: Numbers) -> npt.NDArray[Any]:
     """``table[at]`` in half the time, for a table with an entry for every number of the dtype of
     ``at``: no bounds are checked, and numpy's own index type is made in the cache, in pieces.
@@ -51,7 +58,7 @@ class MaskTable:
 
     def __init__(self, masks_CM: npt.NDArray[np.bool_]) -> None:
         self._count, self._m = masks_CM.shape
-        self._dtype = np.min_scalar_type(self._count - 1)
+        self._dtype = smallest_dtype(self._count - 1)
         self._one = padded(masks_CM, self._dtype)
 
     def masks(self, index_OG: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:

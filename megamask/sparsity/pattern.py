@@ -25,7 +25,7 @@ import torch
 
 from megamask.errors import ConfigError
 from megamask.sparsity.by_position import best_of_groups
-from megamask.sparsity.look_up import MaskTable, Numbers, look_up
+from megamask.sparsity.look_up import MaskTable, Numbers, look_up, smallest_dtype
 
 MAX_CANDIDATES = 256  # of a table
 TABLE_BITS = 16  # groups up to this size look their index up in one table
@@ -249,7 +249,7 @@ class Pattern:
     def _index_table(self) -> Numbers:
         """``_index_by_bytes`` of every number that ``bits_of`` could return."""
         bits = np.arange(2**8 if self.m <= 8 else 2**16, dtype=np.uint64)
-        return self._index_by_bytes(bits).astype(np.min_scalar_type(self.num_candidates))
+        return self._index_by_bytes(bits).astype(smallest_dtype(self.num_candidates))
 
     @cached_property
     def _pair_table(self) -> npt.NDArray[np.uint16]:

@@ -103,6 +103,10 @@ def check_early(inputs: RunInputs) -> None:
             one.check(pattern, config.prune)
     if any(one.needs_text for one in criteria):
         layout.check_lengths(config, ("calibration.seq_length",))
+    if any(one.needs_gradients for one in criteria) and config.calibration.seq_length < 2:
+        length, fix = config.calibration.seq_length, "Raise it, or leave these methods out."
+        allowed = "at least 2, for a gradient needs a token that is predicted"
+        raise ConfigError("calibration.seq_length", length, allowed, fix)
     storage.require_writable(inputs.paths.masks)
     if any(one.updates_weight for one in criteria):
         storage.require_writable(inputs.paths.run_dir)

@@ -5,6 +5,7 @@ file with its weights, and a Hugging Face folder. All say that the model is reco
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from megamask import storage
 from megamask.config import Config
 from megamask.data.heldout import evaluated_domains, evaluation_windows, heldout_digests
 from megamask.errors import ConfigError, MegamaskError
+from megamask.evaluate.rows import not_finite_outputs
 from megamask.evaluate.sensitivity import whole_masks
 from megamask.export.folded import STAMP
 from megamask.export.masked_folder import export
@@ -270,6 +272,8 @@ def _recover(one: Task, mesh: Mesh, windows: Mapping[str, torch.Tensor]) -> None
         found = {name: perplexity(model, mesh, rows, batch) for name, rows in windows.items()}
         if mesh.is_main and found:
             log.info("%-18s %s", weights, _shown(found))
+        for domain in (name for name, value in found.items() if math.isnan(value)):
+            raise not_finite_outputs(inputs.paths.weights, domain, weights)
         return found
 
     for name, linear in linears.items():

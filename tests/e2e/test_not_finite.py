@@ -74,3 +74,8 @@ def test_evaluate_says_that_the_model_is_not_finite(
     done = in_process("evaluate", *settings(run_dir))
     assert "outputs that are not finite on" in refusal(done)
     assert not (run_dir / "results.json").exists()
+    # Before any training, which would blame the rate.
+    monkeypatch.setattr("megamask.verbs.recover.load_weights", load_and_break)
+    words = ["recover.mask=magnitude", "recover.method=finetune", "recover.steps=1"]
+    done = in_process("recover", *settings(run_dir), *words, "model.exclude=[]")
+    assert "outputs that are not finite on" in refusal(done) and "(row frozen)" in refusal(done)

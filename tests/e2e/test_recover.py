@@ -27,6 +27,7 @@ from megamask.recovery.recoveries import RECOVERIES
 from megamask.safe_checkpoint import NOTE
 from megamask.verbs.evaluate import find_masks
 from megamask.weights.hf_files import HFReader
+from megamask.weights.model_identity import recipe_differs
 from tests.e2e.program import RECIPE, contents, here, in_process, refusal
 
 pytestmark = pytest.mark.slow
@@ -175,6 +176,15 @@ def test_another_blend_of_the_text_is_another_result(
     assert data[0]["recovered"]["weights"] != data[1]["recovered"]["weights"]
     mask = load_masks(copy / "masks" / "wanda.safetensors").meta["data"]
     assert data[0]["recovered"]["mask_text"] == {"calibration": mask["calibration"]}
+    # Equal shares of two domains are a tie at every second sample, which their order decides.
+    there = load_config(RECIPE, words)
+    turned = dict(reversed(there.data.domains.items()))
+    data_of = [
+        there,
+        there.model_copy(update={"data": there.data.model_copy(update={"domains": turned})}),
+    ]
+    found = [RECOVERIES["finetune"].text(config) for config in data_of]
+    assert recipe_differs(*found) and not recipe_differs(found[0], found[0])
 
 
 def test_weights_go_with_the_mask_of_their_own_recipe_alone(

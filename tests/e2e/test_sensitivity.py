@@ -156,6 +156,7 @@ def test_a_budget_keeps_the_most_sensitive_dense(
         ({"made_from": {**found["made_from"], "fingerprint": "0" * 64}}, "on another model"),
         ({"loss": {first: found["loss"][first]}}, "is not finished: it has 1 of 2 parts"),
         ({"dense": {"prose": "none"}}, "holds no losses by domain"),
+        ({"loss": {**found["loss"], first: {}}}, "holds no losses by domain"),
         ({"made_from": {**found["made_from"], "linears": []}}, "did not measure model.layers.0."),
     ):
         file.write_text(json.dumps({**found, **change}))

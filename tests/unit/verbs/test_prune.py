@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megamask.config import Config, load_config, run_paths
 from megamask.errors import ArtifactError, ConfigError
 from megamask.masks.file import load_masks
+from megamask.masks.find import own_weights
 from megamask.masks.identity import row_name
 from megamask.masks.times import seconds_of
 from megamask.prepare.run_inputs import RunInputs
@@ -112,6 +114,29 @@ def test_magnitudes_of_another_dtype_are_another_mask(run_dir: Path, hf: Path) -
     other = {"bf16": "fp32", "fp32": "bf16"}[configured(run_dir, hf).dtype]
     prune.run(configured(run_dir, hf, *only, f"dtype={other}"))
     assert stamps(run_dir) != before
+
+
+@pytest.mark.parametrize("change", ["pattern=4:8", "model.exclude=['*.down_proj']"])
+def test_weights_of_other_groups_or_linears_do_not_belong_to_a_mask(
+    run_dir: Path, hf: Path, change: str
+) -> None:
+    """A mask that was set aside, or stayed behind when a run ended between weights and masks."""
+    words = ("prune.methods=[sparsegpt_update]", "prune.inputs=dense")
+    before, after = configured(run_dir, hf, *words), configured(run_dir, hf, *words, change)
+    prune.run(before)
+    paths, method = run_paths(before), "sparsegpt_update"
+    old = Path(shutil.copy(paths.mask(method), paths.run_dir / "old.safetensors"))
+    assert own_weights(load_masks(old), paths) == paths.updated_weights(method)
+    prune.run(after)
+    assert own_weights(load_masks(paths.mask(method)), paths) == paths.updated_weights(method)
+    with pytest.raises(ArtifactError, match="does not belong to the mask"):
+        own_weights(load_masks(old), paths)
+
+
+@pytest.mark.parametrize("method", ["gblm", "pruner_zero"])
+def test_a_gradient_needs_a_token_that_is_predicted(run_dir: Path, hf: Path, method: str) -> None:
+    with pytest.raises(ConfigError, match="calibration.seq_length = 1: at least 2"):
+        prune.run(configured(run_dir, hf, f"prune.methods=[{method}]", "calibration.seq_length=1"))
 
 
 def test_writes_masks_and_updated_weights(run_dir: Path, hf: Path) -> None:
