@@ -2,7 +2,8 @@
 # Sourced by the other scripts: `megamask_env EXTRAS` makes .venv once, installs pinned versions,
 # and puts it on PATH.
 #
-#   PYTHON   the Python to build on (default python3, at least 3.10)
+#   PYTHON   the Python to build on (default python3, at least 3.10); given, it replaces an
+#            environment of another version
 #   VENV     where the environment goes (default .venv in the repository)
 #   PIP_OPTIONS   more options for pip install, for example --extra-index-url with PyTorch's index
 #            of CPU builds
@@ -13,6 +14,7 @@
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export REPO
+ASKED_PYTHON="${PYTHON:-}"
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-$REPO/.venv}"
 TEST_EXTRAS="dev,docs,gguf,data,wandb" # what the checks and tests need
@@ -24,10 +26,12 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
 # torchrun waits this many seconds for workers that save a snapshot before it kills them (its own
-# default is 30), and passes SIGUSR1 on as it does SIGTERM, instead of dying of it.
+# default is 30), and passes SIGUSR1 on as it does SIGTERM, instead of dying of it. Newer versions
+# have an option for the signals, whose default replaces the first variable.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 handled="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-$handled}"
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-$TORCHELASTIC_SIGNALS_TO_HANDLE}"
 
 say() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -83,18 +87,22 @@ make_venv() {
             "Python with PYTHON=..."
 }
 
+is_of_another_python() {
+    [ -n "$ASKED_PYTHON" ] && [ "$("$VENV/bin/python" -VV)" != "$("$PYTHON" -VV)" ]
+}
+
 ENV_SECONDS=0
 megamask_env() {
-    local extras="$1" stamp key torch_version options started=$SECONDS
+    local extras="$1" stamp pins torch_version options started=$SECONDS
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         die "$PYTHON is missing or older than 3.10. Name another one with PYTHON=/path/to/python3."
-    key="$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" \
-        <(printf '%s\n' "$extras" "$REPO" "$("$PYTHON" -VV)") | cksum | tr ' ' -)"
-    stamp="$VENV/.installed-$key"
+    pins="$(cat "$REPO/pyproject.toml" "$REPO/constraints.txt" \
+        <(printf '%s\n' "$REPO" "$("$PYTHON" -VV)") | cksum | tr ' ' -)"
+    stamp="$VENV/.installed-$pins-$(cksum <<<"$extras" | tr ' ' -)"
     if [ ! -e "$stamp" ] || [ ! -x "$VENV/bin/python" ]; then
         torch_version="$(host_torch || true)"
         # A venv that was interrupted, or made without ensurepip, has a python and no pip.
-        if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || is_of_another_python; then
             say "making $VENV with $("$PYTHON" -V)" \
                 "${torch_version:+, keeping torch $torch_version of the host}"
             make_venv "$torch_version"
@@ -106,6 +114,8 @@ megamask_env() {
         retry 3 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
             "${options[@]}" -c "$VENV/constraints.txt" -e "${REPO}[$extras]" ||
             die "pip install failed three times; its messages are above."
+        # What other pins had installed is replaced now; other extras of these pins are still there.
+        find "$VENV" -maxdepth 1 -name '.installed-*' ! -name ".installed-$pins-*" -delete
         touch "$stamp"
         ENV_SECONDS=$((SECONDS - started))
         say "environment ready in $ENV_SECONDS s"

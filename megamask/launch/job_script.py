@@ -17,7 +17,8 @@ from megamask.config import Config, run_paths
 # submission decides nothing.
 VARIABLES = (
     *("VERB", "SETUP", "VENV", "RETRIES", "RESTARTS", "CONTAINER", "MOUNTS"),
-    *("NNODES", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT"),
+    *("SRUN", "NNODES", "NODE_RANK", "NPROC_PER_NODE"),
+    *("MASTER_ADDR", "MASTER_PORT", "MASTER_WAIT"),
     *("MEGAMASK_CODE", "MEGAMASK_LEARN", "MEGAMASK_LOGS", "MEGAMASK_PYTHON"),
 )
 

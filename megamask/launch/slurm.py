@@ -37,7 +37,7 @@ class QueuedJob:
         """Whether the job has no processes, so that there is nothing to save. A suspended job has
         processes, which hold steps that no snapshot has.
         """
-        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD")
+        return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
 
     def __str__(self) -> str:
         where = f" on {self.nodes}" if self.nodes else f" ({self.reason})"

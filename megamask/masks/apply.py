@@ -150,7 +150,7 @@ def place_of(
             "writes, or use a mask of the frozen weights.",
         )
     places = fitting_places(model, _name(given), _shapes(given))
-    if isinstance(given, MaskSet) and not given.lacks_weights:
+    if isinstance(given, MaskSet) and not given.needs_weights:
         given.verify()
     if isinstance(given, MaskSet) and check_fingerprint:
         places = _places_of_base(model, places, given, dense)
@@ -159,8 +159,11 @@ def place_of(
         fix = "Pass the part of the model that the masks belong to, as model.language_model."
         raise ArtifactError(_name(given), f"fits several parts of the model: {prefixes}", fix)
     (place,) = places
-    if isinstance(given, MaskSet) and given.lacks_weights:
-        given = given.with_weights(lambda name: (dense or weight_OI)(place.targets[name]))
+    if isinstance(given, MaskSet) and given.needs_weights:
+        # What the masks were loaded with may be this model, which shows masks by now.
+        reads = dense or weight_OI
+        if given.lacks_weights or is_base(model, place, given.fingerprints, reads):
+            given = given.with_weights(lambda name: reads(place.targets[name]))
         given.verify()
     _check_sharing(model, place, given)
     return place, given

@@ -34,14 +34,7 @@ from megamask.masks.arguments import (
     checked_masks,
 )
 from megamask.masks.base_weights import GIVE, LACKS, UNCHANGED, Weights, weights_of
-from megamask.masks.codings import (
-    CODINGS,
-    GIVEN_WEIGHTS,
-    WORDS,
-    check_sizes,
-    coding_of,
-    decode,
-)
+from megamask.masks.codings import CODINGS, GIVEN_WEIGHTS, WORDS, check_sizes, coding_of, decode
 from megamask.masks.header import FIX, UPDATED, Facts, misfit, plan_of, read_header
 from megamask.masks.margins import Margins, load_margins
 from megamask.masks.save import save_coded, save_words
@@ -89,10 +82,14 @@ class MaskSet(Mapping[str, Tensor]):
         return only
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether masks are stored as differences from the weights of their base model."""
+        return GIVEN_WEIGHTS in (coding_of(about) for about in self.meta["tensors"].values())
+
+    @property
     def lacks_weights(self) -> bool:
-        """Whether masks are stored as differences from weights that were not given."""
-        codings = (coding_of(about) for about in self.meta["tensors"].values())
-        return self._weights is None and GIVEN_WEIGHTS in codings
+        """Whether masks need weights that were not given."""
+        return self._weights is None and self.needs_weights
 
     def with_weights(self, weights: Weights) -> MaskSet:
         """These masks, with the weights of their base model at hand."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,14 +42,17 @@ def settled(masks: MaskSet, file: Path, mesh: Mesh) -> MaskSet:
 def all_settled(
     masks: Mapping[str, MaskSet], folder: Path, mesh: Mesh
 ) -> Iterator[dict[str, MaskSet]]:
-    """``settled`` for named masks, with their files in ``folder``, which is deleted at the end. All
-    ranks must enter.
+    """``settled`` for named masks, with their files in a folder of this process in ``folder``, for
+    several processes may measure masks of a run. It is deleted at the end. All ranks must enter.
     """
-    files = {name: folder / f"{number}.safetensors" for number, name in enumerate(masks)}
+    own = folder / str(mesh.from_main(uuid.uuid4().hex))
+    files = {name: own / f"{number}.safetensors" for number, name in enumerate(masks)}
     try:
         if mesh.is_main and any(isinstance(one, SnapshotMasks) for one in masks.values()):
-            folder.mkdir(parents=True, exist_ok=True)
+            own.mkdir(parents=True)
         yield {name: settled(one, files[name], mesh) for name, one in masks.items()}
     finally:
         if mesh.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(own, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process measures, or there is no folder
+                folder.rmdir()

@@ -118,13 +118,23 @@ def test_a_snapshot_that_goes_away_while_others_are_measured(
     done("evaluate", *words, "evaluate.masks={mine: learned}")
     expected = json.loads((run_dir / "results.json").read_text())["perplexity"]["mine"]
 
+    # Beside it another process measures masks of this run, in a folder of its own.
+    other = run_dir / "measuring" / "of another process" / "0.safetensors"
+
     def meanwhile(self: Rows) -> Any:
         shutil.rmtree(snapshots)
+        assert [one.name for one in (run_dir / "measuring").glob("*/*")] == ["0.safetensors"]
+        other.parent.mkdir()
+        other.write_bytes(b"its mask")
         return dense(self)
 
     monkeypatch.setattr(Rows, "dense", meanwhile)
     done("evaluate", *words, f"evaluate.masks={{mine: {snapshots}}}")
     assert json.loads((run_dir / "results.json").read_text())["perplexity"]["mine"] == expected
+    assert list((run_dir / "measuring").glob("*/*")) == [other]
+    shutil.rmtree(run_dir / "measuring")
+    monkeypatch.undo()
+    done("evaluate", *words, "evaluate.masks={mine: learned}")
     assert not (run_dir / "measuring").exists()
 
 

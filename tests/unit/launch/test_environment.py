@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,44 @@ def test_a_half_made_environment_is_made_again(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"pip of {venv}/bin/python" in done.stdout and "environment ready" in done.stdout
     assert "making" not in shell(f"{command} megamask_env gguf", **given).stdout
+
+
+def test_an_environment_of_another_python_is_made_again(tmp_path: Path) -> None:
+    """Where the user names one; its packages went into the old one without a word."""
+    venv, other = tmp_path / "venv", tmp_path / "other"
+    other.write_text(
+        "#!/usr/bin/env bash\n"
+        f'if [ "$*" = -VV ]; then echo "Python 3.99.0"; else exec "{sys.executable}" "$@"; fi\n'
+    )
+    other.chmod(0o755)
+    command = 'source launch/env.sh; retry() { "$2" -m pip --version; }; megamask_env gguf'
+    said = [
+        shell(command, VENV=str(venv), CI="true", PYTHON=python).stdout
+        for python in (sys.executable, "", sys.executable, str(other))
+    ]
+    assert ["making" in one for one in said] == [True, False, False, True]
+
+
+def test_packages_of_pins_before_are_installed_again(tmp_path: Path) -> None:
+    """One environment for two states of the repository, there and back; and for two extras."""
+    folder = tmp_path / "repo" / "launch"
+    folder.mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt", "launch/env.sh"):
+        shutil.copy(REPO / name, tmp_path / "repo" / name)
+    pins = tmp_path / "repo" / "constraints.txt"
+    command = f"source {tmp_path}/repo/launch/env.sh; retry() {{ echo installed; }}; megamask_env "
+
+    def is_installed(text: str, extras: str) -> bool:
+        pins.write_text(text)
+        given = {"VENV": str(tmp_path / "venv"), "CI": "true", "PYTHON": sys.executable}
+        done = shell(command + extras, **given)
+        assert done.returncode == 0, done.stderr
+        return "installed" in done.stdout
+
+    asked = [("one", "dev"), ("one", "dev"), ("one", "gguf"), ("one", "dev")]
+    asked += [("two", "dev"), ("one", "gguf"), ("one", "gguf"), ("one", "dev")]
+    found = [is_installed(*one) for one in asked]
+    assert found == [True, False, True, False, True, True, False, True]
 
 
 def test_a_gguf_file_that_is_missing_is_refused(tmp_path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,6 +120,42 @@ def test_another_node_waits_for_the_first_and_says_what_is_missing(python: Path)
     assert done.returncode == 2
     assert f"node 1 waits for 127.0.0.77:{port}, node 0 (at most 1 s)" in done.stdout
     assert "did not answer" in done.stderr and "NODE_RANK=0" in done.stderr
+
+
+def test_torchrun_passes_sigusr1_on(tmp_path: Path) -> None:
+    """Slurm's warning, and what the head of learn.sh promises. Without it torchrun dies, and its
+    processes go on without it. Real torchrun; the process writes down the signal that it gets.
+    """
+    worker, heard, ready = tmp_path / "worker.py", tmp_path / "heard", tmp_path / "ready"
+    worker.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def told(number, frame):\n"
+        f"    pathlib.Path({str(heard)!r}).write_text(signal.Signals(number).name)\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, told); signal.signal(signal.SIGTERM, told)\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    environment = {**os.environ, "MEGAMASK_CODE": str(worker), "NPROC_PER_NODE": "1"}
+    environment["MEGAMASK_PYTHON"] = sys.executable
+    command = ["bash", str(REPO / "launch/learn.sh"), "r.yaml"]
+    with subprocess.Popen(command, env=environment, start_new_session=True) as torchrun:
+        try:
+            until(ready.exists, 60)
+            torchrun.send_signal(signal.SIGUSR1)
+            torchrun.wait(60)
+            until(heard.exists, 10)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(torchrun.pid, signal.SIGKILL)
+    assert heard.read_text() == "SIGUSR1" and torchrun.returncode == 1
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_without_a_recipe_the_use_is_shown(python: Path) -> None:

@@ -180,6 +180,14 @@ def test_the_shell_around_a_task_outlives_the_signal_that_python_answers(job: Jo
     assert "saved at step 20" in done.stdout and job.requeues == 1
 
 
+def test_a_signal_before_python_ends_the_task_without_python(job: Job) -> None:
+    """``megamask stop`` says that the job ends; it went on learning for its whole time."""
+    line = 'if [ -n "${RANK:-}${SLURM_PROCID:-}" ]; then kill -TERM $$; sleep 0.1; fi'
+    done = job.life(0, 0, SETUP=line)
+    assert done.returncode == 0 and "stopped by a signal" in done.stdout and job.requeues == 1
+    assert not (job.folder / "tasks").exists()  # what Python would write
+
+
 def test_a_failure_beside_saved_ranks_is_a_failure(job: Job) -> None:
     done = job.life(75, 1, 75, 75, snapshot="step-00000020")
     assert "failed with code 200" in done.stdout and "saved at" not in done.stdout
@@ -355,6 +363,13 @@ def test_a_node_that_fails_first_twice_in_a_row_is_left_out(job: Job) -> None:
     done = job.life(1, 1, SLURMD_NODENAME="n1", SLURM_RESTART_COUNT="2", **spare)
     assert (job.folder / "updates").read_text() == "ExcNodeList=n1\n"
     assert "n1 failed first twice in a row" in done.stdout and job.requeues == 3
+
+
+def test_a_rank_that_waited_in_vain_blames_no_node(job: Job) -> None:
+    """In a hang all ranks end with 69 at about one time, most of them on nodes that are well."""
+    for life in ("0", "1"):
+        job.life(69, 69, SLURM_RESTART_COUNT=life, FAKE_NODES="n1 n2 n3")
+    assert not (job.folder / "updates").exists() and job.requeues == 2
 
 
 def test_a_node_that_starts_no_task_is_left_out_too(job: Job) -> None:

@@ -307,6 +307,16 @@ def test_masks_of_both_codings_are_applied_and_swapped(
             assert torch.equal(model_linears(model)[name].weight, weight.masked_fill(~mask, 0.0))
         shown = megamask.Masks(model, {"a": path})  # while the model shows a mask
         shown.use(None)
+    live = tiny_copy(state)
+    own = load_masks(path, model=live)  # of a model that shows masks when they are read
+    with megamask.swap(live, own):
+        shown = megamask.Masks(live, {"a": own})
+        shown.use("a")
+        for name, mask in expected.items():
+            weight = state[f"{name}.weight"].masked_fill(~mask, 0.0)
+            assert torch.equal(model_linears(live)[name].weight, weight)
+        shown.use(None)
+    assert all(torch.equal(one, state[name]) for name, one in live.state_dict().items())
     bound = load_masks(path, model=tiny_copy(state))
     other = tiny_copy(state)
     for _ in range(2):  # masks that know their weights fit a pruned model too
