@@ -27,8 +27,10 @@ Written by `python -m megamask settings --markdown > docs/settings.md` from the 
 (`megamask/config/tree.py` and `learn_tree.py`); a test compares the two.
 
 A recipe (`--config FILE`) gives settings as YAML, and the command line as `key.sub=value`; the
-command line wins. A mapping on the command line, such as `data.blend={code: 1}`, takes the place
-of the mapping of the recipe, and `data.blend.code=1` changes an entry. Below both lie the named
+command line wins. A mapping of names on the command line, such as `data.blend={code: 1}`, and an
+entry of such a mapping, `data.domains.code={kind: stdlib}`, take the place of those of the recipe;
+`data.blend.code=1` changes an entry, and a section, `learn.monitor={evaluate_every: 5}`, leaves the
+settings that it does not name. On the command line `#` begins no comment. Below both lie the named
 settings of `learn.preset`, `learn.memory` and `learn.method` (`megamask/config/presets.py`), and
 below these the defaults. `null` is no value. A `~` or `~user` that begins a path is a home folder,
 here and in the arguments of verbs.

@@ -19,7 +19,7 @@ from megamask.config.presets import named_settings, plain
 from megamask.config.recipes import find_recipe
 from megamask.config.section import UNKNOWN_USER
 from megamask.config.tree import Config
-from megamask.config.yaml_text import read_yaml
+from megamask.config.yaml_text import read_value, read_yaml
 from megamask.errors import ArgumentError, ConfigError
 
 # The kinds of error that pydantic reports for a number without its range.
@@ -71,8 +71,8 @@ def read_settings(
                 "an override has the form key.sub=value",
                 "Write it as, for example, learn.steps=100.",
             )
-        value = _parse_scalar(key, text)
-        if isinstance(value, dict) and get_origin(_annotation(key.strip().split("."))) is dict:
+        value = _parse_value(key, text)
+        if isinstance(value, dict) and _is_replaced(key.strip().split(".")):
             value = Whole(value)  # data.blend={code: 1}: these entries, and not those of the recipe
         merge(from_overrides, nest({key.strip(): value}))
     layers = [from_recipe, from_overrides]
@@ -145,12 +145,19 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
     return loaded or {}
 
 
-def _parse_scalar(key: str, text: str) -> Any:
+def _parse_value(key: str, text: str) -> Any:
     try:
-        return read_yaml(text)
+        return read_value(text)
     except ValueError:
         shown = text if len(text) <= 80 else f"{text[:77]}..."
         raise ConfigError(key, shown, "a YAML value", "Quote it.") from None
+
+
+def _is_replaced(parts: Sequence[str]) -> bool:
+    """Whether a mapping on the command line takes the place of the recipe's: a setting of names, or
+    the entry of a name. Sections are merged.
+    """
+    return any(get_origin(_annotation(some)) is dict for some in (parts, parts[:-1]))
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:

@@ -57,6 +57,21 @@ def read_yaml(text: str | bytes) -> Any:
         raise ValueError(str(error)) from None
 
 
+def read_value(text: str) -> Any:
+    """The value of a word of the command line, where nothing is a comment: ``/data/a #2`` is text.
+
+    Raises:
+        ValueError: as :func:`read_yaml`, or text follows a value that is no plain text.
+    """
+    value, node = read_yaml(text), yaml.compose(text, _Loader)
+    rest = text if node is None else text[node.end_mark.index :]
+    if not rest.strip():
+        return value
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.style is None):
+        return text.strip()
+    raise ValueError(f"{rest.strip()} follows the value")
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes every text value: ``2:4`` and ``1e-3`` must stay text for YAML 1.1 and 1.2 readers
     alike.

@@ -92,6 +92,24 @@ def test_a_mapping_on_the_command_line_takes_the_place_of_the_recipes(
     assert config.data.blend == blend and list(config.data.domains) == ["web", "code"]
 
 
+def test_an_entry_of_a_mapping_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
+    """A limit of the recipe's domain would cut text of which the user never said so."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "data: {domains: {a: {kind: text, path: x, max_bytes: 9, heldout: 0.3}}}\n"
+        "learn: {monitor: {evaluate_every: 7, evaluate_windows: 3}}\n"
+    )
+    config = load_config(
+        recipe, ["data.domains.a={kind: text, path: y}", "learn.monitor={evaluate_every: 5}"]
+    )
+    domain = config.data.domains["a"]
+    assert (str(domain.path), domain.max_bytes, domain.heldout) == ("y", None, 0.05)
+    monitor = config.learn.monitor  # a section
+    assert (monitor.evaluate_every, monitor.evaluate_windows) == (5, 3)
+    changed = load_config(recipe, ["data.domains.a.path=y"]).data.domains["a"]
+    assert (str(changed.path), changed.max_bytes) == ("y", 9)
+
+
 def test_other_mappings_are_replaced_too(tmp_path: Path) -> None:
     path = recipe(
         tmp_path,
@@ -102,9 +120,6 @@ def test_other_mappings_are_replaced_too(tmp_path: Path) -> None:
     config = load_config(path, [mine, "evaluate.masks={}", "pattern_overrides={}"])
     assert list(config.data.domains) == ["mine"] and config.evaluate.masks == {}
     assert config.pattern_overrides == {}
-    # an entry that is a section of its own is merged like every section
-    config = load_config(path, ["data.domains.web={kind: pydocs}"])
-    assert config.data.domains["web"].heldout == 0.5
 
 
 @pytest.mark.parametrize(
@@ -179,6 +194,17 @@ def test_a_number_is_a_number(tmp_path: Path, text: str, value: float) -> None:
         == value
     )
     assert load_config(None, [f"learn.optimizer.lr={text}"]).learn.optimizer.lr == value
+
+
+@pytest.mark.parametrize("path", ["/data/a #2", "#1/run", "runs/a#b", "runs/x #", "'a #b'"])
+def test_nothing_is_a_comment_on_the_command_line(path: str) -> None:
+    """A path was cut there without a word, so that stages wrote into another folder."""
+    assert str(load_config(None, [f"run_dir={path}"]).run_dir) == path.strip("'")
+    for text in ("{a: 1} # x", "[1] #", '"a" #b'):
+        with pytest.raises(ConfigError, match="a YAML value"):
+            load_config(None, [f"data.blend={text}"])
+    with pytest.raises(ConfigError, match="learn.steps = '100 # x'"):
+        load_config(None, ["learn.steps=100 # x"])
 
 
 def test_overrides_are_yaml_values() -> None:
