@@ -21,6 +21,12 @@ from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ConfigError
 
 Place = Literal["none", "stream", "window"]
+PLACES: dict[Place, str] = {
+    "none": "none",
+    "stream": "one at the start",
+    "window": "one at the start of each window",
+}
+OF_DOCUMENT = "one before each document"
 
 
 def before_document(config: Config, tokenizer: TextTokenizer) -> list[int]:
@@ -53,15 +59,22 @@ def in_windows(config: Config, tokenizer: TextTokenizer) -> Place:
 
 def description(config: Config, tokenizer: TextTokenizer) -> str:
     """The BOS of the perplexity protocol, in words."""
-    places = {
-        "none": "none",
-        "stream": "one at the start",
-        "window": "one at the start of each window",
-    }
-    place, of_document = in_windows(config, tokenizer), "one before each document"
+    place = in_windows(config, tokenizer)
     if not before_document(config, tokenizer):
-        return places[place]
-    return of_document if place == "none" else f"{places[place]}, and {of_document}"
+        return PLACES[place]
+    return OF_DOCUMENT if place == "none" else f"{PLACES[place]}, and {OF_DOCUMENT}"
+
+
+def is_described(chosen: Literal["auto", "window"] | bool, described: str) -> bool:
+    """Whether ``described``, the BOS of a protocol in words, is what ``evaluate.bos=chosen`` gives
+    for the same documents.
+    """
+    if chosen == "auto":
+        place: Place = "window" if OF_DOCUMENT in described else "none"
+    else:
+        place = {False: "none", True: "stream", "window": "window"}[chosen]  # type: ignore[assignment]
+    words = PLACES[place]
+    return described in (words, f"{words}, and {OF_DOCUMENT}", *([OF_DOCUMENT] * (place == "none")))
 
 
 def cut_windows(

@@ -128,8 +128,8 @@ def saving_lines(work: Workload) -> list[str]:
         f"{saving.seconds:,.0f} s (assumed: {RANK_RATE / 1e9:g} GB/s a rank, "
         f"{NODE_RATE / 1e9:g} a node):",
         f"- Every {section.every} steps it is written {when}.",
-        "- After a signal, and the step or evaluation that it comes in, it must be whole within "
-        f"the launcher's grace{after}: "
+        "- After a signal, the step that it comes in and the evaluation of that step, it must be "
+        f"whole within the launcher's grace{after}: "
         f"{TORCHRUN_SECONDS:.0f} s of torchrun unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says more "
         f"(launch/learn.sh: 600), {work.config.launch.warning} s of Slurm (launch.warning).",
     ]

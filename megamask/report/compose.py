@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from megamask.config import Config
 from megamask.config.yaml_text import read_yaml
+from megamask.data.bos import is_described
 from megamask.errors import ArtifactError
 from megamask.masks.file import MaskSet
 from megamask.masks.find import open_masks
@@ -95,18 +97,26 @@ def _other_protocol(data: RunData) -> str:
         for name, value in learned.items()
         if value is not None and protocol.get(name) not in (None, value)
     ]
+    described, asked = protocol.get("bos"), (settings.get("evaluate") or {}).get("bos")
+    if isinstance(described, str) and asked is not None and not is_described(asked, described):
+        differing.append("BOS")
     return " and ".join(differing)
+
+
+def _levels(data: RunData) -> tuple[dict[str, Any], str]:
+    """The results that may stand beside the curve of learning, and why they may not."""
+    if other := _other_protocol(data):
+        return {}, f"The values of the table above have another {other}, and are not drawn."
+    return data.results, ""
 
 
 def _plans(config: Config, data: RunData, masks: Mapping[str, MaskSet]) -> list[_Plan]:
     """The pictures of a report, in order."""
-    about = "Level lines are the values of the table above, which may be measured on more text."
-    levels = data.results
-    if other := _other_protocol(data):
-        about, levels = (
-            f"The values of the table above have another {other}, and are not drawn.",
-            {},
-        )
+    levels, about = _levels(data)
+    about = (
+        about
+        or "Level lines are the values of the table above, which may be measured on more text."
+    )
     return [
         _Plan(
             section="Methods",
@@ -179,6 +189,7 @@ def _mask_plans(config: Config, data: RunData, masks: Mapping[str, MaskSet]) -> 
     """The pictures that read every mask file of the run; the report says nothing of those that have
     nothing to show.
     """
+    levels, about = _levels(data)
     norms = read_kept_norms(config, masks)
     samples = read_samples(masks, data.prior)
     has_curve = any(record["perplexity"] for record in data.evaluations)
@@ -189,13 +200,11 @@ def _mask_plans(config: Config, data: RunData, masks: Mapping[str, MaskSet]) -> 
             name="samples",
             is_there=samples is not None and has_curve,
             is_optional=True,
-            draw=lambda: samples_picture(
-                data.evaluations, data.results, samples or Samples({}, 0, 1)
-            ),
+            draw=lambda: samples_picture(data.evaluations, levels, samples or Samples({}, 0, 1)),
             title="Consumed samples against perplexity",
             caption="Learning begins with the calibration samples of its prior; a learning sample "
             f"has {samples.length if samples else 0:,} tokens. Squares are one-shot masks at their "
-            "calibration samples, whose length and evaluated text may differ.",
+            f"calibration samples, whose length and evaluated text may differ. {about}".rstrip(),
             verb="learn",
         ),
         _Plan(

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIX = "Run the verb sensitivity again."
+COMPARED = (
+    "compared_targets"  # of the protocol: the verb compares no outputs with the dense model's
+)
 MEASURED: dict[str, Any] = {  # after every part
     "made_from": {"pattern": (str, dict), "method": str, "parts": list, "protocol": dict},
     "dense": dict,
@@ -157,4 +160,5 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
             f"Kept dense under sensitivity.keep_dense={results['keep_dense']:g}: "
             f"'model.exclude_sensitive=[{words}]'"
         )
-    return [*notes, f"Protocol: {format_protocol(made['protocol'])}"]
+    protocol = {key: made["protocol"][key] for key in made["protocol"] if key != COMPARED}
+    return [*notes, f"Protocol: {format_protocol(protocol)}"]

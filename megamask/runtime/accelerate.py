@@ -105,13 +105,17 @@ def accelerate(
     if not places:
         fix = 'Call model.to("cuda") first.'
         raise ArtifactError(type(model).__name__, "lies on no CUDA device", fix)
+    # Linears on other GPUs stay as they are: the times are those of one.
     device = CudaDevice(min(places, key=lambda one: one.index or 0))
+    if missing := lacking(device.place):
+        raise ArtifactError(type(model).__name__, missing, "Put the model on another GPU.")
     found = None
     if not measure:
         path = path or _beside(model)
         found = read_table(path)
         found.require(device.facts(), path)
-    return accelerate_on(model, device, found, passes, quiet)
+    with torch.cuda.device(device.place):
+        return accelerate_on(model, device, found, passes, quiet)
 
 
 def accelerate_on(
@@ -180,7 +184,7 @@ def why_dense(model: nn.Module, name: str, linear: nn.Module, device: Device) ->
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         return f"its class, {type(linear).__name__}, multiplies in a way of its own"
     weight = _weight(linear)
-    if weight.device.type != device.place.type:
+    if weight.device != device.place:
         return f"lies on {weight.device}"
     if not bool(torch.isfinite(weight).all()):
         return "its weights are not finite"

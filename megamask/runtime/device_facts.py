@@ -35,14 +35,16 @@ class DeviceFacts:
         return asdict(self)
 
 
-def lacking() -> str:
-    """What this machine lacks to run 2:4 kernels; empty if it has a device that does."""
+def lacking(device: torch.device | None = None) -> str:
+    """What a device lacks to run 2:4 kernels, or without one this machine; empty if it lacks
+    nothing.
+    """
     if not torch.cuda.is_available():
         return f"{NEEDS}; torch {torch.__version__} sees no CUDA device here"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if capability < LEAST:
         found = ".".join(map(str, capability))
-        return f"{NEEDS}; {torch.cuda.get_device_name()} has {found}"
+        return f"{NEEDS}; {torch.cuda.get_device_name(device)} has {found}"
     return ""
 
 

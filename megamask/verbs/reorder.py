@@ -27,6 +27,7 @@ from megamask.oneshot.channel_search import (
     stream_patterns,
 )
 from megamask.oneshot.value_rotation import find_rotations
+from megamask.parallel.determinism import deterministic
 from megamask.parallel.mesh import start
 from megamask.prepare.dense_model import pruned_already
 from megamask.prepare.layout import Layout, check_positions
@@ -118,13 +119,16 @@ def run(config: Config, arguments: ReorderArguments) -> None:
             arch.head_dim if arguments.rotate_values else None,
         )
         del model, linears  # the searches and the tensors of the files need the memory
-        if mesh.is_main:
-            found = find_orders(reader, arch, plan, moments.mean_square, mesh.device)
-            if arguments.rotate_values:
-                find_rotations(reader, arch, plan, moments, found, mesh.device)
-            _write(base, arch, out, reader, found, made_from, str(plan))
-            log.info("wrote %s, %.1f s", out, time.perf_counter() - begin)
-        mesh.barrier()
+        if not mesh.is_main:
+            return
+        device = mesh.device
+    # No rank waits, for the limit of parallel.timeout_minutes does not know how long this takes.
+    with base.open() as reader, deterministic(config.deterministic, device):
+        found = find_orders(reader, arch, plan, moments.mean_square, device)
+        if arguments.rotate_values:
+            find_rotations(reader, arch, plan, moments, found, device)
+        _write(base, arch, out, reader, found, made_from, str(plan))
+        log.info("wrote %s, %.1f s", out, time.perf_counter() - begin)
 
 
 def _check_patterns(arch: Architecture, plan: PatternPlan, rotates: bool) -> None:

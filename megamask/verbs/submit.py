@@ -131,7 +131,10 @@ def check(job: Job, launcher: str) -> None:
     from megamask.plan.workload import Workload
 
     config = with_dense_budget(config)
-    inputs = PlannedInputs(config, job.world // config.parallel.tp)
+    there = config
+    if launcher == "slurm" and config.device == "auto":  # the job asks for GPUs, wherever it starts
+        there = config.model_copy(update={"device": "cuda"})
+    inputs = PlannedInputs(there, job.world // config.parallel.tp)
     check_early(inputs)
     work = Workload(config, inputs.arch, inputs.dp).check()
     tell(headline(work, config.model.hf or config.run_dir))

@@ -78,9 +78,10 @@ class Verb:
 
 PATTERNS = ("pattern", "pattern_overrides")
 EVERYWHERE = ("run_dir", "device", "deterministic", "dtype", "parallel")
-LEARNING = ("seed", *PATTERNS, "model", "data", "learn", "evaluate.window", "evaluate.max_tokens")
+WINDOWS = ("evaluate.window", "evaluate.max_tokens", "evaluate.bos")
+LEARNING = ("seed", *PATTERNS, "model", "data", "learn", *WINDOWS)
 TASKS = ("evaluate.masks", "evaluate.micro_batch", "tasks")
-RECOVERY = ("evaluate.window", "evaluate.max_tokens", "evaluate.micro_batch", "recover")
+RECOVERY = (*WINDOWS, "evaluate.micro_batch", "recover")
 VERBS: dict[str, Verb] = {
     "gguf": Verb(
         "megamask.verbs.gguf",

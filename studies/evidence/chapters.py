@@ -238,7 +238,7 @@ CHAPTERS = [
         "the first row is the result of the frozen weights. `finetune` and `lora` read as many "
         "tokens as learning did.",
         [
-            Line("frozen weights", MAIN),
+            Line("frozen weights", recovery(RECOVERIES[0])),
             *(
                 Line(method, recovery(method), f"recovered (learned + {method})")
                 for method in RECOVERIES

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megamask.weights.family import Composite, Family
+from megamask.weights.config_keys import ConfigKeys
+from megamask.weights.family import Architecture, Composite, Family
 
 TEXT = "language_model."
 OTHERS = ("vision_tower.", "multi_modal_projector.")
@@ -31,8 +32,17 @@ def with_images(family: Family, text: str, keys: frozenset[str]) -> Family:
         keys: keys of config.json that say nothing of the text part.
     """
     names = family.names
+
+    def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
+        found = family.read(keys, plain)
+        if found.logit_cap is not None:
+            problem = "null for a model with images: transformers does not apply it there"
+            raise keys.error("final_logit_softcapping", found.logit_cap, problem)
+        return found
+
     return replace(
         family,
+        read=read,
         names=replace(
             names,
             embedding=f"{TEXT}{names.embedding}",

@@ -11,11 +11,15 @@ from megamask.weights.family import Architecture, Family, Names, Norm
 def read(keys: ConfigKeys, plain: Architecture) -> Architecture:
     """The fused rows in the file are already in Megatron's order."""
     keys.refuse_groups(plain)
-    bias = keys.flag("attention_bias")
+    bias, rope = keys.flag("attention_bias"), keys.rope("rotary_emb_base", "rotary_pct")
+    # Late versions of transformers 4 write both once more, under the names of other families.
+    for key, read_of in (("rope_theta", rope.theta), ("partial_rotary_factor", rope.share)):
+        if (given := keys.value(key, read_of)) != read_of:
+            raise keys.error(key, given, f"disagrees with the {read_of:g} of rotary_*")
     return replace(
         plain,
         norm=Norm("layer", keys.real("layer_norm_eps"), bias=True),
-        ropes=(keys.rope("rotary_emb_base", "rotary_pct"),),
+        ropes=(rope,),
         attention_bias=bias,
         attention_out_bias=bias,
         mlp_bias=True,

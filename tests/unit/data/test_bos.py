@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from megamask.config import Config, run_paths
 from megamask.data.blend import train_dataset
-from megamask.data.bos import cut_windows, description
+from megamask.data.bos import cut_windows, description, is_described
 from megamask.data.heldout import calibration_description, calibration_tokens, heldout_windows
 from megamask.data.shards import read_shards
 from megamask.data.tokenizer import load_tokenizer
@@ -166,3 +167,22 @@ def test_windows_hold_the_stream(starts: tuple[int, ...], most: int | None) -> N
     assert once == whole[: len(once)] and len(once) == min(30, most or 30) // 6 * 6
     plain = cut_windows(stream, 6, "none", None, most).flatten().tolist()
     assert plain == stream.tolist()[: len(plain)]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_description_tells_which_setting_made_it(
+    two_domains: Callable[..., Config], bos_tokenizer_folder: Path, before: bool
+) -> None:
+    """Of the same documents: reports hold the settings of learning and the words of a table."""
+    config = two_domains(tokenizer=str(bos_tokenizer_folder))
+    data = config.data.model_copy(update={"bos": before})
+    chosen: list[Any] = ["auto", True, False, "window"]
+
+    def described(choice: Any) -> str:
+        evaluate = config.evaluate.model_copy(update={"bos": choice})
+        asked = config.model_copy(update={"data": data, "evaluate": evaluate})
+        return description(asked, load_tokenizer(asked))
+
+    for made in chosen:
+        for asked in chosen:
+            assert is_described(asked, described(made)) == (described(asked) == described(made))

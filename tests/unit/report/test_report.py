@@ -22,6 +22,7 @@ from megamask.report.html import Picture, findings, render_report
 from megamask.report.perplexity_pictures import perplexity_picture
 from megamask.report.reading import RunData, mask_provenance, read_metrics
 from megamask.report.result_table import ResultTable
+from megamask.report.samples_pictures import samples_picture
 from megamask.report.step_pictures import loss_picture
 from megamask.safe_checkpoint import NOTE
 from megamask.sparsity.pattern import Pattern
@@ -38,7 +39,7 @@ RESULTS: dict[str, Any] = {
     },
     "kl": {"learned": {"english": 0.345}},
     "agreement": {"learned": {"english": 0.777}},
-    "protocol": {"window": 512, "tail": "dropped", "bos": False, "tokens": {"english": 16384}},
+    "protocol": {"window": 512, "tail": "dropped", "bos": "none", "tokens": {"english": 16384}},
     "seconds": {"learned": 620.0, "convert": 9.0},
 }
 AGAIN = "left out. Run the verb evaluate again."
@@ -196,26 +197,40 @@ def test_a_run_whose_evaluations_are_all_not_finite_has_a_report(tmp_path: Path)
     assert "Held-out perplexity while learning" in page_of(tmp_path).text
 
 
-@pytest.mark.parametrize(("window", "is_drawn"), [(512, True), (2048, False)])
+@pytest.mark.parametrize(
+    ("window", "bos", "other"),
+    [
+        (512, "auto", ""),
+        (2048, "auto", "window"),
+        (512, "true", "BOS"),
+        (2048, "window", "window and BOS"),
+    ],
+)
 def test_levels_of_another_protocol_are_not_drawn_beside_the_curve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, is_drawn: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, bos: str, other: str
 ) -> None:
-    drawn: list[Any] = []
+    drawn: dict[str, Any] = {}
 
-    def spy(evaluations: Any, results: Any) -> Any:
-        drawn.append(results)
+    def perplexities(evaluations: Any, results: Any) -> Any:
+        drawn["perplexity"] = results
         return perplexity_picture(evaluations, results)
 
-    monkeypatch.setattr(compose, "perplexity_picture", spy)
+    def samples(evaluations: Any, results: Any, consumed: Any) -> Any:
+        drawn["samples"] = results
+        return samples_picture(evaluations, results, consumed)
+
+    monkeypatch.setattr(compose, "perplexity_picture", perplexities)
+    monkeypatch.setattr(compose, "samples_picture", samples)
     write_metrics(tmp_path, 4)
     write_masks(tmp_path)
     write_results(tmp_path)
-    learned = f"dtype: bf16\nevaluate: {{window: {window}}}\n"
+    learned = f"dtype: bf16\nevaluate: {{window: {window}, bos: {bos}}}\n"
     (tmp_path / "learn/config.yaml").write_text(learned)
     run(config_of(tmp_path))
-    (levels,) = drawn
-    assert bool(levels) == is_drawn
-    assert ("have another window, and are not drawn" in page_of(tmp_path).text) != is_drawn
+    assert drawn.keys() == {"perplexity", "samples"}
+    assert all(bool(levels) != bool(other) for levels in drawn.values())
+    said = f"have another {other}, and are not drawn"
+    assert page_of(tmp_path).text.count(said) == (2 if other else 0)
 
 
 def test_rows_of_masks_that_were_replaced_are_left_out(

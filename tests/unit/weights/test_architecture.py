@@ -200,3 +200,41 @@ def test_missing_or_broken_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ArtifactError, match="not a JSON object"):
         read_architecture(tmp_path)
+
+
+def test_neox_files_of_late_transformers_4_hold_the_rotation_twice(tmp_path: Path) -> None:
+    config = {
+        "model_type": "gpt_neox",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 96,
+        "rotary_emb_base": 20000,
+        "rotary_pct": 0.5,
+    }
+
+    def written(**more: Any) -> Architecture:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
+        return read_architecture(tmp_path)
+
+    twice = written(rope_theta=20000, partial_rotary_factor=0.5)
+    assert twice == written() and twice.ropes == (Rope(20000.0, None, 0.5),)
+    for key, value in (("rope_theta", 10000), ("partial_rotary_factor", 0.25)):
+        with pytest.raises(ConfigError, match=rf"{key} = {value}: disagrees with the "):
+            written(**{key: value})
+
+
+def test_a_cap_that_transformers_does_not_apply_is_refused(tmp_path: Path) -> None:
+    """Of the logits, in the class with images: the class of the text part alone applies it."""
+    from transformers import Gemma3Config, Gemma3TextConfig
+
+    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    Gemma3TextConfig(**text, final_logit_softcapping=5.0).save_pretrained(tmp_path / "text")
+    assert read_architecture(tmp_path / "text").logit_cap == 5.0
+    Gemma3Config(text_config=text).save_pretrained(tmp_path / "images")
+    assert read_architecture(tmp_path / "images").logit_cap is None
+    capped = Gemma3Config(text_config={**text, "final_logit_softcapping": 5.0})
+    capped.save_pretrained(tmp_path / "capped")
+    with pytest.raises(ConfigError, match=r"final_logit_softcapping = 5.0: null for a model with"):
+        read_architecture(tmp_path / "capped")
