@@ -47,35 +47,44 @@ def test_a_half_made_environment_is_made_again(tmp_path: Path) -> None:
     assert "making" not in shell(f"{command} megamask_env gguf", **given).stdout
 
 
+def stand_in(path: Path, version: str) -> str:
+    """A Python that answers what env.sh asks in no time; its environment holds a copy of it."""
+    path.write_text(
+        "#!/usr/bin/env bash\n"
+        f'case "$*" in -V | -VV) echo "Python {version}" ;;\n'
+        '*venv*) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;; esac\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_an_environment_of_another_python_is_made_again(tmp_path: Path) -> None:
     """Where the user names one; its packages went into the old one without a word."""
-    venv, other = tmp_path / "venv", tmp_path / "other"
-    other.write_text(
-        "#!/usr/bin/env bash\n"
-        f'if [ "$*" = -VV ]; then echo "Python 3.99.0"; else exec "{sys.executable}" "$@"; fi\n'
-    )
-    other.chmod(0o755)
-    command = 'source launch/env.sh; retry() { "$2" -m pip --version; }; megamask_env gguf'
+    one, other = (stand_in(tmp_path / name, name) for name in ("3.11.7", "3.12.1"))
+    stand_in(tmp_path / "python3", "3.13.0")  # the default: it leaves the environment as it is
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    command = 'source launch/env.sh; retry() { echo "pip of $("$2" -V)"; }; megamask_env gguf'
     said = [
-        shell(command, VENV=str(venv), CI="true", PYTHON=python).stdout
-        for python in (sys.executable, "", sys.executable, str(other))
+        shell(command, VENV=str(tmp_path / "venv"), PATH=path, PYTHON=python).stdout
+        for python in (one, "", one, other, other)
     ]
-    assert ["making" in one for one in said] == [True, False, False, True]
+    assert ["making" in line for line in said] == [True, False, False, True, False]
+    assert "pip of Python 3.11.7" in said[1] and "pip of Python 3.12.1" in said[3]
+    assert "pip" not in said[4]
 
 
 def test_packages_of_pins_before_are_installed_again(tmp_path: Path) -> None:
     """One environment for two states of the repository, there and back; and for two extras."""
-    folder = tmp_path / "repo" / "launch"
-    folder.mkdir(parents=True)
-    for name in ("pyproject.toml", "constraints.txt", "launch/env.sh"):
-        shutil.copy(REPO / name, tmp_path / "repo" / name)
-    pins = tmp_path / "repo" / "constraints.txt"
-    command = f"source {tmp_path}/repo/launch/env.sh; retry() {{ echo installed; }}; megamask_env "
+    folder = tmp_path / "repo"
+    (folder / "launch").mkdir(parents=True)
+    for name in ("pyproject.toml", "launch/env.sh"):
+        shutil.copy(REPO / name, folder / name)
+    python = stand_in(tmp_path / "python", "3.11.7")
+    command = f"source {folder}/launch/env.sh; retry() {{ echo installed; }}; megamask_env "
 
-    def is_installed(text: str, extras: str) -> bool:
-        pins.write_text(text)
-        given = {"VENV": str(tmp_path / "venv"), "CI": "true", "PYTHON": sys.executable}
-        done = shell(command + extras, **given)
+    def is_installed(pins: str, extras: str) -> bool:
+        (folder / "constraints.txt").write_text(pins)
+        done = shell(command + extras, VENV=str(tmp_path / "venv"), PYTHON=python)
         assert done.returncode == 0, done.stderr
         return "installed" in done.stdout
 
