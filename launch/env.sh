@@ -56,8 +56,9 @@ threads_per_process() {
 }
 
 host_torch() {
-    "$PYTHON" -c 'import importlib.metadata as found, torch
-assert torch.version.cuda
+    # A virtual environment is no host: one that is made from it does not see its packages.
+    "$PYTHON" -c 'import importlib.metadata as found, sys, torch
+assert torch.version.cuda and sys.prefix == sys.base_prefix
 print(found.version("torch"))' 2>/dev/null
 }
 

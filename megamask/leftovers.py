@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import platform
 import re
 import shutil
 import time
@@ -17,7 +16,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from megamask.liveness import lives, number_space, start_of
+from megamask.liveness import boot_id, lives, number_space, start_of
 
 MAX_NAME = 150  # bytes of a name within a temporary name; file systems take 255 in all
 FOREIGN_AGE = 24 * 3600.0  # seconds after which a temporary name of another machine is left over
@@ -76,8 +75,10 @@ def _is_dead(left: Path) -> bool:
 
 
 def _machine() -> str:
-    """This machine and, in a container, this container: its processes have numbers of their own."""
-    return hashlib.sha256(f"{platform.node()} {number_space()}".encode()).hexdigest()[:6]
+    """This running system and, in a container, this container: its processes have numbers of their
+    own. Machines may share a name; the names of an earlier start are those of another machine.
+    """
+    return hashlib.sha256(f"{boot_id()} {number_space()}".encode()).hexdigest()[:6]
 
 
 def _short(name: str) -> str:

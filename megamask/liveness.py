@@ -5,6 +5,7 @@ again, and a container has numbers of its own.
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 ENDED = "ended"  # what ``start_of`` says of a process that only waits for its parent's word
@@ -44,3 +45,11 @@ def number_space() -> str:
         return str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:
         return ""
+
+
+def boot_id() -> str:
+    """Identity of the running system, the same in all of its containers. Hosts may share a name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()

@@ -30,8 +30,8 @@ import megamask
 from megamask.config import Config
 from megamask.config.nested import flatten
 from megamask.errors import ConfigError, DismissedError, LaunchError
+from megamask.liveness import boot_id
 from megamask.process.cores import usable_cores
-from megamask.process.holder import boot_id
 from megamask.process.place import Place
 from megamask.process.signals import StopRequest
 

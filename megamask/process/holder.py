@@ -6,9 +6,8 @@ import datetime
 import os
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 
-from megamask.liveness import lives, number_space, start_of
+from megamask.liveness import boot_id, lives, number_space, start_of
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,6 @@ def job_id() -> str | None:
 def utc_now() -> str:
     """The time, UTC, in ISO form to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def boot_id() -> str:
-    """Identity of the running system, the same in all of its containers."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
 
 
 def _machine() -> str:

@@ -13,36 +13,35 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 
 from megamask.errors import ArtifactError
-from megamask.leftovers import temporary_name
 from megamask.machine_errors import writing
 from megamask.process.holder import Holder
+from megamask.process.lock_file import (
+    SILENCE,
+    Kernel,
+    Lines,
+    age_of,
+    cross_out,
+    flock,
+    is_file,
+    line_of,
+    lines_of,
+    living,
+    read_lines,
+)
 from megamask.process.signals import leave_to_main_thread
 
 BEAT = 10.0
-SILENCE = 60.0
 PATIENCE = 1.0  # seconds; a reader that starts or ends keeps everybody out for a moment
 SETTLE = 0.2  # seconds, much longer than the writing of a line
-UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-Lines = list[tuple[Holder, bool]]  # each holder, and whether it writes
-
-
-class Kernel(Enum):
-    """What the kernel says to the wish for a lock."""
-
-    TAKEN = "taken"
-    BUSY = "busy"
-    ABSENT = "the file system has no such locks"
+AGAIN = -1  # no descriptor
 
 
 @contextmanager
@@ -83,7 +82,7 @@ def writer_of(path: Path) -> Holder | None:
     if lock is None or not lock.is_file():
         return None
     try:
-        lines, age = _lines(lock.read_bytes()), _age(lock)
+        lines, age = lines_of(lock.read_bytes()), age_of(lock)
     except OSError:
         return None
     writers = [holder for holder, is_writer in lines if is_writer]
@@ -125,23 +124,30 @@ def _take(lock: Path, path: Path, holder: Holder, is_writer: bool) -> int | None
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except PermissionError:
+            found = _of_another_user(lock, path, is_writer, time.monotonic() > patience)
+            if found is AGAIN:
+                continue
+            return found
         except OSError:
             return None
+        _open_to_writers(descriptor, lock.parent)
         try:
-            state = _flock(descriptor, fcntl.LOCK_EX)
+            state = flock(descriptor, fcntl.LOCK_EX)
             is_alone = state is Kernel.TAKEN
             if state is Kernel.BUSY and not is_writer:
-                state = _flock(descriptor, fcntl.LOCK_SH)
+                state = flock(descriptor, fcntl.LOCK_SH)
             if state is Kernel.BUSY and time.monotonic() > patience:
-                raise _refusal(path, _read(descriptor))
+                raise _refusal(path, read_lines(descriptor))
             if state is Kernel.BUSY:
                 time.sleep(0.05)
-            elif _is_file(descriptor, lock):
+            elif is_file(descriptor, lock):
                 _refuse_others(descriptor, lock, path, is_writer, state)
                 starts_anew = is_alone or (is_writer and state is Kernel.ABSENT)
+                starts_anew = starts_anew and not living(descriptor, lock, state)
                 _sign(descriptor, lock, holder, is_writer, starts_anew)
                 if is_alone and not is_writer:
-                    _flock(descriptor, fcntl.LOCK_SH)
+                    flock(descriptor, fcntl.LOCK_SH)
                 if state is Kernel.ABSENT:
                     _refuse_rival(descriptor, path, holder, is_writer)
                 return descriptor
@@ -151,13 +157,51 @@ def _take(lock: Path, path: Path, holder: Holder, is_writer: bool) -> int | None
         os.close(descriptor)  # busy, or its last holder removed the file in between
 
 
+def _of_another_user(lock: Path, path: Path, is_writer: bool, is_late: bool) -> int | None:
+    """What ``_take`` returns where the file belongs to another user and cannot be written; AGAIN
+    where it is worth another try. Whoever may write the folder may remove the file, and does so
+    where nobody holds it; a reader holds it without a line of its own.
+    """
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:  # its holder removed it, or no file can be made here
+        return None if is_late or not os.access(lock.parent, os.W_OK) else AGAIN
+    except OSError:
+        return None
+    try:
+        state = flock(descriptor, fcntl.LOCK_EX if is_writer else fcntl.LOCK_SH)
+        others = living(descriptor, lock, state)
+        if state is Kernel.BUSY or (others and (is_writer or any(one[1] for one in others))):
+            if is_late:
+                raise _refusal(path, read_lines(descriptor))
+            time.sleep(0.05)
+        elif not is_writer and is_file(descriptor, lock):
+            return os.dup(descriptor)  # the same lock
+        else:
+            lock.unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass
+    except OSError:  # the folder cannot be written either
+        return None
+    finally:
+        os.close(descriptor)
+    return AGAIN
+
+
+def _open_to_writers(descriptor: int, folder: Path) -> None:
+    """Let everybody who may write the folder write the file of the lock, whatever the umask."""
+    with contextlib.suppress(OSError):  # another user's file
+        mode = os.fstat(descriptor).st_mode | folder.stat().st_mode & 0o022
+        os.fchmod(descriptor, mode & 0o777)
+
+
 def _sign(descriptor: int, lock: Path, holder: Holder, is_writer: bool, starts_anew: bool) -> None:
     """Write the line of ``holder`` into the file; where that fails, no empty file stays.
 
     Raises:
         ArtifactError: the disk is full.
     """
-    line = json.dumps({**asdict(holder), "writes": is_writer}).encode() + b"\n"
+    line = line_of(holder, is_writer)
     try:
         with writing(lock):
             if starts_anew:
@@ -172,10 +216,10 @@ def _sign(descriptor: int, lock: Path, holder: Holder, is_writer: bool, starts_a
 
 def _refuse_others(descriptor: int, lock: Path, path: Path, is_writer: bool, state: Kernel) -> None:
     """Refuse where a holder lives that the kernel's lock does not tell of."""
-    age = _age(lock)
+    age = age_of(lock)
     others = [
         (other, writes)
-        for other, writes in _read(descriptor)
+        for other, writes in read_lines(descriptor)
         if (is_writer or writes)
         # The kernel would have kept the lock from us if a process of this system had it.
         and not (state is not Kernel.ABSENT and other.shares_kernel())
@@ -188,24 +232,25 @@ def _refuse_others(descriptor: int, lock: Path, path: Path, is_writer: bool, sta
 def _refuse_rival(descriptor: int, path: Path, holder: Holder, is_writer: bool) -> None:
     """Without the kernel's help: the last of several who wrote their lines at once has the lock."""
     time.sleep(SETTLE)
-    lines = _read(descriptor)
+    lines = read_lines(descriptor)
     if (holder, is_writer) not in lines or (is_writer and len(lines) > 1):
         raise _refusal(path, [one for one in lines if one[0] != holder])
 
 
 def _release(descriptor: int, lock: Path, holder: Holder, is_writer: bool) -> None:
     """Give the lock back, and remove its file if nobody else holds it."""
-    state = _flock(descriptor, fcntl.LOCK_EX)
-    others = [other for other, _ in _read(descriptor) if other != holder and other.is_here()]
-    is_last = state is Kernel.TAKEN or (
-        state is Kernel.ABSENT and (is_writer or not any(one.is_running() for one in others))
-    )
-    if is_last and _is_file(descriptor, lock):
-        lock.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a reader's file may be another user's
+        cross_out(descriptor, lock, holder, is_writer)
+    state = flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):
+        is_last = state is not Kernel.BUSY and is_file(descriptor, lock)
+        if is_last and all(one == holder for one, _ in living(descriptor, lock, state)):
+            lock.unlink(missing_ok=True)
     os.close(descriptor)
 
 
 def _refusal(path: Path, holders: Lines, more: str = "") -> ArtifactError:
+    holders = [one for one in holders if not one[0].is_here() or one[0].is_running()]
     if not holders:
         return ArtifactError(path, "is held by a process that just started", "Start again.")
     holder, writes = next((one for one in holders if one[1]), holders[0])
@@ -235,58 +280,10 @@ def _beating(descriptors: list[int]) -> Iterator[None]:
         thread.join()
 
 
-def _flock(descriptor: int, kind: int) -> Kernel:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return Kernel.BUSY
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        return Kernel.ABSENT
-    return Kernel.TAKEN
-
-
-def _is_file(descriptor: int, lock: Path) -> bool:
-    """Whether ``lock`` is still the file that was opened."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), lock.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _close(descriptor: int, lock: Path) -> None:
     with contextlib.suppress(OSError):
-        if _is_file(descriptor, lock):  # the number may mean another file by now
+        if is_file(descriptor, lock):  # the number may mean another file by now
             os.close(descriptor)
-
-
-def _read(descriptor: int) -> Lines:
-    return _lines(os.pread(descriptor, 2**20, 0))
-
-
-def _lines(content: bytes) -> Lines:
-    found: Lines = []
-    for line in content.splitlines():
-        with contextlib.suppress(ValueError):  # torn
-            value = json.loads(line)
-            if holder := Holder.read(value):
-                found.append((holder, value.get("writes") is True))
-    return found
-
-
-def _age(lock: Path) -> float:
-    """Seconds since the file was touched, by the clock of its file server."""
-    modified = lock.stat().st_mtime
-    probe = temporary_name(lock.with_name(lock.name[1:].removesuffix(".lock")))
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - modified
-    except OSError:
-        return time.time() - modified
-    finally:
-        with contextlib.suppress(OSError):  # a file system that cannot be written
-            probe.unlink(missing_ok=True)
 
 
 def _make_parents(folder: Path) -> list[Path]:

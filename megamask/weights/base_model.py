@@ -49,6 +49,8 @@ class BaseModel:
         ignore_keys: see ``read_architecture``.
         gguf: GGUF file that ``hf_dir`` was unpacked from, where the settings name one.
         tokenizer: folder or file of the tokenizer, where the settings name one.
+        adds_bos: whether the settings ask for a BOS before each document, which a sentencepiece
+            file does not say.
     """
 
     hf_dir: Path
@@ -56,6 +58,7 @@ class BaseModel:
     ignore_keys: Collection[str] = ()
     gguf: Path | None = None
     tokenizer: Path | None = None
+    adds_bos: bool = False
 
     @property
     def place(self) -> Path:
@@ -89,7 +92,7 @@ class BaseModel:
         self.copy_licences(folder)
         if self.megatron is None:
             return
-        if not add_tokenizer(folder, self.tokenizer):
+        if not add_tokenizer(folder, self.tokenizer, self.adds_bos):
             what = "%s has no tokenizer: set data.tokenizer, or copy one beside its config.json"
             log.warning(what, name)
         elif self.config is not None:
@@ -107,7 +110,9 @@ class BaseModel:
         """
         found = side_digests(self.hf_dir, self.config)
         added = self.tokenizer if self.megatron is not None else None
-        return found | {f"added {name}": sha for name, sha in tokenizer_digests(added).items()}
+        bos = {"added BOS": "true"} if added is not None and self.adds_bos else {}
+        files = {f"added {name}": sha for name, sha in tokenizer_digests(added).items()}
+        return found | bos | files
 
     def architecture(self) -> Architecture:
         """The architecture of config.json.
@@ -270,4 +275,5 @@ def base_model(config: Config) -> BaseModel:
         hf = megatron if (megatron / CONFIG).exists() else hf
     gguf = Path(config.model.gguf) if config.model.gguf else None
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
-    return BaseModel(hf, megatron, config.model.ignore_keys, gguf, tokenizer)
+    adds_bos = config.data.bos is True
+    return BaseModel(hf, megatron, config.model.ignore_keys, gguf, tokenizer, adds_bos)

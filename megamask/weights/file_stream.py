@@ -96,7 +96,9 @@ class FileStream:
             self._free.put(torch.empty(BLOCK, dtype=torch.uint8))  # no memory before its first use
         self._buffer, self._used, self._before = self._free.get(), 0, 0
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._write_all, name=f"writer of {path.name}")
+        # A signal may end the caller before it can tell the thread to end.
+        name = f"writer of {path.name}"
+        self._thread = threading.Thread(target=self._write_all, name=name, daemon=True)
         self._thread.start()
 
     def tell(self) -> int:

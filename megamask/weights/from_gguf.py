@@ -47,6 +47,8 @@ def unpack(source: Path, out: Path) -> None:
     """
     _require_gguf(source)
     read_layout(source, ARCHITECTURES)  # before the file is hashed, which takes long
+    if not (out / GGUF_STAMP).exists():
+        check_output(out, GGUF_STAMP, "model.hf")
     stamp = {"file": source.name, "sha256": _sha256(source), "tokenizer": TOKENIZER}
     if _is_done(out, stamp):
         tell(f"{out}: already unpacked from {source.name}")
@@ -78,8 +80,8 @@ def unpack(source: Path, out: Path) -> None:
         GenerationConfig.from_model_config(settings).save_pretrained(folder)
         arch = read_architecture(folder)
         places = _places(arch, stored, source)
+        tokenizer.write(folder)  # before the tensors, which take long
         write_tensors(folder, _tensors(arch, header, places, source))
-        tokenizer.write(folder)
         copy_licences(source.parent, folder, is_of_model=False)
         write_json(folder / GGUF_STAMP, {**stamp, **own_files(folder)})
         weights = sum(int(np.prod(shape)) for shape in expected_tensors(arch).values())

@@ -67,14 +67,14 @@ def check_side_files(source_dir: Path) -> None:
         _files(source_dir)
 
 
-def add_tokenizer(folder: Path, tokenizer: Path | None) -> bool:
+def add_tokenizer(folder: Path, tokenizer: Path | None, adds_bos: bool = False) -> bool:
     """Copy the tokenizer of another folder, or its one sentencepiece file, into a folder that has
     none; returns whether the folder has one now.
     """
     if not _tokenizer_of(folder):
         for file in _tokenizer_of(tokenizer):
             if file == tokenizer:
-                write_pieces(file, folder)
+                write_pieces(file, folder, adds_bos)
             else:
                 shutil.copyfile(file, folder / file.name)
     return bool(_tokenizer_of(folder))

@@ -31,9 +31,14 @@ def token_ids(folder: Path) -> dict[str, int | None]:
     return {key: getattr(loaded, key) for key in IDS}
 
 
-def write_pieces(file: Path, folder: Path) -> None:
+def write_pieces(file: Path, folder: Path, adds_bos: bool = False) -> None:
     """Write a sentencepiece file into a folder as transformers reads it, and say where it reads
     other ids from a text than sentencepiece, with which the text was tokenized.
+
+    Args:
+        file: the sentencepiece file.
+        folder: that gets it.
+        adds_bos: whether a text begins with a BOS, which the file does not say.
     """
     shutil.copyfile(file, folder / PIECES)
     try:
@@ -47,7 +52,8 @@ def write_pieces(file: Path, folder: Path) -> None:
             for name, one in known.items()
         }
         words = {"tokenizer_class": "LlamaTokenizer", "legacy": False, **tokens}
-        write_json(folder / SETTINGS, {**words, "add_bos_token": False, "add_eos_token": False})
+        adds = {"add_bos_token": adds_bos, "add_eos_token": False}
+        write_json(folder / SETTINGS, {**words, **adds})
         from transformers import AutoTokenizer
 
         loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)

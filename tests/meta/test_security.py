@@ -31,15 +31,16 @@ DANGEROUS: dict[str, tuple[str, object] | None] = {
 KEYWORDS = {"trust_remote_code": True, "allow_pickle": True, "shell": True, "weights_only": False}
 # file -> call: why it is safe
 KNOWN = {
-    ("safe_checkpoint.py", "pickle.Unpickler"): "its subclass admits the classes of tensors alone",
-    ("safe_checkpoint.py", "pickle._Unpickler"): "and this subclass fills new objects alone",
-    ("checkpoint.py", "dist_checkpointing.load"): "read_index and check_common come before it",
-    ("from_snapshot.py", "FileSystemReader"): "load_snapshot calls read_index before it",
-    (
-        "background_save.py",
-        "pickle.loads",
-    ): "a file without a name, which a fork of ours has written",
+    ("megamask/safe_checkpoint.py", "pickle.Unpickler"): "a subclass: the classes of tensors alone",
+    ("megamask/safe_checkpoint.py", "pickle._Unpickler"): "a subclass that fills new objects alone",
+    ("megamask/model/checkpoint.py", "dist_checkpointing.load"): "after read_index, check_common",
+    ("megamask/masks/from_snapshot.py", "FileSystemReader"): "load_snapshot calls read_index first",
+    ("megamask/model/background_save.py", "pickle.loads"): "a nameless file that our fork wrote",
 }
+
+
+# where the same call stands several times
+TIMES = {("megamask/safe_checkpoint.py", "pickle._Unpickler"): 2}
 
 
 def name_of(node: ast.expr) -> str:
@@ -106,12 +107,14 @@ def found_in(source: str) -> Iterator[tuple[int, str]]:
 
 
 def test_nothing_that_is_read_is_run() -> None:
-    every = {
-        (path.name, name): f"{path.relative_to(REPO)}:{line}: {name}"
-        for path in FILES
-        for line, name in found_in(path.read_text())
-    }
-    found = [where for call, where in every.items() if call not in KNOWN]
+    every: dict[tuple[str, str], list[str]] = {}
+    for path in FILES:
+        place = str(path.relative_to(REPO))
+        for line, name in found_in(path.read_text()):
+            every.setdefault((place, name), []).append(f"{place}:{line}: {name}")
+    # another call in the same file is another decision
+    known = {call: TIMES.get(call, 1) for call in KNOWN}
+    found = [at for call, places in every.items() for at in places[known.get(call, 0) :]]
     assert len(FILES) > 100
     assert not KNOWN.keys() - every.keys(), "remove what is not there any more"
     assert not found, "read it safely, or say in KNOWN why it is safe"

@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from megamask.liveness import ENDED, lives, start_of
-from megamask.process.holder import Holder, boot_id
+from megamask.liveness import ENDED, boot_id, lives, start_of
+from megamask.process.holder import Holder
 
 HERE = Holder.this_process("megamask other")
 

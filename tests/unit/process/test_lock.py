@@ -6,9 +6,11 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, redirect_stderr
 from dataclasses import asdict, replace
@@ -18,11 +20,12 @@ import pytest
 
 from megamask.__main__ import main
 from megamask.errors import ArtifactError, MegamaskError
-from megamask.liveness import start_of
+from megamask.liveness import boot_id, start_of
 from megamask.process import lock as lock_file
-from megamask.process.holder import Holder, boot_id
+from megamask.process.holder import Holder
 from megamask.process.lock import locked, writer_of
-from tests.unit.test_machine_errors import in_child, no_large_files
+from megamask.process.lock_file import SILENCE, Kernel
+from tests.unit.test_machine_errors import as_nobody, in_child, no_large_files
 
 HERE = Holder.this_process("megamask other")
 PARENT = replace(HERE, pid=os.getppid(), start=start_of(os.getppid()))
@@ -113,7 +116,7 @@ def test_where_nothing_can_be_written_there_is_no_lock(tmp_path: Path) -> None:
     ("holder", "age", "held"),
     [
         (ELSEWHERE, 5.0, (True, True)),
-        (ELSEWHERE, lock_file.SILENCE + 5, (False, False)),
+        (ELSEWHERE, SILENCE + 5, (False, False)),
         # With flock a file without a lock has no holder on this system. Without flock, a process
         # that runs (the parent of this one) has it.
         (PARENT, 1000.0, (False, True)),
@@ -132,7 +135,7 @@ def test_a_file_that_a_holder_left(
     held: tuple[bool, bool],
 ) -> None:
     if not kernel:
-        monkeypatch.setattr(lock_file, "_flock", lambda *_: lock_file.Kernel.ABSENT)
+        monkeypatch.setattr(lock_file, "flock", lambda *_: Kernel.ABSENT)
     leave(artefact, holder, age)
     if held[0 if kernel else 1]:
         with pytest.raises(ArtifactError) as caught, locked("x", [artefact]):
@@ -168,8 +171,70 @@ def test_rubbish_in_the_file_is_nobody(artefact: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="two users")
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_lock_of_another_user_is_a_lock(tmp_path: Path, writes: bool) -> None:
+    """Root in a container and the folder's owner outside: a file that is read alone was no lock."""
+    own = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's folders are root's alone
+    try:
+        os.chmod(own, 0o755)
+        os.chown(own, 65534, 65534)
+        artefact = own / "weights"
+        said: list[str] = []
+
+        def taken_by_nobody(verb: str, lists: tuple[list[Path], list[Path]]) -> str:
+            def work() -> None:
+                with locked(verb, *lists):
+                    pass
+
+            return in_child(work, as_nobody)
+
+        def asked() -> list[bool]:
+            asks: list[tuple[list[Path], list[Path]]] = [([artefact], []), ([], [artefact])]
+            said[:] = [taken_by_nobody("megamask prune", lists) for lists in asks]
+            return [bool(one) for one in said]
+
+        with locked("megamask learn", *([artefact], []) if writes else ([], [artefact])):
+            lock_of(artefact).chmod(0o644)
+            assert asked() == [True, writes]
+            assert f"is being {'written' if writes else 'read'} by megamask learn" in said[0]
+        leave(artefact, replace(HERE, pid=2**22 + 1), 0.0)  # left behind, and root's
+        lock_of(artefact).chmod(0o644)
+        assert asked() == [False, False] and not lock_of(artefact).exists()
+        os.chmod(own, 0o775)  # a folder of a group
+        with locked("megamask learn", [artefact]):
+            assert lock_of(artefact).stat().st_mode & 0o777 == 0o664
+    finally:
+        shutil.rmtree(own)
+
+
+def test_a_reader_that_ended_is_named_no_more(artefact: Path) -> None:
+    """The user would wait for nobody, or end whoever has that number now."""
+    artefact.parent.mkdir()
+    with ExitStack() as second:
+        with locked("megamask evaluate", [], [artefact]):
+            second.enter_context(locked("megamask tasks", [], [artefact]))
+        with pytest.raises(ArtifactError, match="read by megamask tasks"), locked("x", [artefact]):
+            pass
+        assert "evaluate" not in lock_of(artefact).read_text()
+    assert not lock_of(artefact).exists()
+
+
+@pytest.mark.parametrize("kernel", [Kernel.TAKEN, Kernel.ABSENT])
+def test_a_reader_elsewhere_stays_where_locks_are_of_one_host(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch, kernel: Kernel
+) -> None:
+    """A reader that came and went removed the line of the other host, whose writer then began."""
+    monkeypatch.setattr(lock_file, "flock", lambda *_: kernel)
+    leave(artefact, ELSEWHERE, 5.0, writes=False)
+    with locked("megamask evaluate", [], [artefact]):
+        pass
+    with pytest.raises(ArtifactError, match="scancel 77"), locked("x", [artefact]):
+        pass
+
+
 def test_without_flock_the_content_decides(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_file, "_flock", lambda *_: lock_file.Kernel.ABSENT)
+    monkeypatch.setattr(lock_file, "flock", lambda *_: Kernel.ABSENT)
     with another_process(artefact) as pid, pytest.raises(ArtifactError, match=f"process {pid} on"):
         ExitStack().enter_context(locked("x", [artefact]))
 

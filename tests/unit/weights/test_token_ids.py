@@ -11,8 +11,9 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from megamask.config import load_config
 from megamask.storage import read_json
-from megamask.weights.base_model import BaseModel
+from megamask.weights.base_model import BaseModel, base_model
 from megamask.weights.token_ids import token_ids, write_pieces
 
 
@@ -46,6 +47,33 @@ def test_ids(pieces: Path, folder: Path) -> None:
     write_pieces(pieces, written)
     assert token_ids(written) == {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 2}
     assert token_ids(folder) == {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": None}
+
+
+def test_the_bos_that_the_settings_ask_for_goes_along(tmp_path: Path) -> None:
+    """A sentencepiece file does not say; text and evaluation had a BOS, and the export had none."""
+    from sentencepiece import SentencePieceTrainer
+    from transformers import AutoTokenizer
+
+    (tmp_path / "text").write_text("the mask keeps two of every four weights\n" * 20)
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spm"), vocab_size=22
+    )
+    said = {}
+    for adds in (True, False):
+        out = tmp_path / f"out-{adds}"
+        out.mkdir()
+        file = tmp_path / "spm.model"
+        model = BaseModel(tmp_path / "none", tmp_path / "megatron", tokenizer=file, adds_bos=adds)
+        model.__dict__["config"] = {"model_type": "llama"}
+        model.complete(out, out.name)
+        loaded = AutoTokenizer.from_pretrained(str(out), local_files_only=True)
+        assert (loaded("the mask")["input_ids"][0] == loaded.bos_token_id) == adds
+        said[adds] = model.side_digests()
+    assert said[True] != said[False]
+    config = load_config(
+        None, [f"model.megatron={tmp_path}", f"data.tokenizer={file}", "data.bos=true"]
+    )
+    assert base_model(config).adds_bos
 
 
 def test_a_derived_config_gets_them(
