@@ -162,6 +162,8 @@ class GradientMethod(Method):
             unused |= {"learn.optimizer.epsilon"}
         if learn.optimizer.schedule == "constant":
             unused |= {"learn.optimizer.min_lr"}
+        if learn.prior.mask is None:
+            unused |= {"learn.prior.strength", "learn.prior.margins"}
         if learn.sampling.span > 1:
             unused |= {"learn.state.masked_weight"}
         return unused
@@ -182,7 +184,9 @@ class GradientMethod(Method):
 
     def announcement(self, config: Config) -> str:
         """The learning rates, which may be derived."""
-        return "learning rate {:.2g}, falling to {:.2g}".format(*learning_rates(config))
+        highest, lowest = learning_rates(config)
+        falls = config.learn.optimizer.schedule != "constant"
+        return f"learning rate {highest:.2g}" + (f", falling to {lowest:.2g}" if falls else "")
 
 
 def _share(run: StateOf) -> float:

@@ -12,7 +12,7 @@ With top_k, the divergence is taken over k + 1 events: each of the k tokens that
 most likely, and all other tokens together. Renormalising over the k tokens instead would lose the
 probability of the others. This kd tells the student how much probability the others have, though
 not how it is divided, and it is never above the kd of the whole vocabulary. Tokens that tie with
-the last of the k count as named tokens too.
+the first token behind the k count as others, whatever rank they lie on.
 
 Shapes: T tokens, V real rows of the vocabulary on this rank, H hidden, P ranks that share the
 vocabulary, K = top_k. The names lm and kd stand for both parts of the loss.
@@ -256,20 +256,20 @@ class _AllTokens(_Block):
 class _TopTokens(_Block):
     """The divergence over the k most likely tokens of the teacher and one event for all others.
 
-    Every rank lists the k most likely tokens of its part of the vocabulary. All ranks exchange
-    their lists, and the k most likely tokens of all lists are the named tokens. The other tokens
-    are the rest of the lists, and the tokens in no list (the tail of a rank). The gradient of an
-    other token is proportional to its student probability: kd changes only the sum of these
-    probabilities, not their proportions.
+    Every rank lists the k + 1 most likely tokens of its part of the vocabulary. All ranks exchange
+    their lists, and the tokens above the (k+1)-th of all lists are the named tokens: so the tie of
+    two tokens is never decided by where they lie. The other tokens are the rest of the lists, and
+    the tokens in no list (the tail of a rank). The gradient of an other token is proportional to
+    its student probability: kd changes only the sum of these probabilities, not their proportions.
     """
 
     def _measure(self) -> list[torch.Tensor]:
         assert self.top_k is not None
-        # This rank's list, filled up to k where it has fewer rows, and its logits in both models.
-        here = min(self.top_k, self.ours.shape[1])
+        # This rank's list, filled up where it has fewer rows, and its logits in both models.
+        here = min(self.top_k + 1, self.ours.shape[1])
         self.listed_TK = self.theirs.topk(here, sorted=False).indices
         lists = [
-            F.pad(logits_TV.gather(1, self.listed_TK), (0, self.top_k - here), value=-torch.inf)
+            F.pad(logits_TV.gather(1, self.listed_TK), (0, self.top_k + 1 - here), value=-torch.inf)
             for logits_TV in (self.theirs, self.ours)
         ]
         # Sums of exponentials over all tokens, and over the tail alone.
@@ -291,9 +291,9 @@ class _TopTokens(_Block):
         teacher_sums, teacher_tails, tails, *lists = more
         teacher = PartitionSums.of(teacher_tops, teacher_sums, self.temperature)
         theirs_PKT, ours_PKT = torch.stack(lists, 1).chunk(2, 1)
-        # A token is named if its teacher logit is at least the k-th largest of all lists.
+        # A token is named if its teacher logit is above the (k+1)-th largest of all lists.
         least_T = theirs_PKT.flatten(0, 1).topk(theirs_PKT.shape[1], dim=0).values[-1]
-        named_PKT = (theirs_PKT >= least_T) & theirs_PKT.isfinite()
+        named_PKT = (theirs_PKT > least_T) & theirs_PKT.isfinite()
         # The probability of the other tokens under the teacher, over that under the student.
         left_T = teacher.left(theirs_PKT, named_PKT, teacher_tops, teacher_tails)
         self.ratio_T = left_T / student.left(ours_PKT, named_PKT, tops, tails).clamp_min(LEAST)

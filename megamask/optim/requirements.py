@@ -21,5 +21,6 @@ def check_optimizer(config: Config) -> None:
     """
     rule, (highest, _) = check_rule(config), learning_rates(config)
     check_schedule(config)
-    if highest >= rule.warning_rate:
+    # A derived rate has been divided for the rule already.
+    if config.learn.optimizer.lr is not None and highest >= rule.warning_rate:
         log.warning("learn.optimizer.lr=%g with kind=%s: %s", highest, rule.name, rule.rate_advice)

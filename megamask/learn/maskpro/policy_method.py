@@ -147,6 +147,7 @@ class PolicyMethod(Method):
         sampling = ("draws", "kappa", "tau", "schedule", "annealed_by", "logit_std")
         unused = keys_of(learn, "optimizer", "distillation") | {
             "learn.weight_norm",
+            "learn.prior.strength",
             "learn.state.grads",
             "learn.state.masked_weight",
             *(f"learn.sampling.{key}" for key in sampling),

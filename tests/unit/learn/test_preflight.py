@@ -77,6 +77,8 @@ def test_a_schedule_that_stays_or_hardens(values: dict[str, Any]) -> None:
         # micro-batches that share a mask share its masked weights
         (["learn.memory=lean", "learn.sampling.draws=step"], ["learn.state.masked_weight"]),
         (["learn.memory=lean"], []),
+        (["learn.prior.mask=null", "learn.prior.strength=5"], ["learn.prior.strength"]),
+        (["learn.method=maskpro", "learn.prior.strength=5"], ["learn.prior.strength"]),
         (
             ["learn.optimizer.schedule=constant", "learn.optimizer.min_lr=1"],
             ["learn.optimizer.min_lr"],

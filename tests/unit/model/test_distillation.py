@@ -167,6 +167,24 @@ def test_the_top_tokens_and_a_rest_tell_less_than_all_tokens_but_never_less_than
             assert error(found, expected) < FP32
 
 
+def test_the_tie_of_two_tokens_is_not_decided_by_where_they_lie() -> None:
+    """Ties are usual in bf16. Every token of this vocabulary has a twin: of an odd number of named
+    tokens one would tie with the first of the others, and counts as another.
+    """
+    student_TH, teacher_TH, weight_VH, labels_T, upstream_T = inputs()
+    weight_VH = weight_VH[: VOCAB // 2].repeat_interleave(2, 0)
+    order = torch.randperm(len(weight_VH), generator=torch.Generator().manual_seed(2))
+    place = order.argsort()
+    given = (student_TH, teacher_TH, weight_VH, labels_T % len(order), upstream_T)
+    moved = (student_TH, teacher_TH, weight_VH[order], place[labels_T % len(order)], upstream_T)
+    for k in (3, 7):
+        even = fused(given, top_k=k - 1)
+        for found in (fused(given, top_k=k), fused(moved, top_k=k)):
+            assert all(error(one, two) < FP32 for one, two in zip(found, even, strict=True))
+        assert error(even[2], fused(given, top_k=k + 1)[2]) > 100 * FP32
+    assert fused(given, top_k=1)[2].abs().max() < SUMS  # nothing is named
+
+
 def test_the_student_is_told_how_much_is_left_for_the_rest() -> None:
     """kd sees the probability of the tokens that are not named.
 
