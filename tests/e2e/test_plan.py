@@ -89,7 +89,7 @@ def test_flags_and_table(ask: Ask, tmp_path: Path) -> None:
 
 
 def test_what_cannot_fit_ends_with_2_and_a_remedy_that_works(ask: Ask, tmp_path: Path) -> None:
-    asked, file = "plan --model llama2-7b --tp 2 --dp 4 --gpu a100", tmp_path / "plan.json"
+    asked, file = "plan --model llama2-7b --tp 1 --dp 8 --gpu a100", tmp_path / "plan.json"
     done = ask(f"{asked} --json {file}")
     assert done.code == 2 and "**no**" in done.stdout
     message = done.stderr.strip()

@@ -141,8 +141,6 @@ def test_fewer_steps_end_the_run_where_it_stands(run: Path, settings: Settings) 
 def test_domains_in_another_order_are_other_samples(begun: Path, settings: Settings) -> None:
     words = settings(begun)
     prose, source = (word.partition("=")[2] for word in words if word.startswith("data.domains."))
-    # those of the recipe, which the settings of a domain are merged with
-    prose = prose.replace("}", ", max_bytes: 200000}")
     turned = f"data.domains={{code: {source}, prose: {prose}}}"
     message = refusal(in_process("learn", *words, *RUN, "learn.steps=6", turned))
     assert "was learned from prose, code" in message and "in this order" in message
