@@ -34,7 +34,8 @@ def _wide_vectors() -> None:
 
 
 PACKAGE = Path(__file__).resolve().parents[2]
-SOURCES = ("*_numba.py", "numba_*.py", "llvm_*.py")  # kernels inline functions of each other
+# Kernels inline functions of each other, and the constants of MaskPro's score.
+SOURCES = ("*_numba.py", "numba_*.py", "llvm_*.py", "score.py")
 
 
 def cache_folder(package: Path) -> Path:
