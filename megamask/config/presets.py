@@ -113,14 +113,14 @@ MINUTES: dict[str, Any] = {
 # Bytes per weight at 2:4 with learn.method=categorical, the frozen weight included: default 26,
 # lean 14, leanest 9.5 (megamask plan counts every part). Lean keeps AdamW, and with it the recipe's
 # learning rate. Lion moves every logit by the full rate whatever its gradient is, so it needs about
-# a third of AdamW's rate. Leanest therefore drops the rate of a preset; a rate that the recipe or
-# the command line gives is kept.
+# a third of AdamW's rate. Leanest therefore drops the rate and the decays of a preset; those that
+# the recipe or the command line gives are kept.
 _BF16 = {"logits": "bf16", "grads": "bf16", "masked_weight": "regenerate"}
 LEAN: dict[str, Any] = {"learn": {"state": _BF16}}
 LEANEST: dict[str, Any] = {
     "learn": {
         "state": {**_BF16, "track_flips": False},
-        "optimizer": {"kind": "lion8bit", "betas": [0.9, 0.99], "lr": None, "min_lr": None},
+        "optimizer": {"kind": "lion8bit", "betas": None, "lr": None, "min_lr": None},
     }
 }
 

@@ -114,6 +114,7 @@ class UpdateRule(ABC):
         rate_advice: the text of that warning.
         has_epsilon: whether the rule adds ``learn.optimizer.epsilon`` to a root.
         has_short_means: whether the derived decay of its first moment falls in short runs.
+        second_decay: the second of ``betas`` where none is given.
     """
 
     name: ClassVar[str]
@@ -122,6 +123,7 @@ class UpdateRule(ABC):
     rate_advice: ClassVar[str] = ""
     has_epsilon: ClassVar[bool] = False
     has_short_means: ClassVar[bool] = False
+    second_decay: ClassVar[float] = 0.95
 
     def check(self, device: str) -> None:  # noqa: B027 (most rules need nothing)
         """Check that everything the rule needs on ``device`` ("cpu" or "cuda") is installed.

@@ -95,6 +95,7 @@ class LionRule(UpdateRule):
     name = "lion"
     rate_divisor = 3.0
     warning_rate = 1e-3
+    second_decay = 0.99  # the paper's
     rate_advice = (
         "Lion moves every logit by the full rate: use about a third of AdamW's learning rate"
     )

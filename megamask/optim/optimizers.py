@@ -35,7 +35,7 @@ UPDATE_RULES: dict[str, UpdateRule] = {
 }
 
 BETAS = "learn.optimizer.betas"
-MEAN_DECAY, SQUARE_DECAY = 0.9, 0.95  # of the moments
+MEAN_DECAY = 0.9  # of the first moment
 # AdamW's mean gradient spans this share of a run's steps at most, and these steps at least.
 MEAN_SHARE, LEAST_MEAN = 1 / 6, 2.0
 
@@ -132,10 +132,11 @@ def _decays(betas: Sequence[float] | None, kind: str, steps: int) -> tuple[float
     """
     if betas is not None:
         return betas[0], betas[1]
-    if not find_rule(kind).has_short_means:
-        return MEAN_DECAY, SQUARE_DECAY
+    rule = find_rule(kind)
+    if not rule.has_short_means:
+        return MEAN_DECAY, rule.second_decay
     span = max(LEAST_MEAN, steps * MEAN_SHARE)
-    return min(MEAN_DECAY, 1 - 1 / span), SQUARE_DECAY
+    return min(MEAN_DECAY, 1 - 1 / span), rule.second_decay
 
 
 def same_decays(before: Mapping[str, Any], config: Config) -> bool:

@@ -16,7 +16,7 @@ from megamask.config.load import build_config, load_config
 from megamask.errors import ConfigError
 from megamask.optim.adamw import AdamW
 from megamask.optim.adamw_bf16 import AdamWBf16
-from megamask.optim.optimizers import build_optimizer, find_rule
+from megamask.optim.optimizers import build_optimizer, decay_rates, find_rule
 from megamask.optim.requirements import check_optimizer
 from tests.unit.optim.lean import SEED, linear, random_grad, random_logits, section, take_step
 
@@ -141,7 +141,7 @@ def test_lion_has_the_usual_decays_in_a_run_of_any_length() -> None:
     for steps in (1, 20, 2000):
         words = [f"learn.steps={steps}", "learn.optimizer.kind=lion"]
         optimizer = build_optimizer(load_config(None, words), [linear(random_logits(2, 8))])
-        assert optimizer.section.decays == (0.9, 0.95)
+        assert optimizer.section.decays == (0.9, 0.99)
 
 
 def no_module(*missing: str) -> Callable[[str], Any]:
@@ -226,3 +226,19 @@ def test_epsilon_is_in_units_of_a_clipped_gradient(
     ]
     optimizer: Any = build_optimizer(load_config(None, chosen), [linear(torch.zeros(shape))])
     assert optimizer.adamw.param_groups[0]["eps"] == pytest.approx(1e-3 + 0.5 * 2 * rms)
+
+
+@pytest.mark.parametrize(
+    ("settings", "decays"),
+    [
+        (["learn.memory=leanest"], (0.9, 0.99)),
+        (["learn.memory=leanest", "learn.preset=maskllm"], (0.9, 0.99)),
+        (["learn.optimizer.kind=lion8bit"], (0.9, 0.99)),
+        # another rule than leanest's has its own decays
+        (["learn.memory=leanest", "learn.optimizer.kind=adamw"], (0.7, 0.95)),
+        (["learn.memory=leanest", "learn.optimizer.betas=[0.8, 0.9]"], (0.8, 0.9)),
+    ],
+)
+def test_decays_are_those_of_the_rule(settings: list[str], decays: tuple[float, float]) -> None:
+    found = decay_rates(load_config(None, ["learn.steps=20", *settings]))
+    assert found == pytest.approx(decays)
