@@ -153,9 +153,9 @@ class OptimizerSection(Section):
     weight_decay: Coefficient = each_step(0.1, description="decay of the logits, times the rate")
     betas: tuple[Below1, Below1] | None = each_step(
         None,
-        description="decay rates of both moments; null = 0.95 for the second, and for the first "
-        "0.9, or less for AdamW in a run below 60 steps, whose mean gradient spans a sixth of the "
-        "steps, and two at least",
+        description="decay rates of both moments; null = 0.95 for the second (Lion: 0.99), and for "
+        "the first 0.9, or less for AdamW in a run below 60 steps, whose mean gradient spans a "
+        "sixth of the steps, and two at least",
     )
     epsilon: tuple[Annotated[float, Field(ge=1e-30, le=1e6)], Coefficient] = each_step(
         (1e-8, 0.1),

@@ -21,6 +21,7 @@ from megamask.data.tokenizer import TextTokenizer
 from megamask.errors import ConfigError
 
 Place = Literal["none", "stream", "window"]
+Chosen = Literal["auto", "window"] | bool  # ``evaluate.bos``
 PLACES: dict[Place, str] = {
     "none": "none",
     "stream": "one at the start",
@@ -49,32 +50,37 @@ def in_windows(config: Config, tokenizer: TextTokenizer) -> Place:
         ConfigError: it asks for a BOS, and the tokenizer has none.
     """
     chosen = config.evaluate.bos
-    if chosen == "auto":
-        return "window" if before_document(config, tokenizer) else "none"
-    if chosen is False:
-        return "none"
-    _bos("evaluate.bos", tokenizer)
-    return "window" if chosen == "window" else "stream"
+    if chosen not in ("auto", False):
+        _bos("evaluate.bos", tokenizer)
+    return _place(chosen, begins=chosen == "auto" and bool(before_document(config, tokenizer)))
 
 
 def description(config: Config, tokenizer: TextTokenizer) -> str:
     """The BOS of the perplexity protocol, in words."""
-    place = in_windows(config, tokenizer)
-    if not before_document(config, tokenizer):
-        return PLACES[place]
-    return OF_DOCUMENT if place == "none" else f"{PLACES[place]}, and {OF_DOCUMENT}"
+    return _in_words(in_windows(config, tokenizer), bool(before_document(config, tokenizer)))
 
 
-def is_described(chosen: Literal["auto", "window"] | bool, described: str) -> bool:
+def is_described(chosen: Chosen, described: str) -> bool:
     """Whether ``described``, the BOS of a protocol in words, is what ``evaluate.bos=chosen`` gives
     for the same documents.
     """
+    begins = OF_DOCUMENT in described
+    return described == _in_words(_place(chosen, begins), begins)
+
+
+def _place(chosen: Chosen, begins: bool) -> Place:
+    """What ``evaluate.bos`` means. ``begins`` says whether each document begins with a BOS."""
     if chosen == "auto":
-        place: Place = "window" if OF_DOCUMENT in described else "none"
-    else:
-        place = {False: "none", True: "stream", "window": "window"}[chosen]  # type: ignore[assignment]
-    words = PLACES[place]
-    return described in (words, f"{words}, and {OF_DOCUMENT}", *([OF_DOCUMENT] * (place == "none")))
+        return "window" if begins else "none"
+    if chosen == "window":
+        return "window"
+    return "stream" if chosen else "none"
+
+
+def _in_words(place: Place, begins: bool) -> str:
+    if not begins:
+        return PLACES[place]
+    return OF_DOCUMENT if place == "none" else f"{PLACES[place]}, and {OF_DOCUMENT}"
 
 
 def cut_windows(

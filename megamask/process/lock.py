@@ -175,10 +175,10 @@ def _of_another_user(lock: Path, path: Path, is_writer: bool, is_late: bool) -> 
             if is_late:
                 raise _refusal(path, read_lines(descriptor))
             time.sleep(0.05)
-        elif not is_writer and is_file(descriptor, lock):
-            return os.dup(descriptor)  # the same lock
-        else:
-            lock.unlink(missing_ok=True)
+        elif is_file(descriptor, lock):  # and not yet the file of somebody who came meanwhile
+            if not is_writer:
+                return os.dup(descriptor)  # the same lock
+            lock.unlink()
     except FileNotFoundError:
         pass
     except OSError:  # the folder cannot be written either

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.program import in_process, refusal
+from tests.e2e.program import here, in_process, refusal
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -74,8 +74,20 @@ def test_evaluate_says_that_the_model_is_not_finite(
     done = in_process("evaluate", *settings(run_dir))
     assert "outputs that are not finite on" in refusal(done)
     assert not (run_dir / "results.json").exists()
-    # Before any training, which would blame the rate.
-    monkeypatch.setattr("megamask.verbs.recover.load_weights", load_and_break)
-    words = ["recover.mask=magnitude", "recover.method=finetune", "recover.steps=1"]
-    done = in_process("recover", *settings(run_dir), *words, "model.exclude=[]")
-    assert "outputs that are not finite on" in refusal(done) and "(row frozen)" in refusal(done)
+
+
+def test_recover_says_so_before_any_training_which_would_blame_the_rate(
+    prepared: Path, model: Path, settings: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    """Weights that are finite, and whose products are not."""
+    copy, run_dir = Path(shutil.copytree(model, tmp_path / "hf")), tmp_path / "run"
+    shutil.copytree(prepared / "shards", run_dir / "shards")
+    tensors = load_file(copy / "model.safetensors")
+    tensors[NAME][3] = 3e38
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    words = [*settings(run_dir), f"model.hf={copy}", "model.exclude=[]"]
+    for verb, *more in (("convert",), ("prune", "prune.methods=[magnitude]")):
+        here(verb, *words, *more)
+    finetune = ["recover.mask=magnitude", "recover.method=finetune", "recover.steps=1"]
+    said = refusal(in_process("recover", *words, *finetune))
+    assert "outputs that are not finite on" in said and "(row frozen)" in said
