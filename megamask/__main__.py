@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backends that wait for other ranks, and the launcher's signal would end it without its code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with stop_on_signal(is_raising=True) as stop:
+    with stop_on_signal() as stop:  # a signal is noted, and raised where it can be told
         try:
             code = _run(words, stop)
             stop.is_raising = False
@@ -90,6 +90,8 @@ def _run(words: list[str], stop: StopRequest) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # which cannot write every name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        stop.is_raising = True
+        stop.raise_if_set()
         with _whole_output():
             if not words or "-h" in words or "--help" in words:
                 print(_help_of(words[0]) if words and words[0] in VERBS else _help())

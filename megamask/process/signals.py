@@ -50,10 +50,10 @@ class StopRequest:
             read the request.
     """
 
-    def __init__(self, is_raising: bool = False) -> None:
+    def __init__(self) -> None:
         self.received: str | None = None
         self.is_final = False
-        self.is_raising = is_raising
+        self.is_raising = False
         self._file: Path | None = None
 
     def watch(self, folder: Path) -> None:
@@ -118,13 +118,14 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal(is_raising: bool = False) -> Iterator[StopRequest]:
-    """Catch the signals inside the block and put the old handlers back afterwards.
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Catch the signals inside the block and put the old handlers back afterwards. They are noted,
+    and raised once the block sets ``is_raising``, where it can tell of them.
 
     A signal that was ignored before stays so: nohup asks for that. Outside the main thread, where
     Python catches no signals, nothing is caught.
     """
-    request = StopRequest(is_raising)
+    request = StopRequest()
     is_main = threading.current_thread() is threading.main_thread()
     wanted = [one for one in SIGNALS if is_main and signal.getsignal(one) is not signal.SIG_IGN]
     before = {number: signal.signal(number, request) for number in wanted}

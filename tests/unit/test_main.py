@@ -19,6 +19,7 @@ from megamask.__main__ import main
 from megamask.config.load import load_config, read_settings
 from megamask.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR, ConfigError
 from megamask.model.checkpoint import telling
+from megamask.process.place import Place
 from megamask.process.signals import StopRequest
 from megamask.safe_checkpoint import unreadable
 from megamask.storage import atomic_file, read_json
@@ -230,6 +231,24 @@ def test_a_signal_that_a_library_takes_for_its_own_error_stops_the_verb(
     assert "SIGINT: stopped" in capsys.readouterr().err
     monkeypatch.setattr(StopRequest, "__call__", lambda *_: raise_other())
     assert main_module._run(["prune"], StopRequest()) == 2  # without a signal: the error
+
+
+@pytest.mark.parametrize(("verb", "code"), [("learn", 75), ("prune", 128 + signal.SIGUSR1)])
+def test_a_signal_before_the_verb_is_told_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, code: int
+) -> None:
+    """Handlers stand, and the part that tells of a signal has not begun: ``learn`` ended with 138
+    and not a word.
+    """
+
+    def signalled() -> Place:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return Place()
+
+    monkeypatch.setattr(main_module, "Place", signalled)
+    assert main([verb]) == code
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("megamask: SIGUSR1: ")
 
 
 def raise_other() -> None:

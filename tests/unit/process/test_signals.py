@@ -116,7 +116,8 @@ def test_a_file_system_that_fails_for_a_moment_ends_no_run(
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_work_that_saves_nothing_is_left_where_it_is(number: signal.Signals) -> None:
-    with stop_on_signal(is_raising=True):
+    with stop_on_signal() as stop:
+        stop.is_raising = True
         with pytest.raises(Interrupted) as caught:
             os.kill(os.getpid(), number)
         assert caught.value.code == 128 + number
@@ -125,7 +126,8 @@ def test_work_that_saves_nothing_is_left_where_it_is(number: signal.Signals) -> 
 
 def test_a_block_that_must_be_whole_is_left_at_its_end() -> None:
     done = []
-    with stop_on_signal(is_raising=True):
+    with stop_on_signal() as stop:
+        stop.is_raising = True
         with pytest.raises(Interrupted), held():
             os.kill(os.getpid(), signal.SIGTERM)
             done.append("whole")
@@ -142,7 +144,8 @@ def test_a_block_that_must_be_whole_is_left_at_its_end() -> None:
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stop_on_signal(is_raising=True) as stop:
+        with stop_on_signal() as stop:
+            stop.is_raising = True
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop
     finally:
