@@ -23,6 +23,7 @@ from typing import Any
 import megamask
 from megamask import machine_errors
 from megamask.errors import (
+    EXIT_BUG,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_UNAVAILABLE,
@@ -118,7 +119,7 @@ def _run(words: list[str], stop: StopRequest) -> int:
             raise
         if told is None:
             _say(f"error{place.label}: {traceback.format_exc()}")
-            return 1
+            return EXIT_BUG
         has_turn = place.is_main or _is_first(stop)
         if has_turn and not isinstance(told, DismissedError):
             _say(f"error{place.label}: {printable(str(told))}")

@@ -7,6 +7,7 @@ from pathlib import Path
 MAX_SHOWN = 300  # characters of a value in a message
 
 EXIT_OK = 0
+EXIT_BUG = 1  # an error that nobody foresaw, with its traceback
 EXIT_USER_ERROR = 2
 EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE: a rank or a file system gave no answer; it may next time
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: a snapshot was saved, and the same command goes on from it
@@ -99,6 +100,20 @@ class LaunchError(MegamaskError):
     """Another rank did not come, ended, or does not answer; the same command may work again."""
 
     code = EXIT_UNAVAILABLE
+
+
+class OtherRankError(MegamaskError):
+    """The error of another rank, as rank 0 tells it.
+
+    Args:
+        rank, host: where it happened.
+        message: of the error.
+        code: the exit code.
+    """
+
+    def __init__(self, rank: int, host: str, message: str, code: int) -> None:
+        self.code = code
+        super().__init__(f"rank {rank} on {host}: {message}")
 
 
 class DismissedError(MegamaskError):

@@ -28,6 +28,7 @@ from megamask.learn.method import (
     TrialUpdate,
     keys_of,
 )
+from megamask.model.build import DTYPES
 from megamask.optim.optimizers import decay_rates, epsilon, find_rule, section_for
 from megamask.optim.requirements import check_optimizer
 from megamask.optim.schedule import learning_rates
@@ -115,6 +116,11 @@ class GradientMethod(Method):
         """Logits per group and per weight."""
         per_group = self.distribution.logits_per_group(run.pattern)
         return per_group, per_group / run.pattern.m
+
+    def try_update(self, config: Config, device: torch.device) -> None:
+        """A step of the update rule, where the rule asks for it."""
+        learn = config.learn
+        find_rule(learn.optimizer.kind).try_out(device, DTYPES[learn.state.logits])
 
     def trial_update(
         self,

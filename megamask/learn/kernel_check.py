@@ -149,6 +149,24 @@ def update_problem(config: Config, site: Site, device: torch.device, backend: st
     return ""
 
 
+def require_update(config: Config, mesh: Mesh) -> None:
+    """Refuse an update rule whose compiler fails on any rank. All ranks must call this.
+
+    Raises:
+        ConfigError: the compiler failed on this rank.
+        DismissedError: it failed on another rank alone.
+    """
+    failure = None
+    try:
+        find_method(config.learn.method).try_update(config, mesh.device)
+    except Exception as error:  # a compiler's, a linker's or a driver's
+        allowed = f"an optimizer that compiles here, and a step failed: {_in_words(error)}"
+        fix = "Mend the compiler, or use lion8bit, which needs none."
+        kind = config.learn.optimizer.kind
+        failure = ConfigError("learn.optimizer.kind", kind, allowed, fix)
+    mesh.leave_together(failure, "compile the update")
+
+
 def trial_update(
     config: Config, site: Site, device: torch.device, backend: str
 ) -> TrialUpdate | None:

@@ -131,6 +131,13 @@ class Method(ABC):
         """Forward passes of a micro-batch of a method without a backward pass; 0 = it has one."""
         return 0
 
+    def try_update(self, config: Config, device: torch.device) -> None:  # noqa: B027
+        """Take a step on a small layer where the update of a run works with a compiler alone.
+
+        Raises:
+            Exception: any that the compiler raises.
+        """
+
     def trial_update(
         self,
         config: Config,

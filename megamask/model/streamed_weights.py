@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from megamask.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR, DismissedError
-from megamask.machine_errors import may_pass
 from megamask.model.build import model_rules
 from megamask.model.checkpoint import write_folder
 from megamask.parallel.mesh import Mesh
@@ -54,10 +52,7 @@ def save_streamed(
                 written = writer.written
             except Exception as error:
                 failure = error
-        if mesh.any(failure is not None):  # all ranks leave together
-            passes = mesh.any(failure is not None and may_pass(failure))
-            code = EXIT_UNAVAILABLE if passes else EXIT_USER_ERROR
-            raise failure or DismissedError("another rank could not write its part", code)
+        mesh.leave_together(failure, "write its part")
         pieces = mesh.gather_to_main(written)
         if mesh.is_main:
             write_index(folder, list(chain(*pieces)), {})

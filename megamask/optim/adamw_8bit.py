@@ -16,6 +16,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,6 +162,16 @@ class AdamW8bitRule(UpdateRule):
             raise self._missing(
                 f"an optimizer that can be compiled, but {compiler} is not there", fix
             )
+
+    def try_out(self, device: torch.device, logits_dtype: torch.dtype) -> None:
+        """A step on one quantized layer."""
+        logits = torch.nn.Parameter(torch.zeros(BLOCK, 4, 4, dtype=logits_dtype, device=device))
+        logits.main_grad = torch.ones_like(logits, dtype=torch.float32)  # type: ignore[attr-defined]
+        linear: Any = SimpleNamespace(mask_logits=logits, parameter_id=0)
+        section = OptimizerSection.model_validate({"kind": self.name, "betas": [0.9, 0.95]})
+        optimizer = AdamW8bit(section, [linear], seed=0)
+        optimizer.step(0, 1e-3, torch.tensor(1.0, device=device))
+        assert bool(logits.detach().float().abs().gt(0).all())
 
     def _missing(self, allowed: str, fix: str) -> ConfigError:
         return ConfigError("learn.optimizer.kind", self.name, allowed, fix)

@@ -132,6 +132,14 @@ class UpdateRule(ABC):
             ConfigError: a package or a compiler is missing.
         """
 
+    def try_out(self, device: torch.device, logits_dtype: torch.dtype) -> None:  # noqa: B027
+        """Take a step on a small layer where a compiler makes the update and plain PyTorch cannot,
+        so that a compiler that fails is known before a model is loaded.
+
+        Raises:
+            Exception: any that the compiler raises.
+        """
+
     def has_kernels(self, logits_dtype: str) -> bool:
         """Whether kernels, which give the bits of plain PyTorch, update logits of this dtype: by
         numba on a CPU, by Triton on CUDA.

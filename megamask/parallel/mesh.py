@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import socket
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,18 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megamask.config import Config, run_paths
 from megamask.config.nested import flatten, what_differs
-from megamask.errors import ConfigError, DismissedError, LaunchError, MegamaskError, shown
+from megamask.errors import (
+    EXIT_BUG,
+    EXIT_UNAVAILABLE,
+    EXIT_USER_ERROR,
+    ConfigError,
+    DismissedError,
+    LaunchError,
+    MegamaskError,
+    OtherRankError,
+    shown,
+)
+from megamask.machine_errors import explained, may_pass
 from megamask.parallel.determinism import deterministic
 from megamask.parallel.megatron_versions import megatron_on_cpu
 from megamask.parallel.roll_call import Roll, call_roll
@@ -156,6 +168,32 @@ class Mesh:
             f"{next(filter(None, found))}. A network file system may show new files late: start "
             "again."
         )
+
+    def leave_together(self, failure: Exception | None, what: str) -> None:
+        """Leave on all ranks where any brings a failure, before work that needs all of them. All
+        ranks must call this method. Rank 0 tells the failure: a launcher ends the ranks that are
+        left as soon as the first has left.
+
+        Args:
+            failure: of this rank; None where its work went well.
+            what: what a rank could not do, for the ranks that have nothing to tell.
+
+        Raises:
+            Exception: ``failure``, on rank 0 if it brings one.
+            OtherRankError: on rank 0, the first failure of another rank, told in its words.
+            DismissedError: on the others.
+        """
+        if not self.any(failure is not None):
+            return
+        known = failure if isinstance(failure, MegamaskError) else failure and explained(failure)
+        words = str(known) if known else "".join(traceback.format_exception(failure))
+        told = self.gather_to_main((self.rank, socket.gethostname(), words if failure else ""))
+        code = EXIT_BUG if self.any(bool(failure and not known)) else EXIT_USER_ERROR
+        code = EXIT_UNAVAILABLE if self.any(may_pass(failure)) else code
+        if not self.is_main:
+            raise DismissedError(f"a rank could not {what}", code) from failure
+        rank, host, words = next(one for one in told if one[2])
+        raise failure or OtherRankError(rank, host, words, code)
 
     def barrier(self) -> None:
         """Wait for all processes."""

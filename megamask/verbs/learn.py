@@ -10,9 +10,11 @@ import psutil
 import torch
 
 from megamask.config import Config
+from megamask.errors import ConfigError
 from megamask.evaluate.dense_budget import with_dense_budget
-from megamask.learn.kernel_check import with_proven_kernels
+from megamask.learn.kernel_check import require_update, with_proven_kernels
 from megamask.learn.loop import Run
+from megamask.learn.metrics.sinks import require_login
 from megamask.learn.preflight import check_early
 from megamask.parallel.mesh import Mesh, start
 from megamask.plan.fit import check_free
@@ -46,6 +48,8 @@ def run(config: Config, stop: StopRequest | None = None) -> int:
     with catching as request, start(config, request) as mesh:
         if mesh.any(bool(request)):
             raise Interrupted(request.received or signal.SIGTERM.name)
+        require_update(config, mesh)
+        _require_login(config, mesh)
         proven = with_proven_kernels(config, inputs.plan.distinct, mesh)
         if proven != config:
             inputs = LearnInputs(proven)
@@ -55,6 +59,17 @@ def run(config: Config, stop: StopRequest | None = None) -> int:
         # gradients of different masks.
         mesh.require_same("inputs", inputs.facts)
         return Run(inputs, mesh).learn(request)
+
+
+def _require_login(config: Config, mesh: Mesh) -> None:
+    """Refuse wandb online without a login, on all ranks together."""
+    failure = None
+    try:
+        if mesh.is_main:
+            require_login(config)
+    except ConfigError as error:
+        failure = error
+    mesh.leave_together(failure, "log in to wandb")
 
 
 def _warn_of_snapshots(inputs: LearnInputs, mesh: Mesh) -> None:

@@ -71,64 +71,86 @@ def test_a_folder_survives_an_error(tmp_path: Path) -> None:
 
 
 WRITER = """
-import sys, time
+import contextlib, sys, time
 from pathlib import Path
 from megamask.storage import atomic_dir, atomic_file
 
-root = Path(sys.argv[1])
+root, stops_in, is_plain = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "plain"
+
+@contextlib.contextmanager
+def in_place(path):
+    yield path
+
+def reached(where):
+    print(where, flush=True)
+    if where == stops_in:
+        time.sleep(60)
+
 number = 0
 while True:
     number += 1
-    with atomic_file(root / "file") as temporary, open(temporary, "wb") as handle:
-        for _ in range(64):
+    with (in_place if is_plain else atomic_file)(root / "file") as path, open(path, "wb") as handle:
+        for part in range(64):
+            if number == 2 and part == 40:
+                reached("file")
             handle.write(bytes([number % 256]) * 4096)
             handle.flush()
-    with atomic_dir(root / "folder") as temporary:
+    if is_plain:
+        (root / "folder").mkdir(exist_ok=True)
+    with (in_place if is_plain else atomic_dir)(root / "folder") as path:
         for part in range(8):
-            (temporary / str(part)).write_text(str(number))
-    print(number, flush=True)
+            if number == 2 and part == 4:
+                reached("folder")
+            (path / str(part)).write_text(str(number))
+    reached("end")
 """
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.003, 0.011, 0.027, 0.05])
-def test_a_killed_writer_leaves_whole_artefacts(tmp_path: Path, delay: float) -> None:
-    """After SIGKILL in an endless rewrite, each path holds a whole version.
-
-    A folder may also be missing, when the signal came between its two renames.
+def kill_a_writer(root: Path, stops_in: str, way: str, delay: float = 0.0) -> list[str]:
+    """What is torn after SIGKILL of a process that rewrites a file and a folder, in the middle of
+    the second version of ``stops_in``, or ``delay`` seconds after its first version of both.
     """
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", WRITER, str(root), stops_in, way]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     try:
-        writer.stdout.readline()  # the first version is there
+        for line in writer.stdout:
+            if line.strip() == (stops_in or "end"):
+                break
         time.sleep(delay)
     finally:
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
         writer.stdout.close()
-    content = (tmp_path / "file").read_bytes()
-    assert len(content) == 64 * 4096 and len(set(content)) == 1
-    if (tmp_path / "folder").exists():
-        parts = [(tmp_path / "folder" / str(part)).read_text() for part in range(8)]
-        assert len(set(parts)) == 1
+    content, torn = (root / "file").read_bytes(), []
+    if len(content) != 64 * 4096 or len(set(content)) != 1:
+        torn.append("file")
+    if (root / "folder").exists():
+        parts = [root / "folder" / str(part) for part in range(8)]
+        if len({part.read_text() for part in parts}) != 1:
+            torn.append("folder")
+    return torn
+
+
+@pytest.mark.parametrize(
+    ("stops_in", "delay"), [("file", 0.0), ("folder", 0.0), ("", 0.003), ("", 0.027)]
+)
+def test_a_killed_writer_leaves_whole_artefacts(
+    tmp_path: Path, stops_in: str, delay: float
+) -> None:
+    """After SIGKILL in a rewrite, each path holds a whole version.
+
+    A folder may also be missing, when the signal came between its two renames.
+    """
+    assert kill_a_writer(tmp_path, stops_in, "atomic", delay) == []
     remove_leftovers(tmp_path)
     assert names(tmp_path) <= {"file", "folder"}
 
 
-def test_a_plain_write_would_be_torn(tmp_path: Path) -> None:
-    """The check above can fail: the same kill tears a file that is written in place."""
-    code = (
-        f"h = open({str(tmp_path / 'file')!r}, 'wb'); h.write(b'x' * 4096); h.flush(); "
-        "print(1, flush=True); import time; time.sleep(60)"
-    )
-    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert writer.stdout is not None
-    writer.stdout.readline()
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.wait()
-    writer.stdout.close()
-    assert (tmp_path / "file").stat().st_size < 64 * 4096
+@pytest.mark.parametrize("stops_in", ["file", "folder"])
+def test_a_plain_write_would_be_torn(tmp_path: Path, stops_in: str) -> None:
+    """The check above can fail: the same kill tears what is written in place."""
+    assert kill_a_writer(tmp_path, stops_in, "plain") == [stops_in]
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:

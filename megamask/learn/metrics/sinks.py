@@ -6,6 +6,7 @@ A record is one flat dictionary; its ``kind`` is ``train`` or ``evaluation``.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -173,13 +174,7 @@ class Wandb:
         except wandb.Error as error:
             if not is_online:
                 raise
-            fix = "Run `wandb login`, or name wandb_offline in learn.monitor.sinks."
-            raise ConfigError(
-                "learn.monitor.sinks",
-                config.learn.monitor.sinks,
-                f"wandb could not start ({error})",
-                fix,
-            ) from error
+            raise _not_online(config, f"could not start ({error})") from error
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Record) -> None:
@@ -202,6 +197,28 @@ def scalars(record: Record) -> dict[str, float]:
         if key not in _BOOKKEEPING and isinstance(value, int | float):
             named[f"{record['kind']}/{key}"] = value
     return {tag: float(value) for tag, value in named.items() if value is not None}
+
+
+def require_login(config: Config) -> None:
+    """Refuse wandb online where it cannot log in. A terminal is asked for a key, as by wandb.init,
+    and the key is shown to the server. For one process of a run, before it loads the model.
+
+    Raises:
+        ConfigError: there is no key, the server refuses it, or does not answer.
+    """
+    if "wandb" not in config.learn.monitor.sinks or importlib.util.find_spec("wandb") is None:
+        return
+    import wandb
+
+    try:
+        wandb.login(verify=True)
+    except wandb.Error as error:
+        raise _not_online(config, f"could not log in ({error})") from error
+
+
+def _not_online(config: Config, why: str) -> ConfigError:
+    fix = "Run `wandb login`, or name wandb_offline in learn.monitor.sinks."
+    return ConfigError("learn.monitor.sinks", config.learn.monitor.sinks, f"wandb {why}", fix)
 
 
 def open_optional_sinks(folder: Path, config: Config, resume_step: int) -> list[Sink]:

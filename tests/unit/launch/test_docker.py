@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 from megamask.config.recipes import recipes
@@ -11,6 +12,8 @@ from megamask.verbs.table import VERBS
 
 REPO = Path(__file__).resolve().parents[3]
 DOCKERFILE = (REPO / "docker/Dockerfile").read_text()
+# A Python without the packages of the tests: that of a virtual environment's maker.
+BARE = getattr(sys, "_base_executable", sys.executable)
 PAGE = (REPO / "docker/README.md").read_text()
 
 
@@ -32,7 +35,7 @@ def test_the_image_pins_what_the_base_lacks(tmp_path: Path) -> None:
     assert "-c /tmp/constraints.txt" in DOCKERFILE
     target = tmp_path / "constraints.txt"
     script = f"source launch/env.sh; write_constraints {target} 2.9.0a0+nv"
-    environment = {"PYTHON": "/usr/bin/python3", "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHON": BARE, "PATH": "/usr/bin:/bin"}
     subprocess.run(["bash", "-c", script], cwd=REPO, env=environment, check=True, timeout=60)
     lines = target.read_text().splitlines()
     assert "torch==2.9.0a0+nv" in lines
@@ -51,7 +54,7 @@ def test_a_torch_of_the_host_is_pinned_as_its_package_is_called(tmp_path: Path) 
 
     def host_torch() -> str:
         environment = {
-            "PYTHON": "/usr/bin/python3",
+            "PYTHON": BARE,
             "PATH": "/usr/bin:/bin",
             "PYTHONPATH": str(tmp_path),
         }
