@@ -276,6 +276,10 @@ def _read_arrow(name: str, corpus: CorpusSection, file: Path) -> Iterator[str]:
 def _check_column(name: str, corpus: CorpusSection, file: Path, columns: list[str]) -> None:
     if corpus.field not in columns:
         raise _missing_column(name, corpus, file, columns)
+    if (count := columns.count(corpus.field)) > 1:
+        allowed = f"the name of one column of {file}; it has {count} of that name"
+        fix = "Give each column a name of its own."
+        raise ConfigError(f"data.domains.{name}.field", corpus.field, allowed, fix)
 
 
 FileReader = Callable[[str, CorpusSection, Path], Iterator[str]]

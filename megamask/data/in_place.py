@@ -82,6 +82,8 @@ def prefixes(name: str, corpus: CorpusSection) -> list[Path]:
             raise ConfigError(f"data.domains.{name}.{setting}", value, allowed, fix)
     if path.is_dir():
         matches = [str(file) for file in files_below(path) if file.suffix == ".idx"]
+    elif literal := [one for one in (str(path), f"{path}.idx") if Path(one).is_file()]:
+        matches = literal  # whatever a glob makes of the letters in its name
     else:
         matches = glob.glob(str(path), recursive=True) + glob.glob(f"{path}.idx", recursive=True)
     ends = (".idx", ".bin")

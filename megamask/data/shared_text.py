@@ -33,6 +33,7 @@ class Source:
         form: how the documents are found in it.
         column: of the text, where the source has rows.
         join: the text between rows that are one document; None where they are documents.
+        config: of a dataset; None where the dataset's only or default one is meant.
     """
 
     key: Any
@@ -40,11 +41,13 @@ class Source:
     form: str
     column: str | None
     join: str | None
+    config: str | None = None
 
     def has_text_of(self, other: Source) -> bool:
         """Whether both read the same text."""
-        columns = {self.column, other.column}
-        return self.key == other.key and (None in columns or len(columns) == 1)
+        columns, configs = {self.column, other.column}, {self.config, other.config}
+        is_any = (None in some or len(some) == 1 for some in (columns, configs))
+        return self.key == other.key and all(is_any)
 
     def has_documents_of(self, other: Source) -> bool:
         """Whether both make the same documents of the same text."""
@@ -151,7 +154,9 @@ def _sources(name: str, corpus: CorpusSection) -> Iterator[Source]:
             yield Source(key, file, corpus.kind, None, None)
     elif corpus.kind == "hf":
         path = required_path(name, corpus)
-        yield Source((path, corpus.config, corpus.split), path, corpus.kind, corpus.field, join)
+        folder = Path(path).stat() if Path(path).is_dir() else None
+        place = (folder.st_dev, folder.st_ino) if folder else path
+        yield Source((place, corpus.split), path, corpus.kind, corpus.field, join, corpus.config)
     elif documents_of_files(corpus):
         for key, file in _files(corpus_files(name, corpus)[0]):
             form = format_of(Path(file)) if corpus.kind == "files" else corpus.kind

@@ -17,6 +17,7 @@ from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.user_paths import with_home
 
 LONGEST = 255  # bytes of a file name
+LONGEST_TIME = 1e10  # seconds, three hundred years
 
 
 def as_model(name: str, value: Any) -> nn.Module:
@@ -73,6 +74,14 @@ def as_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ArgumentError(name, value, "True or False is needed")
     return value
+
+
+def as_seconds(name: str, value: Any) -> float | None:
+    """A time of at least 0 seconds, or None. Raises ArgumentError for everything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or (is_number and 0 <= value <= LONGEST_TIME):
+        return None if value is None else float(value)
+    raise ArgumentError(name, value, "a number of seconds or None is needed")
 
 
 def as_pattern(name: str, value: Any) -> Pattern:

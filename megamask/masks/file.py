@@ -29,6 +29,7 @@ from megamask.masks.arguments import (
     as_flag,
     as_path,
     as_plan,
+    as_seconds,
     as_text,
     as_texts,
     checked_masks,
@@ -39,6 +40,7 @@ from megamask.masks.header import FIX, UPDATED, Facts, misfit, plan_of, read_hea
 from megamask.masks.margins import Margins, load_margins
 from megamask.masks.save import save_coded, save_words
 from megamask.masks.shapes_fit import check_patterns, check_shapes
+from megamask.masks.times import note_seconds
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.pattern_plan import PatternPlan
 from megamask.storage import require_writable
@@ -252,6 +254,7 @@ def save_masks(
     float16_fingerprints: Sequence[str] = (),
     coding: str = WORDS,
     model: Any = None,
+    seconds: float | None = None,
 ) -> None:
     """Write a mask file atomically.
 
@@ -264,13 +267,12 @@ def save_masks(
         method: name of the method that made the masks.
         data: settings and text that the masks were made from, as JSON values.
         evaluation: measured quality of the masks, as JSON values.
-        updated_weights: whether the method also changed the kept weights, so that the masks belong
-            to the changed weights.
+        updated_weights: whether the method changed the kept weights, to which the masks belong.
         float16_fingerprints: fingerprints of the base model's copies in fp16.
-        coding: ``words`` (format version 1, which every megamask reads), ``uniform`` or
-            ``given-weights`` (version 3, see ``codings``; the last is by far the smallest, and is
-            read with the base model alone).
+        coding: ``words`` (format version 1, which every megamask reads), ``uniform`` or the by far
+            smallest, ``given-weights``, read with the base model alone (version 3, ``codings``).
         model: the base model, loaded or as a Hugging Face folder, for ``given-weights``.
+        seconds: that the masks took, for tables; None forgets those of an earlier file.
 
     Raises:
         ArgumentError: an argument has another type, or a mask is not (O, I) or does not keep
@@ -300,6 +302,7 @@ def save_masks(
             raise ArgumentError(f"save_masks: masks[{name!r}]", mask_OI, allowed) from None
         shapes[name] = tuple(mask_OI.shape)
     require_writable(file.parent, "the path")
+    note_seconds(file, as_seconds("save_masks: seconds", seconds))
     facts = Facts(fingerprint, method, data, evaluation, updated_weights, copies)
     if coding == WORDS:
         return save_words(file, shapes, packed.items(), plan, facts)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megamask.masks.file import MaskSet
 from megamask.storage import lacks, read_json, write_json
+
+if TYPE_CHECKING:
+    from megamask.masks.file import MaskSet
 
 SECONDS = "seconds"
 
@@ -26,6 +28,14 @@ def write_seconds(mask_file: Path, seconds: float) -> None:
 def forget_seconds(mask_file: Path) -> None:
     """Delete the seconds of a mask file that is no longer there, before another takes its name."""
     times_path(mask_file).unlink(missing_ok=True)
+
+
+def note_seconds(mask_file: Path, seconds: float | None) -> None:
+    """Note the seconds that a mask took, or that nobody knows them."""
+    if seconds is None:
+        forget_seconds(mask_file)
+    else:
+        write_seconds(mask_file, seconds)
 
 
 def seconds_of(masks: MaskSet) -> float | None:

@@ -13,7 +13,6 @@ from megamask.masks.codings import GIVEN_WEIGHTS
 from megamask.masks.file import load_masks, save_masks
 from megamask.masks.find import new_mask_file, open_masks
 from megamask.masks.margins import save_margins
-from megamask.masks.times import forget_seconds
 from megamask.verbs.own_arguments import ExtractArguments
 from megamask.weights.base_model import base_model
 
@@ -37,7 +36,6 @@ def run(config: Config, arguments: ExtractArguments) -> None:
     masks = open_masks(arguments.snapshot, config)
     margins = masks.margins() if masks.has_margins else None
     model = base_model(config) if arguments.coding == GIVEN_WEIGHTS else None
-    forget_seconds(out)
     save_masks(
         out,
         masks,

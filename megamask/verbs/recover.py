@@ -32,7 +32,6 @@ from megamask.masks.identity import (
     recovered_label,
     recovery_of,
 )
-from megamask.masks.times import write_seconds
 from megamask.masks.verify import check_asked, check_strictly
 from megamask.model.build import build_model, masked_linears
 from megamask.model.checkpoint import float16_fingerprints, load_weights
@@ -316,7 +315,6 @@ def _write(
     if one.is_of_another_run:
         about[OF_ANOTHER_RUN] = True
     data = {**one.made_from, RECOVERED: about}
-    write_seconds(one.mask_file, seconds)
     save_masks(
         one.mask_file,
         masks,
@@ -327,6 +325,7 @@ def _write(
         evaluation=evaluation,
         updated_weights=True,
         float16_fingerprints=float16_fingerprints(inputs.note),
+        seconds=seconds,
     )
     log.info("wrote %s and %s, %.1f s", one.mask_file, one.weights, seconds)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megamask.errors import ArgumentError
 from megamask.weights.architecture import Architecture
 from megamask.weights.expert_parts import ExpertPart, is_router, modules_of
 from megamask.weights.mapping import linear_shapes
@@ -97,8 +98,18 @@ def fingerprint_model(model: nn.Module) -> str:
 
 
 def fingerprints_model(model: nn.Module) -> Fingerprints:
-    """As ``fingerprint_model``, with the fingerprints of the copies in fp16."""
+    """As ``fingerprint_model``, with the fingerprints of the copies in fp16.
+
+    Raises:
+        ArgumentError: weights that are quantized, offloaded, divided among ranks, or of no values.
+    """
+    from megamask.masks.obstacles import first_obstacle  # which knows linears from here
+
     linears = model_linears(model)
+    if obstacle := first_obstacle(model, linears):
+        problem, fix = obstacle
+        allowed = f"weights that a mask can stand on, and a mask {problem}"
+        raise ArgumentError("fingerprint_model: model", model, allowed, fix)
     shapes = {name: tuple(weight_OI(linear).shape) for name, linear in linears.items()}
     return fingerprints(shapes, lambda name, index: weight_OI(linears[name])[index])
 

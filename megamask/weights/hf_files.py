@@ -22,7 +22,7 @@ from megamask.weights.file_stream import Streamed
 from megamask.weights.mapping import expected_tensors
 from megamask.weights.safetensors_writer import write_safetensors
 from megamask.weights.side_files import copy_side_files
-from megamask.weights.source import some_of
+from megamask.weights.source import BITS, some_of
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -90,7 +90,8 @@ class HFReader:
         not expected by name, but each of their parts must be there.
 
         Raises:
-            ArtifactError: tensors are missing, unknown or wrongly shaped; the message names them.
+            ArtifactError: tensors are missing, unknown, wrongly shaped or no plain floating-point
+                numbers; the message names them.
         """
         extra = [
             name
@@ -107,6 +108,12 @@ class HFReader:
                 f"{name} {self.shape(name)}, expected {shape}"
                 for name, shape in expected.items()
                 if name in self._file_of and self.shape(name) != shape
+            ],
+            "has quantized": [
+                f"{name} ({str(dtype).removeprefix('torch.')})"
+                for name in expected
+                if name in self._file_of
+                and (dtype := self.read(name, slice(0, 0)).dtype) not in BITS
             ],
         }
         faults = [f"{what} tensors: {some_of(names)}" for what, names in problems.items() if names]

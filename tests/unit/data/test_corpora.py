@@ -154,6 +154,21 @@ def test_parquet(tmp_path: Path) -> None:
         texts(kind="parquet", path=str(tmp_path))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "files"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, kind: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = [pyarrow.array(["one"]), pyarrow.array(["two"])]
+    table = pyarrow.Table.from_arrays(columns, names=["text", "text"])
+    if kind == "parquet":
+        parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as stream:
+            stream.write_table(table)
+    with pytest.raises(ConfigError, match=r"data\.domains\.d\.field.*has 2 of that name"):
+        texts(kind=kind, path=str(tmp_path))
+
+
 def test_hf_streams_a_dataset(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed")
     (tmp_path / "train.jsonl").write_text(

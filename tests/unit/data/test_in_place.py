@@ -121,6 +121,7 @@ def test_paths(tmp_path: Path, make_config: MakeConfig, ids: list[list[int]]) ->
     for name in ("web_text_document", "code_text_document"):
         write_shards(tmp_path / name, ids[:9])
     write_shards(tmp_path / "other.d" / "v1.0", ids[9:12])
+    write_shards(tmp_path / "in[1]" / "of [2]", ids[12:17])
     for path, count in (
         ("web_text_document", 9),
         ("web_text_document.idx", 9),
@@ -128,7 +129,10 @@ def test_paths(tmp_path: Path, make_config: MakeConfig, ids: list[list[int]]) ->
         ("*_text_document", 18),
         ("*_text_document.idx", 18),
         ("other.d/v1.0", 3),
-        (".", 21),
+        ("in[1]/of [2]", 5),
+        ("in[1]/of [2].bin", 5),
+        ("in[1]", 5),
+        (".", 26),
     ):
         config = make_config({"d": in_place(tmp_path / path, heldout=0)})
         tokenize.run(config)

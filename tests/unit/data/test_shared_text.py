@@ -91,6 +91,15 @@ def test_a_source_is_known_by_every_name_and_link(file: Path, tmp_path: Path) ->
     assert is_refused(domain(copy, 0.2), domain(f"{tmp_path}/*", 0.1))
 
 
+def test_a_local_dataset_is_known_by_every_name_and_link(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(file.parent)
+    here = domain(file.parent, kind="hf")
+    for path in (f"{file.parent}/", f"{file.parent}/.", tmp_path / "link"):
+        assert is_refused(here, domain(path, 0.2, kind="hf")), path
+        assert not is_refused(here, domain(path, 0.2, kind="hf", split="test")), path
+    assert not is_refused(here, domain(tmp_path, 0.2, kind="hf"))
+
+
 @pytest.mark.parametrize(
     ("one", "other", "says"),
     [
@@ -100,7 +109,8 @@ def test_a_source_is_known_by_every_name_and_link(file: Path, tmp_path: Path) ->
         ({"kind": "stdlib"}, {"kind": "pydocs"}, ""),
         ({"kind": "hf"}, {"kind": "hf", "heldout": 0}, "one value.*Set them to the same share"),
         ({"kind": "hf"}, {"kind": "hf", "heldout": 1, "split": "test"}, ""),
-        ({"kind": "hf", "config": "en"}, {"kind": "hf", "heldout": 0}, ""),
+        ({"kind": "hf", "config": "en"}, {"kind": "hf", "heldout": 0}, "one value"),  # its only
+        ({"kind": "hf", "config": "en"}, {"kind": "hf", "heldout": 0, "config": "fr"}, ""),
     ],
 )
 def test_sources_of_every_kind(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
 import megamask
-from megamask.errors import ArtifactError
+from megamask.errors import ArgumentError, ArtifactError
 from megamask.masks.codec import pack
 from megamask.masks.file import load_masks, save_masks
 from megamask.masks.header import header_digest
+from megamask.masks.times import seconds_of
 from megamask.masks.verify import summary
 from megamask.sparsity.pattern import Pattern
 from megamask.sparsity.pattern_plan import PatternPlan
@@ -293,3 +295,15 @@ def test_mask_sets_are_equal_by_identity(tmp_path: Path) -> None:
     save_masks(path, masks, "2:4", fingerprint="a", method="magnitude")
     first, second = load_masks(path), load_masks(path)
     assert first == first and first != second and len({first, second, first}) == 2
+
+
+def test_masks_forget_the_time_of_those_before_them(tmp_path: Path) -> None:
+    path, mask_OI = tmp_path / "m.safetensors", Pattern(2, 4).best(torch.rand(4, 8))
+    known: dict[str, Any] = {"fingerprint": "f", "method": "mine"}
+    for seconds in (48.0, None, 0.0):
+        save_masks(path, {"a": mask_OI}, "2:4", **known, seconds=seconds)
+        assert seconds_of(load_masks(path)) == seconds
+    wrongs: list[Any] = [-1, math.nan, math.inf, 10**400, "3", True]
+    for wrong in wrongs:
+        with pytest.raises(ArgumentError, match="save_masks: seconds"):
+            save_masks(path, {"a": mask_OI}, "2:4", **known, seconds=wrong)

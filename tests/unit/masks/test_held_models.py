@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import megamask
-from megamask.errors import ArtifactError
+from megamask.errors import ArgumentError, ArtifactError
 from megamask.masks.file import load_masks, save_masks
 from megamask.masks.held_model import layers_root, plain_names
 from megamask.sparsity.pattern import Pattern
@@ -333,6 +333,9 @@ def test_what_is_in_the_way_is_named(
     for check in (True, False):
         with pytest.raises(ArtifactError, match=f"layers.0.mlp.up_proj.*{message}"):
             megamask.apply_masks(model, path, check_fingerprint=check)
+    if "model.layers.0.mlp.up_proj" in model_linears(model):
+        with pytest.raises(ArgumentError, match=f"layers.0.mlp.up_proj.*{message}"):
+            fingerprint_model(model)
 
 
 def test_an_offloaded_model_is_refused_by_name(dense: LlamaForCausalLM, path: Path) -> None:
@@ -341,6 +344,8 @@ def test_an_offloaded_model_is_refused_by_name(dense: LlamaForCausalLM, path: Pa
     model = cpu_offload(copy.deepcopy(dense), torch.device("cpu"))
     with pytest.raises(ArtifactError, match=r"offloaded to CPU or disk.*verb export"):
         megamask.apply_masks(model, path)
+    with pytest.raises(ArgumentError, match="offloaded to CPU or disk"):
+        fingerprint_model(model)
 
 
 def test_a_merged_adapter_is_named(dense: LlamaForCausalLM, path: Path) -> None:

@@ -133,6 +133,13 @@ NORM = "model.norm.weight"
             lambda tensors: tensors.update({NORM: torch.zeros(3)}),
             rf"wrongly shaped tensors: {NORM} \(3,\), expected \(32,\)",
         ),
+        *(
+            (
+                lambda tensors, dtype=dtype: tensors.update({NORM: torch.ones(32).to(dtype)}),
+                rf"has quantized tensors: {NORM} \({str(dtype)[6:]}\)",
+            )
+            for dtype in (torch.int8, torch.bool, torch.float8_e4m3fn, torch.int64)
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
