@@ -20,7 +20,7 @@ from megamask.errors import ArgumentError
 from megamask.weights.architecture import Architecture
 from megamask.weights.expert_parts import ExpertPart, is_router, modules_of
 from megamask.weights.mapping import linear_shapes
-from megamask.weights.source import WeightSource
+from megamask.weights.source import BITS, WeightSource
 
 GRID = 16
 TRANSPOSED = "Conv1D"  # class of transformers whose weight is (I, O); known without an import
@@ -101,15 +101,18 @@ def fingerprints_model(model: nn.Module) -> Fingerprints:
     """As ``fingerprint_model``, with the fingerprints of the copies in fp16.
 
     Raises:
-        ArgumentError: weights that are quantized, offloaded, divided among ranks, or of no values.
+        ArgumentError: the values of a weight are not at hand: it is offloaded or on the meta
+            device, quantized, or divided among ranks.
     """
-    from megamask.masks.obstacles import first_obstacle  # which knows linears from here
-
     linears = model_linears(model)
-    if obstacle := first_obstacle(model, linears):
-        problem, fix = obstacle
-        allowed = f"weights that a mask can stand on, and a mask {problem}"
-        raise ArgumentError("fingerprint_model: model", model, allowed, fix)
+    for name, linear in linears.items():
+        weight = weight_OI(linear).detach()
+        is_plain = weight.dtype in BITS and type(weight) is Tensor
+        if not is_plain or weight.is_meta:
+            how = "offloaded or on the meta device" if weight.is_meta else "quantized or divided"
+            allowed = f"a model whose weights are at hand, and {name} is {how}"
+            fix = "Load it without quantization_config, device_map and tp_plan."
+            raise ArgumentError("fingerprint_model: model", model, allowed, fix)
     shapes = {name: tuple(weight_OI(linear).shape) for name, linear in linears.items()}
     return fingerprints(shapes, lambda name, index: weight_OI(linears[name])[index])
 

@@ -333,9 +333,25 @@ def test_what_is_in_the_way_is_named(
     for check in (True, False):
         with pytest.raises(ArtifactError, match=f"layers.0.mlp.up_proj.*{message}"):
             megamask.apply_masks(model, path, check_fingerprint=check)
-    if "model.layers.0.mlp.up_proj" in model_linears(model):
-        with pytest.raises(ArgumentError, match=f"layers.0.mlp.up_proj.*{message}"):
-            fingerprint_model(model)
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        (Linear8bitLt, "is quantized or divided"),
+        (torchao, "is quantized or divided"),
+        (lambda linear: linear.to(torch.float8_e4m3fn), "is quantized or divided"),
+        (lambda linear: linear.to("meta"), "is offloaded or on the meta device"),
+    ],
+)
+def test_weights_that_are_not_at_hand_have_no_fingerprint(
+    dense: LlamaForCausalLM, replace: Callable[[Any], nn.Module], message: str
+) -> None:
+    model = copy.deepcopy(dense)
+    layer = model.model.layers[0].mlp
+    layer.up_proj = replace(layer.up_proj)
+    with pytest.raises(ArgumentError, match=f"layers.0.mlp.up_proj {message}.*Load it without"):
+        fingerprint_model(model)
 
 
 def test_an_offloaded_model_is_refused_by_name(dense: LlamaForCausalLM, path: Path) -> None:
@@ -344,7 +360,7 @@ def test_an_offloaded_model_is_refused_by_name(dense: LlamaForCausalLM, path: Pa
     model = cpu_offload(copy.deepcopy(dense), torch.device("cpu"))
     with pytest.raises(ArtifactError, match=r"offloaded to CPU or disk.*verb export"):
         megamask.apply_masks(model, path)
-    with pytest.raises(ArgumentError, match="offloaded to CPU or disk"):
+    with pytest.raises(ArgumentError, match="offloaded or on the meta"):
         fingerprint_model(model)
 
 
