@@ -22,8 +22,8 @@ class Pruned:
     Attributes:
         mask_OI: bool, True = keep, exactly n of every m.
         score_OI: the scores by which the mask was chosen, of any unit: the n largest of every group
-            are kept, but for the exchanges of a polish. Their margins are the degrees of a prior
-            (``sparsity/margins.py``).
+            are kept, but for terms of two weights in a polish. Their margins are the degrees of a
+            prior (``sparsity/margins.py``).
         weight_OI: updated weight in the dtype of the original weight, with +0.0 in pruned places;
             None when the original weight stays.
         damp: the damping that SparseGPT used in the end, which is larger than ``prune.damp`` when

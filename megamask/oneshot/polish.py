@@ -7,7 +7,10 @@ at Scale", 2025) takes the best exchange of a whole row at a time; here each gro
 left to right, makes its best exchange, which costs as much as one product with H for each sweep.
 The weights stay as they are. Rows do not interact.
 
-Shapes: O out_features, I in_features, B columns of a block, M columns of a group.
+The scores of a polished mask are by the same error (``scores``). Those of the criterion, against
+which the exchanges went, make margins from which learning goes back to the mask of before.
+
+Shapes: O out_features, I in_features, U units of a row, B columns of a block, M columns of a group.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ LEAST_GAIN = 1e-5
 
 
 class Polished(Criterion):
-    """The mask of a criterion after ``prune.polish`` sweeps; the scores are the criterion's own.
+    """The mask of a criterion after ``prune.polish`` sweeps, with scores of its own.
 
     Args:
         inner: the criterion, which leaves the weights as they are.
@@ -55,7 +58,8 @@ class Polished(Criterion):
         pruned = self.inner.prune(weight_OI, stats, pattern, settings)
         gram_II = stats.of_inputs.hessian_II
         mask_OI = polish(weight_OI, pruned.mask_OI, gram_II, pattern, settings.polish)
-        return replace(pruned, mask_OI=mask_OI)
+        score_OI = scores(weight_OI, mask_OI, gram_II, pattern)
+        return replace(pruned, mask_OI=mask_OI, score_OI=score_OI)
 
 
 @torch.no_grad()
@@ -94,6 +98,35 @@ def polish(
         if torch.equal(mask_OI, before_OI):
             break
     return mask_OI
+
+
+@torch.no_grad()
+def scores(
+    weight_OI: torch.Tensor, mask_OI: torch.Tensor, gram_II: torch.Tensor, pattern: Pattern
+) -> torch.Tensor:
+    """The scores (O, I), fp32, of a mask by the error r^T H r of its rows: of a kept weight the
+    error that its removal would add, 2 w (H r) + w^2 H_ii, and of a removed weight the error that
+    its return would take away, 2 w (H r) - w^2 H_ii. The weights of a unit go and return together,
+    so that the sum of their scores is the unit's.
+
+    An exchange changes the error by the difference of two scores, less the term 2 w_i w_j H_ij of
+    both. So where no exchange gains, the kept units of a group have the larger scores but for that
+    term.
+
+    Args:
+        weight_OI: any float dtype.
+        mask_OI: bool, n of every m.
+        gram_II: H of the whole input, fp32.
+        pattern: the N:M pattern.
+    """
+    weight_OI, unit = weight_OI.detach().float(), pattern.unit
+    slope_OI = torch.where(mask_OI, 0, weight_OI) @ gram_II
+    # The terms of a weight with itself and the others of its unit.
+    gram_UuUu = gram_II.unflatten(1, (-1, unit)).unflatten(0, (-1, unit))
+    gram_uuU = gram_UuUu.diagonal(dim1=0, dim2=2)
+    weight_OUu = weight_OI.unflatten(1, (-1, unit))
+    own_OI = torch.einsum("oua,abu->oub", weight_OUu, gram_uuU).flatten(1).mul_(weight_OI)
+    return torch.where(mask_OI, own_OI, -own_OI).addcmul_(weight_OI, slope_OI, value=2)
 
 
 def _exchange_in_block(

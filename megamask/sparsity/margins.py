@@ -2,7 +2,8 @@
 
 A criterion keeps the N largest scores of a group. The middle between the last of these and the next
 score divides the group, and the margin of a weight is the distance of its score from the middle, on
-the side that the mask chose; where a polish went against the scores, the margin is the least.
+the side that the mask chose; where the mask of a polish goes against a score, the margin is the
+least.
 Scores of different linears have different units, so a margin is told in medians of its linear.
 Learning starts each weight at its margin (``graded``): a near-tie of the criterion flips after few
 steps, a clear choice only on strong evidence.
@@ -34,8 +35,9 @@ def to_codes(score_OI: torch.Tensor, mask_OI: torch.Tensor, pattern: Pattern) ->
 
     Args:
         score_OI: the criterion's scores, finite, of any float dtype and unit.
-        mask_OI: bool, N of every group: the N largest scores but for the exchanges of a polish. A
-            weight on the other side than its score gets the lowest code, for no evidence.
+        mask_OI: bool, N of every group: the N largest scores, but for a polish, whose exchanges
+            hang on two weights. A weight on the other side than its score gets the lowest code, for
+            no evidence.
         pattern: N:M. The margin of a unit is that of the sum of its scores, for all its weights.
     """
     units = pattern.units

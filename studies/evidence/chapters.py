@@ -101,6 +101,10 @@ ONESHOT = {
 WIDE = {pattern: oneshot(pattern, ("sparsegpt",)) for pattern in ("1:4", "8:16")}
 BASE = ONESHOT["2:4"]
 POLISH = oneshot("2:4", POLISHED, ("prune.polish=20",), "polish")
+START = oneshot("2:4", ("wanda", "sparsegpt"), ("prune.polish=3",), "polish-3")  # for learning
+POLISHED_STARTS = {
+    steps: learned(f"learn-polished-{steps}", START, steps) for steps in (SHORT, STEPS)
+}
 BUDGETS = {steps: learned(f"learn-2-4-{steps}", BASE, steps) for steps in (SHORT, STEPS, 240)}
 MAIN = BUDGETS[STEPS]
 MINUTES = learned("learn-minutes", BASE, 128, ("learn.preset=minutes", "learn.global_batch=16"))
@@ -156,6 +160,11 @@ CHAPTERS = [
             Line("SparseGPT mask", MAIN, "sparsegpt"),
             *(Line(f"learned, {steps} steps", job) for steps, job in BUDGETS.items()),
             Line("learned, 128 steps of 16 sequences (preset `minutes`)", MINUTES),
+            Line("SparseGPT mask, polished in 3 sweeps", POLISHED_STARTS[STEPS], "sparsegpt"),
+            *(
+                Line(f"learned from it, {steps} steps", job)
+                for steps, job in POLISHED_STARTS.items()
+            ),
         ],
     ),
     Chapter(
@@ -192,8 +201,10 @@ CHAPTERS = [
         ]
         + [
             Line(
-                f"from {method}, polished",
-                learned(f"prior-{method}-polished", POLISH, SHORT, mask=method),
+                f"from {method}, polished in 3 sweeps",
+                POLISHED_STARTS[SHORT]
+                if method == "sparsegpt"
+                else learned(f"prior-{method}-polished", START, SHORT, mask=method),
             )
             for method in ("wanda", "sparsegpt")
         ],

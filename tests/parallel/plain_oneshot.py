@@ -153,6 +153,27 @@ def polish_by_trial(
     return mask_OI
 
 
+def scores_by_trial(
+    weight_OI: torch.Tensor, mask_OI: torch.Tensor, gram_II: torch.Tensor
+) -> torch.Tensor:
+    """Let every weight alone change sides: the error that the removal of a kept weight adds, and
+    the error that the return of a removed weight takes away.
+    """
+    weight_OI, gram_II = weight_OI.double(), gram_II.double()
+
+    def error(mask_OI: torch.Tensor) -> torch.Tensor:
+        removed_OI = weight_OI * ~mask_OI
+        return ((removed_OI @ gram_II) * removed_OI).sum(1)
+
+    found_OI, before_O = torch.empty_like(weight_OI), error(mask_OI)
+    for place in range(weight_OI.shape[1]):
+        other_OI = mask_OI.clone()
+        other_OI[:, place] ^= True
+        change_O = error(other_OI) - before_O
+        found_OI[:, place] = torch.where(mask_OI[:, place], change_O, -change_O)
+    return found_OI
+
+
 def least_squares(
     weight_OI: torch.Tensor, mask_OI: torch.Tensor, x_TI: torch.Tensor, damp: float = DAMP
 ) -> torch.Tensor:

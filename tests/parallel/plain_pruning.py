@@ -26,6 +26,7 @@ from tests.parallel.plain_oneshot import (
     polish_by_trial,
     pruner_zero_score,
     ria_score,
+    scores_by_trial,
     sparsegpt_textbook,
     wanda_score,
 )
@@ -142,7 +143,7 @@ def reference(
                 if sweeps:
                     gram_II = whole_hessian(x_TI)
                     mask_OI = polish_by_trial(weight_OI, mask_OI, gram_II, GROUP, sweeps)
-                    margin_OI = margins_under(scores_OI, mask_OI)
+                    margin_OI = margins_under(scores_by_trial(weight_OI, mask_OI, gram_II), mask_OI)
                 new_OI = weight_OI * mask_OI
             else:
                 textbook = admm_textbook if method.startswith("admm") else sparsegpt_textbook
