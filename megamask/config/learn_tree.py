@@ -131,7 +131,10 @@ class StateSection(Section):
 class OptimizerSection(Section):
     """The optimizer of the mask logits. The moments of ``adamw`` have the dtype of the logits."""
 
-    kind: str = Field("adamw", description="adamw, adamw8bit, lion or lion8bit")
+    kind: str = Field(
+        "adamw",
+        description="adamw, adamw8bit (needs torchao and a compiler), lion or lion8bit",
+    )
     lr: Rate | None = each_step(
         None,
         description="logits per step; null = half the prior's gap (strength x logit_std) over the "

@@ -123,6 +123,11 @@ def _checked(values: dict[str, Any]) -> Config:
             ) from None
         if first["type"] == UNKNOWN_USER:
             raise ConfigError(key, first["input"], user_paths.ALLOWED, user_paths.FIX) from None
+        if first["type"] == "missing":
+            choices = get_args(_annotation([str(part) for part in first["loc"]]))
+            allowed = f"one of {', '.join(map(str, choices))}" if choices else "a value is needed"
+            fix = "Give it in the recipe or on the command line."
+            raise ConfigError(key, None, allowed, fix) from None
         allowed = describe.range_of(key) if first["type"] in _OUT_OF_RANGE else ""
         fix = "Correct it in the recipe or on the command line."
         raise ConfigError(key, first["input"], allowed or first["msg"], fix) from None

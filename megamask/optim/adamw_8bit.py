@@ -148,7 +148,8 @@ class AdamW8bitRule(UpdateRule):
             ConfigError: torchao, Triton (on CUDA) or a C++ compiler (on CPUs) is missing.
         """
         if importlib.util.find_spec("torchao") is None:
-            fix = "Install torchao: pip install 'megamask[eight-bit]'. Or use lion8bit."
+            install = "pip install -c constraints.txt -e '.[eight-bit]'"
+            fix = f"Install torchao: {install}. Or use lion8bit."
             raise self._missing("an optimizer that is installed", fix)
         if device == "cuda" and importlib.util.find_spec("triton") is None:
             fix = "Install triton. Or use lion8bit, which needs no compiler."

@@ -86,8 +86,10 @@ class RunInputs:
         """The architecture of the converted model.
 
         Raises:
-            ArtifactError: its config.json is missing or names another kind of model.
+            ArtifactError: there are no weights, or their config.json is missing or names another
+                kind of model.
         """
+        read_note(self.paths.weights)
         return read_architecture(self.paths.weights, self.config.model.ignore_keys)
 
     @cached_property

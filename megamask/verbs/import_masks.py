@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamask.config import Config
+from megamask.errors import ArtifactError
 from megamask.masks.find import new_mask_file
 from megamask.masks.foreign.importing import import_masks
 from megamask.verbs.own_arguments import ImportArguments
@@ -22,4 +23,6 @@ def run(config: Config, arguments: ImportArguments) -> None:
     usage = "megamask import mask_compressed.npz mask.safetensors --base models/base"
     out = new_mask_file("OUT", arguments.out, usage)
     base, overrides = base_model(config), config.pattern_overrides
+    if config.model.hf is None and base.megatron is None and not base.hf_dir.exists():
+        raise ArtifactError(base.hf_dir, "is missing", f"Name the base model: {usage}.")
     import_masks(Path(arguments.source), out, base, config.pattern, overrides)

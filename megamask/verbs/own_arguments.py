@@ -48,7 +48,7 @@ class DiffArguments(Arguments):
     b: str = argument("B", "the other mask, likewise", is_path=True)
     json: str | None = argument("--json FILE", "write the figures to FILE", None, is_path=True)
     picture: str | None = argument(
-        "--picture FILE",
+        "--picture FILE.png",
         "draw the groups that differ, kinds of linears x layers",
         None,
         is_path=True,

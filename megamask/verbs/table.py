@@ -123,7 +123,10 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "megamask.verbs.plan",
         "memory, time and GPU-hours of a learning run, before anything is launched",
-        ("run_dir", "dtype", *PATTERNS, "model", "parallel", "data.seq_length", "learn"),
+        (
+            *("run_dir", "dtype", *PATTERNS, "model", "parallel", "data.seq_length"),
+            *("learn", "evaluate.window"),
+        ),
         PlanArguments,
         {
             "--pattern": "pattern",

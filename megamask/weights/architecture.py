@@ -30,7 +30,9 @@ def read_architecture(hf_dir: Path, ignore_keys: Collection[str] = ()) -> Archit
     """
     path = hf_dir if hf_dir.suffix == ".json" else hf_dir / "config.json"
     config = read_json(
-        path, "Point model.hf at a Hugging Face model folder, or run the verb gguf to make one."
+        path,
+        "Point model.hf at a Hugging Face model folder, run the verb gguf to make one, or name a "
+        "Megatron checkpoint by model.megatron.",
     )
     if not isinstance(config, dict):
         raise ArtifactError(path, "is not a JSON object", "Copy it again from the model's source.")

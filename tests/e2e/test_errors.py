@@ -16,7 +16,15 @@ import pytest
 
 from megamask import load_masks, save_masks
 from tests.e2e.conftest import save_tokenizer
-from tests.e2e.program import assert_untouched, contents, here, in_process, megamask, refusal
+from tests.e2e.program import (
+    assert_untouched,
+    command,
+    contents,
+    here,
+    in_process,
+    megamask,
+    refusal,
+)
 from tests.e2e.ranks import run_program
 
 pytestmark = pytest.mark.slow
@@ -52,6 +60,11 @@ EARLY = {
         "learn",
         "data.blend={prose: -1, code: 2}",
         ["data.blend.prose = -1", "number from 0 to 1e+06", "Correct it"],
+    ),
+    "domain without a kind": (
+        "tokenize",
+        "data.domains.more={path: x}",
+        ["data.domains.more.kind = None: one of stdlib, pydocs, text, jsonl", "Give it in the"],
     ),
     "blend of nothing": (
         "learn",
@@ -208,10 +221,24 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, settings: Settings, ve
 
 
 def test_a_missing_earlier_artefact_names_its_verb(tmp_path: Path, settings: Settings) -> None:
-    for verb in ("prune", "learn", "evaluate"):
+    for verb in ("prune", "learn", "evaluate", "sensitivity", "recover"):
         message = refusal(in_process(verb, *settings(tmp_path / "run")))
         assert "is missing" in message or "does not exist" in message
         assert "verb tokenize" in message or "verb convert" in message
+
+
+def test_a_base_model_that_nobody_named(tmp_path: Path) -> None:
+    run_dir = f"run_dir={tmp_path / 'run'}"
+    message = refusal(command("import", str(tmp_path / "x.npz"), str(tmp_path / "m.safetensors")))
+    assert "Name the base model: megamask import" in message and "--base" in message
+    message = refusal(command("export", run_dir, "export.mask=dense"))
+    assert "or name a Megatron checkpoint by model.megatron" in message
+
+
+def test_a_picture_is_a_png(run_dir: Path, refused: Refuse) -> None:
+    words = ["magnitude", "wanda", f"run_dir={run_dir}", "--picture"]
+    message = refusal(command("diff", *words, str(run_dir / "p.svg")))
+    assert "--picture" in message and "a PNG file. Name it FILE.png." in message
 
 
 @pytest.mark.parametrize(

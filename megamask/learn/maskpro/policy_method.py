@@ -144,7 +144,7 @@ class PolicyMethod(Method):
         """The settings of gradient descent and of relaxed masks. Those that turn distillation on
         are refused instead.
         """
-        sampling = ("draws", "kappa", "tau", "schedule", "annealed_by", "logit_std")
+        sampling = ("mode", "draws", "kappa", "tau", "schedule", "annealed_by", "logit_std")
         unused = keys_of(learn, "optimizer", "distillation") | {
             "learn.weight_norm",
             "learn.prior.strength",

@@ -87,6 +87,8 @@ def test_a_schedule_that_stays_or_hardens(values: dict[str, Any]) -> None:
             ["learn.preset=maskpro", "learn.sampling.kappa=[1, 2]", "learn.state.grads=fp32"],
             ["learn.sampling.kappa", "learn.state.grads"],
         ),
+        (["learn.method=maskpro", "learn.sampling.mode=soft"], ["learn.sampling.mode"]),
+        (["learn.preset=maskpro"], []),
     ],
 )
 def test_settings_that_change_nothing_are_named(given: list[str], unused: list[str]) -> None:

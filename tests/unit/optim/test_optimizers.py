@@ -154,7 +154,7 @@ def test_what_8_bit_adamw_needs_is_asked_for_early(monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", no_module("torchao"))
         with pytest.raises(
-            ConfigError, match=r"(?s)learn.optimizer.kind.*pip install 'megamask\[eight-bit\]'"
+            ConfigError, match=r"(?s)learn.optimizer.kind.*pip install -c .* -e '\.\[eight-bit\]'"
         ):
             check_optimizer(config)
     with monkeypatch.context() as patch:
