@@ -15,6 +15,7 @@ from megamask.config.deciding import free_settings
 from megamask.config.nested import flatten
 
 SETTINGS_SHA256 = "settings_sha256"  # key of the header of a learned mask
+NO_PLACES = ("eod", "join")  # a token may be [/INST]
 # The start of an absolute path: at the start of a text, or after a space or a mark; not the two
 # slashes of an address.
 _PLACE = re.compile(r"""(?:^|(?<=[\s,;("'=\[|{`])|(?<=:)(?!//))(?:(?:file:)?/|~[^\s/]*/)(?=\S)""")
@@ -23,9 +24,13 @@ _PLACE = re.compile(r"""(?:^|(?<=[\s,;("'=\[|{`])|(?<=:)(?!//))(?:(?:file:)?/|~[
 def without_places(value: Any) -> Any:
     """A JSON value whose absolute paths are cut to their last name: folders of a machine are not
     published. A path within a text reaches to the end of the text, because folders may hold spaces.
+    Settings whose texts are no paths (``NO_PLACES``) stay as they are.
     """
     if isinstance(value, Mapping):
-        return {key: without_places(inner) for key, inner in value.items()}
+        return {
+            key: inner if str(key).rpartition(".")[2] in NO_PLACES else without_places(inner)
+            for key, inner in value.items()
+        }
     if isinstance(value, list | tuple):
         return [without_places(inner) for inner in value]
     found = _PLACE.search(value) if isinstance(value, str) else None

@@ -13,7 +13,8 @@ MAX_VALUES = 20_000
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: ``2:4``, ``off`` and dates are text (YAML 1.1 reads 124, False and a date),
-    ``1e-3`` is a number (YAML 1.1 reads text).
+    ``1e-3`` is a number (YAML 1.1 reads text). ``0123`` is text, such as the name of an account:
+    YAML 1.1 reads 83, and YAML 1.2 a number that has lost its zero.
     """
 
 
@@ -26,11 +27,13 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]{1,4000}$"), list("-+0123456789")
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]{0,3999})$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
+    re.compile(
+        r"^[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"
+    ),
     list("-+.0123456789"),
 )
 

@@ -161,7 +161,8 @@ def facts_beside(
     seconds = {name: taken for name, taken in found.items() if taken is not None}
     return {
         "protocol": text.facts,
-        "seconds": {**stages, **seconds},
+        # A stage of the name of a row, such as learn, is not the time of its mask.
+        "seconds": {key: one for key, one in stages.items() if key not in found} | seconds,
         "density": {DENSE: 1.0} | {name: each.density_of(shapes) for name, each in masks.items()},
         "mask_bytes": {name: each.size for name, each in masks.items() if each.path.is_file()},
         "masks": mask_digests(masks),

@@ -48,10 +48,14 @@ class GradientMethod(Method):
     def __init__(self, distribution: Distribution) -> None:
         self.name, self.distribution = distribution.name, distribution
 
-    def check(self, config: Config, pattern: Pattern) -> None:
-        """Check optimizer and schedules."""
-        check_optimizer(config)
+    def check_settings(self, config: Config, pattern: Pattern) -> None:
+        """Check the schedules."""
         check_schedules(config.learn.sampling)
+
+    def check(self, config: Config, pattern: Pattern) -> None:
+        """Check the optimizer too."""
+        check_optimizer(config)
+        super().check(config, pattern)
 
     def build(self, config: Config, mesh: Mesh, masked_model: MaskedModel) -> Learner:
         """The Gumbel-softmax learner."""

@@ -92,12 +92,20 @@ class Method(ABC):
     distribution: Distribution
 
     @abstractmethod
-    def check(self, config: Config, pattern: Pattern) -> None:
-        """Check the settings before the model is loaded.
+    def check_settings(self, config: Config, pattern: Pattern) -> None:
+        """Check the settings as far as they alone decide, wherever the run will be.
 
         Raises:
             ConfigError: settings that the method cannot work with.
         """
+
+    def check(self, config: Config, pattern: Pattern) -> None:
+        """Check the settings, and what they need on this machine, before the model is loaded.
+
+        Raises:
+            ConfigError: as ``check_settings``, or a package or a compiler is missing.
+        """
+        self.check_settings(config, pattern)
 
     @abstractmethod
     def build(self, config: Config, mesh: Mesh, masked_model: MaskedModel) -> Learner:

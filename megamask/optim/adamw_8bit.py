@@ -216,10 +216,11 @@ def _parts(moment: Any) -> list[torch.Tensor]:
 
 
 def _scale_of_each(moment: Any) -> torch.Tensor:
-    """The fp32 scale of each logit, in the shape of the logits."""
-    whole: torch.Tensor = (
-        moment.scale[:, None].expand(-1, moment.block_size).reshape(moment.codes.shape)
-    )
+    """The fp32 scale of each logit, in the shape of the logits, in memory of its own: where a block
+    is whole rows, an expanded scale has that shape as it is, and could not be read back.
+    """
+    of_blocks = moment.scale[:, None].expand(-1, moment.block_size)
+    whole: torch.Tensor = of_blocks.reshape(moment.codes.shape).contiguous()
     return whole
 
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from megamask.errors import ArtifactError
 from megamask.plan.hardware import GPUS, STEADY, Device
+from megamask.storage import read_json
 
 KINDS = ("matmul", "attention", "copy")
 FIX = "Make it with: python -m benchmarks.gpu.ceilings --json FILE"
@@ -51,10 +51,7 @@ def calibrated(path: Path) -> tuple[str, Device]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(path, f"cannot be read: {error}", FIX) from error
+    record = read_json(path, FIX)
     for key in ("parts", "ceilings", "result"):  # results.json of a lease
         if isinstance(record, dict) and key in record:
             record = record[key]

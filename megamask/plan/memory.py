@@ -148,12 +148,13 @@ def _at_loss(work: Workload, device: Device, backward: bool = True) -> dict[str,
     where, row = torch.device("cpu" if device.is_cpu else "cuda"), work.vocab_rows
     shard = VocabularyShard(first=0, real=row, rows=row)
     rows = min(work.tokens, chunk_size(shard, where))
-    block = min(rows, block_size(shard, where))
     hidden = work.tokens * work.arch.hidden * work.width
-    teacher = (
-        hidden + row * rows * work.width if work.config.learn.distillation.share > 0 else 0
-    )  # and a chunk of its logits; blocks are shared
-    chunk, losses = row * rows * work.width, row * block * 4
+    distillation, chunk, teacher = work.config.learn.distillation, row * rows * work.width, 0
+    losses = row * min(rows, block_size(shard, where)) * 4
+    if distillation.share > 0:  # the teacher's states and a chunk of its logits, and two blocks
+        teacher = hidden + chunk
+        blocks = 2 if distillation.top_k else 3  # and for a moment the products of both
+        losses = blocks * row * min(rows, block_size(shard, where, buffers=2)) * 4
     if work.arch.logit_cap is not None and backward:
         losses = max(chunk + losses, 2 * chunk)
     return {
@@ -257,9 +258,9 @@ def _mask_file(work: Workload) -> dict[str, float]:
 
 
 def _in_layer(work: Workload, device: Device) -> dict[str, float]:
-    """The busiest moment may be the backward pass of the last layer: the gradients of two residual
-    streams, and the largest of the needs of second linear, activation, first linear and capped
-    attention.
+    """The busiest moment may be the backward pass of the last masked layer: the gradients of two
+    residual streams, and the largest of the needs of second linear, activation, first linear and
+    capped attention.
 
     The weight gradient of one linear exists for a moment, unless a GPU's matmul adds it to an fp32
     sum, and so does its masked weight where it is drawn again.
@@ -267,11 +268,8 @@ def _in_layer(work: Workload, device: Device) -> dict[str, float]:
     config, arch = work.config, work.arch
     is_shared = config.learn.sampling.span > 1
     redrawn = config.learn.state.masked_weight == "regenerate" and not is_shared
-    layer = [
-        linear
-        for linear in work.linears
-        if linear.is_masked and linear.layer == work.linears[-1].layer
-    ]
+    masked = [linear for linear in work.linears if linear.is_masked]
+    layer = [linear for linear in masked if linear.layer == masked[-1].layer]
     largest = max((linear.weights for linear in layer), default=0)
     made: dict[str, float] = {}
     if not is_shared and (redrawn or config.parallel.recompute):

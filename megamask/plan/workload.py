@@ -68,12 +68,13 @@ class Workload:
         """Refuse a run that fits no device of any size; return self.
 
         Raises:
-            ConfigError: an unknown method, a pattern too large for its distribution, a sample or
-                window longer than the model's positions, or a layout that breaks a rule of
-                :class:`megamask.prepare.layout.Layout`.
+            ConfigError: an unknown method, settings that it cannot work with, a pattern too large
+                for its distribution, a sample or window longer than the model's positions, or a
+                layout that breaks a rule of :class:`megamask.prepare.layout.Layout`.
         """
         for pattern in asked_patterns(self.config):
             self.distribution.logits_per_group(pattern)
+            self.method.check_settings(self.config, pattern)
         layout = Layout.planned(self.config, self.dp)
         layout.check_samples(self.config)
         check_positions(self.config, self.arch, ("data.seq_length", "evaluate.window"))

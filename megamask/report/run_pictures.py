@@ -32,6 +32,7 @@ from megamask.report.results_table import method_label
 from megamask.report.run_facts import RunFacts
 from megamask.report.samples_pictures import calibration_samples
 from megamask.report.step_pictures import LOSS_TITLE, MASK_TITLES, running_median
+from megamask.weights.model_identity import MODEL
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b58900", "#332288", "#7f7f7f")
 STYLES = ("-", "--", ":", "-.")
@@ -106,7 +107,7 @@ def _condition(run: RunFacts, domain: str) -> tuple[object, ...]:
         return (run.name,)
     evaluate, windows = settings.evaluate, settings.learn.monitor.evaluate_windows
     protocol = (evaluate.window, evaluate.bos, windows, settings.dtype, settings.data.seq_length)
-    return (run.model, text, *protocol)
+    return (run.model, run.data.own.model.get(MODEL), text, *protocol)
 
 
 def look_of(number: int) -> tuple[str, str]:

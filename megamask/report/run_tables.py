@@ -29,6 +29,7 @@ from megamask.report.results_table import (
 )
 from megamask.report.run_facts import RunFacts, facts_of_mask
 from megamask.report.tasks_table import NOTE, tasks_cells
+from megamask.weights.model_identity import MODEL
 
 NOTHING = "–"
 # Facts of a protocol that change no number: how much text the KL column has, and names of places,
@@ -43,13 +44,14 @@ class Group:
 
     Attributes:
         model: name of the base model.
-        fingerprint: of the base model; None where nothing tells.
+        digests: of the base model, its fingerprint and its ``model_sha256``; None where nothing
+            tells. Models of equal linears may differ in norms, embedding and config.json.
         protocol: the facts of the protocol.
         members: the runs, with their results.
     """
 
     model: str
-    fingerprint: str | None
+    digests: tuple[str | None, str | None]
     protocol: Mapping[str, Any]
     members: list[tuple[RunFacts, Mapping[str, Any]]] = field(default_factory=list)
 
@@ -65,26 +67,31 @@ def groups_of(
         results_of: a run -> results with ``protocol`` and ``masks``; empty where it has none.
     """
     found: dict[str, Group] = {}
-    for run in runs:
-        results = results_of(run)
-        if not results:
-            continue
+    measured = [(run, results) for run in runs if (results := results_of(run))]
+    models: dict[str | None, set[str]] = {}  # fingerprint -> the models of those linears
+    for run, results in measured:
+        of_linears, of_all = _model_of(run, results)
+        models.setdefault(of_linears, set()).update(filter(None, [of_all]))
+    for run, results in measured:
         protocol = results.get("protocol") or {}
         kept = {key: value for key, value in protocol.items() if key not in WITHOUT_EFFECT}
         model = _model_of(run, results)
-        is_known = model is not None and not TEXT_DIGESTS.isdisjoint(kept)
+        if model[1] is None and len(models[model[0]]) == 1:  # of a version that did not say it
+            model = model[0], next(iter(models[model[0]]))
+        is_known = model[0] is not None and not TEXT_DIGESTS.isdisjoint(kept)
         key = json.dumps([model, kept, "" if is_known else run.name], sort_keys=True, default=str)
         group = found.setdefault(key, Group(run.model_name, model, protocol))
         group.members.append((run, results))
     return list(found.values())
 
 
-def _model_of(run: RunFacts, results: Mapping[str, Any]) -> str | None:
-    """The fingerprint of the model that was measured."""
+def _model_of(run: RunFacts, results: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The digests of the model that was measured."""
     made = results.get("masks")
     rows = made.values() if isinstance(made, dict) else ()
     known = {str(one.get("fingerprint")) for one in rows if isinstance(one, dict)}
-    return known.pop() if len(known) == 1 else None if known else run.model
+    of_linears = known.pop() if len(known) == 1 else None if known else run.model
+    return of_linears, results.get(MODEL, run.data.own.model.get(MODEL))
 
 
 def runs_table(runs: Sequence[RunFacts]) -> ResultTable:
@@ -150,7 +157,7 @@ def _told_apart(
         ]
         notes = list(table.notes)
         if number > 1:
-            other = ["model"] * (group.fingerprint != first.fingerprint) + other
+            other = ["model"] * (group.digests != first.digests) + other
             what = ", ".join(other) or "the record of model or text, which is missing"
             notes.insert(0, f"Other than in the first table: {what}.")
         found.append(replace(table, notes=notes))

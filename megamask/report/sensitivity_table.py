@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megamask.errors import ArtifactError
 from megamask.report.own_rows import OwnMasks
 from megamask.report.result_table import ResultKind, ResultTable, TablePicture
-from megamask.report.results_table import format_protocol
+from megamask.report.results_table import base_method, format_protocol
 from megamask.storage import is_number, read_object
 from megamask.tables import table
 
@@ -110,8 +110,9 @@ SENSITIVITY = ResultKind("sensitivity.json", read_sensitivity, ("sensitivity",))
 
 def _said_of_masks(made: Mapping[str, Any], own: OwnMasks) -> list[str]:
     """A sentence where the run has another mask of the name that was measured."""
-    masks, measured = own.masks.get(made["method"]), made.get("masks")
-    if masks is None or measured in (None, masks.content_sha256):
+    measured = made.get("masks")
+    now = [one for name, one in own.masks.items() if base_method(name) == made["method"]]
+    if not now or measured is None or measured in {one.content_sha256 for one in now}:
         return []
     about = f"the mask {made['method']} that the run has now"
     return [f"Measured on another mask than {about}. Run the verb sensitivity again."]

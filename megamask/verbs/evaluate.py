@@ -92,7 +92,14 @@ def find_masks(inputs: RunInputs) -> dict[str, MaskSet]:
             log.info(text, ", ".join(sorted(others)))
     fingerprint, shapes = inputs.fingerprint, linear_shapes(inputs.arch)
     opened = {name: open_masks(text, config, inputs.arch) for name, text in named.items()}
-    masks = {row_name(name, found.meta): found for name, found in opened.items()}
+    masks: dict[str, MaskSet] = {}
+    named_by: dict[str, str] = {}
+    for name, found in opened.items():
+        row = row_name(name, found.meta)
+        if row in masks:
+            allowed = f"names of different rows, and {named_by[row]} and {name} are both {row}"
+            raise ConfigError("evaluate.masks", name, allowed, "Name one of them otherwise.")
+        masks[row], named_by[row] = found, name
     for found in masks.values():
         if not config.evaluate.masks:
             check_asked(found, inputs.arch, config, ANY_PATTERN)

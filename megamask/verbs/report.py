@@ -42,9 +42,8 @@ def run(config: Config, arguments: ReportArguments = ONE_RUN) -> None:
 
 def _report(config: Config) -> None:
     run_dir = run_paths(config).run_dir
-    if config == Config(run_dir=config.run_dir):  # no settings were given: the run has its own
-        own = read_settings_of(run_dir)
-        config = own.model_copy(update={"run_dir": config.run_dir}) if own else config
+    if own := read_settings_of(run_dir):
+        config = _of_run(config, own)
     data = read_run(config)
     require_writable(run_dir / "pictures")
     pictures = draw_pictures(config, data, run_dir / "pictures")
@@ -59,6 +58,16 @@ def _report(config: Config) -> None:
         if picture.path is None:
             tell(f"{picture.title}: not there yet. {picture.missing}")
     tell(f"\nReport: {run_dir / 'report.html'}")
+
+
+def _of_run(given: Config, own: Config) -> Config:
+    """The settings of a report: those of the run where none were given, and otherwise the given
+    ones, but for what was learned and from which seeds, which the run alone knows.
+    """
+    if given == Config(run_dir=given.run_dir):
+        return own.model_copy(update={"run_dir": given.run_dir})
+    known = {"seed": own.seed, "calibration": own.calibration, "learn": own.learn}
+    return given.model_copy(update=known)
 
 
 def _compare(arguments: ReportArguments, out: Path) -> None:

@@ -94,7 +94,8 @@ def build_arguments(name: str, given: dict[str, Any]) -> Any:
     """
     verb = VERBS[name]
     assert verb.arguments is not None
-    checked = {one.name: _checked(one, given[one.name]) for one in verb.fields if one.name in given}
+    there = [one for one in verb.fields if given.get(one.name) is not None]  # null: not given
+    checked = {one.name: _checked(one, given[one.name]) for one in there}
     for one in verb.fields:
         if one.name not in checked and one.default is MISSING:
             takes = " ".join(words_of(other) for other in verb.positional)
@@ -105,8 +106,12 @@ def build_arguments(name: str, given: dict[str, Any]) -> Any:
 
 def _checked(one: Field[Any], value: Any) -> Any:
     flag = words_of(one).partition(" ")[0]
-    if value is None or isinstance(value, bool):
-        return value
+    if one.metadata["kind"] is bool:
+        if isinstance(value, bool):
+            return value
+        raise ConfigError(flag, value, "true or false", "Correct it.")
+    if isinstance(value, bool):
+        raise ConfigError(flag, value, str(one.metadata["help"]), "Correct it.")
     if one.metadata["many"]:
         return tuple(_checked_text(one, flag, each) for each in value)
     return _checked_text(one, flag, value)

@@ -467,6 +467,15 @@ def test_extract_and_evaluate_replace_nothing(run_dir: Path, refused: Refuse) ->
         "evaluate.masks={dense: wanda}",
         says=["evaluate.masks = 'dense'", "Name it otherwise"],
     )
+    polished = run_dir / "masks" / "polished.safetensors"
+    masks = load_masks(run_dir / "masks" / "wanda.safetensors")
+    known = {"fingerprint": masks.fingerprint, "method": "wanda", "data": {"polish": 3}}
+    save_masks(polished, dict(masks), "2:4", **known)
+    refused(
+        "evaluate",
+        f"evaluate.masks={{wanda: {polished}, 'wanda, polished': magnitude}}",
+        says=["names of different rows, and wanda and wanda, polished are both wanda, polished"],
+    )
 
 
 def test_another_base_model(

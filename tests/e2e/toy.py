@@ -138,7 +138,7 @@ class Shuffle:
 class ShuffleMethod(Method):
     name, distribution = "shuffle", SIGMOID
 
-    def check(self, config: Config, pattern: Pattern) -> None:
+    def check_settings(self, config: Config, pattern: Pattern) -> None:
         pass
 
     def build(self, config: Config, mesh: Mesh, masked_model: MaskedModel) -> Shuffle:

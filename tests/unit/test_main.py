@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from traceback import StackSummary
+from typing import Any
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
@@ -71,6 +72,14 @@ def test_arguments_that_were_settings_are_still_read(caplog: pytest.LogCaptureFi
         old = read_settings(None, ["plan.model=llama2-7b", "plan.dp=2", "extract.out=f", "seed=1"])
     assert old[1] == {"plan": {"model": "llama2-7b", "dp": 2}, "extract": {"file": "f"}}
     assert build_arguments("plan", old[1]["plan"]) == PlanArguments(model="llama2-7b", dp=2)
+    assert build_arguments("plan", {"dp": None, "model": "llama2-7b"}).dp == 1
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("plan", {"model": True}), ("plan", {"dp": True}), ("diff", {"a": True, "b": "x"}),
+        ("reorder", {"out": "x", "rotate_values": "yes"}),
+    ]  # fmt: skip
+    for verb, given in wrong:
+        with pytest.raises(ConfigError):
+            build_arguments(verb, given)
     assert "plan.dp is --dp of megamask plan now" in caplog.text
     with pytest.raises(ConfigError, match=r"plan\.node = 3: an argument of megamask plan: --model"):
         read_settings(None, ["plan.node=3"])

@@ -42,7 +42,7 @@ class PolicyMethod(Method):
 
     name, distribution = "maskpro", SUBSET
 
-    def check(self, config: Config, pattern: Pattern) -> None:
+    def check_settings(self, config: Config, pattern: Pattern) -> None:
         """Check that the learner starts from a prior alone, draws, keeps fp32 logits and can
         score.
         """

@@ -207,6 +207,19 @@ def test_nothing_is_a_comment_on_the_command_line(path: str) -> None:
         load_config(None, ["learn.steps=100 # x"])
 
 
+def test_a_leading_zero_is_no_octal_number(tmp_path: Path) -> None:
+    """YAML 1.1 reads 0123 as 83. The name of an account keeps its zeros."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("launch: {account: 00123, partition: 010}\nseed: 0123\n")
+    config = load_config(
+        recipe, ["launch.time=060", "learn.steps=0100", "learn.weight_norm=[01, 0]"]
+    )
+    launch = config.launch
+    assert (launch.account, launch.partition, launch.time) == ("00123", "010", "060")
+    assert (config.seed, config.learn.steps, config.learn.weight_norm) == (123, 100, (1.0, 0.0))
+    assert load_config(recipe, ["seed=0"]).seed == 0
+
+
 def test_overrides_are_yaml_values() -> None:
     config = load_config(
         None,

@@ -40,6 +40,16 @@ def restored(optimizer: Any, change: float = 0.0) -> Any:
     return again
 
 
+@pytest.mark.parametrize("shape", [(16, 4, 64), (16, 1, 256), (24, 6, 64)])
+def test_moments_of_a_snapshot_have_memory_of_their_own(shape: tuple[int, ...]) -> None:
+    """A snapshot is read into them; where a block is whole rows, one scale stood for 256."""
+    found = build(torch.zeros(shape)).moments()
+    assert {one.shape for ones in found.values() for one in ones} == {torch.Size(shape)}
+    for ones in found.values():
+        ones[0].copy_(torch.arange(ones[0].numel()).reshape(shape) % 200)
+        assert torch.equal(ones[0].flatten()[:200].long(), torch.arange(200))
+
+
 def test_it_follows_adamw() -> None:
     start = random_logits(ROWS, GROUPS)
     exact = torch.nn.Parameter(start.double())

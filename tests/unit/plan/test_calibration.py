@@ -120,6 +120,7 @@ def test_a_measured_step_is_planned_within_a_tenth(part: str, draws: str) -> Non
 
 def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("fast")
-    for file in (tmp_path / "text", tmp_path / "none", tmp_path):
-        with pytest.raises(ArtifactError, match="cannot be read"):
+    (tmp_path / "deep").write_text("[" * 100_000)
+    for file in (tmp_path / "text", tmp_path / "deep", tmp_path / "none", tmp_path):
+        with pytest.raises(ArtifactError, match="not a JSON text|is missing|is a folder"):
             calibrated(file)

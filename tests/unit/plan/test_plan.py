@@ -552,9 +552,36 @@ def test_what_no_memory_mends(settings: list[str], says: str) -> None:
         plan(*settings)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_dense_last_layer_hides_nothing(backend: str) -> None:
+    """All layers are alike, so it does not matter which is kept dense."""
+    words = ("parallel.recompute=true", "learn.memory=lean", f"learn.sampling.backend={backend}")
+    first, last = (
+        memory_of(plan(*words, f"model.exclude=[model.layers.{number}.*]"), GPUS["h100"]).step
+        for number in (0, 31)
+    )
+    assert first == last and first[ONE_LAYER] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["learn.memory=lean"], "learn.state.logits = 'bf16'"),
+        (["learn.maskpro.masks=8", "learn.micro_batch=4"], "a divisor of the step's micro-batches"),
+    ],
+)
+def test_what_a_method_refuses_is_not_planned(words: list[str], says: str) -> None:
+    maskpro = ["learn.preset=maskpro", "learn.global_batch=8"]
+    with pytest.raises(ConfigError, match=says):
+        plan(*maskpro, *words)
+    kind = "learn.optimizer.kind=adamw8bit"  # needs a compiler where it learns, not here
+    assert plan(kind).method.name == "categorical"
+
+
 def test_a_teacher_costs_a_forward_pass_and_its_hidden_states() -> None:
-    """2 FLOPs a weight and token, and what is not matmuls; 4096 x 4096 numbers of 2 bytes, and a
-    chunk of 2048 tokens' logits.
+    """2 FLOPs a weight and token, and what is not matmuls; 4096 x 4096 numbers of 2 bytes, a chunk
+    of 2048 tokens' logits, and fp32 blocks of half a chunk: three, or two of the top tokens alone,
+    in the place of one of a whole chunk.
     """
     text, both = plan("parallel.tp=1"), plan("parallel.tp=1", "learn.distillation.share=0.5")
     gpu = GPUS["h100"]
@@ -564,7 +591,10 @@ def test_a_teacher_costs_a_forward_pass_and_its_hidden_states() -> None:
     assert matmuls < after[TEACHER] < 2.5 * matmuls
     assert after[TEACHER] < sum(before.values()) / 2
     student, with_teacher = (memory_of(one, gpu).step[LOSS] for one in (text, both))
-    assert with_teacher - student == 4096 * 4096 * 2 + 2048 * 32000 * 2
+    more = 4096 * 4096 * 2 + 2048 * 32000 * 2
+    assert with_teacher - student == more + 1024 * 32000 * 4
+    top = plan("parallel.tp=1", "learn.distillation.share=0.5", "learn.distillation.top_k=16")
+    assert memory_of(top, gpu).step[LOSS] - student == more
     # the layers alone: no logits of the teacher; 72 bytes a number of 32 layers' states
     layers = plan("parallel.tp=1", "learn.distillation.hidden=1")
     found = time_of(layers, gpu).parts

@@ -108,6 +108,10 @@ def test_no_path_of_the_machine_is_published(
         "org/name": "org/name",
     }.items():
         assert without_places([{"a": text}]) == [{"a": expected}]
+    texts = {"data": {"eod": "[/INST]"}, "data.domains.x.join": "/", "path": "[/a/b]"}
+    assert without_places(texts) == {**texts, "path": "[b]"}
+    digests = {settings_digest({"data": {"eod": eod}}) for eod in ("[/INST]", "[INST]")}
+    assert len(digests) == 2
     write_mask(run_dir, {"prior": "sparsegpt, /home/secret/m.safetensors"})
     assert push(run_dir, "--dry-run") == 2
     said = capsys.readouterr().err

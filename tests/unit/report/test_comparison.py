@@ -130,6 +130,21 @@ def test_any_other_protocol_is_a_table_of_its_own(tmp_path: Path, key: str, chan
     assert second.notes[0] == f"Other than in the first table: {key.replace('_', ' ')}."
 
 
+def test_models_of_equal_linears_are_told_apart(tmp_path: Path) -> None:
+    """Their norms, embeddings or config.json differ. A run of a version that did not say so
+    belongs to the one model that is known.
+    """
+    runs = [make_run(tmp_path / name, seed) for seed, name in enumerate("abc", start=1)]
+    for folder, model in zip(runs[:2], ("one", "other"), strict=True):
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps({**results, "model_sha256": model}))
+    tables = perplexity_tables(read(*runs[:2]).runs)
+    assert [list(cells(one)) for one in tables] == [["a"], ["b"]]
+    assert tables[1].notes[0] == "Other than in the first table: model."
+    assert len(perplexity_tables(read(runs[0], runs[2]).runs)) == 1
+    assert len(perplexity_tables(read(*runs).runs)) == 3
+
+
 def test_models_and_unknown_texts_are_told_apart(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", 1)
     b = make_run(tmp_path / "b", 2, fingerprint="another")
@@ -334,8 +349,8 @@ def test_one_folder_has_the_report_of_one_run(
         pages.append((folder / "report.html").read_text())
     assert pages[0] == pages[1] and "compared" not in pages[0]
     assert "seed = 1," in page_of(folder).text  # its own settings, where none are given
-    assert main(["report", str(folder), "seed=5"]) == EXIT_OK
-    assert "seed = 5," in page_of(folder).text
+    assert main(["report", str(folder), "seed=5", "learn.prior.mask=wanda"]) == EXIT_OK
+    assert "seed = 1," in page_of(folder).text  # what it learned from, the run alone knows
     assert not (Path.cwd() / "comparison.html").exists()
     capsys.readouterr()
 

@@ -258,6 +258,26 @@ def test_rows_of_masks_that_were_replaced_are_left_out(
     assert "Measured on another mask than the mask learned that the run has now." in page
 
 
+def test_a_polished_mask_has_replaced_the_mask_of_a_sensitivity(tmp_path: Path) -> None:
+    write_masks(tmp_path)
+    write_results(tmp_path)
+    made_from = {**SENSITIVITY["made_from"], "method": "sparsegpt", "masks": "of another"}
+    (tmp_path / "sensitivity.json").write_text(json.dumps({**SENSITIVITY, "made_from": made_from}))
+    file = tmp_path / "masks/sparsegpt.safetensors"
+    masks = load_masks(file)
+    said = "Measured on another mask than the mask sparsegpt that the run has now."
+    for polish in (0, 3):
+        save_masks(
+            file, dict(masks), "2:4", fingerprint="abc", method="sparsegpt", data={"polish": polish}
+        )
+        run(config_of(tmp_path))
+        assert said in page_of(tmp_path).text
+    made_from["masks"] = load_masks(file).content_sha256
+    (tmp_path / "sensitivity.json").write_text(json.dumps({**SENSITIVITY, "made_from": made_from}))
+    run(config_of(tmp_path))
+    assert said not in page_of(tmp_path).text
+
+
 def test_a_dense_row_of_another_model_is_left_out(tmp_path: Path) -> None:
     """The folder has converted another model since; its dense row names no mask."""
     write_masks(tmp_path)
