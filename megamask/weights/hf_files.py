@@ -64,6 +64,10 @@ class HFReader:
         stored = tuple(self._slice(name).get_shape())
         return stored[::-1] if name in self.layout.transposed else stored
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the numbers of a tensor."""
+        return self.read(name, slice(0, 0)).dtype
+
     def read(self, name: str, rows: slice, cols: slice | None = None) -> Tensor:
         """A block of a tensor, ``cols`` along the second axis: a ``Read`` for the mapping table. A
         number alone has no rows and is returned as it is.
@@ -112,8 +116,7 @@ class HFReader:
             "has quantized": [
                 f"{name} ({str(dtype).removeprefix('torch.')})"
                 for name in expected
-                if name in self._file_of
-                and (dtype := self.read(name, slice(0, 0)).dtype) not in BITS
+                if name in self._file_of and (dtype := self.dtype(name)) not in BITS
             ],
         }
         faults = [f"{what} tensors: {some_of(names)}" for what, names in problems.items() if names]

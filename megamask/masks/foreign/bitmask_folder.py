@@ -90,6 +90,11 @@ class BitmaskReader(HFReader):
                 raise ArtifactError(self.folder, f"{problem}, not {shape}", FIX)
         return rows, columns
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the kept weights."""
+        is_whole = name not in self._begins
+        return super().dtype(name) if is_whole else self._part(name, "compressed").dtype
+
     def mask(self, name: str) -> Tensor | None:
         """The mask (O, I) of a linear; None where its weight lies as in any folder.
 
