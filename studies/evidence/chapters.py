@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from studies.evidence.job import Job, Words
 
@@ -85,12 +85,18 @@ def on_reordered(name: str, words: Words) -> list[Line]:
         steps: Job(tag, verbs, (*settings, f"learn.steps={steps}"), model=written, is_seeded=True)
         for steps, tag in ((SHORT, f"{name}-{SHORT}"), (STEPS, name))
     }
+    polished = replace(
+        jobs[SHORT],
+        name=f"{name}-polished-{SHORT}",
+        settings=(*jobs[SHORT].settings, "prune.methods=[sparsegpt]", "prune.polish=3"),
+    )
     title = name.replace("-", ", ")
     return [
         Line(f"{title}: dense", jobs[STEPS], "dense"),
         Line(f"{title}: Wanda mask", jobs[STEPS], "wanda"),
         Line(f"{title}: SparseGPT mask", jobs[STEPS], "sparsegpt"),
         *(Line(f"{title}: learned, {steps} steps", job) for steps, job in jobs.items()),
+        Line(f"{title}: learned from the mask polished in 3 sweeps, {SHORT} steps", polished),
     ]
 
 
