@@ -209,6 +209,26 @@ def test_an_optional_sink_that_cannot_start_is_no_error_but_online(
     assert len(records(tmp_path)) == 1
 
 
+def test_a_login_is_asked_for_where_a_run_is_to_be_online(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wandb, asked = pytest.importorskip("wandb"), []
+
+    def refuses(**words: Any) -> None:
+        asked.append(words)
+        raise ConnectionError("no route to the server")
+
+    monkeypatch.setattr(wandb, "login", refuses)
+    for chosen in ("wandb_offline", "tensorboard"):
+        sinks.require_login(quiet(chosen))
+    assert asked == []
+    with pytest.raises(ConfigError, match="could not log in .no route.*name wandb_offline"):
+        sinks.require_login(quiet("wandb"))
+    assert asked == [{"verify": True}]
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed: told later, and no error
+    sinks.require_login(quiet("wandb"))
+
+
 def test_other_ranks_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with closing(Monitor(tmp_path / "learn", quiet(), 10, 1024, is_main=False)) as monitor:
         monitor.train(1, VALUES)
