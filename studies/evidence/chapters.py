@@ -109,7 +109,7 @@ BASE = ONESHOT["2:4"]
 POLISH = oneshot("2:4", POLISHED, ("prune.polish=20",), "polish")
 START = oneshot("2:4", ("wanda", "sparsegpt"), ("prune.polish=3",), "polish-3")  # for learning
 POLISHED_STARTS = {
-    steps: learned(f"learn-polished-{steps}", START, steps) for steps in (SHORT, STEPS)
+    steps: learned(f"learn-polished-{steps}", START, steps) for steps in (SHORT, STEPS, 240)
 }
 BUDGETS = {steps: learned(f"learn-2-4-{steps}", BASE, steps) for steps in (SHORT, STEPS, 240)}
 MAIN = BUDGETS[STEPS]
