@@ -46,9 +46,9 @@ MASKLLM: dict[str, Any] = {
 # the number of steps; a warm-up; and an epsilon with which small gradients move logits less.
 BEST: dict[str, Any] = {}
 
-# MaskPro starts from the prior alone; its masks are hard whatever learn.sampling.mode is.
+# MaskPro draws hard masks and starts from the prior alone.
 _MASKPRO_SAMPLING: dict[str, Any] = {
-    "sampling": {"noise": 1.0, "initial_noise": False},
+    "sampling": {"mode": "hard", "noise": 1.0, "initial_noise": False},
     "prior": {"margins": False},
 }
 

@@ -7,9 +7,9 @@ a method is one file and one line in ``learn/methods.py``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -86,10 +86,13 @@ class Method(ABC):
     Attributes:
         name: ``learn.method``.
         distribution: of the masks that are learned.
+        implied: dotted settings without effect -> the value that the method has anyway, which is
+            no mistake where it is given.
     """
 
     name: str
     distribution: Distribution
+    implied: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def check_settings(self, config: Config, pattern: Pattern) -> None:

@@ -12,6 +12,7 @@ from megamask import storage
 from megamask.config import Config
 from megamask.config.deciding import LEARN, changes
 from megamask.config.learn_tree import LearnSection
+from megamask.config.nested import flatten
 from megamask.config.paths import RunPaths
 from megamask.config.section import Section
 from megamask.data.blend import blend_weights
@@ -40,14 +41,18 @@ def learning_changes(before: Mapping[str, Any], now: Config) -> dict[str, tuple[
 
 
 def unused_settings(learn: LearnSection) -> list[str]:
-    """The settings without effect that were given, by name of a preset or a memory too."""
+    """The settings without effect that were given, by name of a preset or a memory too; but for
+    those that say what the method does anyway.
+    """
     given = {f"learn.{name}" for name in learn.model_fields_set} | {
         f"learn.{name}.{key}"
         for name, section in learn
         if isinstance(section, Section)
         for key in section.model_fields_set
     }
-    return sorted(given & settings_without_effect(learn))
+    values, implied = flatten({"learn": learn.model_dump()}), find_method(learn.method).implied
+    said = {name for name, value in implied.items() if values[name] == value}
+    return sorted((given & settings_without_effect(learn)) - said)
 
 
 def require_places(paths: RunPaths) -> None:

@@ -166,7 +166,7 @@ CHAPTERS = [
             Line("SparseGPT mask", MAIN, "sparsegpt"),
             *(Line(f"learned, {steps} steps", job) for steps, job in BUDGETS.items()),
             Line("learned, 128 steps of 16 sequences (preset `minutes`)", MINUTES),
-            Line("SparseGPT mask, polished in 3 sweeps", POLISHED_STARTS[STEPS], "sparsegpt"),
+            Line("SparseGPT mask, polished", POLISHED_STARTS[STEPS], "sparsegpt, polished"),
             *(
                 Line(f"learned from it, {steps} steps", job)
                 for steps, job in POLISHED_STARTS.items()

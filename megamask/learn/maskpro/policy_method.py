@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -41,6 +42,7 @@ class PolicyMethod(Method):
     """Forward passes alone; a logit per weight, and a policy that draws N positions per group."""
 
     name, distribution = "maskpro", SUBSET
+    implied: ClassVar[Mapping[str, Any]] = {"learn.sampling.mode": "hard"}
 
     def check_settings(self, config: Config, pattern: Pattern) -> None:
         """Check that the learner starts from a prior alone, draws, keeps fp32 logits and can

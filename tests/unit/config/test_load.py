@@ -323,7 +323,7 @@ def test_the_quickstart_learns_by_the_preset_best() -> None:
         5e-4,
     )
     maskpro = load_config(quickstart, ["learn.method=maskpro"]).learn
-    assert (maskpro.sampling.noise, maskpro.sampling.initial_noise) == (1, False)
+    assert (maskpro.sampling.mode, maskpro.sampling.initial_noise) == ("hard", False)
 
 
 def test_presets_are_not_changed_by_reading() -> None:

@@ -117,6 +117,7 @@ def test_the_preset_holds_the_reference_settings() -> None:
     config = load_config(None, ["learn.preset=maskpro"])
     learn = config.learn
     assert (learn.method, learn.prior.mask) == ("maskpro", "sparsegpt")
+    assert learn.sampling.mode == "hard"
     assert (learn.steps, learn.global_batch, config.data.seq_length) == (10_000, 32, 128)
     section = learn.maskpro
     assert (section.lr, section.initial_logit, section.samples) == (50, 10, 512)
@@ -126,7 +127,7 @@ def test_the_preset_holds_the_reference_settings() -> None:
 
 def test_one_word_changes_the_method() -> None:
     config = load_config(None, ["learn.method=maskpro"])
-    assert config.learn.sampling.noise == 1 and not config.learn.sampling.initial_noise
+    assert config.learn.sampling.mode == "hard" and not config.learn.sampling.initial_noise
     PolicyMethod().check(config, Pattern.parse(config.pattern))
 
 
