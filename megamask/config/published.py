@@ -28,13 +28,18 @@ def without_places(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {
-            key: inner if str(key).rpartition(".")[2] in NO_PLACES else without_places(inner)
+            key: inner if _is_no_place(str(key), inner) else without_places(inner)
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):
         return [without_places(inner) for inner in value]
     found = _PLACE.search(value) if isinstance(value, str) else None
     return value if found is None else value[: found.start()] + Path(value[found.start() :]).name
+
+
+def _is_no_place(key: str, value: Any) -> bool:
+    """Whether a setting is a text that is no path. A domain may have the name of such a setting."""
+    return isinstance(value, str) and key.rpartition(".")[2] in NO_PLACES
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

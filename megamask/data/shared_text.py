@@ -123,6 +123,8 @@ def _check_pair(first: str, second: str, shares: list[float], one: Source, other
     if shares[0] != shares[1]:
         allowed = f"one value, for both domains read {one.name} and must hold out the same of it"
         fix = "Set them to the same share, or give each domain files of its own."
+        if one.config != other.config:  # one names none, and may read the other's
+            fix = f"Name the config of both, if they differ. {fix}"
         raise ConfigError(both, shares, allowed, fix)
 
 

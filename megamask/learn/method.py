@@ -94,8 +94,7 @@ class Method(ABC):
     distribution: Distribution
     implied: ClassVar[Mapping[str, Any]] = {}
 
-    @abstractmethod
-    def check_settings(self, config: Config, pattern: Pattern) -> None:
+    def check_settings(self, config: Config, pattern: Pattern) -> None:  # noqa: B027
         """Check the settings as far as they alone decide, wherever the run will be.
 
         Raises:

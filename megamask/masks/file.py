@@ -263,8 +263,7 @@ def save_masks(
         masks: HF module name -> bool or 0/1 mask (O, I), 1 = keep, any device.
         pattern: the pattern of every mask, as text (``"2:4"``) or parsed; or a mapping from the
             names of the masks to their patterns, which makes format version 4.
-        fingerprint: fingerprint of the base model.
-        method: name of the method that made the masks.
+        fingerprint, method: of the base model, and the name of the method that made the masks.
         data: settings and text that the masks were made from, as JSON values.
         evaluation: measured quality of the masks, as JSON values.
         updated_weights: whether the method changed the kept weights, to which the masks belong.
@@ -286,6 +285,7 @@ def save_masks(
     method = as_text("save_masks: method", method)
     copies = as_texts("save_masks: float16_fingerprints", float16_fingerprints)
     as_flag("save_masks: updated_weights", updated_weights)
+    seconds = as_seconds("save_masks: seconds", seconds)
     coding = as_choice("save_masks: coding", coding, CODINGS)
     if coding == GIVEN_WEIGHTS and model is None:
         allowed = f"the base model is needed for the coding {coding}"
@@ -302,12 +302,12 @@ def save_masks(
             raise ArgumentError(f"save_masks: masks[{name!r}]", mask_OI, allowed) from None
         shapes[name] = tuple(mask_OI.shape)
     require_writable(file.parent, "the path")
-    note_seconds(file, as_seconds("save_masks: seconds", seconds))
     facts = Facts(fingerprint, method, data, evaluation, updated_weights, copies)
-    if coding == WORDS:
-        return save_words(file, shapes, packed.items(), plan, facts)
     known, given = (fingerprint, *copies), coding == GIVEN_WEIGHTS
     weights = weights_of("save_masks: model", model, file, shapes, known) if given else None
+    note_seconds(file, seconds)
+    if coding == WORDS:
+        return save_words(file, shapes, packed.items(), plan, facts)
     index = (
         (name, codec.unpack(words, math.prod(shapes[name]) // own.m, own.num_candidates))
         for name, words in packed.items()

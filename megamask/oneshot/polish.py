@@ -10,7 +10,8 @@ The weights stay as they are. Rows do not interact.
 The scores of a polished mask are by the same error (``scores``). Those of the criterion, against
 which the exchanges went, make margins from which learning goes back to the mask of before.
 
-Shapes: O out_features, I in_features, U units of a row, B columns of a block, M columns of a group.
+Shapes: O out_features, R rows of a piece, I in_features, U units of a row, B columns of a block,
+M columns of a group.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megamask.oneshot.stats import Statistics
 from megamask.sparsity.pattern import Pattern
 
 BLOCK = 128  # columns whose exchanges are carried to the rest of the row together
+ROWS = 1024  # rows whose scores are computed together; they do not interact
 # An exchange must gain this share of the terms that its gain is a sum of: fp32 knows the terms to
 # about 1e-6, and an exchange that rounding made a gain could raise the error.
 LEAST_GAIN = 1e-5
@@ -119,14 +121,19 @@ def scores(
         gram_II: H of the whole input, fp32.
         pattern: the N:M pattern.
     """
-    weight_OI, unit = weight_OI.detach().float(), pattern.unit
-    slope_OI = torch.where(mask_OI, 0, weight_OI) @ gram_II
+    unit, score_OI = pattern.unit, torch.empty_like(weight_OI, dtype=torch.float32)
     # The terms of a weight with itself and the others of its unit.
     gram_UuUu = gram_II.unflatten(1, (-1, unit)).unflatten(0, (-1, unit))
     gram_uuU = gram_UuUu.diagonal(dim1=0, dim2=2)
-    weight_OUu = weight_OI.unflatten(1, (-1, unit))
-    own_OI = torch.einsum("oua,abu->oub", weight_OUu, gram_uuU).flatten(1).mul_(weight_OI)
-    return torch.where(mask_OI, own_OI, -own_OI).addcmul_(weight_OI, slope_OI, value=2)
+    for start in range(0, len(score_OI), ROWS):
+        some = slice(start, start + ROWS)
+        weight_RI, mask_RI = weight_OI[some].detach().float(), mask_OI[some]
+        slope_RI = torch.where(mask_RI, 0, weight_RI) @ gram_II
+        weight_RUu = weight_RI.unflatten(1, (-1, unit))
+        own_RI = torch.einsum("rua,abu->rub", weight_RUu, gram_uuU).flatten(1).mul_(weight_RI)
+        own_RI = torch.where(mask_RI, own_RI, -own_RI)
+        score_OI[some] = own_RI.addcmul_(weight_RI, slope_RI, value=2)
+    return score_OI
 
 
 def _exchange_in_block(

@@ -62,12 +62,11 @@ def _report(config: Config) -> None:
 
 def _of_run(given: Config, own: Config) -> Config:
     """The settings of a report: those of the run where none were given, and otherwise the given
-    ones, but for what was learned and from which seeds, which the run alone knows.
+    ones, but for what was learned and from which seed, which the run alone knows.
     """
     if given == Config(run_dir=given.run_dir):
         return own.model_copy(update={"run_dir": given.run_dir})
-    known = {"seed": own.seed, "calibration": own.calibration, "learn": own.learn}
-    return given.model_copy(update=known)
+    return given.model_copy(update={"seed": own.seed, "learn": own.learn})
 
 
 def _compare(arguments: ReportArguments, out: Path) -> None:

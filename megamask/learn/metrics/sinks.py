@@ -211,6 +211,8 @@ def require_login(config: Config) -> None:
         import wandb
     except Exception:  # missing or broken: said where the sinks are opened
         return
+    if not hasattr(wandb, "login"):  # a folder of that name, such as its own output
+        return
     try:
         wandb.login(verify=True)
     except Exception as error:  # its own, or those of the library that it asks the server by

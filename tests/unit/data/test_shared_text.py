@@ -109,7 +109,7 @@ def test_a_local_dataset_is_known_by_every_name_and_link(file: Path, tmp_path: P
         ({"kind": "stdlib"}, {"kind": "pydocs"}, ""),
         ({"kind": "hf"}, {"kind": "hf", "heldout": 0}, "one value.*Set them to the same share"),
         ({"kind": "hf"}, {"kind": "hf", "heldout": 1, "split": "test"}, ""),
-        ({"kind": "hf", "config": "en"}, {"kind": "hf", "heldout": 0}, "one value"),  # its only
+        ({"kind": "hf", "config": "en"}, {"kind": "hf", "heldout": 0}, "Name the config of both"),
         ({"kind": "hf", "config": "en"}, {"kind": "hf", "heldout": 0, "config": "fr"}, ""),
     ],
 )

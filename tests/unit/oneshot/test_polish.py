@@ -86,7 +86,10 @@ def test_rows_do_not_interact_and_scale_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_scores_are_what_a_unit_adds_or_takes_away(pattern: Pattern) -> None:
+def test_scores_are_what_a_unit_adds_or_takes_away(
+    pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megamask.oneshot.polish.ROWS", 5)  # several pieces, the last one short
     weight_OI, stats = problem()
     gram_II = stats.hessian_II
     mask_OI = polish(weight_OI, pattern.best(weight_OI.abs()), gram_II, pattern, 30)

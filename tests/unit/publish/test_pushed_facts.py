@@ -110,6 +110,8 @@ def test_no_path_of_the_machine_is_published(
         assert without_places([{"a": text}]) == [{"a": expected}]
     texts = {"data": {"eod": "[/INST]"}, "data.domains.x.join": "/", "path": "[/a/b]"}
     assert without_places(texts) == {**texts, "path": "[b]"}
+    domain = {"join": {"path": "/secret/a", "join": "/"}}  # a domain called join
+    assert without_places(domain) == {"join": {"path": "a", "join": "/"}}
     digests = {settings_digest({"data": {"eod": eod}}) for eod in ("[/INST]", "[INST]")}
     assert len(digests) == 2
     write_mask(run_dir, {"prior": "sparsegpt, /home/secret/m.safetensors"})
