@@ -153,8 +153,7 @@ def require_update(config: Config, mesh: Mesh) -> None:
     """Refuse an update rule whose compiler fails on any rank. All ranks must call this.
 
     Raises:
-        ConfigError: the compiler failed on this rank.
-        DismissedError: it failed on another rank alone.
+        MegamaskError: as ``Mesh.leave_together``, which rank 0 tells.
     """
     failure = None
     try:

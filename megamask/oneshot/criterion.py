@@ -6,7 +6,9 @@ Shapes: O out_features, I in_features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -44,6 +46,8 @@ class Criterion(ABC):
             also updated weights; where both are asked for, the work is done once. Empty for a
             criterion without such a twin.
         reads: the settings of the section ``prune`` that decide the mask.
+        facts: what beside the settings decides mask and margins: a file without them was made by an
+            earlier rule, and is made again.
         needs_stats: whether the criterion reads the statistics of the calibration inputs.
         needs_hessian: whether the criterion reads the Hessian of the calibration inputs too.
         needs_gradients: whether the criterion reads the gradients of the calibration samples.
@@ -54,6 +58,7 @@ class Criterion(ABC):
 
     algorithm = ""
     reads: tuple[str, ...] = ()
+    facts: Mapping[str, str] = MappingProxyType({})
     needs_stats = False
     needs_hessian = False
     needs_gradients = False

@@ -46,6 +46,7 @@ class Polished(Criterion):
         assert not inner.updates_weight
         self.inner = inner
         self.reads = (*inner.reads, "polish")
+        self.facts = {**inner.facts, "margins": "of exchanges"}  # they were the criterion's
         self.needs_gradients = inner.needs_gradients
         self.mixes_rows = inner.mixes_rows
 

@@ -185,10 +185,13 @@ class Mesh:
         """
         if not self.any(failure is not None):
             return
-        known = failure if isinstance(failure, MegamaskError) else failure and explained(failure)
-        words = str(known) if known else "".join(traceback.format_exception(failure))
-        told = self.gather_to_main((self.rank, socket.gethostname(), words if failure else ""))
-        code = EXIT_BUG if self.any(bool(failure and not known)) else EXIT_USER_ERROR
+        words, is_bug = "", False
+        if failure is not None:
+            known = failure if isinstance(failure, MegamaskError) else explained(failure)
+            words = str(known or "".join(traceback.format_exception(failure)))
+            is_bug = known is None
+        told = self.gather_to_main((self.rank, socket.gethostname(), words))
+        code = EXIT_BUG if self.any(is_bug) else EXIT_USER_ERROR
         code = EXIT_UNAVAILABLE if self.any(may_pass(failure)) else code
         if not self.is_main:
             raise DismissedError(f"a rank could not {what}", code) from failure

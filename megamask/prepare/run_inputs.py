@@ -71,12 +71,9 @@ class RunInputs:
             ArtifactError: there are no weights, or they were made of another model than that of
                 the settings, which is still there.
         """
-        check_converted(base_model(self.config), self.paths.weights, self._written_note)
-        return self._written_note
-
-    @cached_property
-    def _written_note(self) -> dict[str, Any]:
-        return read_note(self.paths.weights)
+        note = read_note(self.paths.weights)
+        check_converted(base_model(self.config), self.paths.weights, note)
+        return note
 
     @property
     def fingerprint(self) -> str:
@@ -89,11 +86,10 @@ class RunInputs:
         """The architecture of the converted model.
 
         Raises:
-            ArtifactError: there are no weights, or their config.json is missing or names another
-                kind of model.
+            ArtifactError: its config.json is missing or names another kind of model.
         """
-        self._written_note  # noqa: B018 - where there are no weights, the verb convert is named
-        return read_architecture(self.paths.weights, self.config.model.ignore_keys)
+        keys = self.config.model.ignore_keys
+        return read_architecture(self.paths.weights, keys, "Run the verb convert.")
 
     @cached_property
     def plan(self) -> PatternPlan:

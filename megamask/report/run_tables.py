@@ -67,15 +67,15 @@ def groups_of(
         results_of: a run -> results with ``protocol`` and ``masks``; empty where it has none.
     """
     found: dict[str, Group] = {}
-    measured = [(run, results) for run in runs if (results := results_of(run))]
+    measured = [
+        (run, results, _model_of(run, results)) for run in runs if (results := results_of(run))
+    ]
     models: dict[str | None, set[str]] = {}  # fingerprint -> the models of those linears
-    for run, results in measured:
-        of_linears, of_all = _model_of(run, results)
+    for _, _, (of_linears, of_all) in measured:
         models.setdefault(of_linears, set()).update(filter(None, [of_all]))
-    for run, results in measured:
+    for run, results, model in measured:
         protocol = results.get("protocol") or {}
         kept = {key: value for key, value in protocol.items() if key not in WITHOUT_EFFECT}
-        model = _model_of(run, results)
         if model[1] is None and len(models[model[0]]) == 1:  # of a version that did not say it
             model = model[0], next(iter(models[model[0]]))
         is_known = model[0] is not None and not TEXT_DIGESTS.isdisjoint(kept)

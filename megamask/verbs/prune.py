@@ -138,6 +138,7 @@ def recipe(inputs: RunInputs, method: str) -> dict[str, Any]:
     if budget := config.model.exclude_sensitive:
         settings["exclude_sensitive"] = budget
     settings |= {name: getattr(config.prune, name) for name in criterion.reads}
+    settings |= criterion.facts
     plain: dict[str, Any] = storage.as_read(settings)
     return plain
 

@@ -16,24 +16,29 @@ from megamask.weights.family import Architecture
 __all__ = ["Architecture", "parsed_architecture", "read_architecture"]
 
 
-def read_architecture(hf_dir: Path, ignore_keys: Collection[str] = ()) -> Architecture:
+MISSING = (
+    "Point model.hf at a Hugging Face model folder, run the verb gguf to make one, or name a "
+    "Megatron checkpoint by model.megatron."
+)
+
+
+def read_architecture(
+    hf_dir: Path, ignore_keys: Collection[str] = (), fix: str = MISSING
+) -> Architecture:
     """Read the architecture of a model.
 
     Args:
         hf_dir: a Hugging Face folder, or the path of its config.json. Both the keys of
             transformers 4 and those of transformers 5 are known.
         ignore_keys: unknown keys that the user lets through (``model.ignore_keys``).
+        fix: what makes the folder, for the message.
 
     Raises:
         ArtifactError: config.json is missing or is not JSON.
         ConfigError: the family is not supported, or a key asks for a feature that is not built.
     """
     path = hf_dir if hf_dir.suffix == ".json" else hf_dir / "config.json"
-    config = read_json(
-        path,
-        "Point model.hf at a Hugging Face model folder, run the verb gguf to make one, or name a "
-        "Megatron checkpoint by model.megatron.",
-    )
+    config = read_json(path, fix)
     if not isinstance(config, dict):
         raise ArtifactError(path, "is not a JSON object", "Copy it again from the model's source.")
     return parsed_architecture(config, path, ignore_keys)

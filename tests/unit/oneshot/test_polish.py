@@ -7,7 +7,7 @@ import torch
 
 from megamask.config.tree import PruneSection
 from megamask.oneshot.criteria import CRITERIA, find_criterion
-from megamask.oneshot.polish import polish, scores
+from megamask.oneshot.polish import ROWS, polish, scores
 from megamask.oneshot.stats import InputStats, Statistics
 from megamask.sparsity.pattern import Pattern
 from tests.masks import is_valid
@@ -86,11 +86,8 @@ def test_rows_do_not_interact_and_scale_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_scores_are_what_a_unit_adds_or_takes_away(
-    pattern: Pattern, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megamask.oneshot.polish.ROWS", 5)  # several pieces, the last one short
-    weight_OI, stats = problem()
+def test_scores_are_what_a_unit_adds_or_takes_away(pattern: Pattern) -> None:
+    weight_OI, _, stats = example(out=ROWS + 16, inp=40, tokens=60)  # two pieces, the last short
     gram_II = stats.hessian_II
     mask_OI = polish(weight_OI, pattern.best(weight_OI.abs()), gram_II, pattern, 30)
     found_OU = pattern.sum_of_units(scores(weight_OI, mask_OI, gram_II, pattern))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,12 @@ def test_tasks_of_one_protocol_share_a_table(three: list[Path]) -> None:
     assert second.notes[0] == "Other than in the first table: documents sha256."
 
 
+def of_model(run: RunFacts, model: str) -> RunFacts:
+    """The run on a model with the same linears and other norms."""
+    own = replace(run.data.own, model={**run.data.own.model, "model_sha256": model})
+    return replace(run, data=replace(run.data, own=own))
+
+
 def test_curves_share_a_panel_only_on_one_text(three: list[Path]) -> None:
     runs = read(*three).runs
     assert [len(inside) for inside in curves_of(runs).values()] == [1, 1, 1]  # no text is known
@@ -295,6 +302,9 @@ def test_curves_share_a_panel_only_on_one_text(three: list[Path]) -> None:
     known = [with_text(run, digest) for run, digest in zip(runs, "xxy", strict=True)]
     panels = curves_of(known)
     assert [[one.run for one in inside] for inside in panels.values()] == [["a", "b"], ["c"]]
+    two = [of_model(run, model) for run, model in zip(known, ("1", "2", "1"), strict=True)]
+    apart = curves_of(two).values()
+    assert [[one.run for one in inside] for inside in apart] == [["a"], ["b"], ["c"]]
     first = next(iter(panels.values()))[0]
     length = Config().data.seq_length
     assert first.samples.tolist() == [2 * 64 / length, 4 * 64 / length]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,6 @@ def test_free_memory_is_that_of_the_backend_that_runs(
     monkeypatch.setattr(NumbaSampler, "forward", raising)
     monkeypatch.setattr(learn, "check_early", lambda inputs: None)  # there are no weights
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "weights")
-    note = {"fingerprint": "0", "dtype": "bfloat16", "padded_vocab": 32000}
-    (tmp_path / "weights" / "megamask.json").write_text(json.dumps(note))
     monkeypatch.setattr(learn, "_check_free", look)
     config = load_config(None, ["device=cpu", "parallel.threads=1", f"run_dir={tmp_path}"])
     threads = torch.get_num_threads()

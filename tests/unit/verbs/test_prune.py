@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megamask.config import Config, load_config, run_paths
 from megamask.errors import ArtifactError, ConfigError
-from megamask.masks.file import load_masks
+from megamask.masks.file import load_masks, save_masks
 from megamask.masks.find import own_weights
 from megamask.masks.identity import row_name
 from megamask.masks.times import seconds_of
@@ -286,6 +286,16 @@ def test_gradient_criteria_share_a_sweep_and_any_mask_takes_a_polish(
     before = stamps(run_dir)
     prune.run(polished)
     assert stamps(run_dir) == before
+    # A polished mask of before, whose margins were those of its criterion, is made again.
+    of_before = {key: one for key, one in header["data"].items() if key != "margins"}
+    known: dict[str, Any] = {"fingerprint": header["fingerprint"], "data": of_before}
+    save_masks(
+        paths.mask("magnitude"), dict(again["magnitude"]), "2:4", method="magnitude", **known
+    )
+    caplog.clear()
+    prune.run(polished)
+    assert "made from other margins: made again" in caplog.text
+    assert load_masks(paths.mask("magnitude")).meta["data"] == header["data"]
     prune.run(configured(run_dir, hf, methods))  # a polished mask is not taken for a plain one
     assert {method: load_masks(paths.mask(method)).content_sha256 for method in names} == digests
 
